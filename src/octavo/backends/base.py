@@ -1,0 +1,163 @@
+"""The door to hardware: the ops a decoder is described in, the batch of one step, and what a backend must do."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Generic, Literal, Protocol, TypeVar
+
+import numpy as np
+
+from octavo.model.spec import DecoderSpec
+from octavo.weights.tensor import Parameter
+
+T = TypeVar("T")
+
+
+class Ops(Protocol, Generic[T]):
+    """The op vocabulary. T is a backend's handle of an activation: [rows, width], one row per token of the step.
+
+    The residual stream and everything not named otherwise is float32; a recipe decides what a linear multiplies.
+    """
+
+    def embed(self, weight: str) -> T:
+        """The embedding of each row's token: [rows, hidden]."""
+        ...
+
+    def norm(self, x: T, weight: str) -> T:
+        """RMS norm (Zhang and Sennrich, 2019) with `spec.norm_eps`, times the weight."""
+        ...
+
+    def linear(self, x: T, weight: str, bias: bool = False, residual: T | None = None) -> T:
+        """x Wᵀ, plus the parameter `weight + ".bias"` if `bias`, plus `residual`, which it may overwrite."""
+        ...
+
+    def rope_and_cache(self, qkv: T, layer: int, q_norm: str | None, k_norm: str | None) -> T:
+        """Split `qkv`, norm each head of q and k if asked, rotate both, write k and v to the KV pages: the queries."""
+        ...
+
+    def attention(self, q: T, layer: int, window: int) -> T:
+        """Causal attention of each row over its sequence's pages, itself included; the latest `window` positions if > 0."""
+        ...
+
+    def gated(self, gate_up: T, activation: Literal["silu", "gelu_tanh"]) -> T:
+        """activation(gate) * up, the halves of `gate_up`: [rows, intermediate]."""
+        ...
+
+    def sampled_rows(self, x: T) -> T:
+        """Only the rows named by the batch's `sample_rows`."""
+        ...
+
+    def logits(self, x: T, weight: str) -> T:
+        """x Wᵀ over the vocabulary."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingBatch:
+    """How to sample each of R rows. Row r gives output number `positions[r]` of its request.
+
+    logits → + bias, repetition / presence / frequency penalties over `history` → greedy if temperature is 0, else
+    / temperature → top_k → top_p → min_p → draw with Philox4x32-10 (Salmon et al., 2011), key = `seeds[r]`,
+    counter = `positions[r]`. Ties go to the lower token id. Logprobs are of the raw logits, in nats.
+    """
+
+    temperature: np.ndarray  # float32 [R]
+    top_k: np.ndarray  # int32 [R], 0: all
+    top_p: np.ndarray  # float32 [R], 1: all
+    min_p: np.ndarray  # float32 [R], 0: all
+    seeds: np.ndarray  # uint64 [R]
+    positions: np.ndarray  # int64 [R]
+    num_logprobs: np.ndarray  # int32 [R], -1: none, 0: of the sampled token only, n: of the n likeliest tokens too
+    repetition: np.ndarray  # float32 [R], 1: none; over prompt and output
+    presence: np.ndarray  # float32 [R], 0: none; over output
+    frequency: np.ndarray  # float32 [R], 0: none; over output
+    history: np.ndarray  # int32 [H], prompts and outputs of the rows that have a penalty, one after another
+    history_start: np.ndarray  # int32 [R + 1]; row r's history is history[start[r]:start[r + 1]], empty if no penalty
+    history_outputs: np.ndarray  # int32 [R], how many of its last tokens are outputs
+    bias_tokens: np.ndarray  # int32 [B], tokens of logit_bias and of bans, one row's after another's
+    bias_values: np.ndarray  # float32 [B]; -inf bans
+    bias_start: np.ndarray  # int32 [R + 1]
+
+
+@dataclass(frozen=True, slots=True)
+class StepBatch:
+    """One step: N rows (tokens) of S sequences, each sequence's rows in order of position, one after another.
+
+    Sequence s has rows query_start[s]:query_start[s + 1]; the row at position p reads and writes the page
+    page_tables[s, p // page_size] at slot p % page_size. Entries of a page table past a sequence's end are ignored.
+    """
+
+    tokens: np.ndarray  # int32 [N]
+    positions: np.ndarray  # int32 [N], from 0
+    query_start: np.ndarray  # int32 [S + 1]
+    page_tables: np.ndarray  # int32 [S, P], C-contiguous
+    sample_rows: np.ndarray  # int32 [R], rows (indices into N) whose next token is wanted
+    sampling: SamplingBatch
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What a step brings back, per sampled row. `top_*` are None if no row of the batch wants logprobs.
+
+    They have K = max(num_logprobs) columns, likeliest first; a row that wants fewer reads its first ones.
+    """
+
+    tokens: np.ndarray  # int32 [R]
+    logprobs: np.ndarray | None = None  # float32 [R]; NaN in rows that want none
+    ranks: np.ndarray | None = None  # int32 [R], 1: the sampled token was the likeliest
+    top_tokens: np.ndarray | None = None  # int32 [R, K]
+    top_logprobs: np.ndarray | None = None  # float32 [R, K]
+
+
+class Backend(Protocol):
+    """One model on one device. Calls come from one thread at a time; none but `step` and `logits` may be slow.
+
+    Every row's result is bitwise the same whatever else is in the batch, however its prompt was cut into chunks, and
+    whichever pages it was given. (The plain torch backend is an oracle and exempt.)
+    """
+
+    spec: DecoderSpec
+    page_size: int  # tokens a KV page holds
+    page_bytes: int  # bytes of one KV page, all layers
+
+    def allocate_kv(self, num_pages: int) -> None:
+        """Make the KV pool. Raises OutOfMemory with what would fit."""
+        ...
+
+    def step(self, batch: StepBatch) -> StepResult:
+        """Forward pass and sampling in one call; the GIL is released all through the heavy part."""
+        ...
+
+    def logits(self, batch: StepBatch) -> np.ndarray:
+        """The same forward pass, the raw logits of `sample_rows` instead of tokens: float32 [R, vocab]. For tests."""
+        ...
+
+    def close(self) -> None:
+        """Free threads and memory. The backend is of no use after it."""
+        ...
+
+
+class BackendFactory(Protocol):
+    """What a backend package exports as `load`."""
+
+    def __call__(
+        self,
+        spec: DecoderSpec,
+        parameters: Mapping[str, Parameter],
+        *,
+        page_size: int,
+        max_batch_tokens: int,
+        max_batch_size: int,
+        max_model_len: int,
+        threads: int,
+        dtype: str,
+        device: str,
+        progress: "Progress",
+    ) -> Backend:
+        """Pack `parameters` (canonical names of model/decoder.py) and compile `spec`; each is read once."""
+        ...
+
+
+class Progress(Protocol):
+    """Told of work as it is done: `progress(done_bytes, total_bytes)`."""
+
+    def __call__(self, done: int, total: int) -> None: ...

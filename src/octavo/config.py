@@ -1,0 +1,130 @@
+"""EngineConfig: every setting of the engine, defined once.
+
+A field is a keyword of `LLM(...)`, a flag of `octavo serve` (dashes or underscores), a key of `--config file.yaml` and
+an `OCTAVO_*` environment variable; flags win over the file, the file over the environment.
+"""
+
+import dataclasses
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .errors import ConfigError
+
+DTYPES = {"auto": "auto", "bf16": "bfloat16", "bfloat16": "bfloat16", "float32": "float32", "fp32": "float32"}
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+
+
+def _setting(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """Settings of one engine. Raises ConfigError, one line, for a value that cannot work."""
+
+    model: str = _setting("smollm2", "A Hugging Face directory, a .gguf file, a hub name, or the alias smollm2.")
+    revision: str | None = _setting(None, "Branch, tag or commit of a hub model.")
+    served_model_name: str | None = _setting(None, "The model's name in the API; the value of `model` by default.")
+    backend: str = _setting("auto", "cpu (native) or torch; auto is cpu.")
+    device: str = _setting("auto", "Device of the torch backend: cpu or cuda.")
+    dtype: str = _setting("auto", "Arithmetic: bfloat16, or float32 (torch backend only).")
+    max_model_len: int | None = _setting(None, "Tokens of prompt and output together; the model's own limit by default.")
+    max_batch_size: int = _setting(256, "Sequences that run at the same time.")
+    max_batch_tokens: int = _setting(512, "Tokens computed in one step: the size of a prefill chunk.")
+    kv_cache_page_size: int = _setting(32, "Tokens in a page of the KV cache: a multiple of 32.")
+    kv_cache_memory: str | int | None = _setting(
+        None, "Memory for the KV cache, such as 4GiB; by default what max_batch_size needs, at most half of what is free."
+    )
+    enable_prefix_caching: bool = _setting(True, "Keep pages of finished requests for prompts that begin the same.")
+    threads: int | None = _setting(None, "Compute threads, each pinned to a core; one per available core by default.")
+    tensor_parallel_size: int = _setting(1, "Devices to spread the model over. Only 1 so far.")
+
+    def __post_init__(self) -> None:
+        def need(ok: bool, name: str, what: str) -> None:
+            if not ok:
+                raise ConfigError(f"{name} must be {what}, not {getattr(self, name)!r}")
+
+        def at_least(name: str, low: int) -> None:
+            value = getattr(self, name)
+            need(isinstance(value, int) and not isinstance(value, bool) and value >= low, name, f"at least {low}")
+
+        need(bool(self.model), "model", "the name of a model")
+        need(self.backend in ("auto", "cpu", "torch"), "backend", "auto, cpu or torch")
+        need(re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device) is not None, "device", "auto, cpu or cuda")
+        need(self.dtype in DTYPES, "dtype", "auto, bfloat16 or float32")
+        if self.max_model_len is not None:
+            at_least("max_model_len", 2)
+        at_least("max_batch_size", 1)
+        at_least("max_batch_tokens", 1)
+        at_least("kv_cache_page_size", 32)
+        need(self.kv_cache_page_size % 32 == 0, "kv_cache_page_size", "a multiple of 32")
+        if self.threads is not None:
+            at_least("threads", 1)
+        need(self.tensor_parallel_size == 1, "tensor_parallel_size", "1: this version runs on one device")
+        if self.kv_cache_memory is not None:
+            parse_size(self.kv_cache_memory, "kv_cache_memory")
+
+    @property
+    def model_name(self) -> str:
+        return self.served_model_name or self.model
+
+    @property
+    def num_threads(self) -> int:
+        return self.threads or len(os.sched_getaffinity(0))
+
+    @classmethod
+    def from_sources(cls, flags: Mapping[str, Any], file: Path | None = None) -> "EngineConfig":
+        """Merge `flags` (None: not given), a YAML file and OCTAVO_* variables. Raises ConfigError."""
+        fields = {f.name: f for f in dataclasses.fields(cls)}
+        values: dict[str, Any] = {}
+        for name, f in fields.items():
+            if (text := os.environ.get(f"OCTAVO_{name.upper()}")) is not None:
+                values[name] = _parse(name, text, f)
+        for key, value in _read_yaml(file).items():
+            name = str(key).replace("-", "_")
+            if name not in fields:
+                raise ConfigError(f"{file}: unknown key {key!r}; the keys are {', '.join(sorted(fields))}")
+            values[name] = _parse(name, value, fields[name])
+        values.update({name: value for name, value in flags.items() if value is not None})
+        return cls(**values)
+
+
+def parse_size(value: str | int, name: str) -> int:
+    """Bytes of 4GiB, 500MB, 1.5G or a plain number. Raises ConfigError."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?", str(value).strip().upper())
+    if not match or match[2] not in _UNITS or float(match[1]) <= 0:
+        raise ConfigError(f"{name} must be a size such as 4GiB or 500MB, not {value!r}")
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+def _parse(name: str, value: Any, f: "dataclasses.Field[Any]") -> Any:
+    """`value`, from a file or the environment, as the type the field declares."""
+    kind = f.type if isinstance(f.type, str) else getattr(f.type, "__name__", str(f.type))
+    if isinstance(value, str) and "bool" in kind:
+        if value.lower() not in ("1", "0", "true", "false", "yes", "no"):
+            raise ConfigError(f"{name} must be true or false, not {value!r}")
+        return value.lower() in ("1", "true", "yes")
+    if isinstance(value, str) and kind in ("int", "int | None"):
+        try:
+            return int(value)
+        except ValueError:
+            raise ConfigError(f"{name} must be an integer, not {value!r}") from None
+    return value
+
+
+def _read_yaml(file: Path | None) -> dict[str, Any]:
+    if file is None:
+        return {}
+    import yaml
+
+    try:
+        content = yaml.safe_load(file.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"cannot read {file}: {' '.join(str(error).split())}") from None
+    if not isinstance(content or {}, dict):
+        raise ConfigError(f"{file} must hold `key: value` lines")
+    return content or {}

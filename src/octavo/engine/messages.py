@@ -1,0 +1,71 @@
+"""What goes into an engine and what comes out of it. Plain data that crosses a process."""
+
+import msgspec
+
+from octavo.params import SamplingParams
+
+
+class EngineRequest(msgspec.Struct, frozen=True, array_like=True):
+    """One sequence to generate. `id` is unique among live requests.
+
+    `params` come resolved: n = 1, seed and max_tokens set, no stop strings (the frontend sees to those).
+    `output`: tokens that an earlier engine already gave for it; they are recomputed, not sent again.
+    `after`: the id of a live request with the same prompt; this one starts when that one's prompt is in the cache.
+    """
+
+    id: str
+    prompt: list[int]
+    params: SamplingParams
+    arrival: float
+    output: list[int] = []
+    after: str | None = None
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Of one sampled token: its logprob and rank, and the likeliest tokens with theirs."""
+
+    logprob: float
+    rank: int
+    top_tokens: list[int]
+    top_logprobs: list[float]
+
+
+class TokenOutput(msgspec.Struct, frozen=True, array_like=True):
+    """One new token of one request; its last one has a finish_reason.
+
+    `finish_reason` "error" means that the request could not go on: token is -1 and `message` says why.
+    """
+
+    id: str
+    token: int
+    finish_reason: str | None = None
+    stop_token: int | None = None  # the stop_token_ids entry that ended it
+    logprobs: TokenLogprobs | None = None
+    cached_tokens: int = 0  # of the prompt, found in the prefix cache
+    message: str | None = None
+
+
+class EngineInfo(msgspec.Struct, frozen=True):
+    """What a frontend must know of the engine it talks to."""
+
+    max_model_len: int
+    vocab_size: int
+    num_pages: int
+    page_size: int
+
+
+class EngineStats(msgspec.Struct, frozen=True):
+    """A look at the engine between two steps. Counters are since the start."""
+
+    running: int
+    waiting: int
+    free_pages: int
+    cached_pages: int
+    num_pages: int
+    steps: int
+    preemptions: int
+    tokens_computed: int
+    tokens_generated: int
+    cached_tokens: int
+    step_seconds: float  # in Engine.step
+    backend_seconds: float  # of those, in the backend

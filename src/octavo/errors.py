@@ -1,0 +1,41 @@
+"""Errors a user can act on. `str(error)` is one line that says what is wrong and what would be right."""
+
+
+class OctavoError(Exception):
+    """Base of every error that Octavo raises on purpose. On the command line: one line, exit code 2."""
+
+
+class ConfigError(OctavoError, ValueError):
+    """A setting of the engine, the server or the command line that cannot work."""
+
+
+class ModelNotFound(OctavoError, FileNotFoundError):
+    """The model name is no directory, no .gguf file, no alias and no hub repository at hand."""
+
+
+class UnsupportedModel(OctavoError, ValueError):
+    """A well-formed model of an architecture, variant or tensor format that Octavo does not run."""
+
+
+class DamagedWeights(OctavoError, ValueError):
+    """A weight file that is truncated, inconsistent or not what its name says."""
+
+
+class OutOfMemory(OctavoError, MemoryError):
+    """The weights or the KV pool do not fit in the memory at hand."""
+
+
+class InvalidRequest(OctavoError, ValueError):
+    """A request that can never be served (HTTP 400). `param` names the field at fault, if one is."""
+
+    def __init__(self, message: str, param: str | None = None):
+        super().__init__(message)
+        self.param = param
+
+
+class PromptTooLong(InvalidRequest):
+    """The prompt leaves no room for a single new token in the model's context."""
+
+
+class EngineDead(OctavoError, RuntimeError):
+    """The engine stopped and could not be brought back."""

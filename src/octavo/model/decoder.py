@@ -1,0 +1,36 @@
+"""The forward pass of every decoder-only model, written once over the op vocabulary of `backends.base.Ops`."""
+
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:  # the description is below the backends that compile it
+    from octavo.backends.base import Ops
+
+    from .spec import DecoderSpec
+
+T = TypeVar("T")
+
+# Parameters, by canonical name; weights are [outputs, inputs], "{i}" is a layer:
+#   embed                      [vocab, hidden]
+#   layers.{i}.attn_norm       [hidden]
+#   layers.{i}.qkv (.bias)     [q + k + v, hidden]: query, key and value projections, stacked
+#   layers.{i}.q_norm, k_norm  [head_dim], if spec.qk_norm
+#   layers.{i}.out (.bias)     [hidden, q]
+#   layers.{i}.mlp_norm        [hidden]
+#   layers.{i}.gate_up (.bias) [2 * intermediate, hidden]: gate over up, stacked
+#   layers.{i}.down (.bias)    [hidden, intermediate]
+#   norm                       [hidden]
+#   head                       [vocab, hidden]; absent if spec.tied_embeddings: `embed` serves
+
+
+def describe(spec: "DecoderSpec", ops: "Ops[T]") -> "T":
+    """Run the forward pass through `ops`; the result is the logits of the rows that sample."""
+    x = ops.embed("embed")
+    for i, window in enumerate(spec.windows):
+        layer = f"layers.{i}."
+        qkv = ops.linear(ops.norm(x, layer + "attn_norm"), layer + "qkv", bias=spec.qkv_bias)
+        q_norm, k_norm = (layer + "q_norm", layer + "k_norm") if spec.qk_norm else (None, None)
+        q = ops.rope_and_cache(qkv, i, q_norm=q_norm, k_norm=k_norm)
+        x = ops.linear(ops.attention(q, i, window), layer + "out", bias=spec.output_bias, residual=x)
+        gate_up = ops.linear(ops.norm(x, layer + "mlp_norm"), layer + "gate_up", bias=spec.mlp_bias)
+        x = ops.linear(ops.gated(gate_up, spec.activation), layer + "down", bias=spec.mlp_bias, residual=x)
+    return ops.logits(ops.norm(ops.sampled_rows(x), "norm"), "embed" if spec.tied_embeddings else "head")
