@@ -5,6 +5,7 @@ an `OCTAVO_*` environment variable; flags win over the file, the file over the e
 """
 
 import dataclasses
+import difflib
 import os
 import re
 from collections.abc import Mapping
@@ -32,12 +33,14 @@ class EngineConfig:
     backend: str = _setting("auto", "cpu (native) or torch; auto is cpu.")
     device: str = _setting("auto", "Device of the torch backend: cpu or cuda.")
     dtype: str = _setting("auto", "Arithmetic: bfloat16, or float32 (torch backend only).")
-    max_model_len: int | None = _setting(None, "Tokens of prompt and output together; the model's own limit by default.")
+    max_model_len: int | None = _setting(
+        None, "Tokens of prompt and output together; the model's own limit by default."
+    )
     max_batch_size: int = _setting(256, "Sequences that run at the same time.")
     max_batch_tokens: int = _setting(512, "Tokens computed in one step: the size of a prefill chunk.")
     kv_cache_page_size: int = _setting(32, "Tokens in a page of the KV cache: a multiple of 32.")
     kv_cache_memory: str | int | None = _setting(
-        None, "Memory for the KV cache, such as 4GiB; by default what max_batch_size needs, at most half of what is free."
+        None, "Memory for the KV cache, such as 4GiB; by default what a full batch needs, at most half of what is free."
     )
     enable_prefix_caching: bool = _setting(True, "Keep pages of finished requests for prompts that begin the same.")
     threads: int | None = _setting(None, "Compute threads, each pinned to a core; one per available core by default.")
@@ -75,6 +78,17 @@ class EngineConfig:
     @property
     def num_threads(self) -> int:
         return self.threads or len(os.sched_getaffinity(0))
+
+    @classmethod
+    def from_keywords(cls, **keywords: Any) -> "EngineConfig":
+        """As the constructor, with OCTAVO_* variables as defaults; an unknown keyword is a ConfigError."""
+        fields = sorted(f.name for f in dataclasses.fields(cls))
+        for name in keywords:
+            if name not in fields:
+                close = difflib.get_close_matches(name, fields, 1)
+                hint = f"did you mean {close[0]}?" if close else f"the settings are {', '.join(fields)}"
+                raise ConfigError(f"unknown setting {name!r}: {hint}")
+        return cls.from_sources(keywords)
 
     @classmethod
     def from_sources(cls, flags: Mapping[str, Any], file: Path | None = None) -> "EngineConfig":

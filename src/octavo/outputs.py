@@ -35,7 +35,7 @@ class CompletionOutput:
 
 @dataclass(slots=True)
 class RequestMetrics:
-    """Times in seconds of time.time(); None until it has happened. `cached_tokens`: of the prompt, not computed again."""
+    """Times in seconds of time.time(), None until it happens. `cached_tokens`: of the prompt, not computed again."""
 
     arrival_time: float
     first_token_time: float | None = None

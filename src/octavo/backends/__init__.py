@@ -1,0 +1,1 @@
+"""The only door to hardware. Import the backend you want: each brings dependencies of its own."""

@@ -1,6 +1,6 @@
 """The door to hardware: the ops a decoder is described in, the batch of one step, and what a backend must do."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Generic, Literal, Protocol, TypeVar
 
@@ -10,6 +10,7 @@ from octavo.model.spec import DecoderSpec
 from octavo.weights.tensor import Parameter
 
 T = TypeVar("T")
+Progress = Callable[[int, int], None]  # told of work as it is done: progress(done bytes, total bytes)
 
 
 class Ops(Protocol, Generic[T]):
@@ -151,13 +152,9 @@ class BackendFactory(Protocol):
         threads: int,
         dtype: str,
         device: str,
-        progress: "Progress",
+        progress: Progress,
     ) -> Backend:
         """Pack `parameters` (canonical names of model/decoder.py) and compile `spec`; each is read once."""
         ...
 
 
-class Progress(Protocol):
-    """Told of work as it is done: `progress(done_bytes, total_bytes)`."""
-
-    def __call__(self, done: int, total: int) -> None: ...

@@ -1,0 +1,67 @@
+"""The command `octavo`. Each command is a module; what it needs is imported when it runs, so that --help is quick."""
+
+import os
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from octavo.errors import OctavoError
+from octavo.version import __version__
+
+_COMMANDS = ("serve", "generate", "chat", "pull", "bench")
+_USAGE, _INTERRUPTED = 2, 130
+
+
+def _app() -> typer.Typer:
+    app = typer.Typer(
+        help="Octavo: high-throughput LLM serving. The same request, the same tokens, every time.",
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        context_settings={
+            "token_normalize_func": lambda name: name.replace("_", "-"),  # --max_batch_size as well as --max-batch-size
+            "help_option_names": ["-h", "--help"],
+        },
+    )
+    app.callback(invoke_without_command=True)(_root)
+    for name in _COMMANDS:
+        if not (Path(__file__).parent / f"{name}.py").exists():
+            continue  # TODO while others are still writing theirs
+        import_module(f"{__name__}.{name}").register(app)
+    return app
+
+
+def _root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        typer.echo(f"octavo {__version__}")
+    elif context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+def main() -> NoReturn:
+    """Run the command line. Exit codes: 0; 2 for what the user can put right, told in one line; 130 after Ctrl-C."""
+    try:
+        code: Any = _app()(prog_name="octavo", standalone_mode=False)
+        sys.stdout.flush()
+    except OctavoError as error:
+        _fail(str(error))
+    except typer.TyperException as error:
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context else "octavo"
+        _fail(f"{error.format_message().rstrip('.')}; see {command} --help")
+    except (KeyboardInterrupt, typer.Abort):
+        code = _INTERRUPTED
+    except BrokenPipeError:  # the reader of a pipe left; say nothing, not even when stdout is closed at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(message: str) -> NoReturn:
+    print(f"octavo: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(_USAGE)

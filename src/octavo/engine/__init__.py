@@ -1,0 +1,1 @@
+"""The engine: scheduler, step plans, and the loop of schedule, execute, sample, emit."""

@@ -9,6 +9,7 @@ class EngineRequest(msgspec.Struct, frozen=True, array_like=True):
     """One sequence to generate. `id` is unique among live requests.
 
     `params` come resolved: n = 1, seed and max_tokens set, no stop strings (the frontend sees to those).
+    `eos`: the tokenizer's end-of-sequence tokens; none if the request ignores them.
     `output`: tokens that an earlier engine already gave for it; they are recomputed, not sent again.
     `after`: the id of a live request with the same prompt; this one starts when that one's prompt is in the cache.
     """
@@ -17,6 +18,7 @@ class EngineRequest(msgspec.Struct, frozen=True, array_like=True):
     prompt: list[int]
     params: SamplingParams
     arrival: float
+    eos: list[int] = []
     output: list[int] = []
     after: str | None = None
 

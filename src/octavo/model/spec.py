@@ -3,20 +3,24 @@
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
+
 
 @dataclass(frozen=True)
 class RopeSpec:
     """Rotary embedding (Su et al., 2021), on pairs (i, i + dim/2) as in Hugging Face models.
 
-    `scaling` "llama3" stretches low frequencies as Llama 3.1 does; "linear" divides every frequency by `factor`.
+    Pair i turns by theta ** (-2i / dim) / factors[i] radians a position; no factors: all 1. Every kind of scaling
+    (linear, llama3, ...) is spelled out as such factors, so that no backend has to know the kinds.
     """
 
     theta: float = 10000.0
-    scaling: Literal["none", "linear", "llama3"] = "none"
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_positions: int = 8192
+    factors: tuple[float, ...] = ()
+
+    def frequencies(self, dim: int) -> np.ndarray:
+        """Radians per position of each pair: float32 [dim / 2]."""
+        frequencies = self.theta ** (-np.arange(0, dim, 2) / dim)
+        return (frequencies / np.array(self.factors or 1.0)).astype(np.float32)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,7 @@
+"""Where weights come from: names to files, files to mapped tensors."""
+
+from .checkpoint import Checkpoint, open_checkpoint
+from .source import resolve
+from .tensor import Parameter, Tensor
+
+__all__ = ["Checkpoint", "Parameter", "Tensor", "open_checkpoint", "resolve"]

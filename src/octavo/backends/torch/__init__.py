@@ -1,0 +1,5 @@
+"""Plain PyTorch, on CPU or CUDA: the oracle."""
+
+from .backend import load
+
+__all__ = ["load"]

@@ -1,0 +1,147 @@
+// Rotary embedding with the write to the KV cache, and attention over it.
+//
+// The cache of a (sequence, layer, kv head) is blocks of 32 positions, each K [head_dim / 2][32][2] and then
+// V [16][head_dim][2]: the right operands, in pairs, of q K^T and of (softmax) V.
+#pragma once
+
+#include "product.h"
+
+namespace octavo::OCTAVO_ISA {
+
+// One head: normed (Qwen3) if there is a weight, then rotated in pairs (i, i + dim / 2), into `to`.
+OCTAVO_INLINE void rotate_head(const float* x, const float* weight, const Step& step, const float* rotary, float* to) {
+    const int64_t dim = step.shape->head_dim, half = dim / 2;
+    F32 scale = splat(1.0f);
+    if (weight) {
+        F32 squares = {};
+        for (int64_t i = 0; i < dim; i += kLanes) squares = fma(load(x + i), load(x + i), squares);
+        scale = splat(1.0f / __builtin_sqrtf(sum(squares) / float(dim) + step.shape->norm_eps));
+    }
+    for (int64_t i = 0; i < dim; i += kLanes)
+        store(to + i, weight ? load(x + i) * scale * load(weight + i) : load(x + i));
+    for (int64_t i = 0; i < half; i++) {
+        const float a = to[i], b = to[i + half], cosine = rotary[i], sine = rotary[half + i];
+        to[i] = a * cosine - b * sine;
+        to[i + half] = b * cosine + a * sine;
+    }
+}
+
+OCTAVO_INLINE void write_k(const float* from, int64_t slot, int64_t dim, bf16* k) {
+    bf16 half[kLanes];
+    for (int64_t i = 0; i < dim; i += kLanes) {
+        store_bf16(half, load(from + i));
+        for (int64_t j = 0; j < kLanes; j += 2) std::memcpy(k + (i + j) * kSpan + slot * 2, half + j, 2 * sizeof(bf16));
+    }
+}
+
+OCTAVO_INLINE void write_v(const float* from, int64_t slot, int64_t dim, bf16* v) {
+    bf16 half[kLanes];
+    for (int64_t i = 0; i < dim; i += kLanes) {
+        store_bf16(half, load(from + i));
+        for (int64_t j = 0; j < kLanes; j++) v[slot / 2 * dim * 2 + (i + j) * 2 + slot % 2] = half[j];
+    }
+}
+
+// A tile is the rows that fall into one block of the cache: a block has one writer, which goes in order of position.
+void rope_and_cache(const Instruction& op, const Step& step, int64_t tile, Scratch& scratch) {
+    const Shape& shape = *step.shape;
+    const RowTile rows = step.cache_tiles[tile];
+    const int64_t dim = shape.head_dim, block = step.positions[rows.first] / kSpan;
+    float* head = scratch.values;
+    for (int64_t r = rows.first; r < rows.first + rows.count; r++) {
+        const float* x = op.x.f32(r);
+        const float* rotary = step.rotary + r * dim;
+        const int64_t slot = step.positions[r] % kSpan;
+        for (int64_t h = 0; h < shape.heads; h++) {
+            rotate_head(x + h * dim, op.vector, step, rotary, head);
+            for (int64_t i = 0; i < dim; i += kLanes) store_bf16(op.out.b16(r) + h * dim + i, load(head + i));
+        }
+        for (int64_t h = 0; h < shape.kv_heads; h++) {
+            bf16* k = step.kv_block(rows.sequence, block, op.layer, h);
+            bf16* v = k + shape.block_elements();
+            // What an earlier owner left behind may be NaN, and attention multiplies the rows it must not see by 0.
+            if (slot == 0) std::memset(v, 0, shape.block_elements() * sizeof(bf16));
+            rotate_head(x + (shape.heads + h) * dim, op.vector2, step, rotary, head);
+            write_k(head, slot, dim, k);
+            write_v(x + (shape.heads + shape.kv_heads + h) * dim, slot, dim, v);
+        }
+    }
+}
+
+// Online softmax (Milakov and Gimelshein, 2018) of one query over one block: turns its scores into weights, and
+// rescales what it has summed up so far. Positions outside begin:end of the block do not count, whatever they hold.
+OCTAVO_INLINE void softmax_block(const float* scores, float scale, int64_t begin, int64_t end, int64_t dim,
+                                 float* maximum_so_far, float* weight_so_far, float* values, bf16* shares) {
+    constexpr int kParts = kSpan / kLanes;
+    I32 lane;
+    for (int i = 0; i < kLanes; i++) lane[i] = i;
+    const F32 nothing = splat(-__builtin_inff());
+    F32 score[kParts], highest = splat(*maximum_so_far), total = {};
+    I32 seen[kParts];
+    for (int i = 0; i < kParts; i++) {
+        const I32 position = lane + i * kLanes;
+        seen[i] = (position >= int32_t(begin)) & (position < int32_t(end));
+        score[i] = select(seen[i], load(scores + i * kLanes) * splat(scale), nothing);
+        highest = max(highest, score[i]);
+    }
+    const float top = maximum(highest);
+    for (int i = 0; i < kParts; i++) {
+        const F32 weight = select(seen[i], exp2(score[i] - splat(top)), F32{});
+        store_bf16(shares + i * kLanes, weight);
+        total = total + weight;
+    }
+    if (top != *maximum_so_far) {  // otherwise the factor is exactly 1
+        const F32 factor = exp2(splat(*maximum_so_far - top));
+        for (int64_t i = 0; i < dim; i += kLanes) store(values + i, load(values + i) * factor);
+        *weight_so_far *= factor[0];
+        *maximum_so_far = top;
+    }
+    *weight_so_far += sum(total);
+}
+
+// Neighbouring rows of a sequence times the query heads of one kv head, so that K and V are read once for all of them.
+// A row takes part only in the blocks that it sees something of: the same ones, and the same sums, in any tile.
+void attention(const Instruction& op, const Step& step, int64_t tile, Scratch& scratch) {
+    const Shape& shape = *step.shape;
+    const RowTile rows = step.attention_tiles[tile / shape.kv_heads];
+    const int64_t kv_head = tile % shape.kv_heads, group = shape.heads / shape.kv_heads, dim = shape.head_dim;
+    const int64_t first = step.positions[rows.first], last = first + rows.count - 1, queries = rows.count * group;
+    const float scale = kLog2E / __builtin_sqrtf(float(dim));
+
+    for (int64_t r = 0; r < rows.count; r++)
+        std::memcpy(scratch.queries + r * group * dim, op.x.b16(rows.first + r) + kv_head * group * dim,
+                    group * dim * sizeof(bf16));
+    std::memset(scratch.values, 0, queries * dim * sizeof(float));
+    for (int64_t q = 0; q < queries; q++) {
+        scratch.maxima[q] = -__builtin_inff();
+        scratch.weights[q] = 0;
+    }
+    const auto first_seen = [&](int64_t p) { return op.window && p >= op.window ? p - op.window + 1 : 0; };
+    for (int64_t block = first_seen(first) / kSpan; block <= last / kSpan; block++) {
+        const int64_t start = block * kSpan;
+        // Rows at positions start ... see the block, up to the one whose window begins past it.
+        const int64_t from = start > first ? start - first : 0;
+        const int64_t past = op.window ? start + kSpan - 1 + op.window - first : rows.count;
+        const int64_t to = past < rows.count ? past : rows.count;
+        const bf16* k = step.kv_block(rows.sequence, block, op.layer, kv_head);
+        const bf16* v = k + shape.block_elements();
+        Ahead none;
+        product(scratch.queries + from * group * dim, dim, (to - from) * group, {k, kSpan * 2, kBlock * 2},
+                kSpan / kBlock, dim / 2, false, scratch.scores, kSpan, none);
+        for (int64_t q = from * group; q < to * group; q++) {
+            const int64_t position = first + q / group, begin = first_seen(position) - start;
+            const int64_t index = q - from * group;
+            softmax_block(scratch.scores + index * kSpan, scale, begin, position + 1 - start, dim, scratch.maxima + q,
+                          scratch.weights + q, scratch.values + q * dim, scratch.shares + index * kSpan);
+        }
+        product(scratch.shares, kSpan, (to - from) * group, {v, dim * 2, kBlock * 2}, dim / kBlock, kSpan / 2, true,
+                scratch.values + from * group * dim, dim, none);
+    }
+    for (int64_t q = 0; q < queries; q++) {
+        const F32 scale_back = splat(1.0f / scratch.weights[q]);
+        bf16* to = op.out.b16(rows.first + q / group) + (kv_head * group + q % group) * dim;
+        for (int64_t i = 0; i < dim; i += kLanes) store_bf16(to + i, load(scratch.values + q * dim + i) * scale_back);
+    }
+}
+
+}  // namespace octavo::OCTAVO_ISA

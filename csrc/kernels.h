@@ -1,0 +1,131 @@
+// What the program tells the kernels, and the table of kernels that each instruction set fills in.
+//
+// A step runs the program's instructions one after another. Each is cut into tiles; any thread may run any tile, at any
+// time between the two barriers around the instruction, and the cut never changes a bit of the result.
+//
+// These headers are compiled once per instruction set, with its compiler flags. A function of the standard library that
+// such a file leaves behind could be the copy that the linker keeps for everybody, and crash an older machine; so what
+// they include is plain data and functions that are always inlined.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace octavo {
+
+using bf16 = uint16_t;
+
+constexpr int64_t kBlock = 16;            // output columns in a block of a packed weight
+constexpr int64_t kSpan = 32;             // positions in a block of the KV cache, the unit in which attention walks
+constexpr int64_t kMaxPanel = 6;          // blocks in a tile of a linear, at most
+constexpr int64_t kGroup = 32;            // rows that a linear sums up before it writes them out, at most
+constexpr int64_t kAttentionRows = 48;    // (position, query head) pairs in a tile of attention, where one position fits
+
+enum class Activation { none, silu, gelu_tanh };
+
+// Activations: rows of float or bf16. Rows and columns past the ones in use exist (up to multiples of 32), so that
+// kernels work on whole vectors; the columns hold zeros.
+struct Matrix {
+    void* data = nullptr;
+    int64_t stride = 0;  // elements
+
+    float* f32(int64_t row) const { return static_cast<float*>(data) + row * stride; }
+    bf16* b16(int64_t row) const { return static_cast<bf16*>(data) + row * stride; }
+};
+
+// A weight [rows, columns], packed as [blocks of 16 rows][pairs of columns][16][2], padded with zeros: pair p of a
+// block is one vector operand of vdpbf16ps, 16 pairs of it are one AMX tile. If `gated`, blocks of the upper half of
+// the rows (up) alternate with those of the lower half (gate), so that a tile has both and can combine them.
+struct Weight {
+    int64_t rows = 0, columns = 0;
+    bool gated = false;
+    int64_t blocks = 0, pairs = 0;
+    bf16* data = nullptr;
+
+    const bf16* block(int64_t index) const { return data + index * pairs * kBlock * 2; }
+};
+
+// The sizes that do not change from one step to the next.
+struct Shape {
+    int64_t heads, kv_heads, head_dim, page_size;
+    float norm_eps;
+
+    int64_t block_elements() const { return kSpan * head_dim; }  // of K, or of V, of one head in one block
+    int64_t blocks_per_page() const { return page_size / kSpan; }
+};
+
+enum class Op { rotary, embed, norm, linear, rope_and_cache, attention, sampled_rows, sample };
+
+struct Instruction {
+    Op op;
+    Matrix x, out, residual;           // residual.data may be null
+    const Weight* weight = nullptr;    // embed, linear
+    const float* vector = nullptr;     // norm: its weight; linear: the bias or null; rope_and_cache: q_norm or null
+    const float* vector2 = nullptr;    // rope_and_cache: k_norm or null
+    int64_t width = 0;                 // columns of x, of embed: of out
+    int64_t layer = 0, window = 0;
+    Activation activation = Activation::none;
+    bool sampled = false;              // on the sampled rows only
+    const Weight* next = nullptr;      // linear: the weight that the next linear reads
+};
+
+// Rows of one sequence, one after another.
+struct RowTile {
+    int32_t sequence, first, count;
+};
+
+// How this step cuts a linear.
+struct Cut {
+    int64_t panel;      // blocks
+    int64_t rows;       // a multiple of kGroup
+    int64_t row_tiles;  // tiles of the same panel
+};
+
+struct Step {
+    const Shape* shape;
+    int64_t rows, sampled;
+    const int32_t *tokens, *positions, *sample_rows;
+    const int32_t* page_tables;
+    int64_t pages_per_sequence;
+    std::byte* kv;
+    int64_t page_bytes;
+    const float* rotary;                 // [rows][head_dim / 2] cosines, then as many sines, per row
+    const RowTile* cache_tiles;          // rows that fall into one block of the KV cache
+    const RowTile* attention_tiles;
+    int64_t rows_per_tile;               // of row-wise instructions
+
+    // K of block `block` (positions 32 block ... 32 block + 31) of a sequence; V follows it.
+    bf16* kv_block(int64_t sequence, int64_t block, int64_t layer, int64_t kv_head) const {
+        const int64_t per_page = shape->blocks_per_page();
+        const int64_t page = page_tables[sequence * pages_per_sequence + block / per_page];
+        const int64_t index = (layer * shape->kv_heads + kv_head) * per_page + block % per_page;
+        return reinterpret_cast<bf16*>(kv + page * page_bytes) + index * 2 * shape->block_elements();
+    }
+};
+
+// A thread's own working memory.
+struct Scratch {
+    float* sums;     // [kGroup][kMaxPanel * kBlock]
+    float* scores;   // [attention rows][kSpan]
+    float* values;   // [attention rows][head_dim]
+    float* maxima;   // [attention rows]
+    float* weights;  // [attention rows], sums of the softmax's weights
+    bf16* queries;   // [attention rows][head_dim]
+    bf16* shares;    // [attention rows][kSpan], the softmax's weights
+};
+
+// `next` is the tile that the same thread will run next, or the number of tiles if there is none: for prefetching.
+using RowKernel = void (*)(const Instruction&, const Step&, int64_t begin, int64_t end);
+using TileKernel = void (*)(const Instruction&, const Step&, int64_t tile, Scratch&);
+using LinearKernel = void (*)(const Instruction&, const Cut&, int64_t rows, int64_t tile, int64_t next, Scratch&);
+
+struct Kernels {
+    const char* name;
+    void (*start_thread)();  // before a thread's first tile of a step
+    void (*stop_thread)();   // after its last
+    RowKernel embed, norm, sampled_rows;
+    TileKernel rope_and_cache, attention;
+    LinearKernel linear;
+};
+
+}  // namespace octavo

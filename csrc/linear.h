@@ -1,0 +1,94 @@
+// Linears: a tile of the product, then everything that follows it elementwise while the sums are in the cache.
+#pragma once
+
+#include "product.h"
+
+namespace octavo::OCTAVO_ISA {
+
+constexpr float kLog2E = 1.44269504088896341f;
+
+OCTAVO_INLINE F32 sigmoid(F32 x) { return splat(1.0f) / (splat(1.0f) + exp2(x * splat(-kLog2E))); }
+
+OCTAVO_INLINE F32 activate(F32 x, Activation activation) {
+    if (activation == Activation::silu) return x * sigmoid(x);
+    // gelu_tanh (Hendrycks and Gimpel, 2016): 0.5 x (1 + tanh(u)) = x sigmoid(2u)
+    const F32 u = splat(0.7978845608028654f) * (x + splat(0.044715f) * x * x * x);
+    return x * sigmoid(u + u);
+}
+
+// out = sums + bias + residual, float.
+OCTAVO_INLINE void write_sums(const Instruction& op, int64_t row, int64_t rows, int64_t block, int64_t blocks,
+                              const float* sums) {
+    for (int64_t r = 0; r < rows; r++) {
+        const float* from = sums + r * kMaxPanel * kBlock;
+        float* to = op.out.f32(row + r) + block * kBlock;
+        const float* bias = op.vector ? op.vector + block * kBlock : nullptr;
+        const float* residual = op.residual.data ? op.residual.f32(row + r) + block * kBlock : nullptr;
+        for (int64_t i = 0; i < blocks * kBlock; i += kLanes) {
+            F32 v = load(from + i);
+            if (bias) v = v + load(bias + i);
+            if (residual) v = v + load(residual + i);
+            store(to + i, v);
+        }
+    }
+}
+
+// out = activation(gate + its bias) * (up + its bias), bf16; gate and up are neighbouring blocks of the sums.
+OCTAVO_INLINE void write_gated(const Instruction& op, int64_t row, int64_t rows, int64_t block, int64_t blocks,
+                               const float* sums) {
+    const float* gate_bias = op.vector ? op.vector + block / 2 * kBlock : nullptr;
+    const float* up_bias = gate_bias + op.weight->rows / 2;
+    for (int64_t r = 0; r < rows; r++) {
+        const float* from = sums + r * kMaxPanel * kBlock;
+        bf16* to = op.out.b16(row + r) + block / 2 * kBlock;
+        for (int64_t j = 0; j < blocks; j += 2) {
+            for (int64_t i = 0; i < kBlock; i += kLanes) {
+                F32 gate = load(from + j * kBlock + i), up = load(from + (j + 1) * kBlock + i);
+                if (op.vector) gate = gate + load(gate_bias + j / 2 * kBlock + i);
+                if (op.vector) up = up + load(up_bias + j / 2 * kBlock + i);
+                store_bf16(to + j / 2 * kBlock + i, activate(gate, op.activation) * up);
+            }
+        }
+    }
+}
+
+#ifdef OCTAVO_AMX
+#include "amx.h"
+#else
+constexpr int64_t kGroupRows = kTileRows;
+
+OCTAVO_INLINE void weight_product(const Instruction& op, int64_t row, int64_t rows, int64_t block, int64_t blocks,
+                                  float* sums, Ahead& ahead) {
+    const Weight& w = *op.weight;
+    product(op.x.b16(row), op.x.stride, rows, {w.block(block), 2 * kBlock, w.pairs * 2 * kBlock}, blocks, w.pairs,
+            false, sums, kMaxPanel * kBlock, ahead);
+}
+#endif
+
+// What the weight's panel `panel` takes in memory.
+OCTAVO_INLINE Ahead panel_lines(const Weight* weight, int64_t panel, int64_t width) {
+    if (!weight || panel * width >= weight->blocks) return {};
+    const int64_t end = (panel + 1) * width < weight->blocks ? (panel + 1) * width : weight->blocks;
+    return {reinterpret_cast<const char*>(weight->block(panel * width)),
+            reinterpret_cast<const char*>(weight->block(end))};
+}
+
+void linear(const Instruction& op, const Cut& cut, int64_t rows, int64_t tile, int64_t next, Scratch& scratch) {
+    const int64_t block = tile / cut.row_tiles * cut.panel;
+    const int64_t blocks = op.weight->blocks - block < cut.panel ? op.weight->blocks - block : cut.panel;
+    const int64_t begin = tile % cut.row_tiles * cut.rows;
+    const int64_t end = begin + cut.rows < rows ? begin + cut.rows : rows;
+    const int64_t panels = (op.weight->blocks + cut.panel - 1) / cut.panel;
+    Ahead ahead = next / cut.row_tiles < panels ? panel_lines(op.weight, next / cut.row_tiles, cut.panel)
+                                                : panel_lines(op.next, next - panels * cut.row_tiles, cut.panel);
+    for (int64_t row = begin, group; row < end; row += group) {
+        group = even_step(end - row, kGroupRows);
+        weight_product(op, row, group, block, blocks, scratch.sums, ahead);
+        if (op.activation == Activation::none)
+            write_sums(op, row, group, block, blocks, scratch.sums);
+        else
+            write_gated(op, row, group, block, blocks, scratch.sums);
+    }
+}
+
+}  // namespace octavo::OCTAVO_ISA

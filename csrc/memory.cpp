@@ -1,0 +1,43 @@
+#include "memory.h"
+
+#include <sys/mman.h>
+
+#include <cstdint>
+#include <new>
+#include <utility>
+
+namespace octavo {
+
+namespace {
+constexpr size_t kHugePage = size_t{2} << 20;
+}
+
+Memory::Memory(size_t bytes) : size_(bytes) {
+    mapped_ = (bytes + kHugePage - 1) / kHugePage * kHugePage + kHugePage;  // one more, to align in
+    mapping_ = mmap(nullptr, mapped_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (mapping_ == MAP_FAILED) {
+        mapping_ = nullptr;
+        throw std::bad_alloc();
+    }
+    const auto address = (reinterpret_cast<uintptr_t>(mapping_) + kHugePage - 1) / kHugePage * kHugePage;
+    data_ = reinterpret_cast<std::byte*>(address);
+#ifdef MADV_HUGEPAGE
+    madvise(data_, mapped_ - kHugePage, MADV_HUGEPAGE);  // fewer TLB misses; a system without them says no, no matter
+#endif
+}
+
+Memory::Memory(Memory&& other) noexcept { *this = std::move(other); }
+
+Memory& Memory::operator=(Memory&& other) noexcept {
+    std::swap(mapping_, other.mapping_);
+    std::swap(mapped_, other.mapped_);
+    std::swap(data_, other.data_);
+    std::swap(size_, other.size_);
+    return *this;
+}
+
+Memory::~Memory() {
+    if (mapping_) munmap(mapping_, mapped_);
+}
+
+}  // namespace octavo

@@ -1,0 +1,42 @@
+// What is done to each row by itself: embed, norm, pick the rows that sample.
+#pragma once
+
+#include "simd.h"
+
+namespace octavo::OCTAVO_ISA {
+
+// The row of the packed weight that is the token's embedding: in its block, lane token % 16 of every pair.
+void embed(const Instruction& op, const Step& step, int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; r++) {
+        const int64_t token = step.tokens[r];
+        const bf16* from = op.weight->block(token / kBlock) + token % kBlock * 2;
+        float* to = op.out.f32(r);
+        for (int64_t p = 0; p < op.width / 2; p++) {
+            uint32_t pair;
+            std::memcpy(&pair, from + p * kBlock * 2, sizeof pair);
+            const uint32_t values[2] = {pair << 16, pair & 0xffff0000};
+            std::memcpy(to + 2 * p, values, sizeof values);
+        }
+    }
+}
+
+// RMS norm (Zhang and Sennrich, 2019): x / sqrt(mean(x^2) + eps) * weight.
+void norm(const Instruction& op, const Step& step, int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; r++) {
+        const float* x = op.x.f32(r);
+        F32 squares[2] = {};
+        for (int64_t i = 0; i < op.x.stride; i += 2 * kLanes)
+            for (int j = 0; j < 2; j++) squares[j] = fma(load(x + i + j * kLanes), load(x + i + j * kLanes), squares[j]);
+        const float mean = sum(squares[0] + squares[1]) / float(op.width);
+        const F32 scale = splat(1.0f / __builtin_sqrtf(mean + step.shape->norm_eps));
+        for (int64_t i = 0; i < op.x.stride; i += kLanes)
+            store_bf16(op.out.b16(r) + i, load(x + i) * scale * load(op.vector + i));
+    }
+}
+
+void sampled_rows(const Instruction& op, const Step& step, int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; r++)
+        std::memcpy(op.out.f32(r), op.x.f32(step.sample_rows[r]), op.x.stride * sizeof(float));
+}
+
+}  // namespace octavo::OCTAVO_ISA

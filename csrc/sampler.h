@@ -1,0 +1,92 @@
+// Sampling: from one row of raw logits to the next token. What is computed is the contract of SamplingBatch in
+// src/octavo/backends/base.py; how is told in sampler.cpp.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <vector>
+
+namespace octavo {
+
+// How to sample one row; the fields are those of SamplingBatch.
+struct SamplingRow {
+    float temperature;
+    int32_t top_k;
+    float top_p;
+    float min_p;
+    uint64_t seed;
+    int64_t position;
+    int32_t num_logprobs;
+    float repetition;
+    float presence;
+    float frequency;
+    const int32_t* history;  // prompt, then output
+    int32_t history_length;
+    int32_t history_outputs;
+    const int32_t* bias_tokens;
+    const float* bias_values;
+    int32_t bias_length;
+};
+
+// The arrays of a SamplingBatch, as they come from Python.
+struct SamplingBatch {
+    int32_t rows;
+    const float* temperature;
+    const int32_t* top_k;
+    const float* top_p;
+    const float* min_p;
+    const uint64_t* seeds;
+    const int64_t* positions;
+    const int32_t* num_logprobs;
+    const float* repetition;
+    const float* presence;
+    const float* frequency;
+    const int32_t* history;
+    const int32_t* history_start;
+    const int32_t* history_outputs;
+    const int32_t* bias_tokens;
+    const float* bias_values;
+    const int32_t* bias_start;
+
+    SamplingRow row(int32_t r) const;
+    int32_t max_logprobs() const;  // K of StepResult; 0 or less: no row wants the likeliest tokens
+};
+
+// `token` is -1 if there is none to draw: a logit is NaN or +inf, or every token is banned. The engine then fails that
+// request; logprob is NaN, rank 0. `logprob` is NaN and `rank` 0 too where num_logprobs is -1.
+struct SampledToken {
+    int32_t token;
+    float logprob;
+    int32_t rank;
+};
+
+// A thread's working memory, made once for the vocabulary: about 16 bytes per token of it.
+class SamplerScratch {
+public:
+    explicit SamplerScratch(int32_t vocab);
+
+private:
+    friend class RowSampler;
+    struct Change {
+        int32_t token;
+        float logit;  // before it
+    };
+    std::vector<float> values;
+    std::vector<float> weights;
+    std::vector<int32_t> tokens;
+    std::vector<int32_t> seen;
+    std::vector<float> lane_maxima;
+    std::vector<double> chunk_sums;
+    std::vector<Change> changes;
+};
+
+// Samples one row. `logits` [vocab] are the raw ones and are overwritten. `top_tokens` and `top_logprobs` take `top`
+// entries, likeliest first: row.num_logprobs of them, then -1 and NaN; both may be null if `top` is 0.
+// Rows may be sampled by any thread in any order: the result depends on the arguments alone.
+SampledToken sample_row(float* logits, int32_t vocab, const SamplingRow& row, SamplerScratch& scratch,
+                        int32_t* top_tokens, float* top_logprobs, int32_t top);
+
+// Philox4x32-10 (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", 2011).
+std::array<uint32_t, 4> philox4x32(std::array<uint32_t, 4> counter, std::array<uint32_t, 2> key);
+
+}  // namespace octavo

@@ -1,0 +1,124 @@
+// A vector of floats as wide as the instruction set's registers, and the few operations that the kernels need of it.
+// The including file defines OCTAVO_ISA (the namespace) and OCTAVO_AVX512 or OCTAVO_AVX2, or neither.
+//
+// Arithmetic is elementwise and compiled with -ffp-contract=off: a lane's result depends on nothing but its operands.
+#pragma once
+
+#if defined(OCTAVO_AVX512) || defined(OCTAVO_AVX2)
+#include <immintrin.h>
+#endif
+
+#include <cstdint>
+#include <cstring>
+
+#include "kernels.h"
+
+#define OCTAVO_INLINE inline __attribute__((always_inline))
+
+namespace octavo::OCTAVO_ISA {
+
+#ifdef OCTAVO_AVX512
+constexpr int kLanes = 16;
+#else
+constexpr int kLanes = 8;
+#endif
+constexpr int kVectors = kBlock / kLanes;  // in a block of 16 columns
+
+typedef float F32 __attribute__((vector_size(kLanes * 4)));
+typedef int32_t I32 __attribute__((vector_size(kLanes * 4)));
+typedef uint32_t U32 __attribute__((vector_size(kLanes * 4)));
+typedef uint16_t U16 __attribute__((vector_size(kLanes * 2)));
+
+template <typename V, typename T>
+OCTAVO_INLINE V load_as(const T* from) {
+    V v;
+    std::memcpy(&v, from, sizeof v);
+    return v;
+}
+
+OCTAVO_INLINE F32 load(const float* from) { return load_as<F32>(from); }
+OCTAVO_INLINE void store(float* to, F32 v) { std::memcpy(to, &v, sizeof v); }
+OCTAVO_INLINE F32 splat(float x) { return x - F32{}; }
+OCTAVO_INLINE F32 zero() { return F32{}; }
+OCTAVO_INLINE F32 select(I32 mask, F32 yes, F32 no) { return mask ? yes : no; }
+OCTAVO_INLINE F32 max(F32 a, F32 b) { return a > b ? a : b; }
+
+OCTAVO_INLINE F32 fma(F32 a, F32 b, F32 c) {
+#if defined(OCTAVO_AVX512)
+    return (F32)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(OCTAVO_AVX2)
+    return (F32)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+    return a * b + c;
+#endif
+}
+
+// The sum of the lanes, always added in the same order.
+OCTAVO_INLINE float sum(F32 v) {
+    float lane[kLanes];
+    store(lane, v);
+    for (int width = kLanes / 2; width; width /= 2)
+        for (int i = 0; i < width; i++) lane[i] += lane[i + width];
+    return lane[0];
+}
+
+OCTAVO_INLINE float maximum(F32 v) {
+    float lane[kLanes];
+    store(lane, v);
+    for (int width = kLanes / 2; width; width /= 2)
+        for (int i = 0; i < width; i++) lane[i] = lane[i] > lane[i + width] ? lane[i] : lane[i + width];
+    return lane[0];
+}
+
+// To bf16, to nearest, ties to even.
+OCTAVO_INLINE void store_bf16(bf16* to, F32 v) {
+#ifdef OCTAVO_AVX512
+    const auto half = _mm512_cvtneps_pbh((__m512)v);
+    std::memcpy(to, &half, sizeof half);
+#else
+    const U32 bits = (U32)v;
+    const U32 rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    const U32 is_nan = (U32)(v != v);
+    const U16 half = __builtin_convertvector((is_nan & 0x7fc0) | (~is_nan & rounded), U16);
+    std::memcpy(to, &half, sizeof half);
+#endif
+}
+
+OCTAVO_INLINE F32 load_bf16(const bf16* from) {
+    return (F32)(__builtin_convertvector(load_as<U16>(from), U32) << 16);
+}
+
+// sum + a.even b.even + a.odd b.odd, where each lane of `a` and `b` is a pair of bf16, the even one in its low half.
+OCTAVO_INLINE F32 dot2(F32 sum, U32 a, U32 b) {
+#ifdef OCTAVO_AVX512
+    return (F32)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+#else
+    sum = fma((F32)(a << 16), (F32)(b << 16), sum);
+    return fma((F32)(a & 0xffff0000), (F32)(b & 0xffff0000), sum);
+#endif
+}
+
+OCTAVO_INLINE U32 splat_pair(const bf16* from) {
+    uint32_t pair;
+    std::memcpy(&pair, from, sizeof pair);
+    return pair - U32{};
+}
+
+// 2^x, to 2e-7; exactly 1 at 0; 2^-126 for anything below, 2^127 times something for anything above.
+OCTAVO_INLINE F32 exp2(F32 x) {
+    const F32 magic = splat(12582912.0f);  // 1.5 x 2^23: adding it rounds to an integer, held in the low bits
+    x = max(x, splat(-126.0f));            // (an x that is NaN becomes -126 here; the caller keeps NaN, if it must)
+    x = x < splat(127.0f) ? x : splat(127.0f);
+    const F32 shifted = x + magic;
+    const F32 f = x - (shifted - magic);  // in [-0.5, 0.5]
+    F32 p = splat(0.00015345810970757157f);
+    p = fma(p, f, splat(0.0013399930903688073f));
+    p = fma(p, f, splat(0.009618489071726799f));
+    p = fma(p, f, splat(0.05550328642129898f));
+    p = fma(p, f, splat(0.24022646248340607f));
+    p = fma(p, f, splat(0.6931471824645996f));
+    p = fma(p, f, splat(1.0f));
+    return (F32)((I32)p + ((I32)shifted << 23));
+}
+
+}  // namespace octavo::OCTAVO_ISA

@@ -1,0 +1,51 @@
+"""Octavo: high-throughput LLM serving. Same request, same tokens, every time.
+
+from octavo import LLM, SamplingParams
+llm = LLM("smollm2")
+print(llm.generate("The capital of France is", SamplingParams(temperature=0))[0].text)
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from .version import __version__
+
+if TYPE_CHECKING:
+    from .async_llm import AsyncLLM
+    from .config import EngineConfig
+    from .llm import LLM
+    from .outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
+    from .params import SamplingParams
+
+_HOME = {
+    "LLM": "llm",
+    "AsyncLLM": "async_llm",
+    "EngineConfig": "config",
+    "SamplingParams": "params",
+    "RequestOutput": "outputs",
+    "CompletionOutput": "outputs",
+    "RequestMetrics": "outputs",
+    "Logprob": "outputs",
+}
+
+__all__ = [
+    "LLM",
+    "AsyncLLM",
+    "CompletionOutput",
+    "EngineConfig",
+    "Logprob",
+    "RequestMetrics",
+    "RequestOutput",
+    "SamplingParams",
+    "__version__",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use, so that `import octavo` costs nothing."""
+    from importlib import import_module
+
+    if name not in _HOME:
+        raise AttributeError(f"module 'octavo' has no attribute {name!r}")
+    value = getattr(import_module(f".{_HOME[name]}", __name__), name)
+    globals()[name] = value
+    return value

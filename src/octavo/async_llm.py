@@ -1,0 +1,123 @@
+"""AsyncLLM: generate text from asyncio, with the engine in a process of its own."""
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+from .config import EngineConfig
+from .engine.messages import EngineInfo, EngineStats
+from .frontend.live import LiveRequest
+from .frontend.prompts import Prompt, pair
+from .frontend.remote_engine import RemoteEngine
+from .outputs import RequestOutput
+from .params import SamplingParams
+from .text import Tokenizer
+from .weights import resolve
+
+
+class AsyncLLM:
+    """A model served by an engine process that loads from the constructor on. Keywords are the fields of EngineConfig.
+
+        async with AsyncLLM("smollm2") as llm:
+            async for increment in llm.generate("Once upon", SamplingParams(max_tokens=64)):
+                print(increment.text, end="")
+
+    For one event loop. If the engine crashes, every request goes on where it was.
+    """
+
+    info: EngineInfo  # from `start` on
+
+    def __init__(self, model: str = "smollm2", **settings: Any):
+        self._set_up(EngineConfig.from_keywords(model=model, **settings))
+
+    @classmethod
+    def from_config(cls, config: EngineConfig) -> "AsyncLLM":
+        llm = cls.__new__(cls)
+        llm._set_up(config)
+        return llm
+
+    def _set_up(self, config: EngineConfig) -> None:
+        self.config = config
+        path = resolve(config.model, config.revision)
+        self._engine = RemoteEngine(config, path)
+        try:
+            self.tokenizer = Tokenizer.load(path)
+        except BaseException:
+            self._engine.end_process()
+            raise
+
+    async def start(self) -> None:
+        """Wait until the engine is ready. Raises what loading raised."""
+        self.info = await self._engine.start(self.tokenizer)
+
+    async def generate(
+        self, prompt: Prompt, params: SamplingParams | None = None, request_id: str | None = None
+    ) -> AsyncIterator[RequestOutput]:
+        """Increments as they come: of each, `outputs` has what is new. To stop iterating is to abort the request.
+
+        Raises InvalidRequest or PromptTooLong before the first one, EngineDead at any time.
+        """
+        increments: asyncio.Queue[RequestOutput | Exception] = asyncio.Queue()
+        live = self._engine.submit(
+            prompt, params or SamplingParams(), lambda _, increment: increments.put_nowait(increment), request_id
+        )
+        try:
+            while True:
+                increment = await increments.get()
+                if isinstance(increment, Exception):
+                    raise increment
+                yield increment
+                if increment.finished:
+                    return
+        finally:
+            self._engine.abort([live.id])
+
+    async def agenerate(
+        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> list[RequestOutput]:
+        """Complete prompts, given as text or as token ids: one whole RequestOutput each, in order."""
+        done: asyncio.Queue[Exception | None] = asyncio.Queue()
+
+        def sink(live: LiveRequest, output: RequestOutput | Exception) -> None:
+            if isinstance(output, Exception):
+                done.put_nowait(output)
+            elif output.finished:
+                done.put_nowait(None)
+
+        lives: list[LiveRequest] = []
+        try:
+            for prompt, one in pair(prompts, params):
+                lives.append(self._engine.submit(prompt, one, sink))
+            for _ in lives:
+                if (error := await done.get()) is not None:
+                    raise error
+        except BaseException:
+            self._engine.abort([live.id for live in lives])
+            raise
+        return [live.whole() for live in lives]
+
+    async def abort(self, request_id: str) -> None:
+        """End a request: its iterator gets a last increment with finish_reason "abort"."""
+        self._engine.abort([request_id], say_so=True)
+
+    async def stats(self) -> EngineStats:
+        return await self._engine.stats()
+
+    @property
+    def is_alive(self) -> bool:
+        return not self._engine.dead.is_set()
+
+    async def wait_dead(self) -> None:
+        """Returns when the engine is dead and could not be brought back."""
+        await self._engine.dead.wait()
+
+    async def close(self) -> None:
+        """End the engine process. Live requests get EngineDead."""
+        await self._engine.close()
+
+    async def __aenter__(self) -> "AsyncLLM":
+        await self.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()

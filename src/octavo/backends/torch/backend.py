@@ -1,0 +1,93 @@
+"""The torch backend: describe() run eagerly in plain PyTorch on CPU or CUDA. What other backends are compared with."""
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+
+from octavo.backends.base import Progress, StepBatch, StepResult
+from octavo.errors import ConfigError, OutOfMemory
+from octavo.model.decoder import describe
+from octavo.model.spec import DecoderSpec
+from octavo.weights.tensor import Parameter
+
+from .ops import KvPool, TorchOps
+from .sampling import sample
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class TorchBackend:
+    """A Backend (see backends.base). Results may differ in the last bits with the batch: it is an oracle, not a server."""
+
+    def __init__(self, spec: DecoderSpec, weights: dict[str, torch.Tensor], dtype: torch.dtype, page_size: int):
+        self.spec, self.page_size = spec, page_size
+        self._weights, self._dtype = weights, dtype
+        self._page_shape = (spec.num_layers, page_size, spec.num_kv_heads, spec.head_dim)
+        self.page_bytes = 2 * int(np.prod(self._page_shape)) * dtype.itemsize
+        self._pool: KvPool | None = None
+
+    def allocate_kv(self, num_pages: int) -> None:
+        device = self._weights["embed"].device
+        if num_pages * self.page_bytes > (free := _free_bytes(device)):
+            raise OutOfMemory(
+                f"{num_pages} KV pages need {num_pages * self.page_bytes / 2**30:.1f} GiB and {device} has "
+                f"{free / 2**30:.1f} GiB free: at most {free // self.page_bytes} pages fit; lower kv_cache_memory"
+            )
+        shape = (num_pages, *self._page_shape)
+        keys, values = (torch.zeros(shape, dtype=self._dtype, device=device) for _ in range(2))
+        self._pool = KvPool(keys, values)
+
+    def step(self, batch: StepBatch) -> StepResult:
+        return sample(self.logits(batch), batch.sampling)
+
+    @torch.inference_mode()
+    def logits(self, batch: StepBatch) -> np.ndarray:
+        assert self._pool is not None, "allocate_kv comes first"
+        ops = TorchOps(self.spec, self._weights, self._dtype, self._pool, batch)
+        logits: np.ndarray = describe(self.spec, ops).cpu().numpy()
+        return logits
+
+    def close(self) -> None:
+        self._weights, self._pool = {}, None
+
+
+def load(
+    spec: DecoderSpec,
+    parameters: Mapping[str, Parameter],
+    *,
+    page_size: int,
+    max_batch_tokens: int,
+    max_batch_size: int,
+    max_model_len: int,
+    threads: int,
+    dtype: str,
+    device: str,
+    progress: Progress,
+) -> TorchBackend:
+    """A BackendFactory. `dtype` auto: bfloat16; `device` auto: cpu. Raises ConfigError or OutOfMemory."""
+    if "cuda" in device and not torch.cuda.is_available():
+        raise ConfigError(f"device {device} is not available to PyTorch; use device cpu, or install PyTorch for CUDA")
+    torch.set_num_threads(threads)
+    torch_device = torch.device("cpu" if device == "auto" else device)
+    torch_dtype = _DTYPES["bfloat16" if dtype == "auto" else dtype]
+    total = sum(part.data.nbytes for parameter in parameters.values() for part in parameter.parts)
+    done, weights = 0, {}
+    for name, parameter in parameters.items():
+        stacked = np.concatenate([part.float32() for part in parameter.parts])
+        try:
+            weights[name] = torch.from_numpy(stacked).to(torch_dtype).to(torch_device)
+        except (torch.OutOfMemoryError, MemoryError):
+            raise OutOfMemory(f"the weights do not fit in the memory of {torch_device}; use a smaller model") from None
+        for part in parameter.parts:
+            part.release()
+            done += part.data.nbytes
+        progress(done, total)
+    return TorchBackend(spec, weights, torch_dtype, page_size)
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    with open("/proc/meminfo") as lines:  # Linux's estimate of what can be had without swapping
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))

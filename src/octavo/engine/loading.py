@@ -1,0 +1,93 @@
+"""From an EngineConfig to an engine that is ready to step."""
+
+import importlib.util
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from octavo.backends.base import BackendFactory, Progress
+from octavo.config import DTYPES, EngineConfig, parse_size
+from octavo.errors import ConfigError, OutOfMemory
+from octavo.model import describe_model
+from octavo.weights import open_checkpoint
+
+from .engine import Engine
+
+if TYPE_CHECKING:
+    from octavo.model.spec import DecoderSpec
+
+
+def load_engine(config: EngineConfig, path: Path, progress: Progress | None = None) -> Engine:
+    """Open the checkpoint at `path`, compile the model on its backend, allocate the KV pool.
+
+    Raises DamagedWeights, UnsupportedModel, ConfigError, OutOfMemory.
+    """
+    checkpoint = open_checkpoint(path)
+    spec, parameters = describe_model(checkpoint.config, checkpoint.tensors)
+    if config.max_model_len and config.max_model_len > spec.max_positions:
+        raise ConfigError(f"max_model_len is {config.max_model_len}, but the model ends at {spec.max_positions} tokens")
+    max_model_len = config.max_model_len or spec.max_positions
+    backend = _backend_factory(config)(
+        spec,
+        parameters,
+        page_size=config.kv_cache_page_size,
+        max_batch_tokens=config.max_batch_tokens,
+        max_batch_size=config.max_batch_size,
+        max_model_len=max_model_len,
+        threads=config.num_threads,
+        dtype=DTYPES[config.dtype],
+        device=config.device,
+        progress=progress or _silent,
+    )
+    num_pages = _num_pages(config, spec, backend.page_bytes, max_model_len)
+    backend.allocate_kv(num_pages)
+    return Engine(
+        backend,
+        num_pages=num_pages,
+        max_model_len=max_model_len,
+        max_batch_size=config.max_batch_size,
+        max_batch_tokens=config.max_batch_tokens,
+        prefix_caching=config.enable_prefix_caching,
+    )
+
+
+def _backend_factory(config: EngineConfig) -> BackendFactory:
+    if config.backend == "torch":
+        if importlib.util.find_spec("torch") is None:
+            raise ConfigError("the torch backend needs PyTorch: pip install 'octavo[torch]'")
+        from octavo.backends.torch import load as load_torch
+
+        return load_torch
+    from octavo.backends.cpu import load as load_cpu
+
+    return load_cpu
+
+
+def _num_pages(config: EngineConfig, spec: "DecoderSpec", page_bytes: int, max_model_len: int) -> int:
+    """Pages of the KV pool: as asked for, else for a full batch of long sequences, within half the free memory."""
+    page_size = config.kv_cache_page_size
+    pages_per_sequence = -(-max_model_len // page_size)
+    if config.kv_cache_memory is None:
+        num_pages = min(config.max_batch_size * pages_per_sequence, available_memory() // 2 // page_bytes)
+    else:
+        num_pages = parse_size(config.kv_cache_memory, "kv_cache_memory") // page_bytes
+    needed = pages_per_sequence if config.max_model_len else 1  # an explicit length is a promise
+    if num_pages < needed:
+        raise OutOfMemory(
+            f"the KV cache has room for {num_pages * page_size} tokens, less than {needed * page_size}: "
+            f"set kv_cache_memory to at least {needed * page_bytes / 2**20:.0f}MiB, or a smaller max_model_len"
+        )
+    return num_pages
+
+
+def available_memory() -> int:
+    """Bytes that can be had without swapping."""
+    try:
+        with Path("/proc/meminfo").open() as lines:
+            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _silent(done: int, total: int) -> None:
+    pass

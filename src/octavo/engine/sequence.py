@@ -1,0 +1,37 @@
+"""One sequence that the engine is working on."""
+
+from array import array
+from dataclasses import dataclass, field
+
+from octavo.kv import SequencePages
+
+from .messages import EngineRequest
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """A request with its state. `tokens`: prompt and output; K and V of the first `num_computed` are in its pages."""
+
+    request: EngineRequest
+    order: int  # of arrival, from 0
+    stop_tokens: frozenset[int]  # tokens that end it: end-of-sequence and stop_token_ids
+    tokens: "array[int]"
+    num_prompt: int
+    max_tokens: int  # of prompt and output
+    num_computed: int = 0
+    cached_tokens: int = 0  # of num_computed, found in the prefix cache when it was first admitted
+    held: SequencePages = field(default_factory=SequencePages)
+    slot: int = -1  # row of the batch columns while it runs
+    aborted: bool = False
+
+    @property
+    def id(self) -> str:
+        return self.request.id
+
+    @property
+    def num_outputs(self) -> int:
+        return len(self.tokens) - self.num_prompt
+
+    @property
+    def num_uncomputed(self) -> int:
+        return len(self.tokens) - self.num_computed

@@ -1,0 +1,44 @@
+"""Progress bars on a terminal; silence elsewhere."""
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+
+
+@contextlib.contextmanager
+def loading_bar() -> Iterator[Callable[[int, int], None]]:
+    """A `Progress` for the loading of weights. The bar appears with the first report of work."""
+    if not sys.stderr.isatty():
+        yield lambda done, total: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+    columns = (TextColumn("loading weights"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("load", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+@contextlib.contextmanager
+def generation_bar(num_requests: int, enabled: bool) -> Iterator[Callable[[int], None]]:
+    """To be told of each finished request's output tokens: counts requests, and tokens per second."""
+    if not enabled or not sys.stderr.isatty():
+        yield lambda tokens: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    speed = TextColumn("{task.fields[speed]} tokens/s")
+    columns = (TextColumn("generating"), BarColumn(), MofNCompleteColumn(), speed, TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("generate", total=num_requests, speed="-")
+        tokens = 0
+
+        def advance(new: int) -> None:
+            nonlocal tokens
+            tokens += new
+            elapsed = bar.tasks[0].elapsed
+            bar.update(task, advance=1, speed=f"{tokens / elapsed:.0f}" if elapsed else "-")
+
+        yield advance

@@ -1,0 +1,69 @@
+"""The pool of KV pages: who holds which page, and which unheld pages still have content worth keeping.
+
+A page is in one of three states: free (no content), held (by one or more sequences), or cached (held by nobody, its
+content known by a key, first to be forgotten when it was used least recently). Every operation is O(1).
+"""
+
+from collections import deque
+
+
+class PagePool:
+    """Pages 0 .. num_pages - 1. Pure bookkeeping: the memory is the backend's."""
+
+    def __init__(self, num_pages: int):
+        self.num_pages = num_pages
+        self._holders = [0] * num_pages
+        self._key: list[bytes | None] = [None] * num_pages
+        self._free = deque(range(num_pages))
+        self._cached: dict[int, None] = {}  # insertion order is order of last use
+        self._page_of: dict[bytes, int] = {}
+
+    @property
+    def num_available(self) -> int:
+        """Pages that `take` can give: the free and the cached ones."""
+        return len(self._free) + len(self._cached)
+
+    @property
+    def num_cached(self) -> int:
+        return len(self._cached)
+
+    def take(self) -> int:
+        """A page of one's own, content undefined; if none is free, a cached one. Needs num_available > 0."""
+        if self._free:
+            page = self._free.popleft()
+        else:
+            page = next(iter(self._cached))
+            del self._cached[page]
+            self._forget(page)
+        self._holders[page] = 1
+        return page
+
+    def find(self, key: bytes) -> int | None:
+        """The page with that content, held or cached."""
+        return self._page_of.get(key)
+
+    def hold(self, page: int) -> None:
+        """One more holder of a page that `find` gave."""
+        self._cached.pop(page, None)
+        self._holders[page] += 1
+
+    def publish(self, page: int, key: bytes) -> None:
+        """The held page is full and its content is what `key` says. The first page of a content is the one found."""
+        if key not in self._page_of:
+            self._page_of[key] = page
+            self._key[page] = key
+
+    def release(self, page: int) -> None:
+        """One holder less. Without holders a published page is cached, any other is free."""
+        self._holders[page] -= 1
+        if self._holders[page] == 0:
+            if self._key[page] is None:
+                self._free.append(page)
+            else:
+                self._cached[page] = None
+
+    def _forget(self, page: int) -> None:
+        key = self._key[page]
+        assert key is not None
+        del self._page_of[key]
+        self._key[page] = None

@@ -1,0 +1,141 @@
+"""LLM: generate text from Python, with the engine in this process."""
+
+import asyncio
+import weakref
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any, cast
+
+from .config import EngineConfig
+from .engine.loading import load_engine
+from .engine.messages import EngineStats
+from .frontend.live import LiveRequest
+from .frontend.local_engine import LocalEngine
+from .frontend.progress import generation_bar, loading_bar
+from .frontend.prompts import Prompt, pair
+from .outputs import RequestOutput
+from .params import SamplingParams
+from .text import Tokenizer
+from .weights import resolve
+
+Message = dict[str, Any]
+
+
+class LLM:
+    """A model, ready to generate. Keywords are the fields of EngineConfig.
+
+    Any number of threads and asyncio tasks may call it at the same time; their requests share batches. Same request,
+    same tokens: whatever else runs. Raises OctavoError subclasses from errors.py.
+    """
+
+    def __init__(self, model: str = "smollm2", **settings: Any):
+        self.config = EngineConfig.from_keywords(model=model, **settings)
+        path: Path = resolve(self.config.model, self.config.revision)
+        self.tokenizer = Tokenizer.load(path)
+        with loading_bar() as progress:
+            engine = load_engine(self.config, path, progress)
+        self._engine = LocalEngine(engine, self.tokenizer)
+        self._finalizer = weakref.finalize(self, self._engine.close)
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Complete prompts, given as text or as token ids: one RequestOutput each, in order.
+
+        sampling_params: for all prompts, or one each; default SamplingParams(). use_tqdm: a progress bar on a terminal.
+        """
+        requests = pair(prompts, sampling_params)
+        done: SimpleQueue[LiveRequest | Exception] = SimpleQueue()
+
+        def sink(live: LiveRequest, output: RequestOutput | Exception) -> None:
+            if isinstance(output, Exception):
+                done.put(output)
+            elif output.finished:
+                done.put(live)
+
+        lives = self._engine.submit(requests, sink)
+        try:
+            with generation_bar(len(lives), enabled=use_tqdm) as advance:
+                for _ in lives:
+                    live = done.get()
+                    if isinstance(live, Exception):
+                        raise live
+                    advance(live.num_tokens)
+        except BaseException:
+            self._engine.abort([live.id for live in lives])
+            raise
+        return [live.whole() for live in lives]
+
+    def chat(
+        self,
+        messages: list[Message] | Sequence[list[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Answer one conversation, or each of several: lists of {"role": ..., "content": ...}."""
+        several = bool(messages) and isinstance(messages[0], list)
+        conversations = cast("list[list[Message]]", messages if several else [messages])
+        return self.generate([self.chat_tokens(one) for one in conversations], sampling_params, use_tqdm)
+
+    def chat_tokens(self, messages: list[Message]) -> list[int]:
+        """The prompt that a conversation becomes."""
+        return self.tokenizer.encode(self.tokenizer.chat(messages), add_special_tokens=False)
+
+    async def agenerate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[RequestOutput]:
+        """`generate` for asyncio: other tasks run meanwhile, and their prompts join the batch."""
+        requests = pair(prompts, sampling_params)
+        loop = asyncio.get_running_loop()
+        done: asyncio.Queue[LiveRequest | Exception] = asyncio.Queue()
+
+        def sink(live: LiveRequest, output: RequestOutput | Exception) -> None:
+            if isinstance(output, Exception):
+                loop.call_soon_threadsafe(done.put_nowait, output)
+            elif output.finished:
+                loop.call_soon_threadsafe(done.put_nowait, live)
+
+        lives = self._engine.submit(requests, sink)
+        try:
+            for _ in lives:
+                live = await done.get()
+                if isinstance(live, Exception):
+                    raise live
+        except BaseException:
+            self._engine.abort([live.id for live in lives])
+            raise
+        return [live.whole() for live in lives]
+
+    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
+        """Increments of one request as they come; to stop iterating is to abort it."""
+        increments: SimpleQueue[RequestOutput | Exception] = SimpleQueue()
+        lives = self._engine.submit([(prompt, sampling_params or SamplingParams())], lambda _, new: increments.put(new))
+        try:
+            while True:
+                increment = increments.get()
+                if isinstance(increment, Exception):
+                    raise increment
+                yield increment
+                if increment.finished:
+                    return
+        finally:
+            self._engine.abort([live.id for live in lives])
+
+    def stats(self) -> EngineStats:
+        return self._engine.stats()
+
+    def shutdown(self) -> None:
+        """Free threads and memory now, not when the object is collected. Live requests get EngineDead."""
+        self._finalizer()
+
+    def __enter__(self) -> "LLM":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.shutdown()

@@ -1,0 +1,52 @@
+"""The routes."""
+
+import time
+
+from fastapi import FastAPI, Request
+from starlette.responses import Response
+
+from octavo.async_llm import AsyncLLM
+from octavo.version import __version__
+
+from . import errors
+from .chat import chat_completions
+from .completions import completions
+from .generation import check_model
+from .replies import Json, ModelCard, ModelList
+
+
+def create_app(llm: AsyncLLM) -> FastAPI:
+    """The API of `llm`, which has been started.
+
+    Bodies are read and replies encoded by us, not by FastAPI: see body.py and replies.py for why.
+    """
+    app = FastAPI(title="Octavo", version=__version__, openapi_url=None)
+    errors.install(app)
+    card = ModelCard(llm.config.model_name, int(time.time()), llm.info.max_model_len)
+
+    @app.post("/v1/completions")
+    async def post_completions(request: Request) -> Response:
+        return await completions(llm, request)
+
+    @app.post("/v1/chat/completions")
+    async def post_chat_completions(request: Request) -> Response:
+        return await chat_completions(llm, request)
+
+    @app.get("/v1/models")
+    async def get_models() -> Response:
+        return Json(ModelList([card]))
+
+    @app.get("/v1/models/{name:path}")  # names of hub models have a slash
+    async def get_model(name: str) -> Response:
+        check_model(llm, name)
+        return Json(card)
+
+    @app.get("/health")
+    async def get_health() -> Response:
+        return Response(status_code=200 if llm.is_alive else 503)
+
+    @app.get("/version")
+    async def get_version() -> Response:
+        return Json({"version": __version__})
+
+    return app

@@ -1,0 +1,127 @@
+"""POST /v1/chat/completions."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing
+
+import msgspec
+from fastapi import Request
+from starlette.responses import Response
+
+from octavo.async_llm import AsyncLLM
+from octavo.outputs import CompletionOutput, Logprob
+from octavo.text import Tokenizer
+
+from . import replies
+from .body import read_json
+from .connection import DONE, EventStream, event, reply_while_connected
+from .generation import Generation, Tally, check_model, new_id
+from .protocol import ChatRequest
+
+LONG_TEXT = 20_000  # characters: about 5 ms of tokenising, which releases the GIL
+
+
+async def chat_completions(llm: AsyncLLM, request: Request) -> Response:
+    """Raises ApiError, OctavoError."""
+    body = await read_json(request, ChatRequest)
+    check_model(llm, body.model)
+    params = body.sampling_params()
+    prompt = await _tokens(llm.tokenizer, llm.tokenizer.chat(body.conversation(), **body.template_variables()))
+    generation = Generation(llm, [prompt], params, new_id("chatcmpl"))
+    if body.stream:
+        return EventStream(_events(generation, body.include_usage))
+    return await reply_while_connected(request.receive, _whole(generation))
+
+
+async def _tokens(tokenizer: Tokenizer, text: str) -> list[int]:
+    if len(text) > LONG_TEXT:  # meanwhile the loop serves others
+        return await asyncio.to_thread(tokenizer.encode, text, add_special_tokens=False)
+    return tokenizer.encode(text, add_special_tokens=False)
+
+
+async def _whole(generation: Generation) -> Response:
+    [output] = await generation.whole()
+    tally = Tally()
+    tally.add(output)
+    tokenizer, top = generation.llm.tokenizer, generation.params.logprobs
+    choices = [
+        replies.ChatChoice(
+            index=completion.index,
+            message=replies.ChatMessage(completion.text),
+            logprobs=_logprobs(tokenizer, completion, top),
+            finish_reason=completion.finish_reason,
+            stop_reason=completion.stop_reason,
+        )
+        for completion in output.outputs
+    ]
+    return replies.Json(
+        replies.Chat(
+            generation.id,
+            generation.created,
+            generation.model,
+            generation.fingerprint,
+            choices,
+            tally.usage,
+            output.seed,
+        )
+    )
+
+
+async def _events(generation: Generation, include_usage: bool) -> AsyncGenerator[bytes, None]:
+    chunk = replies.ChatChunk(
+        id=generation.id,
+        created=generation.created,
+        model=generation.model,
+        system_fingerprint=generation.fingerprint,
+        choices=[],
+        usage=None if include_usage else msgspec.UNSET,
+    )
+    tokenizer, top = generation.llm.tokenizer, generation.params.logprobs
+    tally = Tally()
+    begun: set[int] = set()  # indices of choices
+    async with aclosing(generation.increments()) as increments:
+        async for _, output in increments:
+            tally.add(output)
+            chunk.seed = msgspec.UNSET if begun else output.seed
+            told = []
+            for completion in output.outputs:
+                for choice in _choices(completion, tokenizer, top, completion.index not in begun):
+                    chunk.choices = [choice]
+                    told.append(event(chunk))
+                begun.add(completion.index)
+            if told:
+                yield b"".join(told)
+    last = b""
+    if include_usage:
+        chunk.choices, chunk.usage = [], tally.usage
+        last = event(chunk)
+    yield last + DONE
+
+
+def _choices(
+    new: CompletionOutput, tokenizer: Tokenizer, top: int | None, first: bool
+) -> Iterator[replies.ChunkChoice]:
+    """An increment as OpenAI tells it: the role, new text and the end, each in a chunk of its own."""
+    if first:
+        yield replies.ChunkChoice(new.index, replies.Delta(role="assistant", content=""))
+    if new.text or new.logprobs:
+        yield replies.ChunkChoice(new.index, replies.Delta(content=new.text), _logprobs(tokenizer, new, top))
+    if new.finish_reason:
+        yield replies.ChunkChoice(
+            new.index, replies.Delta(), finish_reason=new.finish_reason, stop_reason=new.stop_reason
+        )
+
+
+def _logprobs(tokenizer: Tokenizer, new: CompletionOutput, top: int | None) -> replies.ChatLogprobs | None:
+    if new.logprobs is None:
+        return None
+
+    def spelled(token: int, entry: Logprob) -> tuple[str, float, list[int]]:
+        return entry.decoded_token, entry.logprob, list(tokenizer.token_bytes(token))
+
+    content = []
+    for token, entries in zip(new.token_ids, new.logprobs, strict=True):
+        likeliest = sorted(entries.items(), key=lambda item: item[1].rank)[:top]
+        best = [replies.TopLogprob(*spelled(*item)) for item in likeliest]
+        content.append(replies.TokenLogprob(*spelled(token, entries[token]), best))
+    return replies.ChatLogprobs(content)

@@ -1,0 +1,115 @@
+"""POST /v1/completions."""
+
+import itertools
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+
+import msgspec
+from fastapi import Request
+from starlette.responses import Response
+
+from octavo.async_llm import AsyncLLM
+from octavo.outputs import CompletionOutput, Logprob, RequestOutput
+
+from . import replies
+from .body import read_json
+from .connection import DONE, EventStream, event, reply_while_connected
+from .generation import Generation, Tally, check_model, new_id
+from .protocol import CompletionRequest
+
+
+async def completions(llm: AsyncLLM, request: Request) -> Response:
+    """Raises ApiError, OctavoError."""
+    body = await read_json(request, CompletionRequest)
+    check_model(llm, body.model)
+    generation = Generation(llm, body.prompt, body.sampling_params(), new_id("cmpl"))
+    if body.stream:
+        return EventStream(_events(generation, bool(body.echo), body.include_usage))
+    return await reply_while_connected(request.receive, _whole(generation, bool(body.echo)))
+
+
+async def _whole(generation: Generation, echo: bool) -> Response:
+    outputs = await generation.whole()
+    reply = _reply(generation)
+    tally = Tally()
+    for prompt, output in enumerate(outputs):
+        tally.add(output)
+        echoed = _prompt_text(generation, output) if echo else ""
+        reply.choices += [_choice(generation, prompt, new, echoed, len(echoed)) for new in output.outputs]
+    reply.usage = tally.usage
+    if len(outputs) == 1:
+        reply.seed = outputs[0].seed
+    return replies.Json(reply)
+
+
+async def _events(generation: Generation, echo: bool, include_usage: bool) -> AsyncGenerator[bytes, None]:
+    chunk = _reply(generation)
+    chunk.usage = None if include_usage else msgspec.UNSET
+    tally = Tally()
+    offsets: dict[tuple[int, int], int] = {}  # of the next token in the text of (prompt, completion)
+    async with aclosing(generation.increments()) as increments:
+        async for prompt, output in increments:
+            tally.add(output)
+            chunk.seed = output.seed if not offsets and len(generation.prompts) == 1 else msgspec.UNSET
+            told = []
+            for new in output.outputs:
+                key = (prompt, new.index)
+                echoed = _prompt_text(generation, output) if echo and key not in offsets else ""
+                offset = offsets.get(key, len(echoed))
+                offsets[key] = offset + sum(len(token) for token in _token_texts(new))
+                if echoed or new.text or new.logprobs or new.finish_reason:
+                    chunk.choices = [_choice(generation, prompt, new, echoed, offset)]
+                    told.append(event(chunk))
+            if told:
+                yield b"".join(told)
+    last = b""
+    if include_usage:
+        chunk.choices, chunk.usage = [], tally.usage
+        last = event(chunk)
+    yield last + DONE
+
+
+def _reply(generation: Generation) -> replies.Completion:
+    return replies.Completion(generation.id, generation.created, generation.model, generation.fingerprint, [])
+
+
+def _choice(
+    generation: Generation, prompt: int, new: CompletionOutput, echoed: str, offset: int
+) -> replies.CompletionChoice:
+    """OpenAI numbers the completions of all prompts through: those of the first prompt, those of the second, ..."""
+    return replies.CompletionChoice(
+        index=prompt * generation.params.n + new.index,
+        text=echoed + new.text,
+        logprobs=_logprobs(new, offset, bool(generation.params.logprobs)),
+        finish_reason=new.finish_reason,
+        stop_reason=new.stop_reason,
+    )
+
+
+def _logprobs(new: CompletionOutput, offset: int, with_top: bool) -> replies.CompletionLogprobs | None:
+    """`offset`: where in the text the first of the new tokens stands."""
+    if new.logprobs is None:
+        return None
+    tokens = _token_texts(new)
+    return replies.CompletionLogprobs(
+        tokens=tokens,
+        token_logprobs=[entries[token].logprob for token, entries in zip(new.token_ids, new.logprobs, strict=True)],
+        top_logprobs=[_by_text(entries) for entries in new.logprobs] if with_top else None,
+        text_offset=list(itertools.accumulate(map(len, tokens[:-1]), initial=offset)) if tokens else [],
+    )
+
+
+def _by_text(entries: dict[int, Logprob]) -> dict[str, float]:
+    """Tokens that read the same, such as parts of characters, share a key: the likeliest of them is told."""
+    return {entry.decoded_token: entry.logprob for entry in sorted(entries.values(), key=lambda entry: -entry.rank)}
+
+
+def _token_texts(new: CompletionOutput) -> list[str]:
+    entries = zip(new.token_ids, new.logprobs or [], strict=False)  # no logprobs: none asked for
+    return [of[token].decoded_token for token, of in entries]
+
+
+def _prompt_text(generation: Generation, output: RequestOutput) -> str:
+    if output.prompt is not None:
+        return output.prompt
+    return generation.llm.tokenizer.decode(output.prompt_token_ids, skip_special_tokens=False)

@@ -1,0 +1,113 @@
+"""Every failure as OpenAI's {"error": {"message", "type", "param", "code"}}, its message one line."""
+
+import difflib
+import logging
+from collections.abc import Mapping
+
+from fastapi import FastAPI, Request
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+from starlette.exceptions import HTTPException
+
+from octavo.errors import EngineDead, InvalidRequest, OctavoError, PromptTooLong
+
+from .replies import ErrorBody, ErrorReply, Json
+
+MAX_MESSAGE = 400  # characters: an error may quote what the client sent, and that may be megabytes
+
+MAX_DETAILS = 1000  # errors of a body that are looked at: pydantic takes microseconds for each, a body may hold millions
+
+log = logging.getLogger("octavo.server")
+
+
+class ApiError(Exception):
+    """A request refused with an HTTP status. `param` names the field at fault; `code` is for programs."""
+
+    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None):
+        super().__init__(message)
+        self.status = status
+        self.param = param
+        self.code = code
+
+
+class ServerStopping(ApiError):
+    """The server ends, and its patience for running requests with it."""
+
+    def __init__(self) -> None:
+        super().__init__(503, "the server is shutting down", code="server_stopping")
+
+
+def error_reply(error: Exception) -> tuple[int, ErrorReply]:
+    """HTTP status and body for any exception; one that nobody expected is told as 500, without details."""
+    match error:
+        case ApiError():
+            return error.status, _reply(error.status, str(error), error.param, error.code)
+        case PromptTooLong():
+            return 400, _reply(400, str(error), error.param, "context_length_exceeded")
+        case InvalidRequest():
+            return 400, _reply(400, str(error), error.param, None)
+        case EngineDead():
+            return 503, _reply(503, str(error), None, "engine_dead")
+        case HTTPException():
+            return error.status_code, _reply(error.status_code, error.detail, None, None)
+        case _:
+            return 500, _reply(500, "internal error: the server's log has the details", None, "internal_error")
+
+
+def expected(error: Exception) -> bool:
+    """Whether it was raised on purpose, for a client to read: any other is a bug, and belongs into the log."""
+    return isinstance(error, (ApiError, OctavoError, HTTPException))
+
+
+def invalid_body(error: ValidationError, model: type[BaseModel]) -> ApiError:
+    """The first thing wrong with a body, as one line with the field's path."""
+    if error.error_count() > MAX_DETAILS:
+        return ApiError(400, f"the body has {error.error_count()} unknown fields or wrong values", code="invalid_body")
+    first = error.errors(include_url=False, include_input=False)[0]
+    path = _path(first)
+    if first["type"] == "json_invalid":
+        return ApiError(400, f"the body is not valid JSON: {first['ctx']['error']}", code="invalid_json")
+    if first["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(str(first["loc"][-1]), model.model_fields, n=1) if len(first["loc"]) == 1 else []
+        hint = f"; did you mean {near[0]}?" if near else ""
+        return ApiError(400, f"unknown field {path[:100]}{hint}", path[:100], "unknown_field")
+    if first["type"] == "missing":
+        return ApiError(400, f"{path} is missing", path)
+    # pydantic's messages begin "Input should be ...": the path takes the place of "Input".
+    return ApiError(400, f"{path or 'the body'} {first['msg'].removeprefix('Input ')}", path or None)
+
+
+def install(app: FastAPI) -> None:
+    """Answer all errors of `app` in OpenAI's schema."""
+
+    async def answer(request: Request, error: Exception) -> Json:
+        status, body = error_reply(error)
+        if isinstance(error, HTTPException) and status in (404, 405):
+            body = _reply(status, f"{_reason(status)}: {request.method} {request.url.path}", None, None)
+        return Json(body, status, headers=_headers(error))
+
+    for kind in (ApiError, InvalidRequest, EngineDead, HTTPException, Exception):
+        app.add_exception_handler(kind, answer)
+
+
+def _reply(status: int, message: str, param: str | None, code: str | None) -> ErrorReply:
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    line = " ".join(message.split())
+    line = line if len(line) <= MAX_MESSAGE else line[: MAX_MESSAGE - 1] + "…"
+    return ErrorReply(ErrorBody(line, kind, param, code))
+
+
+def _headers(error: Exception) -> Mapping[str, str] | None:
+    return error.headers if isinstance(error, HTTPException) else None  # 405 says which methods are allowed
+
+
+def _reason(status: int) -> str:
+    return "no such route" if status == 404 else "method not allowed"
+
+
+def _path(error: ErrorDetails) -> str:
+    """messages[0].content, for ("messages", 0, "content")."""
+    path = ""
+    for part in error["loc"]:
+        path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else part
+    return path

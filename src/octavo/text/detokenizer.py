@@ -1,0 +1,27 @@
+"""Detokenizer: text from tokens as they come, never half a character."""
+
+import codecs
+
+from .tokenizer import Tokenizer
+
+
+class Detokenizer:
+    """The text of one output, token by token; special tokens read as nothing. O(1) a token.
+
+    All it returns, joined, is `tokenizer.decode` of all tokens, but for one thing: a SentencePiece vocabulary's space
+    before the first word stays, since an output goes on where its prompt ended.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, token: int) -> str:
+        """The new complete text: "" within a character of several tokens, and for a special token."""
+        if self._tokenizer.is_special(token):
+            return ""
+        return self._decoder.decode(self._tokenizer.token_bytes(token))
+
+    def flush(self) -> str:
+        """What is left at the end: U+FFFD for a character that was not completed, else ""."""
+        return self._decoder.decode(b"", final=True)

@@ -1,0 +1,218 @@
+"""Tokenizer: text to token ids and back, end tokens and the chat template, from a directory or a .gguf file."""
+
+import json
+import re
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import tokenizers
+
+from octavo.errors import DamagedWeights, InvalidRequest, ModelNotFound, UnsupportedModel
+from octavo.gguf_file import read_header
+
+from .gguf_vocabulary import tokenizer_from_metadata
+
+if TYPE_CHECKING:
+    from .chat_template import ChatTemplate
+
+# GGUF names one end token, sometimes two; these, where a vocabulary has them as control tokens, end a text as well.
+_END_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>")
+_SPECIAL_ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+
+# The printable characters that byte-level vocabularies spell bytes with (GPT-2's encoder.py, bytes_to_unicode).
+_PRINTABLE = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+_OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
+_BYTE_OF = {chr(byte): byte for byte in _PRINTABLE} | {chr(256 + n): byte for n, byte in enumerate(_OTHERS)}
+
+
+class Tokenizer:
+    """Text to token ids and back. Safe to use from several threads.
+
+    `eos_token_ids`: the tokens that end a text. `bos_token_id`: None if the model has none.
+    """
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        eos_token_ids: frozenset[int] = frozenset(),
+        bos_token_id: int | None = None,
+        template: str | None = None,
+        special_tokens: dict[str, str] | None = None,
+    ) -> None:
+        """`special_tokens`: what the chat template may name, such as bos_token. Raises UnsupportedModel."""
+        self.backend = backend
+        self.eos_token_ids = eos_token_ids
+        self.bos_token_id = bos_token_id
+        self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
+        self._template = template
+        self._special_tokens = special_tokens or {}
+        self._special_ids = frozenset(i for i, token in backend.get_added_tokens_decoder().items() if token.special)
+        self._bytes: dict[int, bytes] = {}
+        self._byte_level, self._strip_first_space = _decoding(backend)
+
+    @classmethod
+    def load(cls, path: Path) -> "Tokenizer":
+        """From a directory with tokenizer.json, or from a .gguf file.
+
+        Raises ModelNotFound, DamagedWeights or UnsupportedModel.
+        """
+        return _from_directory(path) if path.is_dir() else _from_gguf(path)
+
+    @property
+    def has_chat_template(self) -> bool:
+        return self._template is not None
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of `text`. Special tokens spelled out in it count as such.
+
+        add_special_tokens: put BOS before it (EOS after it) if the model wants that; not for what `chat` returns,
+        whose template has seen to it. Raises InvalidRequest for text that is not Unicode (lone surrogates).
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InvalidRequest(f"text is not valid Unicode: a lone surrogate at character {error.start}") from None
+        return list(self.backend.encode(text, add_special_tokens=add_special_tokens).ids)
+
+    def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
+        """The text of `ids`; bytes that are no UTF-8 come out as U+FFFD, ids outside the vocabulary as nothing."""
+        skipped = self._special_ids if skip_special_tokens else frozenset[int]()
+        text = b"".join(self.token_bytes(i) for i in ids if i not in skipped).decode("utf-8", "replace")
+        return text.removeprefix(" ") if self._strip_first_space else text
+
+    def token_text(self, token: int) -> str:
+        """One token as it reads on its own, special or not; part of a character reads U+FFFD."""
+        return self.token_bytes(token).decode("utf-8", "replace")
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes that `token` adds to a text."""
+        known = self._bytes.get(token)
+        if known is None:
+            known = self._bytes[token] = self._spell(token)
+        return known
+
+    def is_special(self, token: int) -> bool:
+        return token in self._special_ids
+
+    def chat(self, messages: list[dict[str, Any]], **template_kwargs: Any) -> str:
+        """`messages` as one prompt, ready for the assistant's answer. Encode it with add_special_tokens=False.
+
+        template_kwargs: what else the model's template knows, such as `tools`; add_generation_prompt is True unless
+        given. Raises InvalidRequest if there is no template or it refuses the messages.
+        """
+        if self._chat_template is None:
+            raise InvalidRequest("this model has no chat template: send a plain prompt instead", "messages")
+        return self._chat_template.render(messages, **(self._special_tokens | template_kwargs))
+
+    @cached_property
+    def _chat_template(self) -> "ChatTemplate | None":
+        from .chat_template import ChatTemplate  # jinja2: not for those who only complete
+
+        return None if self._template is None else ChatTemplate(self._template)
+
+    def _spell(self, token: int) -> bytes:
+        piece = self.backend.id_to_token(token) if token >= 0 else None
+        if piece is None:
+            return b""
+        if self._byte_level:
+            # Added tokens are mostly spelled in plain text, which byte-level decoding leaves alone.
+            values = [_BYTE_OF.get(character) for character in piece]
+            return piece.encode() if None in values else bytes(value for value in values if value is not None)
+        if byte := re.fullmatch("<0x([0-9A-Fa-f]{2})>", piece):
+            return bytes.fromhex(byte[1])
+        return piece.replace("▁", " ").encode()
+
+
+def _decoding(backend: tokenizers.Tokenizer) -> tuple[bool, bool]:
+    """Whether the vocabulary is byte-level, and whether a text loses its first space. Raises UnsupportedModel."""
+    decoder = json.loads(backend.decoder.__getstate__()) if backend.decoder else {"type": None}
+    steps = {step["type"]: step for step in decoder.get("decoders", [decoder])}
+    if "ByteLevel" in steps:
+        return True, False
+    if "Metaspace" in steps:
+        return False, steps["Metaspace"].get("prepend_scheme", "always") != "never"
+    if "Replace" in steps:
+        return False, "Strip" in steps
+    raise UnsupportedModel(f"the tokenizer decodes by {decoder['type']}; Octavo knows ByteLevel and SentencePiece")
+
+
+def _from_gguf(path: Path) -> Tokenizer:
+    metadata = read_header(path).metadata
+    backend = tokenizer_from_metadata(metadata, str(path))
+    tokens = metadata["tokenizer.ggml.tokens"]
+    control = {i for i, token in backend.get_added_tokens_decoder().items() if token.special}
+
+    def token_id(role: str) -> int | None:
+        value = metadata.get(f"tokenizer.ggml.{role}_token_id")
+        return value if isinstance(value, int) and 0 <= value < len(tokens) else None
+
+    ends = {token_id("eos"), token_id("eot"), token_id("eom")} | {backend.token_to_id(name) for name in _END_TOKENS}
+    special = {"bos": token_id("bos"), "eos": token_id("eos"), "unk": token_id("unknown"), "pad": token_id("padding")}
+    return Tokenizer(
+        backend,
+        eos_token_ids=frozenset(i for i in ends if i is not None and (i in control or i == token_id("eos"))),
+        bos_token_id=token_id("bos"),
+        template=metadata.get("tokenizer.chat_template"),
+        special_tokens={f"{role}_token": tokens[i] for role, i in special.items() if i is not None},
+    )
+
+
+def _from_directory(path: Path) -> Tokenizer:
+    file = path / "tokenizer.json"
+    if not file.is_file():
+        raise ModelNotFound(f"{path} has no tokenizer.json: download the model's tokenizer files too")
+    try:
+        backend = tokenizers.Tokenizer.from_file(str(file))
+    except Exception as error:  # the tokenizers library raises plain Exception
+        raise DamagedWeights(f"{file} is damaged: {error}") from None
+    settings, generation, config = (
+        _read_json(path / name) for name in ("tokenizer_config.json", "generation_config.json", "config.json")
+    )
+    special = {f"{role}_token": _content(settings.get(f"{role}_token")) for role in _SPECIAL_ROLES}
+    special_tokens = {name: token for name, token in special.items() if token is not None}
+
+    def ids(name: str) -> list[int]:
+        value = generation.get(name, config.get(name))
+        return [i for i in (value if isinstance(value, list) else [value]) if isinstance(i, int)]
+
+    def of(name: str) -> list[int]:
+        found = backend.token_to_id(special_tokens[name]) if name in special_tokens else None
+        return [] if found is None else [found]
+
+    return Tokenizer(
+        backend,
+        eos_token_ids=frozenset(of("eos_token") + ids("eos_token_id")),
+        bos_token_id=next(iter(of("bos_token") + ids("bos_token_id")), None),
+        template=_directory_template(path, settings),
+        special_tokens=special_tokens,
+    )
+
+
+def _directory_template(path: Path, settings: dict[str, Any]) -> str | None:
+    """From chat_template.jinja, or from tokenizer_config.json: one template, or several with names."""
+    file = path / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    template = settings.get("chat_template")
+    if isinstance(template, list):
+        named = {entry["name"]: entry["template"] for entry in template}
+        return named.get("default")
+    return template
+
+
+def _content(token: Any) -> str | None:
+    """A special token, which tokenizer_config.json writes as a string or as an object."""
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        return {}
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DamagedWeights(f"{file} is damaged: {error}") from None
+    if not isinstance(content, dict):
+        raise DamagedWeights(f"{file} is damaged: it holds no JSON object")
+    return content

@@ -1,0 +1,35 @@
+"""Fixtures that several test files share: models, made or found once a session."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Name in tiny_models.CONFIGS -> directory of that model."""
+    made: dict[str, Path] = {}
+
+    def directory(name: str) -> Path:
+        from tiny_models import save_tiny_model
+
+        if name not in made:
+            made[name] = save_tiny_model(name, tmp_path_factory.mktemp(name))
+        return made[name]
+
+    return directory
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tiny_model: Callable[[str], Path]) -> Path:
+    """Directory of a tiny random Llama with a tokenizer of 512 tokens, a chat template and a context of 512."""
+    return tiny_model("llama")
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The .gguf file of SmolLM2-135M-Instruct."""
+    from octavo.weights import resolve
+
+    return resolve("smollm2")
