@@ -3,10 +3,13 @@
 
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/array.h>
+#include <nanobind/stl/string.h>
 
 #include <algorithm>
 #include <string>
 #include <vector>
+
+#include "isa.h"
 
 namespace nb = nanobind;
 
@@ -46,8 +49,9 @@ const int32_t* read_offsets(nb::handle batch, const char* field, size_t rows, si
 }
 
 // Samples the rows of `logits` [R, vocab], which are overwritten, one after another into arrays laid out as StepResult's.
-void sample(Matrix<float> logits, nb::handle python_batch, Vector<int32_t> tokens, Vector<float> logprobs,
-            Vector<int32_t> ranks, Matrix<int32_t> top_tokens, Matrix<float> top_logprobs) {
+void sample(const std::string& isa, Matrix<float> logits, nb::handle python_batch, Vector<int32_t> tokens,
+            Vector<float> logprobs, Vector<int32_t> ranks, Matrix<int32_t> top_tokens, Matrix<float> top_logprobs) {
+    const Scan& scan = kernels_for(isa).scan;
     const SamplingBatch batch = read_sampling_batch(python_batch);
     const size_t rows = logits.shape(0), vocab = logits.shape(1), top = top_tokens.shape(1);
     for (size_t length : {static_cast<size_t>(batch.rows), tokens.shape(0), logprobs.shape(0), ranks.shape(0),
@@ -60,7 +64,7 @@ void sample(Matrix<float> logits, nb::handle python_batch, Vector<int32_t> token
     SamplerScratch scratch(static_cast<int32_t>(vocab));
     for (size_t r = 0; r < rows; ++r) {
         const auto sampled = sample_row(logits.data() + r * vocab, static_cast<int32_t>(vocab),
-                                        batch.row(static_cast<int32_t>(r)), scratch, top_tokens.data() + r * top,
+                                        batch.row(static_cast<int32_t>(r)), scan, scratch, top_tokens.data() + r * top,
                                         top_logprobs.data() + r * top, static_cast<int32_t>(top));
         tokens.data()[r] = sampled.token;
         logprobs.data()[r] = sampled.logprob;
@@ -99,7 +103,7 @@ SamplingBatch read_sampling_batch(nb::handle batch) {
 }
 
 void bind_sampler(nb::module_& module) {
-    module.def("sample", &sample, nb::arg("logits").noconvert(), nb::arg("batch"), nb::arg("tokens").noconvert(),
+    module.def("sample", &sample, nb::arg("isa"), nb::arg("logits").noconvert(), nb::arg("batch"), nb::arg("tokens").noconvert(),
                nb::arg("logprobs").noconvert(), nb::arg("ranks").noconvert(), nb::arg("top_tokens").noconvert(),
                nb::arg("top_logprobs").noconvert());
     module.def("philox4x32", &philox4x32, nb::arg("counter"), nb::arg("key"));

@@ -11,6 +11,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "scan.h"
+
 namespace octavo {
 
 using bf16 = uint16_t;
@@ -58,7 +60,7 @@ enum class Op { rotary, embed, norm, linear, rope_and_cache, attention, sampled_
 
 struct Instruction {
     Op op;
-    Matrix x, out, residual;           // residual.data may be null
+    Matrix x = {}, out = {}, residual = {};  // residual.data may be null
     const Weight* weight = nullptr;    // embed, linear
     const float* vector = nullptr;     // norm: its weight; linear: the bias or null; rope_and_cache: q_norm or null
     const float* vector2 = nullptr;    // rope_and_cache: k_norm or null
@@ -114,18 +116,18 @@ struct Scratch {
     bf16* shares;    // [attention rows][kSpan], the softmax's weights
 };
 
-// `next` is the tile that the same thread will run next, or the number of tiles if there is none: for prefetching.
+// `next` is the tile that the same thread will most likely run next, counted on into the next linear's: for prefetching.
 using RowKernel = void (*)(const Instruction&, const Step&, int64_t begin, int64_t end);
 using TileKernel = void (*)(const Instruction&, const Step&, int64_t tile, Scratch&);
 using LinearKernel = void (*)(const Instruction&, const Cut&, int64_t rows, int64_t tile, int64_t next, Scratch&);
 
 struct Kernels {
-    const char* name;
     void (*start_thread)();  // before a thread's first tile of a step
     void (*stop_thread)();   // after its last
     RowKernel embed, norm, sampled_rows;
     TileKernel rope_and_cache, attention;
     LinearKernel linear;
+    Scan scan;
 };
 
 }  // namespace octavo

@@ -2,10 +2,11 @@
 #pragma once
 
 #include "product.h"
+#ifdef OCTAVO_AMX
+#include "amx.h"
+#endif
 
 namespace octavo::OCTAVO_ISA {
-
-constexpr float kLog2E = 1.44269504088896341f;
 
 OCTAVO_INLINE F32 sigmoid(F32 x) { return splat(1.0f) / (splat(1.0f) + exp2(x * splat(-kLog2E))); }
 
@@ -52,9 +53,7 @@ OCTAVO_INLINE void write_gated(const Instruction& op, int64_t row, int64_t rows,
     }
 }
 
-#ifdef OCTAVO_AMX
-#include "amx.h"
-#else
+#ifndef OCTAVO_AMX
 constexpr int64_t kGroupRows = kTileRows;
 
 OCTAVO_INLINE void weight_product(const Instruction& op, int64_t row, int64_t rows, int64_t block, int64_t blocks,

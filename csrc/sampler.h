@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "scan.h"
+
 namespace octavo {
 
 // How to sample one row; the fields are those of SamplingBatch.
@@ -83,8 +85,8 @@ private:
 // Samples one row. `logits` [vocab] are the raw ones and are overwritten. `top_tokens` and `top_logprobs` take `top`
 // entries, likeliest first: row.num_logprobs of them, then -1 and NaN; both may be null if `top` is 0.
 // Rows may be sampled by any thread in any order: the result depends on the arguments alone.
-SampledToken sample_row(float* logits, int32_t vocab, const SamplingRow& row, SamplerScratch& scratch,
-                        int32_t* top_tokens, float* top_logprobs, int32_t top);
+SampledToken sample_row(float* logits, int32_t vocab, const SamplingRow& row, const Scan& scan,
+                        SamplerScratch& scratch, int32_t* top_tokens, float* top_logprobs, int32_t top);
 
 // Philox4x32-10 (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", 2011).
 std::array<uint32_t, 4> philox4x32(std::array<uint32_t, 4> counter, std::array<uint32_t, 2> key);

@@ -19,9 +19,12 @@ namespace octavo::OCTAVO_ISA {
 
 #ifdef OCTAVO_AVX512
 constexpr int kLanes = 16;
-#else
+#elif defined(OCTAVO_AVX2)
 constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;  // SSE2; GCC 12 does wider vectors than the machine has one lane at a time
 #endif
+constexpr float kLog2E = 1.44269504088896341f;
 constexpr int kVectors = kBlock / kLanes;  // in a block of 16 columns
 
 typedef float F32 __attribute__((vector_size(kLanes * 4)));
@@ -29,15 +32,24 @@ typedef int32_t I32 __attribute__((vector_size(kLanes * 4)));
 typedef uint32_t U32 __attribute__((vector_size(kLanes * 4)));
 typedef uint16_t U16 __attribute__((vector_size(kLanes * 2)));
 
+// A vector anywhere in memory. (GCC 12 keeps what is copied by memcpy from registers.)
+template <typename V>
+struct Unaligned {
+    typedef V Type __attribute__((aligned(1), may_alias));
+};
+
 template <typename V, typename T>
 OCTAVO_INLINE V load_as(const T* from) {
-    V v;
-    std::memcpy(&v, from, sizeof v);
-    return v;
+    return *reinterpret_cast<const typename Unaligned<V>::Type*>(from);
+}
+
+template <typename V, typename T>
+OCTAVO_INLINE void store_as(T* to, V v) {
+    *reinterpret_cast<typename Unaligned<V>::Type*>(to) = v;
 }
 
 OCTAVO_INLINE F32 load(const float* from) { return load_as<F32>(from); }
-OCTAVO_INLINE void store(float* to, F32 v) { std::memcpy(to, &v, sizeof v); }
+OCTAVO_INLINE void store(float* to, F32 v) { store_as<F32>(to, v); }
 OCTAVO_INLINE F32 splat(float x) { return x - F32{}; }
 OCTAVO_INLINE F32 zero() { return F32{}; }
 OCTAVO_INLINE F32 select(I32 mask, F32 yes, F32 no) { return mask ? yes : no; }
@@ -73,14 +85,12 @@ OCTAVO_INLINE float maximum(F32 v) {
 // To bf16, to nearest, ties to even.
 OCTAVO_INLINE void store_bf16(bf16* to, F32 v) {
 #ifdef OCTAVO_AVX512
-    const auto half = _mm512_cvtneps_pbh((__m512)v);
-    std::memcpy(to, &half, sizeof half);
+    store_as<U16>(to, (U16)_mm512_cvtneps_pbh((__m512)v));
 #else
     const U32 bits = (U32)v;
     const U32 rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
     const U32 is_nan = (U32)(v != v);
-    const U16 half = __builtin_convertvector((is_nan & 0x7fc0) | (~is_nan & rounded), U16);
-    std::memcpy(to, &half, sizeof half);
+    store_as<U16>(to, __builtin_convertvector((is_nan & 0x7fc0) | (~is_nan & rounded), U16));
 #endif
 }
 

@@ -33,7 +33,7 @@ def sampling_batch(rows: int, **fields: np.ndarray) -> SamplingBatch:
 def step_batch(
     pieces: Sequence[tuple[Sequence[int], int, Sequence[int]]], sample: Sequence[int] | None = None
 ) -> StepBatch:
-    """A step of `pieces`: (new tokens, position of the first, page table). `sample`: rows to sample; None: all of them."""
+    """A step of `pieces`: (new tokens, position of the first, page table). `sample`: rows to sample; None: all."""
     lengths = [len(tokens) for tokens, _, _ in pieces]
     rows = sum(lengths)
     tables = np.zeros((len(pieces), max((len(pages) for _, _, pages in pieces), default=1)), np.int32)

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 QUANTISABLE = ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"]
-K_QUANTS = ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_K"]  # which the gguf package can read but not make
+K_QUANTS = ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"]  # which the gguf package can read but not make
 
 
 def write_gguf(source: Path, target: Path, format: str = "F32") -> dict[str, np.ndarray]:
@@ -88,13 +88,8 @@ def _random_blocks(rng: np.random.Generator, shape: tuple[int, ...], kind: gguf.
     _, block_bytes = gguf.GGML_QUANT_SIZES[kind]
     data = rng.integers(0, 256, gguf.quant_shape_to_byte_shape(shape, kind), np.uint8)
     blocks = data.reshape(-1, block_bytes)
-    scale = np.array([0.001], np.float32 if kind.name == "Q8_K" else np.float16).view(np.uint8)
-    if kind.name in ("Q2_K", "Q3_K", "Q6_K"):
-        blocks[:, -2:] = scale
-        if kind.name == "Q2_K":
-            blocks[:, -4:-2] = scale
-    else:
-        blocks[:, : len(scale)] = scale
-        if kind.name != "Q8_K":
-            blocks[:, 2:4] = scale
+    scale = np.array([0.001], np.float16).view(np.uint8)
+    at = {"Q2_K": (-4, -2), "Q3_K": (-2,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (-2,)}[kind.name]
+    for byte in at:
+        blocks[:, [byte, byte + 1]] = scale
     return data

@@ -61,7 +61,9 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "qwen2": Qwen2Config(**_sizes(use_sliding_window=True, sliding_window=20, max_window_layers=1, head_dim=16)),
     "qwen3": Qwen3Config(**_sizes(num_attention_heads=4, head_dim=64, tie_word_embeddings=True)),
     # Rows of 256, which K-quants need.
-    "llama-256": LlamaConfig(**_sizes(hidden_size=256, intermediate_size=256, num_hidden_layers=2, num_attention_heads=8)),
+    "llama-256": LlamaConfig(
+        **_sizes(hidden_size=256, intermediate_size=256, num_hidden_layers=2, num_attention_heads=8)
+    ),
 }
 SHARDED = "qwen2"
 

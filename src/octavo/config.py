@@ -59,6 +59,8 @@ class EngineConfig:
         need(self.backend in ("auto", "cpu", "torch"), "backend", "auto, cpu or torch")
         need(re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device) is not None, "device", "auto, cpu or cuda")
         need(self.dtype in DTYPES, "dtype", "auto, bfloat16 or float32")
+        if self.backend != "torch":
+            need(DTYPES[self.dtype] != "float32", "dtype", "bfloat16 unless the backend is torch")
         if self.max_model_len is not None:
             at_least("max_model_len", 2)
         at_least("max_batch_size", 1)

@@ -1,5 +1,6 @@
 """The command `octavo`. Each command is a module; what it needs is imported when it runs, so that --help is quick."""
 
+import io
 import os
 import sys
 from importlib import import_module
@@ -45,6 +46,8 @@ def _root(
 
 def main() -> NoReturn:
     """Run the command line. Exit codes: 0; 2 for what the user can put right, told in one line; 130 after Ctrl-C."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a model may write what an old terminal cannot show
     try:
         code: Any = _app()(prog_name="octavo", standalone_mode=False)
         sys.stdout.flush()

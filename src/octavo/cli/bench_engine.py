@@ -4,7 +4,7 @@ import random
 import time
 from collections.abc import Callable
 
-from octavo.engine import Engine
+from octavo.engine.engine import Engine
 from octavo.engine.messages import EngineRequest
 from octavo.errors import OctavoError, PromptTooLong
 from octavo.params import SamplingParams

@@ -28,29 +28,33 @@ WORDS = (
     "area money story fact month lot right study book eye job word business issue side kind head house service friend "
     "father power hour game line end member law car city community name president team minute idea body information "
     "back parent face others level office door health person art war history party result change morning reason"
-).split()
+)
 
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where requests go. `path` is "/completions" or "/chat/completions", below `base_url`, which ends in /v1."""
+    """Where requests go. `path` is "/completions" or "/chat/completions", below `base_url`, which ends in /v1.
+
+    `ignore_eos`: ask for all of the output, a field that Octavo, vLLM and llama.cpp understand and OpenAI refuses.
+    """
 
     base_url: str
     path: str
     model: str
     headers: dict[str, str]
+    ignore_eos: bool
 
-    def body(self, prompt: str, output_len: int, ignore_eos: bool) -> bytes:
+    def body(self, prompt: str, output_len: int) -> bytes:
         chat = self.path == "/chat/completions"
         request: dict[str, Any] = {"messages": [{"role": "user", "content": prompt}]} if chat else {"prompt": prompt}
         request |= {"model": self.model, "max_tokens": output_len, "temperature": 0}
         request |= {"stream": True, "stream_options": {"include_usage": True}}
-        if ignore_eos:
-            request["ignore_eos"] = True  # understood by Octavo, vLLM and llama.cpp
+        if self.ignore_eos:
+            request["ignore_eos"] = True
         return msgspec.json.encode(request)
 
 
-def find_endpoint(base_url: str, path: str, model: str | None, api_key: str | None) -> Endpoint:
+def find_endpoint(base_url: str, path: str, model: str | None, api_key: str | None, ignore_eos: bool) -> Endpoint:
     """Ask the server for its models; the first is used unless `model` is given. Raises ConfigError."""
     root = base_url.rstrip("/")
     root = root if root.endswith("/v1") else root + "/v1"
@@ -63,33 +67,38 @@ def find_endpoint(base_url: str, path: str, model: str | None, api_key: str | No
         raise ConfigError(f"{root}/models does not answer as an OpenAI-compatible server: {error}") from None
     if model is None and not models:
         raise ConfigError(f"{root}/models names no model: give one with --model")
-    return Endpoint(root, path, model or models[0], headers)
+    return Endpoint(root, path, model or models[0], headers, ignore_eos)
 
 
 def random_prompts(count: int, length: int, seed: int) -> list[str]:
     """Texts of `length` random words, about as many tokens."""
     rng = random.Random(seed)
-    return [" ".join(rng.choices(WORDS, k=length)) for _ in range(count)]
+    words = WORDS.split()
+    return [" ".join(rng.choices(words, k=length)) for _ in range(count)]
 
 
-async def run_load(
+async def measure(
     endpoint: Endpoint,
     prompts: list[str],
-    *,
     output_len: int,
-    ignore_eos: bool,
     concurrency: int,
     request_rate: float | None,
     seed: int,
     advance: Callable[[int], None],
 ) -> Run:
-    """Send every prompt, at most `concurrency` at a time; with `request_rate`, as a Poisson process of so many a second."""
+    """Send every prompt, at most `concurrency` at a time; with `request_rate`, as a Poisson process of that rate.
+
+    One request goes ahead unmeasured, to warm the server up. Raises ConfigError if it fails.
+    """
+    warm_up = await send(endpoint, endpoint.body(prompts[-1][::-1], min(output_len, 4)), input_tokens=0)
+    if warm_up.error:
+        raise ConfigError(f"{endpoint.base_url}{endpoint.path} fails: {warm_up.error}")
     rng = random.Random(seed)
     gate = asyncio.Semaphore(concurrency)
 
     async def one(prompt: str) -> RequestTimes:
         async with gate:
-            times = await send(endpoint, endpoint.body(prompt, output_len, ignore_eos), input_tokens=len(prompt.split()))
+            times = await send(endpoint, endpoint.body(prompt, output_len), input_tokens=len(prompt.split()))
         advance(1)
         return times
 
@@ -108,15 +117,16 @@ async def send(endpoint: Endpoint, body: bytes, input_tokens: int) -> RequestTim
     url = urlsplit(endpoint.base_url)
     secure = url.scheme == "https"
     times = RequestTimes(time.perf_counter(), input_tokens)
-    exchange = _Exchange(_http_request(endpoint, url.netloc, url.path + endpoint.path, body), times)
+    exchange = _Exchange(times)
     loop = asyncio.get_running_loop()
     try:
         transport, _ = await loop.create_connection(
             lambda: exchange,
-            url.hostname,
+            url.hostname or "",
             url.port or (443 if secure else 80),
             ssl=ssl.create_default_context() if secure else None,
         )
+        transport.write(_http_request(endpoint, url.netloc, url.path + endpoint.path, body))
         try:
             await exchange.done
         finally:
@@ -164,19 +174,14 @@ _decode_chunk = msgspec.json.Decoder(_Chunk).decode
 
 
 class _Exchange(asyncio.Protocol):
-    """One request and its stream of server-sent events, written down in `times`."""
+    """The answer to one request: its stream of server-sent events, written down in `times`."""
 
-    def __init__(self, request: bytes, times: RequestTimes):
+    def __init__(self, times: RequestTimes):
         self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._request = request
         self._times = times
         self._parser: Any = httptools.HttpResponseParser(self)
         self._rest = b""
         self._now = 0.0
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.WriteTransport)
-        transport.write(self._request)
 
     def data_received(self, data: bytes) -> None:
         self._now = time.perf_counter()

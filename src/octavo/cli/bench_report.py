@@ -146,7 +146,9 @@ def _figures_table(title: str, summary: dict[str, Any]) -> Table:
     for key, heading in FIGURES.items():
         if (value := summary.get(key)) is not None:
             whole = isinstance(value, int)
-            table.add_row(heading, f"{value:.1%}" if key == "python_share" else f"{value:,}" if whole else f"{value:,.2f}")
+            table.add_row(
+                heading, f"{value:.1%}" if key == "python_share" else f"{value:,}" if whole else f"{value:,.2f}"
+            )
     return table
 
 

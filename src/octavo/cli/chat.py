@@ -3,14 +3,15 @@
 import dataclasses
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import closing
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from octavo.config import EngineConfig
 from octavo.errors import InvalidRequest
+from octavo.outputs import CompletionOutput
 from octavo.params import SamplingParams
 
 from .engine_flags import engine_flags
@@ -54,6 +55,7 @@ class _Chat:
 
         self.llm, self.params, self.name = llm, params, name
         self.console = Console(highlight=False, soft_wrap=True)
+        self.remarks = Console(highlight=False, soft_wrap=True, stderr=True)
         self.interactive = sys.stdin.isatty() and self.console.is_terminal
         self.restart(system)
 
@@ -70,7 +72,7 @@ class _Chat:
             elif command == "/exit":
                 break
             elif command == "/help":
-                self.console.print(_HELP, style="dim", markup=False)
+                self.remarks.print(_HELP, style="dim", markup=False)
             elif command == "/reset":
                 self.restart(self.system)
                 self.say("new conversation")
@@ -78,13 +80,16 @@ class _Chat:
                 self.restart(rest.strip())
                 self.say("new conversation with these instructions" if rest.strip() else "no instructions any more")
             elif command.startswith("/"):
-                self.console.print(f"no command {command}; /help lists them", style="red", markup=False)
+                self.complain(f"no command {command}; /help lists them")
             else:
                 self.answer(line)
 
     def lines(self) -> Iterator[str]:
         if not self.interactive:
-            yield from (line.strip() for line in sys.stdin)
+            try:
+                yield from (line.strip() for line in sys.stdin)
+            except UnicodeDecodeError as error:
+                raise InvalidRequest(f"stdin is not UTF-8 text: {error.reason} at byte {error.start}") from None
             return
         import readline  # noqa: F401 (gives input() line editing and the history of the arrow keys)
 
@@ -95,13 +100,14 @@ class _Chat:
             except KeyboardInterrupt:
                 self.say("\nCtrl-D leaves")
             except EOFError:
-                self.console.print()
+                self.remarks.print()
                 return
 
     def answer(self, line: str) -> None:
         """Stream the model's answer to `line`; what Ctrl-C cuts off stays in the conversation as far as it came."""
         self.messages.append({"role": "user", "content": line})
-        text, tokens, reason, start = "", 0, None, 0.0
+        text, tokens, start = "", 0, 0.0
+        reason: str | None = None
         try:
             with closing(self.increments()) as increments:
                 for output in increments:
@@ -112,7 +118,7 @@ class _Chat:
                     self.console.out(output.text, end="", highlight=False)
         except InvalidRequest as error:
             self.messages.pop()
-            self.console.print(f"{error}; /reset starts again", style="red", markup=False)
+            self.complain(f"{error}; /reset starts again")
             return
         except KeyboardInterrupt:
             if not self.interactive:
@@ -122,7 +128,7 @@ class _Chat:
         self.messages.append({"role": "assistant", "content": text})
         self.report(tokens, time.perf_counter() - start, reason)
 
-    def increments(self) -> Iterator[Any]:
+    def increments(self) -> Generator[CompletionOutput]:
         for increment in self.llm.stream(self.llm.chat_tokens(self.messages), self.params):
             yield from increment.outputs
 
@@ -135,4 +141,7 @@ class _Chat:
     def say(self, text: str) -> None:
         """A remark to a person, dim; nothing when the answers go elsewhere."""
         if self.interactive:
-            self.console.print(text, style="dim", markup=False)
+            self.remarks.print(text, style="dim", markup=False)
+
+    def complain(self, text: str) -> None:
+        self.remarks.print(text, style="red", markup=False)

@@ -37,7 +37,7 @@ def expand(
         values = {flag: arguments.pop(flag) for flag in names}
         return command(**arguments, **{name: build(values)})
 
-    parameters = []
+    parameters: list[inspect.Parameter] = []
     for parameter in signature.parameters.values():
         parameters += flags if parameter.name == name else [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)]
     expanded.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]

@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable, Iterable
+from functools import partial
 from queue import SimpleQueue
 
 from octavo.engine.engine import Engine
@@ -52,14 +53,14 @@ class LocalEngine:
                 for live in lives:
                     self._ledger.close(live.id)
                 raise
-        self._tell(lambda: self._add(requests))
+        self._tell(partial(self._add, requests))
         return lives
 
     def abort(self, ids: Iterable[str]) -> None:
         """End requests without a further word to their sinks. Finished ones are left alone."""
         with self._ledger_lock:
             engine_ids = [engine_id for id in ids for engine_id in self._ledger.close(id)]
-        self._tell(lambda: self._engine.abort(engine_ids))
+        self._tell(partial(self._engine.abort, engine_ids))
 
     def stats(self) -> EngineStats:
         return self._engine.stats()
@@ -111,9 +112,9 @@ class LocalEngine:
                 if isinstance(outputs, Exception):
                     self._dead = outputs
                     continue
-                stopped = self._ledger.deliver(outputs)
-            if stopped:
-                self._tell(lambda ids=stopped: self._engine.abort(ids))  # type: ignore[misc]
+                # Under the lock, so that the engine frees them before it hears of any later request.
+                if stopped := self._ledger.deliver(outputs):
+                    self._tell(partial(self._engine.abort, stopped))
         with self._ledger_lock:
             self._closing = True
             self._ledger.fail(EngineDead(f"the engine has stopped: {self._dead or 'it was shut down'}"))

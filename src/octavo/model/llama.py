@@ -36,16 +36,17 @@ _ACTIVATIONS: dict[str, Literal["silu", "gelu_tanh"]] = {"silu": "silu", "gelu_p
 def spec(config: Mapping[str, Any]) -> DecoderSpec:
     """Raises DamagedWeights for values that make no sense, UnsupportedModel for variants that Octavo does not run."""
     hidden_size, num_heads = integer(config, "hidden_size"), integer(config, "num_attention_heads")
-    head_dim = integer(config, "head_dim", hidden_size // num_heads)
+    head_dim = integer(config, "head_dim", hidden_size // num_heads, most=8192)
     num_kv_heads = integer(config, "num_key_value_heads", num_heads)
     if num_heads % num_kv_heads or head_dim % 2:
         raise DamagedWeights(
-            f"the model's config has {num_heads} heads of {head_dim} over {num_kv_heads} key-value heads, which cannot be"
+            f"the model's config has {num_heads} heads of {head_dim} over {num_kv_heads} of keys and values"
         )
-    if (activation := config.get("hidden_act", "silu")) not in _ACTIVATIONS:
+    activation = str(config.get("hidden_act", "silu"))
+    if activation not in _ACTIVATIONS:
         raise UnsupportedModel(f"activation {activation!r} is not supported; supported are {', '.join(_ACTIVATIONS)}")
     attention_bias = bool(config.get("attention_bias"))
-    num_layers = integer(config, "num_hidden_layers")
+    num_layers = integer(config, "num_hidden_layers", most=1000)
     return DecoderSpec(
         vocab_size=integer(config, "vocab_size"),
         hidden_size=hidden_size,

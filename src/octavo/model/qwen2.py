@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from octavo.errors import DamagedWeights
+from octavo.errors import DamagedWeights, UnsupportedModel
 
 from . import llama
 from .config_values import integer
@@ -26,9 +26,12 @@ def windows(config: Mapping[str, Any], num_layers: int) -> tuple[int, ...]:
     if not config.get("use_sliding_window"):
         return (0,) * num_layers
     window = integer(config, "sliding_window", 4096)
-    if (types := config.get("layer_types")) is not None:
-        if len(types) != num_layers or not {*types} <= {"full_attention", "sliding_attention"}:
-            raise DamagedWeights(f"the model's config has layer_types that do not suit its {num_layers} layers")
-        return tuple(window if kind == "sliding_attention" else 0 for kind in types)
-    first = config.get("max_window_layers", 28)
-    return tuple(window if i >= first else 0 for i in range(num_layers))
+    if (types := config.get("layer_types")) is None:
+        first = integer(config, "max_window_layers", 28) if config.get("max_window_layers") != 0 else 0
+        return tuple(window if i >= first else 0 for i in range(num_layers))
+    if not isinstance(types, list) or len(types) != num_layers:
+        raise DamagedWeights(f"the model's config has layer_types that do not suit its {num_layers} layers")
+    kinds = {"full_attention": 0, "sliding_attention": window}
+    if unknown := [kind for kind in types if kind not in kinds]:
+        raise UnsupportedModel(f"layers of type {unknown[0]!r} are not supported; supported are {', '.join(kinds)}")
+    return tuple(kinds[kind] for kind in types)

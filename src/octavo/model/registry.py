@@ -43,13 +43,12 @@ def describe_model(
 
 def find_family(config: Mapping[str, Any]) -> Family:
     """The family that `architectures` names, or else `model_type`. Raises UnsupportedModel."""
-    architectures = config.get("architectures") or []
+    architectures, model_type = config.get("architectures"), config.get("model_type")
     for family in FAMILIES:
-        if architectures == [family.ARCHITECTURE] or (not architectures and config.get("model_type") == family.MODEL_TYPE):
+        if architectures == [family.ARCHITECTURE] if architectures else model_type == family.MODEL_TYPE:
             return family
-    name = ", ".join(map(str, architectures)) or config.get("model_type")
     supported = ", ".join(family.ARCHITECTURE for family in FAMILIES)
-    raise UnsupportedModel(f"architecture {name!r} is not supported; supported are {supported}")
+    raise UnsupportedModel(f"architecture {architectures or model_type!r} is not supported; supported are {supported}")
 
 
 def parameter_shapes(spec: DecoderSpec) -> dict[str, tuple[tuple[int, ...], ...]]:

@@ -22,7 +22,7 @@ def create_app(llm: AsyncLLM) -> FastAPI:
     """
     app = FastAPI(title="Octavo", version=__version__, openapi_url=None)
     errors.install(app)
-    card = ModelCard(llm.config.model_name, int(time.time()), llm.info.max_model_len)
+    card = ModelCard(id=llm.config.model_name, created=int(time.time()), max_model_len=llm.info.max_model_len)
 
     @app.post("/v1/completions")
     async def post_completions(request: Request) -> Response:
@@ -34,7 +34,7 @@ def create_app(llm: AsyncLLM) -> FastAPI:
 
     @app.get("/v1/models")
     async def get_models() -> Response:
-        return Json(ModelList([card]))
+        return Json(ModelList(data=[card]))
 
     @app.get("/v1/models/{name:path}")  # names of hub models have a slash
     async def get_model(name: str) -> Response:

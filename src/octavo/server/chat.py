@@ -47,7 +47,7 @@ async def _whole(generation: Generation) -> Response:
     choices = [
         replies.ChatChoice(
             index=completion.index,
-            message=replies.ChatMessage(completion.text),
+            message=replies.ChatMessage(content=completion.text),
             logprobs=_logprobs(tokenizer, completion, top),
             finish_reason=completion.finish_reason,
             stop_reason=completion.stop_reason,
@@ -56,13 +56,13 @@ async def _whole(generation: Generation) -> Response:
     ]
     return replies.Json(
         replies.Chat(
-            generation.id,
-            generation.created,
-            generation.model,
-            generation.fingerprint,
-            choices,
-            tally.usage,
-            output.seed,
+            id=generation.id,
+            created=generation.created,
+            model=generation.model,
+            system_fingerprint=generation.fingerprint,
+            choices=choices,
+            usage=tally.usage,
+            seed=output.seed,
         )
     )
 

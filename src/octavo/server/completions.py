@@ -70,7 +70,13 @@ async def _events(generation: Generation, echo: bool, include_usage: bool) -> As
 
 
 def _reply(generation: Generation) -> replies.Completion:
-    return replies.Completion(generation.id, generation.created, generation.model, generation.fingerprint, [])
+    return replies.Completion(
+        id=generation.id,
+        created=generation.created,
+        model=generation.model,
+        system_fingerprint=generation.fingerprint,
+        choices=[],
+    )
 
 
 def _choice(

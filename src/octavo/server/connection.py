@@ -63,7 +63,8 @@ class EventStream(Response):
     """
 
     def __init__(self, events: AsyncGenerator[bytes, None]):
-        super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"}, media_type="text/event-stream")
+        headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}  # no proxy is to hold events back
+        super().__init__(headers=headers, media_type="text/event-stream")
         del self.headers["content-length"]
         self._events = events
         self._started = False

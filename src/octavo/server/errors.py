@@ -14,8 +14,7 @@ from octavo.errors import EngineDead, InvalidRequest, OctavoError, PromptTooLong
 from .replies import ErrorBody, ErrorReply, Json
 
 MAX_MESSAGE = 400  # characters: an error may quote what the client sent, and that may be megabytes
-
-MAX_DETAILS = 1000  # errors of a body that are looked at: pydantic takes microseconds for each, a body may hold millions
+MAX_DETAILS = 1000  # errors in a body: pydantic takes microseconds to tell each, and a body may hold millions
 
 log = logging.getLogger("octavo.server")
 
@@ -68,7 +67,7 @@ def invalid_body(error: ValidationError, model: type[BaseModel]) -> ApiError:
     if first["type"] == "json_invalid":
         return ApiError(400, f"the body is not valid JSON: {first['ctx']['error']}", code="invalid_json")
     if first["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(str(first["loc"][-1]), model.model_fields, n=1) if len(first["loc"]) == 1 else []
+        near = difflib.get_close_matches(path, model.model_fields, n=1) if len(path) < 40 else []
         hint = f"; did you mean {near[0]}?" if near else ""
         return ApiError(400, f"unknown field {path[:100]}{hint}", path[:100], "unknown_field")
     if first["type"] == "missing":

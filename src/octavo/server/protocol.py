@@ -23,7 +23,7 @@ def _refuse(value: Any) -> None:
 
 
 def _prompts(value: Any) -> list[str | list[int]]:
-    """One entry per prompt, whichever of its four shapes `prompt` has. Not a pydantic union: that has four complaints."""
+    """One entry per prompt, whichever of four shapes `prompt` has. A pydantic union would make four complaints."""
 
     def is_tokens(value: Any) -> bool:
         return isinstance(value, list) and all(type(token) is int for token in value)

@@ -29,17 +29,17 @@ class ErrorReply(msgspec.Struct):
     error: ErrorBody
 
 
-class ModelCard(msgspec.Struct):
+class ModelCard(msgspec.Struct, kw_only=True):
     id: str
-    created: int
-    max_model_len: int
     object: Literal["model"] = "model"
+    created: int
     owned_by: str = "octavo"
+    max_model_len: int
 
 
-class ModelList(msgspec.Struct):
-    data: list[ModelCard]
+class ModelList(msgspec.Struct, kw_only=True):
     object: Literal["list"] = "list"
+    data: list[ModelCard]
 
 
 class PromptTokensDetails(msgspec.Struct):
@@ -68,17 +68,17 @@ class CompletionChoice(msgspec.Struct):
     stop_reason: str | int | None = None
 
 
-class Completion(msgspec.Struct):
-    """A whole text completion, or one event of a stream of them. `usage` is left out of a stream that did not ask for it."""
+class Completion(msgspec.Struct, kw_only=True):
+    """A whole text completion, or one event of a stream of them, which has `usage` only where the client asked."""
 
     id: str
+    object: Literal["text_completion"] = "text_completion"
     created: int
     model: str
     system_fingerprint: str
     choices: list[CompletionChoice]
-    usage: Usage | None | msgspec.UnsetType = msgspec.UNSET
+    usage: Usage | msgspec.UnsetType | None = msgspec.UNSET
     seed: int | msgspec.UnsetType = msgspec.UNSET
-    object: Literal["text_completion"] = "text_completion"
 
 
 class TopLogprob(msgspec.Struct):
@@ -99,9 +99,9 @@ class ChatLogprobs(msgspec.Struct):
     refusal: None = None
 
 
-class ChatMessage(msgspec.Struct):
-    content: str
+class ChatMessage(msgspec.Struct, kw_only=True):
     role: Literal["assistant"] = "assistant"
+    content: str
     refusal: None = None
 
 
@@ -113,17 +113,17 @@ class ChatChoice(msgspec.Struct):
     stop_reason: str | int | None = None
 
 
-class Chat(msgspec.Struct):
+class Chat(msgspec.Struct, kw_only=True):
     """A whole chat completion. `seed`: the one given, or the one drawn; the same seed brings the same text again."""
 
     id: str
+    object: Literal["chat.completion"] = "chat.completion"
     created: int
     model: str
     system_fingerprint: str
     choices: list[ChatChoice]
     usage: Usage
     seed: int
-    object: Literal["chat.completion"] = "chat.completion"
 
 
 class Delta(msgspec.Struct, omit_defaults=True):
@@ -136,17 +136,17 @@ class ChunkChoice(msgspec.Struct):
     delta: Delta
     logprobs: ChatLogprobs | None = None
     finish_reason: str | None = None
-    stop_reason: str | int | None | msgspec.UnsetType = msgspec.UNSET
+    stop_reason: str | int | msgspec.UnsetType | None = msgspec.UNSET
 
 
-class ChatChunk(msgspec.Struct):
+class ChatChunk(msgspec.Struct, kw_only=True):
     """One event of a streamed chat completion."""
 
     id: str
+    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
     created: int
     model: str
     system_fingerprint: str
     choices: list[ChunkChoice]
-    usage: Usage | None | msgspec.UnsetType = msgspec.UNSET
+    usage: Usage | msgspec.UnsetType | None = msgspec.UNSET
     seed: int | msgspec.UnsetType = msgspec.UNSET
-    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"

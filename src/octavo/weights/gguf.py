@@ -1,6 +1,7 @@
 """A .gguf file as a Hugging Face checkpoint: its metadata as a config.json, its tensors under Hugging Face names."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +64,8 @@ def open_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     for info in header.tensors:
         name = _hugging_face_name(info.name)
         tensor = mapped(info, name)
-        if config["model_type"] in ("llama", "mistral") and (order := _row_order(path, name, tensor, config)) is not None:
-            tensor = Tensor(name, tensor.shape, tensor.format, tensor.data, order, tensor.release)
+        if header.metadata["general.architecture"] == "llama":
+            tensor = replace(tensor, row_order=_row_order(path, tensor, config))
         tensors[name] = tensor
     return config, tensors
 
@@ -73,7 +74,8 @@ def _config(path: Path, metadata: dict[str, Any], infos: dict[str, GgufTensor]) 
     """The config.json of a GGUF header, plus rope_type "factors", which only GGUF files have."""
     architecture = metadata.get("general.architecture")
     if architecture not in _MODEL_TYPES:
-        raise UnsupportedModel(f"{path} is of architecture {architecture!r}; supported in GGUF: {', '.join(_MODEL_TYPES)}")
+        supported = ", ".join(_MODEL_TYPES)
+        raise UnsupportedModel(f"{path} has architecture {architecture!r}; supported in GGUF are {supported}")
 
     def get(key: str, default: Any = None) -> Any:
         return metadata.get(f"{architecture}.{key}", default)
@@ -111,9 +113,9 @@ def _hugging_face_name(name: str) -> str:
     return f"{layer}{_NAMES[match[2]]}.{match[3]}"
 
 
-def _row_order(path: Path, name: str, tensor: Tensor, config: dict[str, Any]) -> np.ndarray | None:
+def _row_order(path: Path, tensor: Tensor, config: dict[str, Any]) -> np.ndarray | None:
     """Where the rows of q and k lie. GGUF stores the rotary pairs (i, i + dim/2) of a Llama's head side by side."""
-    match = re.search(r"self_attn\.([qk])_proj", name)
+    match = re.search(r"self_attn\.([qk])_proj", tensor.name)
     if match is None:
         return None
     heads = config.get("num_attention_heads" if match[1] == "q" else "num_key_value_heads")

@@ -30,7 +30,7 @@ def open_safetensors(folder: Path) -> dict[str, Tensor]:
             raise DamagedWeights(f"{folder / INDEX} names {file!r}, which is outside the directory")
         tensors.update(_open_file(folder / file))
     if missing := sorted(names.keys() - tensors.keys()):
-        raise DamagedWeights(f"{folder}: no file holds the tensor {missing[0]!r}, which {INDEX} lists; download it again")
+        raise DamagedWeights(f"{folder}: no file has the tensor {missing[0]!r} of {INDEX}; download it again")
     return tensors
 
 
@@ -62,7 +62,8 @@ def _open_file(path: Path) -> dict[str, Tensor]:
     except FileNotFoundError:
         raise ModelNotFound(f"{path} is missing; download the model again") from None
     except (SafetensorError, ValueError, OSError) as error:
-        raise DamagedWeights(f"{path} is damaged or incomplete ({' '.join(str(error).split())}); download it again") from None
+        reason = " ".join(str(error).split())
+        raise DamagedWeights(f"{path} is damaged or incomplete ({reason}); download it again") from None
     header.pop("__metadata__", None)
     return {name: _tensor(mapped, start, name, info) for name, info in header.items() if 0 not in info["shape"]}
 
@@ -76,7 +77,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text())
     except FileNotFoundError:
-        raise ModelNotFound(f"{path} is missing; give a directory with config.json and safetensors, or a .gguf file") from None
+        raise ModelNotFound(
+            f"{path} is missing; a model is a directory with it and safetensors, or a .gguf file"
+        ) from None
     except (OSError, ValueError, RecursionError) as error:
         raise DamagedWeights(f"cannot read {path} ({error}); download it again") from None
     if not isinstance(content, dict):

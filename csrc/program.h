@@ -1,0 +1,120 @@
+// A model's forward pass as a flat list of instructions, recorded once and run in one call per step.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <deque>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "isa.h"
+#include "memory.h"
+#include "pack.h"
+#include "sampler.h"
+#include "thread_pool.h"
+
+namespace octavo {
+
+struct Sizes {
+    int64_t vocab, hidden, heads, kv_heads, head_dim, layers;
+    double norm_eps;
+    int64_t page_size, max_rows, max_sampled;
+};
+
+// StepBatch of src/octavo/backends/base.py. The arrays are the caller's.
+struct Batch {
+    int64_t rows, sequences, pages_per_sequence, sampled;
+    const int32_t *tokens, *positions, *query_start, *page_tables, *sample_rows;
+};
+
+// Where StepResult goes; without logprobs, `top` is 0 and all but `tokens` are null.
+struct Sampled {
+    int32_t* tokens;
+    float* logprobs;
+    int32_t* ranks;
+    int32_t top;
+    int32_t* top_tokens;
+    float* top_logprobs;
+};
+
+class Program {
+public:
+    Program(const std::string& isa, std::vector<int> cores, const Sizes& sizes, std::vector<double> frequencies);
+
+    // Recording. Ints are handles: of vectors (norm weights and biases), weights, and buffers of activations.
+    int vector(const float* values, int64_t length);
+    int weight(int64_t rows, int64_t columns);
+    int embed(int weight);
+    int norm(int x, int vector);
+    int linear(int x, int weight, int bias, int residual);  // bias, residual: -1 if there is none
+    int rope_and_cache(int qkv, int layer, int q_norm, int k_norm);
+    int attention(int q, int layer, int64_t window);
+    int gated(int gate_up, Activation activation);  // becomes part of the linear before it
+    int sampled_rows(int x);
+    void finish(int logits);  // lays out the memory
+
+    int64_t weight_bytes() const { return weight_bytes_; }
+    void pack(int weight, const std::vector<Part>& parts);
+
+    int64_t page_bytes() const;
+    void allocate_kv(int64_t pages);
+
+    // Both throw std::invalid_argument for a batch that would reach outside of any array.
+    void step(const Batch& batch, const SamplingBatch& sampling, const Sampled& result);
+    void logits(const Batch& batch, float* result);  // [sampled, vocab]
+
+private:
+    struct Buffer {
+        int64_t width;
+        bool half;     // bf16, else float
+        bool sampled;  // a row per sampled row, else per token
+        int64_t last_use = -1;
+        int storage = -1;
+    };
+    struct Recorded {
+        Instruction instruction;
+        int x, out, residual;
+    };
+    using Work = std::function<void(int64_t row, int thread)>;
+
+    int record(Instruction instruction, int x, int64_t width, bool half, int residual = -1);
+    std::vector<Buffer> assign_storage();
+    void validate(const Batch& batch) const;
+    void prepare(const Batch& batch);
+    Cut cut_linear(const Instruction& instruction, int64_t rows) const;
+    int64_t count_tiles(const Instruction& instruction, const Cut& cut) const;
+    void run_tile(const Instruction& instruction, const Cut& cut, int64_t tile, int64_t next, int thread);
+    void compute_rotary(int64_t begin, int64_t end);
+    void run(const Batch& batch, const Work& finish_row);
+
+    const Kernels& kernels_;
+    ThreadPool pool_;
+    Sizes sizes_;
+    Shape shape_;
+    std::vector<double> frequencies_;  // radians per position
+
+    std::deque<std::vector<float>> vectors_;
+    std::deque<Weight> weights_;
+    std::vector<Buffer> buffers_;
+    std::vector<Recorded> recorded_;
+    std::vector<Instruction> instructions_;
+    int64_t weight_bytes_ = 0;
+    Memory weight_memory_, arena_, kv_;
+    int64_t pages_ = 0;
+    float* rotary_ = nullptr;
+
+    // Of the step being run.
+    Step step_{};
+    const Work* finish_row_ = nullptr;
+    std::vector<RowTile> cache_tiles_, attention_tiles_;
+    struct alignas(64) Counter {
+        std::atomic<int64_t> next_tile;
+    };
+    std::vector<Counter> counters_;
+    std::vector<Memory> scratch_memory_;
+    std::vector<Scratch> scratch_;
+    std::vector<SamplerScratch> sampler_scratch_;
+};
+
+}  // namespace octavo

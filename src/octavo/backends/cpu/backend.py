@@ -1,0 +1,128 @@
+"""The cpu backend: describe() recorded once into a native program, which runs each step in one call."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from octavo.backends.base import Progress, StepBatch, StepResult
+from octavo.errors import ConfigError, OutOfMemory, UnsupportedModel
+from octavo.model.decoder import describe
+from octavo.model.spec import DecoderSpec
+from octavo.weights.tensor import Parameter
+
+from ._native import Program, available_isas
+from .recorder import Recorder
+
+
+class CpuBackend:
+    """A Backend (see backends.base) over a native program."""
+
+    def __init__(self, spec: DecoderSpec, program: Program, page_size: int):
+        self.spec, self.page_size, self.page_bytes = spec, page_size, program.page_bytes
+        self._program: Program | None = program
+
+    def allocate_kv(self, num_pages: int) -> None:
+        available = _available_bytes()
+        if num_pages * self.page_bytes > available:
+            raise OutOfMemory(
+                f"{num_pages} KV pages need {num_pages * self.page_bytes / 2**30:.1f} GiB and "
+                f"{available / 2**30:.1f} GiB are free: at most {available // self.page_bytes} pages fit; "
+                "lower kv_cache_memory"
+            )
+        self._running.allocate_kv(num_pages)
+
+    def step(self, batch: StepBatch) -> StepResult:
+        return StepResult(*self._running.step(batch))
+
+    def logits(self, batch: StepBatch) -> np.ndarray:
+        logits: np.ndarray = self._running.logits(batch, self.spec.vocab_size)
+        return logits
+
+    def close(self) -> None:
+        self._program = None
+
+    @property
+    def _running(self) -> Program:
+        assert self._program is not None, "the backend is closed"
+        return self._program
+
+
+def load(
+    spec: DecoderSpec,
+    parameters: Mapping[str, Parameter],
+    *,
+    page_size: int,
+    max_batch_tokens: int,
+    max_batch_size: int,
+    max_model_len: int,
+    threads: int,
+    dtype: str,
+    device: str,
+    progress: Progress,
+) -> CpuBackend:
+    """A BackendFactory. `dtype` is auto or bfloat16. OCTAVO_ISA=amx|avx512|avx2|portable picks the kernels.
+
+    Raises ConfigError, OutOfMemory or UnsupportedModel.
+    """
+    if dtype not in ("auto", "bfloat16"):
+        raise ConfigError(f"the cpu backend computes in bfloat16, not {dtype}; use dtype auto or backend torch")
+    if device not in ("auto", "cpu"):
+        raise ConfigError(f"the cpu backend runs on device cpu, not {device}; use device auto or backend torch")
+    if spec.head_dim % 16:
+        raise UnsupportedModel(f"the cpu backend needs a head_dim that is a multiple of 16, not {spec.head_dim}")
+    weight_bytes = 2 * sum(int(np.prod(parameter.shape)) for parameter in parameters.values())
+    if weight_bytes > (available := _available_bytes()):
+        raise OutOfMemory(
+            f"the weights need {weight_bytes / 2**30:.1f} GiB and {available / 2**30:.1f} GiB are free; "
+            "use a smaller model"
+        )
+    program = Program(
+        isa=_choose_isa(),
+        cores=sorted(os.sched_getaffinity(0))[:threads],
+        vocab=spec.vocab_size,
+        hidden=spec.hidden_size,
+        heads=spec.num_heads,
+        kv_heads=spec.num_kv_heads,
+        head_dim=spec.head_dim,
+        layers=spec.num_layers,
+        norm_eps=spec.norm_eps,
+        page_size=page_size,
+        max_rows=max_batch_tokens,
+        max_sampled=max_batch_size,
+        frequencies=spec.rope.frequencies(spec.head_dim).tolist(),
+    )
+    recorder = Recorder(program, parameters)
+    program.finish(describe(spec, recorder))
+    _pack(program, [(parameters[name], handle) for name, handle in recorder.weights.items()], progress)
+    return CpuBackend(spec, program, page_size)
+
+
+def _pack(program: Program, weights: list[tuple[Parameter, int]], progress: Progress) -> None:
+    total = sum(part.data.nbytes for parameter, _ in weights for part in parameter.parts)
+    done = 0
+    for parameter, handle in weights:
+        parts = []
+        for part in parameter.parts:
+            order = None if part.row_order is None else np.ascontiguousarray(part.row_order, np.int64)
+            parts.append((part.data, part.format, order))
+        rows, columns = parameter.shape
+        program.pack(handle, parts, rows, columns)
+        for part in parameter.parts:
+            part.release()
+            done += part.data.nbytes
+        progress(done, total)
+
+
+def _choose_isa() -> str:
+    available = available_isas()
+    wanted = os.environ.get("OCTAVO_ISA", available[0])
+    if wanted not in available:
+        raise ConfigError(f"OCTAVO_ISA must be one of {', '.join(available)} on this machine, not {wanted!r}")
+    return wanted
+
+
+def _available_bytes() -> int:
+    with Path("/proc/meminfo").open() as lines:  # Linux's estimate of what can be had without swapping
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))

@@ -1,0 +1,53 @@
+"""The op vocabulary, recorded: every op appends an instruction to a native program."""
+
+from collections.abc import Mapping
+from typing import Literal
+
+from octavo.weights.tensor import Parameter
+
+from ._native import Activation, Program
+
+
+class Recorder:
+    """Ops (see backends.base.Ops) whose handles are the native program's buffers. `weights` are still to be packed."""
+
+    def __init__(self, program: Program, parameters: Mapping[str, Parameter]):
+        self.weights: dict[str, int] = {}
+        self._program, self._parameters = program, parameters
+
+    def embed(self, weight: str) -> int:
+        return self._program.embed(self._weight(weight))
+
+    def norm(self, x: int, weight: str) -> int:
+        return self._program.norm(x, self._vector(weight))
+
+    def linear(self, x: int, weight: str, bias: bool = False, residual: int | None = None) -> int:
+        bias_vector = self._vector(weight + ".bias") if bias else -1
+        return self._program.linear(x, self._weight(weight), bias_vector, -1 if residual is None else residual)
+
+    def rope_and_cache(self, qkv: int, layer: int, q_norm: str | None, k_norm: str | None) -> int:
+        q_vector, k_vector = (-1 if name is None else self._vector(name) for name in (q_norm, k_norm))
+        return self._program.rope_and_cache(qkv, layer, q_vector, k_vector)
+
+    def attention(self, q: int, layer: int, window: int) -> int:
+        return self._program.attention(q, layer, window)
+
+    def gated(self, gate_up: int, activation: Literal["silu", "gelu_tanh"]) -> int:
+        return self._program.gated(gate_up, Activation[activation])
+
+    def sampled_rows(self, x: int) -> int:
+        return self._program.sampled_rows(x)
+
+    def logits(self, x: int, weight: str) -> int:
+        return self.linear(x, weight)
+
+    def _weight(self, name: str) -> int:
+        if name not in self.weights:
+            self.weights[name] = self._program.weight(*self._parameters[name].shape)
+        return self.weights[name]
+
+    def _vector(self, name: str) -> int:
+        import numpy as np
+
+        parts = self._parameters[name].parts
+        return self._program.vector(np.concatenate([part.float32() for part in parts]))

@@ -1,0 +1,81 @@
+"""A real `octavo serve` in a process of its own, on a port that the kernel chose."""
+
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Self
+
+import httpx
+
+
+class ServerProcess:
+    """Serves `model` until the end of a `with` block, and then asserts that it drained and never printed a traceback."""
+
+    def __init__(self, model: Path | str, *flags: str):
+        self.banner = ""
+        self.url = ""
+        self._errors = tempfile.TemporaryFile("w+")
+        command = [sys.executable, "-m", "octavo.entrypoints.openai.api_server", "--model", str(model), "--port", "0"]
+        self.process = subprocess.Popen(
+            [*command, "--served-model-name", "tiny", *flags], stdout=subprocess.PIPE, stderr=self._errors, text=True
+        )
+
+    def __enter__(self) -> Self:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.banner += line
+            if line.startswith("curl"):
+                break
+        else:
+            raise AssertionError(f"the server did not start: {self.stderr()}")
+        match = re.search(r"http://[\w.:]+", self.banner)
+        assert match
+        self.url = match[0]
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.signal(signal.SIGTERM)
+        code = self.process.wait(timeout=30)
+        stderr = self.stderr()
+        if kind is None:
+            assert code == 0, stderr
+            assert "Traceback" not in stderr, stderr
+
+    def signal(self, number: signal.Signals) -> None:
+        self.process.send_signal(number)
+
+    def stderr(self) -> str:
+        self._errors.seek(0)
+        return self._errors.read()
+
+    @property
+    def address(self) -> tuple[str, int]:
+        url = httpx.URL(self.url)
+        assert url.port is not None
+        return url.host, url.port
+
+    def wait_until_closed(self) -> None:
+        """Until new connections are refused."""
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline:
+            try:
+                socket.create_connection(self.address, timeout=10).close()
+            except OSError:
+                return
+        raise AssertionError("the server still accepts connections")
+
+    def engine_pid(self, other_than: int | None = None) -> int:
+        """Of the engine process, the only child of the server; waits for another one than `other_than`."""
+        pid = self.process.pid
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline:
+            children = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+            if children and children != [other_than]:
+                [child] = children
+                return child
+        raise AssertionError("no engine process was started")

@@ -1,0 +1,144 @@
+"""AsyncLLM: an engine in a process of its own, which may be killed at any time without a request being lost."""
+
+import asyncio
+import os
+import signal
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+
+from octavo import AsyncLLM, RequestOutput, SamplingParams
+from octavo.errors import DamagedWeights, EngineDead, InvalidRequest, OutOfMemory, PromptTooLong
+
+SEEDED = SamplingParams(seed=1, max_tokens=30, ignore_eos=True)
+LONG = SamplingParams(seed=1, max_tokens=400, ignore_eos=True)
+
+
+def run(model: Path, scenario: Callable[[AsyncLLM], Awaitable[None]], **settings: object) -> None:
+    async def main() -> None:
+        async with AsyncLLM(str(model), **settings) as llm:
+            await asyncio.wait_for(scenario(llm), 100)
+
+    asyncio.run(main())
+
+
+async def collect(llm: AsyncLLM, prompt: str, params: SamplingParams) -> tuple[str, list[int]]:
+    text, tokens = "", []
+    async for increment in llm.generate(prompt, params):
+        text += increment.outputs[0].text
+        tokens += increment.outputs[0].token_ids
+    return text, tokens
+
+
+def test_increments_make_the_whole(tiny_llama):
+    async def scenario(llm: AsyncLLM) -> None:
+        (whole,) = await llm.agenerate("The class", SEEDED)
+        text, tokens = await collect(llm, "The class", SEEDED)
+        assert (text, tokens) == (whole.text, whole.outputs[0].token_ids)
+        both = await llm.agenerate(["The class", "A list"], [SEEDED, LONG])
+        assert both[0].text == text and len(both[1].outputs[0].token_ids) == 400
+
+    run(tiny_llama, scenario)
+
+
+def test_an_abandoned_request_is_aborted(tiny_llama):
+    async def scenario(llm: AsyncLLM) -> None:
+        iterator = llm.generate("a", LONG)
+        await anext(iterator)
+        await iterator.aclose()
+        stats = await llm.stats()  # asked after the abort, on the same socket
+        assert (stats.running, stats.waiting) == (0, 0)
+        assert stats.free_pages + stats.cached_pages == stats.num_pages
+
+    run(tiny_llama, scenario)
+
+
+def test_an_aborted_request_ends(tiny_llama):
+    async def scenario(llm: AsyncLLM) -> None:
+        last: RequestOutput | None = None
+        async for increment in llm.generate("a", LONG, request_id="mine"):
+            if last is None:
+                await llm.abort("mine")
+            last = increment
+        assert last is not None and last.finished and last.outputs[0].finish_reason == "abort"
+
+    run(tiny_llama, scenario)
+
+
+def test_a_killed_engine_loses_nothing(tiny_llama):
+    prompts = ["The class", "A list", "An int"]
+
+    async def scenario(llm: AsyncLLM) -> None:
+        params = SamplingParams(seed=1, max_tokens=300, ignore_eos=True)
+        undisturbed = [await collect(llm, prompt, params) for prompt in prompts]
+        under_way = asyncio.Event()
+
+        async def watched(prompt: str) -> tuple[str, list[int]]:
+            text, tokens = "", []
+            async for increment in llm.generate(prompt, params):
+                text += increment.outputs[0].text
+                tokens += increment.outputs[0].token_ids
+                if len(tokens) == 20:
+                    under_way.set()
+            return text, tokens
+
+        async def kill() -> None:
+            await under_way.wait()
+            os.kill(llm._engine._process.pid, signal.SIGKILL)
+
+        *disturbed, _ = await asyncio.gather(*map(watched, prompts), kill())
+        assert disturbed == undisturbed
+        assert llm.is_alive
+
+    run(tiny_llama, scenario)
+
+
+def test_an_engine_that_keeps_crashing_is_given_up(tiny_llama):
+    async def scenario(llm: AsyncLLM) -> None:
+        with pytest.raises(EngineDead, match="crashed 4 times"):
+            async for _ in llm.generate("a", SamplingParams(max_tokens=500, ignore_eos=True)):
+                os.kill(llm._engine._process.pid, signal.SIGKILL)
+        await llm.wait_dead()
+        with pytest.raises(EngineDead):
+            await llm.agenerate("a")
+
+    run(tiny_llama, scenario)
+
+
+def test_bad_requests_harm_nobody(tiny_llama):
+    async def scenario(llm: AsyncLLM) -> None:
+        good = asyncio.create_task(llm.agenerate("a", LONG))
+        for prompt, error in (("", InvalidRequest), ([9] * 600, PromptTooLong), ([512], InvalidRequest)):
+            with pytest.raises(error):
+                await llm.agenerate(prompt)
+        with pytest.raises(InvalidRequest, match="stop_token_ids names tokens beyond the vocabulary of 512"):
+            await llm.agenerate("a", SamplingParams(stop_token_ids=[512]))
+        (output,) = await good
+        assert len(output.outputs[0].token_ids) == 400
+
+    run(tiny_llama, scenario)
+
+
+def test_the_engine_ends_with_its_frontend(tiny_llama):
+    async def scenario(llm: AsyncLLM) -> None:
+        pids.append(llm._engine._process.pid)
+
+    pids: list[int] = []
+    run(tiny_llama, scenario)
+    with pytest.raises(ProcessLookupError):
+        os.kill(pids[0], 0)
+
+
+def test_what_loading_raises_reaches_the_caller(tiny_llama, tmp_path):
+    async def start(model: Path, **settings: object) -> None:
+        llm = AsyncLLM(str(model), **settings)
+        await llm.start()
+
+    with pytest.raises(OutOfMemory, match="set kv_cache_memory to at least"):
+        asyncio.run(start(tiny_llama, kv_cache_memory=1))
+    for file in tiny_llama.iterdir():
+        content = file.read_bytes()
+        (tmp_path / file.name).write_bytes(content[: len(content) // 2] if file.suffix == ".safetensors" else content)
+    with pytest.raises(DamagedWeights):
+        asyncio.run(start(tmp_path))

@@ -1,0 +1,269 @@
+"""The command line, as a user runs it: real processes, real models, a real terminal."""
+
+import os
+import re
+import resource
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from octavo import LLM, SamplingParams
+
+OCTAVO = [sys.executable, "-c", "from octavo.cli import main; main()"]
+GREEDY = ("--temperature", "0", "--max-tokens", "16")
+
+
+def octavo(*arguments: str | Path, stdin: str | bytes = "", **environment: str) -> subprocess.CompletedProcess[str]:
+    data = stdin.encode() if isinstance(stdin, str) else stdin
+    done = subprocess.run(
+        [*OCTAVO, *map(str, arguments)], input=data, capture_output=True, timeout=120, env=os.environ | environment
+    )
+    return subprocess.CompletedProcess(done.args, done.returncode, done.stdout.decode(), done.stderr.decode())
+
+
+def answer(*arguments: str | Path, **options: Any) -> str:
+    """The stdout of a command that succeeds and has nothing to say on stderr."""
+    done = octavo(*arguments, **options)
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout
+
+
+def complaint(*arguments: str | Path, **options: Any) -> str:
+    """The one line on stderr of a command that the user has to put right."""
+    done = octavo(*arguments, **options)
+    assert done.returncode == 2, done
+    assert done.stdout == ""
+    assert re.fullmatch(r"octavo: [^\n]+\n", done.stderr), done.stderr
+    return done.stderr
+
+
+@pytest.fixture(scope="module")
+def llm(tiny_llama: Path) -> Iterator[LLM]:
+    """The tiny model in this process, to say what the commands should answer."""
+    with LLM(str(tiny_llama), threads=1) as llm:
+        yield llm
+
+
+def greedy(llm: LLM, messages: list[dict[str, str]]) -> str:
+    return llm.chat(messages, SamplingParams(temperature=0, max_tokens=16), use_tqdm=False)[0].text
+
+
+# Help and usage
+
+
+def test_help_names_the_commands_and_is_quick() -> None:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    text = answer("--help")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert set(re.findall(r"^│ (\w+)  ", text, re.MULTILINE)) >= {"serve", "generate", "chat", "pull", "bench"}
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5
+    assert answer() == text  # no command: help
+
+
+def test_version() -> None:
+    import octavo
+
+    assert answer("--version") == f"octavo {octavo.__version__}\n"
+
+
+@pytest.mark.parametrize("command", ["serve", "generate", "chat"])
+def test_help_of_a_command_names_every_setting(command: str) -> None:
+    import dataclasses
+
+    from octavo import EngineConfig
+
+    text = answer(command, "--help", COLUMNS="200")
+    for field in dataclasses.fields(EngineConfig):
+        assert f"--{field.name.replace('_', '-')} " in text
+
+
+@pytest.mark.parametrize(
+    "arguments, hint",
+    [
+        (["genrate", "smollm2", "hi"], "Did you mean 'generate'"),
+        (["nonsense"], "see octavo --help"),
+        (["generate", "smollm2", "hi", "--temprature", "0"], "--temperature"),
+        (["generate", "smollm2", "hi", "--max_batch_sise", "4"], "--max-batch-size"),
+        (["generate", "smollm2"], "prompt"),
+        (["generate", "smollm2", "hi", "there"], "there"),
+        (["generate", "smollm2", "hi", "--max-tokens", "many"], "--max-tokens"),
+        (["generate", "smollm2", "hi", "--max-tokens", "0"], "max_tokens must be an integer of at least 1"),
+        (["generate", "smollm2", "hi", "--temperature=-1"], "temperature must be a number from 0"),
+        (["generate", "smollm2", "hi", "--max_batch_size", "0"], "max_batch_size must be at least 1"),
+        (["generate", "smollm2", "hi", "--kv-cache-memory", "lots"], "such as 4GiB"),
+        (["chat", "smollm2", "--model", "other"], "two models"),
+        (["chat", "no-such-directory/model.gguf"], "no-such-directory/model.gguf"),
+        (["chat", "--config", "no-such-file.yaml"], "no-such-file.yaml"),
+    ],
+)
+def test_a_slip_is_one_line_that_says_what_is_right(arguments: list[str], hint: str) -> None:
+    assert hint in complaint(*arguments)
+
+
+def test_damaged_file(smollm2: Path, tmp_path: Path) -> None:
+    for size in (0, 100, 100_000, 10_000_000):
+        with smollm2.open("rb") as whole:
+            (tmp_path / "cut.gguf").write_bytes(whole.read(size))
+        assert "cut.gguf" in complaint("generate", tmp_path / "cut.gguf", "hi")
+
+
+def test_prompt_longer_than_the_context(tiny_llama: Path) -> None:
+    assert "512" in complaint("generate", tiny_llama, "word " * 1000)
+
+
+def test_text_that_is_not_unicode(tiny_llama: Path) -> None:
+    assert "UTF-8" in complaint("generate", tiny_llama, "-", stdin=b"caf\xe9")
+    assert "UTF-8" in complaint("chat", tiny_llama, stdin=b"caf\xe9\n")
+    assert "Unicode" in complaint("generate", tiny_llama, os.fsdecode(b"caf\xe9"))
+
+
+# generate
+
+
+def test_generate_gives_the_text_that_llm_gives(tiny_llama: Path, llm: LLM) -> None:
+    expected = llm.generate("The sea", SamplingParams(temperature=0, max_tokens=16), use_tqdm=False)[0].text + "\n"
+    assert answer("generate", tiny_llama, "The sea", *GREEDY) == expected
+    assert answer("generate", tiny_llama, "-", *GREEDY, stdin="The sea") == expected
+    assert answer("generate", tiny_llama, "The sea", *GREEDY, "--max_batch_tokens", "4", "--threads=1") == expected
+
+
+def test_generate_chat_answers_the_message(tiny_llama: Path, llm: LLM) -> None:
+    expected = greedy(llm, [{"role": "user", "content": "Hello"}]) + "\n"
+    assert answer("generate", tiny_llama, "Hello", "--chat", *GREEDY) == expected
+
+
+def test_generate_with_a_seed(tiny_llama: Path) -> None:
+    seeded = [answer("generate", tiny_llama, "The sea", "--temperature", "1", "--seed", seed) for seed in "112"]
+    assert seeded[0] == seeded[1] != seeded[2]
+
+
+def test_real_model_answers() -> None:
+    assert "Paris" in answer("generate", "smollm2", "What is the capital of France?", "--chat", *GREEDY)
+    stopped = answer("generate", "smollm2", "One, two, three,", *GREEDY, "--stop", "seven", "--stop", " six")
+    assert stopped == " four, five,\n"
+
+
+def test_flags_win_over_the_file_and_the_file_over_the_environment(tiny_llama: Path, tmp_path: Path) -> None:
+    file = tmp_path / "octavo.yaml"
+    file.write_text(f"model: {tiny_llama}\nmax-model-len: 3\n")
+    prompt = "four or more tokens"
+    model = str(tiny_llama)
+    assert "room" in complaint("generate", model, prompt, "--config", file, OCTAVO_MAX_MODEL_LEN="100")
+    assert answer("generate", model, prompt, "--config", file, *GREEDY, "--max-model-len", "100")
+    file.write_text("max-modle-len: 3\n")
+    assert "max-modle-len" in complaint("generate", model, prompt, "--config", file)
+
+
+@pytest.fixture
+def long_answer() -> Iterator[subprocess.Popen[bytes]]:
+    """`octavo generate` in the middle of a long answer."""
+    command = [*OCTAVO, "generate", "smollm2", "Once upon a time", "--temperature", "0", "--max-tokens", "4000"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.read(1) and process.poll() is None  # the first text comes long before the last
+        yield process
+        process.kill()
+
+
+def test_ctrl_c_ends_with_130_and_no_traceback(long_answer: subprocess.Popen[bytes]) -> None:
+    long_answer.send_signal(signal.SIGINT)
+    _, stderr = long_answer.communicate(timeout=20)
+    assert (long_answer.returncode, stderr) == (130, b"")
+
+
+def test_a_reader_that_leaves_ends_it_quietly(long_answer: subprocess.Popen[bytes]) -> None:
+    assert long_answer.stdout is not None and long_answer.stderr is not None
+    long_answer.stdout.close()
+    assert long_answer.stderr.read() == b""
+    assert long_answer.wait(timeout=20) in (0, 1)
+
+
+# chat
+
+
+def test_chat_over_a_pipe_keeps_the_conversation(tiny_llama: Path, llm: LLM) -> None:
+    first = greedy(llm, [{"role": "user", "content": "Hello"}])
+    history = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": first}]
+    second = greedy(llm, [*history, {"role": "user", "content": "And you?"}])
+    lines = "Hello\n\nAnd you?\n/reset\nHello\n/exit\nnever read\n"
+    assert answer("chat", tiny_llama, *GREEDY, stdin=lines) == f"{first}\n{second}\n{first}\n"
+
+
+def test_chat_system(tiny_llama: Path, llm: LLM) -> None:
+    def told(system: str) -> str:
+        return greedy(llm, [{"role": "system", "content": system}, {"role": "user", "content": "Hello"}])
+
+    lines = "Hello\n/system Be rude.\nHello\n/reset\nHello\n"
+    expected = f"{told('Be kind.')}\n{told('Be rude.')}\n{told('Be rude.')}\n"
+    assert answer("chat", tiny_llama, *GREEDY, "--system", "Be kind.", stdin=lines) == expected
+
+
+def test_chat_goes_on_after_a_mistake(tiny_llama: Path, llm: LLM) -> None:
+    done = octavo("chat", tiny_llama, *GREEDY, stdin=f"/rest\n{'word ' * 1000}\nHello\n")
+    assert done.returncode == 0
+    assert done.stdout == greedy(llm, [{"role": "user", "content": "Hello"}]) + "\n"
+    unknown, too_long = done.stderr.splitlines()
+    assert "/rest" in unknown and "/reset" in too_long
+
+
+def test_chat_without_a_template(tiny_llama: Path, tmp_path: Path) -> None:
+    for file in tiny_llama.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    (tmp_path / "tokenizer_config.json").unlink()
+    assert "octavo generate" in complaint("chat", tmp_path)
+
+
+class Terminal:
+    """A command in a terminal of its own: what is typed goes in, what it shows comes out."""
+
+    def __init__(self, *arguments: str) -> None:
+        self.screen, self.end = os.openpty()
+        self.shown = ""
+        self.process = subprocess.Popen(
+            [*OCTAVO, *arguments], env=os.environ | {"TERM": "xterm"}, preexec_fn=lambda: os.login_tty(self.end)
+        )
+        os.close(self.end)
+
+    def type(self, keys: str) -> None:
+        self.shown = ""
+        os.write(self.screen, keys.encode())
+
+    def wait_for(self, text: str) -> None:
+        deadline = time.monotonic() + 60
+        while text not in self.shown:
+            ready, _, _ = select.select([self.screen], [], [], deadline - time.monotonic())
+            assert ready, f"no {text!r} in {self.shown!r}"
+            self.shown += os.read(self.screen, 4096).decode(errors="replace")
+
+
+def test_chat_in_a_terminal() -> None:
+    terminal = Terminal("chat", "smollm2", "--temperature", "0")
+    try:
+        terminal.wait_for("› ")
+        terminal.type("What is the capital of France?\r")
+        terminal.wait_for("Paris")
+        terminal.wait_for("tokens/s")
+        terminal.wait_for("› ")
+        terminal.type("Tell a very long story about the sea.\r")
+        terminal.wait_for("the ")
+        terminal.type("\x03")
+        terminal.wait_for("stopped")
+        terminal.wait_for("› ")
+        terminal.type("/help\r")
+        terminal.wait_for("/system TEXT")
+        terminal.wait_for("› ")
+        terminal.type("\x03")
+        terminal.wait_for("Ctrl-D leaves")
+        terminal.wait_for("› ")
+        terminal.type("\x04")
+        assert terminal.process.wait(timeout=20) == 0
+    finally:
+        terminal.process.kill()
+        os.close(terminal.screen)

@@ -1,0 +1,132 @@
+"""Same request, same tokens and logprobs, to the bit: alone, batched, reordered, in chunks, cached, preempted, forked."""
+
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from tiny_models import real_text
+
+from octavo import LLM, RequestOutput, SamplingParams
+
+NUM_PROMPTS = 64
+MODELS = ["smollm2", "mistral", "qwen2", "qwen3"]  # the last three tiny, for windows, biases, q/k norms
+
+
+@dataclass(frozen=True)
+class Answer:
+    tokens: list[int]
+    logprobs: list[list[tuple[int, float, int]]]
+
+
+def answer(output: RequestOutput, index: int = 0) -> Answer:
+    completion = output.outputs[index]
+    assert completion.logprobs is not None
+    logprobs = [[(token, lp.logprob, lp.rank) for token, lp in entry.items()] for entry in completion.logprobs]
+    return Answer(completion.token_ids, logprobs)
+
+
+def parameters(i: int) -> SamplingParams:
+    """Greedy and seeded by turns; every eighth request with penalties."""
+    penalty = 0.5 if i % 8 == 3 else 0.0
+    return SamplingParams(
+        temperature=0.9 * (i % 2), top_p=0.95, top_k=50 * (i % 3), seed=i, max_tokens=12 + i % 7, logprobs=3,
+        frequency_penalty=penalty, ignore_eos=True,
+    )  # fmt: skip
+
+
+PARAMS = [parameters(i) for i in range(NUM_PROMPTS)]
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def model(request: pytest.FixtureRequest, tiny_model: Callable[[str], Path]) -> str:
+    return request.param if request.param == "smollm2" else str(tiny_model(request.param))
+
+
+@pytest.fixture(scope="module")
+def alone(model: str) -> Iterator[tuple[list[list[int]], list[Answer]]]:
+    """The prompts, of 3 to 180 tokens, and the answer to each when it is all there is."""
+    rng = random.Random(0)
+    with LLM(model, enable_prefix_caching=False) as llm:
+        text = llm.tokenizer.encode(real_text()[:60000])
+        prompts = []
+        for _ in range(NUM_PROMPTS):
+            start, length = rng.randrange(10000), rng.choice([3, 17, 32, 33, 64, 100, 180])
+            prompts.append(text[start : start + length])
+        pairs = zip(prompts, PARAMS, strict=True)
+        yield prompts, [answer(llm.generate(prompt, params)[0]) for prompt, params in pairs]
+
+
+def run(llm: LLM, prompts: list[list[int]]) -> list[Answer]:
+    return [answer(output) for output in llm.generate(prompts, PARAMS)]
+
+
+def test_batched(model, alone):
+    prompts, expected = alone
+    with LLM(model) as llm:
+        assert run(llm, prompts) == expected
+
+
+def test_in_another_order(model, alone):
+    prompts, expected = alone
+    order = random.Random(1).sample(range(NUM_PROMPTS), NUM_PROMPTS)
+    with LLM(model, max_batch_size=24) as llm:
+        outputs = llm.generate([prompts[i] for i in order], [PARAMS[i] for i in order])
+    assert [answer(output) for output in outputs] == [expected[i] for i in order]
+
+
+@pytest.mark.parametrize("chunk", [16, 512])
+def test_in_chunks(model, alone, chunk):
+    prompts, expected = alone
+    with LLM(model, max_batch_tokens=chunk) as llm:
+        assert run(llm, prompts) == expected
+
+
+def test_from_the_prefix_cache(model, alone):
+    prompts, expected = alone
+    with LLM(model) as llm:
+        llm.generate(prompts, SamplingParams(max_tokens=1))
+        outputs = llm.generate(prompts, PARAMS)
+    assert sum(output.metrics.cached_tokens for output in outputs) > 1000
+    assert [answer(output) for output in outputs] == expected
+
+
+def test_after_preemption(model, alone):
+    prompts, expected = alone
+    with LLM(model, max_model_len=224, kv_cache_memory=pool_of(model, pages=16)) as llm:
+        assert run(llm, prompts) == expected
+        stats = llm.stats()
+    assert stats.preemptions > 0
+    assert stats.free_pages + stats.cached_pages == stats.num_pages == 16
+
+
+def test_with_larger_pages(model, alone):
+    prompts, expected = alone
+    with LLM(model, kv_cache_page_size=96) as llm:
+        assert run(llm, prompts) == expected
+
+
+def test_with_one_thread(model, alone):
+    prompts, expected = alone
+    with LLM(model, threads=1) as llm:
+        assert run(llm, prompts) == expected
+
+
+def test_as_one_of_n(model, alone):
+    """Completion i of n is what a request of seed + i gets."""
+    prompts, expected = alone
+    with LLM(model) as llm:
+        for i in (1, 5, 7):
+            params = PARAMS[i]
+            for k in (0, 2):
+                shifted = {name: getattr(params, name) for name in params.__struct_fields__}
+                shifted |= {"n": 3, "seed": params.seed - k}
+                output = llm.generate(prompts[i], SamplingParams(**shifted))[0]
+                assert answer(output, k) == expected[i]
+
+
+def pool_of(model: str, pages: int) -> int:
+    """Bytes of a KV pool of so many pages of 32 tokens."""
+    with LLM(model, max_model_len=32) as llm:
+        return pages * llm._engine._engine.backend.page_bytes

@@ -1,0 +1,407 @@
+"""The HTTP server, a real process, as the real `openai` client sees it."""
+
+import asyncio
+import itertools
+import json
+import os
+import resource
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from server_process import ServerProcess
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+import octavo
+from octavo import AsyncLLM
+from octavo.engine.messages import EngineStats
+from octavo.server.app import create_app
+from octavo.server.draining import DrainingServer
+
+HELLO = [{"role": "user", "content": "Say hello to the modules"}]
+LONG = " ".join(f"The module number {i} defines functions." for i in range(20))  # some pages of the KV cache
+
+
+@pytest.fixture(scope="module")
+def server(tiny_llama: Path) -> Iterator[ServerProcess]:
+    with ServerProcess(tiny_llama) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def client(server: ServerProcess) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=60) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def reference(tiny_llama: Path) -> PreTrainedTokenizerBase:
+    """transformers' own reading of the tokenizer."""
+    return AutoTokenizer.from_pretrained(tiny_llama)
+
+
+def complete(client: openai.OpenAI, prompt: Any = "The module", **options: Any) -> Any:
+    defaults = {"model": "tiny", "temperature": 0, "max_tokens": 8, "extra_body": {"ignore_eos": True}}
+    return client.completions.create(prompt=prompt, **{**defaults, **options})
+
+
+def chat(client: openai.OpenAI, messages: Any = HELLO, **options: Any) -> Any:
+    defaults = {"model": "tiny", "temperature": 0, "max_tokens": 8, "extra_body": {"ignore_eos": True}}
+    return client.chat.completions.create(messages=messages, **{**defaults, **options})
+
+
+def http_post(path: str, body: Any) -> bytes:
+    content = json.dumps(body).encode()
+    head = (
+        f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
+    )
+    return head.encode() + content
+
+
+def stream_text(stream: Any) -> str:
+    return "".join(chunk.choices[0].text for chunk in stream if chunk.choices)
+
+
+# What is served
+
+
+def test_the_curl_line_of_the_banner_works(server: ServerProcess) -> None:
+    command = shlex.split(server.banner[server.banner.index("curl") :])
+    assert command[:2] == ["curl", f"{server.url}/v1/chat/completions"]
+    if shutil.which("curl"):
+        command += ["--silent", "--fail"]
+        body = json.loads(command[command.index("-d") + 1]) | {"max_tokens": 4}
+        command[command.index("-d") + 1] = json.dumps(body)
+        reply = json.loads(subprocess.run(command, check=True, capture_output=True, timeout=60).stdout)
+        assert reply["choices"][0]["message"]["role"] == "assistant"
+
+
+def test_models(client: openai.OpenAI) -> None:
+    assert [model.id for model in client.models.list()] == ["tiny"]
+    assert client.models.retrieve("tiny").owned_by == "octavo"
+    with pytest.raises(openai.NotFoundError) as error:
+        client.models.retrieve("some/other")
+    assert error.value.code == "model_not_found"
+
+
+def test_health_and_version(server: ServerProcess) -> None:
+    assert httpx.get(f"{server.url}/health").status_code == 200
+    assert httpx.get(f"{server.url}/version").json() == {"version": octavo.__version__}
+
+
+# Completions
+
+
+def test_prompt_shapes(client: openai.OpenAI, reference: PreTrainedTokenizerBase) -> None:
+    texts = ["The module", "A function returns the value of"]
+    ids = [reference(text)["input_ids"] for text in texts]
+    alone = [complete(client, text).choices[0].text for text in texts]
+    assert len(set(alone)) == 2
+    for both in (texts, ids):
+        reply = complete(client, both)
+        assert [choice.index for choice in reply.choices] == [0, 1]
+        assert [choice.text for choice in reply.choices] == alone
+        assert reply.usage.prompt_tokens == sum(map(len, ids))
+        assert reply.usage.completion_tokens == 16
+    assert complete(client, ids[1]).choices[0].text == alone[1]
+
+
+def test_stream_of_many_prompts(client: openai.OpenAI) -> None:
+    prompts, options = ["The module", "A function", "An object of"], {"n": 2, "seed": 5, "temperature": 1}
+    whole = complete(client, prompts, **options)
+    texts = dict.fromkeys(range(6), "")
+    for chunk in complete(client, prompts, stream=True, **options):
+        for choice in chunk.choices:
+            texts[choice.index] += choice.text
+    assert list(texts.values()) == [choice.text for choice in whole.choices]
+    assert texts[0] != texts[1]
+
+
+def test_seed_is_reported_and_brings_the_same_text(client: openai.OpenAI) -> None:
+    first = complete(client, temperature=1, max_tokens=20)
+    assert complete(client, temperature=1, max_tokens=20, seed=first.seed).choices[0].text == first.choices[0].text
+    assert complete(client, temperature=1, max_tokens=20).choices[0].text != first.choices[0].text
+
+
+def test_echo(client: openai.OpenAI, reference: PreTrainedTokenizerBase) -> None:
+    text = complete(client).choices[0].text
+    assert complete(client, echo=True).choices[0].text == "The module" + text
+    assert complete(client, reference("The module")["input_ids"], echo=True).choices[0].text == "The module" + text
+    assert stream_text(complete(client, echo=True, stream=True)) == "The module" + text
+
+
+def test_stop_and_its_reason(client: openai.OpenAI) -> None:
+    text = complete(client, max_tokens=24).choices[0].text
+    stop = text[5:8]
+    for choice in (
+        complete(client, max_tokens=24, stop=stop).choices[0],
+        complete(client, max_tokens=24, stop=["never to be seen", stop]).choices[0],
+    ):
+        assert choice.text == text[: text.index(stop)]
+        assert (choice.finish_reason, choice.stop_reason) == ("stop", stop)
+    assert complete(client).choices[0].finish_reason == "length"
+
+
+def test_sampling_fields_arrive(client: openai.OpenAI, reference: PreTrainedTokenizerBase) -> None:
+    """Each changes the output in the one way it can."""
+
+    def text(**extra: Any) -> str:
+        return complete(client, extra_body={"ignore_eos": True, **extra}).choices[0].text
+
+    forced = reference.convert_tokens_to_ids("X")
+    assert complete(client, logit_bias={str(forced): 100}).choices[0].text == "X" * 8
+    assert text(temperature=1, seed=3, top_k=1) == text()
+    assert text(temperature=1, seed=3, min_p=1.0) == text()
+    assert text(temperature=1, seed=3) != text()
+    assert text(logit_bias={str(forced): 10}, repetition_penalty=10.0) != "X" * 8
+    assert text(logit_bias={str(forced): 100}, stop_token_ids=[forced]) == ""
+    assert text(logit_bias={str(forced): 100}, stop_token_ids=[forced], min_tokens=3) != ""
+    end = reference.eos_token_id
+    ended = complete(client, logit_bias={str(end): 100}, extra_body={}).choices[0]
+    assert (ended.text, ended.finish_reason) == ("", "stop")
+
+
+def test_completion_logprobs(client: openai.OpenAI) -> None:
+    logprobs = complete(client, logprobs=3, echo=False).choices[0].logprobs
+    assert len(logprobs.tokens) == len(logprobs.token_logprobs) == len(logprobs.top_logprobs) == 8
+    for token, logprob, top in zip(logprobs.tokens, logprobs.token_logprobs, logprobs.top_logprobs, strict=True):
+        assert top[token] == logprob == max(top.values())  # greedy takes the likeliest
+    lengths = itertools.accumulate(map(len, logprobs.tokens[:-1]), initial=0)
+    assert logprobs.text_offset == list(lengths)
+    streamed = [chunk.choices[0].logprobs for chunk in complete(client, logprobs=3, stream=True)]
+    for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset"):
+        assert [item for part in streamed if part for item in getattr(part, name)] == getattr(logprobs, name)
+
+
+# Chat
+
+
+def test_chat(client: openai.OpenAI, reference: PreTrainedTokenizerBase) -> None:
+    reply = chat(client)
+    prompt = reference.apply_chat_template(HELLO, add_generation_prompt=True, tokenize=False)
+    assert reply.usage.prompt_tokens == len(reference(prompt)["input_ids"])
+    assert reply.usage.total_tokens == reply.usage.prompt_tokens + 8
+    assert reply.choices[0].message.content == complete(client, prompt).choices[0].text
+    assert reply.system_fingerprint.startswith("fp_")
+    assert reply.object == "chat.completion"
+
+
+def test_chat_content_as_parts_and_roles(client: openai.OpenAI) -> None:
+    parts = [{"type": "text", "text": "Say hello"}, {"type": "text", "text": "now"}]
+    by_parts = chat(client, [{"role": "developer", "content": "Be short"}, {"role": "user", "content": parts}])
+    plain = chat(client, [{"role": "system", "content": "Be short"}, {"role": "user", "content": "Say hello\nnow"}])
+    assert by_parts.choices[0].message.content == plain.choices[0].message.content
+
+
+def test_an_answer_can_be_sent_back_as_it_came(client: openai.OpenAI) -> None:
+    answer = chat(client).choices[0].message
+    again = chat(client, [*HELLO, answer, {"role": "user", "content": "And again"}])
+    sent = answer.model_dump() | {"annotations": [], "tool_calls": None}
+    assert chat(client, [*HELLO, sent, {"role": "user", "content": "And again"}]).usage == again.usage
+
+
+def test_template_variables(client: openai.OpenAI) -> None:
+    with_turn = chat(client).usage.prompt_tokens
+    for extra in ({"add_generation_prompt": False}, {"chat_template_kwargs": {"add_generation_prompt": False}}):
+        assert chat(client, extra_body=extra).usage.prompt_tokens < with_turn
+
+
+def test_chat_stream_is_the_whole_in_parts(client: openai.OpenAI) -> None:
+    options = {"n": 2, "temperature": 1, "seed": 11, "max_tokens": 20}
+    whole = chat(client, **options)
+    chunks = list(chat(client, stream=True, stream_options={"include_usage": True}, **options))
+    assert {chunk.id for chunk in chunks} == {chunks[0].id}
+    assert chunks[-1].choices == [] and chunks[-1].usage == whole.usage
+    assert all(chunk.usage is None for chunk in chunks[:-1])
+    for index in (0, 1):
+        own = [c.choices[0] for c in chunks[:-1] if c.choices[0].index == index]
+        assert own[0].delta.role == "assistant"
+        assert "".join(choice.delta.content or "" for choice in own) == whole.choices[index].message.content
+        assert [choice.finish_reason for choice in own] == [None] * (len(own) - 1) + ["length"]
+    assert whole.choices[0].message.content != whole.choices[1].message.content
+
+
+def test_usage_is_not_streamed_unasked(client: openai.OpenAI) -> None:
+    assert all(chunk.usage is None and chunk.choices for chunk in chat(client, stream=True))
+
+
+def test_chat_logprobs(client: openai.OpenAI) -> None:
+    whole = chat(client, logprobs=True, top_logprobs=4)
+    content = whole.choices[0].logprobs.content
+    assert len(content) == 8
+    for token in content:
+        assert len(token.top_logprobs) == 4
+        assert token.top_logprobs[0].token == token.token  # greedy takes the likeliest
+        logprobs = [top.logprob for top in token.top_logprobs]
+        assert logprobs == sorted(logprobs, reverse=True)
+    spelled = bytes(byte for token in content for byte in token.bytes)
+    assert spelled.decode("utf-8", "replace") == whole.choices[0].message.content
+    streamed = [c.choices[0].logprobs for c in chat(client, logprobs=True, top_logprobs=4, stream=True)]
+    assert [token for part in streamed if part for token in part.content] == content
+    assert all(token.top_logprobs == [] for token in chat(client, logprobs=True).choices[0].logprobs.content)
+
+
+def test_max_completion_tokens(client: openai.OpenAI) -> None:
+    assert chat(client, max_tokens=openai.omit, max_completion_tokens=3).usage.completion_tokens == 3
+
+
+def test_harmless_fields_are_accepted(client: openai.OpenAI) -> None:
+    chat(
+        client,
+        user="somebody",
+        metadata={"a": "b"},
+        store=False,
+        service_tier="auto",
+        safety_identifier="x",
+        prompt_cache_key="y",
+        response_format={"type": "text"},
+        modalities=["text"],
+        parallel_tool_calls=True,
+        tools=[],
+    )
+
+
+def test_cached_tokens(client: openai.OpenAI) -> None:
+    first, second = complete(client, LONG).usage, complete(client, LONG).usage
+    assert first.prompt_tokens_details.cached_tokens == 0
+    assert 0 < second.prompt_tokens_details.cached_tokens < second.prompt_tokens
+
+
+# Many at once
+
+
+def test_concurrent_streams_say_what_they_say_alone(server: ServerProcess, client: openai.OpenAI) -> None:
+    prompts = [f"Function number {i}" for i in range(16)]
+    alone = [complete(client, prompt, temperature=1, seed=i, max_tokens=16) for i, prompt in enumerate(prompts)]
+
+    async def stream(client: openai.AsyncOpenAI, prompt: str, seed: int) -> str:
+        options: Any = {"model": "tiny", "temperature": 1, "seed": seed, "max_tokens": 16}
+        chunks = await client.completions.create(prompt=prompt, stream=True, extra_body={"ignore_eos": True}, **options)
+        return "".join([chunk.choices[0].text async for chunk in chunks])
+
+    async def all_at_once() -> list[str]:
+        async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+            return await asyncio.gather(*(stream(client, prompt, i) for i, prompt in enumerate(prompts)))
+
+    assert asyncio.run(all_at_once()) == [reply.choices[0].text for reply in alone]
+
+
+def test_a_thousand_queued_requests(server: ServerProcess) -> None:
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 8192), hard))
+
+    async def one(client: httpx.AsyncClient, i: int) -> int:
+        body = {"model": "tiny", "prompt": f"Request {i}", "max_tokens": 2 + i % 7, "ignore_eos": True}
+        reply = (await client.post("/v1/completions", json=body)).raise_for_status().json()
+        return int(reply["usage"]["completion_tokens"])
+
+    async def all_at_once() -> list[int]:
+        limits = httpx.Limits(max_connections=None)
+        async with httpx.AsyncClient(base_url=server.url, timeout=240, limits=limits) as client:
+            return await asyncio.gather(*(one(client, i) for i in range(1000)))
+
+    assert asyncio.run(all_at_once()) == [2 + i % 7 for i in range(1000)]
+
+
+# The end: of a connection, of the server, of the engine
+
+
+@pytest.mark.parametrize("options", [{"stream": True}, {"stream": False}, {"stream": True, "n": 4}])
+def test_a_client_that_leaves_frees_its_request(tiny_llama: Path, options: dict[str, Any]) -> None:
+    """The server runs in this process, on the same loop, so that the engine can be asked what it still runs."""
+
+    async def leave() -> EngineStats:
+        async with AsyncLLM(str(tiny_llama)) as llm:
+            listener = socket.create_server(("127.0.0.1", 0))
+            server = DrainingServer(create_app(llm), on_ready=lambda: None)
+            serving = asyncio.ensure_future(server.serve([listener]))
+            _, writer = await asyncio.open_connection(*listener.getsockname())
+            body = {"prompt": ["Tell a", "long story"], "max_tokens": 480, "ignore_eos": True, **options}
+            writer.write(http_post("/v1/completions", body))
+            while (stats := await llm.stats()).tokens_generated == 0:
+                pass
+            assert stats.running > 0
+            writer.close()
+            while (stats := await llm.stats()).running:
+                pass
+            server.should_exit = True
+            await serving
+            return stats
+
+    stats = asyncio.run(asyncio.wait_for(leave(), timeout=60))
+    assert stats.tokens_generated < 300
+    assert stats.free_pages + stats.cached_pages == stats.num_pages
+
+
+def test_draining(tiny_llama: Path) -> None:
+    """After SIGTERM a running stream ends as it would have, nobody new is let in, and the exit code is 0."""
+    with ServerProcess(tiny_llama) as server:
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+        stream = complete(client, stream=True, max_tokens=450, stream_options={"include_usage": True})
+        next(stream)
+        server.signal(signal.SIGTERM)
+        server.wait_until_closed()
+        assert list(stream)[-1].usage.completion_tokens == 450
+        assert server.process.wait(timeout=30) == 0
+
+
+def test_a_second_signal_ends_at_once(tiny_llama: Path) -> None:
+    with ServerProcess(tiny_llama, "--max-batch-size", "1") as server:
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+        stream = complete(client, stream=True, max_tokens=450, n=16)
+        next(stream)
+        server.signal(signal.SIGTERM)
+        server.wait_until_closed()
+        server.signal(signal.SIGINT)
+        with pytest.raises(openai.APIError):
+            list(stream)
+        assert server.process.wait(timeout=30) == 0
+
+
+def test_a_crash_of_the_engine_and_its_death(tiny_llama: Path) -> None:
+    """After a crash a stream goes on. An engine that cannot be brought back is dead: streams and /health say so."""
+    with ServerProcess(tiny_llama) as server:
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+        expected = complete(client, max_tokens=400).choices[0].text
+        stream = complete(client, stream=True, max_tokens=400)
+        first = next(stream)
+        os.kill(server.engine_pid(), signal.SIGKILL)
+        rest = stream_text(stream)
+        assert first.choices[0].text + rest == expected
+
+        stream = complete(client, stream=True, max_tokens=450, n=16)
+        next(stream)
+        killed = server.engine_pid()
+        os.kill(killed, signal.SIGKILL)
+        os.kill(server.engine_pid(other_than=killed), signal.SIGKILL)  # while it loads
+        with pytest.raises(openai.APIError, match="engine"):
+            list(stream)
+        assert httpx.get(f"{server.url}/health").status_code == 503
+        with pytest.raises(openai.InternalServerError) as error:
+            complete(client)
+        assert (error.value.status_code, error.value.code) == (503, "engine_dead")
+
+
+def test_start_errors(server: ServerProcess, tiny_llama: Path) -> None:
+    """One line, exit code 2."""
+    host, port = server.address
+    for flags, complaint in (
+        (["--port", str(port)], f"port {port}"),
+        (["--host", "no.such.host.invalid"], "no.such.host.invalid"),
+        (["--tensor-parallel-size", "4", "--port", "0"], "tensor_parallel_size"),
+        (["--port", "99999"], "99999"),
+        (["--prot", "1"], "--prot"),
+    ):
+        command = [sys.executable, "-m", "octavo.entrypoints.openai.api_server", "--model", str(tiny_llama), *flags]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 2
+        assert complaint in done.stderr and done.stderr.count("\n") == 1, done.stderr
