@@ -36,20 +36,21 @@ void product_tile(const bf16* a, int64_t a_stride, Pairs b, int64_t pairs, bool 
                   const char* ahead) {
     constexpr int kColumns = kBlocks * kVectors;
     F32 sums[kRows][kColumns];
-    for (int r = 0; r < kRows; r++)
-        for (int j = 0; j < kColumns; j++) sums[r][j] = add ? load(c + r * c_stride + j * kLanes) : F32{};
+    OCTAVO_UNROLL for (int r = 0; r < kRows; r++)
+        OCTAVO_UNROLL for (int j = 0; j < kColumns; j++)
+            sums[r][j] = add ? load(c + r * c_stride + j * kLanes) : F32{};
     for (int64_t p = 0; p < pairs; p++) {
         U32 columns[kColumns];
-        for (int j = 0; j < kColumns; j++)
+        OCTAVO_UNROLL for (int j = 0; j < kColumns; j++)
             columns[j] = load_as<U32>(b.data + p * b.pair + j / kVectors * b.block + j % kVectors * kLanes * 2);
         if (ahead) __builtin_prefetch(ahead + p * 64, 0, 2);
-        for (int r = 0; r < kRows; r++) {
+        OCTAVO_UNROLL for (int r = 0; r < kRows; r++) {
             const U32 row = splat_pair(a + r * a_stride + 2 * p);
-            for (int j = 0; j < kColumns; j++) sums[r][j] = dot2(sums[r][j], row, columns[j]);
+            OCTAVO_UNROLL for (int j = 0; j < kColumns; j++) sums[r][j] = dot2(sums[r][j], row, columns[j]);
         }
     }
-    for (int r = 0; r < kRows; r++)
-        for (int j = 0; j < kColumns; j++) store(c + r * c_stride + j * kLanes, sums[r][j]);
+    OCTAVO_UNROLL for (int r = 0; r < kRows; r++)
+        OCTAVO_UNROLL for (int j = 0; j < kColumns; j++) store(c + r * c_stride + j * kLanes, sums[r][j]);
 }
 
 // Tiles of up to kTileRows rows or kMaxPanel blocks, as far as the registers hold their sums.

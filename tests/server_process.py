@@ -14,12 +14,12 @@ import httpx
 
 
 class ServerProcess:
-    """Serves `model` until the end of a `with` block, and then asserts that it drained and never printed a traceback."""
+    """Serves `model` for a `with` block, at the end of which it must drain and have printed no traceback."""
 
     def __init__(self, model: Path | str, *flags: str):
         self.banner = ""
         self.url = ""
-        self._errors = tempfile.TemporaryFile("w+")
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed with this object)
         command = [sys.executable, "-m", "octavo.entrypoints.openai.api_server", "--model", str(model), "--port", "0"]
         self.process = subprocess.Popen(
             [*command, "--served-model-name", "tiny", *flags], stdout=subprocess.PIPE, stderr=self._errors, text=True

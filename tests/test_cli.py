@@ -119,9 +119,9 @@ def test_prompt_longer_than_the_context(tiny_llama: Path) -> None:
 
 
 def test_text_that_is_not_unicode(tiny_llama: Path) -> None:
-    assert "UTF-8" in complaint("generate", tiny_llama, "-", stdin=b"caf\xe9")
-    assert "UTF-8" in complaint("chat", tiny_llama, stdin=b"caf\xe9\n")
-    assert "Unicode" in complaint("generate", tiny_llama, os.fsdecode(b"caf\xe9"))
+    for locale in ("C.UTF-8", "en_US.UTF-8"):
+        assert "Unicode" in complaint("generate", tiny_llama, "-", stdin=b"caf\xe9", LC_ALL=locale)
+        assert "Unicode" in complaint("generate", tiny_llama, os.fsdecode(b"caf\xe9"), LC_ALL=locale)
 
 
 # generate
@@ -206,11 +206,12 @@ def test_chat_system(tiny_llama: Path, llm: LLM) -> None:
 
 
 def test_chat_goes_on_after_a_mistake(tiny_llama: Path, llm: LLM) -> None:
-    done = octavo("chat", tiny_llama, *GREEDY, stdin=f"/rest\n{'word ' * 1000}\nHello\n")
+    lines = f"/rest\n{'word ' * 1000}\ncaf\udce9\nHello\n"
+    done = octavo("chat", tiny_llama, *GREEDY, stdin=lines.encode(errors="surrogateescape"))
     assert done.returncode == 0
     assert done.stdout == greedy(llm, [{"role": "user", "content": "Hello"}]) + "\n"
-    unknown, too_long = done.stderr.splitlines()
-    assert "/rest" in unknown and "/reset" in too_long
+    unknown, too_long, not_text = done.stderr.splitlines()
+    assert "/rest" in unknown and "/reset" in too_long and "Unicode" in not_text
 
 
 def test_chat_without_a_template(tiny_llama: Path, tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ def load_backend(name: str, path: Path, dtype: str = "auto") -> Backend:
         parameters,
         page_size=PAGE_SIZE,
         max_batch_tokens=128,
-        max_batch_size=8,
+        max_batch_size=128,  # every row is sampled
         max_model_len=256,
         threads=2,
         dtype=dtype,

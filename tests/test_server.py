@@ -18,7 +18,6 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from server_process import ServerProcess
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 import octavo
@@ -26,6 +25,7 @@ from octavo import AsyncLLM
 from octavo.engine.messages import EngineStats
 from octavo.server.app import create_app
 from octavo.server.draining import DrainingServer
+from server_process import ServerProcess
 
 HELLO = [{"role": "user", "content": "Say hello to the modules"}]
 LONG = " ".join(f"The module number {i} defines functions." for i in range(20))  # some pages of the KV cache
@@ -393,7 +393,7 @@ def test_a_crash_of_the_engine_and_its_death(tiny_llama: Path) -> None:
 
 def test_start_errors(server: ServerProcess, tiny_llama: Path) -> None:
     """One line, exit code 2."""
-    host, port = server.address
+    _, port = server.address
     for flags, complaint in (
         (["--port", str(port)], f"port {port}"),
         (["--host", "no.such.host.invalid"], "no.such.host.invalid"),

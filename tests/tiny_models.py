@@ -42,7 +42,7 @@ def _sizes(**changes: Any) -> dict[str, Any]:
         "num_attention_heads": 6,
         "num_key_value_heads": 2,
         "max_position_embeddings": 512,
-        "initializer_range": 0.1,
+        "initializer_range": 0.08,
         "bos_token_id": 0,
         "eos_token_id": 2,
         "head_dim": 32,
@@ -62,7 +62,7 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "qwen3": Qwen3Config(**_sizes(num_attention_heads=4, head_dim=64, tie_word_embeddings=True)),
     # Rows of 256, which K-quants need.
     "llama-256": LlamaConfig(
-        **_sizes(hidden_size=256, intermediate_size=256, num_hidden_layers=2, num_attention_heads=8)
+        **_sizes(hidden_size=256, intermediate_size=256, num_hidden_layers=2, num_attention_heads=8, initializer_range=0.06)
     ),
 }
 SHARDED = "qwen2"

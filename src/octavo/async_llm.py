@@ -1,7 +1,7 @@
 """AsyncLLM: generate text from asyncio, with the engine in a process of its own."""
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
 from .config import EngineConfig
@@ -52,7 +52,7 @@ class AsyncLLM:
 
     async def generate(
         self, prompt: Prompt, params: SamplingParams | None = None, request_id: str | None = None
-    ) -> AsyncIterator[RequestOutput]:
+    ) -> AsyncGenerator[RequestOutput, None]:
         """Increments as they come: of each, `outputs` has what is new. To stop iterating is to abort the request.
 
         Raises InvalidRequest or PromptTooLong before the first one, EngineDead at any time.

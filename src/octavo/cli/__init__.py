@@ -5,7 +5,7 @@ import os
 import sys
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn, TextIO
 
 import typer
 
@@ -46,8 +46,8 @@ def _root(
 
 def main() -> NoReturn:
     """Run the command line. Exit codes: 0; 2 for what the user can put right, told in one line; 130 after Ctrl-C."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a model may write what an old terminal cannot show
+    _be_lenient(sys.stdin, "surrogateescape")  # what is no text in a prompt becomes an InvalidRequest
+    _be_lenient(sys.stdout, "replace")  # a model may write what an old terminal cannot show
     try:
         code: Any = _app()(prog_name="octavo", standalone_mode=False)
         sys.stdout.flush()
@@ -63,6 +63,11 @@ def main() -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _be_lenient(stream: TextIO, errors: str) -> None:
+    if isinstance(stream, io.TextIOWrapper):
+        stream.reconfigure(errors=errors)
 
 
 def _fail(message: str) -> NoReturn:

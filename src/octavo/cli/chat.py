@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from octavo.config import EngineConfig
-from octavo.errors import InvalidRequest
+from octavo.errors import InvalidRequest, PromptTooLong
 from octavo.outputs import CompletionOutput
 from octavo.params import SamplingParams
 
@@ -54,9 +54,9 @@ class _Chat:
         from rich.console import Console
 
         self.llm, self.params, self.name = llm, params, name
-        self.console = Console(highlight=False, soft_wrap=True)
+        # Rich would expand tabs and wrap words; the answers themselves go straight to stdout.
         self.remarks = Console(highlight=False, soft_wrap=True, stderr=True)
-        self.interactive = sys.stdin.isatty() and self.console.is_terminal
+        self.interactive = sys.stdin.isatty() and sys.stdout.isatty()
         self.restart(system)
 
     def restart(self, system: str | None) -> None:
@@ -86,10 +86,7 @@ class _Chat:
 
     def lines(self) -> Iterator[str]:
         if not self.interactive:
-            try:
-                yield from (line.strip() for line in sys.stdin)
-            except UnicodeDecodeError as error:
-                raise InvalidRequest(f"stdin is not UTF-8 text: {error.reason} at byte {error.start}") from None
+            yield from (line.strip() for line in sys.stdin)
             return
         import readline  # noqa: F401 (gives input() line editing and the history of the arrow keys)
 
@@ -115,16 +112,18 @@ class _Chat:
                     tokens += len(output.token_ids)
                     reason = output.finish_reason or reason
                     text += output.text
-                    self.console.out(output.text, end="", highlight=False)
+                    sys.stdout.write(output.text)
+                    sys.stdout.flush()
         except InvalidRequest as error:
             self.messages.pop()
-            self.complain(f"{error}; /reset starts again")
+            self.complain(f"{error}; /reset starts again" if isinstance(error, PromptTooLong) else str(error))
             return
         except KeyboardInterrupt:
             if not self.interactive:
                 raise
             reason = "stopped"
-        self.console.print()
+        sys.stdout.write("\n")
+        sys.stdout.flush()
         self.messages.append({"role": "assistant", "content": text})
         self.report(tokens, time.perf_counter() - start, reason)
 

@@ -7,7 +7,6 @@ from typing import Annotated
 import typer
 
 from octavo.config import EngineConfig
-from octavo.errors import InvalidRequest
 from octavo.params import SamplingParams
 
 from .engine_flags import engine_flags
@@ -29,7 +28,7 @@ def generate(
     """Complete a prompt, or answer it with --chat."""
     from octavo.llm import LLM
 
-    text = _read_stdin() if prompt == "-" else prompt
+    text = sys.stdin.read() if prompt == "-" else prompt
     with LLM(**dataclasses.asdict(config)) as llm:
         request = llm.chat_tokens([{"role": "user", "content": text}]) if chat else text
         for increment in llm.stream(request, params):
@@ -37,10 +36,3 @@ def generate(
                 sys.stdout.write(output.text)
                 sys.stdout.flush()
     sys.stdout.write("\n")
-
-
-def _read_stdin() -> str:
-    try:
-        return sys.stdin.read()
-    except UnicodeDecodeError as error:
-        raise InvalidRequest(f"stdin is not UTF-8 text: {error.reason} at byte {error.start}") from None

@@ -1,13 +1,13 @@
 """From an EngineConfig to an engine that is ready to step."""
 
 import importlib.util
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from octavo.backends.base import BackendFactory, Progress
 from octavo.config import DTYPES, EngineConfig, parse_size
 from octavo.errors import ConfigError, OutOfMemory
+from octavo.memory import available_memory
 from octavo.model import describe_model
 from octavo.weights import open_checkpoint
 
@@ -78,15 +78,6 @@ def _num_pages(config: EngineConfig, spec: "DecoderSpec", page_bytes: int, max_m
             f"set kv_cache_memory to at least {needed * page_bytes / 2**20:.0f}MiB, or a smaller max_model_len"
         )
     return num_pages
-
-
-def available_memory() -> int:
-    """Bytes that can be had without swapping."""
-    try:
-        with Path("/proc/meminfo").open() as lines:
-            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _silent(done: int, total: int) -> None:

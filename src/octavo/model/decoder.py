@@ -1,13 +1,7 @@
-"""The forward pass of every decoder-only model, written once over the op vocabulary of `backends.base.Ops`."""
+"""The forward pass of every decoder-only model, written once over the op vocabulary of ops.py."""
 
-from typing import TYPE_CHECKING, TypeVar
-
-if TYPE_CHECKING:  # the description is below the backends that compile it
-    from octavo.backends.base import Ops
-
-    from .spec import DecoderSpec
-
-T = TypeVar("T")
+from .ops import Ops, T
+from .spec import DecoderSpec
 
 # Parameters, by canonical name; weights are [outputs, inputs], "{i}" is a layer:
 #   embed                      [vocab, hidden]
@@ -22,7 +16,7 @@ T = TypeVar("T")
 #   head                       [vocab, hidden]; absent if spec.tied_embeddings: `embed` serves
 
 
-def describe(spec: "DecoderSpec", ops: "Ops[T]") -> "T":
+def describe(spec: DecoderSpec, ops: Ops[T]) -> T:
     """Run the forward pass through `ops`; the result is the logits of the rows that sample."""
     x = ops.embed("embed")
     for i, window in enumerate(spec.windows):
