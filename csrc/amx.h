@@ -49,7 +49,7 @@ OCTAVO_INLINE void tile_multiply() {
 // Up to 2 x 2 tiles of sums: tile 2 i + j is rows 16 i ..., columns 16 j ...
 template <int kRowTiles, int kColumnTiles>
 void tile_product(const bf16* a, int64_t a_stride, const bf16* b, int64_t b_block, int64_t tiles, float* c,
-                  int64_t c_stride, Ahead ahead) {
+                  int64_t c_stride, Ahead ahead, int64_t ahead_rate) {
     tile_zero<0>();
     if constexpr (kColumnTiles > 1) tile_zero<1>();
     if constexpr (kRowTiles > 1) tile_zero<2>();
@@ -65,8 +65,8 @@ void tile_product(const bf16* a, int64_t a_stride, const bf16* b, int64_t b_bloc
             tile_multiply<1, 4, 7>();
             if constexpr (kRowTiles > 1) tile_multiply<3, 5, 7>();
         }
-        for (const char* line = ahead.take(16 * kColumnTiles); line && line < ahead.at; line += 64)
-            __builtin_prefetch(line, 0, 2);
+        for (int64_t i = 0; i < ahead_rate && ahead.at < ahead.end; i++, ahead.at += 64)
+            __builtin_prefetch(ahead.at, 0, 2);
     }
     tile_store<0>(c, c_stride * 4);
     if constexpr (kColumnTiles > 1) tile_store<1>(c + 16, c_stride * 4);
@@ -75,15 +75,16 @@ void tile_product(const bf16* a, int64_t a_stride, const bf16* b, int64_t b_bloc
 }
 
 OCTAVO_INLINE void weight_product(const Instruction& op, int64_t row, int64_t rows, int64_t block, int64_t blocks,
-                                  float* sums, Ahead& ahead) {
+                                  float* sums, Ahead ahead) {
     const Weight& w = *op.weight;
-    const int64_t b_block = w.pairs * 2 * kBlock;
+    const int64_t b_block = w.pairs * 2 * kBlock, steps = w.pairs / 16, products = (blocks + 1) / 2;
     for (int64_t j = 0; j < blocks; j += 2) {
         const auto product = rows > 16 ? (blocks - j > 1 ? tile_product<2, 2> : tile_product<2, 1>)
                                        : (blocks - j > 1 ? tile_product<1, 2> : tile_product<1, 1>);
-        product(op.x.b16(row), op.x.stride, w.block(block + j), b_block, w.pairs / 16, sums + j * kBlock,
-                kMaxPanel * kBlock, ahead);
-        ahead.take(w.pairs * (blocks - j > 1 ? 2 : 1));
+        const Ahead part = ahead.part(j / 2, products);
+        const int64_t rate = ((part.end - part.at) / 64 + steps - 1) / steps;
+        product(op.x.b16(row), op.x.stride, w.block(block + j), b_block, steps, sums + j * kBlock, kMaxPanel * kBlock,
+                part, rate);
     }
 }
 

@@ -19,26 +19,36 @@ OCTAVO_INLINE void rotate_head(const float* x, const float* weight, const Step& 
     }
     for (int64_t i = 0; i < dim; i += kLanes)
         store(to + i, weight ? load(x + i) * scale * load(weight + i) : load(x + i));
-    for (int64_t i = 0; i < half; i++) {
-        const float a = to[i], b = to[i + half], cosine = rotary[i], sine = rotary[half + i];
+    int64_t i = 0;
+    for (; i + kLanes <= half; i += kLanes) {
+        const F32 a = load(to + i), b = load(to + half + i), cosine = load(rotary + i), sine = load(rotary + half + i);
+        store(to + i, a * cosine - b * sine);
+        store(to + half + i, b * cosine + a * sine);
+    }
+    for (; i < half; i++) {
+        const float a = to[i], b = to[half + i], cosine = rotary[i], sine = rotary[half + i];
         to[i] = a * cosine - b * sine;
-        to[i + half] = b * cosine + a * sine;
+        to[half + i] = b * cosine + a * sine;
     }
 }
 
+// Into position `slot` of a block of K: pairs of dimensions, a line apart.
 OCTAVO_INLINE void write_k(const float* from, int64_t slot, int64_t dim, bf16* k) {
-    bf16 half[kLanes];
     for (int64_t i = 0; i < dim; i += kLanes) {
+        bf16 half[kLanes];
         store_bf16(half, load(from + i));
-        for (int64_t j = 0; j < kLanes; j += 2) std::memcpy(k + (i + j) * kSpan + slot * 2, half + j, 2 * sizeof(bf16));
+        OCTAVO_UNROLL for (int64_t j = 0; j < kLanes; j += 2)
+            std::memcpy(k + (i + j) * kSpan + slot * 2, half + j, 2 * sizeof(bf16));
     }
 }
 
+// Into position `slot` of a block of V: one half of a pair of positions, in a row.
 OCTAVO_INLINE void write_v(const float* from, int64_t slot, int64_t dim, bf16* v) {
-    bf16 half[kLanes];
+    const int shift = slot % 2 * 16;
+    bf16* row = v + slot / 2 * dim * 2;
     for (int64_t i = 0; i < dim; i += kLanes) {
-        store_bf16(half, load(from + i));
-        for (int64_t j = 0; j < kLanes; j++) v[slot / 2 * dim * 2 + (i + j) * 2 + slot % 2] = half[j];
+        const U32 neighbour = load_as<U32>(row + 2 * i) & ~(uint32_t{0xffff} << shift);
+        store_as<U32>(row + 2 * i, neighbour | to_bf16(load(from + i)) << shift);
     }
 }
 
@@ -73,20 +83,17 @@ void rope_and_cache(const Instruction& op, const Step& step, int64_t tile, Scrat
 OCTAVO_INLINE void softmax_block(const float* scores, float scale, int64_t begin, int64_t end, int64_t dim,
                                  float* maximum_so_far, float* weight_so_far, float* values, bf16* shares) {
     constexpr int kParts = kSpan / kLanes;
-    I32 lane;
-    for (int i = 0; i < kLanes; i++) lane[i] = i;
-    const F32 nothing = splat(-__builtin_inff());
+    const bool partial = begin > 0 || end < kSpan;
     F32 score[kParts], highest = splat(*maximum_so_far), total = {};
-    I32 seen[kParts];
-    for (int i = 0; i < kParts; i++) {
-        const I32 position = lane + i * kLanes;
-        seen[i] = (position >= int32_t(begin)) & (position < int32_t(end));
-        score[i] = select(seen[i], load(scores + i * kLanes) * splat(scale), nothing);
+    OCTAVO_UNROLL for (int i = 0; i < kParts; i++) {
+        score[i] = load(scores + i * kLanes) * splat(scale);
+        if (partial) score[i] = select(in_range(i * kLanes, begin, end), score[i], splat(-__builtin_inff()));
         highest = max(highest, score[i]);
     }
     const float top = maximum(highest);
-    for (int i = 0; i < kParts; i++) {
-        const F32 weight = select(seen[i], exp2(score[i] - splat(top)), F32{});
+    OCTAVO_UNROLL for (int i = 0; i < kParts; i++) {
+        F32 weight = exp2(score[i] - splat(top));
+        if (partial) weight = select(in_range(i * kLanes, begin, end), weight, F32{});
         store_bf16(shares + i * kLanes, weight);
         total = total + weight;
     }
@@ -99,9 +106,36 @@ OCTAVO_INLINE void softmax_block(const float* scores, float scale, int64_t begin
     *weight_so_far += sum(total);
 }
 
+// The first position that a row at `position` sees.
+OCTAVO_INLINE int64_t first_seen(int64_t position, int64_t window) {
+    return window && position >= window ? position - window + 1 : 0;
+}
+
+// Where the K and V of one head in one block are.
+struct Block {
+    const bf16 *k, *v;
+    Ahead k_memory, v_memory;
+
+    Block(const Step& step, int64_t layer, int64_t sequence, int64_t block, int64_t kv_head) {
+        const int64_t size = step.shape->block_elements();
+        k = step.kv_block(sequence, block, layer, kv_head);
+        v = k + size;
+        const auto* memory = reinterpret_cast<const char*>(k);
+        k_memory = {memory, memory + size * int64_t(sizeof(bf16))};
+        v_memory = {k_memory.end, k_memory.end + size * int64_t(sizeof(bf16))};
+    }
+};
+
+// The block that tile `tile` begins with.
+OCTAVO_INLINE Block first_block(const Instruction& op, const Step& step, int64_t tile) {
+    const RowTile rows = step.attention_tiles[tile / step.shape->kv_heads];
+    const int64_t first = first_seen(step.positions[rows.first], op.window) / kSpan;
+    return {step, op.layer, rows.sequence, first, tile % step.shape->kv_heads};
+}
+
 // Neighbouring rows of a sequence times the query heads of one kv head, so that K and V are read once for all of them.
 // A row takes part only in the blocks that it sees something of: the same ones, and the same sums, in any tile.
-void attention(const Instruction& op, const Step& step, int64_t tile, Scratch& scratch) {
+void attention(const Instruction& op, const Step& step, int64_t tile, int64_t next, Scratch& scratch) {
     const Shape& shape = *step.shape;
     const RowTile rows = step.attention_tiles[tile / shape.kv_heads];
     const int64_t kv_head = tile % shape.kv_heads, group = shape.heads / shape.kv_heads, dim = shape.head_dim;
@@ -116,31 +150,32 @@ void attention(const Instruction& op, const Step& step, int64_t tile, Scratch& s
         scratch.maxima[q] = -__builtin_inff();
         scratch.weights[q] = 0;
     }
-    const auto first_seen = [&](int64_t p) { return op.window && p >= op.window ? p - op.window + 1 : 0; };
-    for (int64_t block = first_seen(first) / kSpan; block <= last / kSpan; block++) {
+    const int64_t last_block = last / kSpan;
+    for (int64_t block = first_seen(first, op.window) / kSpan; block <= last_block; block++) {
         const int64_t start = block * kSpan;
-        // Rows at positions start ... see the block, up to the one whose window begins past it.
+        // The rows at positions start ... see the block, up to the one whose window begins past it.
         const int64_t from = start > first ? start - first : 0;
         const int64_t past = op.window ? start + kSpan - 1 + op.window - first : rows.count;
-        const int64_t to = past < rows.count ? past : rows.count;
-        const bf16* k = step.kv_block(rows.sequence, block, op.layer, kv_head);
-        const bf16* v = k + shape.block_elements();
-        Ahead none;
-        product(scratch.queries + from * group * dim, dim, (to - from) * group, {k, kSpan * 2, kBlock * 2},
-                kSpan / kBlock, dim / 2, false, scratch.scores, kSpan, none);
-        for (int64_t q = from * group; q < to * group; q++) {
-            const int64_t position = first + q / group, begin = first_seen(position) - start;
-            const int64_t index = q - from * group;
-            softmax_block(scratch.scores + index * kSpan, scale, begin, position + 1 - start, dim, scratch.maxima + q,
-                          scratch.weights + q, scratch.values + q * dim, scratch.shares + index * kSpan);
+        const int64_t count = ((past < rows.count ? past : rows.count) - from) * group;
+        const Block here(step, op.layer, rows.sequence, block, kv_head);
+        const Block ahead = block < last_block ? Block(step, op.layer, rows.sequence, block + 1, kv_head)
+                            : next < step.attention_tile_count * shape.kv_heads ? first_block(op, step, next)
+                                                                                 : here;
+        product(scratch.queries + from * group * dim, dim, count, {here.k, kSpan * 2, kBlock * 2}, kSpan / kBlock,
+                dim / 2, false, scratch.scores, kSpan, ahead.k_memory);
+        for (int64_t i = 0, q = from * group; i < count; i++, q++) {
+            const int64_t position = first + q / group;
+            softmax_block(scratch.scores + i * kSpan, scale, first_seen(position, op.window) - start,
+                          position + 1 - start, dim, scratch.maxima + q, scratch.weights + q, scratch.values + q * dim,
+                          scratch.shares + i * kSpan);
         }
-        product(scratch.shares, kSpan, (to - from) * group, {v, dim * 2, kBlock * 2}, dim / kBlock, kSpan / 2, true,
-                scratch.values + from * group * dim, dim, none);
+        product(scratch.shares, kSpan, count, {here.v, dim * 2, kBlock * 2}, dim / kBlock, kSpan / 2, true,
+                scratch.values + from * group * dim, dim, ahead.v_memory);
     }
     for (int64_t q = 0; q < queries; q++) {
-        const F32 scale_back = splat(1.0f / scratch.weights[q]);
+        const F32 back = splat(1.0f / scratch.weights[q]);
         bf16* to = op.out.b16(rows.first + q / group) + (kv_head * group + q % group) * dim;
-        for (int64_t i = 0; i < dim; i += kLanes) store_bf16(to + i, load(scratch.values + q * dim + i) * scale_back);
+        for (int64_t i = 0; i < dim; i += kLanes) store_bf16(to + i, load(scratch.values + q * dim + i) * back);
     }
 }
 

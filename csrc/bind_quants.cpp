@@ -25,7 +25,8 @@ void dequantize(int ggml_type, nb::ndarray<const uint8_t, nb::ndim<2>, nb::c_con
 
 void bind_quants(nb::module_& module) {
     module.def("row_bytes", &row_bytes, nb::arg("ggml_type"), nb::arg("n"));
-    module.def("dequantize", &dequantize, nb::arg("ggml_type"), nb::arg("stored").noconvert(), nb::arg("out").noconvert());
+    module.def("dequantize", &dequantize, nb::arg("ggml_type"), nb::arg("stored").noconvert(),
+               nb::arg("out").noconvert());
 }
 
 }  // namespace octavo

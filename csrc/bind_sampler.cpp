@@ -48,7 +48,7 @@ const int32_t* read_offsets(nb::handle batch, const char* field, size_t rows, si
     return start;
 }
 
-// Samples the rows of `logits` [R, vocab], which are overwritten, one after another into arrays laid out as StepResult's.
+// Samples the rows of `logits` [R, vocab], which are overwritten, into arrays laid out as those of StepResult.
 void sample(const std::string& isa, Matrix<float> logits, nb::handle python_batch, Vector<int32_t> tokens,
             Vector<float> logprobs, Vector<int32_t> ranks, Matrix<int32_t> top_tokens, Matrix<float> top_logprobs) {
     const Scan& scan = kernels_for(isa).scan;
@@ -103,9 +103,9 @@ SamplingBatch read_sampling_batch(nb::handle batch) {
 }
 
 void bind_sampler(nb::module_& module) {
-    module.def("sample", &sample, nb::arg("isa"), nb::arg("logits").noconvert(), nb::arg("batch"), nb::arg("tokens").noconvert(),
-               nb::arg("logprobs").noconvert(), nb::arg("ranks").noconvert(), nb::arg("top_tokens").noconvert(),
-               nb::arg("top_logprobs").noconvert());
+    module.def("sample", &sample, nb::arg("isa"), nb::arg("logits").noconvert(), nb::arg("batch"),
+               nb::arg("tokens").noconvert(), nb::arg("logprobs").noconvert(), nb::arg("ranks").noconvert(),
+               nb::arg("top_tokens").noconvert(), nb::arg("top_logprobs").noconvert());
     module.def("philox4x32", &philox4x32, nb::arg("counter"), nb::arg("key"));
 }
 

@@ -93,7 +93,8 @@ struct Step {
     int64_t page_bytes;
     const float* rotary;                 // [rows][head_dim / 2] cosines, then as many sines, per row
     const RowTile* cache_tiles;          // rows that fall into one block of the KV cache
-    const RowTile* attention_tiles;
+    const RowTile* attention_tiles;      // each for every kv head
+    int64_t attention_tile_count;
     int64_t rows_per_tile;               // of row-wise instructions
 
     // K of block `block` (positions 32 block ... 32 block + 31) of a sequence; V follows it.
@@ -118,14 +119,16 @@ struct Scratch {
 
 // `next` is the tile that the same thread will most likely run next, counted on into the next linear's: for prefetching.
 using RowKernel = void (*)(const Instruction&, const Step&, int64_t begin, int64_t end);
-using TileKernel = void (*)(const Instruction&, const Step&, int64_t tile, Scratch&);
+using CacheKernel = void (*)(const Instruction&, const Step&, int64_t tile, Scratch&);
+using AttentionKernel = void (*)(const Instruction&, const Step&, int64_t tile, int64_t next, Scratch&);
 using LinearKernel = void (*)(const Instruction&, const Cut&, int64_t rows, int64_t tile, int64_t next, Scratch&);
 
 struct Kernels {
     void (*start_thread)();  // before a thread's first tile of a step
     void (*stop_thread)();   // after its last
     RowKernel embed, norm, sampled_rows;
-    TileKernel rope_and_cache, attention;
+    CacheKernel rope_and_cache;
+    AttentionKernel attention;
     LinearKernel linear;
     Scan scan;
 };

@@ -57,15 +57,15 @@ OCTAVO_INLINE void write_gated(const Instruction& op, int64_t row, int64_t rows,
 constexpr int64_t kGroupRows = kTileRows;
 
 OCTAVO_INLINE void weight_product(const Instruction& op, int64_t row, int64_t rows, int64_t block, int64_t blocks,
-                                  float* sums, Ahead& ahead) {
+                                  float* sums, Ahead ahead) {
     const Weight& w = *op.weight;
     product(op.x.b16(row), op.x.stride, rows, {w.block(block), 2 * kBlock, w.pairs * 2 * kBlock}, blocks, w.pairs,
             false, sums, kMaxPanel * kBlock, ahead);
 }
 #endif
 
-// What the weight's panel `panel` takes in memory.
-OCTAVO_INLINE Ahead panel_lines(const Weight* weight, int64_t panel, int64_t width) {
+// Where panel `panel` of the weight is in memory.
+OCTAVO_INLINE Ahead panel_memory(const Weight* weight, int64_t panel, int64_t width) {
     if (!weight || panel * width >= weight->blocks) return {};
     const int64_t end = (panel + 1) * width < weight->blocks ? (panel + 1) * width : weight->blocks;
     return {reinterpret_cast<const char*>(weight->block(panel * width)),
@@ -78,11 +78,13 @@ void linear(const Instruction& op, const Cut& cut, int64_t rows, int64_t tile, i
     const int64_t begin = tile % cut.row_tiles * cut.rows;
     const int64_t end = begin + cut.rows < rows ? begin + cut.rows : rows;
     const int64_t panels = (op.weight->blocks + cut.panel - 1) / cut.panel;
-    Ahead ahead = next / cut.row_tiles < panels ? panel_lines(op.weight, next / cut.row_tiles, cut.panel)
-                                                : panel_lines(op.next, next - panels * cut.row_tiles, cut.panel);
-    for (int64_t row = begin, group; row < end; row += group) {
+    const Ahead ahead = next / cut.row_tiles < panels
+                            ? panel_memory(op.weight, next / cut.row_tiles, cut.panel)
+                            : panel_memory(op.next, next - panels * cut.row_tiles, cut.panel);
+    const int64_t groups = (end - begin + kGroupRows - 1) / kGroupRows;
+    for (int64_t row = begin, index = 0, group; row < end; row += group, index++) {
         group = even_step(end - row, kGroupRows);
-        weight_product(op, row, group, block, blocks, scratch.sums, ahead);
+        weight_product(op, row, group, block, blocks, scratch.sums, ahead.part(index, groups));
         if (op.activation == Activation::none)
             write_sums(op, row, group, block, blocks, scratch.sums);
         else

@@ -78,9 +78,9 @@ nb::tuple step(Program& program, nb::handle python_batch) {
     return nb::make_tuple(tokens, logprobs, ranks, top_tokens, top_logprobs);
 }
 
-nb::object logits(Program& program, nb::handle python_batch, int64_t vocab) {
+nb::object logits(Program& program, nb::handle python_batch) {
     const Batch batch = read_batch(python_batch);
-    auto [array, data] = new_array<float>(batch.sampled, vocab);
+    auto [array, data] = new_array<float>(batch.sampled, program.logits_width());
     {
         nb::gil_scoped_release release;
         program.logits(batch, data);
@@ -151,7 +151,7 @@ NB_MODULE(_native, module) {
         .def_prop_ro("weight_bytes", &Program::weight_bytes)
         .def("allocate_kv", &Program::allocate_kv)
         .def("step", &step)
-        .def("logits", &logits, "batch"_a, "vocab"_a);
+        .def("logits", &logits);
 }
 
 }  // namespace octavo

@@ -16,24 +16,24 @@ struct Pairs {
     int64_t pair, block;
 };
 
-// Lines of memory that will be wanted soon, fetched into the second-level cache as the product goes along.
+// Memory that will be wanted soon, fetched into the second-level cache while the product works: what keeps a product
+// from waiting for its operands is that they were fetched during the one before.
 struct Ahead {
     const char *at = nullptr, *end = nullptr;
 
-    OCTAVO_INLINE const char* take(int64_t lines) {
-        const char* from = at;
-        if (from == end) return nullptr;
-        at = end - at > lines * 64 ? at + lines * 64 : end;
-        return from;
+    // The `index`-th of `parts` even parts.
+    OCTAVO_INLINE Ahead part(int64_t index, int64_t parts) const {
+        const int64_t lines = (end - at) / 64;
+        return {at + index * lines / parts * 64, at + (index + 1) * lines / parts * 64};
     }
 };
 
 using Tile = void (*)(const bf16* a, int64_t a_stride, Pairs b, int64_t pairs, bool add, float* c, int64_t c_stride,
-                      const char* ahead);
+                      Ahead ahead, int64_t ahead_rate);
 
 template <int kRows, int kBlocks>
 void product_tile(const bf16* a, int64_t a_stride, Pairs b, int64_t pairs, bool add, float* c, int64_t c_stride,
-                  const char* ahead) {
+                  Ahead ahead, int64_t ahead_rate) {
     constexpr int kColumns = kBlocks * kVectors;
     F32 sums[kRows][kColumns];
     OCTAVO_UNROLL for (int r = 0; r < kRows; r++)
@@ -43,7 +43,8 @@ void product_tile(const bf16* a, int64_t a_stride, Pairs b, int64_t pairs, bool 
         U32 columns[kColumns];
         OCTAVO_UNROLL for (int j = 0; j < kColumns; j++)
             columns[j] = load_as<U32>(b.data + p * b.pair + j / kVectors * b.block + j % kVectors * kLanes * 2);
-        if (ahead) __builtin_prefetch(ahead + p * 64, 0, 2);
+        for (int64_t i = 0; i < ahead_rate && ahead.at < ahead.end; i++, ahead.at += 64)
+            __builtin_prefetch(ahead.at, 0, 2);
         OCTAVO_UNROLL for (int r = 0; r < kRows; r++) {
             const U32 row = splat_pair(a + r * a_stride + 2 * p);
             OCTAVO_UNROLL for (int j = 0; j < kColumns; j++) sums[r][j] = dot2(sums[r][j], row, columns[j]);
@@ -84,16 +85,19 @@ OCTAVO_INLINE int64_t even_step(int64_t left, int64_t limit) {
 
 // c [rows, 16 blocks] = a [rows, 2 pairs] b, or += if `add`.
 OCTAVO_INLINE void product(const bf16* a, int64_t a_stride, int64_t rows, Pairs b, int64_t blocks, int64_t pairs,
-                           bool add, float* c, int64_t c_stride, Ahead& ahead) {
-    const int64_t widest = kTileArea / (rows < kTileRows ? rows : kTileRows);
+                           bool add, float* c, int64_t c_stride, Ahead ahead) {
+    const int64_t tallest = rows < kTileRows ? rows : kTileRows, fit = kTileArea / tallest;
+    const int64_t widest = fit < kMaxPanel ? fit : kMaxPanel;
+    const int64_t tiles = (blocks + widest - 1) / widest * ((rows + tallest - 1) / tallest);
+    const int64_t rate = ((ahead.end - ahead.at) / 64 + tiles * pairs - 1) / (tiles * pairs);
     for (int64_t j = 0, width; j < blocks; j += width) {
-        width = even_step(blocks - j, widest < kMaxPanel ? widest : kMaxPanel);
+        width = even_step(blocks - j, widest);
         const Pairs columns{b.data + j * b.block, b.pair, b.block};
         for (int64_t r = 0, height; r < rows; r += height) {
-            height = even_step(rows - r, kTileRows);
+            height = even_step(rows - r, tallest);
             kTiles.tile[(height - 1) * kMaxPanel + width - 1](a + r * a_stride, a_stride, columns, pairs, add,
-                                                             c + r * c_stride + j * kBlock, c_stride,
-                                                             ahead.take(pairs));
+                                                             c + r * c_stride + j * kBlock, c_stride, ahead, rate);
+            ahead.at += rate * pairs * 64;
         }
     }
 }

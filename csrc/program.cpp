@@ -128,6 +128,8 @@ std::vector<Program::Buffer> Program::assign_storage() {
 }
 
 void Program::finish(int logits) {
+    require(buffers_.at(logits).sampled && !buffers_.at(logits).half, "logits are float, of the sampled rows");
+    logits_width_ = buffers_.at(logits).width;
     record({.op = Op::sample}, logits, 0, false);
     const std::vector<Buffer> places = assign_storage();
 
@@ -187,7 +189,7 @@ void Program::finish(int logits) {
         for (int p = 1; p < 7; p++) parts[p] = parts[p - 1] + round_up(sizes[p - 1], 16);
         scratch_.push_back({parts[0], parts[1], parts[2], parts[3], parts[4], reinterpret_cast<bf16*>(parts[5]),
                             reinterpret_cast<bf16*>(parts[6])});
-        sampler_scratch_.emplace_back(int32_t(sizes_.vocab));
+        sampler_scratch_.emplace_back(int32_t(logits_width_));
     }
 }
 
@@ -258,6 +260,7 @@ void Program::prepare(const Batch& batch) {
              .positions = batch.positions, .sample_rows = batch.sample_rows, .page_tables = batch.page_tables,
              .pages_per_sequence = batch.pages_per_sequence, .kv = kv_.data(), .page_bytes = page_bytes(),
              .rotary = rotary_, .cache_tiles = cache_tiles_.data(), .attention_tiles = attention_tiles_.data(),
+             .attention_tile_count = int64_t(attention_tiles_.size()),
              .rows_per_tile = std::clamp<int64_t>(batch.rows / (4 * pool_.size()), 1, 16)};
     for (auto& counter : counters_) counter.next_tile.store(0, std::memory_order_relaxed);
 }
@@ -305,7 +308,7 @@ void Program::run_tile(const Instruction& instruction, const Cut& cut, int64_t t
         case Op::sampled_rows: return kernels_.sampled_rows(instruction, step_, begin, end);
         case Op::linear: return kernels_.linear(instruction, cut, rows, tile, next, scratch_[thread]);
         case Op::rope_and_cache: return kernels_.rope_and_cache(instruction, step_, tile, scratch_[thread]);
-        case Op::attention: return kernels_.attention(instruction, step_, tile, scratch_[thread]);
+        case Op::attention: return kernels_.attention(instruction, step_, tile, next, scratch_[thread]);
         case Op::sample: return (*finish_row_)(tile, thread);
     }
 }
@@ -337,7 +340,7 @@ void Program::step(const Batch& batch, const SamplingBatch& sampling, const Samp
     run(batch, [&](int64_t row, int thread) {
         const int64_t top = row * result.top;
         const SampledToken sampled = sample_row(
-            logits.f32(row), int32_t(sizes_.vocab), sampling.row(int32_t(row)), kernels_.scan, sampler_scratch_[thread],
+            logits.f32(row), int32_t(logits_width_), sampling.row(int32_t(row)), kernels_.scan, sampler_scratch_[thread],
             result.top ? result.top_tokens + top : nullptr, result.top ? result.top_logprobs + top : nullptr, result.top);
         result.tokens[row] = sampled.token;
         if (result.logprobs) result.logprobs[row] = sampled.logprob;
@@ -348,7 +351,7 @@ void Program::step(const Batch& batch, const SamplingBatch& sampling, const Samp
 void Program::logits(const Batch& batch, float* result) {
     const Matrix logits = instructions_.back().x;
     run(batch, [&](int64_t row, int) {
-        std::memcpy(result + row * sizes_.vocab, logits.f32(row), sizes_.vocab * sizeof(float));
+        std::memcpy(result + row * logits_width_, logits.f32(row), logits_width_ * sizeof(float));
     });
 }
 

@@ -62,7 +62,8 @@ public:
 
     // Both throw std::invalid_argument for a batch that would reach outside of any array.
     void step(const Batch& batch, const SamplingBatch& sampling, const Sampled& result);
-    void logits(const Batch& batch, float* result);  // [sampled, vocab]
+    void logits(const Batch& batch, float* result);  // [sampled, logits_width]
+    int64_t logits_width() const { return logits_width_; }
 
 private:
     struct Buffer {
@@ -99,7 +100,7 @@ private:
     std::vector<Buffer> buffers_;
     std::vector<Recorded> recorded_;
     std::vector<Instruction> instructions_;
-    int64_t weight_bytes_ = 0;
+    int64_t logits_width_ = 0, weight_bytes_ = 0;
     Memory weight_memory_, arena_, kv_;
     int64_t pages_ = 0;
     float* rotary_ = nullptr;

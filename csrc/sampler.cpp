@@ -1,8 +1,8 @@
 // How a row is sampled. The draw inverts the cumulative distribution of the surviving tokens in order of token id: one
 // random number per row, no pass of logarithms as Gumbel-max needs, no sort. Truncation needs no sort either. A bound
-// gathers the few tokens that can survive: for top_k, the k-th largest of many disjoint groups' maxima, which is no larger
-// than the k-th largest logit; for top_p, the weight (1 - top_p) * total / vocab, since the tokens that weigh less than
-// that weigh less than (1 - top_p) * total together. Among those, bisection finds the logit at which the set closes.
+// gathers the few tokens that can survive: for top_k, the k-th largest of many disjoint groups' maxima, which is no
+// larger than the k-th largest logit; for top_p, the weight (1 - top_p) * total / vocab, since tokens that weigh less
+// than that weigh less than (1 - top_p) * total together. Among the few, bisection finds the logit at which the set ends.
 #include "sampler.h"
 
 #include <algorithm>
@@ -50,38 +50,35 @@ double uniform(uint64_t seed, int64_t position) {
 
 }  // namespace
 
-// The sampling of one row, step by step as SamplingBatch says. The candidates are the tokens that may be drawn, in order
-// of id: `count_` entries of the scratch's values, weights and tokens. To drop one is to set its weight to 0.
+// The sampling of one row, step by step as SamplingBatch says. The candidates are the tokens that may be drawn, in
+// order of id: `count_` entries of the scratch's values, weights and tokens. To drop one is to set its weight to 0.
 class RowSampler {
 public:
     RowSampler(float* logits, int32_t vocab, const SamplingRow& row, const Scan& scan, SamplerScratch& scratch)
         : logits_(logits), vocab_(vocab), row_(row), scan_(scan), scratch_(scratch) {}
 
     SampledToken sample(int32_t* top_tokens, float* top_logprobs) {
-        const SampledToken none{-1, kNaN, 0};
         const bool wants_logprobs = row_.num_logprobs >= 0;
         double log_total = 0;
         if (wants_logprobs) {
-            const Range raw = scan_.find_maxima(logits_, vocab_, maxima());
-            if (!usable(raw)) return none;
-            log_total = raw.max + std::log(scan_.weigh(logits_, vocab_, raw.max, kLog2e, weights(), chunk_sums()));
+            const float max = scan_.find_maxima(logits_, vocab_, maxima()).max;
+            log_total = max + std::log(scan_.weigh(logits_, vocab_, max, kLog2e, weights(), chunk_sums()));
         }
         adjust();
         const Range range = scan_.find_maxima(logits_, vocab_, maxima());
-        if (!usable(range)) return none;
+        if (range.damaged || range.max == -kInfinity) return {-1, kNaN, 0};
         const int32_t token = row_.temperature > 0 ? draw(range.max) : first_of(range.max);
         if (!wants_logprobs) return {token, kNaN, 0};
 
         restore();
         if (row_.num_logprobs > 0) find_likeliest(log_total, top_tokens, top_logprobs);
         const float raw = logits_[token];
-        const int32_t before = scan_.count_from(logits_, token, raw) + scan_.count_above(logits_ + token, vocab_ - token, raw);
-        return {token, static_cast<float>(raw - log_total), 1 + before};
+        const int32_t before = scan_.count_from(logits_, token, raw),
+                      behind = scan_.count_above(logits_ + token, vocab_ - token, raw);
+        return {token, static_cast<float>(raw - log_total), 1 + before + behind};
     }
 
 private:
-    static bool usable(Range logits) { return !logits.damaged && logits.max > -kInfinity; }
-
     float* maxima() { return scratch_.lane_maxima.data(); }
     double* chunk_sums() { return scratch_.chunk_sums.data(); }
     float* values() { return scratch_.values.data(); }
@@ -139,7 +136,7 @@ private:
 
     // A value that at least k logits reach, and as few more as is known from `maxima`.
     float bound_of(int32_t k) {
-        const auto groups = (vocab_ + kScanChunk - 1) / kScanChunk * kScanLanes;
+        const auto groups = static_cast<int32_t>(scratch_.lane_maxima.size());
         return k > groups ? -kInfinity : kth_largest(maxima(), groups, k);
     }
 
@@ -183,7 +180,8 @@ private:
     // Drops the candidates below `threshold`, and of those that equal it all but the first `ties`.
     void keep_from(float threshold, int32_t ties) {
         scan_.drop_below(values(), count_, threshold, weights());
-        if (scan_.count_from(values(), count_, threshold) - scan_.count_above(values(), count_, threshold) <= ties) return;
+        const int32_t above = scan_.count_above(values(), count_, threshold);
+        if (scan_.count_from(values(), count_, threshold) <= above + ties) return;
         for (int32_t i = 0; i < count_; ++i)
             if (values()[i] == threshold && ties-- <= 0) weights()[i] = 0;
     }
@@ -230,7 +228,8 @@ private:
 };
 
 SamplerScratch::SamplerScratch(int32_t vocab)
-    : values(vocab), weights(vocab), tokens(vocab), seen(vocab), lane_maxima((vocab + kScanChunk - 1) / kScanChunk * kScanLanes),
+    : values(vocab), weights(vocab), tokens(vocab), seen(vocab),
+      lane_maxima((vocab + kScanChunk - 1) / kScanChunk * kScanLanes),
       chunk_sums((vocab + kScanChunk - 1) / kScanChunk) {}
 
 SampledToken sample_row(float* logits, int32_t vocab, const SamplingRow& row, const Scan& scan,
@@ -247,7 +246,9 @@ SamplingRow SamplingBatch::row(int32_t r) const {
             bias_tokens + bias_start[r], bias_values + bias_start[r], bias_start[r + 1] - bias_start[r]};
 }
 
-int32_t SamplingBatch::max_logprobs() const { return rows == 0 ? -1 : *std::max_element(num_logprobs, num_logprobs + rows); }
+int32_t SamplingBatch::max_logprobs() const {
+    return rows == 0 ? -1 : *std::max_element(num_logprobs, num_logprobs + rows);
+}
 
 std::array<uint32_t, 4> philox4x32(std::array<uint32_t, 4> counter, std::array<uint32_t, 2> key) {
     for (int round = 0; round < 10; ++round) {

@@ -1,4 +1,4 @@
-// The passes of scan.h for the instruction set that includes this. Its 32 lanes are as many vectors of the machine as it
+// The passes of scan.h for the instruction set that includes this. The lanes are as many vectors of the machine as it
 // takes, so that a sum has one order.
 #pragma once
 
@@ -69,16 +69,14 @@ inline double weigh(const float* x, int32_t n, float max, float scale, float* w,
         F32 sum[kParts] = {};
         for (int32_t i = start; i < end_of_chunk(start, n); i += kScanLanes) {
             const float* from = stretch(x, i, n, -kInfinity, padded);
-            F32 weights[kParts];
+            float* to = from == padded ? padded : w + i;
             for (int32_t p = 0; p < kParts; p++) {
                 const F32 exponent = (load(from + p * kLanes) - splat(max)) * splat(scale);
-                weights[p] = (F32)((I32)exp2(exponent) & (exponent >= splat(-126.0f)));
-                sum[p] += weights[p];
+                const F32 weight = (F32)((I32)exp2(exponent) & (exponent >= splat(-126.0f)));
+                store(to + p * kLanes, weight);
+                sum[p] += weight;
             }
-            if (__builtin_expect(from != padded, true))
-                std::memcpy(w + i, weights, sizeof weights);
-            else
-                std::memcpy(w + i, weights, (n - i) * sizeof(float));
+            if (to == padded) std::memcpy(w + i, padded, (n - i) * sizeof(float));
         }
         total += chunk_sums[start / kScanChunk] = sum_lanes(sum);
     }
@@ -142,6 +140,16 @@ inline int32_t count_above(const float* x, int32_t n, float threshold) {
     return count(x, n, [&](F32 v) -> I32 { return v > splat(threshold); });
 }
 
+// Whether any of kScanLanes values is >= threshold.
+OCTAVO_INLINE bool any_from(const float* x, float threshold) {
+    I32 any{};
+    for (int32_t p = 0; p < kParts; p++) any |= load(x + p * kLanes) >= splat(threshold);
+    uint64_t words[kLanes / 2], all = 0;
+    std::memcpy(words, &any, sizeof any);
+    for (uint64_t word : words) all |= word;
+    return all != 0;
+}
+
 inline int32_t gather(const float* x, int32_t n, float threshold, float* values, int32_t* indices) {
     int32_t count = 0, i = 0;
 #ifdef OCTAVO_AVX512
@@ -155,10 +163,17 @@ inline int32_t gather(const float* x, int32_t n, float threshold, float* values,
         count += __builtin_popcount(wanted);
     }
 #endif
-    for (; i < n; i++) {
-        values[count] = x[i];
-        indices[count] = i;
-        count += x[i] >= threshold;
+    while (i < n) {
+        const int32_t end = n - i < kScanLanes ? n : i + kScanLanes;
+        if (end - i == kScanLanes && !any_from(x + i, threshold)) {  // most often
+            i = end;
+            continue;
+        }
+        for (; i < end; i++) {
+            values[count] = x[i];
+            indices[count] = i;
+            count += x[i] >= threshold;
+        }
     }
     return count;
 }

@@ -56,6 +56,13 @@ OCTAVO_INLINE F32 zero() { return F32{}; }
 OCTAVO_INLINE F32 select(I32 mask, F32 yes, F32 no) { return mask ? yes : no; }
 OCTAVO_INLINE F32 max(F32 a, F32 b) { return a > b ? a : b; }
 
+// Which of the lanes, numbered from `first` on, are in begin:end.
+OCTAVO_INLINE I32 in_range(int64_t first, int64_t begin, int64_t end) {
+    I32 lane;
+    OCTAVO_UNROLL for (int i = 0; i < kLanes; i++) lane[i] = i;
+    return (lane >= int32_t(begin - first)) & (lane < int32_t(end - first));
+}
+
 OCTAVO_INLINE F32 fma(F32 a, F32 b, F32 c) {
 #if defined(OCTAVO_AVX512)
     return (F32)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
@@ -68,35 +75,45 @@ OCTAVO_INLINE F32 fma(F32 a, F32 b, F32 c) {
 
 // The sum of the lanes, always added in the same order.
 OCTAVO_INLINE float sum(F32 v) {
+#ifdef OCTAVO_AVX512
+    return _mm512_reduce_add_ps((__m512)v);
+#else
     float lane[kLanes];
     store(lane, v);
     for (int width = kLanes / 2; width; width /= 2)
         for (int i = 0; i < width; i++) lane[i] += lane[i + width];
     return lane[0];
+#endif
 }
 
 OCTAVO_INLINE float maximum(F32 v) {
+#ifdef OCTAVO_AVX512
+    return _mm512_reduce_max_ps((__m512)v);
+#else
     float lane[kLanes];
     store(lane, v);
     for (int width = kLanes / 2; width; width /= 2)
         for (int i = 0; i < width; i++) lane[i] = lane[i] > lane[i + width] ? lane[i] : lane[i + width];
     return lane[0];
+#endif
 }
 
-// To bf16, to nearest, ties to even.
+// To bf16, to nearest, ties to even; in the low half of each lane.
+OCTAVO_INLINE U32 to_bf16(F32 v) {
+#ifdef OCTAVO_AVX512
+    return __builtin_convertvector((U16)_mm512_cvtneps_pbh((__m512)v), U32);
+#else
+    const U32 bits = (U32)v, is_nan = (U32)(v != v);
+    return (is_nan & 0x7fc0) | (~is_nan & ((bits + 0x7fff + ((bits >> 16) & 1)) >> 16));
+#endif
+}
+
 OCTAVO_INLINE void store_bf16(bf16* to, F32 v) {
 #ifdef OCTAVO_AVX512
     store_as<U16>(to, (U16)_mm512_cvtneps_pbh((__m512)v));
 #else
-    const U32 bits = (U32)v;
-    const U32 rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    const U32 is_nan = (U32)(v != v);
-    store_as<U16>(to, __builtin_convertvector((is_nan & 0x7fc0) | (~is_nan & rounded), U16));
+    store_as<U16>(to, __builtin_convertvector(to_bf16(v), U16));
 #endif
-}
-
-OCTAVO_INLINE F32 load_bf16(const bf16* from) {
-    return (F32)(__builtin_convertvector(load_as<U16>(from), U32) << 16);
 }
 
 // sum + a.even b.even + a.odd b.odd, where each lane of `a` and `b` is a pair of bf16, the even one in its low half.

@@ -2,8 +2,12 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @pytest.fixture(scope="session")
@@ -33,3 +37,14 @@ def smollm2() -> Path:
     from octavo.weights import resolve
 
     return resolve("smollm2")
+
+
+@pytest.fixture(scope="session")
+def smollm2_in_transformers(smollm2: Path) -> "PreTrainedModel":
+    """SmolLM2 in float32, from the same .gguf file by transformers' own loader."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(
+        smollm2.parent, gguf_file=smollm2.name, dtype=torch.float32, attn_implementation="eager"
+    ).eval()

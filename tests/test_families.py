@@ -6,14 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from step_batches import run_chunks
-from tiny_models import CONFIGS, VOCAB_SIZE
 from transformers import AutoModelForCausalLM
 
 from octavo.backends.base import Backend
-from octavo.errors import DamagedWeights, UnsupportedModel
 from octavo.model import describe_model
 from octavo.weights import open_checkpoint
+from step_batches import run_chunks
+from tiny_models import CONFIGS, VOCAB_SIZE
 
 PAGE_SIZE = 32
 PROMPT = np.random.default_rng(0).integers(0, VOCAB_SIZE, 100).tolist()
@@ -21,7 +20,7 @@ PAGES = [5, 0, 7, 2]  # four pages for 100 tokens, out of order
 TOLERANCE = {"torch": 1e-4, "cpu": 1e-2}  # relative to transformers in float32
 
 
-def load_backend(name: str, path: Path, dtype: str = "auto") -> Backend:
+def load_backend(name: str, path: Path, dtype: str = "auto", device: str = "cpu") -> Backend:
     if name == "torch":
         from octavo.backends.torch import load
     else:
@@ -37,7 +36,7 @@ def load_backend(name: str, path: Path, dtype: str = "auto") -> Backend:
         max_model_len=256,
         threads=2,
         dtype=dtype,
-        device="cpu",
+        device=device,
         progress=lambda done, total: None,
     )
     backend.allocate_kv(8)

@@ -27,6 +27,7 @@ from octavo.server.app import create_app
 from octavo.server.draining import DrainingServer
 from server_process import ServerProcess
 
+COMPLETIONS = "/v1/completions"
 HELLO = [{"role": "user", "content": "Say hello to the modules"}]
 LONG = " ".join(f"The module number {i} defines functions." for i in range(20))  # some pages of the KV cache
 
@@ -61,10 +62,8 @@ def chat(client: openai.OpenAI, messages: Any = HELLO, **options: Any) -> Any:
 
 def http_post(path: str, body: Any) -> bytes:
     content = json.dumps(body).encode()
-    head = (
-        f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
-    )
-    return head.encode() + content
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Type: application/json\r\n"
+    return f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content
 
 
 def stream_text(stream: Any) -> str:
@@ -296,20 +295,23 @@ def test_concurrent_streams_say_what_they_say_alone(server: ServerProcess, clien
 
 
 def test_a_thousand_queued_requests(server: ServerProcess) -> None:
+    """Bare connections, as a client library would take most of the time."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 8192), hard))
+    lengths = [16 + i * 37 % 481 for i in range(1000)]
 
-    async def one(client: httpx.AsyncClient, i: int) -> int:
-        body = {"model": "tiny", "prompt": f"Request {i}", "max_tokens": 2 + i % 7, "ignore_eos": True}
-        reply = (await client.post("/v1/completions", json=body)).raise_for_status().json()
-        return int(reply["usage"]["completion_tokens"])
+    async def one(prompt: str, length: int) -> int:
+        reader, writer = await asyncio.open_connection(*server.address)
+        writer.write(http_post(COMPLETIONS, {"prompt": prompt, "max_tokens": length, "ignore_eos": True}))
+        head, _, body = (await reader.read()).partition(b"\r\n\r\n")
+        writer.close()
+        assert head.startswith(b"HTTP/1.1 200 "), head + body
+        return int(json.loads(body)["usage"]["completion_tokens"])
 
     async def all_at_once() -> list[int]:
-        limits = httpx.Limits(max_connections=None)
-        async with httpx.AsyncClient(base_url=server.url, timeout=240, limits=limits) as client:
-            return await asyncio.gather(*(one(client, i) for i in range(1000)))
+        return await asyncio.gather(*(one(f"Request {i}", length) for i, length in enumerate(lengths)))
 
-    assert asyncio.run(all_at_once()) == [2 + i % 7 for i in range(1000)]
+    assert asyncio.run(all_at_once()) == lengths
 
 
 # The end: of a connection, of the server, of the engine
@@ -326,7 +328,7 @@ def test_a_client_that_leaves_frees_its_request(tiny_llama: Path, options: dict[
             serving = asyncio.ensure_future(server.serve([listener]))
             _, writer = await asyncio.open_connection(*listener.getsockname())
             body = {"prompt": ["Tell a", "long story"], "max_tokens": 480, "ignore_eos": True, **options}
-            writer.write(http_post("/v1/completions", body))
+            writer.write(http_post(COMPLETIONS, body))
             while (stats := await llm.stats()).tokens_generated == 0:
                 pass
             assert stats.running > 0
@@ -398,7 +400,7 @@ def test_start_errors(server: ServerProcess, tiny_llama: Path) -> None:
         (["--port", str(port)], f"port {port}"),
         (["--host", "no.such.host.invalid"], "no.such.host.invalid"),
         (["--tensor-parallel-size", "4", "--port", "0"], "tensor_parallel_size"),
-        (["--port", "99999"], "99999"),
+        (["--port", "99999"], "65535"),
         (["--prot", "1"], "--prot"),
     ):
         command = [sys.executable, "-m", "octavo.entrypoints.openai.api_server", "--model", str(tiny_llama), *flags]

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hub_mirror import hub_mirror
 
+from hub_mirror import hub_mirror
 from octavo.errors import ModelNotFound, UnsupportedModel
 from octavo.weights import open_checkpoint, resolve
 

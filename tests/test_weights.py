@@ -1,4 +1,4 @@
-"""Checkpoints: safetensors directories and .gguf files against independent readers, and what becomes of damaged ones."""
+"""Checkpoints: safetensors directories and .gguf files against independent readers; damaged ones."""
 
 import json
 import shutil
@@ -190,6 +190,53 @@ def test_gguf_files_that_are_none(tmp_path: Path) -> None:
         assert str(file) in one_line(error)
 
 
+def number(value: int, size: int = 8) -> bytes:
+    return value.to_bytes(size, "little")
+
+
+def string(text: bytes) -> bytes:
+    return number(len(text)) + text
+
+
+def header(keys: list[bytes], tensors: list[bytes], num_keys: int | None = None) -> bytes:
+    counts = number(len(tensors)) + number(len(keys) if num_keys is None else num_keys)
+    return b"GGUF" + number(3, 4) + counts + b"".join(keys) + b"".join(tensors) + bytes(64)
+
+
+def tensor_info(dims: list[int], kind: int = 0, offset: int = 0) -> bytes:
+    return string(b"t") + number(len(dims), 4) + b"".join(map(number, dims)) + number(kind, 4) + number(offset)
+
+
+U8, U32, STRING, ARRAY = (number(kind, 4) for kind in (0, 4, 8, 9))
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (header([], [], num_keys=2**63), "a count of 9223372036854775808 does not fit"),
+        (header([string(b"k") + STRING + number(2**40)], []), "a string runs past the end"),
+        (header([string(b"k") + ARRAY + U32 + number(60)], []), "an array runs past the end"),
+        (header([string(b"k") + ARRAY + U8 + number(2**62)], []), "does not fit in the file"),
+        (header([string(b"k") + ARRAY + ARRAY + number(1)], []), "value type 9"),
+        (header([string(b"k") + U8 + b"\0"] * 2, []), "key 'k' twice"),
+        (header([string(b"\xff") + U8 + b"\0"], []), "invalid start byte"),
+        (header([string(b"general.alignment") + U32 + number(0, 4)], []), "alignment 0"),
+        (header([], [tensor_info([1])] * 2), "two tensors of one name"),
+        (header([], [tensor_info([])]), "0 dimensions"),
+        (header([], [tensor_info([0])]), "does not fit in the file"),
+        (header([], [tensor_info([2**62, 2**62])]), "does not fit in the file"),
+        (header([], [tensor_info([1], offset=2**63)]), "does not fit in the file"),
+        (header([], [tensor_info([8], kind=8)]), "does not fit in the file"),  # a quarter of a Q8_0 block
+        (header([], [tensor_info([1], kind=999)]), "unknown GGML type 999"),
+    ],
+)
+def test_lies_in_a_gguf_header(content: bytes, reason: str, tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").write_bytes(content)
+    with pytest.raises((DamagedWeights, UnsupportedModel), match=reason) as error:
+        read_header(tmp_path / "model.gguf")
+    one_line(error)
+
+
 def test_truncated_gguf(tiny_model: TinyModel, tmp_path: Path) -> None:
     file = tmp_path / "model.gguf"
     write_gguf(tiny_model("llama"), file, "Q8_0")
@@ -299,6 +346,41 @@ def describe_or_refuse(checkpoint: Checkpoint, config: dict[str, Any]) -> None:
         assert "\n" not in str(error)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden_size": None}, "hidden_size = None"),
+        ({"head_dim": 2**30}, "head_dim = 1073741824; it must be an integer from 1 to 8,192"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers = 1000000000"),
+        ({"num_key_value_heads": 4}, "6 heads of 32 over 4"),
+        ({"hidden_act": "relu"}, "'relu' is not supported; supported are silu"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope scaling 'yarn' is not supported"),
+        ({"rope_parameters": None, "rope_scaling": {"type": "dynamic", "factor": 2.0}}, "'dynamic' is not supported"),
+        ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel.* supported are LlamaForCausalLM, Mistral"),
+        ({"architectures": None, "model_type": "phi"}, "'phi' is not supported"),
+    ],
+)
+def test_configs_that_octavo_refuses(change: dict[str, Any], message: str, tiny_model: TinyModel) -> None:
+    checkpoint = open_checkpoint(tiny_model("llama"))
+    with pytest.raises((DamagedWeights, UnsupportedModel), match=message) as error:
+        describe_model(checkpoint.config | change, checkpoint.tensors)
+    one_line(error)
+
+
+def test_configs_of_older_transformers(tiny_model: TinyModel) -> None:
+    """They had rope_theta and rope_scaling where there is rope_parameters now, and no layer_types."""
+    checkpoint = open_checkpoint(tiny_model("llama3-rope"))
+    rope = dict(checkpoint.config.pop("rope_parameters"))
+    old = checkpoint.config | {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope}
+    new = open_checkpoint(tiny_model("llama3-rope")).config
+    assert describe_model(old, checkpoint.tensors)[0] == describe_model(new, checkpoint.tensors)[0]
+
+    windows = open_checkpoint(tiny_model("qwen2"))
+    old = {key: value for key, value in windows.config.items() if key != "layer_types"}
+    assert describe_model(old, windows.tensors)[0].windows == (0, 20, 20)
+    assert describe_model(old | {"use_sliding_window": False}, windows.tensors)[0].windows == (0, 0, 0)
+
+
 def test_tensors_must_fit_the_config(tiny_model: TinyModel) -> None:
     checkpoint = open_checkpoint(tiny_model("llama"))
     name = "model.layers.1.mlp.down_proj.weight"
@@ -309,7 +391,9 @@ def test_tensors_must_fit_the_config(tiny_model: TinyModel) -> None:
     with pytest.raises(DamagedWeights, match=name) as error:
         describe_model(checkpoint.config, without(checkpoint.tensors))
     one_line(error)
-    with pytest.raises(DamagedWeights, match=r"gate_proj.weight' has shape \[160, 96\]; its config asks for \[192, 96\]"):
+    with pytest.raises(
+        DamagedWeights, match=r"gate_proj.weight' has shape \[160, 96\]; its config asks for \[192, 96\]"
+    ):
         describe_model(checkpoint.config | {"intermediate_size": 192}, checkpoint.tensors)
     strange = Tensor(name, (96, 160), "F8_E4M3", np.zeros((96, 160), np.uint8))
     with pytest.raises(UnsupportedModel, match="F8_E4M3; supported are F32") as refused:

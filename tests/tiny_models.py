@@ -62,7 +62,9 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "qwen3": Qwen3Config(**_sizes(num_attention_heads=4, head_dim=64, tie_word_embeddings=True)),
     # Rows of 256, which K-quants need.
     "llama-256": LlamaConfig(
-        **_sizes(hidden_size=256, intermediate_size=256, num_hidden_layers=2, num_attention_heads=8, initializer_range=0.06)
+        **_sizes(
+            hidden_size=256, intermediate_size=256, num_hidden_layers=2, num_attention_heads=8, initializer_range=0.06
+        )
     ),
 }
 SHARDED = "qwen2"

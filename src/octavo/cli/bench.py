@@ -3,6 +3,7 @@
 import dataclasses
 import statistics
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
@@ -131,6 +132,9 @@ def serve(
         "seed": seed,
     }
     show("serve", settings, summarise(run), output_json)
+    errors = Counter(request.error for request in run.requests if request.error)
+    for error, count in errors.most_common(3):
+        typer.echo(f"octavo: {count} failed: {error}", err=True)
 
 
 @contextmanager

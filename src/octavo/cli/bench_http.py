@@ -167,7 +167,7 @@ class _Chunk(msgspec.Struct):
 
     choices: list[_Choice] = []
     usage: _Usage | None = None
-    error: msgspec.Raw | None = None
+    error: Any = None
 
 
 _decode_chunk = msgspec.json.Decoder(_Chunk).decode
@@ -215,7 +215,7 @@ class _Exchange(asyncio.Protocol):
             self._times.error = f"the server sent an event that is no completion chunk: {error}"
             return
         if chunk.error:
-            self._times.error = bytes(chunk.error).decode()
+            self._times.error = f"the server reports {chunk.error}"
         if any(choice.text or (choice.delta and choice.delta.content) for choice in chunk.choices):
             self._times.arrivals.append(self._now)
             self._times.output_tokens = max(self._times.output_tokens, len(self._times.arrivals))

@@ -36,6 +36,7 @@ FIGURES = {
     "input_tokens": "Input tokens",
     "output_tokens": "Output tokens",
     "duration_seconds": "Duration (s)",
+    "load_seconds": "Loading (s)",
     "python_share": "Python's share of a step",
 }
 

@@ -17,8 +17,7 @@ class Family(Protocol):
     MODEL_TYPE: str  # its `model_type`
     WEIGHTS: dict[str, tuple[str, ...]]  # canonical name -> the tensors stacked in it; "{i}" is a layer
 
-    @staticmethod
-    def spec(config: Mapping[str, Any], /) -> DecoderSpec: ...
+    def spec(self, config: Mapping[str, Any]) -> DecoderSpec: ...
 
 
 FAMILIES: tuple[Family, ...] = (llama, mistral, qwen2, qwen3)

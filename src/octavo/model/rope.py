@@ -54,7 +54,9 @@ def _llama3_factors(values: Mapping[str, Any], frequencies: np.ndarray) -> tuple
     `factor`, leave those that turn more than `high_freq_factor` times, and blend between the two."""
     factor, low, high = (number(values, key) for key in ("factor", "low_freq_factor", "high_freq_factor"))
     if high <= low:
-        raise DamagedWeights(f"the model's config has high_freq_factor = {high}; it must be above low_freq_factor = {low}")
+        raise DamagedWeights(
+            f"the model's config has high_freq_factor = {high}; it must be above low_freq_factor = {low}"
+        )
     turns = number(values, "original_max_position_embeddings") * frequencies.astype(np.float64) / (2 * math.pi)
     kept = np.clip((turns - low) / (high - low), 0.0, 1.0)
     return tuple((1.0 / (kept + (1.0 - kept) / factor)).tolist())

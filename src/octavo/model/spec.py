@@ -19,8 +19,8 @@ class RopeSpec:
 
     def frequencies(self, dim: int) -> np.ndarray:
         """Radians per position of each pair: float32 [dim / 2]."""
-        frequencies = self.theta ** (-np.arange(0, dim, 2) / dim)
-        return (frequencies / np.array(self.factors or 1.0)).astype(np.float32)
+        frequencies: np.ndarray = self.theta ** (-np.arange(0, dim, 2) / dim) / np.array(self.factors or 1.0)
+        return frequencies.astype(np.float32)
 
 
 @dataclass(frozen=True)

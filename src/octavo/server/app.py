@@ -20,7 +20,7 @@ def create_app(llm: AsyncLLM) -> FastAPI:
 
     Bodies are read and replies encoded by us, not by FastAPI: see body.py and replies.py for why.
     """
-    app = FastAPI(title="Octavo", version=__version__, openapi_url=None)
+    app = FastAPI(openapi_url=None, redirect_slashes=False)
     errors.install(app)
     card = ModelCard(id=llm.config.model_name, created=int(time.time()), max_model_len=llm.info.max_model_len)
 

@@ -1,6 +1,5 @@
 """POST /v1/chat/completions."""
 
-import asyncio
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
 
@@ -15,10 +14,8 @@ from octavo.text import Tokenizer
 from . import replies
 from .body import read_json
 from .connection import DONE, EventStream, event, reply_while_connected
-from .generation import Generation, Tally, check_model, new_id
+from .generation import Generation, Tally, check_model, new_id, tokenised
 from .protocol import ChatRequest
-
-LONG_TEXT = 20_000  # characters: about 5 ms of tokenising, which releases the GIL
 
 
 async def chat_completions(llm: AsyncLLM, request: Request) -> Response:
@@ -26,17 +23,12 @@ async def chat_completions(llm: AsyncLLM, request: Request) -> Response:
     body = await read_json(request, ChatRequest)
     check_model(llm, body.model)
     params = body.sampling_params()
-    prompt = await _tokens(llm.tokenizer, llm.tokenizer.chat(body.conversation(), **body.template_variables()))
-    generation = Generation(llm, [prompt], params, new_id("chatcmpl"))
+    text = llm.tokenizer.chat(body.conversation(), **body.template_variables())
+    prompts = await tokenised(llm.tokenizer, [text], add_special_tokens=False)  # the template has them
+    generation = Generation(llm, prompts, params, new_id("chatcmpl"))
     if body.stream:
         return EventStream(_events(generation, body.include_usage))
     return await reply_while_connected(request.receive, _whole(generation))
-
-
-async def _tokens(tokenizer: Tokenizer, text: str) -> list[int]:
-    if len(text) > LONG_TEXT:  # meanwhile the loop serves others
-        return await asyncio.to_thread(tokenizer.encode, text, add_special_tokens=False)
-    return tokenizer.encode(text, add_special_tokens=False)
 
 
 async def _whole(generation: Generation) -> Response:

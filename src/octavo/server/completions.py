@@ -9,12 +9,13 @@ from fastapi import Request
 from starlette.responses import Response
 
 from octavo.async_llm import AsyncLLM
-from octavo.outputs import CompletionOutput, Logprob, RequestOutput
+from octavo.outputs import CompletionOutput, Logprob
+from octavo.text import Tokenizer
 
 from . import replies
 from .body import read_json
 from .connection import DONE, EventStream, event, reply_while_connected
-from .generation import Generation, Tally, check_model, new_id
+from .generation import Generation, Tally, check_model, new_id, tokenised
 from .protocol import CompletionRequest
 
 
@@ -22,27 +23,30 @@ async def completions(llm: AsyncLLM, request: Request) -> Response:
     """Raises ApiError, OctavoError."""
     body = await read_json(request, CompletionRequest)
     check_model(llm, body.model)
-    generation = Generation(llm, body.prompt, body.sampling_params(), new_id("cmpl"))
+    params = body.sampling_params()
+    prompts = await tokenised(llm.tokenizer, body.prompt)
+    echoed = [_text(llm.tokenizer, prompt) if body.echo else "" for prompt in body.prompt]
+    generation = Generation(llm, prompts, params, new_id("cmpl"))
     if body.stream:
-        return EventStream(_events(generation, bool(body.echo), body.include_usage))
-    return await reply_while_connected(request.receive, _whole(generation, bool(body.echo)))
+        return EventStream(_events(generation, echoed, body.include_usage))
+    return await reply_while_connected(request.receive, _whole(generation, echoed))
 
 
-async def _whole(generation: Generation, echo: bool) -> Response:
+async def _whole(generation: Generation, echoed: list[str]) -> Response:
     outputs = await generation.whole()
     reply = _reply(generation)
     tally = Tally()
     for prompt, output in enumerate(outputs):
         tally.add(output)
-        echoed = _prompt_text(generation, output) if echo else ""
-        reply.choices += [_choice(generation, prompt, new, echoed, len(echoed)) for new in output.outputs]
+        echo = echoed[prompt]
+        reply.choices += [_choice(generation, prompt, new, echo, len(echo)) for new in output.outputs]
     reply.usage = tally.usage
     if len(outputs) == 1:
         reply.seed = outputs[0].seed
     return replies.Json(reply)
 
 
-async def _events(generation: Generation, echo: bool, include_usage: bool) -> AsyncGenerator[bytes, None]:
+async def _events(generation: Generation, echoed: list[str], include_usage: bool) -> AsyncGenerator[bytes, None]:
     chunk = _reply(generation)
     chunk.usage = None if include_usage else msgspec.UNSET
     tally = Tally()
@@ -54,11 +58,11 @@ async def _events(generation: Generation, echo: bool, include_usage: bool) -> As
             told = []
             for new in output.outputs:
                 key = (prompt, new.index)
-                echoed = _prompt_text(generation, output) if echo and key not in offsets else ""
-                offset = offsets.get(key, len(echoed))
+                echo = "" if key in offsets else echoed[prompt]
+                offset = offsets.get(key, len(echo))
                 offsets[key] = offset + sum(len(token) for token in _token_texts(new))
-                if echoed or new.text or new.logprobs or new.finish_reason:
-                    chunk.choices = [_choice(generation, prompt, new, echoed, offset)]
+                if echo or new.text or new.logprobs or new.finish_reason:
+                    chunk.choices = [_choice(generation, prompt, new, echo, offset)]
                     told.append(event(chunk))
             if told:
                 yield b"".join(told)
@@ -80,12 +84,12 @@ def _reply(generation: Generation) -> replies.Completion:
 
 
 def _choice(
-    generation: Generation, prompt: int, new: CompletionOutput, echoed: str, offset: int
+    generation: Generation, prompt: int, new: CompletionOutput, echo: str, offset: int
 ) -> replies.CompletionChoice:
     """OpenAI numbers the completions of all prompts through: those of the first prompt, those of the second, ..."""
     return replies.CompletionChoice(
         index=prompt * generation.params.n + new.index,
-        text=echoed + new.text,
+        text=echo + new.text,
         logprobs=_logprobs(new, offset, bool(generation.params.logprobs)),
         finish_reason=new.finish_reason,
         stop_reason=new.stop_reason,
@@ -115,7 +119,5 @@ def _token_texts(new: CompletionOutput) -> list[str]:
     return [of[token].decoded_token for token, of in entries]
 
 
-def _prompt_text(generation: Generation, output: RequestOutput) -> str:
-    if output.prompt is not None:
-        return output.prompt
-    return generation.llm.tokenizer.decode(output.prompt_token_ids, skip_special_tokens=False)
+def _text(tokenizer: Tokenizer, prompt: str | list[int]) -> str:
+    return prompt if isinstance(prompt, str) else tokenizer.decode(prompt, skip_special_tokens=False)

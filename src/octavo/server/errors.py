@@ -82,7 +82,7 @@ def install(app: FastAPI) -> None:
     async def answer(request: Request, error: Exception) -> Json:
         status, body = error_reply(error)
         if isinstance(error, HTTPException) and status in (404, 405):
-            body = _reply(status, f"{_reason(status)}: {request.method} {request.url.path}", None, None)
+            body = _reply(status, f"{_reason(status)}: {request.method} {request.scope['path']}", None, None)
         return Json(body, status, headers=_headers(error))
 
     for kind in (ApiError, InvalidRequest, EngineDead, HTTPException, Exception):

@@ -4,7 +4,7 @@ import asyncio
 import functools
 import time
 import uuid
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from hashlib import blake2b
@@ -13,10 +13,13 @@ from octavo.async_llm import AsyncLLM
 from octavo.config import EngineConfig
 from octavo.outputs import RequestOutput
 from octavo.params import SamplingParams
+from octavo.text import Tokenizer
 from octavo.version import __version__
 
 from .errors import ApiError
 from .replies import PromptTokensDetails, Usage
+
+LONG_TEXT = 20_000  # characters: tokenising takes about 1 µs for each
 
 Increment = tuple[int, RequestOutput]  # the prompt's index, and what is new of it
 
@@ -26,7 +29,7 @@ class Generation:
     """Prompts to complete with the same parameters, and the marks that every reply about them bears."""
 
     llm: AsyncLLM
-    prompts: Sequence[str | list[int]]
+    prompts: list[list[int]]
     params: SamplingParams
     id: str
     created: int = field(default_factory=lambda: int(time.time()))
@@ -40,7 +43,7 @@ class Generation:
         return fingerprint(self.llm.config)
 
     async def whole(self) -> list[RequestOutput]:
-        return await self.llm.agenerate(list(self.prompts), self.params)
+        return await self.llm.agenerate(self.prompts, self.params)
 
     async def increments(self) -> AsyncGenerator[Increment, None]:
         """Increments of all prompts as they come. Closing the generator aborts what still runs."""
@@ -113,6 +116,18 @@ def check_model(llm: AsyncLLM, name: str | None) -> None:
     served = llm.config.model_name
     if name is not None and name != served:
         raise ApiError(404, f"the model {name!r} is not served here; {served!r} is", "model", "model_not_found")
+
+
+async def tokenised(
+    tokenizer: Tokenizer, prompts: list[str | list[int]], add_special_tokens: bool = True
+) -> list[list[int]]:
+    """Prompts as token ids. Long text is left to a thread, with the GIL released: others are served meanwhile."""
+
+    def encode() -> list[list[int]]:
+        return [tokenizer.encode(p, add_special_tokens) if isinstance(p, str) else p for p in prompts]
+
+    is_long = sum(len(prompt) for prompt in prompts if isinstance(prompt, str)) > LONG_TEXT
+    return await asyncio.to_thread(encode) if is_long else encode()
 
 
 def new_id(kind: str) -> str:

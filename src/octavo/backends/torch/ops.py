@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -34,11 +35,9 @@ class TorchOps:
 
         self.tokens, self.sample_rows = on_device(batch.tokens), on_device(batch.sample_rows)
         self.positions, self.page_tables = on_device(batch.positions), on_device(batch.page_tables)
-        self.query_start = batch.query_start.tolist()
+        self.lengths = np.diff(batch.query_start).tolist()
         page_size = pool.keys.shape[2]
-        sequence = torch.repeat_interleave(
-            on_device(range(len(batch.page_tables))), on_device(batch.query_start).diff()
-        )
+        sequence = torch.repeat_interleave(on_device(self.lengths))
         self.pages = self.page_tables[sequence, self.positions // page_size]
         self.slots = self.positions % page_size
         angles = self.positions[:, None] * torch.from_numpy(spec.rope.frequencies(spec.head_dim)).to(device)
@@ -58,8 +57,8 @@ class TorchOps:
 
     def rope_and_cache(self, qkv: Tensor, layer: int, q_norm: str | None, k_norm: str | None) -> Tensor:
         spec = self.spec
-        q, k, v = qkv.split([spec.q_size, spec.kv_size, spec.kv_size], dim=1)
-        q, k, v = (part.unflatten(1, (-1, spec.head_dim)) for part in (q, k, v))
+        q, k, v = torch.split(qkv, [spec.q_size, spec.kv_size, spec.kv_size], dim=1)
+        q, k, v = (part.reshape(len(part), -1, spec.head_dim) for part in (q, k, v))
         if q_norm is not None and k_norm is not None:
             q, k = self.norm(q, q_norm), self.norm(k, k_norm)
         self.pool.keys[self.pages, layer, self.slots] = self._rotate(k).to(self.pool.keys.dtype)
@@ -71,13 +70,8 @@ class TorchOps:
         return torch.cat([a * self.cos - b * self.sin, b * self.cos + a * self.sin], dim=-1)
 
     def attention(self, q: Tensor, layer: int, window: int) -> Tensor:
-        outputs = [q.new_empty(0, self.spec.q_size)]
-        for s, (start, stop) in enumerate(zip(self.query_start, self.query_start[1:], strict=False)):
-            if start < stop:
-                outputs.append(
-                    self._attend(q[start:stop], self.positions[start:stop], self.page_tables[s], layer, window)
-                )
-        return torch.cat(outputs)
+        sequences = zip(*(torch.split(x, self.lengths) for x in (q, self.positions)), self.page_tables, strict=True)
+        return torch.cat([self._attend(*sequence, layer, window) for sequence in sequences if len(sequence[0])])
 
     def _attend(self, q: Tensor, positions: Tensor, page_table: Tensor, layer: int, window: int) -> Tensor:
         """Attention of one sequence's rows: [rows, heads, head_dim] to [rows, q_size]."""
@@ -85,8 +79,8 @@ class TorchOps:
         pages = page_table[: -(-length // self.pool.keys.shape[2])]
         group = self.spec.num_heads // self.spec.num_kv_heads
         k, v = (
-            pool[pages, layer].flatten(0, 1)[:length].float().repeat_interleave(group, dim=1)
-            for pool in (self.pool.keys, self.pool.values)
+            part[pages, layer].flatten(0, 1)[:length].float().repeat_interleave(group, dim=1)
+            for part in (self.pool.keys, self.pool.values)
         )
         distance = positions[:, None] - torch.arange(length, device=q.device)
         seen = (distance >= 0) & (distance < window) if window else distance >= 0

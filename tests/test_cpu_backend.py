@@ -1,0 +1,261 @@
+"""The cpu backend on random models: close to float32 PyTorch, and the same bits in any batch, chunk, page and thread."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from octavo.backends.torch import load as load_torch
+from octavo.errors import ConfigError, OutOfMemory, UnsupportedModel
+from octavo.model.spec import DecoderSpec, RopeSpec
+from octavo.weights.tensor import Parameter, Tensor
+from step_batches import run_chunks, sampling_batch, step_batch
+
+cpu = pytest.importorskip("octavo.backends.cpu", reason="the cpu backend's extension is not built")
+
+PLAIN = DecoderSpec(
+    vocab_size=203,
+    hidden_size=64,
+    intermediate_size=112,
+    num_layers=3,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    max_positions=512,
+    norm_eps=1e-5,
+    rope=RopeSpec(theta=10000.0),
+    windows=(0, 0, 0),
+    tied_embeddings=True,
+)
+SPECS = {
+    "plain": PLAIN,
+    "head_dim 64, group of 3": dataclasses.replace(PLAIN, num_heads=6, head_dim=64, hidden_size=96),
+    "head_dim 80, one kv head": dataclasses.replace(PLAIN, num_heads=5, num_kv_heads=1, head_dim=80, hidden_size=72),
+    "head_dim 128, no groups": dataclasses.replace(PLAIN, num_heads=2, head_dim=128, tied_embeddings=False),
+    "head_dim 96, group of 60": dataclasses.replace(PLAIN, num_heads=60, num_kv_heads=1, head_dim=96, num_layers=1, windows=(0,)),
+    "windows": dataclasses.replace(PLAIN, windows=(7, 0, 40)),
+    "biases": dataclasses.replace(PLAIN, qkv_bias=True, output_bias=True, mlp_bias=True, intermediate_size=100),
+    "qk_norm": dataclasses.replace(PLAIN, qk_norm=True, head_dim=32, rope=RopeSpec(factors=tuple(range(1, 17)))),
+    "gelu, odd widths": dataclasses.replace(
+        PLAIN, activation="gelu_tanh", hidden_size=50, intermediate_size=33, vocab_size=101, tied_embeddings=False
+    ),
+}  # fmt: skip
+TOKENS = np.random.default_rng(0).integers(1, 100, 150).tolist()
+PAGES = [5, 0, 7, 2, 9]  # five pages of 32 for 150 tokens, out of order
+
+
+def random_parameters(spec: DecoderSpec) -> dict[str, Parameter]:
+    """Every parameter of `spec`, in bfloat16, sized so that activations stay near 1."""
+    rng = np.random.default_rng(1)
+    h, inter = spec.hidden_size, spec.intermediate_size
+    shapes: dict[str, tuple[int, ...]] = {"embed": (spec.vocab_size, h), "norm": (h,)}
+    if not spec.tied_embeddings:
+        shapes["head"] = (spec.vocab_size, h)
+    for i in range(spec.num_layers):
+        layer = {
+            "attn_norm": (h,), "mlp_norm": (h,), "q_norm": (spec.head_dim,), "k_norm": (spec.head_dim,),
+            "qkv": (spec.qkv_size, h), "out": (h, spec.q_size), "gate_up": (2 * inter, h), "down": (h, inter),
+            "qkv.bias": (spec.qkv_size,), "out.bias": (h,), "gate_up.bias": (2 * inter,), "down.bias": (h,),
+        }  # fmt: skip
+        shapes |= {f"layers.{i}.{name}": shape for name, shape in layer.items()}
+    parameters = {}
+    for name, shape in shapes.items():
+        values = rng.standard_normal(shape, np.float32)
+        values = 1 + values / 4 if name.endswith("norm") else values / 2 if len(shape) == 1 else values
+        if len(shape) == 2 and name != "embed":
+            values *= 1.2 / np.sqrt(shape[1])
+        bf16 = (np.float32(values).view(np.uint32) >> 16).astype(np.uint16)
+        data = bf16.reshape(shape[0] if len(shape) > 1 else 1, -1).view(np.uint8)
+        parameters[name] = Parameter((Tensor(name, shape, "BF16", data),))
+    return parameters
+
+
+def load(spec: DecoderSpec, factory: Any = cpu.load, **changes: Any) -> Any:
+    """A backend of the random model, with 10 pages."""
+    settings: dict[str, Any] = dict(
+        page_size=32, max_batch_tokens=256, max_batch_size=256, max_model_len=512, threads=2, dtype="auto",
+        device="cpu", progress=lambda done, total: None,
+    )  # fmt: skip
+    parameters = settings | changes
+    backend = factory(spec, parameters.pop("parameters", None) or random_parameters(spec), **parameters)
+    backend.allocate_kv(10)
+    return backend
+
+
+@pytest.fixture(params=cpu.available_isas())
+def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("OCTAVO_ISA", request.param)
+    return str(request.param)
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_logits_agree_with_float32(isa: str, name: str) -> None:
+    reference = run_chunks(load(SPECS[name], load_torch, dtype="float32"), TOKENS, 150, PAGES)
+    logits = run_chunks(load(SPECS[name]), TOKENS, 150, PAGES)
+    assert np.linalg.norm(logits - reference) < 1e-2 * np.linalg.norm(reference)
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_same_bits_in_any_chunks_pages_and_batch(isa: str, name: str) -> None:
+    backend = load(SPECS[name])
+    whole = run_chunks(backend, TOKENS, 150, PAGES)
+    for chunk, pages in [(1, [1, 3, 4, 6, 8]), (16, PAGES), (37, [9, 8, 7, 6, 5])]:
+        np.testing.assert_array_equal(run_chunks(backend, TOKENS, chunk, pages), whole)
+    # A decode step, a chunk in the middle, and another sequence's prompt, all in one step.
+    run_chunks(backend, TOKENS[:70], 70, [0, 1, 2])
+    run_chunks(backend, TOKENS[:40], 40, [3, 4, 5, 6])
+    mixed = [(TOKENS[70:71], 70, [0, 1, 2]), (TOKENS[40:101], 40, [3, 4, 5, 6]), (TOKENS[:50], 0, [7, 8])]
+    expected = np.concatenate([whole[70:71], whole[40:101], whole[:50]])
+    np.testing.assert_array_equal(backend.logits(step_batch(mixed)), expected)
+
+
+def test_same_bits_with_any_page_size_and_threads(isa: str) -> None:
+    spec = SPECS["head_dim 64, group of 3"]
+    whole = run_chunks(load(spec), TOKENS, 150, PAGES)
+    np.testing.assert_array_equal(run_chunks(load(spec, page_size=96), TOKENS, 60, [4, 1]), whole)
+    np.testing.assert_array_equal(run_chunks(load(spec, threads=1), TOKENS, 60, PAGES), whole)
+
+
+def test_what_a_page_held_before_does_not_matter(isa: str) -> None:
+    """Not even NaN, which 0 times it would pass on."""
+    parameters = random_parameters(PLAIN)
+    embed = parameters["embed"].parts[0].data
+    embed[100] = 0xFF  # the embedding of token 100: all NaN
+    fresh = run_chunks(load(PLAIN, parameters=parameters), TOKENS[:40], 40, [0, 1])
+    backend = load(PLAIN, parameters=parameters)
+    assert np.isnan(run_chunks(backend, [100] * 64, 64, [0, 1])).all()
+    np.testing.assert_array_equal(run_chunks(backend, TOKENS[:40], 40, [0, 1]), fresh)
+
+
+def test_a_row_of_nan_spoils_no_other() -> None:
+    parameters = random_parameters(PLAIN)
+    parameters["embed"].parts[0].data[100] = 0xFF
+    backend = load(PLAIN, parameters=parameters)
+    alone = backend.logits(step_batch([(TOKENS[:9], 0, [0])]))
+    beside = backend.logits(step_batch([([100] * 5, 0, [1]), (TOKENS[:9], 0, [0]), ([100], 0, [2])]))
+    np.testing.assert_array_equal(beside[5:14], alone)
+    assert np.isnan(beside[:5]).all()
+
+
+def test_step_samples_from_the_logits() -> None:
+    backend = load(PLAIN)
+    batch = step_batch([(TOKENS[:40], 0, [0, 1]), (TOKENS[:7], 0, [2])], [39, 3, 46])
+    logits = backend.logits(batch)
+    np.testing.assert_array_equal(backend.step(batch).tokens, logits.argmax(axis=1))
+    wanted = dataclasses.replace(batch, sampling=sampling_batch(3, num_logprobs=np.array([2, -1, 0], np.int32)))
+    result = backend.step(wanted)
+    assert result.top_tokens.shape == (3, 2)
+    np.testing.assert_array_equal(result.top_tokens[0], np.argsort(-logits[0], kind="stable")[:2])
+    assert np.isnan(result.logprobs[1]) and result.ranks[0] == result.ranks[2] == 1
+
+
+def test_no_rows_and_no_samples_are_steps_too() -> None:
+    backend = load(PLAIN)
+    assert backend.step(step_batch([], [])).tokens.shape == (0,)
+    assert backend.step(step_batch([(TOKENS[:5], 0, [0])], [])).tokens.shape == (0,)
+
+
+BAD = {
+    "vocabulary": {"tokens": np.array([1, 203, 2], np.int32)},
+    "negative": {"positions": np.array([-1, 0, 1], np.int32)},
+    "order of position": {"positions": np.array([0, 2, 3], np.int32)},
+    "end of its page table": {"positions": np.array([30, 31, 32], np.int32)},
+    "KV pool": {"page_tables": np.array([[10]], np.int32)},
+    "sampled row": {"sample_rows": np.array([3], np.int32)},
+    "run from 0": {"query_start": np.array([0, 2], np.int32)},
+    "one entry per sampled row": {"sampling": sampling_batch(2)},
+    "as many": {"tokens": np.array([1, 2], np.int32)},
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_a_batch_that_reaches_outside_is_refused(message: str) -> None:
+    backend = load(PLAIN)
+    good = step_batch([([1, 2, 3], 0, [0])], [2])
+    expected = backend.step(good).tokens
+    with pytest.raises(ValueError, match=message):
+        backend.step(dataclasses.replace(good, **BAD[message]))
+    np.testing.assert_array_equal(backend.step(good).tokens, expected)
+
+
+def test_a_batch_larger_than_the_arena_is_refused() -> None:
+    backend = load(PLAIN, max_batch_tokens=32, max_batch_size=2)
+    with pytest.raises(ValueError, match="max_batch_tokens"):
+        backend.step(step_batch([(TOKENS[:33], 0, [0, 1])], [0]))
+    with pytest.raises(ValueError, match="max_batch_size"):
+        backend.step(step_batch([(TOKENS[:3], 0, [0])]))
+    with pytest.raises(TypeError, match="tokens"):
+        backend.step(dataclasses.replace(step_batch([([1], 0, [0])]), tokens=np.array([1], np.int64)))
+
+
+def test_a_pool_that_does_not_fit_says_what_would() -> None:
+    backend = load(PLAIN)
+    with pytest.raises(OutOfMemory, match=r"at most \d+ pages fit"):
+        backend.allocate_kv(2**50 // backend.page_bytes)
+
+
+def test_settings_it_cannot_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="bfloat16"):
+        load(PLAIN, dtype="float32")
+    with pytest.raises(ConfigError, match="device"):
+        load(PLAIN, device="cuda")
+    with pytest.raises(UnsupportedModel, match="head_dim"):
+        load(dataclasses.replace(PLAIN, head_dim=24))
+    monkeypatch.setenv("OCTAVO_ISA", "sparc")
+    with pytest.raises(ConfigError, match="OCTAVO_ISA must be one of .*portable"):
+        load(PLAIN)
+
+
+def test_threads_come_and_go_and_leave_the_caller_alone() -> None:
+    def threads() -> int:
+        return len(list(Path("/proc/self/task").iterdir()))
+
+    before, affinity = threads(), os.sched_getaffinity(0)
+    backend = load(PLAIN)
+    backend.step(step_batch([(TOKENS[:5], 0, [0])]))
+    assert threads() == before + len(affinity) - 1
+    assert os.sched_getaffinity(0) == affinity
+    backend.close()
+    assert threads() == before
+
+
+def test_a_forked_child_can_go_on() -> None:
+    """In a process of its own: PyTorch, imported here, has threads that do not survive a fork."""
+    script = (
+        "import os, sys; import numpy as np\n"
+        "from test_cpu_backend import PLAIN, TOKENS, load, step_batch\n"
+        "backend, batch = load(PLAIN), step_batch([(TOKENS[:40], 0, [0, 1])])\n"
+        "before = backend.logits(batch)\n"
+        "if child := os.fork():\n"
+        "    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0\n"
+        "assert np.array_equal(backend.logits(batch), before)\n"
+        "backend.close()\n"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])}
+    subprocess.run([sys.executable, "-c", script], env=environment, check=True, timeout=60)
+
+
+def test_loading_smollm2_is_lean(smollm2: Path) -> None:
+    """Peak memory while loading at most 1.3 times the packed weights, and 300 MB for Python and all."""
+    script = (
+        "import resource, sys; from pathlib import Path\n"
+        "from octavo.backends.cpu import load\n"
+        "from octavo.model import describe_model\n"
+        "from octavo.weights import open_checkpoint\n"
+        "checkpoint = open_checkpoint(Path(sys.argv[1]))\n"
+        "spec, parameters = describe_model(checkpoint.config, checkpoint.tensors)\n"
+        "backend = load(spec, parameters, page_size=32, max_batch_tokens=512, max_batch_size=256, max_model_len=8192,\n"
+        "               threads=2, dtype='auto', device='auto', progress=lambda done, total: None)\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, backend.weight_bytes)\n"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    run = subprocess.run(
+        [sys.executable, "-c", script, smollm2], env=environment, check=True, timeout=60, capture_output=True
+    )
+    peak, packed = map(int, run.stdout.split())
+    assert peak < 1.3 * packed + 300e6
