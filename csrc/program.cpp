@@ -268,7 +268,7 @@ void Program::prepare(const Batch& batch) {
 // Wide tiles as long as every thread gets several; then narrower ones.
 Cut Program::cut_linear(const Instruction& instruction, int64_t rows) const {
     const int64_t blocks = instruction.weight->blocks, wanted = 4 * pool_.size();
-    const int64_t tile_rows = std::min<int64_t>(round_up(rows, kGroup), 128);
+    const int64_t tile_rows = std::clamp<int64_t>(round_up(rows, kGroup), kGroup, 128);
     const int64_t row_tiles = (rows + tile_rows - 1) / tile_rows;
     int64_t panel = kMaxPanel;
     while (panel > 2 && (blocks + panel - 1) / panel * row_tiles < wanted)

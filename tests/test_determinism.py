@@ -28,11 +28,11 @@ def answer(output: RequestOutput, index: int = 0) -> Answer:
 
 
 def parameters(i: int) -> SamplingParams:
-    """Greedy and seeded by turns; every eighth request with penalties."""
+    """Greedy and seeded by turns; some with penalties, some long enough to outgrow the pages they began with."""
     penalty = 0.5 if i % 8 == 3 else 0.0
     return SamplingParams(
-        temperature=0.9 * (i % 2), top_p=0.95, top_k=50 * (i % 3), seed=i, max_tokens=12 + i % 7, logprobs=3,
-        frequency_penalty=penalty, ignore_eos=True,
+        temperature=0.9 * (i % 2), top_p=0.95, top_k=50 * (i % 3), seed=i, frequency_penalty=penalty, logprobs=3,
+        max_tokens=80 if i % 4 == 2 else 12 + i % 7, ignore_eos=True,
     )  # fmt: skip
 
 
@@ -94,7 +94,7 @@ def test_from_the_prefix_cache(model, alone):
 
 def test_after_preemption(model, alone):
     prompts, expected = alone
-    with LLM(model, max_model_len=224, kv_cache_memory=pool_of(model, pages=16)) as llm:
+    with LLM(model, max_model_len=288, kv_cache_memory=pool_of(model, pages=16)) as llm:
         assert run(llm, prompts) == expected
         stats = llm.stats()
     assert stats.preemptions > 0

@@ -242,14 +242,19 @@ def test_chunked_body_too_large(http: httpx.Client) -> None:
         b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",  # https to an http port
         b"GARBAGE\r\n\r\n",
         b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: -5\r\n\r\n",
-        b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\n{",  # and then nothing
+        b"POST /v1/completions HTTP/1.1\r\nContent-Type: application/json\r\nContent-Length: 5\r\n\r\n{",  # and no more
         b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nZZ\r\n",
+        b"GET //[%ff%00%0a HTTP/1.1\r\nHost: [\r\n\r\n",
+        b"GET /\xff HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"GET /health HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\r\n",
     ],
 )
 def test_broken_http_harms_nobody(server: ServerProcess, http: httpx.Client, sent: bytes) -> None:
     with socket.create_connection(server.address, timeout=30) as connection:
         connection.sendall(sent)
+        assert http.get("/health").status_code == 200  # by now it has been read
     assert http.get("/health").status_code == 200
+    assert server.stderr() == ""
 
 
 def test_running_requests_are_unharmed(http: httpx.Client) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from octavo.errors import DamagedWeights, ModelNotFound, OctavoError, UnsupportedModel
+from octavo.gguf_file import _FORMATS as GGUF_FORMATS
 from octavo.gguf_file import read_header
 from octavo.model import describe_model
 from octavo.weights import Checkpoint, Tensor, open_checkpoint
@@ -86,6 +88,11 @@ def test_every_gguf_format(format: str, tiny_model: TinyModel, tmp_path: Path) -
 
 def test_all_supported_formats_are_tested() -> None:
     assert set(QUANTISABLE + K_QUANTS) == set(FORMATS)
+
+
+def test_format_sizes_are_those_of_the_gguf_package() -> None:
+    published = {int(kind): (kind.name, *sizes) for kind, sizes in gguf.GGML_QUANT_SIZES.items()}
+    assert {kind: published[kind] for kind in GGUF_FORMATS} == GGUF_FORMATS
 
 
 def test_smollm2_opens_at_once(smollm2: Path) -> None:
@@ -227,7 +234,8 @@ U8, U32, STRING, ARRAY = (number(kind, 4) for kind in (0, 4, 8, 9))
         (header([], [tensor_info([2**62, 2**62])]), "does not fit in the file"),
         (header([], [tensor_info([1], offset=2**63)]), "does not fit in the file"),
         (header([], [tensor_info([8], kind=8)]), "does not fit in the file"),  # a quarter of a Q8_0 block
-        (header([], [tensor_info([1], kind=999)]), "unknown GGML type 999"),
+        (header([], [tensor_info([1], kind=999)]), "unknown GGML type 999; supported are F32"),
+        (header([], [tensor_info([256], kind=23)]), "stored as IQ4_XS"),
     ],
 )
 def test_lies_in_a_gguf_header(content: bytes, reason: str, tmp_path: Path) -> None:
@@ -249,8 +257,6 @@ def test_truncated_gguf(tiny_model: TinyModel, tmp_path: Path) -> None:
 
 
 def test_other_gguf_architectures_are_refused(tmp_path: Path) -> None:
-    import gguf
-
     writer = gguf.GGUFWriter(tmp_path / "model.gguf", "mamba")
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -395,6 +401,9 @@ def test_tensors_must_fit_the_config(tiny_model: TinyModel) -> None:
         DamagedWeights, match=r"gate_proj.weight' has shape \[160, 96\]; its config asks for \[192, 96\]"
     ):
         describe_model(checkpoint.config | {"intermediate_size": 192}, checkpoint.tensors)
+    with pytest.raises(UnsupportedModel, match=r"q_norm\.weight' that a model of its config has no use for"):
+        extra = Tensor("model.layers.0.self_attn.q_norm.weight", (32,), "F32", np.zeros((1, 128), np.uint8))
+        describe_model(checkpoint.config, {**checkpoint.tensors, extra.name: extra})
     strange = Tensor(name, (96, 160), "F8_E4M3", np.zeros((96, 160), np.uint8))
     with pytest.raises(UnsupportedModel, match="F8_E4M3; supported are F32") as refused:
         describe_model(checkpoint.config, checkpoint.tensors | {name: strange})

@@ -32,6 +32,6 @@ def windows(config: Mapping[str, Any], num_layers: int) -> tuple[int, ...]:
     if not isinstance(types, list) or len(types) != num_layers:
         raise DamagedWeights(f"the model's config has layer_types that do not suit its {num_layers} layers")
     kinds = {"full_attention": 0, "sliding_attention": window}
-    if unknown := [kind for kind in types if kind not in kinds]:
+    if unknown := [kind for kind in types if str(kind) not in kinds]:
         raise UnsupportedModel(f"layers of type {unknown[0]!r} are not supported; supported are {', '.join(kinds)}")
     return tuple(kinds[kind] for kind in types)

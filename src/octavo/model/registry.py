@@ -1,5 +1,6 @@
 """From a checkpoint to a DecoderSpec and its parameters: which family it is, and whether every tensor fits."""
 
+import re
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -20,6 +21,8 @@ class Family(Protocol):
     def spec(self, config: Mapping[str, Any]) -> DecoderSpec: ...
 
 
+# What checkpoints may have beside the parameters: copies of tied embeddings, and tables that follow from the config.
+_UNUSED = re.compile(r"lm_head\.weight|rope_freqs\.weight|.*\.rotary_emb\.inv_freq")
 FAMILIES: tuple[Family, ...] = (llama, mistral, qwen2, qwen3)
 
 
@@ -37,6 +40,9 @@ def describe_model(
         layer = name.split(".")[1] if name.startswith("layers.") else ""
         names = [n.replace("{i}", layer) for n in family.WEIGHTS[name.replace(f".{layer}.", ".{i}.", 1)]]
         parameters[name] = Parameter(tuple(_fitting(tensors, *part) for part in zip(names, shapes, strict=True)))
+    used = {part.name for parameter in parameters.values() for part in parameter.parts}
+    if unused := [name for name in tensors if name not in used and not _UNUSED.fullmatch(name)]:
+        raise UnsupportedModel(f"the checkpoint has a tensor {unused[0]!r} that a model of its config has no use for")
     return spec, parameters
 
 

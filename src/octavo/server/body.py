@@ -4,8 +4,9 @@ from typing import TypeVar
 
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
+from starlette.requests import ClientDisconnect
 
-from .errors import ApiError, invalid_body
+from .errors import CLIENT_LEFT, ApiError, invalid_body
 
 MAX_BODY = 16 * 2**20  # bytes
 
@@ -28,13 +29,15 @@ async def read_json(request: Request, model: type[Model]) -> Model:
 
 
 async def _read(request: Request) -> bytearray:
+    too_large = ApiError(413, f"the body is larger than {MAX_BODY >> 20} MiB", code="body_too_large")
+    if int(request.headers.get("content-length", "0")) > MAX_BODY:  # digits: the HTTP parser has seen to that
+        raise too_large
     body = bytearray()
-    declared = int(request.headers.get("content-length", "0"))  # digits: the HTTP parser has seen to that
-    if declared <= MAX_BODY:
+    try:
         async for chunk in request.stream():
             body += chunk
             if len(body) > MAX_BODY:
-                break
-        else:
-            return body
-    raise ApiError(413, f"the body is larger than {MAX_BODY >> 20} MiB", code="body_too_large")
+                raise too_large
+    except ClientDisconnect:
+        raise ApiError(CLIENT_LEFT, "the client left before its whole body had come") from None
+    return body

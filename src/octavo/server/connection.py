@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from .errors import ServerStopping, error_reply, expected
+from .errors import CLIENT_LEFT, ServerStopping, error_reply, expected
 from .replies import encode
 
 DONE = b"data: [DONE]\n\n"
@@ -47,7 +47,7 @@ async def while_connected(receive: Receive, work: Coroutine[Any, Any, Result]) -
 
 async def reply_while_connected(receive: Receive, work: Coroutine[Any, Any, Response]) -> Response:
     """`while_connected` for a reply that is not streamed; to a client that has left, any will do."""
-    return await while_connected(receive, work) or Response(status_code=499)
+    return await while_connected(receive, work) or Response(status_code=CLIENT_LEFT)
 
 
 async def _disconnect(receive: Receive) -> None:

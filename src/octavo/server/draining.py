@@ -24,6 +24,7 @@ class DrainingServer(uvicorn.Server):
                 ws="none",
                 lifespan="off",
                 log_config=None,
+                log_level="error",  # broken requests are not worth a line each
                 access_log=False,
                 proxy_headers=False,
                 server_header=False,

@@ -13,6 +13,7 @@ from octavo.errors import EngineDead, InvalidRequest, OctavoError, PromptTooLong
 
 from .replies import ErrorBody, ErrorReply, Json
 
+CLIENT_LEFT = 499  # nginx's status for it; nobody is there to read it
 MAX_MESSAGE = 400  # characters: an error may quote what the client sent, and that may be megabytes
 MAX_DETAILS = 1000  # errors in a body: pydantic takes microseconds to tell each, and a body may hold millions
 

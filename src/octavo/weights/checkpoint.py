@@ -29,7 +29,9 @@ def open_checkpoint(path: Path) -> Checkpoint:
     if path.suffix == ".gguf":
         return Checkpoint(path, *open_gguf(path))
     config = read_config(path)
-    if "quantization_config" in config:
-        method = dict(config["quantization_config"] or {}).get("quant_method", "some quantisation")
-        raise UnsupportedModel(f"{path} holds {method} weights; supported are float weights, or a quantised .gguf file")
+    if quantisation := config.get("quantization_config"):
+        method = quantisation.get("quant_method") if isinstance(quantisation, dict) else quantisation
+        raise UnsupportedModel(
+            f"{path} is quantised ({method}); supported are float weights, or a quantised .gguf file"
+        )
     return Checkpoint(path, config, open_safetensors(path))

@@ -72,7 +72,7 @@ def open_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 def _config(path: Path, metadata: dict[str, Any], infos: dict[str, GgufTensor]) -> dict[str, Any]:
     """The config.json of a GGUF header, plus rope_type "factors", which only GGUF files have."""
-    architecture = metadata.get("general.architecture")
+    architecture = str(metadata.get("general.architecture"))
     if architecture not in _MODEL_TYPES:
         supported = ", ".join(_MODEL_TYPES)
         raise UnsupportedModel(f"{path} has architecture {architecture!r}; supported in GGUF are {supported}")

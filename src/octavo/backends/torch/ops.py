@@ -70,8 +70,9 @@ class TorchOps:
         return torch.cat([a * self.cos - b * self.sin, b * self.cos + a * self.sin], dim=-1)
 
     def attention(self, q: Tensor, layer: int, window: int) -> Tensor:
-        sequences = zip(*(torch.split(x, self.lengths) for x in (q, self.positions)), self.page_tables, strict=True)
-        return torch.cat([self._attend(*sequence, layer, window) for sequence in sequences if len(sequence[0])])
+        queries, positions = torch.split(q, self.lengths), torch.split(self.positions, self.lengths)
+        sequences = zip(queries, positions, self.page_tables, strict=True)
+        return torch.cat([self._attend(q, p, pages, layer, window) for q, p, pages in sequences if len(q)])
 
     def _attend(self, q: Tensor, positions: Tensor, page_table: Tensor, layer: int, window: int) -> Tensor:
         """Attention of one sequence's rows: [rows, heads, head_dim] to [rows, q_size]."""
