@@ -158,7 +158,8 @@ inline int32_t gather(const float* x, int32_t n, float threshold, float* values,
         const __m512 v = _mm512_loadu_ps(x + i);
         const __mmask16 wanted = _mm512_cmp_ps_mask(v, _mm512_set1_ps(threshold), _CMP_GE_OQ);
         _mm512_storeu_ps(values + count, _mm512_maskz_compress_ps(wanted, v));
-        _mm512_storeu_si512(indices + count, _mm512_maskz_compress_epi32(wanted, lanes + _mm512_set1_epi32(i)));
+        const __m512i places = _mm512_add_epi32(lanes, _mm512_set1_epi32(i));
+        _mm512_storeu_si512(indices + count, _mm512_maskz_compress_epi32(wanted, places));
         count += __builtin_popcount(wanted);
     }
 #endif

@@ -1,6 +1,7 @@
 """The HTTP server, a real process, as the real `openai` client sees it."""
 
 import asyncio
+import contextlib
 import itertools
 import json
 import os
@@ -11,13 +12,15 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 import octavo
@@ -194,6 +197,27 @@ def test_chat(client: openai.OpenAI, reference: PreTrainedTokenizerBase) -> None
     assert reply.object == "chat.completion"
 
 
+def test_special_tokens_of_a_chat_come_from_its_template_alone(tiny_llama: Path, tmp_path: Path) -> None:
+    """With a tokenizer that puts a token before every text, only a completion's prompt gets it."""
+    folder = shutil.copytree(tiny_llama, tmp_path / "model")
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.post_processor = TemplateProcessing(single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    text = "<|im_start|>user\nSay hello to the modules<|im_end|>\n<|im_start|>assistant\n"
+    with ServerProcess(folder) as server:
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+        tokens = len(tokenizer.encode(text, add_special_tokens=False).ids)
+        assert chat(client).usage.prompt_tokens == tokens
+        assert complete(client, text).usage.prompt_tokens == tokens + 1
+
+
+def test_a_real_model_answers(smollm2: Path) -> None:
+    with ServerProcess(smollm2) as server:
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+        question = [{"role": "user", "content": "What is the capital of France?"}]
+        assert "Paris" in chat(client, question, max_tokens=16).choices[0].message.content
+
+
 def test_chat_content_as_parts_and_roles(client: openai.OpenAI) -> None:
     parts = [{"type": "text", "text": "Say hello"}, {"type": "text", "text": "now"}]
     by_parts = chat(client, [{"role": "developer", "content": "Be short"}, {"role": "user", "content": parts}])
@@ -269,6 +293,13 @@ def test_harmless_fields_are_accepted(client: openai.OpenAI) -> None:
     )
 
 
+def test_long_text(client: openai.OpenAI, reference: PreTrainedTokenizerBase) -> None:
+    """Tokenised beside the event loop, to the same tokens."""
+    text = LONG * 40
+    with pytest.raises(openai.BadRequestError, match=str(len(reference(text)["input_ids"]))):
+        complete(client, text)
+
+
 def test_cached_tokens(client: openai.OpenAI) -> None:
     first, second = complete(client, LONG).usage, complete(client, LONG).usage
     assert first.prompt_tokens_details.cached_tokens == 0
@@ -301,8 +332,7 @@ def test_a_thousand_queued_requests(server: ServerProcess) -> None:
     lengths = [16 + i * 37 % 481 for i in range(1000)]
 
     async def one(prompt: str, length: int) -> int:
-        reader, writer = await asyncio.open_connection(*server.address)
-        writer.write(http_post(COMPLETIONS, {"prompt": prompt, "max_tokens": length, "ignore_eos": True}))
+        reader, writer = await post(server.address, {"prompt": prompt, "max_tokens": length, "ignore_eos": True})
         head, _, body = (await reader.read()).partition(b"\r\n\r\n")
         writer.close()
         assert head.startswith(b"HTTP/1.1 200 "), head + body
@@ -317,31 +347,77 @@ def test_a_thousand_queued_requests(server: ServerProcess) -> None:
 # The end: of a connection, of the server, of the engine
 
 
+@contextlib.asynccontextmanager
+async def serving(model: Path, **settings: Any) -> AsyncIterator[tuple[AsyncLLM, DrainingServer, Any]]:
+    """A server on the loop of the test, which can ask its engine what it runs; and its address."""
+    async with AsyncLLM(str(model), **settings) as llm, asyncio.timeout(60):
+        listener = socket.create_server(("127.0.0.1", 0))
+        address = listener.getsockname()
+        server = DrainingServer(create_app(llm), on_ready=lambda: None)
+        task = asyncio.ensure_future(server.serve([listener]))
+        yield llm, server, address
+        server.should_exit = True
+        await task
+
+
+async def post(address: Any, body: Any) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    reader, writer = await asyncio.open_connection(*address)
+    writer.write(http_post(COMPLETIONS, body))
+    return reader, writer
+
+
 @pytest.mark.parametrize("options", [{"stream": True}, {"stream": False}, {"stream": True, "n": 4}])
 def test_a_client_that_leaves_frees_its_request(tiny_llama: Path, options: dict[str, Any]) -> None:
-    """The server runs in this process, on the same loop, so that the engine can be asked what it still runs."""
-
     async def leave() -> EngineStats:
-        async with AsyncLLM(str(tiny_llama)) as llm:
-            listener = socket.create_server(("127.0.0.1", 0))
-            server = DrainingServer(create_app(llm), on_ready=lambda: None)
-            serving = asyncio.ensure_future(server.serve([listener]))
-            _, writer = await asyncio.open_connection(*listener.getsockname())
+        async with serving(tiny_llama) as (llm, _, address):
             body = {"prompt": ["Tell a", "long story"], "max_tokens": 480, "ignore_eos": True, **options}
-            writer.write(http_post(COMPLETIONS, body))
+            _, writer = await post(address, body)
             while (stats := await llm.stats()).tokens_generated == 0:
                 pass
             assert stats.running > 0
             writer.close()
             while (stats := await llm.stats()).running:
                 pass
-            server.should_exit = True
-            await serving
             return stats
 
-    stats = asyncio.run(asyncio.wait_for(leave(), timeout=60))
-    assert stats.tokens_generated < 300
+    stats = asyncio.run(leave())
+    assert stats.tokens_generated < 0.75 * 2 * 480 * options.get("n", 1)
     assert stats.free_pages + stats.cached_pages == stats.num_pages
+
+
+def test_a_queued_stream_is_kept_alive(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While another request has the only place, comments come; then the events."""
+    monkeypatch.setattr("octavo.server.connection.PING_SECONDS", 0.02)
+
+    async def wait() -> bytes:
+        async with serving(tiny_llama, max_batch_size=1) as (llm, _, address):
+            _first = await post(address, {"prompt": "First", "max_tokens": 480, "ignore_eos": True})
+            while (await llm.stats()).running == 0:
+                pass
+            reader, _ = await post(address, {"prompt": "Second", "max_tokens": 1, "stream": True})
+            return await reader.read()
+
+    got = asyncio.run(wait())
+    assert got.startswith(b"HTTP/1.1 200 ")
+    assert got.index(b": waiting") < got.index(b"data: {")
+    assert b"data: [DONE]" in got
+
+
+def test_patience_in_draining_ends(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("octavo.server.draining.DRAIN_SECONDS", 0.1)
+
+    async def drain() -> list[bytes]:
+        async with serving(tiny_llama, max_batch_size=1) as (llm, server, address):
+            body = {"prompt": "Endless", "max_tokens": 480, "n": 50, "ignore_eos": True}
+            connections = [await post(address, body | {"stream": stream}) for stream in (True, False)]
+            while (await llm.stats()).tokens_generated < 2:
+                pass
+            server.should_exit = True
+            return [await reader.read() for reader, _ in connections]
+
+    stream, whole = asyncio.run(drain())
+    assert stream.startswith(b"HTTP/1.1 200 ") and whole.startswith(b"HTTP/1.1 503 ")
+    assert b'"code":"server_stopping"' in stream and b'"code":"server_stopping"' in whole
 
 
 def test_draining(tiny_llama: Path) -> None:

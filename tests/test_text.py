@@ -235,6 +235,17 @@ def test_directory_encodes_as_transformers_does(tiny_llama: Path) -> None:
     assert (ours.vocab_size, ours.bos_token_id) == (len(theirs), theirs.bos_token_id)
 
 
+def test_added_tokens_decode_as_they_are_spelled(tiny_llama: Path, tmp_path: Path) -> None:
+    """Byte-level vocabularies spell bytes with printable characters, but not in tokens that were added later."""
+    backend = BackendTokenizer.from_file(str(tiny_llama / "tokenizer.json"))
+    backend.add_tokens(["« tool »", "<think>"])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    ours = Tokenizer.load(tmp_path)
+    ids = ours.encode("a« tool »b<think>ü")
+    assert len(ids) == 6
+    assert ours.decode(ids) == parts(ids, ours) == backend.decode(ids) == "a« tool »b<think>ü"
+
+
 def test_sentencepiece_directory(tmp_path: Path, sentences: tuple[Tokenizer, Any]) -> None:
     """As transformers saves Llama 2's: BOS put before, spaces spelled ▁, bytes spelled <0x0A>."""
     vocabulary = sentences[0].backend.get_vocab()
@@ -416,6 +427,12 @@ def a_merge_of_unknown_tokens(metadata: gguf.GGUFWriter) -> None:
     metadata.add_token_merges(["x y"])
 
 
+def the_same_token_twice(metadata: gguf.GGUFWriter) -> None:
+    metadata.add_tokenizer_model("gpt2")
+    metadata.add_token_list(["a", "b", "a"])
+    metadata.add_token_merges([])
+
+
 def bos_out_of_range(metadata: gguf.GGUFWriter) -> None:
     metadata.add_tokenizer_model("gpt2")
     metadata.add_token_list(["a", "b"])
@@ -430,7 +447,10 @@ def fewer_scores_than_tokens(metadata: gguf.GGUFWriter) -> None:
     metadata.add_token_scores([0.0])
 
 
-@pytest.mark.parametrize("damage", [no_tokens, a_merge_of_unknown_tokens, bos_out_of_range, fewer_scores_than_tokens])
+@pytest.mark.parametrize(
+    "damage",
+    [no_tokens, a_merge_of_unknown_tokens, the_same_token_twice, bos_out_of_range, fewer_scores_than_tokens],
+)
 def test_damaged_vocabulary(tmp_path: Path, damage: Callable[[gguf.GGUFWriter], None]) -> None:
     writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama")
     damage(writer)

@@ -136,7 +136,7 @@ def test_greedy_takes_the_likeliest_and_the_lower_of_two() -> None:
         ({"top_k": 5}, logits_process.TopKLogitsWarper(5)),
         ({"top_p": 0.7}, logits_process.TopPLogitsWarper(0.7)),
         ({"min_p": 0.2}, logits_process.MinPLogitsWarper(0.2)),
-        ({"repetition": 1.8, "prompt": 3, "output": 2}, logits_process.RepetitionPenaltyLogitsProcessor(1.8)),
+        ({"repetition": 1.8}, logits_process.RepetitionPenaltyLogitsProcessor(1.8)),
     ],
 )
 def test_draws_follow_the_distribution_that_transformers_gives(
@@ -144,15 +144,17 @@ def test_draws_follow_the_distribution_that_transformers_gives(
 ) -> None:
     draws = 4000
     logits = random_logits(1)
-    likely = np.argsort(-logits[0])[: int(fields.pop("prompt", 0) + fields.pop("output", 0))]
-    batch: dict[str, object] = {"temperature": 1.0, "positions": np.arange(draws), "seeds": 11, **fields}
-    if len(likely):  # the likeliest tokens are the history
-        batch |= {"history": np.tile(likely, draws), "history_start": np.arange(draws + 1) * len(likely)}
-        batch |= {"history_outputs": 2}
-    tokens = sample_rows(np.repeat(logits, draws, axis=0), **batch).tokens
+    history = np.argsort(-logits[0])[:5]  # the likeliest tokens; only the repetition penalty looks at it
+    tokens = sample_rows(
+        np.repeat(logits, draws, axis=0),
+        **{"temperature": 1.0, "positions": np.arange(draws), "seeds": 11, **fields},
+        history=np.tile(history, draws),
+        history_start=np.arange(draws + 1) * len(history),
+        history_outputs=2,
+    ).tokens
     scores = torch.from_numpy(logits)
     if warper is not None:
-        scores = warper(torch.from_numpy(likely)[None], scores)
+        scores = warper(torch.from_numpy(history)[None], scores)
     expected = scores.softmax(dim=-1)[0].numpy()
     counts = np.bincount(tokens, minlength=VOCAB)
     assert not counts[expected == 0].any()

@@ -18,7 +18,7 @@ from .errors import DamagedWeights, ModelNotFound, UnsupportedModel
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
-# GGML type -> its name, and elements and bytes of a block. The gguf package has this table too, and takes 0.1 s to import.
+# GGML type -> its name, and elements and bytes of a block. The gguf package has it too, but takes 0.1 s to import.
 _FORMATS = {
     0: ("F32", 1, 4),
     1: ("F16", 1, 2),

@@ -1,11 +1,7 @@
 """octavo bench: how fast the engine is (throughput, latency), and how fast any OpenAI-compatible server is (serve)."""
 
 import dataclasses
-import statistics
-import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,8 +13,7 @@ from octavo.config import EngineConfig
 from .engine_flags import engine_flags
 
 if TYPE_CHECKING:
-    from octavo.engine.engine import Engine
-    from octavo.text import Tokenizer
+    from .bench_engine import Load
 
 InputLen = Annotated[int, typer.Option(min=1, help="Tokens of each prompt.")]
 OutputLen = Annotated[int, typer.Option(min=1, help="Tokens to generate for each prompt.")]
@@ -51,15 +46,13 @@ def throughput(
     output_json: OutputJson = None,
 ) -> None:
     """Give the engine many prompts at once: tokens per second when throughput is all that counts."""
-    from .bench_engine import random_prompts, run_batch
-    from .bench_report import median_run, progress, show
+    from .bench_engine import Load, run_batches
+    from .bench_report import median_run, show
 
-    with _engine(config) as (engine, tokenizer, load_seconds):
-        batches = [random_prompts(tokenizer, num_prompts, input_len, seed + i) for i in range(repeat)]
-        with progress("Generating", repeat * num_prompts * output_len) as advance:
-            runs = [run_batch(engine, prompts, output_len, advance) for prompts in batches]
-    settings = _settings(config, input_len=input_len, output_len=output_len, num_prompts=num_prompts, seed=seed)
-    show("throughput", settings, median_run(runs) | {"load_seconds": load_seconds}, output_json)
+    config = dataclasses.replace(config, enable_prefix_caching=False)
+    load = Load(batches=repeat, batch_size=num_prompts, input_len=input_len, output_len=output_len, seed=seed)
+    runs, load_seconds = run_batches(config, load)
+    show("throughput", _settings(config, load), median_run(runs) | {"load_seconds": load_seconds}, output_json)
 
 
 @engine_flags
@@ -73,20 +66,13 @@ def latency(
     output_json: OutputJson = None,
 ) -> None:
     """Run small batches one after another: the time a request takes when little else runs."""
-    from .bench_engine import random_prompts, run_batch
-    from .bench_report import Run, progress, show, summarise
+    from .bench_engine import Load, run_batches
+    from .bench_report import joined, show, summarise
 
-    with _engine(config) as (engine, tokenizer, load_seconds):
-        batches = [random_prompts(tokenizer, batch_size, input_len, seed + i) for i in range(iterations)]
-        with progress("Generating", iterations * batch_size * output_len) as advance:
-            runs = [run_batch(engine, prompts, output_len, advance) for prompts in batches]
-    whole = Run(
-        requests=[request for run in runs for request in run.requests],
-        seconds=sum(run.seconds for run in runs),
-        python_share=statistics.mean(run.python_share or 0 for run in runs),
-    )
-    settings = _settings(config, input_len=input_len, output_len=output_len, batch_size=batch_size, seed=seed)
-    show("latency", settings, summarise(whole) | {"load_seconds": load_seconds}, output_json)
+    config = dataclasses.replace(config, enable_prefix_caching=False)
+    load = Load(batches=iterations, batch_size=batch_size, input_len=input_len, output_len=output_len, seed=seed)
+    runs, load_seconds = run_batches(config, load)
+    show("latency", _settings(config, load), summarise(joined(runs)) | {"load_seconds": load_seconds}, output_json)
 
 
 def serve(
@@ -137,29 +123,6 @@ def serve(
         typer.echo(f"octavo: {count} failed: {error}", err=True)
 
 
-@contextmanager
-def _engine(config: EngineConfig) -> Iterator[tuple["Engine", "Tokenizer", float]]:
-    """A warm engine that caches no prompts, its tokenizer, and the seconds that loading took."""
-    from octavo.engine.loading import load_engine
-    from octavo.frontend.progress import loading_bar
-    from octavo.text import Tokenizer
-    from octavo.weights import resolve
-
-    from .bench_engine import random_prompts, run_batch
-
-    path = resolve(config.model, config.revision)
-    started = time.perf_counter()
-    tokenizer = Tokenizer.load(path)
-    with loading_bar() as progress:
-        engine = load_engine(dataclasses.replace(config, enable_prefix_caching=False), path, progress)
-    load_seconds = time.perf_counter() - started
-    try:
-        run_batch(engine, random_prompts(tokenizer, count=4, length=32, seed=-1), output_len=8, advance=lambda _: None)
-        yield engine, tokenizer, load_seconds
-    finally:
-        engine.close()
-
-
-def _settings(config: EngineConfig, **settings: Any) -> dict[str, Any]:
-    given = {name: value for name, value in dataclasses.asdict(config).items() if value is not None}
-    return settings | {"engine": given | {"enable_prefix_caching": False, "threads": config.num_threads}}
+def _settings(config: EngineConfig, load: "Load") -> dict[str, Any]:
+    engine = {name: value for name, value in dataclasses.asdict(config).items() if value is not None}
+    return dataclasses.asdict(load) | {"engine": engine | {"threads": config.num_threads}}

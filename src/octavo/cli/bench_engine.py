@@ -3,14 +3,49 @@
 import random
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
+from octavo.config import EngineConfig
 from octavo.engine.engine import Engine
+from octavo.engine.loading import load_engine
 from octavo.engine.messages import EngineRequest
 from octavo.errors import OctavoError, PromptTooLong
+from octavo.frontend.progress import loading_bar
 from octavo.params import SamplingParams
 from octavo.text import Tokenizer
+from octavo.weights import resolve
 
-from .bench_report import RequestTimes, Run
+from .bench_report import RequestTimes, Run, progress
+
+
+@dataclass(frozen=True)
+class Load:
+    """`batches` times, `batch_size` prompts at once: for each, `input_len` random tokens in and `output_len` out."""
+
+    batches: int
+    batch_size: int
+    input_len: int
+    output_len: int
+    seed: int
+
+
+def run_batches(config: EngineConfig, load: Load) -> tuple[list[Run], float]:
+    """Load an engine, warm it up, and run every batch: the runs, and the seconds that loading took."""
+    path = resolve(config.model, config.revision)
+    started = time.perf_counter()
+    tokenizer = Tokenizer.load(path)
+    with loading_bar() as loaded:
+        engine = load_engine(config, path, loaded)
+    load_seconds = time.perf_counter() - started
+    try:
+        warm_up = random_prompts(tokenizer, count=4, length=min(load.input_len, 32), seed=-1)
+        run_batch(engine, warm_up, min(load.output_len, 8), advance=lambda _: None)
+        with progress("Generating", load.batches * load.batch_size * load.output_len) as advance:
+            seeds = range(load.seed, load.seed + load.batches)
+            batches = [random_prompts(tokenizer, load.batch_size, load.input_len, seed) for seed in seeds]
+            return [run_batch(engine, prompts, load.output_len, advance) for prompts in batches], load_seconds
+    finally:
+        engine.close()
 
 
 def random_prompts(tokenizer: Tokenizer, count: int, length: int, seed: int) -> list[list[int]]:

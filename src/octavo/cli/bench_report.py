@@ -93,6 +93,13 @@ def summarise(run: Run) -> dict[str, Any]:
     return summary
 
 
+def joined(runs: Sequence[Run]) -> Run:
+    """Runs that followed one another, as one."""
+    seconds = sum(run.seconds for run in runs)
+    python_seconds = sum((run.python_share or 0) * run.seconds for run in runs)
+    return Run([request for run in runs for request in run.requests], seconds, python_seconds / seconds)
+
+
 def median_run(runs: Sequence[Run]) -> dict[str, Any]:
     """The summary of the run with the median output rate; of several runs, `repeats` holds every run's rate."""
     summaries = sorted(map(summarise, runs), key=lambda summary: float(summary["output_tokens_per_second"]))

@@ -123,11 +123,10 @@ class CompletionRequest(GenerationRequest):
             raise InvalidRequest("best_of must be equal to n: this server does not rank completions", "best_of")
         if self.echo and self.logprobs is not None:
             raise InvalidRequest("echo with logprobs is not supported: this server has no logprobs of prompts", "echo")
-        if len(self.prompt) * (self.n or 1) > MAX_COMPLETIONS:
-            raise InvalidRequest(
-                f"a request may ask for at most {MAX_COMPLETIONS} completions of its prompts", "prompt"
-            )
-        return self.params(16 if self.max_tokens is None else self.max_tokens, self.logprobs)
+        params = self.params(16 if self.max_tokens is None else self.max_tokens, self.logprobs)
+        if len(self.prompt) * params.n > MAX_COMPLETIONS:
+            raise InvalidRequest(f"prompt asks for more than {MAX_COMPLETIONS} completions in one request", "prompt")
+        return params
 
 
 class Message(Strict):

@@ -142,7 +142,7 @@ def _add_special_tokens(tokenizer: Tokenizer, metadata: dict[str, Any], tokens: 
     types = metadata.get("tokenizer.ggml.token_type", [])
     for kind, add in ((_CONTROL, tokenizer.add_special_tokens), (_USER_DEFINED, tokenizer.add_tokens)):
         names = [token for token, type_ in zip(tokens, types, strict=False) if type_ == kind and token]
-        add([AddedToken(name, normalized=False, special=kind == _CONTROL) for name in names])
+        add([AddedToken(name, normalized=False) for name in names])
 
 
 def _add_template(tokenizer: Tokenizer, metadata: dict[str, Any], tokens: list[str], add_bos: bool) -> None:

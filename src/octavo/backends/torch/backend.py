@@ -68,10 +68,10 @@ def load(
     progress: Progress,
 ) -> TorchBackend:
     """A BackendFactory. `dtype` auto: bfloat16; `device` auto: cpu. Raises ConfigError or OutOfMemory."""
-    if "cuda" in device and not torch.cuda.is_available():
+    torch_device = torch.device("cpu" if device == "auto" else device)
+    if torch_device.type == "cuda" and (torch_device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(f"device {device} is not available to PyTorch; use device cpu, or install PyTorch for CUDA")
     torch.set_num_threads(threads)
-    torch_device = torch.device("cpu" if device == "auto" else device)
     torch_dtype = _DTYPES["bfloat16" if dtype == "auto" else dtype]
     total = sum(part.data.nbytes for parameter in parameters.values() for part in parameter.parts)
     done, weights = 0, {}

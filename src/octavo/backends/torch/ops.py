@@ -30,14 +30,15 @@ class TorchOps:
         self.spec, self.weights, self.dtype, self.pool = spec, weights, dtype, pool
         device = pool.keys.device
 
-        def on_device(array: object) -> Tensor:
-            return torch.as_tensor(array, dtype=torch.long).to(device)
+        def on_device(array: np.ndarray) -> Tensor:
+            return torch.from_numpy(array.astype(np.int64)).to(device)
 
         self.tokens, self.sample_rows = on_device(batch.tokens), on_device(batch.sample_rows)
         self.positions, self.page_tables = on_device(batch.positions), on_device(batch.page_tables)
-        self.lengths = np.diff(batch.query_start).tolist()
+        lengths = np.diff(batch.query_start)
+        self.lengths = lengths.tolist()
         page_size = pool.keys.shape[2]
-        sequence = torch.repeat_interleave(on_device(self.lengths))
+        sequence = torch.repeat_interleave(on_device(lengths))
         self.pages = self.page_tables[sequence, self.positions // page_size]
         self.slots = self.positions % page_size
         angles = self.positions[:, None] * torch.from_numpy(spec.rope.frequencies(spec.head_dim)).to(device)
