@@ -60,6 +60,7 @@ void rope_and_cache(const Instruction& op, const Step& step, int64_t tile, Scrat
     float* head = scratch.values;
     for (int64_t r = rows.first; r < rows.first + rows.count; r++) {
         const float* x = op.x.f32(r);
+        if (r + 1 < rows.first + rows.count) prefetch(op.x.f32(r + 1), op.x.stride * sizeof(float));
         const float* rotary = step.rotary + r * dim;
         const int64_t slot = step.positions[r] % kSpan;
         for (int64_t h = 0; h < shape.heads; h++) {
@@ -135,7 +136,8 @@ OCTAVO_INLINE Block first_block(const Instruction& op, const Step& step, int64_t
 
 // Neighbouring rows of a sequence times the query heads of one kv head, so that K and V are read once for all of them.
 // A row takes part only in the blocks that it sees something of: the same ones, and the same sums, in any tile.
-void attention(const Instruction& op, const Step& step, int64_t tile, int64_t next, Scratch& scratch) {
+// `next_tile`, or -1, is the one whose first block is fetched at the end.
+void attention(const Instruction& op, const Step& step, int64_t tile, int64_t next_tile, Scratch& scratch) {
     const Shape& shape = *step.shape;
     const RowTile rows = step.attention_tiles[tile / shape.kv_heads];
     const int64_t kv_head = tile % shape.kv_heads, group = shape.heads / shape.kv_heads, dim = shape.head_dim;
@@ -159,8 +161,8 @@ void attention(const Instruction& op, const Step& step, int64_t tile, int64_t ne
         const int64_t count = ((past < rows.count ? past : rows.count) - from) * group;
         const Block here(step, op.layer, rows.sequence, block, kv_head);
         const Block ahead = block < last_block ? Block(step, op.layer, rows.sequence, block + 1, kv_head)
-                            : next < step.attention_tile_count * shape.kv_heads ? first_block(op, step, next)
-                                                                                 : here;
+                            : next_tile >= 0   ? first_block(op, step, next_tile)
+                                               : here;
         product(scratch.queries + from * group * dim, dim, count, {here.k, kSpan * 2, kBlock * 2}, kSpan / kBlock,
                 dim / 2, false, scratch.scores, kSpan, ahead.k_memory);
         for (int64_t i = 0, q = from * group; i < count; i++, q++) {

@@ -1,9 +1,11 @@
 #include "isa.h"
 
 #include <algorithm>
+#include <initializer_list>
 #include <stdexcept>
 
 #if defined(__x86_64__)
+#include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -33,14 +35,38 @@ bool may_use_amx() {
     return granted;
 }
 
+struct Registers {
+    unsigned eax, ebx, ecx, edx;
+};
+
+Registers cpuid(unsigned leaf, unsigned subleaf) {
+    Registers r{};
+    __get_cpuid_count(leaf, subleaf, &r.eax, &r.ebx, &r.ecx, &r.edx);
+    return r;
+}
+
+// Which registers the operating system saves: bits 1 and 2 for AVX, and 5 to 7 for AVX-512.
+unsigned saved_registers() {
+    constexpr unsigned osxsave = 1u << 27;
+    if (!(cpuid(1, 0).ecx & osxsave)) return 0;
+    unsigned low, high;
+    asm volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    return low;
+}
+
+bool all(unsigned bits, std::initializer_list<int> wanted) {
+    return std::all_of(wanted.begin(), wanted.end(), [&](int bit) { return bits >> bit & 1; });
+}
+
 bool has_avx2() {
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    return all(saved_registers(), {1, 2}) && all(cpuid(1, 0).ecx, {12 /* fma */, 28 /* avx */, 29 /* f16c */}) &&
+           all(cpuid(7, 0).ebx, {5});
 }
 
 bool has_avx512() {
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-           __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16");
+    return has_avx2() && all(saved_registers(), {5, 6, 7}) &&
+           all(cpuid(7, 0).ebx, {16 /* f */, 17 /* dq */, 30 /* bw */, 31 /* vl */}) &&
+           all(cpuid(7, 0).ecx, {11 /* vnni */}) && all(cpuid(7, 1).eax, {5 /* bf16 */});
 }
 
 }  // namespace

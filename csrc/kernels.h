@@ -68,7 +68,6 @@ struct Instruction {
     int64_t layer = 0, window = 0;
     Activation activation = Activation::none;
     bool sampled = false;              // on the sampled rows only
-    const Weight* next = nullptr;      // linear: the weight that the next linear reads
 };
 
 // Rows of one sequence, one after another.
@@ -76,11 +75,22 @@ struct RowTile {
     int32_t sequence, first, count;
 };
 
-// How this step cuts a linear.
+// How this step cuts a linear: into panels of the weight, and each of those by rows.
 struct Cut {
-    int64_t panel;      // blocks
-    int64_t rows;       // a multiple of kGroup
-    int64_t row_tiles;  // tiles of the same panel
+    int64_t panel;  // blocks
+    int64_t rows;   // a multiple of kGroup
+    int64_t row_tiles;
+};
+
+// Memory that will be wanted soon, to be fetched into the second-level cache on the way.
+struct Ahead {
+    const char *at = nullptr, *end = nullptr;
+
+    // The `index`-th of `parts` even parts.
+    Ahead part(int64_t index, int64_t parts) const {
+        const int64_t lines = (end - at) / 64;
+        return {at + index * lines / parts * 64, at + (index + 1) * lines / parts * 64};
+    }
 };
 
 struct Step {
@@ -94,7 +104,6 @@ struct Step {
     const float* rotary;                 // [rows][head_dim / 2] cosines, then as many sines, per row
     const RowTile* cache_tiles;          // rows that fall into one block of the KV cache
     const RowTile* attention_tiles;      // each for every kv head
-    int64_t attention_tile_count;
     int64_t rows_per_tile;               // of row-wise instructions
 
     // K of block `block` (positions 32 block ... 32 block + 31) of a sequence; V follows it.
@@ -117,11 +126,10 @@ struct Scratch {
     bf16* shares;    // [attention rows][kSpan], the softmax's weights
 };
 
-// `next` is the tile that the same thread will most likely run next, counted on into the next linear's: for prefetching.
 using RowKernel = void (*)(const Instruction&, const Step&, int64_t begin, int64_t end);
 using CacheKernel = void (*)(const Instruction&, const Step&, int64_t tile, Scratch&);
-using AttentionKernel = void (*)(const Instruction&, const Step&, int64_t tile, int64_t next, Scratch&);
-using LinearKernel = void (*)(const Instruction&, const Cut&, int64_t rows, int64_t tile, int64_t next, Scratch&);
+using AttentionKernel = void (*)(const Instruction&, const Step&, int64_t tile, int64_t next_tile, Scratch&);
+using LinearKernel = void (*)(const Instruction&, const Cut&, int64_t rows, int64_t tile, Ahead, Scratch&);
 
 struct Kernels {
     void (*start_thread)();  // before a thread's first tile of a step

@@ -64,23 +64,11 @@ OCTAVO_INLINE void weight_product(const Instruction& op, int64_t row, int64_t ro
 }
 #endif
 
-// Where panel `panel` of the weight is in memory.
-OCTAVO_INLINE Ahead panel_memory(const Weight* weight, int64_t panel, int64_t width) {
-    if (!weight || panel * width >= weight->blocks) return {};
-    const int64_t end = (panel + 1) * width < weight->blocks ? (panel + 1) * width : weight->blocks;
-    return {reinterpret_cast<const char*>(weight->block(panel * width)),
-            reinterpret_cast<const char*>(weight->block(end))};
-}
-
-void linear(const Instruction& op, const Cut& cut, int64_t rows, int64_t tile, int64_t next, Scratch& scratch) {
+void linear(const Instruction& op, const Cut& cut, int64_t rows, int64_t tile, Ahead ahead, Scratch& scratch) {
     const int64_t block = tile / cut.row_tiles * cut.panel;
     const int64_t blocks = op.weight->blocks - block < cut.panel ? op.weight->blocks - block : cut.panel;
     const int64_t begin = tile % cut.row_tiles * cut.rows;
     const int64_t end = begin + cut.rows < rows ? begin + cut.rows : rows;
-    const int64_t panels = (op.weight->blocks + cut.panel - 1) / cut.panel;
-    const Ahead ahead = next / cut.row_tiles < panels
-                            ? panel_memory(op.weight, next / cut.row_tiles, cut.panel)
-                            : panel_memory(op.next, next - panels * cut.row_tiles, cut.panel);
     const int64_t groups = (end - begin + kGroupRows - 1) / kGroupRows;
     for (int64_t row = begin, index = 0, group; row < end; row += group, index++) {
         group = even_step(end - row, kGroupRows);

@@ -2,6 +2,8 @@
 //
 // Each element of the result has one accumulator, which takes the pairs in ascending order. It does not matter how many
 // rows and columns are worked on together, so a row comes out the same, to the bit, in any batch.
+//
+// What keeps a product from waiting for its operands is that they were fetched, as `ahead`, during the one before.
 #pragma once
 
 #include <utility>
@@ -14,18 +16,6 @@ namespace octavo::OCTAVO_ISA {
 struct Pairs {
     const bf16* data;
     int64_t pair, block;
-};
-
-// Memory that will be wanted soon, fetched into the second-level cache while the product works: what keeps a product
-// from waiting for its operands is that they were fetched during the one before.
-struct Ahead {
-    const char *at = nullptr, *end = nullptr;
-
-    // The `index`-th of `parts` even parts.
-    OCTAVO_INLINE Ahead part(int64_t index, int64_t parts) const {
-        const int64_t lines = (end - at) / 64;
-        return {at + index * lines / parts * 64, at + (index + 1) * lines / parts * 64};
-    }
 };
 
 using Tile = void (*)(const bf16* a, int64_t a_stride, Pairs b, int64_t pairs, bool add, float* c, int64_t c_stride,

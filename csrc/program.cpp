@@ -170,12 +170,12 @@ void Program::finish(int logits) {
         instructions_.back().out = matrix(out);
         instructions_.back().residual = matrix(residual);
     }
-    const Weight* next = nullptr;
-    for (auto i = instructions_.rbegin(); i != instructions_.rend(); ++i) {
-        i->next = next;
-        if (i->op == Op::linear) next = i->weight;
+    plans_.resize(instructions_.size());
+    for (int i = int(plans_.size()) - 1, next = -1; i >= 0; i--) {
+        plans_[i].next_linear = next;
+        if (instructions_[i].op == Op::linear) next = i;
     }
-    counters_ = std::vector<Counter>(instructions_.size());
+    counters_ = std::vector<Counter>(instructions_.size() * pool_.size());
 
     const int64_t pairs = std::max(kAttentionRows, sizes_.heads / sizes_.kv_heads);  // rows of a tile of attention
     const int64_t sizes[] = {kGroup * kMaxPanel * kBlock, pairs * kSpan, pairs * sizes_.head_dim, pairs, pairs,
@@ -260,14 +260,21 @@ void Program::prepare(const Batch& batch) {
              .positions = batch.positions, .sample_rows = batch.sample_rows, .page_tables = batch.page_tables,
              .pages_per_sequence = batch.pages_per_sequence, .kv = kv_.data(), .page_bytes = page_bytes(),
              .rotary = rotary_, .cache_tiles = cache_tiles_.data(), .attention_tiles = attention_tiles_.data(),
-             .attention_tile_count = int64_t(attention_tiles_.size()),
              .rows_per_tile = std::clamp<int64_t>(batch.rows / (4 * pool_.size()), 1, 16)};
-    for (auto& counter : counters_) counter.next_tile.store(0, std::memory_order_relaxed);
+    for (size_t i = 0; i < plans_.size(); i++) {
+        if (instructions_[i].op == Op::linear) plans_[i].cut = cut_linear(instructions_[i]);
+        plans_[i].tiles = count_tiles(instructions_[i], plans_[i].cut);
+    }
+    for (auto& counter : counters_) counter.taken.store(0, std::memory_order_relaxed);
+}
+
+int64_t Program::rows_of(const Instruction& instruction) const {
+    return instruction.sampled ? step_.sampled : step_.rows;
 }
 
 // Wide tiles as long as every thread gets several; then narrower ones.
-Cut Program::cut_linear(const Instruction& instruction, int64_t rows) const {
-    const int64_t blocks = instruction.weight->blocks, wanted = 4 * pool_.size();
+Cut Program::cut_linear(const Instruction& instruction) const {
+    const int64_t rows = rows_of(instruction), blocks = instruction.weight->blocks, wanted = 4 * pool_.size();
     const int64_t tile_rows = std::clamp<int64_t>(round_up(rows, kGroup), kGroup, 128);
     const int64_t row_tiles = (rows + tile_rows - 1) / tile_rows;
     int64_t panel = kMaxPanel;
@@ -277,14 +284,12 @@ Cut Program::cut_linear(const Instruction& instruction, int64_t rows) const {
 }
 
 int64_t Program::count_tiles(const Instruction& instruction, const Cut& cut) const {
-    const auto tiles_of_rows = [&](int64_t rows) { return (rows + step_.rows_per_tile - 1) / step_.rows_per_tile; };
     switch (instruction.op) {
         case Op::linear: return (instruction.weight->blocks + cut.panel - 1) / cut.panel * cut.row_tiles;
         case Op::rope_and_cache: return int64_t(cache_tiles_.size());
         case Op::attention: return int64_t(attention_tiles_.size()) * sizes_.kv_heads;
         case Op::sample: return step_.sampled;
-        case Op::sampled_rows: return tiles_of_rows(step_.sampled);
-        default: return tiles_of_rows(instruction.sampled ? step_.sampled : step_.rows);
+        default: return (rows_of(instruction) + step_.rows_per_tile - 1) / step_.rows_per_tile;
     }
 }
 
@@ -298,18 +303,54 @@ void Program::compute_rotary(int64_t begin, int64_t end) {
         }
 }
 
-void Program::run_tile(const Instruction& instruction, const Cut& cut, int64_t tile, int64_t next, int thread) {
-    const int64_t rows = instruction.sampled ? step_.sampled : step_.rows;
+// The part of the weight that a tile of a linear reads.
+Ahead Program::panel_memory(int instruction, int64_t tile) const {
+    const Cut& cut = plans_[instruction].cut;
+    const Weight& weight = *instructions_[instruction].weight;
+    const int64_t block = tile / cut.row_tiles * cut.panel;
+    return {reinterpret_cast<const char*>(weight.block(block)),
+            reinterpret_cast<const char*>(weight.block(std::min(weight.blocks, block + cut.panel)))};
+}
+
+// `more`: the thread goes on with the next tile.
+void Program::run_tile(int index, int64_t tile, bool more, int thread) {
+    const Instruction& instruction = instructions_[index];
+    const Plan& plan = plans_[index];
+    Scratch& scratch = scratch_[thread];
+    const int64_t rows = rows_of(instruction);
     const int64_t begin = tile * step_.rows_per_tile, end = std::min(rows, begin + step_.rows_per_tile);
     switch (instruction.op) {
         case Op::rotary: return compute_rotary(begin, end);
         case Op::embed: return kernels_.embed(instruction, step_, begin, end);
         case Op::norm: return kernels_.norm(instruction, step_, begin, end);
         case Op::sampled_rows: return kernels_.sampled_rows(instruction, step_, begin, end);
-        case Op::linear: return kernels_.linear(instruction, cut, rows, tile, next, scratch_[thread]);
-        case Op::rope_and_cache: return kernels_.rope_and_cache(instruction, step_, tile, scratch_[thread]);
-        case Op::attention: return kernels_.attention(instruction, step_, tile, next, scratch_[thread]);
+        case Op::rope_and_cache: return kernels_.rope_and_cache(instruction, step_, tile, scratch);
+        case Op::attention: return kernels_.attention(instruction, step_, tile, more ? tile + 1 : -1, scratch);
         case Op::sample: return (*finish_row_)(tile, thread);
+        case Op::linear: {
+            Ahead ahead;
+            if (more)
+                ahead = panel_memory(index, tile + 1);
+            else if (const int next = plan.next_linear; next >= 0 && plans_[next].tiles)
+                ahead = panel_memory(next, plans_[next].tiles * thread / pool_.size());
+            return kernels_.linear(instruction, plan.cut, rows, tile, ahead, scratch);
+        }
+    }
+}
+
+// Each thread has a share of the tiles, in a row: so it knows what to fetch ahead, and finds much of what it needs in
+// its own cache. When it is done with its share it helps with what is left of the others'.
+void Program::run_tiles(int index, int thread) {
+    const int64_t tiles = plans_[index].tiles;
+    const int threads = pool_.size();
+    for (int i = 0; i < threads; i++) {
+        const int owner = (thread + i) % threads;
+        const int64_t begin = tiles * owner / threads, end = tiles * (owner + 1) / threads;
+        auto& taken = counters_[index * threads + owner].taken;
+        while (taken.load(std::memory_order_relaxed) < end - begin) {
+            const int64_t tile = begin + taken.fetch_add(1, std::memory_order_relaxed);
+            if (tile < end) run_tile(index, tile, tile + 1 < end, thread);
+        }
     }
 }
 
@@ -319,16 +360,9 @@ void Program::run(const Batch& batch, const Work& finish_row) {
     finish_row_ = &finish_row;
     pool_.run([&](int thread) {
         kernels_.start_thread();
-        for (size_t i = 0; i < instructions_.size(); i++) {
-            const Instruction& instruction = instructions_[i];
-            Cut cut{};
-            if (instruction.op == Op::linear)
-                cut = cut_linear(instruction, instruction.sampled ? step_.sampled : step_.rows);
-            const int64_t tiles = count_tiles(instruction, cut);
-            // Tiles are alike, so a thread's next one is most likely as far on as there are threads: for prefetching.
-            for (int64_t tile; (tile = counters_[i].next_tile.fetch_add(1, std::memory_order_relaxed)) < tiles;)
-                run_tile(instruction, cut, tile, tile + pool_.size(), thread);
-            if (i + 1 < instructions_.size()) pool_.barrier();
+        for (int i = 0; i < int(instructions_.size()); i++) {
+            if (i > 0) pool_.barrier();
+            run_tiles(i, thread);
         }
         kernels_.stop_thread();
     });

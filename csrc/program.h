@@ -83,9 +83,12 @@ private:
     std::vector<Buffer> assign_storage();
     void validate(const Batch& batch) const;
     void prepare(const Batch& batch);
-    Cut cut_linear(const Instruction& instruction, int64_t rows) const;
+    Cut cut_linear(const Instruction& instruction) const;
     int64_t count_tiles(const Instruction& instruction, const Cut& cut) const;
-    void run_tile(const Instruction& instruction, const Cut& cut, int64_t tile, int64_t next, int thread);
+    int64_t rows_of(const Instruction& instruction) const;
+    Ahead panel_memory(int instruction, int64_t tile) const;
+    void run_tile(int instruction, int64_t tile, bool more, int thread);
+    void run_tiles(int instruction, int thread);
     void compute_rotary(int64_t begin, int64_t end);
     void run(const Batch& batch, const Work& finish_row);
 
@@ -109,10 +112,16 @@ private:
     Step step_{};
     const Work* finish_row_ = nullptr;
     std::vector<RowTile> cache_tiles_, attention_tiles_;
-    struct alignas(64) Counter {
-        std::atomic<int64_t> next_tile;
+    struct Plan {
+        int64_t tiles;
+        Cut cut;          // of a linear
+        int next_linear;  // the next instruction that is one, or -1
     };
-    std::vector<Counter> counters_;
+    std::vector<Plan> plans_;  // of each instruction
+    struct alignas(64) Counter {
+        std::atomic<int64_t> taken;
+    };
+    std::vector<Counter> counters_;  // [instructions][threads]: of the thread's own tiles
     std::vector<Memory> scratch_memory_;
     std::vector<Scratch> scratch_;
     std::vector<SamplerScratch> sampler_scratch_;

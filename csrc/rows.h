@@ -24,6 +24,7 @@ void embed(const Instruction& op, const Step& step, int64_t begin, int64_t end) 
 void norm(const Instruction& op, const Step& step, int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; r++) {
         const float* x = op.x.f32(r);
+        if (r + 1 < end) prefetch(op.x.f32(r + 1), op.x.stride * sizeof(float));
         F32 squares[2] = {};
         for (int64_t i = 0; i < op.x.stride; i += 2 * kLanes)
             for (int j = 0; j < 2; j++) squares[j] = fma(load(x + i + j * kLanes), load(x + i + j * kLanes), squares[j]);

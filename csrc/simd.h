@@ -56,6 +56,11 @@ OCTAVO_INLINE F32 zero() { return F32{}; }
 OCTAVO_INLINE F32 select(I32 mask, F32 yes, F32 no) { return mask ? yes : no; }
 OCTAVO_INLINE F32 max(F32 a, F32 b) { return a > b ? a : b; }
 
+// Fetches `bytes` from `from` on into the first-level cache. What another core has just written is far away.
+OCTAVO_INLINE void prefetch(const void* from, int64_t bytes) {
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(from) + i);
+}
+
 // Which of the lanes, numbered from `first` on, are in begin:end.
 OCTAVO_INLINE I32 in_range(int64_t first, int64_t begin, int64_t end) {
     I32 lane;

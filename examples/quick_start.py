@@ -1,4 +1,4 @@
-"""One prompt, one answer. Run: python examples/quick_start.py"""
+"""One prompt, one text. Run: python examples/quick_start.py"""
 
 from octavo import LLM, SamplingParams
 
@@ -17,3 +17,7 @@ def generate(prompt: str) -> str:
 
 # Example usage
 print(generate("Explain the difference between TCP and UDP in 2 sentences."))
+
+# `generate` goes on where the prompt ends, which a chat model may take for the end of the text. To ask it, use `chat`:
+question = {"role": "user", "content": "Explain the difference between TCP and UDP in 2 sentences."}
+print(llm.chat([question], sampling_params)[0].text)

@@ -17,8 +17,11 @@ print(route_request("Write a sci-fi short story.", "creative"))
 print(route_request("What is the capital of France?", "factual"))
 
 # Both in one batch, each with its own parameters: mixing costs nothing.
-outputs = llm.generate(
-    ["Write a sci-fi short story.", "What is the capital of France?"],
+outputs = llm.chat(
+    [
+        [{"role": "user", "content": "Write a sci-fi short story."}],
+        [{"role": "user", "content": "What is the capital of France?"}],
+    ],
     [SamplingParams(temperature=1.0, top_p=0.95, max_tokens=200), SamplingParams(temperature=0.0, max_tokens=150)],
 )
 for output in outputs:

@@ -4,7 +4,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-from octavo import LLM, SamplingParams
 from server_process import ServerProcess
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -20,7 +19,7 @@ def run(name: str, *arguments: str) -> str:
 
 
 def test_quick_start() -> None:
-    assert len(run("quick_start.py").split()) > 5
+    assert "TCP" in run("quick_start.py")
 
 
 def test_micro_batching() -> None:
@@ -28,11 +27,8 @@ def test_micro_batching() -> None:
 
 
 def test_temperatures() -> None:
-    with LLM("smollm2") as llm:
-        params = SamplingParams(temperature=0, max_tokens=150)
-        [greedy] = llm.generate("What is the capital of France?", params, use_tqdm=False)
-    printed = run("temperatures.py")
-    assert printed.endswith(greedy.text.strip()) and len(printed) > 2 * len(greedy.text)
+    # The answers at temperature 1 may be anything; the last one is greedy.
+    assert run("temperatures.py").splitlines()[-1] == "The capital of France is Paris."
 
 
 def test_openai_client() -> None:

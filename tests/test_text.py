@@ -429,14 +429,14 @@ def a_merge_of_unknown_tokens(metadata: gguf.GGUFWriter) -> None:
 
 def the_same_token_twice(metadata: gguf.GGUFWriter) -> None:
     metadata.add_tokenizer_model("gpt2")
-    metadata.add_token_list(["a", "b", "a"])
-    metadata.add_token_merges([])
+    metadata.add_token_list(["a", "b", "ab", "a"])
+    metadata.add_token_merges(["a b"])
 
 
 def bos_out_of_range(metadata: gguf.GGUFWriter) -> None:
     metadata.add_tokenizer_model("gpt2")
-    metadata.add_token_list(["a", "b"])
-    metadata.add_token_merges([])
+    metadata.add_token_list(["a", "b", "ab"])
+    metadata.add_token_merges(["a b"])
     metadata.add_add_bos_token(True)
     metadata.add_bos_token_id(7)
 

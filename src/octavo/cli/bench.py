@@ -28,7 +28,7 @@ class EndpointKind(StrEnum):
 
 
 def register(app: typer.Typer) -> None:
-    bench = typer.Typer(help="Measure the engine, or any OpenAI-compatible server.", no_args_is_help=True)
+    bench = typer.Typer(help="Measure the engine, or any OpenAI-compatible server.")
     bench.command()(throughput)
     bench.command()(latency)
     bench.command()(serve)

@@ -1,0 +1,1 @@
+"""Ways in under the names that vLLM's users know."""

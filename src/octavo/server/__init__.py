@@ -1,0 +1,1 @@
+"""The HTTP server: OpenAI's API over AsyncLLM. app.py has the routes, run.py the process."""

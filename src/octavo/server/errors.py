@@ -1,8 +1,6 @@
 """Every failure as OpenAI's {"error": {"message", "type", "param", "code"}}, its message one line."""
 
 import difflib
-import logging
-from collections.abc import Mapping
 
 from fastapi import FastAPI, Request
 from pydantic import BaseModel, ValidationError
@@ -16,8 +14,6 @@ from .replies import ErrorBody, ErrorReply, Json
 CLIENT_LEFT = 499  # nginx's status for it; nobody is there to read it
 MAX_MESSAGE = 400  # characters: an error may quote what the client sent, and that may be megabytes
 MAX_DETAILS = 1000  # errors in a body: pydantic takes microseconds to tell each, and a body may hold millions
-
-log = logging.getLogger("octavo.server")
 
 
 class ApiError(Exception):
@@ -82,9 +78,11 @@ def install(app: FastAPI) -> None:
 
     async def answer(request: Request, error: Exception) -> Json:
         status, body = error_reply(error)
-        if isinstance(error, HTTPException) and status in (404, 405):
-            body = _reply(status, f"{_reason(status)}: {request.method} {request.scope['path']}", None, None)
-        return Json(body, status, headers=_headers(error))
+        if not isinstance(error, HTTPException):
+            return Json(body, status)
+        # From the router: 404 or 405, which has a header with the methods that are allowed.
+        route = f"{request.method} {request.scope['path']}"
+        return Json(_reply(status, f"{error.detail}: {route}", None, None), status, error.headers)
 
     for kind in (ApiError, InvalidRequest, EngineDead, HTTPException, Exception):
         app.add_exception_handler(kind, answer)
@@ -95,14 +93,6 @@ def _reply(status: int, message: str, param: str | None, code: str | None) -> Er
     line = " ".join(message.split())
     line = line if len(line) <= MAX_MESSAGE else line[: MAX_MESSAGE - 1] + "…"
     return ErrorReply(ErrorBody(line, kind, param, code))
-
-
-def _headers(error: Exception) -> Mapping[str, str] | None:
-    return error.headers if isinstance(error, HTTPException) else None  # 405 says which methods are allowed
-
-
-def _reason(status: int) -> str:
-    return "no such route" if status == 404 else "method not allowed"
 
 
 def _path(error: ErrorDetails) -> str:

@@ -67,5 +67,5 @@ def _announce(llm: AsyncLLM, listener: socket.socket) -> None:
         route, body = "chat/completions", {"model": model, "messages": [{"role": "user", "content": "Hello!"}]}
     else:
         route, body = "completions", {"model": model, "prompt": "Once upon a time"}
-    curl = f"curl {url}/v1/{route} -H 'Content-Type: application/json' -d {shlex.quote(json.dumps(body))}"
+    curl = shlex.join(["curl", f"{url}/v1/{route}", "-H", "Content-Type: application/json", "-d", json.dumps(body)])
     typer.echo(f"\nOctavo {__version__} serves {model} on {url}; Ctrl-C ends it. Try it:\n\n{curl}\n")

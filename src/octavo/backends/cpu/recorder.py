@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Literal
 
+import numpy as np
+
 from octavo.weights.tensor import Parameter
 
 from ._native import Activation, Program
@@ -33,7 +35,7 @@ class Recorder:
         return self._program.attention(q, layer, window)
 
     def gated(self, gate_up: int, activation: Literal["silu", "gelu_tanh"]) -> int:
-        return self._program.gated(gate_up, Activation[activation])
+        return self._program.gated(gate_up, getattr(Activation, activation))
 
     def sampled_rows(self, x: int) -> int:
         return self._program.sampled_rows(x)
@@ -47,7 +49,5 @@ class Recorder:
         return self.weights[name]
 
     def _vector(self, name: str) -> int:
-        import numpy as np
-
         parts = self._parameters[name].parts
         return self._program.vector(np.concatenate([part.float32() for part in parts]))
