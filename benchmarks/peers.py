@@ -7,10 +7,12 @@ docs/performance.md says how to set a peer up. Machines are noisy: read the rati
 
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -44,21 +46,17 @@ def main(
     for _ in range(repeats):
         for streams in map(int, batches.split(",")):
             for name, rate in engines.items():
+                before, started = cpu_seconds(), time.perf_counter()
                 rates[streams, name].append(rate(streams))
-                load = os.getloadavg()[0]
-                print(f"{name}, {streams} streams: {rates[streams, name][-1]:.0f} tok/s (load {load:.1f})", flush=True)
+                others = (cpu_seconds() - before) / (time.perf_counter() - started)
+                print(f"{name}, {streams} streams: {rates[streams, name][-1]:.0f} tok/s", end="")
+                print(f" (others kept {others:.1f} cores busy)", flush=True)
     Console().print(comparison(rates))
 
 
 def octavo(model: str, streams: int, shape: list[str]) -> float:
-    command = [
-        Path(sys.executable).with_name("octavo"),
-        "bench",
-        "throughput",
-        model,
-        f"--num-prompts={streams}",
-        *shape,
-    ]
+    script = str(Path(sys.executable).with_name("octavo"))
+    command = [script, "bench", "throughput", model, f"--num-prompts={streams}", *shape]
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
         subprocess.run([*command, f"--output-json={report}"], check=True, stdout=subprocess.DEVNULL)
@@ -70,6 +68,14 @@ def peer(command: list[str | Path], streams: int, shape: list[str]) -> float:
     command = [*command, f"--streams={streams}", *shape]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     return float(done.stdout.split()[-1])
+
+
+def cpu_seconds() -> float:
+    """Processor time that everything but this script's children has used since the machine started."""
+    user, nice, system, _, _, irq, softirq, steal, *_ = map(int, Path("/proc/stat").read_text().split()[1:11])
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    ticks = user + nice + system + irq + softirq + steal
+    return ticks / os.sysconf("SC_CLK_TCK") - children.ru_utime - children.ru_stime
 
 
 def comparison(rates: dict[tuple[int, str], list[float]]) -> Table:

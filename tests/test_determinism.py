@@ -1,4 +1,4 @@
-"""Same request, same tokens and logprobs, to the bit: alone, batched, reordered, in chunks, cached, preempted, forked."""
+"""Same request, same tokens and logprobs, to the bit: alone, batched, in any order, in chunks, cached, preempted."""
 
 import random
 from collections.abc import Callable, Iterator
@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from tiny_models import real_text
 
 from octavo import LLM, RequestOutput, SamplingParams
+from tiny_models import real_text
 
 NUM_PROMPTS = 64
 MODELS = ["smollm2", "mistral", "qwen2", "qwen3"]  # the last three tiny, for windows, biases, q/k norms

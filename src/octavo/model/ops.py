@@ -28,7 +28,7 @@ class Ops(Protocol, Generic[T]):
         ...
 
     def attention(self, q: T, layer: int, window: int) -> T:
-        """Causal attention of each row over its sequence's pages, itself included; the latest `window` of them if > 0."""
+        """Causal attention of each row over its sequence, itself included; over the latest `window` tokens if > 0."""
         ...
 
     def gated(self, gate_up: T, activation: Literal["silu", "gelu_tanh"]) -> T:
