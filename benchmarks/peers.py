@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 HERE = Path(__file__).parent
-Rate = Callable[[int], float]  # batch size -> output tokens per second
+Rate = Callable[[int], float]  # number of streams -> output tokens per second
 
 
 def main(

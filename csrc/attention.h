@@ -80,7 +80,8 @@ void rope_and_cache(const Instruction& op, const Step& step, int64_t tile, Scrat
 }
 
 // Online softmax (Milakov and Gimelshein, 2018) of one query over one block: turns its scores into weights, and
-// rescales what it has summed up so far. Positions outside begin:end of the block do not count, whatever they hold.
+// rescales what it has summed up so far (of the weights, lane by lane). Positions outside begin:end of the block do not
+// count, whatever they hold.
 OCTAVO_INLINE void softmax_block(const float* scores, float scale, int64_t begin, int64_t end, int64_t dim,
                                  float* maximum_so_far, float* weight_so_far, float* values, bf16* shares) {
     constexpr int kParts = kSpan / kLanes;
@@ -98,13 +99,14 @@ OCTAVO_INLINE void softmax_block(const float* scores, float scale, int64_t begin
         store_bf16(shares + i * kLanes, weight);
         total = total + weight;
     }
+    F32 weight = load(weight_so_far);
     if (top != *maximum_so_far) {  // otherwise the factor is exactly 1
         const F32 factor = exp2(splat(*maximum_so_far - top));
         for (int64_t i = 0; i < dim; i += kLanes) store(values + i, load(values + i) * factor);
-        *weight_so_far *= factor[0];
+        weight = weight * factor;
         *maximum_so_far = top;
     }
-    *weight_so_far += sum(total);
+    store(weight_so_far, weight + total);
 }
 
 // The first position that a row at `position` sees.
@@ -148,34 +150,32 @@ void attention(const Instruction& op, const Step& step, int64_t tile, int64_t ne
         std::memcpy(scratch.queries + r * group * dim, op.x.b16(rows.first + r) + kv_head * group * dim,
                     group * dim * sizeof(bf16));
     std::memset(scratch.values, 0, queries * dim * sizeof(float));
-    for (int64_t q = 0; q < queries; q++) {
-        scratch.maxima[q] = -__builtin_inff();
-        scratch.weights[q] = 0;
-    }
+    std::memset(scratch.weights, 0, queries * kBlock * sizeof(float));
+    for (int64_t q = 0; q < queries; q++) scratch.maxima[q] = -__builtin_inff();
     const int64_t last_block = last / kSpan;
     for (int64_t block = first_seen(first, op.window) / kSpan; block <= last_block; block++) {
         const int64_t start = block * kSpan;
         // The rows at positions start ... see the block, up to the one whose window begins past it.
         const int64_t from = start > first ? start - first : 0;
         const int64_t past = op.window ? start + kSpan - 1 + op.window - first : rows.count;
-        const int64_t count = ((past < rows.count ? past : rows.count) - from) * group;
+        const int64_t to = past < rows.count ? past : rows.count, count = (to - from) * group;
         const Block here(step, op.layer, rows.sequence, block, kv_head);
         const Block ahead = block < last_block ? Block(step, op.layer, rows.sequence, block + 1, kv_head)
                             : next_tile >= 0   ? first_block(op, step, next_tile)
                                                : here;
         product(scratch.queries + from * group * dim, dim, count, {here.k, kSpan * 2, kBlock * 2}, kSpan / kBlock,
                 dim / 2, false, scratch.scores, kSpan, ahead.k_memory);
-        for (int64_t i = 0, q = from * group; i < count; i++, q++) {
-            const int64_t position = first + q / group;
-            softmax_block(scratch.scores + i * kSpan, scale, first_seen(position, op.window) - start,
-                          position + 1 - start, dim, scratch.maxima + q, scratch.weights + q, scratch.values + q * dim,
-                          scratch.shares + i * kSpan);
+        for (int64_t r = from, i = 0; r < to; r++) {
+            const int64_t begin = first_seen(first + r, op.window) - start, end = first + r + 1 - start;
+            for (int64_t q = r * group; q < (r + 1) * group; q++, i++)
+                softmax_block(scratch.scores + i * kSpan, scale, begin, end, dim, scratch.maxima + q,
+                              scratch.weights + q * kBlock, scratch.values + q * dim, scratch.shares + i * kSpan);
         }
         product(scratch.shares, kSpan, count, {here.v, dim * 2, kBlock * 2}, dim / kBlock, kSpan / 2, true,
                 scratch.values + from * group * dim, dim, ahead.v_memory);
     }
     for (int64_t q = 0; q < queries; q++) {
-        const F32 back = splat(1.0f / scratch.weights[q]);
+        const F32 back = splat(1.0f / sum(load(scratch.weights + q * kBlock)));
         bf16* to = op.out.b16(rows.first + q / group) + (kv_head * group + q % group) * dim;
         for (int64_t i = 0; i < dim; i += kLanes) store_bf16(to + i, load(scratch.values + q * dim + i) * back);
     }

@@ -121,7 +121,7 @@ struct Scratch {
     float* scores;   // [attention rows][kSpan]
     float* values;   // [attention rows][head_dim]
     float* maxima;   // [attention rows]
-    float* weights;  // [attention rows], sums of the softmax's weights
+    float* weights;  // [attention rows][kBlock], sums of the softmax's weights, by lane
     bf16* queries;   // [attention rows][head_dim]
     bf16* shares;    // [attention rows][kSpan], the softmax's weights
 };

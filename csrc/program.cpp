@@ -178,7 +178,7 @@ void Program::finish(int logits) {
     counters_ = std::vector<Counter>(instructions_.size() * pool_.size());
 
     const int64_t pairs = std::max(kAttentionRows, sizes_.heads / sizes_.kv_heads);  // rows of a tile of attention
-    const int64_t sizes[] = {kGroup * kMaxPanel * kBlock, pairs * kSpan, pairs * sizes_.head_dim, pairs, pairs,
+    const int64_t sizes[] = {kGroup * kMaxPanel * kBlock, pairs * kSpan, pairs * sizes_.head_dim, pairs, pairs * kBlock,
                              pairs * sizes_.head_dim / 2, pairs * kSpan / 2};
     for (int i = 0; i < pool_.size(); i++) {
         float* parts[7];

@@ -4,11 +4,20 @@
 #include <sched.h>
 #include <unistd.h>
 
+#include <atomic>
 #include <chrono>
+#include <condition_variable>
+#include <mutex>
+#include <thread>
 
 namespace octavo {
 
 namespace {
+
+using std::chrono::microseconds;
+
+// How long a thread looks before it goes to sleep. A step's barriers are some microseconds apart, steps some hundred.
+constexpr microseconds kBarrierPatience{50}, kStepPatience{100};
 
 void relax() {
 #if defined(__x86_64__)
@@ -18,20 +27,6 @@ void relax() {
 #endif
 }
 
-// Waits until `value` is no longer `old`: for a while by looking, which wakes up within a cache miss, then asleep,
-// which leaves the core to others. A step's barriers are some microseconds apart, steps some hundred.
-void wait_for_change(const std::atomic<uint32_t>& value, uint32_t old, std::chrono::microseconds patience) {
-    using Clock = std::chrono::steady_clock;
-    const auto start = Clock::now();
-    do {
-        for (int i = 0; i < 64; i++) {
-            if (value.load(std::memory_order_acquire) != old) return;
-            relax();
-        }
-    } while (Clock::now() - start < patience);
-    value.wait(old, std::memory_order_acquire);
-}
-
 void pin_to(int core) {
     cpu_set_t set;
     CPU_ZERO(&set);
@@ -39,65 +34,108 @@ void pin_to(int core) {
     pthread_setaffinity_np(pthread_self(), sizeof set, &set);  // refused: it runs where the system puts it
 }
 
+// A number that goes up, and can be waited for: for a while by looking, which sees it within a cache miss, then asleep,
+// which leaves the core to others. (GCC 12's std::atomic::wait can miss a notification.)
+class Signal {
+public:
+    uint32_t value() const { return value_.load(std::memory_order_acquire); }
+
+    void advance() {
+        // Both orders are sequentially consistent here and in wait(): either this sees the sleeper, or it the value.
+        value_.fetch_add(1);
+        if (sleepers_.load() == 0) return;
+        { std::lock_guard lock(mutex_); }
+        changed_.notify_all();
+    }
+
+    void wait_past(uint32_t old, microseconds patience) {
+        using Clock = std::chrono::steady_clock;
+        const auto start = Clock::now();
+        do {
+            for (int i = 0; i < 64; i++) {
+                if (value() != old) return;
+                relax();
+            }
+        } while (Clock::now() - start < patience);
+        std::unique_lock lock(mutex_);
+        sleepers_.fetch_add(1);
+        changed_.wait(lock, [&] { return value_.load() != old; });
+        sleepers_.fetch_sub(1);
+    }
+
+private:
+    alignas(64) std::atomic<uint32_t> value_{0};
+    alignas(64) std::atomic<int> sleepers_{0};
+    std::mutex mutex_;
+    std::condition_variable changed_;
+};
+
 }  // namespace
+
+// The threads of one process, but for the caller of run().
+class ThreadPool::Team {
+public:
+    explicit Team(const std::vector<int>& cores) : size(cores.size()) {
+        for (size_t i = 1; i < size; i++) threads.emplace_back([this, i, core = cores[i]] { loop(int(i), core); });
+    }
+
+    ~Team() {
+        work = nullptr;
+        calls.advance();
+        for (auto& thread : threads) thread.join();
+    }
+
+    void barrier() {
+        const uint32_t phase = passed.value();
+        if (arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == size) {
+            arrived.store(0, std::memory_order_relaxed);
+            passed.advance();
+        } else {
+            passed.wait_past(phase, kBarrierPatience);
+        }
+    }
+
+    const pid_t process = getpid();
+    const size_t size;
+    const std::function<void(int)>* work = nullptr;
+    Signal calls;   // of run
+    Signal passed;  // barriers
+    alignas(64) std::atomic<uint32_t> arrived{0};
+    std::vector<std::thread> threads;
+
+private:
+    void loop(int thread, int core) {
+        pin_to(core);
+        for (uint32_t seen = 0;; seen++) {
+            calls.wait_past(seen, kStepPatience);
+            if (!work) return;
+            (*work)(thread);
+            barrier();
+        }
+    }
+};
 
 ThreadPool::ThreadPool(std::vector<int> cores) : cores_(std::move(cores)) {}
 
 ThreadPool::~ThreadPool() {
-    if (owner_ != getpid()) {
-        forget();
-        return;
-    }
-    stopping_ = true;
-    calls_.fetch_add(1, std::memory_order_release);
-    calls_.notify_all();
-    for (auto& thread : threads_) thread.join();
-}
-
-// A forked child has the handles of threads that it does not have; they can be neither joined nor detached.
-void ThreadPool::forget() { new std::vector<std::thread>(std::move(threads_)); }
-
-void ThreadPool::start() {
-    forget();
-    threads_.clear();
-    arrived_ = 0;
-    owner_ = getpid();
-    for (int i = 1; i < size(); i++) threads_.emplace_back([this, i, seen = calls_.load()] { loop(i, seen); });
-}
-
-void ThreadPool::loop(int thread, uint32_t seen) {
-    pin_to(cores_[thread]);
-    for (;;) {
-        wait_for_change(calls_, seen, std::chrono::microseconds(100));
-        if (stopping_) return;
-        seen++;
-        (*work_)(thread);
-        barrier();
-    }
+    if (team_ && team_->process != getpid()) (void)team_.release();
 }
 
 void ThreadPool::run(const std::function<void(int)>& work) {
-    if (size() > 1 && owner_ != getpid()) start();
+    // A forked child has a team in name only, in whatever state it was: neither to be joined nor to be freed.
+    if (team_ && team_->process != getpid()) (void)team_.release();
+    if (!team_) team_ = std::make_unique<Team>(cores_);
+
     cpu_set_t before;
     const bool known = pthread_getaffinity_np(pthread_self(), sizeof before, &before) == 0;
     if (known) pin_to(cores_[0]);
-    work_ = &work;
-    calls_.fetch_add(1, std::memory_order_release);
-    calls_.notify_all();
+    team_->work = &work;
+    team_->calls.advance();
     work(0);
     barrier();
     if (known) pthread_setaffinity_np(pthread_self(), sizeof before, &before);
 }
 
-void ThreadPool::barrier() {
-    const uint32_t phase = phase_.load(std::memory_order_relaxed);
-    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == uint32_t(size())) {
-        arrived_.store(0, std::memory_order_relaxed);
-        phase_.store(phase + 1, std::memory_order_release);
-        phase_.notify_all();
-    } else {
-        wait_for_change(phase_, phase, std::chrono::microseconds(50));
-    }
-}
+void ThreadPool::barrier() { team_->barrier(); }
 
 }  // namespace octavo

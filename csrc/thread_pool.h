@@ -1,12 +1,8 @@
 // Threads that live as long as the program, each on its own core, and the barrier between its instructions.
 #pragma once
 
-#include <sys/types.h>
-
-#include <atomic>
-#include <cstdint>
 #include <functional>
-#include <thread>
+#include <memory>
 #include <vector>
 
 namespace octavo {
@@ -28,18 +24,10 @@ public:
     void barrier();
 
 private:
-    void start();
-    void forget();
-    void loop(int thread, uint32_t seen);
+    class Team;
 
     std::vector<int> cores_;
-    std::vector<std::thread> threads_;
-    pid_t owner_ = 0;  // threads do not survive a fork: the child starts its own
-    const std::function<void(int)>* work_ = nullptr;
-    bool stopping_ = false;
-    alignas(64) std::atomic<uint32_t> calls_{0};    // of run
-    alignas(64) std::atomic<uint32_t> arrived_{0};  // at the barrier
-    alignas(64) std::atomic<uint32_t> phase_{0};    // barriers passed
+    std::unique_ptr<Team> team_;
 };
 
 }  // namespace octavo

@@ -40,9 +40,11 @@ SPECS = {
     "head_dim 96, group of 60": dataclasses.replace(
         PLAIN, num_heads=60, num_kv_heads=1, head_dim=96, num_layers=1, windows=(0,)
     ),
-    "windows": dataclasses.replace(PLAIN, windows=(7, 0, 40)),
+    "windows, qkv as wide as hidden": dataclasses.replace(PLAIN, windows=(7, 0, 40), num_heads=2, num_kv_heads=1),
     "biases": dataclasses.replace(PLAIN, qkv_bias=True, output_bias=True, mlp_bias=True, intermediate_size=100),
-    "qk_norm": dataclasses.replace(PLAIN, qk_norm=True, head_dim=32, rope=RopeSpec(factors=tuple(range(1, 17)))),
+    "qk_norm, large eps": dataclasses.replace(
+        PLAIN, qk_norm=True, head_dim=32, norm_eps=0.1, rope=RopeSpec(factors=tuple(range(1, 17)))
+    ),
     "gelu, odd widths": dataclasses.replace(
         PLAIN, activation="gelu_tanh", hidden_size=50, intermediate_size=33, vocab_size=101, tied_embeddings=False
     ),

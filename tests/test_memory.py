@@ -38,12 +38,13 @@ def save_large_model(folder: Path) -> int:
     return sum(tensor.nbytes for tensor in tensors.values())
 
 
+# VmHWM, not getrusage: the latter counts what the parent had in memory when it forked.
 LOAD = """
-import resource, sys
+import pathlib, re, sys
 from octavo import LLM, SamplingParams
 with LLM(sys.argv[1], kv_cache_memory="32MB") as llm:
     llm.generate("a", SamplingParams(max_tokens=2))
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+print(int(re.search(r"VmHWM:\\s+(\\d+) kB", pathlib.Path("/proc/self/status").read_text())[1]) * 1024)
 """
 
 

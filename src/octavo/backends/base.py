@@ -116,5 +116,3 @@ class BackendFactory(Protocol):
     ) -> Backend:
         """Pack `parameters` (canonical names of model/decoder.py) and compile `spec`; each is read once."""
         ...
-
-

@@ -8,6 +8,7 @@ import numpy as np
 
 from octavo.backends.base import Progress, StepBatch, StepResult
 from octavo.errors import ConfigError, OutOfMemory, UnsupportedModel
+from octavo.memory import available_memory
 from octavo.model.decoder import describe
 from octavo.model.spec import DecoderSpec
 from octavo.weights.tensor import Parameter
@@ -25,7 +26,7 @@ class CpuBackend:
         self._program: Program | None = program
 
     def allocate_kv(self, num_pages: int) -> None:
-        available = _available_bytes()
+        available = available_memory()
         if num_pages * self.page_bytes > available:
             raise OutOfMemory(
                 f"{num_pages} KV pages need {num_pages * self.page_bytes / 2**30:.1f} GiB and "
@@ -74,14 +75,14 @@ def load(
     if spec.head_dim % 16:
         raise UnsupportedModel(f"the cpu backend needs a head_dim that is a multiple of 16, not {spec.head_dim}")
     weight_bytes = 2 * sum(int(np.prod(parameter.shape)) for parameter in parameters.values())
-    if weight_bytes > (available := _available_bytes()):
+    if weight_bytes > (available := available_memory()):
         raise OutOfMemory(
             f"the weights need {weight_bytes / 2**30:.1f} GiB and {available / 2**30:.1f} GiB are free; "
             "use a smaller model"
         )
     program = Program(
         isa=_choose_isa(),
-        cores=sorted(os.sched_getaffinity(0))[:threads],
+        cores=_choose_cores(threads),
         vocab=spec.vocab_size,
         hidden=spec.hidden_size,
         heads=spec.num_heads,
@@ -124,6 +125,12 @@ def _choose_isa() -> str:
     return wanted
 
 
-def _available_bytes() -> int:
-    with Path("/proc/meminfo").open() as lines:  # Linux's estimate of what can be had without swapping
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+def _choose_cores(threads: int) -> list[int]:
+    """So many of the processors this process may use: of each core one, before any core's second one."""
+
+    def turn(processor: int) -> tuple[int, int]:
+        topology = Path(f"/sys/devices/system/cpu/cpu{processor}/topology/thread_siblings_list")
+        siblings = topology.read_text().strip().replace("-", ",").split(",") if topology.exists() else []
+        return (siblings.index(str(processor)) if str(processor) in siblings else 0, processor)
+
+    return sorted(os.sched_getaffinity(0), key=turn)[:threads]
