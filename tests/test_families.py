@@ -20,7 +20,9 @@ PAGES = [5, 0, 7, 2]  # four pages for 100 tokens, out of order
 TOLERANCE = {"torch": 1e-4, "cpu": 1e-2}  # relative to transformers in float32
 
 
-def load_backend(name: str, path: Path, dtype: str = "auto", device: str = "cpu") -> Backend:
+def load_backend(
+    name: str, path: Path, dtype: str = "auto", device: str = "cpu", quantization: str = "none"
+) -> Backend:
     if name == "torch":
         from octavo.backends.torch import load
     else:
@@ -36,6 +38,7 @@ def load_backend(name: str, path: Path, dtype: str = "auto", device: str = "cpu"
         max_model_len=256,
         threads=2,
         dtype=dtype,
+        quantization=quantization,
         device=device,
         progress=lambda done, total: None,
     )

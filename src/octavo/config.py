@@ -16,6 +16,7 @@ from typing import Any
 from .errors import ConfigError
 
 DTYPES = {"auto": "auto", "bf16": "bfloat16", "bfloat16": "bfloat16", "float32": "float32", "fp32": "float32"}
+QUANTIZATIONS = ("auto", "none", "8bit", "4bit")
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
 
@@ -33,6 +34,10 @@ class EngineConfig:
     backend: str = _setting("auto", "cpu (native) or torch; auto is cpu.")
     device: str = _setting("auto", "Device of the torch backend: cpu or cuda.")
     dtype: str = _setting("auto", "Arithmetic: bfloat16, or float32 (torch backend only).")
+    quantization: str = _setting(
+        "auto",
+        "Weights in 8bit or 4bit, none (bfloat16), or auto: a checkpoint's own integers where it has them, else none.",
+    )
     max_model_len: int | None = _setting(
         None, "Tokens of prompt and output together; the model's own limit by default."
     )
@@ -61,6 +66,9 @@ class EngineConfig:
         need(self.dtype in DTYPES, "dtype", "auto, bfloat16 or float32")
         if self.backend != "torch":
             need(DTYPES[self.dtype] != "float32", "dtype", "bfloat16 unless the backend is torch")
+        need(self.quantization in QUANTIZATIONS, "quantization", "auto, none, 8bit or 4bit")
+        if self.backend == "torch":
+            need(self.quantization in ("auto", "none"), "quantization", "auto or none with the torch backend")
         if self.max_model_len is not None:
             at_least("max_model_len", 2)
         at_least("max_batch_size", 1)

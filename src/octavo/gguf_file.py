@@ -19,7 +19,7 @@ from .errors import DamagedWeights, ModelNotFound, UnsupportedModel
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 # GGML type -> its name, and elements and bytes of a block. The gguf package has it too, but takes 0.1 s to import.
-_FORMATS = {
+GGUF_FORMATS = {
     0: ("F32", 1, 4),
     1: ("F16", 1, 2),
     30: ("BF16", 1, 2),
@@ -170,10 +170,10 @@ class _Parser:
         return name, dims[::-1], self.u32(), self.u64()
 
     def tensor(self, data: int, name: str, shape: tuple[int, ...], kind: int, offset: int) -> GgufTensor:
-        if kind not in _FORMATS:
-            supported = ", ".join(format for format, _, _ in _FORMATS.values())
+        if kind not in GGUF_FORMATS:
+            supported = ", ".join(format for format, _, _ in GGUF_FORMATS.values())
             raise UnsupportedModel(f"tensor {name!r} is stored as {_type_name(kind)}; supported are {supported}")
-        format, block_elements, block_bytes = _FORMATS[kind]
+        format, block_elements, block_bytes = GGUF_FORMATS[kind]
         elements = math.prod(shape)
         start = data + offset
         stop = start + elements // block_elements * block_bytes

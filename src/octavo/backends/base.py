@@ -111,8 +111,12 @@ class BackendFactory(Protocol):
         max_model_len: int,
         threads: int,
         dtype: str,
+        quantization: str,
         device: str,
         progress: Progress,
     ) -> Backend:
-        """Pack `parameters` (canonical names of model/decoder.py) and compile `spec`; each is read once."""
+        """Pack `parameters` (canonical names of model/decoder.py) and compile `spec`; each is read once.
+
+        quantization: how weights are held, "auto", "none", "8bit" or "4bit" (see EngineConfig).
+        """
         ...

@@ -36,6 +36,7 @@ def load_engine(config: EngineConfig, path: Path, progress: Progress | None = No
         max_model_len=max_model_len,
         threads=config.num_threads,
         dtype=DTYPES[config.dtype],
+        quantization=config.quantization,
         device=config.device,
         progress=progress or _silent,
     )

@@ -6,15 +6,15 @@ from collections.abc import Callable, Iterator
 
 
 @contextlib.contextmanager
-def loading_bar() -> Iterator[Callable[[int, int], None]]:
-    """A `Progress` for the loading of weights. The bar appears with the first report of work."""
+def loading_bar(label: str = "loading weights") -> Iterator[Callable[[int, int], None]]:
+    """A `Progress` for the loading, or other work, of weights. The bar appears with the first report of work."""
     if not sys.stderr.isatty():
         yield lambda done, total: None
         return
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-    columns = (TextColumn("loading weights"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    columns = (TextColumn(label), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("load", total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)

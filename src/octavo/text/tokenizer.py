@@ -59,6 +59,14 @@ class Tokenizer:
         """
         return _from_directory(path) if path.is_dir() else _from_gguf(path)
 
+    def save(self, folder: Path) -> None:
+        """Write the files that `load` reads from a directory."""
+        self.backend.save(str(folder / "tokenizer.json"))
+        settings = {**self._special_tokens, "chat_template": self._template}
+        generation = {"bos_token_id": self.bos_token_id, "eos_token_id": sorted(self.eos_token_ids)}
+        for name, content in (("tokenizer_config.json", settings), ("generation_config.json", generation)):
+            (folder / name).write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+
     @property
     def has_chat_template(self) -> bool:
         return self._template is not None

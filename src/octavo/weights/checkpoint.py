@@ -29,9 +29,21 @@ def open_checkpoint(path: Path) -> Checkpoint:
     if path.suffix == ".gguf":
         return Checkpoint(path, *open_gguf(path))
     config = read_config(path)
-    if quantisation := config.get("quantization_config"):
-        method = quantisation.get("quant_method") if isinstance(quantisation, dict) else quantisation
-        raise UnsupportedModel(
-            f"{path} is quantised ({method}); supported are float weights, or a quantised .gguf file"
-        )
-    return Checkpoint(path, config, open_safetensors(path))
+    return Checkpoint(path, config, _weights(path, config.get("quantization_config"), open_safetensors(path)))
+
+
+def _weights(path: Path, settings: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`tensors` as a model knows them, whatever quantised them."""
+    from .awq_gptq import open_quantised
+    from .packed import METHOD, open_packed
+
+    if not settings:
+        return tensors
+    method = settings.get("quant_method") if isinstance(settings, dict) else settings
+    if isinstance(settings, dict) and method in ("awq", "gptq"):
+        return open_quantised(settings, tensors)
+    if isinstance(settings, dict) and method == METHOD:
+        return open_packed(path, tensors)
+    raise UnsupportedModel(
+        f"{path} is quantised by {method!r}; supported are AWQ and GPTQ, .gguf files, and what octavo quantize writes"
+    )

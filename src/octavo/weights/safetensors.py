@@ -34,6 +34,14 @@ def open_safetensors(folder: Path) -> dict[str, Tensor]:
     return tensors
 
 
+def read_metadata(folder: Path) -> dict[str, str]:
+    """What the one safetensors file of `folder`, which open_safetensors has read, says beside its tensors."""
+    from safetensors import safe_open
+
+    with safe_open(folder / _only_file(folder), framework="numpy") as file:
+        return dict(file.metadata() or {})
+
+
 def _only_file(folder: Path) -> str:
     if (folder / SINGLE).exists():
         return SINGLE

@@ -1,5 +1,6 @@
 """A weight as it lies in its file: mapped, not read, until a backend packs it."""
 
+import math
 import mmap
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,28 +8,45 @@ from functools import partial
 
 import numpy as np
 
-# What backends can read. A checkpoint may hold tensors of other formats as long as no model needs them.
-FORMATS = (
-    *("F32", "F16", "BF16"),
-    *("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"),
-    *("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"),
-)
+from octavo.gguf_file import GGUF_FORMATS
+
+# Blocks of 32 values along k as AWQ and GPTQ checkpoints become them: value = scale * q + min.
+W4G32 = np.dtype([("scale", "<f4"), ("min", "<f4"), ("q", "u1", 16)])  # value i in the low half of byte i, i + 16 above
+W8G32 = np.dtype([("scale", "<f4"), ("min", "<f4"), ("q", "i1", 32)])
+
+# What backends can read: format -> values and bytes of a block. A checkpoint may hold tensors of other formats as long
+# as no model needs them.
+BLOCKS = {name: (values, size) for name, values, size in GGUF_FORMATS.values()}
+BLOCKS |= {"W4G32": (32, W4G32.itemsize), "W8G32": (32, W8G32.itemsize)}
+FORMATS = tuple(BLOCKS)
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """One tensor of a checkpoint. `data` are its bytes in the mapped file: uint8 [rows, bytes per row].
+    """One tensor of a checkpoint. A vector is one row.
 
-    A vector is one row. `format` is one of FORMATS, or another name that a file gives. `row_order`, where it is set,
-    says which stored row (of a vector, element) is row i (GGUF stores Llama's q and k with rotary pairs interleaved).
+    `format` is one of FORMATS, or another name that a file gives. `source` is `data`, or makes it. `row_order`, where
+    it is set, says which stored row (of a vector, element) is row i (GGUF stores Llama's q and k with rotary pairs
+    interleaved).
     """
 
     name: str
     shape: tuple[int, ...]  # (n,) or (rows, columns)
     format: str
-    data: np.ndarray
+    source: np.ndarray | Callable[[], np.ndarray]
     row_order: np.ndarray | None = None
     release: Callable[[], None] = lambda: None  # gives the mapped pages back to the system once packed
+
+    @property
+    def data(self) -> np.ndarray:
+        """Its bytes, uint8 [rows, bytes per row]: those of the mapped file, or converted from them at each call."""
+        return self.source() if callable(self.source) else self.source
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of `data`, without converting. The format must be one of FORMATS."""
+        values, size = BLOCKS[self.format]
+        return math.prod(self.shape) // values * size
 
     def float32(self, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Rows start:stop (of a vector, elements), dequantised: float32 [stop - start, columns] or [stop - start]."""
@@ -69,8 +87,19 @@ def _dequantise(rows: np.ndarray, format: str) -> np.ndarray:
         return np.ascontiguousarray(rows).view(np.float16).astype(np.float32)
     if format == "BF16":
         return (np.ascontiguousarray(rows).view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    if format == "W4G32":
+        blocks = np.ascontiguousarray(rows).view(W4G32)
+        return _scaled(blocks, np.concatenate([blocks["q"] & 15, blocks["q"] >> 4], axis=-1))
+    if format == "W8G32":
+        blocks = np.ascontiguousarray(rows).view(W8G32)
+        return _scaled(blocks, blocks["q"])
     from gguf import GGMLQuantizationType
     from gguf.quants import dequantize
 
     values: np.ndarray = dequantize(rows, GGMLQuantizationType[format])
     return values
+
+
+def _scaled(blocks: np.ndarray, q: np.ndarray) -> np.ndarray:
+    values: np.ndarray = blocks["scale"][..., None] * q + blocks["min"][..., None]
+    return values.reshape(len(blocks), -1)

@@ -64,16 +64,20 @@ def load(
     max_model_len: int,
     threads: int,
     dtype: str,
+    quantization: str,
     device: str,
     progress: Progress,
 ) -> TorchBackend:
-    """A BackendFactory. `dtype` auto: bfloat16; `device` auto: cpu. Raises ConfigError or OutOfMemory."""
+    """A BackendFactory. `dtype` auto: bfloat16; `device` auto: cpu. Raises ConfigError or OutOfMemory.
+
+    Weights are dequantised: `quantization` is auto or none.
+    """
     torch_device = torch.device("cpu" if device == "auto" else device)
     if torch_device.type == "cuda" and (torch_device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(f"device {device} is not available to PyTorch; use device cpu, or install PyTorch for CUDA")
     torch.set_num_threads(threads)
     torch_dtype = _DTYPES["bfloat16" if dtype == "auto" else dtype]
-    total = sum(part.data.nbytes for parameter in parameters.values() for part in parameter.parts)
+    total = sum(part.nbytes for parameter in parameters.values() for part in parameter.parts)
     done, weights = 0, {}
     for name, parameter in parameters.items():
         try:
@@ -83,7 +87,7 @@ def load(
             raise OutOfMemory(f"the weights do not fit in the memory of {torch_device}; use a smaller model") from None
         for part in parameter.parts:
             part.release()
-            done += part.data.nbytes
+            done += part.nbytes
         progress(done, total)
     return TorchBackend(spec, weights, torch_dtype, page_size)
 
