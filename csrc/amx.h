@@ -77,13 +77,13 @@ void tile_product(const bf16* a, int64_t a_stride, const bf16* b, int64_t b_bloc
 OCTAVO_INLINE void weight_product(const Instruction& op, int64_t row, int64_t rows, int64_t block, int64_t blocks,
                                   float* sums, Ahead ahead) {
     const Weight& w = *op.weight;
-    const int64_t b_block = w.pairs * 2 * kBlock, steps = w.pairs / 16, products = (blocks + 1) / 2;
+    const int64_t b_block = w.pairs() * 2 * kBlock, steps = w.pairs() / 16, products = (blocks + 1) / 2;
     for (int64_t j = 0; j < blocks; j += 2) {
         const auto product = rows > 16 ? (blocks - j > 1 ? tile_product<2, 2> : tile_product<2, 1>)
                                        : (blocks - j > 1 ? tile_product<1, 2> : tile_product<1, 1>);
         const Ahead part = ahead.part(j / 2, products);
         const int64_t rate = ((part.end - part.at) / 64 + steps - 1) / steps;
-        product(op.x.b16(row), op.x.stride, w.block(block + j), b_block, steps, sums + j * kBlock, kMaxPanel * kBlock,
+        product(op.x.b16(row), op.x.stride, w.b16_block(block + j), b_block, steps, sums + j * kBlock, kMaxPanel * kBlock,
                 part, rate);
     }
 }

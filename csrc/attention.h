@@ -4,6 +4,7 @@
 // V [16][head_dim][2]: the right operands, in pairs, of q K^T and of (softmax) V.
 #pragma once
 
+#include "activations.h"
 #include "product.h"
 
 namespace octavo::OCTAVO_ISA {
@@ -176,8 +177,16 @@ void attention(const Instruction& op, const Step& step, int64_t tile, int64_t ne
     }
     for (int64_t q = 0; q < queries; q++) {
         const F32 back = splat(1.0f / sum(load(scratch.weights + q * kBlock)));
-        bf16* to = op.out.b16(rows.first + q / group) + (kv_head * group + q % group) * dim;
-        for (int64_t i = 0; i < dim; i += kLanes) store_bf16(to + i, load(scratch.values + q * dim + i) * back);
+        const float* values = scratch.values + q * dim;
+        const int64_t row = rows.first + q / group, column = (kv_head * group + q % group) * dim;
+        if (!op.out.quantised)
+            for (int64_t i = 0; i < dim; i += kLanes) store_bf16(op.out.b16(row) + column + i, load(values + i) * back);
+        else  // dim is a multiple of the groups' size
+            for (int64_t i = 0; i < dim; i += kQuantGroup) {
+                F32 scaled[kGroupVectors];
+                OCTAVO_UNROLL for (int j = 0; j < kGroupVectors; j++) scaled[j] = load(values + i + j * kLanes) * back;
+                store_group(op.out, row, column + i, scaled);
+            }
     }
 }
 

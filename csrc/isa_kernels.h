@@ -19,6 +19,7 @@ const Kernels kernels = {
     .stop_thread = stop_thread,
     .embed = embed,
     .norm = norm,
+    .quantise = quantise,
     .sampled_rows = sampled_rows,
     .rope_and_cache = rope_and_cache,
     .attention = attention,

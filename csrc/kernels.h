@@ -11,6 +11,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "encoding.h"
 #include "scan.h"
 
 namespace octavo {
@@ -25,26 +26,49 @@ constexpr int64_t kAttentionRows = 48;    // (position, query head) pairs in a t
 
 enum class Activation { none, silu, gelu_tanh };
 
-// Activations: rows of float or bf16. Rows and columns past the ones in use exist (up to multiples of 32), so that
-// kernels work on whole vectors; the columns hold zeros.
+// What makes int8 activations whole again, for each group of kQuantGroup. The sums are of the int8, exact.
+struct ActivationGroup {
+    float scale;
+    float scaled_sum;    // scale * their sum, for the minima of a weight
+    int32_t offset;      // -128 * their sum, for weights without minima
+    int32_t half_offset; // the same of the first half
+};
+
+// Activations: rows of float or bf16; or, if `quantised`, of int8 with the row's ActivationGroups after it. Rows and
+// columns past the ones in use exist (up to multiples of 32), so that kernels work on whole vectors; the columns hold
+// zeros.
 struct Matrix {
     void* data = nullptr;
     int64_t stride = 0;  // elements
+    bool quantised = false;
 
     float* f32(int64_t row) const { return static_cast<float*>(data) + row * stride; }
     bf16* b16(int64_t row) const { return static_cast<bf16*>(data) + row * stride; }
+    int8_t* i8(int64_t row) const { return static_cast<int8_t*>(data) + row * quantised_bytes(stride); }
+    ActivationGroup* groups(int64_t row) const { return reinterpret_cast<ActivationGroup*>(i8(row) + stride); }
+
+    static constexpr int64_t quantised_bytes(int64_t stride) {
+        return stride + stride / kQuantGroup * int64_t(sizeof(ActivationGroup));
+    }
 };
 
-// A weight [rows, columns], packed as [blocks of 16 rows][pairs of columns][16][2], padded with zeros: pair p of a
-// block is one vector operand of vdpbf16ps, 16 pairs of it are one AMX tile. If `gated`, blocks of the upper half of
-// the rows (up) alternate with those of the lower half (gate), so that a tile has both and can combine them.
+// A weight [rows, columns], packed in blocks of 16 rows, padded with zeros. In bf16, a block is [pairs of columns][16]
+// [2]: a pair is one vector operand of vdpbf16ps, 16 pairs are one AMX tile. With integers, it is [groups][8][16][4] of
+// 8 bits: 4 columns of 16 rows are one vector operand of vpdpbusd; or [groups][4][16][4] of 2 x 4 bits: the low ones
+// are those of the group's first half. After them come the scales of each group, [scales][16], and its minima. If
+// `gated`, blocks of the upper half of the rows (up) alternate with those of the lower half (gate), so that a tile has
+// both and can combine them.
 struct Weight {
     int64_t rows = 0, columns = 0;
+    Encoding encoding = {};
     bool gated = false;
-    int64_t blocks = 0, pairs = 0;
-    bf16* data = nullptr;
+    int64_t blocks = 0, groups = 0;  // of kQuantGroup columns
+    int64_t block_bytes = 0;
+    std::byte* data = nullptr;
 
-    const bf16* block(int64_t index) const { return data + index * pairs * kBlock * 2; }
+    int64_t pairs() const { return groups * kQuantGroup / 2; }
+    std::byte* block(int64_t index) const { return data + index * block_bytes; }
+    bf16* b16_block(int64_t index) const { return reinterpret_cast<bf16*>(block(index)); }
 };
 
 // The sizes that do not change from one step to the next.
@@ -56,7 +80,7 @@ struct Shape {
     int64_t blocks_per_page() const { return page_size / kSpan; }
 };
 
-enum class Op { rotary, embed, norm, linear, rope_and_cache, attention, sampled_rows, sample };
+enum class Op { rotary, embed, norm, linear, rope_and_cache, attention, quantise, sampled_rows, sample };
 
 struct Instruction {
     Op op;
@@ -134,7 +158,7 @@ using LinearKernel = void (*)(const Instruction&, const Cut&, int64_t rows, int6
 struct Kernels {
     void (*start_thread)();  // before a thread's first tile of a step
     void (*stop_thread)();   // after its last
-    RowKernel embed, norm, sampled_rows;
+    RowKernel embed, norm, quantise, sampled_rows;
     CacheKernel rope_and_cache;
     AttentionKernel attention;
     LinearKernel linear;

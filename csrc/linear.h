@@ -1,6 +1,7 @@
 // Linears: a tile of the product, then everything that follows it elementwise while the sums are in the cache.
 #pragma once
 
+#include "integers.h"
 #include "product.h"
 #ifdef OCTAVO_AMX
 #include "amx.h"
@@ -34,21 +35,29 @@ OCTAVO_INLINE void write_sums(const Instruction& op, int64_t row, int64_t rows, 
     }
 }
 
-// out = activation(gate + its bias) * (up + its bias), bf16; gate and up are neighbouring blocks of the sums.
+// out = activation(gate + its bias) * (up + its bias), bf16 or int8; gate and up are neighbouring blocks of the sums,
+// whose place the result takes on the way. A tile with int8 has whole groups of it, but for the last one.
 OCTAVO_INLINE void write_gated(const Instruction& op, int64_t row, int64_t rows, int64_t block, int64_t blocks,
-                               const float* sums) {
+                               float* sums) {
     const float* gate_bias = op.vector ? op.vector + block / 2 * kBlock : nullptr;
     const float* up_bias = gate_bias + op.weight->rows / 2;
-    for (int64_t r = 0; r < rows; r++) {
-        const float* from = sums + r * kMaxPanel * kBlock;
-        bf16* to = op.out.b16(row + r) + block / 2 * kBlock;
-        for (int64_t j = 0; j < blocks; j += 2) {
-            for (int64_t i = 0; i < kBlock; i += kLanes) {
-                F32 gate = load(from + j * kBlock + i), up = load(from + (j + 1) * kBlock + i);
-                if (op.vector) gate = gate + load(gate_bias + j / 2 * kBlock + i);
-                if (op.vector) up = up + load(up_bias + j / 2 * kBlock + i);
-                store_bf16(to + j / 2 * kBlock + i, activate(gate, op.activation) * up);
-            }
+    const int64_t first = block / 2 * kBlock, columns = blocks / 2 * kBlock;
+    for (int64_t r = 0; r < rows; r++, sums += kMaxPanel * kBlock) {
+        for (int64_t i = 0; i < columns; i += kLanes) {
+            const float* pair = sums + i / kBlock * 2 * kBlock + i % kBlock;
+            F32 gate = load(pair), up = load(pair + kBlock);
+            if (op.vector) gate = gate + load(gate_bias + i);
+            if (op.vector) up = up + load(up_bias + i);
+            const F32 value = activate(gate, op.activation) * up;
+            if (op.out.quantised)
+                store(sums + i, value);
+            else
+                store_bf16(op.out.b16(row + r) + first + i, value);
+        }
+        for (int64_t i = 0; op.out.quantised && i < columns; i += kQuantGroup) {
+            F32 values[kGroupVectors] = {};
+            for (int j = 0; j < kGroupVectors && i + j * kLanes < columns; j++) values[j] = load(sums + i + j * kLanes);
+            store_group(op.out, row + r, first + i, values);
         }
     }
 }
@@ -59,7 +68,7 @@ constexpr int64_t kGroupRows = kTileRows;
 OCTAVO_INLINE void weight_product(const Instruction& op, int64_t row, int64_t rows, int64_t block, int64_t blocks,
                                   float* sums, Ahead ahead) {
     const Weight& w = *op.weight;
-    product(op.x.b16(row), op.x.stride, rows, {w.block(block), 2 * kBlock, w.pairs * 2 * kBlock}, blocks, w.pairs,
+    product(op.x.b16(row), op.x.stride, rows, {w.b16_block(block), 2 * kBlock, w.pairs() * 2 * kBlock}, blocks, w.pairs(),
             false, sums, kMaxPanel * kBlock, ahead);
 }
 #endif
@@ -72,7 +81,11 @@ void linear(const Instruction& op, const Cut& cut, int64_t rows, int64_t tile, A
     const int64_t groups = (end - begin + kGroupRows - 1) / kGroupRows;
     for (int64_t row = begin, index = 0, group; row < end; row += group, index++) {
         group = even_step(end - row, kGroupRows);
-        weight_product(op, row, group, block, blocks, scratch.sums, ahead.part(index, groups));
+        const Ahead part = ahead.part(index, groups);
+        if (op.weight->encoding.is_integer())
+            integer_product(op.x, row, group, *op.weight, block, blocks, scratch.sums, kMaxPanel * kBlock, part);
+        else
+            weight_product(op, row, group, block, blocks, scratch.sums, part);
         if (op.activation == Activation::none)
             write_sums(op, row, group, block, blocks, scratch.sums);
         else

@@ -12,14 +12,18 @@ namespace octavo {
 struct Part {
     const uint8_t* data;
     int64_t rows, row_bytes;
-    int format;                 // GgmlType
+    int format;                 // Format
     const int64_t* row_order;   // row i is stored as row row_order[i]; null: as row i
 };
 
-// The GgmlType of "BF16", "Q4_1", ...; -1 if there is none.
+// The Format of "BF16", "Q4_1", ...; -1 if there is none.
 int format_named(const std::string& name);
 
-// Writes block `block` of the weight. `scratch` is for 17 rows of weight.columns floats.
+// Whether an encoding of integers takes those of a format as they are. If not, they are quantised anew, which is only
+// for kW8 and kW4.
+bool holds_losslessly(Encoding encoding, int format);
+
+// Writes block `block` of the weight. `scratch` is for 17 rows of weight.columns + 32 floats.
 void pack_block(const Weight& weight, const std::vector<Part>& parts, int64_t block, float* scratch);
 
 }  // namespace octavo

@@ -36,7 +36,7 @@ void product_tile(const bf16* a, int64_t a_stride, Pairs b, int64_t pairs, bool 
         for (int64_t i = 0; i < ahead_rate && ahead.at < ahead.end; i++, ahead.at += 64)
             __builtin_prefetch(ahead.at, 0, 2);
         OCTAVO_UNROLL for (int r = 0; r < kRows; r++) {
-            const U32 row = splat_pair(a + r * a_stride + 2 * p);
+            const U32 row = splat_word(a + r * a_stride + 2 * p);
             OCTAVO_UNROLL for (int j = 0; j < kColumns; j++) sums[r][j] = dot2(sums[r][j], row, columns[j]);
         }
     }
@@ -67,11 +67,6 @@ constexpr TileTable make_tiles(std::integer_sequence<int, kIndex...>) {
 }
 
 constexpr TileTable kTiles = make_tiles(std::make_integer_sequence<int, kTileRows * kMaxPanel>());
-
-// The next step of a walk through `left` in steps of at most `limit`, the last two alike.
-OCTAVO_INLINE int64_t even_step(int64_t left, int64_t limit) {
-    return left <= limit ? left : left < 2 * limit ? (left + 1) / 2 : limit;
-}
 
 // c [rows, 16 blocks] = a [rows, 2 pairs] b, or += if `add`.
 OCTAVO_INLINE void product(const bf16* a, int64_t a_stride, int64_t rows, Pairs b, int64_t blocks, int64_t pairs,

@@ -40,38 +40,49 @@ int Program::vector(const float* values, int64_t length) {
     return int(vectors_.size()) - 1;
 }
 
-int Program::weight(int64_t rows, int64_t columns) {
-    weights_.push_back({.rows = rows, .columns = columns});
+int Program::weight(int64_t rows, int64_t columns, Encoding encoding) {
+    weights_.push_back({.rows = rows, .columns = columns, .encoding = encoding});
     return int(weights_.size()) - 1;
 }
 
 // Appends an instruction that reads buffers x and residual, and writes a new one: the result.
-int Program::record(Instruction instruction, int x, int64_t width, bool half, int residual) {
+int Program::record(Instruction instruction, int x, int64_t width, Element element, int residual) {
     const bool sampled = instruction.op == Op::sampled_rows || (x >= 0 && buffers_.at(x).sampled);
     instruction.sampled = sampled;
     for (int read : {x, residual})
         if (read >= 0) buffers_.at(read).last_use = int64_t(recorded_.size());
-    buffers_.push_back({width, half, sampled});
+    buffers_.push_back({width, element, sampled});
     recorded_.push_back({instruction, x, int(buffers_.size()) - 1, residual});
     return int(buffers_.size()) - 1;
 }
 
 int Program::embed(int weight) {
     const Weight& w = weights_.at(weight);
-    return record({.op = Op::embed, .weight = &w, .width = w.columns}, -1, w.columns, false);
+    return record({.op = Op::embed, .weight = &w, .width = w.columns}, -1, w.columns, Element::f32);
 }
 
 int Program::norm(int x, int vector) {
     const int64_t width = buffers_.at(x).width;
-    return record({.op = Op::norm, .vector = vectors_.at(vector).data(), .width = width}, x, width, true);
+    return record({.op = Op::norm, .vector = vectors_.at(vector).data(), .width = width}, x, width, Element::bf16);
 }
 
 int Program::linear(int x, int weight, int bias, int residual) {
     const Weight& w = weights_.at(weight);
-    require(buffers_.at(x).half && buffers_.at(x).width == w.columns, "a linear reads bf16 of its weight's width");
+    if (w.encoding.is_integer()) x = quantised(x);
+    const Element wanted = w.encoding.is_integer() ? Element::i8 : Element::bf16;
+    require(buffers_.at(x).element == wanted, "a linear reads bf16, or int8 if its weight has integers");
+    require(buffers_.at(x).width == w.columns, "a linear reads as many columns as its weight has");
     require(residual < 0 || buffers_.at(residual).width == w.rows, "a residual has the width of the linear's output");
     return record({.op = Op::linear, .weight = &w, .vector = bias < 0 ? nullptr : vectors_.at(bias).data()}, x, w.rows,
-                  false, residual);
+                  Element::f32, residual);
+}
+
+// Buffer x in int8: written so in the first place, if nothing reads it as bf16 and its writer can.
+int Program::quantised(int x) {
+    Buffer& buffer = buffers_.at(x);
+    if (buffer.element == Element::bf16 && buffer.whole && buffer.last_use < 0) buffer.element = Element::i8;
+    if (buffer.element != Element::bf16) return x;
+    return record({.op = Op::quantise}, x, buffer.width, Element::i8);
 }
 
 int Program::rope_and_cache(int qkv, int layer, int q_norm, int k_norm) {
@@ -80,11 +91,13 @@ int Program::rope_and_cache(int qkv, int layer, int q_norm, int k_norm) {
                    .vector = q_norm < 0 ? nullptr : vectors_.at(q_norm).data(),
                    .vector2 = k_norm < 0 ? nullptr : vectors_.at(k_norm).data(),
                    .layer = layer},
-                  qkv, sizes_.heads * sizes_.head_dim, true);
+                  qkv, sizes_.heads * sizes_.head_dim, Element::bf16);
 }
 
 int Program::attention(int q, int layer, int64_t window) {
-    return record({.op = Op::attention, .layer = layer, .window = window}, q, buffers_.at(q).width, true);
+    const int out = record({.op = Op::attention, .layer = layer, .window = window}, q, buffers_.at(q).width, Element::bf16);
+    buffers_[out].whole = sizes_.head_dim % kQuantGroup == 0;
+    return out;
 }
 
 int Program::gated(int gate_up, Activation activation) {
@@ -93,11 +106,11 @@ int Program::gated(int gate_up, Activation activation) {
             "gated must follow the linear that it reads");
     last.instruction.activation = activation;
     const_cast<Weight*>(last.instruction.weight)->gated = true;  // before it is packed
-    buffers_.back() = {buffers_.back().width / 2, true, buffers_.back().sampled};
+    buffers_.back() = {buffers_.back().width / 2, Element::bf16, buffers_.back().sampled};
     return gate_up;
 }
 
-int Program::sampled_rows(int x) { return record({.op = Op::sampled_rows}, x, buffers_.at(x).width, false); }
+int Program::sampled_rows(int x) { return record({.op = Op::sampled_rows}, x, buffers_.at(x).width, Element::f32); }
 
 // Gives each buffer a place that no other one needs while it is in use; returns the places. Only buffers of the same
 // shape share one, so that the columns past the width stay zero.
@@ -107,7 +120,7 @@ std::vector<Program::Buffer> Program::assign_storage() {
     const auto take = [&](const Buffer& buffer) {
         const auto fits = [&](int place) {
             const Buffer& p = places[place];
-            return p.width == buffer.width && p.half == buffer.half && p.sampled == buffer.sampled;
+            return p.width == buffer.width && p.element == buffer.element && p.sampled == buffer.sampled;
         };
         const auto found = std::find_if(free.begin(), free.end(), fits);
         if (found == free.end()) {
@@ -128,9 +141,9 @@ std::vector<Program::Buffer> Program::assign_storage() {
 }
 
 void Program::finish(int logits) {
-    require(buffers_.at(logits).sampled && !buffers_.at(logits).half, "logits are float, of the sampled rows");
+    require(buffers_.at(logits).sampled && buffers_.at(logits).element == Element::f32, "logits are float, of the sampled rows");
     logits_width_ = buffers_.at(logits).width;
-    record({.op = Op::sample}, logits, 0, false);
+    record({.op = Op::sample}, logits, 0, Element::f32);
     const std::vector<Buffer> places = assign_storage();
 
     // The arena: the buffers, then the rotations of the step's positions.
@@ -140,27 +153,31 @@ void Program::finish(int logits) {
     int64_t bytes = 0;
     for (const Buffer& place : places) {
         offsets.push_back(bytes);
-        bytes += round_up(rows(place) * stride(place) * (place.half ? sizeof(bf16) : sizeof(float)), 4096);
+        const int64_t row_bytes = place.element == Element::i8     ? Matrix::quantised_bytes(stride(place))
+                                  : place.element == Element::bf16 ? stride(place) * sizeof(bf16)
+                                                                   : stride(place) * sizeof(float);
+        bytes += round_up(rows(place) * row_bytes, 4096);
     }
     arena_ = Memory(bytes + sizes_.max_rows * sizes_.head_dim * sizeof(float));
     rotary_ = reinterpret_cast<float*>(arena_.data() + bytes);
     const auto matrix = [&](int buffer) -> Matrix {
         if (buffer < 0) return {};
         const int place = buffers_[buffer].storage;
-        return {arena_.data() + offsets[place], stride(places[place])};
+        return {arena_.data() + offsets[place], stride(places[place]), places[place].element == Element::i8};
     };
 
     weight_bytes_ = 0;
     for (Weight& w : weights_) {
         w.blocks = w.gated ? 2 * (round_up(w.rows / 2, kBlock) / kBlock) : round_up(w.rows, kBlock) / kBlock;
-        w.pairs = round_up(w.columns, kPad) / 2;
-        weight_bytes_ += w.blocks * w.pairs * kBlock * 2 * sizeof(bf16);
+        w.groups = round_up(w.columns, kQuantGroup) / kQuantGroup;
+        w.block_bytes = round_up(w.groups * (w.encoding.value_bytes() + w.encoding.scale_bytes()), 64);
+        weight_bytes_ += w.blocks * w.block_bytes;
     }
     weight_memory_ = Memory(weight_bytes_);
-    bf16* at = reinterpret_cast<bf16*>(weight_memory_.data());
+    std::byte* at = weight_memory_.data();
     for (Weight& w : weights_) {
         w.data = at;
-        at += w.blocks * w.pairs * kBlock * 2;
+        at += w.blocks * w.block_bytes;
     }
 
     instructions_.clear();
@@ -195,7 +212,11 @@ void Program::finish(int logits) {
 
 void Program::pack(int weight, const std::vector<Part>& parts) {
     const Weight& w = weights_.at(weight);
-    std::vector<std::vector<float>> scratch(pool_.size(), std::vector<float>((1 + kBlock) * (w.columns + 2)));
+    for (const Part& part : parts)
+        require(!w.encoding.is_integer() || w.encoding == kW8 || w.encoding == kW4 ||
+                    holds_losslessly(w.encoding, part.format),
+                "this encoding is for the formats that it holds without loss");
+    std::vector<std::vector<float>> scratch(pool_.size(), std::vector<float>((1 + kBlock) * (w.columns + kQuantGroup)));
     std::atomic<int64_t> next_block = 0;
     pool_.run([&](int thread) {
         for (int64_t block; (block = next_block.fetch_add(1)) < w.blocks;)
@@ -277,6 +298,7 @@ Cut Program::cut_linear(const Instruction& instruction) const {
     const int64_t rows = rows_of(instruction), blocks = instruction.weight->blocks, wanted = 4 * pool_.size();
     const int64_t tile_rows = std::clamp<int64_t>(round_up(rows, kGroup), kGroup, 128);
     const int64_t row_tiles = (rows + tile_rows - 1) / tile_rows;
+    if (instruction.out.quantised) return {4, tile_rows, row_tiles};  // whole groups of the result
     int64_t panel = kMaxPanel;
     while (panel > 2 && (blocks + panel - 1) / panel * row_tiles < wanted)
         panel = instruction.weight->gated ? panel - 2 : panel / 2;
@@ -323,6 +345,7 @@ void Program::run_tile(int index, int64_t tile, bool more, int thread) {
         case Op::rotary: return compute_rotary(begin, end);
         case Op::embed: return kernels_.embed(instruction, step_, begin, end);
         case Op::norm: return kernels_.norm(instruction, step_, begin, end);
+        case Op::quantise: return kernels_.quantise(instruction, step_, begin, end);
         case Op::sampled_rows: return kernels_.sampled_rows(instruction, step_, begin, end);
         case Op::rope_and_cache: return kernels_.rope_and_cache(instruction, step_, tile, scratch);
         case Op::attention: return kernels_.attention(instruction, step_, tile, more ? tile + 1 : -1, scratch);

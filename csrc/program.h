@@ -44,7 +44,7 @@ public:
 
     // Recording. Ints are handles: of vectors (norm weights and biases), weights, and buffers of activations.
     int vector(const float* values, int64_t length);
-    int weight(int64_t rows, int64_t columns);
+    int weight(int64_t rows, int64_t columns, Encoding encoding);
     int embed(int weight);
     int norm(int x, int vector);
     int linear(int x, int weight, int bias, int residual);  // bias, residual: -1 if there is none
@@ -66,10 +66,12 @@ public:
     int64_t logits_width() const { return logits_width_; }
 
 private:
+    enum class Element { f32, bf16, i8 };
     struct Buffer {
         int64_t width;
-        bool half;     // bf16, else float
-        bool sampled;  // a row per sampled row, else per token
+        Element element;
+        bool sampled;       // a row per sampled row, else per token
+        bool whole = true;  // what writes it has whole groups of values at hand, to quantise
         int64_t last_use = -1;
         int storage = -1;
     };
@@ -79,7 +81,8 @@ private:
     };
     using Work = std::function<void(int64_t row, int thread)>;
 
-    int record(Instruction instruction, int x, int64_t width, bool half, int residual = -1);
+    int record(Instruction instruction, int x, int64_t width, Element element, int residual = -1);
+    int quantised(int x);
     std::vector<Buffer> assign_storage();
     void validate(const Batch& batch) const;
     void prepare(const Batch& batch);

@@ -13,8 +13,222 @@ uint16_t u16(const uint8_t* p) { return static_cast<uint16_t>(p[0] | p[1] << 8);
 
 uint32_t u32(const uint8_t* p) { return u16(p) | static_cast<uint32_t>(u16(p + 2)) << 16; }
 
-float half(const uint8_t* p) {
-    const uint16_t h = u16(p);
+float half(const uint8_t* p) { return from_half(u16(p)); }
+
+float f32(const uint8_t* p) { return std::bit_cast<float>(u32(p)); }
+
+float bf16(const uint8_t* p) { return std::bit_cast<float>(static_cast<uint32_t>(u16(p)) << 16); }
+
+template <float (*value)(const uint8_t*), int64_t bytes>
+void read_floats(const uint8_t* src, float* dst, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) dst[i] = value(src + i * bytes);
+}
+
+void set_scale(Group& group, float scale) { group.scale[0] = group.scale[1] = scale; }
+
+void set_minimum(Group& group, float minimum) { group.minimum[0] = group.minimum[1] = minimum; }
+
+void q8_0(const uint8_t* block, Group* group) {
+    set_scale(*group, half(block));
+    for (int i = 0; i < 32; ++i) group->q[i] = block[2 + i] ^ 0x80;  // + 128
+}
+
+// The low nibbles are the first 16 values, the high ones the last 16.
+void read_nibbles(const uint8_t* packed, uint8_t* q) {
+    for (int i = 0; i < 16; ++i) {
+        q[i] = packed[i] & 15;
+        q[i + 16] = packed[i] >> 4;
+    }
+}
+
+// Bit i is the fifth bit of value i.
+void add_fifth_bits(uint32_t bits, uint8_t* q) {
+    for (int i = 0; i < 32; ++i) q[i] |= (bits >> i & 1) << 4;
+}
+
+void q4_0(const uint8_t* block, Group* group) {
+    set_scale(*group, half(block));
+    read_nibbles(block + 2, group->q);
+}
+
+void q4_1(const uint8_t* block, Group* group) {
+    set_scale(*group, half(block));
+    set_minimum(*group, half(block + 2));
+    read_nibbles(block + 4, group->q);
+}
+
+void w4g32(const uint8_t* block, Group* group) {
+    set_scale(*group, f32(block));
+    set_minimum(*group, f32(block + 4));
+    read_nibbles(block + 8, group->q);
+}
+
+// Signed, so that its minimum moves: by a multiple of the scale, as it is one itself.
+void w8g32(const uint8_t* block, Group* group) {
+    const float scale = f32(block);
+    set_scale(*group, scale);
+    set_minimum(*group, f32(block + 4) - 128 * scale);
+    for (int i = 0; i < 32; ++i) group->q[i] = block[8 + i] ^ 0x80;  // + 128
+}
+
+void q5_0(const uint8_t* block, Group* group) {
+    set_scale(*group, half(block));
+    read_nibbles(block + 6, group->q);
+    add_fifth_bits(u32(block + 2), group->q);
+}
+
+void q5_1(const uint8_t* block, Group* group) {
+    set_scale(*group, half(block));
+    set_minimum(*group, half(block + 2));
+    read_nibbles(block + 8, group->q);
+    add_fifth_bits(u32(block + 4), group->q);
+}
+
+// 16 groups of 16: 4-bit scales and minima [16], 2-bit values [64], d, dmin.
+void q2_k(const uint8_t* block, Group* groups) {
+    const float d = half(block + 80), dmin = half(block + 82);
+    for (int i = 0; i < 16; ++i) {
+        groups[i / 2].scale[i % 2] = d * (block[i] & 15);
+        groups[i / 2].minimum[i % 2] = -dmin * (block[i] >> 4);
+    }
+    for (int i = 0; i < kSuper; ++i)
+        groups[i / 32].q[i % 32] = block[16 + i / 128 * 32 + i % 32] >> (i / 32 % 4 * 2) & 3;
+}
+
+// 16 groups of 16: third bits [32], low 2 bits [64], 6-bit scales [12], d. A clear third bit means minus 4.
+void q3_k(const uint8_t* block, Group* groups) {
+    const float d = half(block + 108);
+    const uint8_t* packed = block + 96;  // low nibbles of the 16 scales in 8 bytes, then their high 2 bits in 4
+    for (int i = 0; i < 16; ++i) {
+        const int low = packed[i % 8] >> (i / 8 * 4) & 15, high = packed[8 + i % 4] >> (i / 4 * 2) & 3;
+        groups[i / 2].scale[i % 2] = d * ((low | high << 4) - 32);
+    }
+    for (int i = 0; i < kSuper; ++i) {
+        const int low = block[32 + i / 128 * 32 + i % 32] >> (i / 32 % 4 * 2) & 3, high = block[i % 32] >> (i / 32) & 1;
+        groups[i / 32].q[i % 32] = static_cast<uint8_t>(low | high << 2);
+    }
+}
+
+// The scale and minimum of group 0..7 of Q4_K and Q5_K: of d and dmin, and 6 bits each, in 12 bytes.
+void read_scale(const uint8_t* block, int group, Group* to) {
+    const uint8_t* packed = block + 4;
+    int scale = packed[group % 4], minimum = packed[group % 4 + 4];
+    if (group < 4) {
+        scale &= 63, minimum &= 63;
+    } else {
+        const int both = packed[group + 4];
+        scale = (both & 15) | scale >> 6 << 4, minimum = both >> 4 | minimum >> 6 << 4;
+    }
+    set_scale(*to, half(block) * scale);
+    set_minimum(*to, -half(block + 2) * minimum);
+}
+
+// 8 groups of 32: d, dmin, scales and minima [12], 4-bit values [128].
+void q4_k(const uint8_t* block, Group* groups) {
+    for (int group = 0; group < 8; ++group) {
+        read_scale(block, group, groups + group);
+        const uint8_t* q = block + 16 + group / 2 * 32;
+        for (int i = 0; i < 32; ++i) groups[group].q[i] = q[i] >> (group % 2 * 4) & 15;
+    }
+}
+
+// As Q4_K, with fifth bits [32] before the values: bit g of byte i belongs to value i of group g.
+void q5_k(const uint8_t* block, Group* groups) {
+    for (int group = 0; group < 8; ++group) {
+        read_scale(block, group, groups + group);
+        const uint8_t *high = block + 16, *q = block + 48 + group / 2 * 32;
+        for (int i = 0; i < 32; ++i)
+            groups[group].q[i] = static_cast<uint8_t>((q[i] >> (group % 2 * 4) & 15) | (high[i] >> group & 1) << 4);
+    }
+}
+
+// 16 groups of 16: low 4 bits [128], high 2 bits [64], signed scales [16], d.
+void q6_k(const uint8_t* block, Group* groups) {
+    const float d = half(block + 208);
+    for (int i = 0; i < 16; ++i) groups[i / 2].scale[i % 2] = d * static_cast<int8_t>(block[192 + i]);
+    for (int i = 0; i < kSuper; ++i) {
+        const int low = block[i / 128 * 64 + i % 64] >> (i / 64 % 2 * 4) & 15;
+        const int high = block[128 + i / 128 * 32 + i % 32] >> (i / 32 % 4 * 2) & 3;
+        groups[i / 32].q[i % 32] = static_cast<uint8_t>(low | high << 4);
+    }
+}
+
+struct Layout {
+    int format;
+    int64_t values, bytes;  // of a block
+    Encoding encoding;
+    int zero;  // see read_groups
+    void (*read)(const uint8_t* block, Group* groups);
+    void (*read_floats)(const uint8_t* src, float* dst, int64_t n);
+};
+
+constexpr Encoding kSixteens{8, 2, false, true};  // each group of 32 has two scales
+
+constexpr Layout kLayouts[] = {
+    {GGML_F32, 1, 4, {}, 0, nullptr, read_floats<f32, 4>},
+    {GGML_F16, 1, 2, {}, 0, nullptr, read_floats<half, 2>},
+    {GGML_BF16, 1, 2, {}, 0, nullptr, read_floats<bf16, 2>},
+    {GGML_Q8_0, 32, 34, {8}, 128, q8_0, nullptr},
+    {GGML_Q4_0, 32, 18, {4}, 8, q4_0, nullptr},
+    {GGML_Q4_1, 32, 20, {4, 1, true}, 0, q4_1, nullptr},
+    {GGML_Q5_0, 32, 22, {8}, 16, q5_0, nullptr},
+    {GGML_Q5_1, 32, 24, {8, 1, true}, 0, q5_1, nullptr},
+    {GGML_Q2_K, kSuper, 84, {8, 2, true, true}, 0, q2_k, nullptr},
+    {GGML_Q3_K, kSuper, 110, kSixteens, 4, q3_k, nullptr},
+    {GGML_Q4_K, kSuper, 144, {4, 1, true, true}, 0, q4_k, nullptr},
+    {GGML_Q5_K, kSuper, 176, {8, 1, true, true}, 0, q5_k, nullptr},
+    {GGML_Q6_K, kSuper, 210, kSixteens, 32, q6_k, nullptr},
+    {W4G32, 32, 24, {4, 1, true, true}, 0, w4g32, nullptr},
+    {W8G32, 32, 40, {8, 1, true, true}, 0, w8g32, nullptr},
+};
+
+const Layout* find_layout(int format) {
+    for (const Layout& layout : kLayouts)
+        if (layout.format == format) return &layout;
+    return nullptr;
+}
+
+}  // namespace
+
+size_t row_bytes(int format, int64_t n) {
+    const Layout* layout = find_layout(format);
+    return layout && n >= 0 && n % layout->values == 0 ? static_cast<size_t>(n / layout->values * layout->bytes) : 0;
+}
+
+Encoding encoding_of(int format) {
+    const Layout* layout = find_layout(format);
+    return layout ? layout->encoding : Encoding{};
+}
+
+int read_groups(int format, const void* src, Group* dst, int64_t n) {
+    const Layout& layout = *find_layout(format);
+    const auto* block = static_cast<const uint8_t*>(src);
+    for (int64_t i = 0; i < n; i += layout.values, block += layout.bytes) layout.read(block, dst + i / kQuantGroup);
+    if (layout.zero)
+        for (int64_t g = 0; g < n / kQuantGroup; ++g)
+            for (int half = 0; half < 2; ++half) dst[g].minimum[half] = static_cast<float>(-layout.zero) * dst[g].scale[half];
+    return layout.zero;
+}
+
+bool dequantize_row(int format, const void* src, float* dst, int64_t n) {
+    if (row_bytes(format, n) == 0) return false;
+    const Layout& layout = *find_layout(format);
+    const auto* block = static_cast<const uint8_t*>(src);
+    if (layout.read_floats) layout.read_floats(block, dst, n);
+    for (int64_t i = 0; layout.read && i < n; i += layout.values, block += layout.bytes) {
+        Group groups[kSuper / kQuantGroup];
+        layout.read(block, groups);
+        for (int64_t v = 0; v < layout.values; ++v) {
+            const Group& group = groups[v / kQuantGroup];
+            const int q = group.q[v % kQuantGroup] - layout.zero, half = v % kQuantGroup / 16;
+            dst[i + v] = group.scale[half] * static_cast<float>(q);
+            if (layout.zero == 0) dst[i + v] += group.minimum[half];
+        }
+    }
+    return true;
+}
+
+float from_half(uint16_t h) {
     const uint32_t sign = static_cast<uint32_t>(h & 0x8000) << 16, exponent = h >> 10 & 31, fraction = h & 1023;
     if (exponent == 0) {  // zero or subnormal: fraction * 2^-24
         const float value = static_cast<float>(fraction) * 0x1p-24f;
@@ -24,158 +238,15 @@ float half(const uint8_t* p) {
     return std::bit_cast<float>(sign | wide << 23 | fraction << 13);
 }
 
-void f32(const uint8_t* block, float* y) { std::memcpy(y, block, sizeof *y); }
-
-void f16(const uint8_t* block, float* y) { *y = half(block); }
-
-void bf16(const uint8_t* block, float* y) { *y = std::bit_cast<float>(static_cast<uint32_t>(u16(block)) << 16); }
-
-void q8_0(const uint8_t* block, float* y) {
-    const float d = half(block);
-    for (int i = 0; i < 32; ++i) y[i] = d * static_cast<int8_t>(block[2 + i]);
-}
-
-// The low nibbles are the first 16 values, the high ones the last 16.
-void q4_0(const uint8_t* block, float* y) {
-    const float d = half(block);
-    for (int i = 0; i < 16; ++i) {
-        y[i] = d * ((block[2 + i] & 15) - 8);
-        y[i + 16] = d * ((block[2 + i] >> 4) - 8);
+uint16_t to_half(float value) {
+    const uint32_t bits = std::bit_cast<uint32_t>(value), sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
+    if (magnitude >= 0x47800000) return static_cast<uint16_t>(sign | (magnitude > 0x7f800000 ? 0x7e00 : 0x7c00));
+    if (magnitude < 0x38800000) {  // subnormal: the last bit of 0.5 is 2^-24
+        const float shifted = std::bit_cast<float>(magnitude) + 0.5f;
+        return static_cast<uint16_t>(sign | (std::bit_cast<uint32_t>(shifted) - std::bit_cast<uint32_t>(0.5f)));
     }
-}
-
-void q4_1(const uint8_t* block, float* y) {
-    const float d = half(block), min = half(block + 2);
-    for (int i = 0; i < 16; ++i) {
-        y[i] = d * (block[4 + i] & 15) + min;
-        y[i + 16] = d * (block[4 + i] >> 4) + min;
-    }
-}
-
-// As Q4, and bit i of 32 bits is the fifth bit of value i.
-void q5_0(const uint8_t* block, float* y) {
-    const float d = half(block);
-    const uint32_t high = u32(block + 2);
-    for (int i = 0; i < 16; ++i) {
-        y[i] = d * (static_cast<int>((block[6 + i] & 15) | (high >> i & 1) << 4) - 16);
-        y[i + 16] = d * (static_cast<int>((block[6 + i] >> 4) | (high >> (i + 16) & 1) << 4) - 16);
-    }
-}
-
-void q5_1(const uint8_t* block, float* y) {
-    const float d = half(block), min = half(block + 2);
-    const uint32_t high = u32(block + 4);
-    for (int i = 0; i < 16; ++i) {
-        y[i] = d * static_cast<float>((block[8 + i] & 15) | (high >> i & 1) << 4) + min;
-        y[i + 16] = d * static_cast<float>((block[8 + i] >> 4) | (high >> (i + 16) & 1) << 4) + min;
-    }
-}
-
-// 16 groups of 16: 4-bit scales and minima [16], 2-bit values [64], d, dmin.
-void q2_k(const uint8_t* block, float* y) {
-    const float d = half(block + 80), dmin = half(block + 82);
-    for (int i = 0; i < kSuper; ++i) {
-        const uint8_t scale = block[i / 16];
-        const int q = block[16 + i / 128 * 32 + i % 32] >> (i / 32 % 4 * 2) & 3;
-        y[i] = d * (scale & 15) * q - dmin * (scale >> 4);
-    }
-}
-
-// 16 groups of 16: third bits [32], low 2 bits [64], 6-bit scales [12], d. A clear third bit means minus 4.
-void q3_k(const uint8_t* block, float* y) {
-    const float d = half(block + 108);
-    const uint8_t* packed = block + 96;  // low nibbles of the 16 scales in 8 bytes, then their high 2 bits in 4
-    for (int i = 0; i < kSuper; ++i) {
-        const int group = i / 16;
-        const int low = packed[group % 8] >> (group / 8 * 4) & 15, high = packed[8 + group % 4] >> (group / 4 * 2) & 3;
-        const int q = block[32 + i / 128 * 32 + i % 32] >> (i / 32 % 4 * 2) & 3;
-        const int minus = block[i % 32] >> (i / 32) & 1 ? 0 : 4;
-        y[i] = d * ((low | high << 4) - 32) * (q - minus);
-    }
-}
-
-struct ScaleMin {
-    int scale, min;
-};
-
-// Group 0..7 of the 6-bit scales and minima of Q4_K and Q5_K, in 12 bytes.
-ScaleMin scale_min(const uint8_t* packed, int group) {
-    if (group < 4) return {packed[group] & 63, packed[group + 4] & 63};
-    return {(packed[group + 4] & 15) | packed[group - 4] >> 6 << 4, packed[group + 4] >> 4 | packed[group] >> 6 << 4};
-}
-
-// 8 groups of 32: d, dmin, scales and minima [12], 4-bit values [128].
-void q4_k(const uint8_t* block, float* y) {
-    const float d = half(block), dmin = half(block + 2);
-    for (int group = 0; group < 8; ++group, y += 32) {
-        const ScaleMin s = scale_min(block + 4, group);
-        const uint8_t* q = block + 16 + group / 2 * 32;
-        for (int i = 0; i < 32; ++i) y[i] = d * s.scale * (q[i] >> (group % 2 * 4) & 15) - dmin * s.min;
-    }
-}
-
-// As Q4_K, with fifth bits [32] before the values: bit g of byte i belongs to value i of group g.
-void q5_k(const uint8_t* block, float* y) {
-    const float d = half(block), dmin = half(block + 2);
-    for (int group = 0; group < 8; ++group, y += 32) {
-        const ScaleMin s = scale_min(block + 4, group);
-        const uint8_t *high = block + 16, *q = block + 48 + group / 2 * 32;
-        for (int i = 0; i < 32; ++i)
-            y[i] = d * s.scale * ((q[i] >> (group % 2 * 4) & 15) | (high[i] >> group & 1) << 4) - dmin * s.min;
-    }
-}
-
-// 16 groups of 16: low 4 bits [128], high 2 bits [64], signed scales [16], d.
-void q6_k(const uint8_t* block, float* y) {
-    const float d = half(block + 208);
-    for (int i = 0; i < kSuper; ++i) {
-        const int low = block[i / 128 * 64 + i % 64] >> (i / 64 % 2 * 4) & 15;
-        const int high = block[128 + i / 128 * 32 + i % 32] >> (i / 32 % 4 * 2) & 3;
-        y[i] = d * static_cast<int8_t>(block[192 + i / 16]) * ((low | high << 4) - 32);
-    }
-}
-
-struct Format {
-    int type;
-    int64_t values, bytes;  // of a block
-    void (*read)(const uint8_t* src, float* dst, int64_t blocks);
-};
-
-template <int type, int64_t values, int64_t bytes, void (*block)(const uint8_t*, float*)>
-constexpr Format make_format() {
-    return {type, values, bytes, [](const uint8_t* src, float* dst, int64_t blocks) {
-                for (int64_t i = 0; i < blocks; ++i) block(src + i * bytes, dst + i * values);
-            }};
-}
-
-constexpr Format kFormats[] = {
-    make_format<GGML_F32, 1, 4, f32>(),           make_format<GGML_F16, 1, 2, f16>(),
-    make_format<GGML_BF16, 1, 2, bf16>(),         make_format<GGML_Q8_0, 32, 34, q8_0>(),
-    make_format<GGML_Q4_0, 32, 18, q4_0>(),       make_format<GGML_Q4_1, 32, 20, q4_1>(),
-    make_format<GGML_Q5_0, 32, 22, q5_0>(),       make_format<GGML_Q5_1, 32, 24, q5_1>(),
-    make_format<GGML_Q2_K, kSuper, 84, q2_k>(),   make_format<GGML_Q3_K, kSuper, 110, q3_k>(),
-    make_format<GGML_Q4_K, kSuper, 144, q4_k>(),  make_format<GGML_Q5_K, kSuper, 176, q5_k>(),
-    make_format<GGML_Q6_K, kSuper, 210, q6_k>(),
-};
-
-const Format* find_format(int ggml_type) {
-    for (const Format& format : kFormats)
-        if (format.type == ggml_type) return &format;
-    return nullptr;
-}
-
-}  // namespace
-
-size_t row_bytes(int ggml_type, int64_t n) {
-    const Format* format = find_format(ggml_type);
-    return format && n >= 0 && n % format->values == 0 ? static_cast<size_t>(n / format->values * format->bytes) : 0;
-}
-
-bool dequantize_row(int ggml_type, const void* src, float* dst, int64_t n) {
-    if (row_bytes(ggml_type, n) == 0) return false;
-    const Format& format = *find_format(ggml_type);
-    format.read(static_cast<const uint8_t*>(src), dst, n / format.values);
-    return true;
+    const uint32_t rounded = magnitude + 0xfff + (magnitude >> 13 & 1);
+    return static_cast<uint16_t>(sign | (rounded - 0x38000000) >> 13);
 }
 
 }  // namespace octavo

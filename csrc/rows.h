@@ -1,16 +1,22 @@
 // What is done to each row by itself: embed, norm, pick the rows that sample.
 #pragma once
 
-#include "simd.h"
+#include "integers.h"
 
 namespace octavo::OCTAVO_ISA {
 
-// The row of the packed weight that is the token's embedding: in its block, lane token % 16 of every pair.
+// The row of the packed weight that is the token's embedding: in its block, lane token % 16 of every pair or group.
 void embed(const Instruction& op, const Step& step, int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; r++) {
         const int64_t token = step.tokens[r];
-        const bf16* from = op.weight->block(token / kBlock) + token % kBlock * 2;
         float* to = op.out.f32(r);
+        if (op.weight->encoding.is_integer()) {
+            for (int64_t g = 0; g < op.weight->groups; g++)
+                read_weight_group(*op.weight, token / kBlock, token % kBlock, g, to + g * kQuantGroup);
+            for (int64_t i = op.width; i < op.out.stride; i++) to[i] = 0;
+            continue;
+        }
+        const bf16* from = op.weight->b16_block(token / kBlock) + token % kBlock * 2;
         for (int64_t p = 0; p < op.width / 2; p++) {
             uint32_t pair;
             std::memcpy(&pair, from + p * kBlock * 2, sizeof pair);
@@ -30,9 +36,23 @@ void norm(const Instruction& op, const Step& step, int64_t begin, int64_t end) {
             for (int j = 0; j < 2; j++) squares[j] = fma(load(x + i + j * kLanes), load(x + i + j * kLanes), squares[j]);
         const float mean = sum(squares[0] + squares[1]) / float(op.width);
         const F32 scale = splat(1.0f / __builtin_sqrtf(mean + step.shape->norm_eps));
-        for (int64_t i = 0; i < op.x.stride; i += kLanes)
-            store_bf16(op.out.b16(r) + i, load(x + i) * scale * load(op.vector + i));
+        for (int64_t i = 0; i < op.x.stride; i += kQuantGroup) {
+            F32 values[kGroupVectors];
+            OCTAVO_UNROLL for (int j = 0; j < kGroupVectors; j++)
+                values[j] = load(x + i + j * kLanes) * scale * load(op.vector + i + j * kLanes);
+            store_group(op.out, r, i, values);
+        }
     }
+}
+
+// bf16 to int8.
+void quantise(const Instruction& op, const Step&, int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; r++)
+        for (int64_t i = 0; i < op.x.stride; i += kQuantGroup) {
+            F32 values[kGroupVectors];
+            OCTAVO_UNROLL for (int j = 0; j < kGroupVectors; j++) values[j] = from_bf16(op.x.b16(r) + i + j * kLanes);
+            store_group(op.out, r, i, values);
+        }
 }
 
 void sampled_rows(const Instruction& op, const Step& step, int64_t begin, int64_t end) {

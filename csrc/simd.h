@@ -61,6 +61,11 @@ OCTAVO_INLINE void prefetch(const void* from, int64_t bytes) {
     for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(from) + i);
 }
 
+// The next step of a walk through `left` in steps of at most `limit`, the last two alike.
+OCTAVO_INLINE int64_t even_step(int64_t left, int64_t limit) {
+    return left <= limit ? left : left < 2 * limit ? (left + 1) / 2 : limit;
+}
+
 // Which of the lanes, numbered from `first` on, are in begin:end.
 OCTAVO_INLINE I32 in_range(int64_t first, int64_t begin, int64_t end) {
     I32 lane;
@@ -91,6 +96,16 @@ OCTAVO_INLINE float sum(F32 v) {
 #endif
 }
 
+OCTAVO_INLINE int32_t sum(I32 v) {
+#ifdef OCTAVO_AVX512
+    return _mm512_reduce_add_epi32((__m512i)v);
+#else
+    int32_t total = v[0];
+    for (int i = 1; i < kLanes; i++) total += v[i];
+    return total;
+#endif
+}
+
 OCTAVO_INLINE float maximum(F32 v) {
 #ifdef OCTAVO_AVX512
     return _mm512_reduce_max_ps((__m512)v);
@@ -100,6 +115,16 @@ OCTAVO_INLINE float maximum(F32 v) {
     for (int width = kLanes / 2; width; width /= 2)
         for (int i = 0; i < width; i++) lane[i] = lane[i] > lane[i + width] ? lane[i] : lane[i + width];
     return lane[0];
+#endif
+}
+
+OCTAVO_INLINE int32_t maximum(I32 v) {
+#ifdef OCTAVO_AVX512
+    return _mm512_reduce_max_epi32((__m512i)v);
+#else
+    int32_t highest = v[0];
+    for (int i = 1; i < kLanes; i++) highest = v[i] > highest ? v[i] : highest;
+    return highest;
 #endif
 }
 
@@ -131,11 +156,48 @@ OCTAVO_INLINE F32 dot2(F32 sum, U32 a, U32 b) {
 #endif
 }
 
-OCTAVO_INLINE U32 splat_pair(const bf16* from) {
-    uint32_t pair;
-    std::memcpy(&pair, from, sizeof pair);
-    return pair - U32{};
+// Two bf16, or four bytes, in every lane.
+template <typename T>
+OCTAVO_INLINE U32 splat_word(const T* from) {
+    uint32_t word;
+    std::memcpy(&word, from, sizeof word);
+    return word - U32{};
 }
+
+OCTAVO_INLINE F32 from_bf16(const bf16* from) {
+    return (F32)(__builtin_convertvector(load_as<U16>(from), U32) << 16);
+}
+
+// Half precision, finite.
+OCTAVO_INLINE F32 from_half(const uint16_t* from) {
+#if defined(OCTAVO_AVX512)
+    return (F32)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)from));
+#elif defined(OCTAVO_AVX2)
+    return (F32)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)from));
+#else
+    const U32 half = __builtin_convertvector(load_as<U16>(from), U32);
+    const F32 magnitude = (F32)((half & 0x7fff) << 13) * splat(0x1p112f);  // subnormal or not
+    return (F32)((U32)magnitude | (half & 0x8000) << 16);
+#endif
+}
+
+// sum + the products of four bytes of `a`, unsigned, with four of `b`, signed and not -128. Exact.
+OCTAVO_INLINE I32 dot4(I32 sum, U32 a, U32 b) {
+#if defined(OCTAVO_AVX512)
+    return (I32)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
+#elif defined(OCTAVO_AVX2)  // vpmaddubsw would saturate
+    const __m256i even = _mm256_madd_epi16((__m256i)(a & 0x00ff00ff), _mm256_srai_epi16(_mm256_slli_epi16((__m256i)b, 8), 8));
+    const __m256i odd = _mm256_madd_epi16(_mm256_srli_epi16((__m256i)a, 8), _mm256_srai_epi16((__m256i)b, 8));
+    return sum + (I32)even + (I32)odd;
+#else
+    typedef int16_t I16 __attribute__((vector_size(kLanes * 4)));  // 255 * 127 fits
+    const I32 even = (I32)((I16)(a & 0x00ff00ff) * (((I16)b << 8) >> 8));
+    const I32 odd = (I32)((I16)(a >> 8 & 0x00ff00ff) * ((I16)b >> 8));
+    return sum + ((even << 16) >> 16) + (even >> 16) + ((odd << 16) >> 16) + (odd >> 16);
+#endif
+}
+
+OCTAVO_INLINE F32 to_float(I32 v) { return __builtin_convertvector(v, F32); }
 
 // 2^x, to 2e-7; exactly 1 at 0; 2^-126 for anything below, 2^127 times something for anything above.
 OCTAVO_INLINE F32 exp2(F32 x) {

@@ -61,10 +61,14 @@ def load(
     max_model_len: int,
     threads: int,
     dtype: str,
+    quantization: str,
     device: str,
     progress: Progress,
 ) -> CpuBackend:
     """A BackendFactory. `dtype` is auto or bfloat16. OCTAVO_ISA=amx|avx512|avx2|portable picks the kernels.
+
+    `quantization` auto: integers of 8 or 4 bits where the checkpoint has them, bfloat16 elsewhere; none: bfloat16;
+    8bit, 4bit: weights of other formats are quantised as they are packed, to 4 bits all but the embedding and the head.
 
     Raises ConfigError, OutOfMemory or UnsupportedModel.
     """
@@ -74,12 +78,6 @@ def load(
         raise ConfigError(f"the cpu backend runs on device cpu, not {device}; use device auto or backend torch")
     if spec.head_dim % 16:
         raise UnsupportedModel(f"the cpu backend needs a head_dim that is a multiple of 16, not {spec.head_dim}")
-    weight_bytes = 2 * sum(int(np.prod(parameter.shape)) for parameter in parameters.values())
-    if weight_bytes > (available := available_memory()):
-        raise OutOfMemory(
-            f"the weights need {weight_bytes / 2**30:.1f} GiB and {available / 2**30:.1f} GiB are free; "
-            "use a smaller model"
-        )
     program = Program(
         isa=_choose_isa(),
         cores=_choose_cores(threads),
@@ -95,14 +93,19 @@ def load(
         max_sampled=max_batch_size,
         frequencies=spec.rope.frequencies(spec.head_dim).tolist(),
     )
-    recorder = Recorder(program, parameters)
+    recorder = Recorder(program, parameters, quantization)
     program.finish(describe(spec, recorder))
+    if program.weight_bytes > (available := available_memory()):
+        raise OutOfMemory(
+            f"the weights need {program.weight_bytes / 2**30:.1f} GiB and {available / 2**30:.1f} GiB are free; "
+            "use a smaller model, or quantization 4bit"
+        )
     _pack(program, [(parameters[name], handle) for name, handle in recorder.weights.items()], progress)
     return CpuBackend(spec, program, page_size)
 
 
 def _pack(program: Program, weights: list[tuple[Parameter, int]], progress: Progress) -> None:
-    total = sum(part.data.nbytes for parameter, _ in weights for part in parameter.parts)
+    total = sum(part.nbytes for parameter, _ in weights for part in parameter.parts)
     done = 0
     for parameter, handle in weights:
         parts = []
@@ -113,7 +116,7 @@ def _pack(program: Program, weights: list[tuple[Parameter, int]], progress: Prog
         program.pack(handle, parts, rows, columns)
         for part in parameter.parts:
             part.release()
-            done += part.data.nbytes
+            done += part.nbytes
         progress(done, total)
 
 

@@ -7,15 +7,15 @@ import numpy as np
 
 from octavo.weights.tensor import Parameter
 
-from ._native import Activation, Program
+from ._native import Activation, Encoding, Program, encoding_for
 
 
 class Recorder:
-    """Ops (see backends.base.Ops) whose handles are the native program's buffers. `weights` are still to be packed."""
+    """Ops (see model.ops) whose handles are the native program's buffers. `weights` are still to be packed."""
 
-    def __init__(self, program: Program, parameters: Mapping[str, Parameter]):
+    def __init__(self, program: Program, parameters: Mapping[str, Parameter], quantization: str):
         self.weights: dict[str, int] = {}
-        self._program, self._parameters = program, parameters
+        self._program, self._parameters, self._quantization = program, parameters, quantization
 
     def embed(self, weight: str) -> int:
         return self._program.embed(self._weight(weight))
@@ -45,8 +45,16 @@ class Recorder:
 
     def _weight(self, name: str) -> int:
         if name not in self.weights:
-            self.weights[name] = self._program.weight(*self._parameters[name].shape)
+            rows, columns = self._parameters[name].shape
+            self.weights[name] = self._program.weight(rows, columns, self._encoding(name))
         return self.weights[name]
+
+    def _encoding(self, name: str) -> Encoding:
+        if self._quantization == "auto":
+            return encoding_for([part.format for part in self._parameters[name].parts])
+        if self._quantization == "none":
+            return Encoding.BF16
+        return Encoding.W8 if self._quantization == "8bit" or name in ("embed", "head") else Encoding.W4
 
     def _vector(self, name: str) -> int:
         parts = self._parameters[name].parts

@@ -1,0 +1,16 @@
+// From floats to the integers of a weight, at load.
+#pragma once
+
+#include <cstdint>
+
+#include "quants.h"
+
+namespace octavo {
+
+// n values of a row, the last group's rest as zeros, to kW8 or kW4. Scales and minima are halves already.
+void quantise_groups(Encoding encoding, const float* values, Group* groups, int64_t n);
+
+// n values, a multiple of 32, into a row of Q8_0 or Q4_1; false, and nothing is written, for any other format.
+bool quantise_row(int format, const float* values, uint8_t* to, int64_t n);
+
+}  // namespace octavo

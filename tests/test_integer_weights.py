@@ -1,0 +1,145 @@
+"""Linears of 8-bit and 4-bit weights, on every instruction set of this machine: against numpy, and bit for bit."""
+
+from dataclasses import dataclass
+
+import gguf
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType
+
+native = pytest.importorskip("octavo.backends.cpu._native", reason="the cpu backend's extension is not built")
+
+from step_batches import step_batch  # noqa: E402
+
+ISAS = native.available_isas()
+VOCAB = 40
+GROUP = 32  # values that share a scale
+FORMATS = ["Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"]
+Parts = list[tuple[np.ndarray, str, np.ndarray | None]]
+
+
+def random_blocks(format: str, rows: int, columns: int, seed: int = 0) -> np.ndarray:
+    """Any integers, with scales that make values of about 1: uint8 [rows, bytes per row]."""
+    rng = np.random.default_rng([seed, rows, columns])
+    values, size = gguf.GGML_QUANT_SIZES[GGMLQuantizationType[format]]
+    blocks = rng.integers(0, 256, (rows, columns // values, size), np.uint8)
+    halves = {"Q2_K": [80, 82], "Q3_K": [108], "Q4_K": [0, 2], "Q5_K": [0, 2], "Q6_K": [208]}
+    for at in halves.get(format, [0, 2] if format.endswith("_1") else [0]):
+        sign = rng.choice([-1, 1], blocks.shape[:2])
+        scale = (sign * rng.uniform(0.5, 2, blocks.shape[:2]) / 2 ** (12 if "K" in format else 6)).astype(np.float16)
+        blocks[:, :, at : at + 2] = scale[..., None].view(np.uint8)
+    return blocks.reshape(rows, -1)
+
+
+def dequantised(stored: np.ndarray, format: str) -> np.ndarray:
+    return np.asarray(gguf.quants.dequantize(stored, GGMLQuantizationType[format]), np.float32)
+
+
+def float32(values: np.ndarray) -> Parts:
+    return [(np.ascontiguousarray(values, np.float32).view(np.uint8), "F32", None)]
+
+
+def quantised(x: np.ndarray) -> np.ndarray:
+    """float32 rows to the int8 that linears multiply, scaled back: float64."""
+    groups = np.pad(x, [(0, 0), (0, -x.shape[1] % GROUP)]).reshape(len(x), -1, GROUP)
+    largest = np.abs(groups).max(axis=2, keepdims=True)
+    back = np.divide(np.float32(127), largest, out=np.zeros_like(largest), where=largest > 0)
+    values = np.rint(groups * back).astype(np.float64) * (largest / np.float32(127))
+    return values.reshape(len(x), -1)[:, : x.shape[1]]
+
+
+@dataclass(frozen=True)
+class Linear:
+    """The embedding of each token, normed, quantised and multiplied by a weight."""
+
+    program: "native.Program"
+    normed: np.ndarray  # float32 [VOCAB, columns]
+
+    def run(self, tokens: list[int]) -> np.ndarray:
+        result: np.ndarray = self.program.logits(step_batch([(tokens, 0, [0, 1, 2, 3, 4])]))
+        return result
+
+
+def linear(isa: str, parts: Parts, rows: int, columns: int, encoding: "native.Encoding | None" = None) -> Linear:
+    """The embedding's rows have a mean square of 1, so that the norm, but for the last bit, changes nothing."""
+    program = native.Program(
+        isa=isa, cores=[0, 1], vocab=VOCAB, hidden=columns, heads=1, kv_heads=1, head_dim=16, layers=1, norm_eps=0.0,
+        page_size=32, max_rows=160, max_sampled=160, frequencies=[1.0] * 8,
+    )  # fmt: skip
+    signs = np.random.default_rng(columns).choice(np.float32([-1, 1]), (VOCAB, columns))
+    scale = np.random.default_rng(7).uniform(0.05, 3, columns).astype(np.float32)
+    table = program.weight(VOCAB, columns)
+    weight = program.weight(rows, columns, encoding or native.encoding_for([format for _, format, _ in parts]))
+    x = program.norm(program.embed(table), program.vector(scale))
+    program.finish(program.sampled_rows(program.linear(x, weight, -1, -1)))
+    program.pack(table, float32(signs), VOCAB, columns)
+    program.pack(weight, parts, rows, columns)
+    program.allocate_kv(5)
+    return Linear(program, signs * scale)
+
+
+def assert_close(result: np.ndarray, reference: np.ndarray) -> None:
+    """All that differs is the order of float sums and, in the embedding's norm, nothing: its rows are signs."""
+    assert np.linalg.norm(result - reference) < 2e-6 * np.linalg.norm(reference)
+
+
+def test_encodings_are_as_small_as_they_can_be() -> None:
+    bits = {"Q8_0": 8, "Q4_0": 4, "Q4_1": 4, "Q5_0": 8, "Q4_K": 4, "Q6_K": 8, "F16": 16, "BF16": 16, "W4G32": 4}
+    assert {format: native.encoding_for([format]).bits for format in bits} == bits
+    assert native.encoding_for(["Q8_0"]) == native.Encoding.W8 and native.encoding_for(["Q4_1"]) == native.Encoding.W4
+    assert native.encoding_for(["Q4_K", "Q6_K"]).bits == 8
+    assert native.encoding_for(["Q4_0", "F32"]) == native.Encoding.BF16
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("isa", ISAS)
+def test_each_format_multiplies_its_own_integers(isa: str, format: str) -> None:
+    stored = random_blocks(format, 50, 768)
+    layer = linear(isa, [(stored, format, None)], 50, 768)
+    reference = quantised(layer.normed) @ dequantised(stored, format).T.astype(np.float64)
+    assert_close(layer.run(list(range(VOCAB))), reference)
+
+
+MIXED = [("Q4_K", "Q6_K"), ("Q4_0", "Q4_1", "Q8_0"), ("Q5_1", "Q2_K"), ("Q5_0", "Q8_0"), ("Q4_1", "Q5_K")]
+
+
+@pytest.mark.parametrize("formats", MIXED)
+@pytest.mark.parametrize("isa", ISAS)
+def test_parts_of_several_formats_share_an_encoding(isa: str, formats: tuple[str, ...]) -> None:
+    order = np.random.default_rng(0).permutation(24)
+    stored = [random_blocks(format, 24, 512, seed) for seed, format in enumerate(formats)]
+    layer = linear(isa, [(s, f, order) for s, f in zip(stored, formats, strict=True)], 24 * len(formats), 512)
+    weight = np.concatenate([dequantised(s, f)[order] for s, f in zip(stored, formats, strict=True)])
+    reference = quantised(layer.normed) @ weight.T.astype(np.float64)
+    assert_close(layer.run(list(range(VOCAB))), reference)
+
+
+def test_w4g32_and_w8g32() -> None:
+    """What AWQ and GPTQ checkpoints become: float scales and minima, then integers, the 8-bit ones signed."""
+    rng = np.random.default_rng(0)
+    for format, integers in {"W4G32": rng.integers(0, 16, (20, 3, 32)), "W8G32": rng.integers(-128, 128, (20, 3, 32))}.items():
+        scale = rng.uniform(0.01, 0.1, (20, 3, 1)).astype(np.float16).astype(np.float32)
+        minimum = -scale * rng.integers(0, 16, (20, 3, 1)).astype(np.float32)
+        packed = (integers[..., :16] | integers[..., 16:] << 4) if format == "W4G32" else integers
+        fields = [scale.view(np.uint8), minimum.view(np.uint8), packed.astype(np.uint8)]
+        stored = np.concatenate(fields, axis=2).reshape(20, -1)
+        layer = linear(ISAS[0], [(stored, format, None)], 20, 96)
+        weight = (scale * integers + minimum).reshape(20, 96)
+        assert_close(layer.run(list(range(VOCAB))), quantised(layer.normed) @ weight.T.astype(np.float64))
+
+
+SHAPES = [(32, 1), (64, 17), (96, 100), (576, 16 * 7), (1536, 33)]
+
+
+@pytest.mark.parametrize("columns, rows", SHAPES)
+@pytest.mark.parametrize("format", ["Q8_0", "Q4_0", "Q4_1"])
+@pytest.mark.parametrize("isa", ISAS)
+def test_a_row_does_not_depend_on_its_batch(isa: str, format: str, columns: int, rows: int) -> None:
+    stored = random_blocks(format, rows, columns)
+    layer = linear(isa, [(stored, format, None)], rows, columns)
+    alone = np.concatenate([layer.run([token]) for token in range(20)])
+    reference = quantised(layer.normed) @ dequantised(stored, format).T.astype(np.float64)
+    assert_close(alone, reference[:20])
+    for count in [*range(1, 20), 31, 32, 33, 64, 65, 128, 129, 160]:
+        tokens = [(7 * i) % 20 for i in range(count)]
+        np.testing.assert_array_equal(layer.run(tokens), alone[tokens])
