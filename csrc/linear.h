@@ -78,9 +78,10 @@ void linear(const Instruction& op, const Cut& cut, int64_t rows, int64_t tile, A
     const int64_t blocks = op.weight->blocks - block < cut.panel ? op.weight->blocks - block : cut.panel;
     const int64_t begin = tile % cut.row_tiles * cut.rows;
     const int64_t end = begin + cut.rows < rows ? begin + cut.rows : rows;
-    const int64_t groups = (end - begin + kGroupRows - 1) / kGroupRows;
+    const int64_t most = op.weight->encoding.is_integer() ? kGroup / kIntegerRows * kIntegerRows : kGroupRows;
+    const int64_t groups = (end - begin + most - 1) / most;
     for (int64_t row = begin, index = 0, group; row < end; row += group, index++) {
-        group = even_step(end - row, kGroupRows);
+        group = even_step(end - row, most);
         const Ahead part = ahead.part(index, groups);
         if (op.weight->encoding.is_integer())
             integer_product(op.x, row, group, *op.weight, block, blocks, scratch.sums, kMaxPanel * kBlock, part);

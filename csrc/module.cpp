@@ -137,7 +137,8 @@ NB_MODULE(_native, module) {
             nb::kw_only(), "isa"_a, "cores"_a, "vocab"_a, "hidden"_a, "heads"_a, "kv_heads"_a, "head_dim"_a, "layers"_a,
             "norm_eps"_a, "page_size"_a, "max_rows"_a, "max_sampled"_a, "frequencies"_a)
         .def("vector", [](Program& p, Array<float> values) { return p.vector(values.data(), values.shape(0)); })
-        .def("weight", &Program::weight, "rows"_a, "columns"_a, "encoding"_a = Encoding{})
+        .def("weight", &Program::weight, "rows"_a, "columns"_a, "encoding"_a)
+        .def("weight", [](Program& p, int64_t rows, int64_t columns) { return p.weight(rows, columns, {}); })
         .def("embed", &Program::embed)
         .def("norm", &Program::norm)
         .def("linear", &Program::linear, "x"_a, "weight"_a, "bias"_a, "residual"_a)

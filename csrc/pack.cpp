@@ -76,6 +76,7 @@ void store_integers(const Weight& weight, int64_t block, int64_t lane, const Gro
             if (e.minimum) store_scale(e, scales, e.scales + part, lane, group.minimum[part]);
         }
     }
+    if (e.per_row()) store_scale(e, scales, 0, lane, groups[0].scale[0]);
 }
 
 }  // namespace

@@ -170,7 +170,8 @@ void Program::finish(int logits) {
     for (Weight& w : weights_) {
         w.blocks = w.gated ? 2 * (round_up(w.rows / 2, kBlock) / kBlock) : round_up(w.rows, kBlock) / kBlock;
         w.groups = round_up(w.columns, kQuantGroup) / kQuantGroup;
-        w.block_bytes = round_up(w.groups * (w.encoding.value_bytes() + w.encoding.scale_bytes()), 64);
+        const int64_t row_scales = w.encoding.per_row() ? w.encoding.line_bytes() : 0;
+        w.block_bytes = round_up(w.groups * (w.encoding.value_bytes() + w.encoding.scale_bytes()) + row_scales, 64);
         weight_bytes_ += w.blocks * w.block_bytes;
     }
     weight_memory_ = Memory(weight_bytes_);

@@ -36,14 +36,17 @@ void store(const float* q, float scale, float minimum, Group& group) {
     group.minimum[0] = group.minimum[1] = minimum;
 }
 
-// Symmetric: the largest magnitude becomes 127.
-void quantise_to_8(const float* x, Group& group) {
+float largest_magnitude(const float* x, int64_t n) {
     float largest = 0;
-    for (int i = 0; i < kSize; i++) largest = std::max(largest, std::abs(x[i]));
-    const float scale = rounded_to_half(largest / 127), minimum = -128 * scale;
+    for (int64_t i = 0; i < n; i++) largest = std::max(largest, std::abs(x[i]));
+    return largest;
+}
+
+// Symmetric.
+void quantise_to_8(const float* x, float scale, Group& group) {
     float q[kSize];
-    assign(x, scale, minimum, 255, q);
-    store(q, scale, minimum, group);
+    assign(x, scale, -128 * scale, 255, q);
+    store(q, scale, -128 * scale, group);
 }
 
 // The scale and minimum with the least squared error of those found from eight ranges. Values at the ends of a group
@@ -86,11 +89,12 @@ void quantise_to_4(const float* x, Group& group) {
 }  // namespace
 
 void quantise_groups(Encoding encoding, const float* values, Group* groups, int64_t n) {
+    const float row_scale = largest_magnitude(values, n) / 127;
     for (int64_t i = 0; i < n; i += kSize, groups++) {
         float x[kSize] = {};
         std::copy(values + i, values + std::min<int64_t>(n, i + kSize), x);
         if (encoding == kW8)
-            quantise_to_8(x, *groups);
+            quantise_to_8(x, row_scale, *groups);
         else
             quantise_to_4(x, *groups);
     }
@@ -100,7 +104,10 @@ bool quantise_row(int format, const float* values, uint8_t* to, int64_t n) {
     if (format != GGML_Q8_0 && format != GGML_Q4_1) return false;
     for (int64_t i = 0; i < n; i += kSize) {
         Group group;
-        quantise_groups(format == GGML_Q8_0 ? kW8 : kW4, values + i, &group, kSize);
+        if (format == GGML_Q8_0)
+            quantise_to_8(values + i, rounded_to_half(largest_magnitude(values + i, kSize) / 127), group);
+        else
+            quantise_to_4(values + i, group);
         const uint16_t scale = to_half(group.scale[0]), minimum = to_half(group.minimum[0]);
         std::memcpy(to, &scale, 2), to += 2;
         if (format == GGML_Q8_0) {

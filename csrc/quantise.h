@@ -7,7 +7,7 @@
 
 namespace octavo {
 
-// n values of a row, the last group's rest as zeros, to kW8 or kW4. Scales and minima are halves already.
+// A row of n values, the last group's rest as zeros, to kW8 or kW4.
 void quantise_groups(Encoding encoding, const float* values, Group* groups, int64_t n);
 
 // n values, a multiple of 32, into a row of Q8_0 or Q4_1; false, and nothing is written, for any other format.

@@ -14,8 +14,8 @@ class Encoding:
     """How a weight is stored: bf16, or integers of 8 or 4 bits in groups of 32."""
 
     BF16: Encoding
-    W8: Encoding  # symmetric, as Q8_0
-    W4: Encoding  # with minima, as Q4_1
+    W8: Encoding  # a scale per row, no minima
+    W4: Encoding  # a scale and a minimum per group, as Q4_1
     @property
     def bits(self) -> int: ...
 

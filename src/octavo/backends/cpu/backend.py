@@ -68,7 +68,7 @@ def load(
     """A BackendFactory. `dtype` is auto or bfloat16. OCTAVO_ISA=amx|avx512|avx2|portable picks the kernels.
 
     `quantization` auto: integers of 8 or 4 bits where the checkpoint has them, bfloat16 elsewhere; none: bfloat16;
-    8bit, 4bit: weights of other formats are quantised as they are packed, to 4 bits all but the embedding and the head.
+    8bit, 4bit: what has not so many bits is quantised as it is packed, to 4 bits all but the embedding and the head.
 
     Raises ConfigError, OutOfMemory or UnsupportedModel.
     """

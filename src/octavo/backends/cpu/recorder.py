@@ -50,11 +50,12 @@ class Recorder:
         return self.weights[name]
 
     def _encoding(self, name: str) -> Encoding:
-        if self._quantization == "auto":
-            return encoding_for([part.format for part in self._parameters[name].parts])
+        """That of the checkpoint's own integers, if they have as many bits as wanted."""
+        own = encoding_for([part.format for part in self._parameters[name].parts])
         if self._quantization == "none":
             return Encoding.BF16
-        return Encoding.W8 if self._quantization == "8bit" or name in ("embed", "head") else Encoding.W4
+        wanted = Encoding.W8 if self._quantization == "8bit" or name in ("embed", "head") else Encoding.W4
+        return own if self._quantization == "auto" or own.bits == wanted.bits else wanted
 
     def _vector(self, name: str) -> int:
         parts = self._parameters[name].parts
