@@ -13,15 +13,17 @@
 
 #include "scan.h"
 
+#define OCTAVO_INLINE inline __attribute__((always_inline))
+
 namespace octavo {
 
 using bf16 = uint16_t;
 
-constexpr int64_t kBlock = 16;            // output columns in a block of a packed weight
-constexpr int64_t kSpan = 32;             // positions in a block of the KV cache, the unit in which attention walks
-constexpr int64_t kMaxPanel = 6;          // blocks in a tile of a linear, at most
-constexpr int64_t kGroup = 32;            // rows that a linear sums up before it writes them out, at most
-constexpr int64_t kAttentionRows = 48;    // (position, query head) pairs in a tile of attention, where one position fits
+constexpr int64_t kBlock = 16;          // output columns in a block of a packed weight
+constexpr int64_t kSpan = 32;           // positions in a block of the KV cache, the unit in which attention walks
+constexpr int64_t kMaxPanel = 6;        // blocks in a tile of a linear, at most
+constexpr int64_t kGroup = 32;          // rows that a linear sums up before it writes them out, at most
+constexpr int64_t kAttentionRows = 48;  // (position, query head) pairs in a tile of attention, where one position fits
 
 enum class Activation { none, silu, gelu_tanh };
 
@@ -31,8 +33,8 @@ struct Matrix {
     void* data = nullptr;
     int64_t stride = 0;  // elements
 
-    float* f32(int64_t row) const { return static_cast<float*>(data) + row * stride; }
-    bf16* b16(int64_t row) const { return static_cast<bf16*>(data) + row * stride; }
+    OCTAVO_INLINE float* f32(int64_t row) const { return static_cast<float*>(data) + row * stride; }
+    OCTAVO_INLINE bf16* b16(int64_t row) const { return static_cast<bf16*>(data) + row * stride; }
 };
 
 // A weight [rows, columns], packed as [blocks of 16 rows][pairs of columns][16][2], padded with zeros: pair p of a
@@ -44,7 +46,7 @@ struct Weight {
     int64_t blocks = 0, pairs = 0;
     bf16* data = nullptr;
 
-    const bf16* block(int64_t index) const { return data + index * pairs * kBlock * 2; }
+    OCTAVO_INLINE const bf16* block(int64_t index) const { return data + index * pairs * kBlock * 2; }
 };
 
 // The sizes that do not change from one step to the next.
@@ -52,8 +54,8 @@ struct Shape {
     int64_t heads, kv_heads, head_dim, page_size;
     float norm_eps;
 
-    int64_t block_elements() const { return kSpan * head_dim; }  // of K, or of V, of one head in one block
-    int64_t blocks_per_page() const { return page_size / kSpan; }
+    OCTAVO_INLINE int64_t block_elements() const { return kSpan * head_dim; }  // of K, or of V, of one head in a block
+    OCTAVO_INLINE int64_t blocks_per_page() const { return page_size / kSpan; }
 };
 
 enum class Op { rotary, embed, norm, linear, rope_and_cache, attention, sampled_rows, sample };
@@ -61,13 +63,13 @@ enum class Op { rotary, embed, norm, linear, rope_and_cache, attention, sampled_
 struct Instruction {
     Op op;
     Matrix x = {}, out = {}, residual = {};  // residual.data may be null
-    const Weight* weight = nullptr;    // embed, linear
-    const float* vector = nullptr;     // norm: its weight; linear: the bias or null; rope_and_cache: q_norm or null
-    const float* vector2 = nullptr;    // rope_and_cache: k_norm or null
-    int64_t width = 0;                 // columns of x, of embed: of out
+    const Weight* weight = nullptr;          // embed, linear
+    const float* vector = nullptr;   // norm: its weight; linear: the bias or null; rope_and_cache: q_norm or null
+    const float* vector2 = nullptr;  // rope_and_cache: k_norm or null
+    int64_t width = 0;               // columns of x, of embed: of out
     int64_t layer = 0, window = 0;
     Activation activation = Activation::none;
-    bool sampled = false;              // on the sampled rows only
+    bool sampled = false;  // on the sampled rows only
 };
 
 // Rows of one sequence, one after another.
@@ -87,7 +89,7 @@ struct Ahead {
     const char *at = nullptr, *end = nullptr;
 
     // The `index`-th of `parts` even parts.
-    Ahead part(int64_t index, int64_t parts) const {
+    OCTAVO_INLINE Ahead part(int64_t index, int64_t parts) const {
         const int64_t lines = (end - at) / 64;
         return {at + index * lines / parts * 64, at + (index + 1) * lines / parts * 64};
     }
@@ -101,13 +103,13 @@ struct Step {
     int64_t pages_per_sequence;
     std::byte* kv;
     int64_t page_bytes;
-    const float* rotary;                 // [rows][head_dim / 2] cosines, then as many sines, per row
-    const RowTile* cache_tiles;          // rows that fall into one block of the KV cache
-    const RowTile* attention_tiles;      // each for every kv head
-    int64_t rows_per_tile;               // of row-wise instructions
+    const float* rotary;             // [rows][2][head_dim / 2]: cosines, then sines
+    const RowTile* cache_tiles;      // rows that fall into one block of the KV cache
+    const RowTile* attention_tiles;  // each for every kv head
+    int64_t rows_per_tile;           // of row-wise instructions
 
     // K of block `block` (positions 32 block ... 32 block + 31) of a sequence; V follows it.
-    bf16* kv_block(int64_t sequence, int64_t block, int64_t layer, int64_t kv_head) const {
+    OCTAVO_INLINE bf16* kv_block(int64_t sequence, int64_t block, int64_t layer, int64_t kv_head) const {
         const int64_t per_page = shape->blocks_per_page();
         const int64_t page = page_tables[sequence * pages_per_sequence + block / per_page];
         const int64_t index = (layer * shape->kv_heads + kv_head) * per_page + block % per_page;
