@@ -3,6 +3,7 @@
 
 #include "attention.h"
 #include "linear.h"
+#include "rope_and_cache.h"
 #include "rows.h"
 #include "scan_kernels.h"
 

@@ -14,15 +14,17 @@
 #include "encoding.h"
 #include "scan.h"
 
+#define OCTAVO_INLINE inline __attribute__((always_inline))
+
 namespace octavo {
 
 using bf16 = uint16_t;
 
-constexpr int64_t kBlock = 16;            // output columns in a block of a packed weight
-constexpr int64_t kSpan = 32;             // positions in a block of the KV cache, the unit in which attention walks
-constexpr int64_t kMaxPanel = 6;          // blocks in a tile of a linear, at most
-constexpr int64_t kGroup = 32;            // rows that a linear sums up before it writes them out, at most
-constexpr int64_t kAttentionRows = 48;    // (position, query head) pairs in a tile of attention, where one position fits
+constexpr int64_t kBlock = 16;          // output columns in a block of a packed weight
+constexpr int64_t kSpan = 32;           // positions in a block of the KV cache, the unit in which attention walks
+constexpr int64_t kMaxPanel = 6;        // blocks in a tile of a linear, at most
+constexpr int64_t kGroup = 32;          // rows that a linear sums up before it writes them out, at most
+constexpr int64_t kAttentionRows = 48;  // (position, query head) pairs in a tile of attention, where one position fits
 
 enum class Activation { none, silu, gelu_tanh };
 
@@ -42,12 +44,12 @@ struct Matrix {
     int64_t stride = 0;  // elements
     bool quantised = false;
 
-    float* f32(int64_t row) const { return static_cast<float*>(data) + row * stride; }
-    bf16* b16(int64_t row) const { return static_cast<bf16*>(data) + row * stride; }
-    int8_t* i8(int64_t row) const { return static_cast<int8_t*>(data) + row * quantised_bytes(stride); }
-    ActivationGroup* groups(int64_t row) const { return reinterpret_cast<ActivationGroup*>(i8(row) + stride); }
+    OCTAVO_INLINE float* f32(int64_t row) const { return static_cast<float*>(data) + row * stride; }
+    OCTAVO_INLINE bf16* b16(int64_t row) const { return static_cast<bf16*>(data) + row * stride; }
+    OCTAVO_INLINE int8_t* i8(int64_t row) const { return static_cast<int8_t*>(data) + row * quantised_bytes(stride); }
+    OCTAVO_INLINE ActivationGroup* groups(int64_t row) const { return reinterpret_cast<ActivationGroup*>(i8(row) + stride); }
 
-    static constexpr int64_t quantised_bytes(int64_t stride) {
+    OCTAVO_INLINE static constexpr int64_t quantised_bytes(int64_t stride) {
         return stride + stride / kQuantGroup * int64_t(sizeof(ActivationGroup));
     }
 };
@@ -66,9 +68,9 @@ struct Weight {
     int64_t block_bytes = 0;
     std::byte* data = nullptr;
 
-    int64_t pairs() const { return groups * kQuantGroup / 2; }
-    std::byte* block(int64_t index) const { return data + index * block_bytes; }
-    bf16* b16_block(int64_t index) const { return reinterpret_cast<bf16*>(block(index)); }
+    OCTAVO_INLINE int64_t pairs() const { return groups * kQuantGroup / 2; }
+    OCTAVO_INLINE std::byte* block(int64_t index) const { return data + index * block_bytes; }
+    OCTAVO_INLINE bf16* b16_block(int64_t index) const { return reinterpret_cast<bf16*>(block(index)); }
 };
 
 // The sizes that do not change from one step to the next.
@@ -76,8 +78,8 @@ struct Shape {
     int64_t heads, kv_heads, head_dim, page_size;
     float norm_eps;
 
-    int64_t block_elements() const { return kSpan * head_dim; }  // of K, or of V, of one head in one block
-    int64_t blocks_per_page() const { return page_size / kSpan; }
+    OCTAVO_INLINE int64_t block_elements() const { return kSpan * head_dim; }  // of K, or of V, of one head in a block
+    OCTAVO_INLINE int64_t blocks_per_page() const { return page_size / kSpan; }
 };
 
 enum class Op { rotary, embed, norm, linear, rope_and_cache, attention, quantise, sampled_rows, sample };
@@ -85,13 +87,13 @@ enum class Op { rotary, embed, norm, linear, rope_and_cache, attention, quantise
 struct Instruction {
     Op op;
     Matrix x = {}, out = {}, residual = {};  // residual.data may be null
-    const Weight* weight = nullptr;    // embed, linear
-    const float* vector = nullptr;     // norm: its weight; linear: the bias or null; rope_and_cache: q_norm or null
-    const float* vector2 = nullptr;    // rope_and_cache: k_norm or null
-    int64_t width = 0;                 // columns of x, of embed: of out
+    const Weight* weight = nullptr;          // embed, linear
+    const float* vector = nullptr;   // norm: its weight; linear: the bias or null; rope_and_cache: q_norm or null
+    const float* vector2 = nullptr;  // rope_and_cache: k_norm or null
+    int64_t width = 0;               // columns of x, of embed: of out
     int64_t layer = 0, window = 0;
     Activation activation = Activation::none;
-    bool sampled = false;              // on the sampled rows only
+    bool sampled = false;  // on the sampled rows only
 };
 
 // Rows of one sequence, one after another.
@@ -111,7 +113,7 @@ struct Ahead {
     const char *at = nullptr, *end = nullptr;
 
     // The `index`-th of `parts` even parts.
-    Ahead part(int64_t index, int64_t parts) const {
+    OCTAVO_INLINE Ahead part(int64_t index, int64_t parts) const {
         const int64_t lines = (end - at) / 64;
         return {at + index * lines / parts * 64, at + (index + 1) * lines / parts * 64};
     }
@@ -125,13 +127,13 @@ struct Step {
     int64_t pages_per_sequence;
     std::byte* kv;
     int64_t page_bytes;
-    const float* rotary;                 // [rows][head_dim / 2] cosines, then as many sines, per row
-    const RowTile* cache_tiles;          // rows that fall into one block of the KV cache
-    const RowTile* attention_tiles;      // each for every kv head
-    int64_t rows_per_tile;               // of row-wise instructions
+    const float* rotary;             // [rows][2][head_dim / 2]: cosines, then sines
+    const RowTile* cache_tiles;      // rows that fall into one block of the KV cache
+    const RowTile* attention_tiles;  // each for every kv head
+    int64_t rows_per_tile;           // of row-wise instructions
 
     // K of block `block` (positions 32 block ... 32 block + 31) of a sequence; V follows it.
-    bf16* kv_block(int64_t sequence, int64_t block, int64_t layer, int64_t kv_head) const {
+    OCTAVO_INLINE bf16* kv_block(int64_t sequence, int64_t block, int64_t layer, int64_t kv_head) const {
         const int64_t per_page = shape->blocks_per_page();
         const int64_t page = page_tables[sequence * pages_per_sequence + block / per_page];
         const int64_t index = (layer * shape->kv_heads + kv_head) * per_page + block % per_page;

@@ -4,7 +4,9 @@
 #include <atomic>
 #include <cstdint>
 #include <deque>
-#include <memory>
+#include <functional>
+#include <mutex>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -16,8 +18,14 @@
 
 namespace octavo {
 
+inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+inline void require(bool ok, const char* what) {
+    if (!ok) throw std::invalid_argument(what);
+}
+
 struct Sizes {
-    int64_t vocab, hidden, heads, kv_heads, head_dim, layers;
+    int64_t vocab, heads, kv_heads, head_dim, layers;
     double norm_eps;
     int64_t page_size, max_rows, max_sampled;
 };
@@ -67,6 +75,10 @@ public:
 
 private:
     enum class Element { f32, bf16, i8 };
+    struct Vector {
+        int64_t length;
+        std::vector<float> values;  // and zeros
+    };
     struct Buffer {
         int64_t width;
         Element element;
@@ -83,7 +95,11 @@ private:
 
     int record(Instruction instruction, int x, int64_t width, Element element, int residual = -1);
     int quantised(int x);
+    const float* values_of(int vector, int64_t length) const;
     std::vector<Buffer> assign_storage();
+    void lay_out_arena();
+    void lay_out_weights();
+    void make_scratch();
     void validate(const Batch& batch) const;
     void prepare(const Batch& batch);
     Cut cut_linear(const Instruction& instruction) const;
@@ -101,7 +117,7 @@ private:
     Shape shape_;
     std::vector<double> frequencies_;  // radians per position
 
-    std::deque<std::vector<float>> vectors_;
+    std::deque<Vector> vectors_;
     std::deque<Weight> weights_;
     std::vector<Buffer> buffers_;
     std::vector<Recorded> recorded_;
@@ -112,6 +128,7 @@ private:
     float* rotary_ = nullptr;
 
     // Of the step being run.
+    std::mutex running_;
     Step step_{};
     const Work* finish_row_ = nullptr;
     std::vector<RowTile> cache_tiles_, attention_tiles_;

@@ -33,7 +33,10 @@ void norm(const Instruction& op, const Step& step, int64_t begin, int64_t end) {
         if (r + 1 < end) prefetch(op.x.f32(r + 1), op.x.stride * sizeof(float));
         F32 squares[2] = {};
         for (int64_t i = 0; i < op.x.stride; i += 2 * kLanes)
-            for (int j = 0; j < 2; j++) squares[j] = fma(load(x + i + j * kLanes), load(x + i + j * kLanes), squares[j]);
+            for (int j = 0; j < 2; j++) {
+                const F32 v = load(x + i + j * kLanes);
+                squares[j] = fma(v, v, squares[j]);
+            }
         const float mean = sum(squares[0] + squares[1]) / float(op.width);
         const F32 scale = splat(1.0f / __builtin_sqrtf(mean + step.shape->norm_eps));
         for (int64_t i = 0; i < op.x.stride; i += kQuantGroup) {

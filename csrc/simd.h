@@ -13,7 +13,6 @@
 
 #include "kernels.h"
 
-#define OCTAVO_INLINE inline __attribute__((always_inline))
 #define OCTAVO_UNROLL _Pragma("GCC unroll 24")  // early, so that small arrays become registers
 
 namespace octavo::OCTAVO_ISA {

@@ -1,10 +1,14 @@
 """Fixtures that several test files share: models, made or found once a session."""
 
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+
+# A shell starts background jobs, as CI may be one, with Ctrl-C ignored, and children inherit that: the tests press it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

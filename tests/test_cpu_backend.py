@@ -1,9 +1,11 @@
 """The cpu backend on random models: close to float32 PyTorch, and the same bits in any batch, chunk and page."""
 
+import contextlib
 import dataclasses
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -251,22 +253,24 @@ def test_a_forked_child_can_go_on() -> None:
     subprocess.run([sys.executable, "-c", script], env=environment, check=True, timeout=60)
 
 
-def test_loading_smollm2_is_lean(smollm2: Path) -> None:
-    """Peak memory while loading at most 1.3 times the packed weights, and 300 MB for Python and all."""
-    script = (
-        "import resource, sys; from pathlib import Path\n"
-        "from octavo.backends.cpu import load\n"
-        "from octavo.model import describe_model\n"
-        "from octavo.weights import open_checkpoint\n"
-        "checkpoint = open_checkpoint(Path(sys.argv[1]))\n"
-        "spec, parameters = describe_model(checkpoint.config, checkpoint.tensors)\n"
-        "backend = load(spec, parameters, page_size=32, max_batch_tokens=512, max_batch_size=256, max_model_len=8192,\n"
-        "               threads=2, dtype='auto', quantization='auto', device='auto', progress=lambda done, total: None)\n"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, backend.weight_bytes)\n"
-    )
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    run = subprocess.run(
-        [sys.executable, "-c", script, smollm2], env=environment, check=True, timeout=60, capture_output=True
-    )
-    peak, packed = map(int, run.stdout.split())
-    assert peak < 1.3 * packed + 300e6
+def test_two_steps_at_a_time_are_refused() -> None:
+    backend = load(PLAIN)
+    batch = step_batch([(TOKENS, 0, PAGES)])
+    expected = backend.logits(batch)
+    stop, refused = threading.Event(), 0
+
+    def run_steps() -> None:
+        while not stop.is_set():
+            with contextlib.suppress(ValueError):
+                np.testing.assert_array_equal(backend.logits(batch), expected)
+
+    other = threading.Thread(target=run_steps)
+    other.start()
+    while refused < 5:
+        try:
+            np.testing.assert_array_equal(backend.logits(batch), expected)
+        except ValueError as error:
+            assert "another thread" in str(error)
+            refused += 1
+    stop.set()
+    other.join()

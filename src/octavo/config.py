@@ -48,6 +48,9 @@ class EngineConfig:
         None, "Memory for the KV cache, such as 4GiB; by default what a full batch needs, at most half of what is free."
     )
     enable_prefix_caching: bool = _setting(True, "Keep pages of finished requests for prompts that begin the same.")
+    speculative_tokens: int = _setting(
+        0, "Guesses at the next tokens that a step tries, looked up in the text so far. The tokens stay the same."
+    )
     threads: int | None = _setting(None, "Compute threads, each pinned to a core; one per available core by default.")
     tensor_parallel_size: int = _setting(1, "Devices to spread the model over. Only 1 so far.")
 
@@ -75,6 +78,7 @@ class EngineConfig:
         at_least("max_batch_tokens", 1)
         at_least("kv_cache_page_size", 32)
         need(self.kv_cache_page_size % 32 == 0, "kv_cache_page_size", "a multiple of 32")
+        at_least("speculative_tokens", 0)
         if self.threads is not None:
             at_least("threads", 1)
         need(self.tensor_parallel_size == 1, "tensor_parallel_size", "1: this version runs on one device")

@@ -37,5 +37,9 @@ class PromptTooLong(InvalidRequest):
     """The prompt leaves no room for a single new token in the model's context."""
 
 
+class RequestFailed(OctavoError, RuntimeError):
+    """A sound request that the engine could not go on with (HTTP 500)."""
+
+
 class EngineDead(OctavoError, RuntimeError):
     """The engine stopped and could not be brought back."""

@@ -18,6 +18,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     seed: same seed, same text; None: one is drawn and reported. logprobs: so many of the likeliest tokens with each
     sampled one (at most 20). presence_penalty, frequency_penalty (-2 to 2): over the output; repetition_penalty (> 0):
     over prompt and output. logit_bias: token id to a bias of -100 to 100. ignore_eos: go on after end-of-sequence.
+    speculative_tokens: guesses a step may try for this request; None: as the engine is set. The tokens stay the same.
 
     Raises InvalidRequest (a ValueError) for a value out of range.
     """
@@ -38,6 +39,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     repetition_penalty: float = 1.0
     logit_bias: dict[int, float] | None = None
     ignore_eos: bool = False
+    speculative_tokens: int | None = None
 
     def __post_init__(self) -> None:
         def need(ok: bool, param: str, what: str) -> None:
@@ -94,6 +96,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
             "a map of at most 1,024 token ids to numbers from -100 to 100",
         )
         need(isinstance(self.ignore_eos, bool), "ignore_eos", "true or false")
+        if self.speculative_tokens is not None:
+            integer("speculative_tokens", 0, 1024, "an integer from 0 to 1,024")
 
     @property
     def stop_strings(self) -> list[str]:

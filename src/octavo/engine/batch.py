@@ -44,11 +44,14 @@ class BatchBuilder:
     def build(self, plan: StepPlan) -> StepBatch:
         for seq in plan.sequences:
             self._refresh(seq)
-        chunks = np.array(plan.chunks, np.int32)
+        rows = [chunk + len(plan.guesses.get(i, ())) for i, chunk in enumerate(plan.chunks)]
+        chunks = np.array(rows, np.int32)
         query_start = np.zeros(len(chunks) + 1, np.int32)
         np.cumsum(chunks, out=query_start[1:])
         computed = np.array([seq.num_computed for seq in plan.sequences], np.int32)
-        sampled = [i for i, seq in enumerate(plan.sequences) if chunks[i] == seq.num_uncomputed]
+        sampled = [
+            (i, ahead) for i in range(len(rows)) if plan.ends(i) for ahead in range(1 + len(plan.guesses.get(i, ())))
+        ]
         slots = np.array([seq.slot for seq in plan.sequences], np.intp)
         width = -(-int((computed + chunks).max()) // self._page_size)
         return StepBatch(
@@ -56,8 +59,8 @@ class BatchBuilder:
             positions=np.arange(query_start[-1], dtype=np.int32) + np.repeat(computed - query_start[:-1], chunks),
             query_start=query_start,
             page_tables=np.ascontiguousarray(self._page_tables[slots, :width]),
-            sample_rows=query_start[1:][sampled] - 1,
-            sampling=self._sampling([plan.sequences[i] for i in sampled]),
+            sample_rows=np.array([query_start[i] + plan.chunks[i] - 1 + ahead for i, ahead in sampled], np.int32),
+            sampling=self._sampling([(plan.sequences[i], ahead) for i, ahead in sampled]),
         )
 
     def _refresh(self, seq: Sequence) -> None:
@@ -86,9 +89,11 @@ class BatchBuilder:
         self._penalised[slot] = params.penalised
         self._biased[slot] = bool(params.logit_bias) or params.min_tokens > 0
 
-    def _sampling(self, sequences: list[Sequence]) -> SamplingBatch:
+    def _sampling(self, rows: list[tuple[Sequence, int]]) -> SamplingBatch:
+        """How to sample each of `rows`: the sequence's next token, or the one so many ahead of it."""
+        sequences = [seq for seq, _ in rows]
         slots = np.array([seq.slot for seq in sequences], np.intp)
-        outputs = np.array([seq.num_outputs for seq in sequences], np.int64)
+        outputs = np.array([seq.num_outputs + ahead for seq, ahead in rows], np.int64)
         penalised, biased = self._penalised[slots], self._biased[slots]
         histories = [seq.tokens if penalised[r] else _NO_TOKENS for r, seq in enumerate(sequences)]
         biases = [_bias(seq) if biased[r] else _NO_BIAS for r, seq in enumerate(sequences)]
@@ -113,10 +118,11 @@ class BatchBuilder:
 
 
 def _gather_tokens(plan: StepPlan) -> np.ndarray:
-    chunks = (
-        seq.tokens[seq.num_computed : seq.num_computed + chunk]
-        for seq, chunk in zip(plan.sequences, plan.chunks, strict=True)
-    )
+    chunks = []
+    for i, (seq, chunk) in enumerate(zip(plan.sequences, plan.chunks, strict=True)):
+        chunks.append(seq.tokens[seq.num_computed : seq.num_computed + chunk])
+        if i in plan.guesses:
+            chunks.append(plan.guesses[i])
     return np.frombuffer(b"".join(chunks), np.int32)
 
 

@@ -29,6 +29,7 @@ class Engine:
         max_batch_size: int,
         max_batch_tokens: int,
         prefix_caching: bool = True,
+        speculative_tokens: int = 0,
     ):
         self.backend = backend
         self.kv = KVCache(num_pages, backend.page_size, prefix_caching)
@@ -38,8 +39,10 @@ class Engine:
         self._builder = BatchBuilder(self.scheduler.max_running, max_pages, backend.page_size)
         self._live: dict[str, Sequence] = {}
         self._rejected: list[TokenOutput] = []
+        self._speculative_tokens = speculative_tokens
         self._arrivals = 0
         self._steps = self._tokens_computed = self._tokens_generated = self._cached_tokens = 0
+        self._guessed_tokens = self._right_guesses = 0
         self._step_seconds = self._backend_seconds = 0.0
 
     @property
@@ -68,6 +71,7 @@ class Engine:
             tokens=array("i", request.prompt + request.output),
             num_prompt=len(request.prompt),
             max_tokens=min(len(request.prompt) + (params.max_tokens or self.max_model_len), self.max_model_len),
+            guess_limit=self._speculative_tokens if params.speculative_tokens is None else params.speculative_tokens,
         )
         self._arrivals += 1
         self._live[request.id] = seq
@@ -107,6 +111,8 @@ class Engine:
             tokens_computed=self._tokens_computed,
             tokens_generated=self._tokens_generated,
             cached_tokens=self._cached_tokens,
+            guessed_tokens=self._guessed_tokens,
+            right_guesses=self._right_guesses,
             step_seconds=self._step_seconds,
             backend_seconds=self._backend_seconds,
         )
@@ -128,15 +134,24 @@ class Engine:
         """Book what the step computed, append the sampled tokens, end what has ended."""
         outputs: list[TokenOutput] = []
         tokens = result.tokens.tolist()
-        for seq, chunk in zip(plan.sequences, plan.chunks, strict=True):
-            sampled = chunk == seq.num_uncomputed
+        row = 0
+        for i, (seq, chunk) in enumerate(zip(plan.sequences, plan.chunks, strict=True)):
+            ends = plan.ends(i)
             if seq.num_computed < seq.num_prompt <= seq.num_computed + chunk:
                 self.scheduler.let_go(seq)
             seq.num_computed += chunk
             self.kv.commit(seq.held, seq.tokens, seq.num_computed)
-            if sampled:
-                row = len(outputs)
+            if ends:
+                guesses = plan.guesses.get(i, ())
                 outputs.append(self._append(seq, tokens[row], _logprobs(seq, result, row)))
+                for ahead, token in enumerate(guesses):
+                    if outputs[-1].finish_reason or token != seq.tokens[-1]:
+                        break
+                    seq.num_computed += 1
+                    outputs.append(self._append(seq, tokens[row + ahead + 1], _logprobs(seq, result, row + ahead + 1)))
+                    self._right_guesses += 1
+                self._guessed_tokens += len(guesses)
+                row += 1 + len(guesses)
         self._tokens_computed += sum(plan.chunks)
         self._tokens_generated += len(outputs)
         return outputs

@@ -12,6 +12,7 @@ from octavo.model import describe_model
 from octavo.weights import open_checkpoint
 
 from .engine import Engine
+from .speculation import FREE_ROWS
 
 if TYPE_CHECKING:
     from octavo.model.spec import DecoderSpec
@@ -32,7 +33,7 @@ def load_engine(config: EngineConfig, path: Path, progress: Progress | None = No
         parameters,
         page_size=config.kv_cache_page_size,
         max_batch_tokens=config.max_batch_tokens,
-        max_batch_size=config.max_batch_size,
+        max_batch_size=max(config.max_batch_size, FREE_ROWS),  # guesses are sampled too
         max_model_len=max_model_len,
         threads=config.num_threads,
         dtype=DTYPES[config.dtype],
@@ -49,6 +50,7 @@ def load_engine(config: EngineConfig, path: Path, progress: Progress | None = No
         max_batch_size=config.max_batch_size,
         max_batch_tokens=config.max_batch_tokens,
         prefix_caching=config.enable_prefix_caching,
+        speculative_tokens=config.speculative_tokens,
     )
 
 

@@ -69,5 +69,7 @@ class EngineStats(msgspec.Struct, frozen=True):
     tokens_computed: int
     tokens_generated: int
     cached_tokens: int
+    guessed_tokens: int  # computed as guesses; tokens_computed does not count them
+    right_guesses: int  # of those, kept
     step_seconds: float  # in Engine.step
     backend_seconds: float  # of those, in the backend

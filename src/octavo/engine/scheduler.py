@@ -1,19 +1,29 @@
 """Decides what each step computes. There are no phases: a step is a list of (sequence, number of new tokens)."""
 
 import heapq
-from dataclasses import dataclass
+from array import array
+from dataclasses import dataclass, field
 
 from octavo.kv import KVCache
 
 from .sequence import Sequence
+from .speculation import FREE_ROWS, guess
 
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """`chunks[i]`: how many tokens of `sequences[i]` this step computes, from its num_computed on."""
+    """`chunks[i]`: how many tokens of `sequences[i]` this step computes, from its num_computed on.
+
+    `guesses[i]`: tokens to compute after them, in case they come next; only for a sequence whose chunk ends it.
+    """
 
     sequences: list[Sequence]
     chunks: list[int]
+    guesses: dict[int, "array[int]"] = field(default_factory=dict)
+
+    def ends(self, i: int) -> bool:
+        """Whether sequence i will be computed to its end, so that its next token can be sampled."""
+        return self.chunks[i] == self.sequences[i].num_uncomputed
 
 
 class Scheduler:
@@ -77,6 +87,7 @@ class Scheduler:
         preempted = self._continue_running(plan)
         if not preempted:  # pages are short: what is freed belongs to those that run
             self._admit_waiting(plan)
+            self._guess(plan)
         return plan
 
     def _continue_running(self, plan: StepPlan) -> bool:
@@ -120,6 +131,20 @@ class Scheduler:
             plan.sequences.append(seq)
             plan.chunks.append(chunk)
             budget -= chunk
+
+    def _guess(self, plan: StepPlan) -> None:
+        """Fill what the step has of free rows with guesses, for decoding sequences that are to have them."""
+        free = min(FREE_ROWS, self.max_batch_tokens) - sum(plan.chunks)
+        for i, seq in enumerate(plan.sequences):
+            if free <= 0:
+                return
+            if not seq.num_guesses or not plan.ends(i):
+                continue
+            room = min(free, seq.num_guesses, seq.max_tokens - len(seq.tokens) - 1)
+            guesses = guess(seq.tokens, room) if room > 0 else None
+            if guesses and self.kv.grow(seq.held, len(seq.tokens) + len(guesses)):
+                plan.guesses[i] = guesses
+                free -= len(guesses)
 
     def _insert_running(self, seq: Sequence) -> None:
         """Keep order of arrival: a preempted sequence returns to its place."""

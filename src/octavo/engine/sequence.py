@@ -18,6 +18,7 @@ class Sequence:
     tokens: "array[int]"
     num_prompt: int
     max_tokens: int  # of prompt and output
+    guess_limit: int = 0  # guesses at the next tokens that a step may try
     num_computed: int = 0
     cached_tokens: int = 0  # of num_computed, found in the prefix cache when it was first admitted
     held: SequencePages = field(default_factory=SequencePages)
@@ -35,3 +36,9 @@ class Sequence:
     @property
     def num_uncomputed(self) -> int:
         return len(self.tokens) - self.num_computed
+
+    @property
+    def num_guesses(self) -> int:
+        """`guess_limit`, but 0 where the next token but one is sampled by rules that depend on the next."""
+        params = self.request.params
+        return 0 if params.penalised or self.num_outputs < params.min_tokens else self.guess_limit

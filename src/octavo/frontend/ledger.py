@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 import msgspec
 
 from octavo.engine.messages import EngineInfo, EngineRequest, TokenOutput
-from octavo.errors import InvalidRequest, PromptTooLong
+from octavo.errors import InvalidRequest, PromptTooLong, RequestFailed
 from octavo.outputs import RequestMetrics, RequestOutput
 from octavo.params import SamplingParams
 from octavo.text import Detokenizer, Tokenizer
@@ -85,7 +85,7 @@ class Ledger:
                 continue  # aborted meanwhile
             if output.finish_reason == "error":
                 stopped += self.close(live.id)
-                live.sink(live, InvalidRequest(output.message or "the engine could not go on with this request"))
+                live.sink(live, RequestFailed(output.message or "the engine could not go on with this request"))
                 continue
             increment = live.advance(completion, output)
             if completion.finish_reason:

@@ -91,6 +91,16 @@ class RemoteEngine:
             self._serving.send(Abort(engine_ids))
 
     async def _supervise(self) -> None:
+        """Keep an engine running; if that fails for whatever reason, nobody may be left waiting."""
+        try:
+            await self._keep_running()
+        except OctavoError as error:
+            self._stop(EngineDead(f"the engine crashed and did not start again: {error}"))
+        except Exception as error:
+            log.exception("the engine's supervisor failed")
+            self._stop(EngineDead(f"the frontend lost its engine: {error}"))
+
+    async def _keep_running(self) -> None:
         """Receive until the process ends; then start another one, and owe it the live requests."""
         while True:
             await self._receive_until_exit(self._process)
@@ -101,11 +111,7 @@ class RemoteEngine:
             if len(self._crashes) > MAX_CRASHES:
                 self._stop(EngineDead(f"the engine crashed {len(self._crashes)} times in a minute"))
                 return
-            try:
-                await self._restart()
-            except OctavoError as error:
-                self._stop(EngineDead(f"the engine crashed and did not start again: {error}"))
-                return
+            await self._restart()
 
     async def _restart(self) -> None:
         self._process.end()

@@ -7,7 +7,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 from starlette.exceptions import HTTPException
 
-from octavo.errors import EngineDead, InvalidRequest, OctavoError, PromptTooLong
+from octavo.errors import EngineDead, InvalidRequest, OctavoError, PromptTooLong, RequestFailed
 
 from .replies import ErrorBody, ErrorReply, Json
 
@@ -44,6 +44,8 @@ def error_reply(error: Exception) -> tuple[int, ErrorReply]:
             return 400, _reply(400, str(error), error.param, None)
         case EngineDead():
             return 503, _reply(503, str(error), None, "engine_dead")
+        case RequestFailed():
+            return 500, _reply(500, str(error), None, "request_failed")
         case HTTPException():
             return error.status_code, _reply(error.status_code, error.detail, None, None)
         case _:
@@ -84,7 +86,7 @@ def install(app: FastAPI) -> None:
         route = f"{request.method} {request.scope['path']}"
         return Json(_reply(status, f"{error.detail}: {route}", None, None), status, error.headers)
 
-    for kind in (ApiError, InvalidRequest, EngineDead, HTTPException, Exception):
+    for kind in (ApiError, InvalidRequest, EngineDead, RequestFailed, HTTPException, Exception):
         app.add_exception_handler(kind, answer)
 
 

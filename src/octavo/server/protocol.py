@@ -90,6 +90,7 @@ class GenerationRequest(Strict):
     repetition_penalty: float | None = None
     logit_bias: dict[str, float] | None = None
     ignore_eos: bool | None = None
+    speculative_tokens: int | None = None
     user: Ignored = None
 
     @model_validator(mode="after")

@@ -28,7 +28,6 @@ class Program:
         isa: str,
         cores: Sequence[int],
         vocab: int,
-        hidden: int,
         heads: int,
         kv_heads: int,
         head_dim: int,

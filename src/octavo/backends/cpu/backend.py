@@ -82,7 +82,6 @@ def load(
         isa=_choose_isa(),
         cores=_choose_cores(threads),
         vocab=spec.vocab_size,
-        hidden=spec.hidden_size,
         heads=spec.num_heads,
         kv_heads=spec.num_kv_heads,
         head_dim=spec.head_dim,
