@@ -95,7 +95,8 @@ int Program::rope_and_cache(int qkv, int layer, int q_norm, int k_norm) {
 }
 
 int Program::attention(int q, int layer, int64_t window) {
-    const int out = record({.op = Op::attention, .layer = layer, .window = window}, q, buffers_.at(q).width, Element::bf16);
+    const Instruction instruction{.op = Op::attention, .layer = layer, .window = window};
+    const int out = record(instruction, q, buffers_.at(q).width, Element::bf16);
     buffers_[out].whole = sizes_.head_dim % kQuantGroup == 0;
     return out;
 }
@@ -141,8 +142,9 @@ std::vector<Program::Buffer> Program::assign_storage() {
 }
 
 void Program::finish(int logits) {
-    require(buffers_.at(logits).sampled && buffers_.at(logits).element == Element::f32, "logits are float, of the sampled rows");
-    logits_width_ = buffers_.at(logits).width;
+    const Buffer& result = buffers_.at(logits);
+    require(result.sampled && result.element == Element::f32, "logits are float, of the sampled rows");
+    logits_width_ = result.width;
     record({.op = Op::sample}, logits, 0, Element::f32);
     const std::vector<Buffer> places = assign_storage();
 
@@ -196,17 +198,19 @@ void Program::finish(int logits) {
     counters_ = std::vector<Counter>(instructions_.size() * pool_.size());
 
     const int64_t pairs = std::max(kAttentionRows, sizes_.heads / sizes_.kv_heads);  // rows of a tile of attention
+    int64_t groups = 0;
+    for (const Weight& w : weights_) groups = std::max(groups, w.groups);
     const int64_t sizes[] = {kGroup * kMaxPanel * kBlock, pairs * kSpan, pairs * sizes_.head_dim, pairs, pairs * kBlock,
-                             pairs * sizes_.head_dim / 2, pairs * kSpan / 2};
+                             pairs * sizes_.head_dim / 2, pairs * kSpan / 2, groups * kW8.value_bytes() / 4};
     for (int i = 0; i < pool_.size(); i++) {
-        float* parts[7];
+        float* parts[8];
         int64_t total = 0;
         for (int64_t size : sizes) total += round_up(size, 16);
         auto& memory = scratch_memory_.emplace_back(total * sizeof(float));
         parts[0] = reinterpret_cast<float*>(memory.data());
-        for (int p = 1; p < 7; p++) parts[p] = parts[p - 1] + round_up(sizes[p - 1], 16);
+        for (int p = 1; p < 8; p++) parts[p] = parts[p - 1] + round_up(sizes[p - 1], 16);
         scratch_.push_back({parts[0], parts[1], parts[2], parts[3], parts[4], reinterpret_cast<bf16*>(parts[5]),
-                            reinterpret_cast<bf16*>(parts[6])});
+                            reinterpret_cast<bf16*>(parts[6]), reinterpret_cast<std::byte*>(parts[7])});
         sampler_scratch_.emplace_back(int32_t(logits_width_));
     }
 }

@@ -261,7 +261,7 @@ def test_loading_smollm2_is_lean(smollm2: Path) -> None:
         "checkpoint = open_checkpoint(Path(sys.argv[1]))\n"
         "spec, parameters = describe_model(checkpoint.config, checkpoint.tensors)\n"
         "backend = load(spec, parameters, page_size=32, max_batch_tokens=512, max_batch_size=256, max_model_len=8192,\n"
-        "               threads=2, dtype='auto', quantization='auto', device='auto', progress=lambda done, total: None)\n"
+        "               threads=2, dtype='auto', quantization='auto', device='auto', progress=lambda *_: None)\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, backend.weight_bytes)\n"
     )
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
