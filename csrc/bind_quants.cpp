@@ -26,7 +26,8 @@ void dequantize(int format, nb::ndarray<const uint8_t, nb::ndim<2>, nb::c_contig
 }
 
 // float32 [rows, columns] into rows of Q8_0 or Q4_1, uint8 [rows, bytes per row].
-void quantise(const std::string& format_name, nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu> values,
+void quantise(const std::string& format_name,
+              nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu> values,
               nb::ndarray<uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu> out) {
     const int format = format_named(format_name);
     const size_t rows = values.shape(0), columns = values.shape(1);

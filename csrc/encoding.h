@@ -10,7 +10,7 @@ constexpr int64_t kQuantGroup = 32;  // values of a row that share a scale; half
 // Plain bf16 in 16 bits; or, in 8 or 4 bits, unsigned integers q in groups of 32 along a row: scale * q + minimum.
 struct Encoding {
     int bits = 16;
-    int scales = 1;        // in a group: 2 if its halves differ; 0 if the whole row has one, a float without a minimum
+    int scales = 1;        // in a group: 2 if its halves differ; 0 if there is one for the whole row
     bool minimum = false;  // one for each scale; if there is none, it is -zero() times the scale
     bool wide = false;     // scales and minima are float, else half precision
 
@@ -20,7 +20,7 @@ struct Encoding {
     constexpr int parts() const { return scales == 2 ? 2 : 1; }  // of a group that are scaled apart
     constexpr int zero() const { return 1 << (bits - 1); }
 
-    // Bytes of 16 rows: of a group's integers; of a line, which is a scale or a minimum of each row; of a group's lines.
+    // Bytes of 16 rows: of a group's integers; of a line, a scale or a minimum of each row; of a group's lines.
     constexpr int64_t value_bytes() const { return 16 * kQuantGroup * bits / 8; }
     constexpr int64_t line_bytes() const { return wide ? 64 : 32; }
     constexpr int64_t scale_bytes() const { return is_integer() ? scales * (minimum ? 2 : 1) * line_bytes() : 0; }

@@ -23,7 +23,9 @@ OCTAVO_INLINE F32 load_scale(const std::byte* lines, int line, int index) {
 template <Encoding kEncoding>
 OCTAVO_INLINE I32 first_sum(const ActivationGroup& group, int part) {
     if constexpr (kEncoding.minimum) return I32{};
-    const int32_t offset = kEncoding.parts() == 1 ? group.offset : part ? group.offset - group.half_offset : group.half_offset;
+    const int32_t offset = kEncoding.parts() == 1 ? group.offset
+                           : part                 ? group.offset - group.half_offset
+                                                  : group.half_offset;
     return kEncoding.bits == 8 ? offset - I32{} : (offset - I32{}) >> 4;
 }
 
@@ -32,6 +34,14 @@ OCTAVO_INLINE float scaled_sum(const ActivationGroup& group, int part) {
     if constexpr (kEncoding.parts() == 1) return group.scaled_sum;
     const int32_t offset = part ? group.offset - group.half_offset : group.half_offset;
     return group.scale * (float(offset) * -0x1p-7f);
+}
+
+// sum + a group's part, of which `dots` is the integer sum.
+template <Encoding kEncoding>
+OCTAVO_INLINE F32 add_scaled(F32 sum, I32 dots, const ActivationGroup& group, int part, F32 scale, F32 minimum) {
+    const F32 factor = splat(group.scale);
+    sum = fma(to_float(dots), kEncoding.per_row() ? factor : scale * factor, sum);
+    return kEncoding.minimum ? fma(minimum, splat(scaled_sum<kEncoding>(group, part)), sum) : sum;
 }
 
 using IntegerTile = void (*)(const Matrix& a, int64_t row, const Weight& weight, int64_t block, float* c,
@@ -80,14 +90,9 @@ void integer_tile(const Matrix& a, int64_t row, const Weight& weight, int64_t bl
                 const std::byte* lines = scales + j / kVectors * block_bytes;
                 F32 scale = {}, minimum = {};
                 if constexpr (!kEncoding.per_row()) scale = load_scale<kEncoding>(lines, part, j % kVectors);
-                OCTAVO_UNROLL for (int r = 0; r < kRows; r++) {
-                    const F32 factor = splat(group(r).scale);
-                    sums[r][j] = fma(to_float(dots[r][j]), kEncoding.per_row() ? factor : scale * factor, sums[r][j]);
-                }
-                if constexpr (!kEncoding.minimum) continue;
-                minimum = load_scale<kEncoding>(lines, kParts + part, j % kVectors);
+                if constexpr (kEncoding.minimum) minimum = load_scale<kEncoding>(lines, kParts + part, j % kVectors);
                 OCTAVO_UNROLL for (int r = 0; r < kRows; r++)
-                    sums[r][j] = fma(minimum, splat(scaled_sum<kEncoding>(group(r), part)), sums[r][j]);
+                    sums[r][j] = add_scaled<kEncoding>(sums[r][j], dots[r][j], group(r), part, scale, minimum);
             }
         }
         values += kEncoding.value_bytes();
@@ -117,10 +122,12 @@ constexpr int number_of(Encoding e) { return (e.bits == 8) * 12 + e.scales * 4 +
 
 constexpr Encoding encoding_number(int n) { return {n < 12 ? 4 : 8, n / 4 % 3, bool(n & 2), bool(n & 1)}; }
 
+constexpr bool exists(Encoding e) { return e == kW8 || (e.scales && e.joined(e) == e); }
+
 template <int kNumber, int kShape>
 constexpr IntegerTile integer_tile_or_null() {
     constexpr Encoding kEncoding = encoding_number(kNumber);
-    if constexpr (kEncoding == kW8 || (kEncoding.scales && kEncoding.joined(kEncoding) == kEncoding))
+    if constexpr (exists(kEncoding))
         return integer_tile<kEncoding, kShape / kIntegerBlocks + 1, kShape % kIntegerBlocks + 1>;
     return nullptr;
 }
@@ -148,8 +155,8 @@ OCTAVO_INLINE void integer_product(const Matrix& a, int64_t row, int64_t rows, c
         width = even_step(blocks - j, widest);
         for (int64_t r = 0, height; r < rows; r += height) {
             height = even_step(rows - r, kIntegerRows);
-            tiles[(height - 1) * kIntegerBlocks + width - 1](a, row + r, weight, block + j, c + r * c_stride + j * kBlock,
-                                                             c_stride, ahead, rate);
+            const auto tile = tiles[(height - 1) * kIntegerBlocks + width - 1];
+            tile(a, row + r, weight, block + j, c + r * c_stride + j * kBlock, c_stride, ahead, rate);
             ahead.at += rate * weight.groups * 64;
         }
     }

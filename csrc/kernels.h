@@ -54,12 +54,13 @@ struct Matrix {
     }
 };
 
-// A weight [rows, columns], packed in blocks of 16 rows, padded with zeros. In bf16, a block is [pairs of columns][16]
-// [2]: a pair is one vector operand of vdpbf16ps, 16 pairs are one AMX tile. With integers, it is [groups][8][16][4] of
-// 8 bits: 4 columns of 16 rows are one vector operand of vpdpbusd; or [groups][4][16][4] of 2 x 4 bits: the low ones
-// are those of the group's first half. After them come the scales of each group, [scales][16], and its minima; or
-// the 16 scales of the rows. If `gated`, blocks of the upper half of the rows (up) alternate with those of the lower half (gate), so that a tile has
-// both and can combine them.
+// A weight [rows, columns], packed in blocks of 16 rows, padded with zeros. If `gated`, blocks of the upper half of the
+// rows (up) alternate with those of the lower half (gate), so that a tile has both and can combine them.
+//
+// In bf16, a block is [pairs of columns][16][2]: a pair is one vector operand of vdpbf16ps, 16 pairs are one AMX tile.
+// With integers, it is [groups][8][16][4] of 8 bits: 4 columns of 16 rows are one vector operand of vpdpbusd, a group is
+// one AMX tile; or [groups][4][16][4] of 2 x 4 bits, the low ones from the group's first half. After the integers come
+// the scales of each group, [scales][16], and its minima; or, if they are per row, the 16 scales.
 struct Weight {
     int64_t rows = 0, columns = 0;
     Encoding encoding = {};
@@ -150,6 +151,7 @@ struct Scratch {
     float* weights;  // [attention rows][kBlock], sums of the softmax's weights, by lane
     bf16* queries;   // [attention rows][head_dim]
     bf16* shares;    // [attention rows][kSpan], the softmax's weights
+    std::byte* widened;  // the integers of a block, a byte each
 };
 
 using RowKernel = void (*)(const Instruction&, const Step&, int64_t begin, int64_t end);

@@ -22,7 +22,7 @@ OCTAVO_INLINE F32 activate(F32 x, Activation activation) {
 OCTAVO_INLINE void write_sums(const Instruction& op, int64_t row, int64_t rows, int64_t block, int64_t blocks,
                               const float* sums) {
     for (int64_t r = 0; r < rows; r++) {
-        const float* from = sums + r * kMaxPanel * kBlock;
+        const float* from = sums + r * kSumsStride;
         float* to = op.out.f32(row + r) + block * kBlock;
         const float* bias = op.vector ? op.vector + block * kBlock : nullptr;
         const float* residual = op.residual.data ? op.residual.f32(row + r) + block * kBlock : nullptr;
@@ -42,7 +42,7 @@ OCTAVO_INLINE void write_gated(const Instruction& op, int64_t row, int64_t rows,
     const float* gate_bias = op.vector ? op.vector + block / 2 * kBlock : nullptr;
     const float* up_bias = gate_bias + op.weight->rows / 2;
     const int64_t first = block / 2 * kBlock, columns = blocks / 2 * kBlock;
-    for (int64_t r = 0; r < rows; r++, sums += kMaxPanel * kBlock) {
+    for (int64_t r = 0; r < rows; r++, sums += kSumsStride) {
         for (int64_t i = 0; i < columns; i += kLanes) {
             const float* pair = sums + i / kBlock * 2 * kBlock + i % kBlock;
             F32 gate = load(pair), up = load(pair + kBlock);
@@ -63,13 +63,16 @@ OCTAVO_INLINE void write_gated(const Instruction& op, int64_t row, int64_t rows,
 }
 
 #ifndef OCTAVO_AMX
-constexpr int64_t kGroupRows = kTileRows;
+constexpr int64_t kGroupRows = kTileRows, kIntegerGroupRows = kGroup / kIntegerRows * kIntegerRows;
 
 OCTAVO_INLINE void weight_product(const Instruction& op, int64_t row, int64_t rows, int64_t block, int64_t blocks,
-                                  float* sums, Ahead ahead) {
+                                  Ahead ahead, Scratch& scratch) {
     const Weight& w = *op.weight;
-    product(op.x.b16(row), op.x.stride, rows, {w.b16_block(block), 2 * kBlock, w.pairs() * 2 * kBlock}, blocks, w.pairs(),
-            false, sums, kMaxPanel * kBlock, ahead);
+    if (w.encoding.is_integer())
+        return integer_product(op.x, row, rows, w, block, blocks, scratch.sums, kSumsStride, ahead);
+    const int64_t pairs = w.pairs();
+    product(op.x.b16(row), op.x.stride, rows, {w.b16_block(block), 2 * kBlock, pairs * 2 * kBlock}, blocks, pairs, false,
+            scratch.sums, kSumsStride, ahead);
 }
 #endif
 
@@ -78,15 +81,11 @@ void linear(const Instruction& op, const Cut& cut, int64_t rows, int64_t tile, A
     const int64_t blocks = op.weight->blocks - block < cut.panel ? op.weight->blocks - block : cut.panel;
     const int64_t begin = tile % cut.row_tiles * cut.rows;
     const int64_t end = begin + cut.rows < rows ? begin + cut.rows : rows;
-    const int64_t most = op.weight->encoding.is_integer() ? kGroup / kIntegerRows * kIntegerRows : kGroupRows;
+    const int64_t most = op.weight->encoding.is_integer() ? kIntegerGroupRows : kGroupRows;
     const int64_t groups = (end - begin + most - 1) / most;
     for (int64_t row = begin, index = 0, group; row < end; row += group, index++) {
         group = even_step(end - row, most);
-        const Ahead part = ahead.part(index, groups);
-        if (op.weight->encoding.is_integer())
-            integer_product(op.x, row, group, *op.weight, block, blocks, scratch.sums, kMaxPanel * kBlock, part);
-        else
-            weight_product(op, row, group, block, blocks, scratch.sums, part);
+        weight_product(op, row, group, block, blocks, ahead.part(index, groups), scratch);
         if (op.activation == Activation::none)
             write_sums(op, row, group, block, blocks, scratch.sums);
         else

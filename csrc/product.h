@@ -12,6 +12,8 @@
 
 namespace octavo::OCTAVO_ISA {
 
+constexpr int64_t kSumsStride = kMaxPanel * kBlock;  // of the sums of a linear
+
 // The right operand: 16 columns of pair p, block j are at data + p * pair + j * block (in bf16).
 struct Pairs {
     const bf16* data;

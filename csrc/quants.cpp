@@ -204,9 +204,8 @@ int read_groups(int format, const void* src, Group* dst, int64_t n) {
     const Layout& layout = *find_layout(format);
     const auto* block = static_cast<const uint8_t*>(src);
     for (int64_t i = 0; i < n; i += layout.values, block += layout.bytes) layout.read(block, dst + i / kQuantGroup);
-    if (layout.zero)
-        for (int64_t g = 0; g < n / kQuantGroup; ++g)
-            for (int half = 0; half < 2; ++half) dst[g].minimum[half] = static_cast<float>(-layout.zero) * dst[g].scale[half];
+    for (Group* group = dst; layout.zero && group < dst + n / kQuantGroup; ++group)
+        for (int part = 0; part < 2; ++part) group->minimum[part] = static_cast<float>(-layout.zero) * group->scale[part];
     return layout.zero;
 }
 

@@ -9,7 +9,7 @@
 namespace octavo {
 
 // GGML's numbers of the formats, as GGUF files hold them. W4G32 and W8G32 are what AWQ and GPTQ checkpoints are made
-// into: groups of 32 values as float scale, float minimum, and 4-bit integers in the order of Q4_1, or signed 8-bit ones.
+// into: groups of 32 values as float scale, float minimum, and 4-bit integers in Q4_1's order, or signed 8-bit ones.
 enum Format : int {
     GGML_F32 = 0, GGML_F16 = 1, GGML_Q4_0 = 2, GGML_Q4_1 = 3, GGML_Q5_0 = 6, GGML_Q5_1 = 7, GGML_Q8_0 = 8,
     GGML_Q2_K = 10, GGML_Q3_K = 11, GGML_Q4_K = 12, GGML_Q5_K = 13, GGML_Q6_K = 14, GGML_BF16 = 30, W4G32 = 1000,

@@ -178,7 +178,10 @@ void Program::make_scratch() {
     const int64_t floats[] = {kGroup * kMaxPanel * kBlock, pairs * kSpan, pairs * sizes_.head_dim, pairs,
                               pairs * kBlock};
     const int64_t halves[] = {pairs * sizes_.head_dim, pairs * kSpan};
-    int64_t bytes = 0;
+    int64_t groups = 0;
+    for (const Weight& w : weights_) groups = std::max(groups, w.groups);
+    const int64_t widened = groups * kW8.value_bytes();
+    int64_t bytes = round_up(widened, 64);
     for (int64_t size : floats) bytes += round_up(size * int64_t(sizeof(float)), 64);
     for (int64_t size : halves) bytes += round_up(size * int64_t(sizeof(bf16)), 64);
     for (int i = 0; i < pool_.size(); i++) {
@@ -195,14 +198,16 @@ void Program::make_scratch() {
         take(scratch.weights, floats[4]);
         take(scratch.queries, halves[0]);
         take(scratch.shares, halves[1]);
+        take(scratch.widened, widened);
         sampler_scratch_.emplace_back(int32_t(logits_width_));
     }
 }
 
 void Program::finish(int logits) {
     require(instructions_.empty(), "a program is finished once");
-    require(buffers_.at(logits).sampled && buffers_.at(logits).element == Element::f32, "logits are float, of the sampled rows");
-    logits_width_ = buffers_.at(logits).width;
+    const Buffer& result = buffers_.at(logits);
+    require(result.sampled && result.element == Element::f32, "logits are float, of the sampled rows");
+    logits_width_ = result.width;
     record({.op = Op::sample}, logits, 0, Element::f32);
     lay_out_arena();
     lay_out_weights();

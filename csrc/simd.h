@@ -185,9 +185,10 @@ OCTAVO_INLINE I32 dot4(I32 sum, U32 a, U32 b) {
 #if defined(OCTAVO_AVX512)
     return (I32)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
 #elif defined(OCTAVO_AVX2)  // vpmaddubsw would saturate
-    const __m256i even = _mm256_madd_epi16((__m256i)(a & 0x00ff00ff), _mm256_srai_epi16(_mm256_slli_epi16((__m256i)b, 8), 8));
-    const __m256i odd = _mm256_madd_epi16(_mm256_srli_epi16((__m256i)a, 8), _mm256_srai_epi16((__m256i)b, 8));
-    return sum + (I32)even + (I32)odd;
+    const __m256i even_b = _mm256_srai_epi16(_mm256_slli_epi16((__m256i)b, 8), 8);
+    const __m256i odd_b = _mm256_srai_epi16((__m256i)b, 8);
+    const I32 even = (I32)_mm256_madd_epi16((__m256i)(a & 0x00ff00ff), even_b);
+    return sum + even + (I32)_mm256_madd_epi16(_mm256_srli_epi16((__m256i)a, 8), odd_b);
 #else
     typedef int16_t I16 __attribute__((vector_size(kLanes * 4)));  // 255 * 127 fits
     const I32 even = (I32)((I16)(a & 0x00ff00ff) * (((I16)b << 8) >> 8));

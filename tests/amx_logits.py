@@ -1,13 +1,15 @@
 """Run by test_amx.py in a process of its own: python amx_logits.py OUTPUT.npz MODEL ...
 
-Writes each model's logits of one prompt on amx and on avx512, computed in steps of several sizes and beside others, and
-how many products of AMX tiles that took (0 where no emulator counts them), under keys such as "llama/amx/chunk_17".
+Writes each model's logits of one prompt on amx and on avx512, with bfloat16, 8-bit and 4-bit weights, computed in
+steps of several sizes and beside others, and how many products of AMX tiles that took (0 where no emulator counts
+them), under keys such as "llama/none/amx/chunk_17".
 "lengths" are of the prompts whose logits are, one after another, those of "several".
 """
 
 import ctypes
 import os
 import sys
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -22,12 +24,13 @@ LENGTHS = (70, 3, 50, 20)
 PAGES = 3  # of a prompt
 
 
-def logits(model: Path) -> dict[str, np.ndarray]:
+def logits(model: Path, quantization: str) -> dict[str, np.ndarray]:
     checkpoint = open_checkpoint(model)
     spec, parameters = describe_model(checkpoint.config, checkpoint.tensors)
     backend = load(
         spec, parameters, page_size=32, max_batch_tokens=256, max_batch_size=256, max_model_len=256,
-        threads=len(os.sched_getaffinity(0)), dtype="auto", device="auto", progress=lambda done, total: None,
+        threads=len(os.sched_getaffinity(0)), dtype="auto", quantization=quantization, device="auto",
+        progress=lambda done, total: None,
     )  # fmt: skip
     backend.allocate_kv(len(LENGTHS) * PAGES)
     several = [(TOKENS[:length], 0, range(i * PAGES, (i + 1) * PAGES)) for i, length in enumerate(LENGTHS)]
@@ -44,12 +47,11 @@ def logits(model: Path) -> dict[str, np.ndarray]:
 def main(output: Path, models: list[Path]) -> None:
     count = getattr(ctypes.CDLL(None), "amx_emulator_products", lambda: 0)
     results = {"lengths": np.array(LENGTHS)}
-    for model in models:
-        for isa in ("amx", "avx512"):
-            os.environ["OCTAVO_ISA"] = isa
-            before = count()
-            results |= {f"{model.name}/{isa}/{key}": array for key, array in logits(model).items()}
-            results[f"{model.name}/{isa}/products"] = np.array(count() - before)
+    for model, quantization, isa in product(models, ("none", "8bit", "4bit"), ("amx", "avx512")):
+        os.environ["OCTAVO_ISA"] = isa
+        before, name = count(), f"{model.name}/{quantization}/{isa}"
+        results |= {f"{name}/{key}": array for key, array in logits(model, quantization).items()}
+        results[f"{name}/products"] = np.array(count() - before)
     np.savez(output, **results)
 
 

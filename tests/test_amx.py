@@ -140,9 +140,11 @@ def logits(
     return dict(np.load(folder / "logits.npz"))
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_a_model_on_amx(amx: Amx, logits: dict[str, np.ndarray], name: str) -> None:
-    """Close to AVX-512's logits, and the same bits whatever the step's size and whatever is beside."""
+@pytest.mark.parametrize("quantization", ["none", "8bit", "4bit"])
+@pytest.mark.parametrize("model", MODELS)
+def test_a_model_on_amx(amx: Amx, logits: dict[str, np.ndarray], model: str, quantization: str) -> None:
+    """Close to AVX-512's logits, with integers equal, and the same bits whatever the step's size and what is beside."""
+    name = f"{model}/{quantization}"
     assert logits[f"{name}/avx512/products"] == 0
     assert logits[f"{name}/amx/products"] > 0 or amx.emulator is None
     for isa in ("amx", "avx512"):
@@ -155,3 +157,5 @@ def test_a_model_on_amx(amx: Amx, logits: dict[str, np.ndarray], name: str) -> N
             start += length
     amx_logits, reference = logits[f"{name}/amx/chunk_70"], logits[f"{name}/avx512/chunk_70"]
     assert np.linalg.norm(amx_logits - reference) < 5e-3 * np.linalg.norm(reference)
+    if quantization != "none":
+        np.testing.assert_array_equal(amx_logits, reference)

@@ -13,7 +13,7 @@ from octavo.backends.torch import load as load_torch  # noqa: E402
 from octavo.model.spec import DecoderSpec  # noqa: E402
 from octavo.weights.tensor import Parameter, Tensor  # noqa: E402
 from step_batches import run_chunks, step_batch  # noqa: E402
-from test_cpu_backend import PAGES, SPECS, TOKENS, isa, load, random_parameters  # noqa: E402, F401
+from test_cpu_backend import PAGES, SPECS, TOKENS, load, random_parameters  # noqa: E402
 
 ISAS = native.available_isas()
 VOCAB = 40
@@ -121,7 +121,8 @@ def test_parts_of_several_formats_share_an_encoding(isa: str, formats: tuple[str
 def test_w4g32_and_w8g32() -> None:
     """What AWQ and GPTQ checkpoints become: float scales and minima, then integers, the 8-bit ones signed."""
     rng = np.random.default_rng(0)
-    for format, integers in {"W4G32": rng.integers(0, 16, (20, 3, 32)), "W8G32": rng.integers(-128, 128, (20, 3, 32))}.items():
+    for format, (low, high) in {"W4G32": (0, 16), "W8G32": (-128, 128)}.items():
+        integers = rng.integers(low, high, (20, 3, 32))
         scale = rng.uniform(0.01, 0.1, (20, 3, 1)).astype(np.float16).astype(np.float32)
         minimum = -scale * rng.integers(0, 16, (20, 3, 1)).astype(np.float32)
         packed = (integers[..., :16] | integers[..., 16:] << 4) if format == "W4G32" else integers
@@ -214,8 +215,12 @@ def quantised_parameters(spec: DecoderSpec, formats: list[str]) -> dict[str, Par
 
 @pytest.mark.parametrize("formats", [["Q8_0"], ["Q4_0"], ["Q4_1"], ["Q5_0", "Q5_1", "Q4_1"]], ids=str)
 @pytest.mark.parametrize("name", ["plain", "head_dim 64, group of 3", "head_dim 128, no groups"])
-def test_a_model_runs_from_its_own_integers(isa: str, name: str, formats: list[str]) -> None:  # noqa: F811
+@pytest.mark.parametrize("isa", ISAS)
+def test_a_model_runs_from_its_own_integers(
+    isa: str, name: str, formats: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The reference has the same weights: what differs is that activations are rounded to 8 bits."""
+    monkeypatch.setenv("OCTAVO_ISA", isa)
     spec = replace(SPECS[name], intermediate_size=128)
     parameters = quantised_parameters(spec, formats)
     reference = run_chunks(load(spec, load_torch, dtype="float32", parameters=parameters), TOKENS, 150, PAGES)
