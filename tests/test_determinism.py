@@ -11,7 +11,11 @@ from octavo import LLM, RequestOutput, SamplingParams
 from tiny_models import real_text
 
 NUM_PROMPTS = 64
-MODELS = ["smollm2", "mistral", "qwen2", "qwen3"]  # the last three tiny, for windows, biases, q/k norms
+# The tiny ones have sliding windows, biases, norms of q and k. SmolLM2's own integers ("auto") are those of Q4_1.
+MODELS = [
+    ("smollm2", "none"), ("smollm2", "auto"), ("mistral", "none"), ("mistral", "8bit"), ("qwen2", "none"),
+    ("qwen2", "8bit"), ("qwen3", "none"), ("qwen3", "4bit"),
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -39,16 +43,18 @@ def parameters(i: int) -> SamplingParams:
 PARAMS = [parameters(i) for i in range(NUM_PROMPTS)]
 
 
-@pytest.fixture(scope="module", params=MODELS)
-def model(request: pytest.FixtureRequest, tiny_model: Callable[[str], Path]) -> str:
-    return request.param if request.param == "smollm2" else str(tiny_model(request.param))
+@pytest.fixture(scope="module", params=MODELS, ids="-".join)
+def model(request: pytest.FixtureRequest, tiny_model: Callable[[str], Path]) -> dict[str, str]:
+    """What of an LLM's settings names the model and its recipe."""
+    name, quantization = request.param
+    return {"model": name if name == "smollm2" else str(tiny_model(name)), "quantization": quantization}
 
 
 @pytest.fixture(scope="module")
-def alone(model: str) -> Iterator[tuple[list[list[int]], list[Answer]]]:
+def alone(model: dict[str, str]) -> Iterator[tuple[list[list[int]], list[Answer]]]:
     """The prompts, of 3 to 180 tokens, and the answer to each when it is all there is."""
     rng = random.Random(0)
-    with LLM(model, enable_prefix_caching=False) as llm:
+    with LLM(**model, enable_prefix_caching=False) as llm:
         text = llm.tokenizer.encode(real_text()[:60000])
         prompts = []
         for _ in range(NUM_PROMPTS):
@@ -64,14 +70,14 @@ def run(llm: LLM, prompts: list[list[int]]) -> list[Answer]:
 
 def test_batched(model, alone):
     prompts, expected = alone
-    with LLM(model) as llm:
+    with LLM(**model) as llm:
         assert run(llm, prompts) == expected
 
 
 def test_in_another_order(model, alone):
     prompts, expected = alone
     order = random.Random(1).sample(range(NUM_PROMPTS), NUM_PROMPTS)
-    with LLM(model, max_batch_size=24) as llm:
+    with LLM(**model, max_batch_size=24) as llm:
         outputs = llm.generate([prompts[i] for i in order], [PARAMS[i] for i in order])
     assert [answer(output) for output in outputs] == [expected[i] for i in order]
 
@@ -79,13 +85,13 @@ def test_in_another_order(model, alone):
 @pytest.mark.parametrize("chunk", [16, 512])
 def test_in_chunks(model, alone, chunk):
     prompts, expected = alone
-    with LLM(model, max_batch_tokens=chunk) as llm:
+    with LLM(**model, max_batch_tokens=chunk) as llm:
         assert run(llm, prompts) == expected
 
 
 def test_from_the_prefix_cache(model, alone):
     prompts, expected = alone
-    with LLM(model) as llm:
+    with LLM(**model) as llm:
         llm.generate(prompts, SamplingParams(max_tokens=1))
         outputs = llm.generate(prompts, PARAMS)
     assert sum(output.metrics.cached_tokens for output in outputs) > 1000
@@ -94,7 +100,7 @@ def test_from_the_prefix_cache(model, alone):
 
 def test_after_preemption(model, alone):
     prompts, expected = alone
-    with LLM(model, max_model_len=288, kv_cache_memory=pool_of(model, pages=16)) as llm:
+    with LLM(**model, max_model_len=288, kv_cache_memory=pool_of(model, pages=16)) as llm:
         assert run(llm, prompts) == expected
         stats = llm.stats()
     assert stats.preemptions > 0
@@ -103,20 +109,20 @@ def test_after_preemption(model, alone):
 
 def test_with_larger_pages(model, alone):
     prompts, expected = alone
-    with LLM(model, kv_cache_page_size=96) as llm:
+    with LLM(**model, kv_cache_page_size=96) as llm:
         assert run(llm, prompts) == expected
 
 
 def test_with_one_thread(model, alone):
     prompts, expected = alone
-    with LLM(model, threads=1) as llm:
+    with LLM(**model, threads=1) as llm:
         assert run(llm, prompts) == expected
 
 
 def test_as_one_of_n(model, alone):
     """Completion i of n is what a request of seed + i gets."""
     prompts, expected = alone
-    with LLM(model) as llm:
+    with LLM(**model) as llm:
         for i in (1, 5, 7):
             params = PARAMS[i]
             for k in (0, 2):
@@ -126,7 +132,7 @@ def test_as_one_of_n(model, alone):
                 assert answer(output, k) == expected[i]
 
 
-def pool_of(model: str, pages: int) -> int:
+def pool_of(model: dict[str, str], pages: int) -> int:
     """Bytes of a KV pool of so many pages of 32 tokens."""
-    with LLM(model, max_model_len=32) as llm:
+    with LLM(**model, max_model_len=32) as llm:
         return pages * llm._engine._engine.backend.page_bytes
