@@ -30,6 +30,7 @@ def main(
     openvino_python: Annotated[Path, typer.Option(help="Python of the environment that has openvino-genai.")],
     openvino_model: Annotated[Path, typer.Option(help="Directory that optimum-cli exported.")],
     model: Annotated[str, typer.Option(help="The same model, for Octavo.")] = "smollm2",
+    quantization: Annotated[str, typer.Option(help="Octavo's; none is bf16, as the peer's.")] = "none",
     batches: Annotated[str, typer.Option(help="Numbers of streams, comma-separated.")] = "1,64",
     repeats: Annotated[int, typer.Option(min=1, help="Runs of each engine at each number of streams.")] = 3,
     input_len: Annotated[int, typer.Option(min=1, help="Tokens of each prompt.")] = 128,
@@ -37,7 +38,7 @@ def main(
 ) -> None:
     shape = [f"--input-len={input_len}", f"--output-len={output_len}"]
     engines: dict[str, Rate] = {
-        "Octavo": lambda streams: octavo(model, streams, shape),
+        "Octavo": lambda streams: octavo(model, quantization, streams, shape),
         "OpenVINO GenAI": lambda streams: peer(
             [openvino_python, HERE / "peer_openvino.py", openvino_model], streams, shape
         ),
@@ -54,9 +55,10 @@ def main(
     Console().print(comparison(rates))
 
 
-def octavo(model: str, streams: int, shape: list[str]) -> float:
+def octavo(model: str, quantization: str, streams: int, shape: list[str]) -> float:
     script = str(Path(sys.executable).with_name("octavo"))
-    command = [script, "bench", "throughput", model, f"--num-prompts={streams}", *shape]
+    settings = [f"--quantization={quantization}", f"--num-prompts={streams}", *shape]
+    command = [script, "bench", "throughput", model, *settings]
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
         subprocess.run([*command, f"--output-json={report}"], check=True, stdout=subprocess.DEVNULL)
