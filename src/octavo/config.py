@@ -35,8 +35,7 @@ class EngineConfig:
     device: str = _setting("auto", "Device of the torch backend: cpu or cuda.")
     dtype: str = _setting("auto", "Arithmetic: bfloat16, or float32 (torch backend only).")
     quantization: str = _setting(
-        "auto",
-        "Weights in 8bit or 4bit, none (bfloat16), or auto: a checkpoint's own integers where it has them, else none.",
+        "none", "Weights in arithmetic: none (bf16), auto (the file's own integers, as a GGUF's), 8bit or 4bit."
     )
     max_model_len: int | None = _setting(
         None, "Tokens of prompt and output together; the model's own limit by default."
