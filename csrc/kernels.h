@@ -58,8 +58,8 @@ struct Matrix {
 // rows (up) alternate with those of the lower half (gate), so that a tile has both and can combine them.
 //
 // In bf16, a block is [pairs of columns][16][2]: a pair is one vector operand of vdpbf16ps, 16 pairs are one AMX tile.
-// With integers, it is [groups][8][16][4] of 8 bits: 4 columns of 16 rows are one vector operand of vpdpbusd, a group is
-// one AMX tile; or [groups][4][16][4] of 2 x 4 bits, the low ones from the group's first half. After the integers come
+// With integers, it is [groups][8][16][4] of 8 bits: 4 columns of 16 rows are one vector operand of vpdpbusd, a group
+// is one AMX tile; or [groups][4][16][4] of 2 x 4 bits, the low ones from the group's first half. After the integers come
 // the scales of each group, [scales][16], and its minima; or, if they are per row, the 16 scales.
 struct Weight {
     int64_t rows = 0, columns = 0;

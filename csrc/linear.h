@@ -71,8 +71,8 @@ OCTAVO_INLINE void weight_product(const Instruction& op, int64_t row, int64_t ro
     if (w.encoding.is_integer())
         return integer_product(op.x, row, rows, w, block, blocks, scratch.sums, kSumsStride, ahead);
     const int64_t pairs = w.pairs();
-    product(op.x.b16(row), op.x.stride, rows, {w.b16_block(block), 2 * kBlock, pairs * 2 * kBlock}, blocks, pairs, false,
-            scratch.sums, kSumsStride, ahead);
+    product(op.x.b16(row), op.x.stride, rows, {w.b16_block(block), 2 * kBlock, pairs * 2 * kBlock}, blocks, pairs,
+            false, scratch.sums, kSumsStride, ahead);
 }
 #endif
 

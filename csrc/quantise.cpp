@@ -8,30 +8,49 @@
 namespace octavo {
 namespace {
 
-constexpr int kSize = int(kQuantGroup);
+// Vectors that every machine has, spelt out: a compiler does not reorder float sums by itself.
+typedef float Floats __attribute__((vector_size(16)));
+typedef int32_t Ints __attribute__((vector_size(16)));
+constexpr int kSize = int(kQuantGroup), kLanes = 4, kVectors = kSize / kLanes;
+
+struct Values {
+    Floats v[kVectors];
+};
 
 float rounded_to_half(float value) { return from_half(to_half(value)); }
 
-// (x - minimum) / scale, to the nearest of 0 .. top.
-void assign(const float* x, float scale, float minimum, float top, float* q) {
-    const float back = scale != 0 ? 1 / scale : 0;
-    for (int i = 0; i < kSize; i++) {
-        const float v = (x[i] - minimum) * back + 0.5f;
-        q[i] = float(int(v > 0 ? (v < top ? v : top) : 0));
-    }
+float sum(Floats v) { return v[0] + v[1] + (v[2] + v[3]); }
+
+float mean(const Values& x) {
+    Floats total = {};
+    for (Floats v : x.v) total += v;
+    return sum(total) / kSize;
 }
 
-float squared_error(const float* x, float scale, float minimum, const float* q) {
-    float error = 0;
-    for (int i = 0; i < kSize; i++) {
-        const float difference = x[i] - (scale * q[i] + minimum);
+// (x - minimum) / scale, to the nearest of 0 .. top.
+Values assign(const Values& x, float scale, float minimum, float top) {
+    const float back = scale != 0 ? 1 / scale : 0;
+    Values q;
+    for (int i = 0; i < kVectors; i++) {
+        Floats v = (x.v[i] - minimum) * back + 0.5f;
+        v = v > 0 ? v : Floats{};
+        v = v < top ? v : top - Floats{};
+        q.v[i] = __builtin_convertvector(__builtin_convertvector(v, Ints), Floats);
+    }
+    return q;
+}
+
+float squared_error(const Values& x, float scale, float minimum, const Values& q) {
+    Floats error = {};
+    for (int i = 0; i < kVectors; i++) {
+        const Floats difference = x.v[i] - (scale * q.v[i] + minimum);
         error += difference * difference;
     }
-    return error;
+    return sum(error);
 }
 
-void store(const float* q, float scale, float minimum, Group& group) {
-    for (int i = 0; i < kSize; i++) group.q[i] = uint8_t(q[i]);
+void store(const Values& q, float scale, float minimum, Group& group) {
+    for (int i = 0; i < kSize; i++) group.q[i] = uint8_t(q.v[i / kLanes][i % kLanes]);
     group.scale[0] = group.scale[1] = scale;
     group.minimum[0] = group.minimum[1] = minimum;
 }
@@ -43,47 +62,51 @@ float largest_magnitude(const float* x, int64_t n) {
 }
 
 // Symmetric.
-void quantise_to_8(const float* x, float scale, Group& group) {
-    float q[kSize];
-    assign(x, scale, -128 * scale, 255, q);
-    store(q, scale, -128 * scale, group);
+void quantise_to_8(const Values& x, float scale, Group& group) {
+    store(assign(x, scale, -128 * scale, 255), scale, -128 * scale, group);
 }
 
-// The scale and minimum with the least squared error of those found from eight ranges. Values at the ends of a group
-// are rare, so a narrower range, of finer steps, is often better. Each range is tried as it is, and again with the
-// scale and minimum that fit its integers best (linear least squares).
-void quantise_to_4(const float* x, Group& group) {
-    float lowest = x[0], highest = x[0], mean = 0;
+// The scale and minimum with the least squared error of sixteen. Values at the ends of a group are rare, so a narrower
+// range, of finer steps, is often better: four ranges are tried, and each three times more with the scale and minimum
+// that fit the integers found before best (linear least squares).
+void quantise_to_4(const Values& x, Group& group) {
+    float lowest = x.v[0][0], highest = lowest;
     for (int i = 0; i < kSize; i++) {
-        lowest = std::min(lowest, x[i]);
-        highest = std::max(highest, x[i]);
-        mean += x[i] / kSize;
+        lowest = std::min(lowest, x.v[i / kLanes][i % kLanes]);
+        highest = std::max(highest, x.v[i / kLanes][i % kLanes]);
     }
-    float best = std::numeric_limits<float>::infinity();
-    store(x, 0, 0, group = {});
-    for (int attempt = 0; attempt < 8; attempt++) {
-        const float range = 1 - 0.04f * float(attempt);
-        float minimum = rounded_to_half(lowest * range), scale = rounded_to_half((highest - lowest) * range / 15);
-        for (bool fitted : {false, true}) {
-            float q[kSize];
-            assign(x, scale, minimum, 15, q);
+    const float x_mean = mean(x);
+    float least = std::numeric_limits<float>::infinity(), best_scale = 0, best_minimum = 0;
+    for (int attempt = 0; attempt < 4; attempt++) {
+        const float low = lowest * (attempt & 1 ? 0.85f : 1), high = highest * (attempt & 2 ? 0.85f : 1);
+        float minimum = rounded_to_half(low), scale = rounded_to_half((high - low) / 15);
+        for (int fits = 0; fits < 4; fits++) {
+            const Values q = assign(x, scale, minimum, 15);
             const float error = squared_error(x, scale, minimum, q);
-            if (error < best) {
-                best = error;
-                store(q, scale, minimum, group);
+            if (error < least) least = error, best_scale = scale, best_minimum = minimum;
+            const float q_mean = mean(q);
+            Floats covariances = {}, variances = {};
+            for (int i = 0; i < kVectors; i++) {
+                const Floats difference = q.v[i] - q_mean;
+                covariances += difference * x.v[i];
+                variances += difference * difference;
             }
-            if (fitted) break;
-            float q_mean = 0, covariance = 0, variance = 0;
-            for (int i = 0; i < kSize; i++) q_mean += q[i] / kSize;
-            for (int i = 0; i < kSize; i++) {
-                covariance += (q[i] - q_mean) * x[i];
-                variance += (q[i] - q_mean) * (q[i] - q_mean);
-            }
+            const float variance = sum(variances);
             if (variance == 0) break;
-            scale = rounded_to_half(covariance / variance);
-            minimum = rounded_to_half(mean - covariance / variance * q_mean);
+            scale = rounded_to_half(sum(covariances) / variance);
+            minimum = rounded_to_half(x_mean - sum(covariances) / variance * q_mean);
         }
     }
+    store(assign(x, best_scale, best_minimum, 15), best_scale, best_minimum, group);
+}
+
+// n values, at most a group's, the rest zeros.
+Values load(const float* from, int64_t n) {
+    float x[kSize] = {};
+    std::copy_n(from, std::min<int64_t>(n, kSize), x);
+    Values values;
+    std::memcpy(&values, x, sizeof values);
+    return values;
 }
 
 }  // namespace
@@ -91,12 +114,10 @@ void quantise_to_4(const float* x, Group& group) {
 void quantise_groups(Encoding encoding, const float* values, Group* groups, int64_t n) {
     const float row_scale = largest_magnitude(values, n) / 127;
     for (int64_t i = 0; i < n; i += kSize, groups++) {
-        float x[kSize] = {};
-        std::copy(values + i, values + std::min<int64_t>(n, i + kSize), x);
         if (encoding == kW8)
-            quantise_to_8(x, row_scale, *groups);
+            quantise_to_8(load(values + i, n - i), row_scale, *groups);
         else
-            quantise_to_4(x, *groups);
+            quantise_to_4(load(values + i, n - i), *groups);
     }
 }
 
@@ -105,9 +126,9 @@ bool quantise_row(int format, const float* values, uint8_t* to, int64_t n) {
     for (int64_t i = 0; i < n; i += kSize) {
         Group group;
         if (format == GGML_Q8_0)
-            quantise_to_8(values + i, rounded_to_half(largest_magnitude(values + i, kSize) / 127), group);
+            quantise_to_8(load(values + i, kSize), rounded_to_half(largest_magnitude(values + i, kSize) / 127), group);
         else
-            quantise_to_4(values + i, group);
+            quantise_to_4(load(values + i, kSize), group);
         const uint16_t scale = to_half(group.scale[0]), minimum = to_half(group.minimum[0]);
         std::memcpy(to, &scale, 2), to += 2;
         if (format == GGML_Q8_0) {

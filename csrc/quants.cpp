@@ -205,7 +205,8 @@ int read_groups(int format, const void* src, Group* dst, int64_t n) {
     const auto* block = static_cast<const uint8_t*>(src);
     for (int64_t i = 0; i < n; i += layout.values, block += layout.bytes) layout.read(block, dst + i / kQuantGroup);
     for (Group* group = dst; layout.zero && group < dst + n / kQuantGroup; ++group)
-        for (int part = 0; part < 2; ++part) group->minimum[part] = static_cast<float>(-layout.zero) * group->scale[part];
+        for (int part = 0; part < 2; ++part)
+            group->minimum[part] = static_cast<float>(-layout.zero) * group->scale[part];
     return layout.zero;
 }
 

@@ -191,7 +191,7 @@ def test_quantising_is_no_worse_than_rounding(draw: str) -> None:
     plain = errors(gguf.quants.quantize(values, GGMLQuantizationType.Q4_1), "Q4_1")
     assert (ours <= plain * 1.001 + 1e-9).all()
     if draw.startswith("standard"):
-        assert ours.mean() < 0.9 * plain.mean()
+        assert ours.mean() < 0.85 * plain.mean()
     ours = errors(as_format(values, "Q8_0"), "Q8_0")
     plain = errors(gguf.quants.quantize(values, GGMLQuantizationType.Q8_0), "Q8_0")
     assert ours.sum() <= 1.01 * plain.sum()
