@@ -3,6 +3,7 @@
 
 #include "attention.h"
 #include "linear.h"
+#include "peak.h"
 #include "rope_and_cache.h"
 #include "rows.h"
 #include "scan_kernels.h"
@@ -25,6 +26,7 @@ const Kernels kernels = {
     .rope_and_cache = rope_and_cache,
     .attention = attention,
     .linear = linear,
+    .peak_products = peak_products,
     .scan = kScan,
 };
 

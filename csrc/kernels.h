@@ -24,6 +24,7 @@ constexpr int64_t kBlock = 16;          // output columns in a block of a packed
 constexpr int64_t kSpan = 32;           // positions in a block of the KV cache, the unit in which attention walks
 constexpr int64_t kMaxPanel = 6;        // blocks in a tile of a linear, at most
 constexpr int64_t kGroup = 32;          // rows that a linear sums up before it writes them out, at most
+constexpr int64_t kPeakFloats = 512;   // that peak_products writes, at most
 constexpr int64_t kAttentionRows = 48;  // (position, query head) pairs in a tile of attention, where one position fits
 
 enum class Activation { none, silu, gelu_tanh };
@@ -166,6 +167,7 @@ struct Kernels {
     CacheKernel rope_and_cache;
     AttentionKernel attention;
     LinearKernel linear;
+    int64_t (*peak_products)(float* out);  // for the ceilings, see peak.h
     Scan scan;
 };
 

@@ -1,6 +1,8 @@
 // The extension module octavo.backends.cpu._native.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/map.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
@@ -152,7 +154,16 @@ NB_MODULE(_native, module) {
         .def_prop_ro("weight_bytes", &Program::weight_bytes)
         .def("allocate_kv", &Program::allocate_kv)
         .def("step", &step)
-        .def("logits", &logits);
+        .def("logits", &logits)
+        .def_prop_ro("linear_bytes", &Program::linear_bytes)
+        .def("ceilings",
+             [](Program& p) {
+                 nb::gil_scoped_release release;
+                 const Ceilings ceilings = p.ceilings();
+                 return std::pair(ceilings.bytes_per_second, ceilings.operations_per_second);
+             })
+        .def("profile", &Program::profile, "on"_a)
+        .def("times", &Program::times);
 }
 
 }  // namespace octavo

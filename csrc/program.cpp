@@ -2,10 +2,40 @@
 #include "program.h"
 
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <cstring>
+#include <utility>
 
 namespace octavo {
+
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+double lap(Clock::time_point& since) {
+    const auto before = std::exchange(since, Clock::now());
+    return std::chrono::duration<double>(since - before).count();
+}
+
+bool is_head(const Instruction& instruction) { return instruction.op == Op::linear && instruction.sampled; }
+
+const char* name_of(const Instruction& instruction) {
+    switch (instruction.op) {
+        case Op::rotary: return "rotary";
+        case Op::embed: return "embed";
+        case Op::norm: return "norm";
+        case Op::linear: return is_head(instruction) ? "head" : "linear";
+        case Op::rope_and_cache: return "rope_and_cache";
+        case Op::attention: return "attention";
+        case Op::quantise: return "quantise";
+        case Op::sampled_rows: return "sampled_rows";
+        case Op::sample: return "sample";
+    }
+    return "";
+}
+
+}  // namespace
 
 Program::Program(const std::string& isa, std::vector<int> cores, const Sizes& sizes, std::vector<double> frequencies)
     : kernels_(kernels_for(isa)), pool_(std::move(cores)), sizes_(sizes),
@@ -192,14 +222,43 @@ void Program::run(const Batch& batch, const Work& finish_row) {
     validate(batch);
     prepare(batch);
     finish_row_ = &finish_row;
+    const bool profiled = !seconds_.empty();
+    Clock::time_point since;
     pool_.run([&](int thread) {
+        const bool timing = profiled && thread == 0;
         kernels_.start_thread();
+        if (timing) since = Clock::now();
         for (int i = 0; i < int(instructions_.size()); i++) {
             if (i > 0) pool_.barrier();
+            if (timing && i > 0) seconds_[i - 1] += lap(since);
             run_tiles(i, thread);
         }
         kernels_.stop_thread();
     });
+    if (profiled) seconds_.back() += lap(since);
+}
+
+std::pair<int64_t, int64_t> Program::linear_bytes() const {
+    int64_t layers = 0, head = 0;
+    for (const Instruction& instruction : instructions_) {
+        if (instruction.op != Op::linear) continue;
+        const Weight& w = *instruction.weight;
+        const auto address = [&](int64_t block) { return reinterpret_cast<const char*>(w.block(block)); };
+        (is_head(instruction) ? head : layers) += address(w.blocks) - address(0);
+    }
+    return {layers, head};
+}
+
+void Program::profile(bool on) {
+    const std::lock_guard not_in_a_step(running_);
+    seconds_.assign(on ? instructions_.size() : 0, 0.0);
+}
+
+std::map<std::string, double> Program::times() const {
+    const std::lock_guard not_in_a_step(running_);
+    std::map<std::string, double> times;
+    for (size_t i = 0; i < seconds_.size(); i++) times[name_of(instructions_[i])] += seconds_[i];
+    return times;
 }
 
 void Program::step(const Batch& batch, const SamplingBatch& sampling, const Sampled& result) {

@@ -5,11 +5,13 @@
 #include <cstdint>
 #include <deque>
 #include <functional>
+#include <map>
 #include <mutex>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
+#include "ceilings.h"
 #include "isa.h"
 #include "memory.h"
 #include "pack.h"
@@ -73,6 +75,12 @@ public:
     void logits(const Batch& batch, float* result);  // [sampled, logits_width]
     int64_t logits_width() const { return logits_width_; }
 
+    // What a step reads of the weights: by the linears of the layers, and by the head.
+    std::pair<int64_t, int64_t> linear_bytes() const;
+    Ceilings ceilings() { return measure_ceilings(kernels_, pool_); }
+    void profile(bool on);                       // from here on, or no more
+    std::map<std::string, double> times() const;  // seconds since then: by kind of instruction, and "head"
+
 private:
     enum class Element { f32, bf16, i8 };
     struct Vector {
@@ -127,8 +135,10 @@ private:
     int64_t pages_ = 0;
     float* rotary_ = nullptr;
 
+    std::vector<double> seconds_;  // of each instruction since profile(true); empty if it is off
+
     // Of the step being run.
-    std::mutex running_;
+    mutable std::mutex running_;
     Step step_{};
     const Work* finish_row_ = nullptr;
     std::vector<RowTile> cache_tiles_, attention_tiles_;

@@ -1,4 +1,4 @@
-"""octavo bench: how fast the engine is (throughput, latency), and how fast any OpenAI-compatible server is (serve)."""
+"""octavo bench: how fast the engine is (throughput, latency), what limits it (roofline), and any server (serve)."""
 
 import dataclasses
 from collections import Counter
@@ -31,6 +31,7 @@ def register(app: typer.Typer) -> None:
     bench = typer.Typer(help="Measure the engine, or any OpenAI-compatible server.")
     bench.command()(throughput)
     bench.command()(latency)
+    bench.command()(roofline)
     bench.command()(serve)
     app.add_typer(bench, name="bench")
 
@@ -73,6 +74,30 @@ def latency(
     load = Load(batches=iterations, batch_size=batch_size, input_len=input_len, output_len=output_len, seed=seed)
     runs, load_seconds = run_batches(config, load)
     show("latency", _settings(config, load), summarise(joined(runs)) | {"load_seconds": load_seconds}, output_json)
+
+
+@engine_flags
+def roofline(
+    config: EngineConfig,
+    seed: Seed = 0,
+    plot: Annotated[
+        Path | None,
+        typer.Option(help="Draw throughput by batch size and cost per token by context: a .png or .svg file."),
+    ] = None,
+    output_json: OutputJson = None,
+) -> None:
+    """Measure what this machine can do, how near to it decode and prefill steps are, and where their time goes."""
+    from . import bench_plot, bench_roofline
+    from .bench_report import write_json
+
+    if plot:
+        bench_plot.check_plot(plot)
+    ceilings, steps = bench_roofline.measure(config, seed, for_plot=plot is not None)
+    settings = {"seed": seed, "engine": _engine_settings(config)}
+    write_json("roofline", settings, {"ceilings": dataclasses.asdict(ceilings), "steps": steps}, output_json)
+    if plot:
+        bench_plot.plot(f"{config.model_name}, {ceilings.threads} threads, {ceilings.isa}", steps, plot)
+    bench_roofline.print_tables(ceilings, steps)
 
 
 def serve(
@@ -124,5 +149,9 @@ def serve(
 
 
 def _settings(config: EngineConfig, load: "Load") -> dict[str, Any]:
-    engine = {name: value for name, value in dataclasses.asdict(config).items() if value is not None}
-    return dataclasses.asdict(load) | {"engine": engine | {"threads": config.num_threads}}
+    return dataclasses.asdict(load) | {"engine": _engine_settings(config)}
+
+
+def _engine_settings(config: EngineConfig) -> dict[str, Any]:
+    given = {name: value for name, value in dataclasses.asdict(config).items() if value is not None}
+    return given | {"threads": config.num_threads}

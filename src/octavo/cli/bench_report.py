@@ -111,16 +111,22 @@ def median_run(runs: Sequence[Run]) -> dict[str, Any]:
 
 def show(title: str, settings: dict[str, Any], summary: dict[str, Any], output_json: Path | None) -> None:
     """Print the table and, if asked, write `summary` with `settings` as JSON. Raises ConfigError if that cannot be."""
-    if output_json:
-        report = {"octavo_version": __version__, "benchmark": title, "settings": settings, **summary}
-        try:
-            output_json.write_text(json.dumps(report, indent=2) + "\n")
-        except OSError as error:
-            raise ConfigError(f"cannot write {output_json}: {error.strerror}") from None
+    write_json(title, settings, summary, output_json)
     console = Console()
     console.print(_figures_table(title, summary), _spreads_table(summary))
     if "repeats" in summary:
         console.print("Output tokens per second of each run:", " ".join(f"{rate:,.0f}" for rate in summary["repeats"]))
+
+
+def write_json(title: str, settings: dict[str, Any], summary: dict[str, Any], output_json: Path | None) -> None:
+    """Write the report, if there is a file to write it to. Raises ConfigError if that cannot be."""
+    if output_json is None:
+        return
+    report = {"octavo_version": __version__, "benchmark": title, "settings": settings, **summary}
+    try:
+        output_json.write_text(json.dumps(report, indent=2) + "\n")
+    except OSError as error:
+        raise ConfigError(f"cannot write {output_json}: {error.strerror}") from None
 
 
 @contextmanager

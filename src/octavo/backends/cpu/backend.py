@@ -20,9 +20,10 @@ from .recorder import Recorder
 class CpuBackend:
     """A Backend (see backends.base) over a native program."""
 
-    def __init__(self, spec: DecoderSpec, program: Program, page_size: int):
-        self.spec, self.page_size = spec, page_size
+    def __init__(self, spec: DecoderSpec, program: Program, page_size: int, isa: str):
+        self.spec, self.page_size, self.isa = spec, page_size, isa
         self.page_bytes, self.weight_bytes = program.page_bytes, program.weight_bytes
+        self.layer_bytes, self.head_bytes = program.linear_bytes  # of the weights: what a step reads
         self._program: Program | None = program
 
     def allocate_kv(self, num_pages: int) -> None:
@@ -44,6 +45,21 @@ class CpuBackend:
 
     def close(self) -> None:
         self._program = None
+
+    def ceilings(self) -> tuple[float, float]:
+        """Measure what the machine can do at best with these threads and kernels, in half a second.
+
+        Bytes read from memory per second, and operations of bf16 dot products per second.
+        """
+        return self._running.ceilings()
+
+    def profile(self, on: bool) -> None:
+        """Start to measure, from zero, or stop."""
+        self._running.profile(on)
+
+    def times(self) -> dict[str, float]:
+        """Seconds by kind of op since profile(True); "head" is the linear that gives the logits."""
+        return self._running.times()
 
     @property
     def _running(self) -> Program:
@@ -78,8 +94,9 @@ def load(
         raise ConfigError(f"the cpu backend runs on device cpu, not {device}; use device auto or backend torch")
     if spec.head_dim % 16:
         raise UnsupportedModel(f"the cpu backend needs a head_dim that is a multiple of 16, not {spec.head_dim}")
+    isa = _choose_isa()
     program = Program(
-        isa=_choose_isa(),
+        isa=isa,
         cores=_choose_cores(threads),
         vocab=spec.vocab_size,
         heads=spec.num_heads,
@@ -100,7 +117,7 @@ def load(
             "use a smaller model, or quantization 4bit"
         )
     _pack(program, [(parameters[name], handle) for name, handle in recorder.weights.items()], progress)
-    return CpuBackend(spec, program, page_size)
+    return CpuBackend(spec, program, page_size, isa)
 
 
 def _pack(program: Program, weights: list[tuple[Parameter, int]], progress: Progress) -> None:
