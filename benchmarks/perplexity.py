@@ -1,10 +1,10 @@
 """Perplexity with each way of holding the weights: python benchmarks/perplexity.py [MODEL] [--shuffled]
 
-The text is real: half English, half code, both from Python's standard library. What a setting costs is measured in pairs,
-token by token against bfloat16, which is far more exact than the perplexities themselves.
+The text is real: half English, half code, both from Python's standard library. What a setting costs is measured in
+pairs, token by token against bfloat16, which is far more exact than the perplexities themselves.
 
-SmolLM2 comes in 4 bits, so that quantising it to 4 bits once more finds its grid again and costs nothing. --shuffled puts
-its channels into a random order, everywhere alike: the same function, but every block of 32 is now a new mixture, and the
+SmolLM2 comes in 4 bits: to quantise it to 4 bits once more finds its grid again and costs nothing. --shuffled puts its
+channels into a random order, everywhere alike: the same function, but every block of 32 is now a new mixture, and the
 quantiser sees ordinary floats.
 """
 
@@ -116,7 +116,7 @@ def _step(window: np.ndarray, start: int) -> StepBatch:
 
 
 def shuffled(spec: DecoderSpec, parameters: Mapping[str, Parameter]) -> dict[str, Parameter]:
-    """The same function with its hidden, inner and value channels in a random order, in bfloat16. For models without biases."""
+    """The same function with hidden, inner and value channels in a random order, in bfloat16. Not for biases."""
     rng = np.random.default_rng(0)
     hidden = rng.permutation(spec.hidden_size)
     result = {}

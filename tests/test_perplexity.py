@@ -7,7 +7,7 @@ import pytest
 
 pytest.importorskip("octavo.backends.cpu._native", reason="the cpu backend's extension is not built")
 
-from perplexity import Model, cost, losses, open_model  # noqa: E402
+from perplexity import Model, cost, losses, open_model
 
 WINDOWS = 10  # of 512 tokens: 5,110 are scored
 
