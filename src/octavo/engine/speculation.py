@@ -7,7 +7,7 @@ them; those that turn out right are kept. Because rows come out the same in any 
 from array import array
 
 LONGEST, SHORTEST = 4, 2  # tokens at the end of the text that must have occurred before
-FREE_ROWS = 16  # so many rows take a CPU about as long as one, as weights are read from memory once for all of them
+FREE_ROWS = 16  # so many rows take a CPU half as long again as one, as the weights are read once for all of them
 
 
 def guess(tokens: "array[int]", limit: int) -> "array[int]":
