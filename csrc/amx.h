@@ -1,9 +1,11 @@
-// The product of a linear on AMX tiles: 32 rows times 32 columns in four tiles of sums, 32 values of k at a time; with
-// integers, 16 rows times 16 columns.
+// The product of a linear on AMX tiles: 32 rows times 32 columns in four tiles of sums, 64 bytes of k at a time; with
+// integers that are scaled in groups, 16 rows times 16 columns.
 //
 // Inline assembly, because GCC 12's intrinsics are unsafe: its _tile_loadconfig is declared to read 8 bytes of the 64,
 // and its _tile_loadd does not order against earlier stores.
 #pragma once
+
+#include <type_traits>
 
 #include "integers.h"
 #include "product.h"
@@ -42,34 +44,34 @@ OCTAVO_INLINE void tile_zero() {
     asm volatile("tilezero %%tmm%c0" ::"i"(kTile));
 }
 
-template <int kSums, int kA, int kB>
+// bf16 times bf16 if Sum is F32; int8 times uint8 if it is I32.
+template <class Sum, int kSums, int kA, int kB>
 OCTAVO_INLINE void tile_multiply() {
-    asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kSums), "i"(kA), "i"(kB));
-}
-
-template <int kSums, int kA, int kB>
-OCTAVO_INLINE void tile_multiply_integers() {  // int8 times uint8
-    asm volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kSums), "i"(kA), "i"(kB));
+    if constexpr (std::is_same_v<Sum, F32>)
+        asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kSums), "i"(kA), "i"(kB));
+    else
+        asm volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kSums), "i"(kA), "i"(kB));
 }
 
 // Up to 2 x 2 tiles of sums: tile 2 i + j is rows 16 i ..., columns 16 j ...
-template <int kRowTiles, int kColumnTiles>
-void tile_product(const bf16* a, int64_t a_stride, const bf16* b, int64_t b_block, int64_t tiles, float* c,
-                  int64_t c_stride, Ahead ahead, int64_t ahead_rate) {
+template <class Sum, int kRowTiles, int kColumnTiles>
+void tile_product(Rows a, const std::byte* b, int64_t b_block, int64_t tiles, float* c, int64_t c_stride, Ahead ahead,
+                  int64_t ahead_rate) {
+    const auto* rows = static_cast<const std::byte*>(a.data);
     tile_zero<0>();
     if constexpr (kColumnTiles > 1) tile_zero<1>();
     if constexpr (kRowTiles > 1) tile_zero<2>();
     if constexpr (kRowTiles > 1 && kColumnTiles > 1) tile_zero<3>();
     for (int64_t k = 0; k < tiles; k++) {
-        tile_load<4>(a + k * 32, a_stride * 2);
-        if constexpr (kRowTiles > 1) tile_load<5>(a + 16 * a_stride + k * 32, a_stride * 2);
-        tile_load<6>(b + k * 512, 64);
-        tile_multiply<0, 4, 6>();
-        if constexpr (kRowTiles > 1) tile_multiply<2, 5, 6>();
+        tile_load<4>(rows + k * 64, a.stride);
+        if constexpr (kRowTiles > 1) tile_load<5>(rows + 16 * a.stride + k * 64, a.stride);
+        tile_load<6>(b + k * 1024, 64);
+        tile_multiply<Sum, 0, 4, 6>();
+        if constexpr (kRowTiles > 1) tile_multiply<Sum, 2, 5, 6>();
         if constexpr (kColumnTiles > 1) {
-            tile_load<7>(b + b_block + k * 512, 64);
-            tile_multiply<1, 4, 7>();
-            if constexpr (kRowTiles > 1) tile_multiply<3, 5, 7>();
+            tile_load<7>(b + b_block + k * 1024, 64);
+            tile_multiply<Sum, 1, 4, 7>();
+            if constexpr (kRowTiles > 1) tile_multiply<Sum, 3, 5, 7>();
         }
         for (int64_t i = 0; i < ahead_rate && ahead.at < ahead.end; i++, ahead.at += 64)
             __builtin_prefetch(ahead.at, 0, 2);
@@ -91,7 +93,7 @@ OCTAVO_INLINE void integer_dots(const int8_t* rows, int64_t row_bytes, const std
     tile_zero<kTurn>();
     tile_load<4 + kTurn>(rows, row_bytes);
     tile_load<6 + kTurn>(values, 64);
-    tile_multiply_integers<kTurn, 4 + kTurn, 6 + kTurn>();
+    tile_multiply<I32, kTurn, 4 + kTurn, 6 + kTurn>();
     tile_store<kTurn>(dots, 64);
 }
 
@@ -102,7 +104,7 @@ void integer_tile_16(const Matrix& a, int64_t row, const Weight& weight, int64_t
                      float* c, int64_t c_stride, Ahead ahead, int64_t ahead_rate) {
     const std::byte* scales = weight.block(block) + weight.groups * kEncoding.value_bytes();
     const int8_t* rows = a.i8(row);
-    const int64_t row_bytes = Matrix::quantised_bytes(a.stride);
+    const int64_t row_bytes = a.row_bytes;
     alignas(64) int32_t dots[2][kTileHeight * kLanes];
     F32 sums[kTileHeight] = {};
     integer_dots<0>(rows, row_bytes, values, dots[0]);
@@ -116,8 +118,8 @@ void integer_tile_16(const Matrix& a, int64_t row, const Weight& weight, int64_t
         }
         for (int64_t i = 0; i < ahead_rate && ahead.at < ahead.end; i++, ahead.at += 64)
             __builtin_prefetch(ahead.at, 0, 2);
-        F32 scale = {}, minimum = {};
-        if constexpr (!kEncoding.per_row()) scale = load_scale<kEncoding>(scales, 0, 0);
+        const F32 scale = load_scale<kEncoding>(scales, 0, 0);
+        F32 minimum = {};
         if constexpr (kEncoding.minimum) minimum = load_scale<kEncoding>(scales, 1, 0);
         OCTAVO_UNROLL for (int r = 0; r < kTileHeight; r++) {
             const auto& group = reinterpret_cast<const ActivationGroup*>(rows + r * row_bytes + a.stride)[g];
@@ -126,9 +128,7 @@ void integer_tile_16(const Matrix& a, int64_t row, const Weight& weight, int64_t
         }
         scales += kEncoding.scale_bytes();
     }
-    F32 scale = splat(1.0f);
-    if constexpr (kEncoding.per_row()) scale = load_scale<kEncoding>(scales, 0, 0);
-    OCTAVO_UNROLL for (int r = 0; r < kTileHeight; r++) store(c + r * c_stride, sums[r] * scale);
+    OCTAVO_UNROLL for (int r = 0; r < kTileHeight; r++) store(c + r * c_stride, sums[r]);
 }
 
 // The 4-bit integers of a block, a byte each.
@@ -183,21 +183,32 @@ OCTAVO_INLINE void integer_product_on_tiles(const Matrix& a, int64_t row, int64_
     configure({});
 }
 
+// Of a weight in bf16, or in integers that have a scale per row.
+template <class Sum>
+void whole_product(const Instruction& op, int64_t row, int64_t rows, int64_t block, int64_t blocks, Ahead ahead,
+                   Scratch& scratch) {
+    const Weight& w = *op.weight;
+    const int64_t steps = w.words() / 16, products = (blocks + 1) / 2;
+    for (int64_t j = 0; j < blocks; j += 2) {
+        const auto product = rows > 16 ? (blocks - j > 1 ? tile_product<Sum, 2, 2> : tile_product<Sum, 2, 1>)
+                                       : (blocks - j > 1 ? tile_product<Sum, 1, 2> : tile_product<Sum, 1, 1>);
+        const Ahead part = ahead.part(j / 2, products);
+        const int64_t rate = ((part.end - part.at) / 64 + steps - 1) / steps;
+        product({op.x.row(row), op.x.row_bytes}, w.block(block + j), w.block_bytes, steps, scratch.sums + j * kBlock,
+                kSumsStride, part, rate);
+    }
+}
+
 OCTAVO_INLINE void weight_product(const Instruction& op, int64_t row, int64_t rows, int64_t block, int64_t blocks,
                                   Ahead ahead, Scratch& scratch) {
     const Weight& w = *op.weight;
-    if (w.encoding.is_integer())
+    if (op.x.element == Element::i8_groups)
         return integer_product_on_tiles(op.x, row, rows, w, block, blocks, scratch.sums, kSumsStride, ahead,
                                         scratch.widened);
-    const int64_t b_block = w.pairs() * 2 * kBlock, steps = w.pairs() / 16, products = (blocks + 1) / 2;
-    for (int64_t j = 0; j < blocks; j += 2) {
-        const auto product = rows > 16 ? (blocks - j > 1 ? tile_product<2, 2> : tile_product<2, 1>)
-                                       : (blocks - j > 1 ? tile_product<1, 2> : tile_product<1, 1>);
-        const Ahead part = ahead.part(j / 2, products);
-        const int64_t rate = ((part.end - part.at) / 64 + steps - 1) / steps;
-        product(op.x.b16(row), op.x.stride, w.b16_block(block + j), b_block, steps, scratch.sums + j * kBlock,
-                kSumsStride, part, rate);
-    }
+    if (op.x.element == Element::i8_rows)
+        whole_product<I32>(op, row, rows, block, blocks, ahead, scratch);
+    else
+        whole_product<F32>(op, row, rows, block, blocks, ahead, scratch);
 }
 
 }  // namespace octavo::OCTAVO_ISA

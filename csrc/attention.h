@@ -90,22 +90,22 @@ void attention(const Instruction& op, const Step& step, int64_t tile, int64_t ne
         const Block ahead = block < last_block ? Block(step, op.layer, rows.sequence, block + 1, kv_head)
                             : next_tile >= 0   ? first_block(op, step, next_tile)
                                                : here;
-        product(scratch.queries + from * group * dim, dim, count, {here.k, kSpan * 2, kBlock * 2}, kSpan / kBlock,
-                dim / 2, false, scratch.scores, kSpan, ahead.k_memory);
+        product<F32>({scratch.queries + from * group * dim, dim * 2}, count, {here.k, kSpan * 4, kBlock * 4},
+                     kSpan / kBlock, dim / 2, false, scratch.scores, kSpan, ahead.k_memory);
         for (int64_t r = from, i = 0; r < to; r++) {
             const int64_t begin = first_seen(first + r, op.window) - start, end = first + r + 1 - start;
             for (int64_t q = r * group; q < (r + 1) * group; q++, i++)
                 softmax_block(scratch.scores + i * kSpan, scale, begin, end, dim, scratch.maxima + q,
                               scratch.weights + q * kBlock, scratch.values + q * dim, scratch.shares + i * kSpan);
         }
-        product(scratch.shares, kSpan, count, {here.v, dim * 2, kBlock * 2}, dim / kBlock, kSpan / 2, true,
-                scratch.values + from * group * dim, dim, ahead.v_memory);
+        product<F32>({scratch.shares, kSpan * 2}, count, {here.v, dim * 4, kBlock * 4}, dim / kBlock, kSpan / 2, true,
+                     scratch.values + from * group * dim, dim, ahead.v_memory);
     }
     for (int64_t q = 0; q < queries; q++) {
         const F32 back = splat(1.0f / sum(load(scratch.weights + q * kBlock)));
         const float* values = scratch.values + q * dim;
         const int64_t row = rows.first + q / group, column = (kv_head * group + q % group) * dim;
-        if (!op.out.quantised)
+        if (op.out.element == Element::bf16)
             for (int64_t i = 0; i < dim; i += kLanes) store_bf16(op.out.b16(row) + column + i, load(values + i) * back);
         else  // dim is a multiple of the groups' size
             for (int64_t i = 0; i < dim; i += kQuantGroup) {

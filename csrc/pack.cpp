@@ -101,7 +101,7 @@ void pack_block(const Weight& weight, const std::vector<Part>& parts, int64_t bl
     const int64_t first = (weight.gated ? block / 2 : block) * kBlock;
     const int64_t offset = weight.gated && block % 2 ? rows : 0;
     const int64_t columns = weight.columns, pairs = (columns + 1) / 2;
-    bf16* lines = reinterpret_cast<bf16*>(scratch + columns);  // [kBlock][2 pairs]
+    bf16* lines = reinterpret_cast<bf16*>(scratch + columns + kRotated);  // [kBlock][2 pairs]
     std::memset(lines, 0, kBlock * pairs * sizeof(uint32_t));
     // What is not written is zero: the memory is fresh.
     for (int64_t i = 0; i < kBlock && first + i < rows; i++) {

@@ -56,7 +56,7 @@ void Program::pack(int weight, const std::vector<Part>& parts) {
         require(!w.encoding.is_integer() || w.encoding == kW8 || w.encoding == kW4 ||
                     holds_losslessly(w.encoding, part.format),
                 "this encoding is for the formats that it holds without loss");
-    std::vector<std::vector<float>> scratch(pool_.size(), std::vector<float>((1 + kBlock) * (w.columns + kQuantGroup)));
+    std::vector<std::vector<float>> scratch(pool_.size(), std::vector<float>((1 + kBlock) * (w.columns + kRotated)));
     std::atomic<int64_t> next_block = 0;
     pool_.run([&](int thread) {
         for (int64_t block; (block = next_block.fetch_add(1)) < w.blocks;)
@@ -136,7 +136,7 @@ Cut Program::cut_linear(const Instruction& instruction) const {
     const int64_t rows = rows_of(instruction), blocks = instruction.weight->blocks, wanted = 4 * pool_.size();
     const int64_t tile_rows = std::clamp<int64_t>(round_up(rows, kGroup), kGroup, 128);
     const int64_t row_tiles = (rows + tile_rows - 1) / tile_rows;
-    if (instruction.out.quantised) return {4, tile_rows, row_tiles};  // whole groups of the result
+    if (instruction.out.element == Element::i8_groups) return {4, tile_rows, row_tiles};  // whole groups of the result
     int64_t panel = kMaxPanel;
     while (panel > 2 && (blocks + panel - 1) / panel * row_tiles < wanted)
         panel = instruction.weight->gated ? panel - 2 : panel / 2;
@@ -181,10 +181,10 @@ void Program::run_tile(int index, int64_t tile, bool more, int thread) {
     const int64_t begin = tile * step_.rows_per_tile, end = std::min(rows, begin + step_.rows_per_tile);
     switch (instruction.op) {
         case Op::rotary: return compute_rotary(begin, end);
-        case Op::embed: return kernels_.embed(instruction, step_, begin, end);
-        case Op::norm: return kernels_.norm(instruction, step_, begin, end);
-        case Op::quantise: return kernels_.quantise(instruction, step_, begin, end);
-        case Op::sampled_rows: return kernels_.sampled_rows(instruction, step_, begin, end);
+        case Op::embed: return kernels_.embed(instruction, step_, begin, end, scratch);
+        case Op::norm: return kernels_.norm(instruction, step_, begin, end, scratch);
+        case Op::quantise: return kernels_.quantise(instruction, step_, begin, end, scratch);
+        case Op::sampled_rows: return kernels_.sampled_rows(instruction, step_, begin, end, scratch);
         case Op::rope_and_cache: return kernels_.rope_and_cache(instruction, step_, tile, scratch);
         case Op::attention: return kernels_.attention(instruction, step_, tile, more ? tile + 1 : -1, scratch);
         case Op::sample: return (*finish_row_)(tile, thread);

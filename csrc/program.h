@@ -82,7 +82,6 @@ public:
     std::map<std::string, double> times() const;  // seconds since then: by kind of instruction, and "head"
 
 private:
-    enum class Element { f32, bf16, i8 };
     struct Vector {
         int64_t length;
         std::vector<float> values;  // and zeros
@@ -91,7 +90,7 @@ private:
         int64_t width;
         Element element;
         bool sampled;       // a row per sampled row, else per token
-        bool whole = true;  // what writes it has whole groups of values at hand, to quantise
+        Element finest = Element::bf16;  // what its writer can write, of bf16, i8_groups and i8_rows
         int64_t last_use = -1;
         int storage = -1;
     };
@@ -102,7 +101,7 @@ private:
     using Work = std::function<void(int64_t row, int thread)>;
 
     int record(Instruction instruction, int x, int64_t width, Element element, int residual = -1);
-    int quantised(int x);
+    int quantised(int x, Element element);
     const float* values_of(int vector, int64_t length) const;
     std::vector<Buffer> assign_storage();
     void lay_out_arena();

@@ -5,6 +5,8 @@
 #include <cstring>
 #include <limits>
 
+#include "rotation.h"
+
 namespace octavo {
 namespace {
 
@@ -100,24 +102,24 @@ void quantise_to_4(const Values& x, Group& group) {
     store(assign(x, best_scale, best_minimum, 15), best_scale, best_minimum, group);
 }
 
-// n values, at most a group's, the rest zeros.
-Values load(const float* from, int64_t n) {
-    float x[kSize] = {};
-    std::copy_n(from, std::min<int64_t>(n, kSize), x);
+Values load(const float* from) {
     Values values;
-    std::memcpy(&values, x, sizeof values);
+    std::memcpy(&values, from, sizeof values);
     return values;
 }
 
 }  // namespace
 
-void quantise_groups(Encoding encoding, const float* values, Group* groups, int64_t n) {
-    const float row_scale = largest_magnitude(values, n) / 127;
-    for (int64_t i = 0; i < n; i += kSize, groups++) {
+void quantise_groups(Encoding encoding, float* values, Group* groups, int64_t n) {
+    const int64_t multiple = encoding.column_multiple(), padded = (n + multiple - 1) / multiple * multiple;
+    std::fill(values + n, values + padded, 0.0f);
+    if (encoding == kW8) rotate<Floats, Ints>(values, padded);
+    const float row_scale = largest_magnitude(values, padded) / 127;
+    for (int64_t i = 0; i < padded; i += kSize, groups++) {
         if (encoding == kW8)
-            quantise_to_8(load(values + i, n - i), row_scale, *groups);
+            quantise_to_8(load(values + i), row_scale, *groups);
         else
-            quantise_to_4(load(values + i, n - i), *groups);
+            quantise_to_4(load(values + i), *groups);
     }
 }
 
@@ -126,9 +128,9 @@ bool quantise_row(int format, const float* values, uint8_t* to, int64_t n) {
     for (int64_t i = 0; i < n; i += kSize) {
         Group group;
         if (format == GGML_Q8_0)
-            quantise_to_8(load(values + i, kSize), rounded_to_half(largest_magnitude(values + i, kSize) / 127), group);
+            quantise_to_8(load(values + i), rounded_to_half(largest_magnitude(values + i, kSize) / 127), group);
         else
-            quantise_to_4(load(values + i, kSize), group);
+            quantise_to_4(load(values + i), group);
         const uint16_t scale = to_half(group.scale[0]), minimum = to_half(group.minimum[0]);
         std::memcpy(to, &scale, 2), to += 2;
         if (format == GGML_Q8_0) {

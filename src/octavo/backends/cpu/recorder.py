@@ -50,12 +50,13 @@ class Recorder:
         return self.weights[name]
 
     def _encoding(self, name: str) -> Encoding:
-        """That of the checkpoint's own integers, if they have as many bits as wanted."""
+        """auto: that of the checkpoint's own integers. They are kept by 4bit, too; 8bit has a faster form."""
         own = encoding_for([part.format for part in self._parameters[name].parts])
-        if self._quantization == "none":
-            return Encoding.BF16
-        wanted = Encoding.W8 if self._quantization == "8bit" or name in ("embed", "head") else Encoding.W4
-        return own if self._quantization == "auto" or own.bits == wanted.bits else wanted
+        if self._quantization in ("auto", "none"):
+            return own if self._quantization == "auto" else Encoding.BF16
+        if self._quantization == "8bit" or name in ("embed", "head"):
+            return Encoding.W8
+        return own if own.bits == 4 else Encoding.W4
 
     def _vector(self, name: str) -> int:
         parts = self._parameters[name].parts
