@@ -97,7 +97,8 @@ template <class Sum>
 OCTAVO_INLINE void product(Rows a, int64_t rows, Columns b, int64_t blocks, int64_t words, bool add, float* c,
                            int64_t c_stride, Ahead ahead) {
     const int64_t tallest = rows < kTileRows ? rows : kTileRows, fit = kTileArea / tallest;
-    const int64_t widest = fit < kMaxPanel ? fit : kMaxPanel;
+    const bool alone = rows == 1 && b.word == 4 * kBlock;  // a row alone reads a weight in order
+    const int64_t widest = alone ? 1 : fit < kMaxPanel ? fit : kMaxPanel;
     const int64_t tiles = (blocks + widest - 1) / widest * ((rows + tallest - 1) / tallest);
     const int64_t rate = ((ahead.end - ahead.at) / 64 + tiles * words - 1) / (tiles * words);
     for (int64_t j = 0, width; j < blocks; j += width) {
