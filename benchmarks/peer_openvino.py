@@ -11,12 +11,13 @@ scheduler.cache_size, scheduler.max_num_batched_tokens, scheduler.max_num_seqs =
 pipe = openvino_genai.ContinuousBatchingPipeline(args.model, scheduler, "CPU", {})
 
 
-def generate(prompts: list[list[int]], output_len: int) -> int:
+def generate(prompts: list[list[int]], output_len: int) -> tuple[int, float]:
     config = openvino_genai.GenerationConfig()
     config.max_new_tokens, config.ignore_eos, config.do_sample = output_len, True, False
     tensors = [openvino.Tensor(np.array([prompt], dtype=np.int64)) for prompt in prompts]
     results = pipe.generate(tensors, [config] * len(prompts))
-    return sum(len(result.m_generation_ids[0]) for result in results)
+    tokens = sum(len(result.m_generation_ids[0]) for result in results)
+    return tokens, results[0].perf_metrics.get_ttft().mean / 1000
 
 
 peer_timing.measure(args, generate)
