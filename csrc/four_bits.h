@@ -5,6 +5,8 @@
 
 namespace octavo::OCTAVO_ISA {
 
+typedef uint8_t Bytes __attribute__((vector_size(kLanes)));
+
 // To the nearest float that half precision can hold, ties to even; at most 65504.
 OCTAVO_INLINE F32 round_to_half(F32 x) {
     x = x < 65504 ? x : splat(65504);
@@ -67,7 +69,7 @@ void quantise_to_4(const float (*x)[kBlock], const float* importance, FourBits& 
         const F32 back = select(best_scale == 0, zero(), splat(1) / best_scale);
         for (int i = 0; i < kQuantGroup; i++) {
             const F32 q = nearest_of_16((v[i] - best_minimum) * back);
-            for (int j = 0; j < kLanes; j++) result.q[i][lane + j] = uint8_t(q[j]);
+            store_as(result.q[i] + lane, __builtin_convertvector(__builtin_convertvector(q, I32), Bytes));
         }
     }
 }

@@ -25,7 +25,7 @@ def register(app: typer.Typer) -> None:
 def quantize(
     source: Annotated[str, typer.Argument(help="A hub name, a directory, a .gguf file, or the alias smollm2.")],
     target: Annotated[Path, typer.Argument(help="The directory to write.")],
-    bits: Annotated[int, typer.Option(help="8, or 4 (embedding and head stay in 8).")] = 8,
+    bits: Annotated[int, typer.Option(help="8, or 4 (8 for embedding, head and last layer).")] = 8,
     force: Annotated[bool, typer.Option("--force", help="Replace a model that octavo quantize wrote before.")] = False,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
 ) -> None:
@@ -33,6 +33,7 @@ def quantize(
     from octavo.backends.cpu import quantise
     from octavo.frontend.progress import loading_bar
     from octavo.model import describe_model
+    from octavo.model.decoder import needs_8_bits
     from octavo.weights import open_checkpoint, resolve
     from octavo.weights.packed import write_packed
 
@@ -41,13 +42,15 @@ def quantize(
     path = resolve(source, revision)
     checkpoint = open_checkpoint(path)
     spec, parameters = describe_model(checkpoint.config, checkpoint.tensors)
-    tensors = {part.name: part for parameter in parameters.values() for part in parameter.parts}
+    named_parts = [(name, part) for name, parameter in parameters.items() for part in parameter.parts]
+    tensors = {part.name: part for _, part in named_parts}
+    bits_of = {part.name: 8 if needs_8_bits(spec, name) else bits for name, part in named_parts}
     _check_target(target, path, force)
     with _appearing(target) as folder:
         _write_tokenizer(path, folder)
         importances = _importances(spec, parameters) if bits == 4 else {}
         with loading_bar("quantising") as progress:
-            write_packed(folder, checkpoint.config, tensors, bits, quantise, importances, progress)
+            write_packed(folder, checkpoint.config, tensors, bits_of, quantise, importances, progress)
     typer.echo(f"{target}  {sum(file.stat().st_size for file in target.iterdir()) / 1e6:,.0f} MB")
 
 

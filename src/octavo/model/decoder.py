@@ -33,3 +33,8 @@ def describe_layer(spec: DecoderSpec, i: int, ops: Ops[T], x: T) -> T:
     x = ops.linear(ops.attention(q, i, spec.windows[i]), layer + "out", bias=spec.output_bias, residual=x)
     gate_up = ops.linear(ops.norm(x, layer + "mlp_norm"), layer + "gate_up", bias=spec.mlp_bias)
     return ops.linear(ops.gated(gate_up, spec.activation), layer + "down", bias=spec.mlp_bias, residual=x)
+
+
+def needs_8_bits(spec: DecoderSpec, weight: str) -> bool:
+    """Whether a weight keeps 8 bits where others get 4. Errors of the last layer go into the logits as they are."""
+    return weight in ("embed", "head") or weight.startswith(f"layers.{spec.num_layers - 1}.")

@@ -85,7 +85,7 @@ def load(
     """A BackendFactory. `dtype` is auto or bfloat16. OCTAVO_ISA=amx|avx512|avx2|portable picks the kernels.
 
     `quantization` auto: integers of 8 or 4 bits where the checkpoint has them, bfloat16 elsewhere; none: bfloat16;
-    8bit, 4bit: what has not so many bits is quantised as it is packed; to 4 bits all but the embedding and the head, and
+    8bit, 4bit: what has more bits is quantised as it is packed; to 4 bits all but what model.decoder.needs_8_bits, and
     with regard to the importance of each column (calibration.py).
 
     Raises ConfigError, OutOfMemory or UnsupportedModel.
@@ -98,7 +98,7 @@ def load(
     program = new_program(
         spec, isa, threads, page_size=page_size, max_rows=max_batch_tokens, max_sampled=max_batch_size
     )
-    recorder = Recorder(program, parameters, quantization)
+    recorder = Recorder(spec, program, parameters, quantization)
     program.finish(describe(spec, recorder))
     if program.weight_bytes > (available := available_memory()):
         raise OutOfMemory(

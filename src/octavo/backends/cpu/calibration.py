@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from octavo.backends.base import SamplingBatch, StepBatch
-from octavo.model.decoder import describe_layer
+from octavo.model.decoder import describe_layer, needs_8_bits
 from octavo.model.spec import DecoderSpec
 from octavo.weights.tensor import Parameter, Tensor
 
@@ -27,17 +27,17 @@ _PAGE_SIZE = 32
 def measure_importances(
     spec: DecoderSpec, parameters: Mapping[str, Parameter], threads: int
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """For each weight of each layer in turn, its name and the mean square of each of its inputs: float32 [columns].
+    """For each weight of each layer but the last: its name, and the mean square of each input, float32 [columns].
 
-    Nothing if all of them have 4 bits already. The same on every run with the same instruction set. One layer at a time
-    is in memory, in bfloat16. Raises ConfigError or UnsupportedModel.
+    Nothing if none of them is to be rounded to 4 bits. The same on every run with the same instruction set. One layer
+    at a time is in memory, in bfloat16. Raises ConfigError or UnsupportedModel.
     """
-    if not any(_is_rounded(name, parameter) for name, parameter in parameters.items()):
+    if not any(_is_rounded(spec, name, parameter) for name, parameter in parameters.items()):
         return
     tokens = random_tokens(spec)
     embed = parameters["embed"].parts[0]
     x = np.concatenate([embed.float32(token, token + 1) for token in tokens.ravel().tolist()])
-    for i in range(spec.num_layers):
+    for i in range(spec.num_layers - 1):  # the last one keeps 8 bits
         squares, x = _run_layer(spec, i, parameters, x, tokens.shape[1], threads)
         for name, sums in squares.items():
             yield name, (sums / len(x)).astype(np.float32)
@@ -50,10 +50,11 @@ def random_tokens(spec: DecoderSpec) -> np.ndarray:
     return (raw % np.uint64(spec.vocab_size)).reshape(_SEQUENCES, length)
 
 
-def _is_rounded(name: str, parameter: Parameter) -> bool:
-    """Whether quantization 4bit rounds this weight to 4 bits: it is of a layer, and has more."""
-    is_weight = name not in ("embed", "head") and len(parameter.shape) == 2
-    return is_weight and encoding_for([part.format for part in parameter.parts]).bits > 4
+def _is_rounded(spec: DecoderSpec, name: str, parameter: Parameter) -> bool:
+    """Whether quantization 4bit rounds this to 4 bits."""
+    if len(parameter.shape) == 1 or needs_8_bits(spec, name):
+        return False
+    return encoding_for([part.format for part in parameter.parts]).bits > 4
 
 
 class _Observer(Recorder):
@@ -80,7 +81,7 @@ def _run_layer(
         dataclasses.replace(spec, vocab_size=len(x)), choose_isa(), threads,
         page_size=_PAGE_SIZE, max_rows=length, max_sampled=length,
     )  # fmt: skip
-    recorder = _Observer(program, {**parameters, "embed": rows}, "none")
+    recorder = _Observer(spec, program, {**parameters, "embed": rows}, "none")
     program.finish(recorder.sampled_rows(describe_layer(spec, i, recorder, recorder.embed("embed"))))
     for name, handle in recorder.weights.items():
         pack(program, handle, rows if name == "embed" else parameters[name])
