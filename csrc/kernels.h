@@ -101,7 +101,7 @@ struct Shape {
     OCTAVO_INLINE int64_t blocks_per_page() const { return page_size / kSpan; }
 };
 
-enum class Op { rotary, embed, norm, linear, rope_and_cache, attention, quantise, sampled_rows, sample };
+enum class Op { rotary, embed, norm, linear, rope_and_cache, attention, quantise, observe, sampled_rows, sample };
 
 struct Instruction {
     Op op;
@@ -109,6 +109,7 @@ struct Instruction {
     const Weight* weight = nullptr;          // embed, linear
     const float* vector = nullptr;   // norm: its weight; linear: the bias or null; rope_and_cache: q_norm or null
     const float* vector2 = nullptr;  // rope_and_cache: k_norm or null
+    double* squares = nullptr;       // observe: a sum per column
     int64_t width = 0;               // columns of x, of embed: of out
     int64_t layer = 0, window = 0;
     Activation activation = Activation::none;
@@ -160,6 +161,12 @@ struct Step {
     }
 };
 
+// A group of columns of 16 rows in 4 bits: q * scale + minimum. The floats are exact in half precision.
+struct FourBits {
+    uint8_t q[kQuantGroup][kBlock];
+    float scale[kBlock], minimum[kBlock];
+};
+
 // A thread's own working memory.
 struct Scratch {
     float* sums;     // [kGroup][kMaxPanel * kBlock]
@@ -177,6 +184,7 @@ using RowKernel = void (*)(const Instruction&, const Step&, int64_t begin, int64
 using CacheKernel = void (*)(const Instruction&, const Step&, int64_t tile, Scratch&);
 using AttentionKernel = void (*)(const Instruction&, const Step&, int64_t tile, int64_t next_tile, Scratch&);
 using LinearKernel = void (*)(const Instruction&, const Cut&, int64_t rows, int64_t tile, Ahead, Scratch&);
+using FourBitsKernel = void (*)(const float (*x)[kBlock], const float* importance, FourBits&);
 
 struct Kernels {
     void (*start_thread)();  // before a thread's first tile of a step
@@ -185,6 +193,7 @@ struct Kernels {
     CacheKernel rope_and_cache;
     AttentionKernel attention;
     LinearKernel linear;
+    FourBitsKernel quantise_to_4;  // x: [kQuantGroup][kBlock]; importance: of its columns
     int64_t (*peak_products)(float* out);  // for the ceilings, see peak.h
     Scan scan;
 };

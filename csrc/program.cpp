@@ -2,16 +2,21 @@
 #include "program.h"
 
 #include <algorithm>
+#include <bit>
 #include <chrono>
 #include <cmath>
 #include <cstring>
 #include <utility>
+
+#include "quantise.h"
 
 namespace octavo {
 
 namespace {
 
 using Clock = std::chrono::steady_clock;
+
+constexpr int64_t kObserved = 64;  // columns in a tile
 
 double lap(Clock::time_point& since) {
     const auto before = std::exchange(since, Clock::now());
@@ -29,6 +34,7 @@ const char* name_of(const Instruction& instruction) {
         case Op::rope_and_cache: return "rope_and_cache";
         case Op::attention: return "attention";
         case Op::quantise: return "quantise";
+        case Op::observe: return "observe";
         case Op::sampled_rows: return "sampled_rows";
         case Op::sample: return "sample";
     }
@@ -49,18 +55,19 @@ Program::Program(const std::string& isa, std::vector<int> cores, const Sizes& si
     recorded_.push_back({{.op = Op::rotary}, -1, -1, -1});
 }
 
-void Program::pack(int weight, const std::vector<Part>& parts) {
+void Program::pack(int weight, const std::vector<Part>& parts, const float* importance) {
     const Weight& w = weights_.at(weight);
     require(w.data, "a weight is packed when the program is finished");
     for (const Part& part : parts)
         require(!w.encoding.is_integer() || w.encoding == kW8 || w.encoding == kW4 ||
                     holds_losslessly(w.encoding, part.format),
                 "this encoding is for the formats that it holds without loss");
+    const std::vector<float> weights = column_weights(importance, w.columns);
     std::vector<std::vector<float>> scratch(pool_.size(), std::vector<float>((1 + kBlock) * (w.columns + kRotated)));
     std::atomic<int64_t> next_block = 0;
     pool_.run([&](int thread) {
         for (int64_t block; (block = next_block.fetch_add(1)) < w.blocks;)
-            pack_block(w, parts, block, scratch[thread].data());
+            pack_block(w, parts, weights.data(), kernels_.quantise_to_4, block, scratch[thread].data());
     });
 }
 
@@ -149,8 +156,19 @@ int64_t Program::count_tiles(const Instruction& instruction, const Cut& cut) con
         case Op::rope_and_cache: return int64_t(cache_tiles_.size());
         case Op::attention: return int64_t(attention_tiles_.size()) * sizes_.kv_heads;
         case Op::sample: return step_.sampled;
+        case Op::observe: return (instruction.width + kObserved - 1) / kObserved;
         default: return (rows_of(instruction) + step_.rows_per_tile - 1) / step_.rows_per_tile;
     }
+}
+
+// A tile has some columns of all rows, so that each sum is always in the same order.
+void Program::add_squares(const Instruction& instruction, int64_t tile) {
+    const int64_t begin = tile * kObserved, end = std::min(instruction.width, begin + kObserved);
+    for (int64_t row = 0; row < rows_of(instruction); row++)
+        for (int64_t i = begin; i < end; i++) {
+            const float x = std::bit_cast<float>(uint32_t(instruction.x.b16(row)[i]) << 16);
+            instruction.squares[i] += double(x) * x;
+        }
 }
 
 void Program::compute_rotary(int64_t begin, int64_t end) {
@@ -182,6 +200,7 @@ void Program::run_tile(int index, int64_t tile, bool more, int thread) {
     switch (instruction.op) {
         case Op::rotary: return compute_rotary(begin, end);
         case Op::embed: return kernels_.embed(instruction, step_, begin, end, scratch);
+        case Op::observe: return add_squares(instruction, tile);
         case Op::norm: return kernels_.norm(instruction, step_, begin, end, scratch);
         case Op::quantise: return kernels_.quantise(instruction, step_, begin, end, scratch);
         case Op::sampled_rows: return kernels_.sampled_rows(instruction, step_, begin, end, scratch);

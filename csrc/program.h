@@ -62,10 +62,11 @@ public:
     int attention(int q, int layer, int64_t window);
     int gated(int gate_up, Activation activation);  // becomes part of the linear before it
     int sampled_rows(int x);
+    int observe(int x);  // a handle for squares()
     void finish(int logits);  // lays out the memory
 
     int64_t weight_bytes() const { return weight_bytes_; }
-    void pack(int weight, const std::vector<Part>& parts);
+    void pack(int weight, const std::vector<Part>& parts, const float* importance);  // of its columns; may be null
 
     int64_t page_bytes() const;
     void allocate_kv(int64_t pages);
@@ -74,6 +75,9 @@ public:
     void step(const Batch& batch, const SamplingBatch& sampling, const Sampled& result);
     void logits(const Batch& batch, float* result);  // [sampled, logits_width]
     int64_t logits_width() const { return logits_width_; }
+
+    // Of an observed buffer of bf16: the sum of the squares of each column, over all rows of all steps.
+    const std::vector<double>& squares(int observed) const { return squares_.at(observed); }
 
     // What a step reads of the weights: by the linears of the layers, and by the head.
     std::pair<int64_t, int64_t> linear_bytes() const;
@@ -115,6 +119,7 @@ private:
     Ahead panel_memory(int instruction, int64_t tile) const;
     void run_tile(int instruction, int64_t tile, bool more, int thread);
     void run_tiles(int instruction, int thread);
+    void add_squares(const Instruction& instruction, int64_t tile);
     void compute_rotary(int64_t begin, int64_t end);
     void run(const Batch& batch, const Work& finish_row);
 
@@ -126,6 +131,7 @@ private:
 
     std::deque<Vector> vectors_;
     std::deque<Weight> weights_;
+    std::deque<std::vector<double>> squares_;
     std::vector<Buffer> buffers_;
     std::vector<Recorded> recorded_;
     std::vector<Instruction> instructions_;

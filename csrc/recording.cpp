@@ -104,6 +104,14 @@ int Program::gated(int gate_up, Activation activation) {
 
 int Program::sampled_rows(int x) { return record({.op = Op::sampled_rows}, x, buffers_.at(x).width, Element::f32); }
 
+int Program::observe(int x) {
+    const Buffer& buffer = buffers_.at(x);
+    require(buffer.element == Element::bf16, "what is observed is bf16");
+    squares_.emplace_back(buffer.width);
+    record({.op = Op::observe, .squares = squares_.back().data(), .width = buffer.width}, x, 0, Element::f32);
+    return int(squares_.size()) - 1;
+}
+
 // Gives each buffer a place that no other one needs while it is in use; returns the places. Only buffers of the same
 // shape share one, so that the columns past the width stay zero.
 std::vector<Program::Buffer> Program::assign_storage() {

@@ -198,9 +198,7 @@ def test_8_bits_at_load_are_rotated_and_scaled_by_row(isa: str, columns: int, ro
 
 
 def as_format(values: np.ndarray, format: str) -> np.ndarray:
-    size = native.row_bytes(int(GGMLQuantizationType[format]), values.shape[1])
-    stored = np.zeros((len(values), size), np.uint8)
-    native.quantise(format, np.ascontiguousarray(values), stored)
+    stored: np.ndarray = native.quantise(np.ascontiguousarray(values), format)
     return stored
 
 
