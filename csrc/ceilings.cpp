@@ -45,7 +45,7 @@ double read_rate(ThreadPool& pool) {
     return best;
 }
 
-double product_rate(const Kernels& kernels, ThreadPool& pool) {
+double product_rate(const Kernels& kernels, int64_t (*products)(float*), ThreadPool& pool) {
     double best = 0;
     for (int i = 0; i < kTries; i++) {
         std::atomic<int64_t> operations = 0;
@@ -55,7 +55,7 @@ double product_rate(const Kernels& kernels, ThreadPool& pool) {
             int64_t done = 0;
             kernels.start_thread();
             while (Clock::now() - start < kProductTime)
-                for (int j = 0; j < 8; j++) done += kernels.peak_products(out);
+                for (int j = 0; j < 8; j++) done += products(out);
             kernels.stop_thread();
             operations += done;
         });
@@ -67,7 +67,8 @@ double product_rate(const Kernels& kernels, ThreadPool& pool) {
 }  // namespace
 
 Ceilings measure_ceilings(const Kernels& kernels, ThreadPool& pool) {
-    return {read_rate(pool), product_rate(kernels, pool)};
+    return {read_rate(pool), product_rate(kernels, kernels.peak_products, pool),
+            product_rate(kernels, kernels.peak_integer_products, pool)};
 }
 
 }  // namespace octavo

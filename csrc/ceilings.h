@@ -9,6 +9,7 @@ namespace octavo {
 struct Ceilings {
     double bytes_per_second;       // read from memory, all threads together
     double operations_per_second;  // of bf16 dot products; a multiplication and an addition are two
+    double integer_operations_per_second;  // of int8 ones
 };
 
 // The best of several short tries, as other programs may be in the way: half a second, and 512 MiB for as long.

@@ -28,7 +28,8 @@ const Kernels kernels = {
     .attention = attention,
     .linear = linear,
     .quantise_to_4 = quantise_to_4,
-    .peak_products = peak_products,
+    .peak_products = peak_products<F32>,
+    .peak_integer_products = peak_products<I32>,
     .scan = kScan,
 };
 

@@ -195,6 +195,7 @@ struct Kernels {
     LinearKernel linear;
     FourBitsKernel quantise_to_4;  // x: [kQuantGroup][kBlock]; importance: of its columns
     int64_t (*peak_products)(float* out);  // for the ceilings, see peak.h
+    int64_t (*peak_integer_products)(float* out);
     Scan scan;
 };
 

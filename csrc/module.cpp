@@ -127,6 +127,10 @@ void pack(Program& program, int weight, nb::list parts, int64_t rows, int64_t co
     program.pack(weight, native, importance ? importance->data() : nullptr);
 }
 
+nb::tuple linears(const LinearWeights& weights) {
+    return nb::make_tuple(weights.bytes, double(weights.integers) / double(std::max<int64_t>(weights.values, 1)));
+}
+
 }  // namespace
 
 NB_MODULE(_native, module) {
@@ -168,12 +172,17 @@ NB_MODULE(_native, module) {
         .def("allocate_kv", &Program::allocate_kv)
         .def("step", &step)
         .def("logits", &logits)
-        .def_prop_ro("linear_bytes", &Program::linear_bytes)
+        .def_prop_ro("layers", [](Program& p) { return linears(p.linears(false)); })
+        .def_prop_ro("head", [](Program& p) { return linears(p.linears(true)); })
         .def("ceilings",
              [](Program& p) {
-                 nb::gil_scoped_release release;
-                 const Ceilings ceilings = p.ceilings();
-                 return std::pair(ceilings.bytes_per_second, ceilings.operations_per_second);
+                 Ceilings ceilings;
+                 {
+                     nb::gil_scoped_release release;
+                     ceilings = p.ceilings();
+                 }
+                 return nb::make_tuple(ceilings.bytes_per_second, ceilings.operations_per_second,
+                                       ceilings.integer_operations_per_second);
              })
         .def("profile", &Program::profile, "on"_a)
         .def("times", &Program::times);

@@ -1,6 +1,8 @@
 // The ceiling of arithmetic: the inner loop of a linear on operands that never leave the first-level cache.
 #pragma once
 
+#include <type_traits>
+
 #include "product.h"
 #ifdef OCTAVO_AMX
 #include "amx.h"
@@ -8,32 +10,39 @@
 
 namespace octavo::OCTAVO_ISA {
 
-// Some microseconds of bf16 dot products; returns how many operations they were. `out` has room for kPeakFloats.
+// With a word of 4 bytes: a multiplication and an addition for each of its values.
+template <class Sum>
+constexpr int64_t kOperations = std::is_same_v<Sum, F32> ? 4 : 8;
+
+// Some microseconds of dot products, of bf16 or (Sum is I32) of int8; returns how many operations they were. `out` has room
+// for kPeakFloats.
 #ifdef OCTAVO_AMX
+template <class Sum>
 int64_t peak_products(float* out) {
     constexpr int64_t kTimes = 256;
     tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>();
     tile_zero<4>(), tile_zero<5>(), tile_zero<6>(), tile_zero<7>();
     for (int64_t i = 0; i < kTimes; i++) {
-        tile_multiply<F32, 0, 4, 6>();
-        tile_multiply<F32, 1, 4, 7>();
-        tile_multiply<F32, 2, 5, 6>();
-        tile_multiply<F32, 3, 5, 7>();
+        tile_multiply<Sum, 0, 4, 6>();
+        tile_multiply<Sum, 1, 4, 7>();
+        tile_multiply<Sum, 2, 5, 6>();
+        tile_multiply<Sum, 3, 5, 7>();
     }
     tile_store<0>(out, 64);
-    return kTimes * 4 * 16 * 16 * 32 * 2;
+    return kTimes * 4 * 16 * 16 * 16 * kOperations<Sum>;
 }
 #else
+template <class Sum>
 int64_t peak_products(float* out) {
-    constexpr int64_t kPairs = 1024;
+    constexpr int64_t kWords = 1024;
     constexpr int kWide = kTileArea / kTileRows;
-    alignas(64) bf16 row[2 * kPairs] = {}, columns[kWide * 2 * kBlock] = {};
+    alignas(64) std::byte row[4 * kWords] = {}, columns[kWide * 4 * kBlock] = {};
     static_assert(kTileRows * kWide * kBlock <= kPeakFloats);
-    int64_t stride = 0;      // every row and every pair is the same one,
+    int64_t stride = 0;      // every row and every word is the same one,
     asm("" : "+r"(stride));  // which the compiler must not know, or it would compute it once
-    product_tile<F32, kTileRows, kWide>({row, stride}, {columns, stride, 4 * kBlock}, kPairs, false, out, kWide * kBlock,
+    product_tile<Sum, kTileRows, kWide>({row, stride}, {columns, stride, 4 * kBlock}, kWords, false, out, kWide * kBlock,
                                         {}, 0);
-    return kPairs * kTileRows * kWide * kBlock * 2 * 2;
+    return kWords * kTileRows * kWide * kBlock * kOperations<Sum>;
 }
 #endif
 

@@ -257,15 +257,16 @@ void Program::run(const Batch& batch, const Work& finish_row) {
     if (profiled) seconds_.back() += lap(since);
 }
 
-std::pair<int64_t, int64_t> Program::linear_bytes() const {
-    int64_t layers = 0, head = 0;
+LinearWeights Program::linears(bool head) const {
+    LinearWeights all;
     for (const Instruction& instruction : instructions_) {
-        if (instruction.op != Op::linear) continue;
+        if (instruction.op != Op::linear || is_head(instruction) != head) continue;
         const Weight& w = *instruction.weight;
-        const auto address = [&](int64_t block) { return reinterpret_cast<const char*>(w.block(block)); };
-        (is_head(instruction) ? head : layers) += address(w.blocks) - address(0);
+        all.bytes += w.blocks * w.block_bytes;
+        all.values += w.rows * w.columns;
+        if (w.encoding.is_integer()) all.integers += w.rows * w.columns;
     }
-    return {layers, head};
+    return all;
 }
 
 void Program::profile(bool on) {

@@ -48,6 +48,11 @@ struct Sampled {
     float* top_logprobs;
 };
 
+// The weights of some linears.
+struct LinearWeights {
+    int64_t bytes = 0, values = 0, integers = 0;  // `integers` of the values are held so
+};
+
 class Program {
 public:
     Program(const std::string& isa, std::vector<int> cores, const Sizes& sizes, std::vector<double> frequencies);
@@ -79,8 +84,8 @@ public:
     // Of an observed buffer of bf16: the sum of the squares of each column, over all rows of all steps.
     const std::vector<double>& squares(int observed) const { return squares_.at(observed); }
 
-    // What a step reads of the weights: by the linears of the layers, and by the head.
-    std::pair<int64_t, int64_t> linear_bytes() const;
+    // What a step reads: of the layers, or of the head.
+    LinearWeights linears(bool head) const;
     Ceilings ceilings() { return measure_ceilings(kernels_, pool_); }
     void profile(bool on);                       // from here on, or no more
     std::map<std::string, double> times() const;  // seconds since then: by kind of instruction, and "head"

@@ -1,5 +1,6 @@
 """octavo bench roofline: its report agrees with itself and with the model, and the profile with the clock."""
 
+import dataclasses
 import importlib.util
 import json
 import re
@@ -45,6 +46,7 @@ def test_steps_fit_the_machine_and_the_model(done: tuple[dict[str, Any], str, Pa
     assert [step["context"] for step in steps if step["phase"] == "prefill"] == [511]
     assert ceilings["threads"] == 1
     assert ceilings["bytes_per_second"] > 1e8 and ceilings["operations_per_second"] > 1e8
+    assert ceilings["integer_operations_per_second"] > 1e8
     for step in steps:
         assert 0 < step["floor_milliseconds"] < step["milliseconds"] * 1.2
         assert step["achieved"] == pytest.approx(step["floor_milliseconds"] / step["milliseconds"])
@@ -80,11 +82,12 @@ def test_windows_bound_attention_and_the_cache(tiny_model: Callable[[str], Path]
 
 
 def test_the_floor_is_the_slower_of_memory_and_arithmetic() -> None:
-    ceilings = Ceilings("any", 1, bytes_per_second=100.0, operations_per_second=1000.0)
+    ceilings = Ceilings("any", 1, 100.0, 1000.0, integer_operations_per_second=2000.0)
     reads = Work(weight_bytes=150, kv_bytes=50, linear=10, attention=10, head=10)
     computes = Work(weight_bytes=10, kv_bytes=10, linear=2000, attention=1500, head=500)
     assert reads.floor(ceilings) == (2.0, "memory")
     assert computes.floor(ceilings) == (4.0, "compute")
+    assert dataclasses.replace(computes, integers=2500).floor(ceilings) == (2.75, "compute")
     report = Measured("prefill", 1, 9, 9, 12.0, [reads, computes], {}).report(ceilings)
     assert (report["floor_milliseconds"], report["limited_by"], report["achieved"]) == (6000, "compute", 0.5)
 

@@ -44,6 +44,7 @@ class Ceilings:
     threads: int
     bytes_per_second: float  # read from memory
     operations_per_second: float  # of bf16 dot products; a multiplication and an addition are two
+    integer_operations_per_second: float  # of int8 ones
 
 
 @dataclass(frozen=True)
@@ -55,11 +56,13 @@ class Work:
     linear: float
     attention: float
     head: float
+    integers: float = 0  # of the operations, so many are on int8
 
     def floor(self, ceilings: Ceilings) -> tuple[float, str]:
         """Seconds that it takes at least, and what by."""
         memory = (self.weight_bytes + self.kv_bytes) / ceilings.bytes_per_second
-        arithmetic = (self.linear + self.attention + self.head) / ceilings.operations_per_second
+        floats = self.linear + self.attention + self.head - self.integers
+        arithmetic = floats / ceilings.operations_per_second + self.integers / ceilings.integer_operations_per_second
         return max((memory, "memory"), (arithmetic, "compute"))
 
 
@@ -231,13 +234,15 @@ class Bench:
             pairs += int(np.minimum(seen, window).sum() if window else seen.sum())
             kept += new + (min(before, window - 1) if window else before)
         layer = (spec.qkv_size + spec.q_size + 3 * spec.intermediate_size) * spec.hidden_size
-        outputs = sequences if sampled else 0
+        linear = 2 * sequences * new * layer * spec.num_layers
+        head = 2 * sequences * spec.vocab_size * spec.hidden_size if sampled else 0
         return Work(
             weight_bytes=backend.layer_bytes + (backend.head_bytes if sampled else 0),
             kv_bytes=sequences * kept * backend.page_bytes / (backend.page_size * spec.num_layers),
-            linear=2 * sequences * new * layer * spec.num_layers,
+            linear=linear,
             attention=2 * 2 * sequences * pairs * spec.q_size,  # scores, and the sum of the values
-            head=2 * outputs * spec.vocab_size * spec.hidden_size,
+            head=head,
+            integers=linear * backend.layer_integers + head * backend.head_integers,
         )
 
 
@@ -246,6 +251,7 @@ def print_tables(ceilings: Ceilings, steps: list[dict[str, Any]]) -> None:
     machine = Table("", "", title="roofline", title_justify="left", show_header=False)
     machine.add_row("Memory, read (GB/s)", f"{ceilings.bytes_per_second / 1e9:,.1f}")
     machine.add_row(f"Products in bf16, {ceilings.isa} (GFLOP/s)", f"{ceilings.operations_per_second / 1e9:,.0f}")
+    machine.add_row(f"Products in int8, {ceilings.isa} (GOP/s)", f"{ceilings.integer_operations_per_second / 1e9:,.0f}")
     machine.add_row("Threads", str(ceilings.threads))
     work = Table("Step", "Weights MB", "KV MB", "Linear GFLOP", "Attention", "Head")
     work.title = "What must be done"

@@ -24,7 +24,9 @@ class CpuBackend:
     def __init__(self, spec: DecoderSpec, program: Program, page_size: int, isa: str):
         self.spec, self.page_size, self.isa = spec, page_size, isa
         self.page_bytes, self.weight_bytes = program.page_bytes, program.weight_bytes
-        self.layer_bytes, self.head_bytes = program.linear_bytes  # of the weights: what a step reads
+        # Of the weights of the layers' linears, and of the head's: what a step reads, and what part of them are integers.
+        self.layer_bytes, self.layer_integers = program.layers
+        self.head_bytes, self.head_integers = program.head
         self._program: Program | None = program
 
     def allocate_kv(self, num_pages: int) -> None:
@@ -47,10 +49,10 @@ class CpuBackend:
     def close(self) -> None:
         self._program = None
 
-    def ceilings(self) -> tuple[float, float]:
+    def ceilings(self) -> tuple[float, float, float]:
         """Measure what the machine can do at best with these threads and kernels, in half a second.
 
-        Bytes read from memory per second, and operations of bf16 dot products per second.
+        Bytes read from memory per second, and operations per second of dot products of bf16, and of int8.
         """
         return self._running.ceilings()
 
