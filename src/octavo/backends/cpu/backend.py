@@ -24,7 +24,7 @@ class CpuBackend:
     def __init__(self, spec: DecoderSpec, program: Program, page_size: int, isa: str):
         self.spec, self.page_size, self.isa = spec, page_size, isa
         self.page_bytes, self.weight_bytes = program.page_bytes, program.weight_bytes
-        # Of the weights of the layers' linears, and of the head's: what a step reads, and what part of them are integers.
+        # Of the layers' linears, and of the head: bytes that a step reads, and which part of the values are integers.
         self.layer_bytes, self.layer_integers = program.layers
         self.head_bytes, self.head_integers = program.head
         self._program: Program | None = program

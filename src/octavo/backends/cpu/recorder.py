@@ -52,7 +52,7 @@ class Recorder:
         return self.weights[name]
 
     def _encoding(self, name: str) -> Encoding:
-        """auto: that of the checkpoint's own integers. 4bit keeps them, if they are as small; 8bit has a faster form."""
+        """auto: that of the checkpoint's own integers. 4bit keeps them if they are as small; 8bit has a faster form."""
         own = encoding_for([part.format for part in self._parameters[name].parts])
         if self._quantization in ("auto", "none"):
             return own if self._quantization == "auto" else Encoding.BF16
