@@ -64,7 +64,7 @@ def main() -> None:
     spec, parameters = describe_model(checkpoint.config, checkpoint.tensors)
     backend = load(
         spec, parameters, page_size=PAGE_SIZE, max_batch_tokens=512, max_batch_size=256, max_model_len=8192,
-        threads=EngineConfig().num_threads, dtype="auto", device="auto", progress=lambda done, total: None,
+        threads=EngineConfig().num_threads, dtype="auto", quantization="none", device="auto", progress=lambda done, total: None,
     )  # fmt: skip
     backend.allocate_kv(1024)
     head = spec.vocab_size * spec.hidden_size

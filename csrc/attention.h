@@ -1,4 +1,8 @@
 // Attention over the KV cache, whose layout is told in rope_and_cache.h.
+//
+// The context is summed up in parts, cut at fixed positions, and the parts are merged in order of position: always, and
+// for every row. So a row comes out the same whether a thread walks through all of its parts (which is best where there
+// are many rows) or each part is a tile of its own (so that a single long context occupies all threads).
 #pragma once
 
 #include "activations.h"
@@ -6,14 +10,38 @@
 
 namespace octavo::OCTAVO_ISA {
 
+constexpr int64_t kPartBlocks = kPart / kSpan;
+
+// What has been summed up for a query: the values, weighted [head_dim]; the weights, by lane [kBlock]; and the highest
+// score so far, which both are relative to.
+struct Sums {
+    float *values, *weights, *maximum;
+
+    OCTAVO_INLINE Sums(float* at, int64_t dim) : values(at), weights(at + dim), maximum(weights + kBlock) {}
+};
+
+OCTAVO_INLINE void clear(Sums sums, int64_t dim) {
+    std::memset(sums.values, 0, (dim + kBlock) * sizeof(float));
+    *sums.maximum = -__builtin_inff();
+}
+
+// Adds what `part` has to `sums`, which may be empty.
+OCTAVO_INLINE void merge(Sums part, int64_t dim, Sums sums) {
+    const bool rises = *part.maximum > *sums.maximum;
+    const Sums low = rises ? sums : part, high = rises ? part : sums;
+    const F32 factor = exp2(splat(*low.maximum - *high.maximum));
+    for (int64_t i = 0; i < dim + kBlock; i += kLanes)
+        store(sums.values + i, fma(load(low.values + i), factor, load(high.values + i)));
+    *sums.maximum = *high.maximum;
+}
+
 // Online softmax (Milakov and Gimelshein, 2018) of one query over one block: turns its scores into weights, and
-// rescales what it has summed up so far (of the weights, lane by lane). Positions outside begin:end of the block do not
-// count, whatever they hold.
-OCTAVO_INLINE void softmax_block(const float* scores, float scale, int64_t begin, int64_t end, int64_t dim,
-                                 float* maximum_so_far, float* weight_so_far, float* values, bf16* shares) {
+// rescales what it has summed up so far. Positions outside begin:end of the block do not count, whatever they hold.
+OCTAVO_INLINE void softmax_block(const float* scores, float scale, int64_t begin, int64_t end, int64_t dim, Sums sums,
+                                 bf16* shares) {
     constexpr int kParts = kSpan / kLanes;
     const bool partial = begin > 0 || end < kSpan;
-    F32 score[kParts], highest = splat(*maximum_so_far), total = {};
+    F32 score[kParts], highest = splat(*sums.maximum), total = {};
     OCTAVO_UNROLL for (int i = 0; i < kParts; i++) {
         score[i] = load(scores + i * kLanes) * splat(scale);
         if (partial) score[i] = select(in_range(i * kLanes, begin, end), score[i], splat(-__builtin_inff()));
@@ -26,14 +54,14 @@ OCTAVO_INLINE void softmax_block(const float* scores, float scale, int64_t begin
         store_bf16(shares + i * kLanes, weight);
         total = total + weight;
     }
-    F32 weight = load(weight_so_far);
-    if (top != *maximum_so_far) {  // otherwise the factor is exactly 1
-        const F32 factor = exp2(splat(*maximum_so_far - top));
-        for (int64_t i = 0; i < dim; i += kLanes) store(values + i, load(values + i) * factor);
+    F32 weight = load(sums.weights);
+    if (top != *sums.maximum) {  // otherwise the factor is exactly 1
+        const F32 factor = exp2(splat(*sums.maximum - top));
+        for (int64_t i = 0; i < dim; i += kLanes) store(sums.values + i, load(sums.values + i) * factor);
         weight = weight * factor;
-        *maximum_so_far = top;
+        *sums.maximum = top;
     }
-    store(weight_so_far, weight + total);
+    store(sums.weights, weight + total);
 }
 
 // The first position that a row at `position` sees.
@@ -56,64 +84,120 @@ struct Block {
     }
 };
 
-// The block that tile `tile` begins with.
-OCTAVO_INLINE Block first_block(const Instruction& op, const Step& step, int64_t tile) {
-    const RowTile rows = step.attention_tiles[tile / step.shape->kv_heads];
-    const int64_t first = first_seen(step.positions[rows.first], op.window) / kSpan;
-    return {step, op.layer, rows.sequence, first, tile % step.shape->kv_heads};
-}
-
 // Neighbouring rows of a sequence times the query heads of one kv head, so that K and V are read once for all of them.
-// A row takes part only in the blocks that it sees something of: the same ones, and the same sums, in any tile.
-// `next_tile`, or -1, is the one whose first block is fetched at the end.
-void attention(const Instruction& op, const Step& step, int64_t tile, int64_t next_tile, Scratch& scratch) {
-    const Shape& shape = *step.shape;
-    const RowTile rows = step.attention_tiles[tile / shape.kv_heads];
-    const int64_t kv_head = tile % shape.kv_heads, group = shape.heads / shape.kv_heads, dim = shape.head_dim;
-    const int64_t first = step.positions[rows.first], last = first + rows.count - 1, queries = rows.count * group;
-    const float scale = kLog2E / __builtin_sqrtf(float(dim));
+struct Queries {
+    const Instruction& op;
+    const Step& step;
+    const AttentionTile& tile;
+    const int64_t kv_head, group, dim, first, last;  // positions of the rows
+    const int64_t begin, end;                        // blocks that they see
 
-    for (int64_t r = 0; r < rows.count; r++)
-        std::memcpy(scratch.queries + r * group * dim, op.x.b16(rows.first + r) + kv_head * group * dim,
-                    group * dim * sizeof(bf16));
-    std::memset(scratch.values, 0, queries * dim * sizeof(float));
-    std::memset(scratch.weights, 0, queries * kBlock * sizeof(float));
-    for (int64_t q = 0; q < queries; q++) scratch.maxima[q] = -__builtin_inff();
-    const int64_t last_block = last / kSpan;
-    for (int64_t block = first_seen(first, op.window) / kSpan; block <= last_block; block++) {
-        const int64_t start = block * kSpan;
-        // The rows at positions start ... see the block, up to the one whose window begins past it.
-        const int64_t from = start > first ? start - first : 0;
-        const int64_t past = op.window ? start + kSpan - 1 + op.window - first : rows.count;
-        const int64_t to = past < rows.count ? past : rows.count, count = (to - from) * group;
-        const Block here(step, op.layer, rows.sequence, block, kv_head);
-        const Block ahead = block < last_block ? Block(step, op.layer, rows.sequence, block + 1, kv_head)
-                            : next_tile >= 0   ? first_block(op, step, next_tile)
-                                               : here;
+    OCTAVO_INLINE Queries(const Instruction& op, const Step& step, int64_t index)
+        : op(op), step(step), tile(step.attention_tiles[index / step.shape->kv_heads]),
+          kv_head(index % step.shape->kv_heads), group(step.shape->heads / step.shape->kv_heads),
+          dim(step.shape->head_dim), first(step.positions[tile.rows.first]), last(first + tile.rows.count - 1),
+          begin(first_seen(first, op.window) / kSpan), end(last / kSpan + 1) {}
+
+    OCTAVO_INLINE int64_t count() const { return tile.rows.count * group; }
+    OCTAVO_INLINE Block block(int64_t index) const { return {step, op.layer, tile.rows.sequence, index, kv_head}; }
+    OCTAVO_INLINE int64_t part_begin(int64_t part) const { return larger(begin, part * kPartBlocks); }
+    OCTAVO_INLINE int64_t part_end(int64_t part) const { return smaller(end, (part + 1) * kPartBlocks); }
+
+    // The rows at positions `start` ... see something of start ... start + size - 1, up to the one whose window begins
+    // past it. A row takes part only in what it sees something of: the same, and the same sums, in any tile.
+    OCTAVO_INLINE int64_t from(int64_t start) const { return larger(start - first, 0); }
+    OCTAVO_INLINE int64_t to(int64_t start, int64_t size) const {
+        return op.window ? smaller(start + size - 1 + op.window - first, tile.rows.count) : tile.rows.count;
+    }
+
+    OCTAVO_INLINE Sums sums(float* of_all, int64_t query) const {
+        return {of_all + query * step.shape->sums_stride(), dim};
+    }
+
+    // What a part of a tile that is cut into parts has summed up.
+    OCTAVO_INLINE float* part_sums(int64_t part) const {
+        const int64_t before = tile.part_sums + (part * step.shape->kv_heads + kv_head) * count();
+        return step.part_sums + before * step.shape->sums_stride();
+    }
+
+    OCTAVO_INLINE static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+    OCTAVO_INLINE static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+};
+
+// Of all queries over one part. `next` is read after it.
+void attend_part(const Queries& q, int64_t part, const Block& next, Scratch& scratch, float* sums) {
+    const int64_t dim = q.dim, group = q.group, stride = q.step.shape->sums_stride();
+    const float scale = kLog2E / __builtin_sqrtf(float(dim));
+    for (int64_t i = 0; i < q.count(); i++) clear(q.sums(sums, i), dim);
+    for (int64_t block = q.part_begin(part); block < q.part_end(part); block++) {
+        const int64_t start = block * kSpan, from = q.from(start), to = q.to(start, kSpan), count = (to - from) * group;
+        const Block here = q.block(block), ahead = block + 1 < q.part_end(part) ? q.block(block + 1) : next;
         product(scratch.queries + from * group * dim, dim, count, {here.k, kSpan * 2, kBlock * 2}, kSpan / kBlock,
                 dim / 2, false, scratch.scores, kSpan, ahead.k_memory);
         for (int64_t r = from, i = 0; r < to; r++) {
-            const int64_t begin = first_seen(first + r, op.window) - start, end = first + r + 1 - start;
-            for (int64_t q = r * group; q < (r + 1) * group; q++, i++)
-                softmax_block(scratch.scores + i * kSpan, scale, begin, end, dim, scratch.maxima + q,
-                              scratch.weights + q * kBlock, scratch.values + q * dim, scratch.shares + i * kSpan);
+            const int64_t begin = first_seen(q.first + r, q.op.window) - start, end = q.first + r + 1 - start;
+            for (int64_t g = 0; g < group; g++, i++)
+                softmax_block(scratch.scores + i * kSpan, scale, begin, end, dim, q.sums(sums, r * group + g),
+                              scratch.shares + i * kSpan);
         }
         product(scratch.shares, kSpan, count, {here.v, dim * 2, kBlock * 2}, dim / kBlock, kSpan / 2, true,
-                scratch.values + from * group * dim, dim, ahead.v_memory);
+                sums + from * group * stride, stride, ahead.v_memory);
     }
-    for (int64_t q = 0; q < queries; q++) {
-        const F32 back = splat(1.0f / sum(load(scratch.weights + q * kBlock)));
-        const float* values = scratch.values + q * dim;
-        const int64_t row = rows.first + q / group, column = (kv_head * group + q % group) * dim;
-        if (!op.out.quantised)
-            for (int64_t i = 0; i < dim; i += kLanes) store_bf16(op.out.b16(row) + column + i, load(values + i) * back);
+}
+
+OCTAVO_INLINE void merge_part(const Queries& q, int64_t part, float* part_sums, float* sums) {
+    const int64_t from = q.from(part * kPart), to = q.to(part * kPart, kPart);
+    for (int64_t i = from * q.group; i < to * q.group; i++) merge(q.sums(part_sums, i), q.dim, q.sums(sums, i));
+}
+
+OCTAVO_INLINE void write_values(const Queries& q, float* sums) {
+    for (int64_t i = 0; i < q.count(); i++) {
+        const Sums of_query = q.sums(sums, i);
+        const F32 back = splat(1.0f / sum(load(of_query.weights)));
+        const Matrix& out = q.op.out;
+        const int64_t row = q.tile.rows.first + i / q.group, column = (q.kv_head * q.group + i % q.group) * q.dim;
+        if (!out.quantised)
+            for (int64_t d = 0; d < q.dim; d += kLanes)
+                store_bf16(out.b16(row) + column + d, load(of_query.values + d) * back);
         else  // dim is a multiple of the groups' size
-            for (int64_t i = 0; i < dim; i += kQuantGroup) {
+            for (int64_t d = 0; d < q.dim; d += kQuantGroup) {
                 F32 scaled[kGroupVectors];
-                OCTAVO_UNROLL for (int j = 0; j < kGroupVectors; j++) scaled[j] = load(values + i + j * kLanes) * back;
-                store_group(op.out, row, column + i, scaled);
+                OCTAVO_UNROLL for (int j = 0; j < kGroupVectors; j++)
+                    scaled[j] = load(of_query.values + d + j * kLanes) * back;
+                store_group(out, row, column + d, scaled);
             }
     }
+}
+
+// The block that a tile begins with.
+OCTAVO_INLINE Block first_block(const Queries& q) {
+    return q.block(Queries::smaller(q.part_begin(Queries::larger(q.tile.part, 0)), q.end - 1));
+}
+
+// `next_tile`, or -1, is the one whose first block is fetched at the end.
+void attention(const Instruction& op, const Step& step, int64_t tile, int64_t next_tile, Scratch& scratch) {
+    const Queries q(op, step, tile);
+    const Block next = next_tile < 0 ? q.block(q.end - 1) : first_block({op, step, next_tile});
+    const int64_t width = q.group * q.dim;
+    for (int64_t r = 0; r < q.tile.rows.count; r++)
+        std::memcpy(scratch.queries + r * width, op.x.b16(q.tile.rows.first + r) + q.kv_head * width,
+                    width * sizeof(bf16));
+    const int64_t first_part = q.begin / kPartBlocks, last_part = (q.end - 1) / kPartBlocks;
+    if (q.tile.part < 0) {
+        for (int64_t part = first_part; part <= last_part; part++) {
+            float* sums = part == first_part ? scratch.sums_so_far : scratch.part_sums;
+            attend_part(q, part, part < last_part ? q.block(q.part_end(part)) : next, scratch, sums);
+            if (part > first_part) merge_part(q, part, sums, scratch.sums_so_far);
+        }
+        return write_values(q, scratch.sums_so_far);
+    }
+    attend_part(q, q.tile.part, next, scratch, q.part_sums(q.tile.part));
+    int32_t* done = step.parts_done + q.tile.split * step.shape->kv_heads + q.kv_head;
+    if (__atomic_add_fetch(done, 1, __ATOMIC_ACQ_REL) <= last_part) return;
+    *done = 0;  // for the next layer; the last one to be done merges
+    for (int64_t part = first_part + 1; part <= last_part; part++)
+        merge_part(q, part, q.part_sums(part), q.part_sums(first_part));
+    write_values(q, q.part_sums(first_part));
 }
 
 }  // namespace octavo::OCTAVO_ISA

@@ -175,8 +175,8 @@ void Program::lay_out_weights() {
 
 void Program::make_scratch() {
     const int64_t pairs = std::max(kAttentionRows, sizes_.heads / sizes_.kv_heads);  // rows of a tile of attention
-    const int64_t floats[] = {kGroup * kMaxPanel * kBlock, pairs * kSpan, pairs * sizes_.head_dim, pairs,
-                              pairs * kBlock};
+    const int64_t sums = pairs * shape_.sums_stride();
+    const int64_t floats[] = {kGroup * kMaxPanel * kBlock, pairs * kSpan, sums, sums};
     const int64_t halves[] = {pairs * sizes_.head_dim, pairs * kSpan};
     int64_t groups = 0;
     for (const Weight& w : weights_) groups = std::max(groups, w.groups);
@@ -193,9 +193,8 @@ void Program::make_scratch() {
         Scratch& scratch = scratch_.emplace_back();
         take(scratch.sums, floats[0]);
         take(scratch.scores, floats[1]);
-        take(scratch.values, floats[2]);
-        take(scratch.maxima, floats[3]);
-        take(scratch.weights, floats[4]);
+        take(scratch.part_sums, floats[2]);
+        take(scratch.sums_so_far, floats[3]);
         take(scratch.queries, halves[0]);
         take(scratch.shares, halves[1]);
         take(scratch.widened, widened);

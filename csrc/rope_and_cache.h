@@ -57,7 +57,7 @@ void rope_and_cache(const Instruction& op, const Step& step, int64_t tile, Scrat
     const Shape& shape = *step.shape;
     const RowTile rows = step.cache_tiles[tile];
     const int64_t dim = shape.head_dim, block = step.positions[rows.first] / kSpan;
-    float* head = scratch.values;
+    float* head = scratch.part_sums;
     for (int64_t r = rows.first; r < rows.first + rows.count; r++) {
         const float* x = op.x.f32(r);
         if (r + 1 < rows.first + rows.count) prefetch(op.x.f32(r + 1), op.x.stride * sizeof(float));
