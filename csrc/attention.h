@@ -10,6 +10,7 @@
 
 namespace octavo::OCTAVO_ISA {
 
+constexpr float kHeadroom = 8;  // powers of two by which a weight may exceed 1: to rescale the sums is not cheap
 constexpr int64_t kPartBlocks = kPart / kSpan;
 
 // What has been summed up for a query: the values, weighted [head_dim]; the weights, by lane [kBlock]; and the highest
@@ -35,33 +36,34 @@ OCTAVO_INLINE void merge(Sums part, int64_t dim, Sums sums) {
     *sums.maximum = *high.maximum;
 }
 
-// Online softmax (Milakov and Gimelshein, 2018) of one query over one block: turns its scores into weights, and
-// rescales what it has summed up so far. Positions outside begin:end of the block do not count, whatever they hold.
-OCTAVO_INLINE void softmax_block(const float* scores, float scale, int64_t begin, int64_t end, int64_t dim, Sums sums,
-                                 bf16* shares) {
-    constexpr int kParts = kSpan / kLanes;
+// Online softmax (Milakov and Gimelshein, 2018) of one query over one block, in two steps. The first finds the highest
+// score, and rescales what has been summed up so far if it rises. Positions outside begin:end of the block get a score
+// of -inf, whatever they hold.
+OCTAVO_INLINE void raise_maximum(float* scores, int64_t begin, int64_t end, int64_t dim, Sums sums) {
+    F32 highest = splat(*sums.maximum);
     const bool partial = begin > 0 || end < kSpan;
-    F32 score[kParts], highest = splat(*sums.maximum), total = {};
-    OCTAVO_UNROLL for (int i = 0; i < kParts; i++) {
-        score[i] = load(scores + i * kLanes) * splat(scale);
-        if (partial) score[i] = select(in_range(i * kLanes, begin, end), score[i], splat(-__builtin_inff()));
-        highest = max(highest, score[i]);
+    OCTAVO_UNROLL for (int i = 0; i < kSpan; i += kLanes) {
+        F32 score = load(scores + i);
+        if (partial) store(scores + i, score = select(in_range(i, begin, end), score, splat(-__builtin_inff())));
+        highest = max(highest, score);
     }
     const float top = maximum(highest);
-    OCTAVO_UNROLL for (int i = 0; i < kParts; i++) {
-        F32 weight = exp2(score[i] - splat(top));
-        if (partial) weight = select(in_range(i * kLanes, begin, end), weight, F32{});
-        store_bf16(shares + i * kLanes, weight);
-        total = total + weight;
+    if (top <= *sums.maximum + kHeadroom) return;
+    const F32 factor = exp2(splat(*sums.maximum - top));
+    for (int64_t i = 0; i < dim + kBlock; i += kLanes) store(sums.values + i, load(sums.values + i) * factor);
+    *sums.maximum = top;
+}
+
+// The second turns the scores into weights.
+OCTAVO_INLINE void weigh(const float* scores, Sums sums, bf16* shares) {
+    F32 total = load(sums.weights);
+    const F32 top = splat(*sums.maximum);
+    OCTAVO_UNROLL for (int i = 0; i < kSpan; i += 2 * kLanes) {
+        const F32 a = exp2_or_zero(load(scores + i) - top), b = exp2_or_zero(load(scores + i + kLanes) - top);
+        store_bf16(shares + i, a, b);
+        total = total + (a + b);
     }
-    F32 weight = load(sums.weights);
-    if (top != *sums.maximum) {  // otherwise the factor is exactly 1
-        const F32 factor = exp2(splat(*sums.maximum - top));
-        for (int64_t i = 0; i < dim; i += kLanes) store(sums.values + i, load(sums.values + i) * factor);
-        weight = weight * factor;
-        *sums.maximum = top;
-    }
-    store(sums.weights, weight + total);
+    store(sums.weights, total);
 }
 
 // The first position that a row at `position` sees.
@@ -127,7 +129,6 @@ struct Queries {
 // Of all queries over one part. `next` is read after it.
 void attend_part(const Queries& q, int64_t part, const Block& next, Scratch& scratch, float* sums) {
     const int64_t dim = q.dim, group = q.group, stride = q.step.shape->sums_stride();
-    const float scale = kLog2E / __builtin_sqrtf(float(dim));
     for (int64_t i = 0; i < q.count(); i++) clear(q.sums(sums, i), dim);
     for (int64_t block = q.part_begin(part); block < q.part_end(part); block++) {
         const int64_t start = block * kSpan, from = q.from(start), to = q.to(start, kSpan), count = (to - from) * group;
@@ -137,9 +138,10 @@ void attend_part(const Queries& q, int64_t part, const Block& next, Scratch& scr
         for (int64_t r = from, i = 0; r < to; r++) {
             const int64_t begin = first_seen(q.first + r, q.op.window) - start, end = q.first + r + 1 - start;
             for (int64_t g = 0; g < group; g++, i++)
-                softmax_block(scratch.scores + i * kSpan, scale, begin, end, dim, q.sums(sums, r * group + g),
-                              scratch.shares + i * kSpan);
+                raise_maximum(scratch.scores + i * kSpan, begin, end, dim, q.sums(sums, r * group + g));
         }
+        for (int64_t i = 0; i < count; i++)
+            weigh(scratch.scores + i * kSpan, q.sums(sums, from * group + i), scratch.shares + i * kSpan);
         product(scratch.shares, kSpan, count, {here.v, dim * 2, kBlock * 2}, dim / kBlock, kSpan / 2, true,
                 sums + from * group * stride, stride, ahead.v_memory);
     }

@@ -57,6 +57,7 @@ void rope_and_cache(const Instruction& op, const Step& step, int64_t tile, Scrat
     const Shape& shape = *step.shape;
     const RowTile rows = step.cache_tiles[tile];
     const int64_t dim = shape.head_dim, block = step.positions[rows.first] / kSpan;
+    const float q_scale = kLog2E / __builtin_sqrtf(float(dim));  // so that attention's weights are 2^(q K^T)
     float* head = scratch.part_sums;
     for (int64_t r = rows.first; r < rows.first + rows.count; r++) {
         const float* x = op.x.f32(r);
@@ -65,7 +66,8 @@ void rope_and_cache(const Instruction& op, const Step& step, int64_t tile, Scrat
         const int64_t slot = step.positions[r] % kSpan;
         for (int64_t h = 0; h < shape.heads; h++) {
             rotate_head(x + h * dim, op.vector, step, rotary, head);
-            for (int64_t i = 0; i < dim; i += kLanes) store_bf16(op.out.b16(r) + h * dim + i, load(head + i));
+            for (int64_t i = 0; i < dim; i += kLanes)
+                store_bf16(op.out.b16(r) + h * dim + i, load(head + i) * splat(q_scale));
         }
         for (int64_t h = 0; h < shape.kv_heads; h++) {
             bf16* k = step.kv_block(rows.sequence, block, op.layer, h);

@@ -145,6 +145,16 @@ OCTAVO_INLINE void store_bf16(bf16* to, F32 v) {
 #endif
 }
 
+// Two vectors, one after the other.
+OCTAVO_INLINE void store_bf16(bf16* to, F32 a, F32 b) {
+#ifdef OCTAVO_AVX512
+    store_as<__m512i>(to, (__m512i)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a));
+#else
+    store_bf16(to, a);
+    store_bf16(to + kLanes, b);
+#endif
+}
+
 // sum + a.even b.even + a.odd b.odd, where each lane of `a` and `b` is a pair of bf16, the even one in its low half.
 OCTAVO_INLINE F32 dot2(F32 sum, U32 a, U32 b) {
 #ifdef OCTAVO_AVX512
@@ -214,6 +224,22 @@ OCTAVO_INLINE F32 exp2(F32 x) {
     p = fma(p, f, splat(0.6931471824645996f));
     p = fma(p, f, splat(1.0f));
     return (F32)((I32)p + ((I32)shifted << 23));
+}
+
+// 2^x for the softmax: x is at most a few, and -inf gives 0.
+OCTAVO_INLINE F32 exp2_or_zero(F32 x) {
+#ifdef OCTAVO_AVX512
+    const F32 f = (F32)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);  // x - floor(x)
+    F32 p = splat(0.0018671307479962707f);  // to 1e-7 in [0, 1)
+    p = fma(p, f, splat(0.009017028845846653f));
+    p = fma(p, f, splat(0.05579991266131401f));
+    p = fma(p, f, splat(0.24016444385051727f));
+    p = fma(p, f, splat(0.6931512951850891f));
+    p = fma(p, f, splat(1.0f));
+    return (F32)_mm512_scalef_ps((__m512)p, (__m512)x);  // p 2^floor(x)
+#else
+    return select(x < splat(-126.0f), F32{}, exp2(x));
+#endif
 }
 
 }  // namespace octavo::OCTAVO_ISA
