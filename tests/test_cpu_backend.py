@@ -83,14 +83,15 @@ def random_parameters(spec: DecoderSpec) -> dict[str, Parameter]:
 
 
 def load(spec: DecoderSpec, factory: Any = cpu.load, **changes: Any) -> Any:
-    """A backend of the random model, with 10 pages."""
+    """A backend of the random model, with 10 pages, or so many as `pages`."""
     settings: dict[str, Any] = {
         "page_size": 32, "max_batch_tokens": 256, "max_batch_size": 256, "max_model_len": 512, "threads": 2,
         "dtype": "auto", "quantization": "auto", "device": "cpu", "progress": lambda done, total: None,
     }  # fmt: skip
     settings |= changes
+    pages = settings.pop("pages", 10)
     backend = factory(spec, settings.pop("parameters", None) or random_parameters(spec), **settings)
-    backend.allocate_kv(10)
+    backend.allocate_kv(pages)
     return backend
 
 
@@ -132,6 +133,25 @@ def test_same_bits_with_any_page_size_and_threads(isa: str) -> None:
     whole = run_chunks(load(spec), TOKENS, 150, PAGES)
     np.testing.assert_array_equal(run_chunks(load(spec, page_size=96), TOKENS, 60, [4, 1]), whole)
     np.testing.assert_array_equal(run_chunks(load(spec, threads=1), TOKENS, 60, PAGES), whole)
+
+
+@pytest.mark.parametrize("windows", [(0, 0, 0), (500, 0, 530)], ids=["all", "windows"])
+def test_a_long_context_in_parts(isa: str, windows: tuple[int, ...]) -> None:
+    """Where threads share one row's context they sum it up as one alone does beside other rows: the same bits."""
+    spec = dataclasses.replace(PLAIN, windows=windows)
+    tokens, pages = np.random.default_rng(3).integers(1, 100, 1100).tolist(), list(range(35))
+    settings = {"pages": 40, "max_model_len": 2048}
+    reference = run_chunks(load(spec, load_torch, dtype="float32", **settings), tokens, 250, pages)
+    backend = load(spec, **settings)
+    whole = run_chunks(backend, tokens, 250, pages)
+    assert np.linalg.norm(whole - reference) < 0.01 * np.linalg.norm(reference)
+    np.testing.assert_array_equal(run_chunks(load(spec, **settings, threads=1), tokens, 64, pages), whole)
+    np.testing.assert_array_equal(run_chunks(load(spec, **settings, page_size=96), tokens, 250, range(12)), whole)
+    beside = [(TOKENS, 0, [35, 36, 37, 38, 39])]
+    for at in (511, 513, 900, 1099, 512):  # 512 last: it begins a block anew
+        row = [(tokens[at : at + 1], at, pages)]
+        np.testing.assert_array_equal(backend.logits(step_batch(row)), whole[at : at + 1])
+        np.testing.assert_array_equal(backend.logits(step_batch(beside + row))[-1:], whole[at : at + 1])
 
 
 def test_what_a_page_held_before_does_not_matter(isa: str) -> None:
