@@ -38,13 +38,15 @@ OCTAVO_INLINE void merge(Sums part, int64_t dim, Sums sums) {
 
 // Online softmax (Milakov and Gimelshein, 2018) of one query over one block, in two steps. The first finds the highest
 // score, and rescales what has been summed up so far if it rises. Positions outside begin:end of the block get a score
-// of -inf, whatever they hold.
-OCTAVO_INLINE void raise_maximum(float* scores, int64_t begin, int64_t end, int64_t dim, Sums sums) {
+// of -inf, whatever they hold. `scales` are those of K, or null.
+OCTAVO_INLINE void raise_maximum(float* scores, const float* scales, int64_t begin, int64_t end, int64_t dim, Sums sums) {
     F32 highest = splat(*sums.maximum);
     const bool partial = begin > 0 || end < kSpan;
     OCTAVO_UNROLL for (int i = 0; i < kSpan; i += kLanes) {
         F32 score = load(scores + i);
-        if (partial) store(scores + i, score = select(in_range(i, begin, end), score, splat(-__builtin_inff())));
+        if (scales) score = score * load(scales + i);
+        if (partial) score = select(in_range(i, begin, end), score, splat(-__builtin_inff()));
+        if (scales || partial) store(scores + i, score);
         highest = max(highest, score);
     }
     const float top = maximum(highest);
@@ -54,14 +56,15 @@ OCTAVO_INLINE void raise_maximum(float* scores, int64_t begin, int64_t end, int6
     *sums.maximum = top;
 }
 
-// The second turns the scores into weights.
-OCTAVO_INLINE void weigh(const float* scores, Sums sums, bf16* shares) {
+// The second turns the scores into weights, and those times the scales of V, if it has any, into shares.
+OCTAVO_INLINE void weigh(const float* scores, const float* scales, Sums sums, bf16* shares) {
     F32 total = load(sums.weights);
     const F32 top = splat(*sums.maximum);
     OCTAVO_UNROLL for (int i = 0; i < kSpan; i += 2 * kLanes) {
-        const F32 a = exp2_or_zero(load(scores + i) - top), b = exp2_or_zero(load(scores + i + kLanes) - top);
-        store_bf16(shares + i, a, b);
+        F32 a = exp2_or_zero(load(scores + i) - top), b = exp2_or_zero(load(scores + i + kLanes) - top);
         total = total + (a + b);
+        if (scales) a = a * load(scales + i), b = b * load(scales + i + kLanes);
+        store_bf16(shares + i, a, b);
     }
     store(sums.weights, total);
 }
@@ -71,18 +74,33 @@ OCTAVO_INLINE int64_t first_seen(int64_t position, int64_t window) {
     return window && position >= window ? position - window + 1 : 0;
 }
 
+// K or V of a block, as products read them: values, and what they are to be multiplied by at each position, or null.
+struct Operand {
+    const bf16* values;
+    const float* scales;
+};
+
+// As it is stored; int8 is widened first, into `widened`.
+OCTAVO_INLINE Operand operand(const std::byte* stored, const Shape& shape, bf16* widened) {
+    if (!shape.int8_kv) return {reinterpret_cast<const bf16*>(stored), nullptr};
+    const auto* bytes = reinterpret_cast<const int8_t*>(stored);
+    for (int64_t i = 0; i < shape.block_elements(); i += 2 * kLanes)
+        store_bf16(widened + i, from_int8(bytes + i), from_int8(bytes + i + kLanes));
+    return {widened, reinterpret_cast<const float*>(bytes + shape.block_elements())};
+}
+
 // Where the K and V of one head in one block are.
 struct Block {
-    const bf16 *k, *v;
+    const std::byte *k, *v;
     Ahead k_memory, v_memory;
 
     Block(const Step& step, int64_t layer, int64_t sequence, int64_t block, int64_t kv_head) {
-        const int64_t size = step.shape->block_elements();
+        const int64_t bytes = step.shape->kv_bytes();
         k = step.kv_block(sequence, block, layer, kv_head);
-        v = k + size;
+        v = k + bytes;
         const auto* memory = reinterpret_cast<const char*>(k);
-        k_memory = {memory, memory + size * int64_t(sizeof(bf16))};
-        v_memory = {k_memory.end, k_memory.end + size * int64_t(sizeof(bf16))};
+        k_memory = {memory, memory + bytes};
+        v_memory = {k_memory.end, k_memory.end + bytes};
     }
 };
 
@@ -133,16 +151,18 @@ void attend_part(const Queries& q, int64_t part, const Block& next, Scratch& scr
     for (int64_t block = q.part_begin(part); block < q.part_end(part); block++) {
         const int64_t start = block * kSpan, from = q.from(start), to = q.to(start, kSpan), count = (to - from) * group;
         const Block here = q.block(block), ahead = block + 1 < q.part_end(part) ? q.block(block + 1) : next;
-        product(scratch.queries + from * group * dim, dim, count, {here.k, kSpan * 2, kBlock * 2}, kSpan / kBlock,
+        const Operand k = operand(here.k, *q.step.shape, scratch.kv);
+        product(scratch.queries + from * group * dim, dim, count, {k.values, kSpan * 2, kBlock * 2}, kSpan / kBlock,
                 dim / 2, false, scratch.scores, kSpan, ahead.k_memory);
         for (int64_t r = from, i = 0; r < to; r++) {
             const int64_t begin = first_seen(q.first + r, q.op.window) - start, end = q.first + r + 1 - start;
             for (int64_t g = 0; g < group; g++, i++)
-                raise_maximum(scratch.scores + i * kSpan, begin, end, dim, q.sums(sums, r * group + g));
+                raise_maximum(scratch.scores + i * kSpan, k.scales, begin, end, dim, q.sums(sums, r * group + g));
         }
+        const Operand v = operand(here.v, *q.step.shape, scratch.kv);
         for (int64_t i = 0; i < count; i++)
-            weigh(scratch.scores + i * kSpan, q.sums(sums, from * group + i), scratch.shares + i * kSpan);
-        product(scratch.shares, kSpan, count, {here.v, dim * 2, kBlock * 2}, dim / kBlock, kSpan / 2, true,
+            weigh(scratch.scores + i * kSpan, v.scales, q.sums(sums, from * group + i), scratch.shares + i * kSpan);
+        product(scratch.shares, kSpan, count, {v.values, dim * 2, kBlock * 2}, dim / kBlock, kSpan / 2, true,
                 sums + from * group * stride, stride, ahead.v_memory);
     }
 }

@@ -80,8 +80,12 @@ struct Weight {
 struct Shape {
     int64_t heads, kv_heads, head_dim, page_size;
     float norm_eps;
+    bool int8_kv;
 
     OCTAVO_INLINE int64_t block_elements() const { return kSpan * head_dim; }  // of K, or of V, of one head in a block
+    OCTAVO_INLINE int64_t kv_bytes() const {  // of that
+        return int8_kv ? block_elements() + kSpan * int64_t(sizeof(float)) : block_elements() * int64_t(sizeof(bf16));
+    }
     OCTAVO_INLINE int64_t sums_stride() const { return head_dim + 2 * kBlock; }   // floats, of attention's sums
     OCTAVO_INLINE int64_t blocks_per_page() const { return page_size / kSpan; }
 };
@@ -147,11 +151,11 @@ struct Step {
     int64_t rows_per_tile;           // of row-wise instructions
 
     // K of block `block` (positions 32 block ... 32 block + 31) of a sequence; V follows it.
-    OCTAVO_INLINE bf16* kv_block(int64_t sequence, int64_t block, int64_t layer, int64_t kv_head) const {
+    OCTAVO_INLINE std::byte* kv_block(int64_t sequence, int64_t block, int64_t layer, int64_t kv_head) const {
         const int64_t per_page = shape->blocks_per_page();
         const int64_t page = page_tables[sequence * pages_per_sequence + block / per_page];
         const int64_t index = (layer * shape->kv_heads + kv_head) * per_page + block % per_page;
-        return reinterpret_cast<bf16*>(kv + page * page_bytes) + index * 2 * shape->block_elements();
+        return kv + page * page_bytes + index * 2 * shape->kv_bytes();
     }
 };
 
@@ -163,6 +167,7 @@ struct Scratch {
     float* sums_so_far;  // [attention rows][sums_stride]: of all parts
     bf16* queries;   // [attention rows][head_dim]
     bf16* shares;    // [attention rows][kSpan], the softmax's weights
+    bf16* kv;        // [block_elements], K or V of a block, if the cache holds int8
     std::byte* widened;  // the integers of a block, a byte each
 };
 

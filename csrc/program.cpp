@@ -41,7 +41,7 @@ const char* name_of(const Instruction& instruction) {
 
 Program::Program(const std::string& isa, std::vector<int> cores, const Sizes& sizes, std::vector<double> frequencies)
     : kernels_(kernels_for(isa)), pool_(std::move(cores)), sizes_(sizes),
-      shape_{sizes.heads, sizes.kv_heads, sizes.head_dim, sizes.page_size, float(sizes.norm_eps)},
+      shape_{sizes.heads, sizes.kv_heads, sizes.head_dim, sizes.page_size, float(sizes.norm_eps), sizes.int8_kv},
       frequencies_(std::move(frequencies)) {
     require(pool_.size() > 0, "there must be at least one thread");
     require(sizes.head_dim > 0 && sizes.head_dim % kBlock == 0, "head_dim must be a multiple of 16");
@@ -67,7 +67,7 @@ void Program::pack(int weight, const std::vector<Part>& parts) {
 }
 
 int64_t Program::page_bytes() const {
-    return sizes_.layers * sizes_.kv_heads * sizes_.page_size * sizes_.head_dim * 2 * int64_t(sizeof(bf16));
+    return sizes_.layers * sizes_.kv_heads * shape_.blocks_per_page() * 2 * shape_.kv_bytes();
 }
 
 void Program::allocate_kv(int64_t pages) {

@@ -30,6 +30,7 @@ struct Sizes {
     int64_t vocab, heads, kv_heads, head_dim, layers;
     double norm_eps;
     int64_t page_size, max_rows, max_sampled;
+    bool int8_kv;
 };
 
 // StepBatch of src/octavo/backends/base.py. The arrays are the caller's.

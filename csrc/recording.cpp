@@ -177,7 +177,7 @@ void Program::make_scratch() {
     const int64_t pairs = std::max(kAttentionRows, sizes_.heads / sizes_.kv_heads);  // rows of a tile of attention
     const int64_t sums = pairs * shape_.sums_stride();
     const int64_t floats[] = {kGroup * kMaxPanel * kBlock, pairs * kSpan, sums, sums};
-    const int64_t halves[] = {pairs * sizes_.head_dim, pairs * kSpan};
+    const int64_t halves[] = {pairs * sizes_.head_dim, pairs * kSpan, shape_.int8_kv ? shape_.block_elements() : 0};
     int64_t groups = 0;
     for (const Weight& w : weights_) groups = std::max(groups, w.groups);
     const int64_t widened = groups * kW8.value_bytes();
@@ -197,6 +197,7 @@ void Program::make_scratch() {
         take(scratch.sums_so_far, floats[3]);
         take(scratch.queries, halves[0]);
         take(scratch.shares, halves[1]);
+        take(scratch.kv, halves[2]);
         take(scratch.widened, widened);
         sampler_scratch_.emplace_back(int32_t(logits_width_));
     }

@@ -209,6 +209,18 @@ OCTAVO_INLINE I32 dot4(I32 sum, U32 a, U32 b) {
 
 OCTAVO_INLINE F32 to_float(I32 v) { return __builtin_convertvector(v, F32); }
 
+OCTAVO_INLINE F32 from_int8(const int8_t* from) {
+#if defined(OCTAVO_AVX512)
+    return to_float((I32)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)from)));
+#elif defined(OCTAVO_AVX2)
+    return to_float((I32)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)from)));
+#else
+    I32 v;
+    OCTAVO_UNROLL for (int i = 0; i < kLanes; i++) v[i] = from[i];
+    return to_float(v);
+#endif
+}
+
 // 2^x, to 2e-7; exactly 1 at 0; 2^-126 for anything below, 2^127 times something for anything above.
 OCTAVO_INLINE F32 exp2(F32 x) {
     const F32 magic = splat(12582912.0f);  // 1.5 x 2^23: adding it rounds to an integer, held in the low bits

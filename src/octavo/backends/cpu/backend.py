@@ -80,11 +80,13 @@ def load(
     quantization: str,
     device: str,
     progress: Progress,
+    kv_cache_dtype: str = "bf16",
 ) -> CpuBackend:
     """A BackendFactory. `dtype` is auto or bfloat16. OCTAVO_ISA=amx|avx512|avx2|portable picks the kernels.
 
     `quantization` auto: integers of 8 or 4 bits where the checkpoint has them, bfloat16 elsewhere; none: bfloat16;
     8bit, 4bit: what has not so many bits is quantised as it is packed, to 4 bits all but the embedding and the head.
+    `kv_cache_dtype` bf16; or int8, with a scale for each token's K and V of each head.
 
     Raises ConfigError, OutOfMemory or UnsupportedModel.
     """
@@ -108,6 +110,7 @@ def load(
         max_rows=max_batch_tokens,
         max_sampled=max_batch_size,
         frequencies=spec.rope.frequencies(spec.head_dim).tolist(),
+        int8_kv=kv_cache_dtype == "int8",
     )
     recorder = Recorder(program, parameters, quantization)
     program.finish(describe(spec, recorder))
