@@ -1,5 +1,5 @@
-// The product of a linear on AMX tiles: 32 rows times 32 columns in four tiles of sums, 32 values of k at a time; with
-// integers, 16 rows times 16 columns.
+// Products on AMX tiles: 32 rows times 32 columns in four tiles of sums, 32 values of k at a time; with integers, 16 rows
+// times 16 columns.
 //
 // Inline assembly, because GCC 12's intrinsics are unsafe: its _tile_loadconfig is declared to read 8 bytes of the 64,
 // and its _tile_loadd does not order against earlier stores.
@@ -52,22 +52,23 @@ OCTAVO_INLINE void tile_multiply_integers() {  // int8 times uint8
     asm volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kSums), "i"(kA), "i"(kB));
 }
 
-// Up to 2 x 2 tiles of sums: tile 2 i + j is rows 16 i ..., columns 16 j ...
+// Up to 2 x 2 tiles of sums: tile 2 i + j is rows 16 i ..., columns 16 j ... The right operand is as in product.h.
 template <int kRowTiles, int kColumnTiles>
-void tile_product(const bf16* a, int64_t a_stride, const bf16* b, int64_t b_block, int64_t tiles, float* c,
-                  int64_t c_stride, Ahead ahead, int64_t ahead_rate) {
+void tile_product(const bf16* a, int64_t a_stride, Pairs b, int64_t tiles, float* c, int64_t c_stride, Ahead ahead,
+                  int64_t ahead_rate) {
     tile_zero<0>();
     if constexpr (kColumnTiles > 1) tile_zero<1>();
     if constexpr (kRowTiles > 1) tile_zero<2>();
     if constexpr (kRowTiles > 1 && kColumnTiles > 1) tile_zero<3>();
     for (int64_t k = 0; k < tiles; k++) {
+        const bf16* columns = b.data + k * 16 * b.pair;
         tile_load<4>(a + k * 32, a_stride * 2);
         if constexpr (kRowTiles > 1) tile_load<5>(a + 16 * a_stride + k * 32, a_stride * 2);
-        tile_load<6>(b + k * 512, 64);
+        tile_load<6>(columns, b.pair * 2);
         tile_multiply<0, 4, 6>();
         if constexpr (kRowTiles > 1) tile_multiply<2, 5, 6>();
         if constexpr (kColumnTiles > 1) {
-            tile_load<7>(b + b_block + k * 512, 64);
+            tile_load<7>(columns + b.block, b.pair * 2);
             tile_multiply<1, 4, 7>();
             if constexpr (kRowTiles > 1) tile_multiply<3, 5, 7>();
         }
@@ -78,6 +79,31 @@ void tile_product(const bf16* a, int64_t a_stride, const bf16* b, int64_t b_bloc
     if constexpr (kColumnTiles > 1) tile_store<1>(c + 16, c_stride * 4);
     if constexpr (kRowTiles > 1) tile_store<2>(c + 16 * c_stride, c_stride * 4);
     if constexpr (kRowTiles > 1 && kColumnTiles > 1) tile_store<3>(c + 16 * c_stride + 16, c_stride * 4);
+}
+
+// As product, but of whole tiles: reads rows of `a`, and without `add` writes rows of `c`, up to a multiple of 16.
+OCTAVO_INLINE void product_on_tiles(const bf16* a, int64_t a_stride, int64_t rows, Pairs b, int64_t blocks,
+                                    int64_t pairs, bool add, float* c, int64_t c_stride, Ahead ahead) {
+    const int64_t steps = pairs / 16, parts = (rows + 31) / 32 * ((blocks + 1) / 2);
+    int64_t index = 0;
+    for (int64_t r = 0; r < rows; r += 32)
+        for (int64_t j = 0; j < blocks; j += 2, index++) {
+            const bool two_blocks = blocks - j > 1;
+            const auto product = rows - r > 16 ? (two_blocks ? tile_product<2, 2> : tile_product<2, 1>)
+                                               : (two_blocks ? tile_product<1, 2> : tile_product<1, 1>);
+            const Ahead part = ahead.part(index, parts);
+            const int64_t rate = ((part.end - part.at) / 64 + steps - 1) / steps;
+            alignas(64) float sums[32 * 2 * kBlock];  // what is added to `c` must leave the rows past the last alone
+            float *to = c + r * c_stride + j * kBlock, *result = add ? sums : to;
+            product(a + r * a_stride, a_stride, {b.data + j * b.block, b.pair, b.block}, steps, result,
+                    add ? 2 * kBlock : c_stride, part, rate);
+            if (!add) continue;
+            for (int64_t i = 0; i < 32 && r + i < rows; i++)
+                for (int64_t column = 0; column < (two_blocks ? 2 : 1) * kBlock; column += kLanes) {
+                    float* sum = to + i * c_stride + column;
+                    store(sum, load(sum) + load(sums + i * 2 * kBlock + column));
+                }
+        }
 }
 
 // For a group of integers: activations of 16 rows of 32 bytes in tiles 4 and 5, and 8 words of the weight in 6 and 7.
@@ -189,15 +215,9 @@ OCTAVO_INLINE void weight_product(const Instruction& op, int64_t row, int64_t ro
     if (w.encoding.is_integer())
         return integer_product_on_tiles(op.x, row, rows, w, block, blocks, scratch.sums, kSumsStride, ahead,
                                         scratch.widened);
-    const int64_t b_block = w.pairs() * 2 * kBlock, steps = w.pairs() / 16, products = (blocks + 1) / 2;
-    for (int64_t j = 0; j < blocks; j += 2) {
-        const auto product = rows > 16 ? (blocks - j > 1 ? tile_product<2, 2> : tile_product<2, 1>)
-                                       : (blocks - j > 1 ? tile_product<1, 2> : tile_product<1, 1>);
-        const Ahead part = ahead.part(j / 2, products);
-        const int64_t rate = ((part.end - part.at) / 64 + steps - 1) / steps;
-        product(op.x.b16(row), op.x.stride, w.b16_block(block + j), b_block, steps, scratch.sums + j * kBlock,
-                kSumsStride, part, rate);
-    }
+    const int64_t pairs = w.pairs();
+    product_on_tiles(op.x.b16(row), op.x.stride, rows, {w.b16_block(block), 2 * kBlock, pairs * 2 * kBlock}, blocks,
+                     pairs, false, scratch.sums, kSumsStride, ahead);
 }
 
 }  // namespace octavo::OCTAVO_ISA

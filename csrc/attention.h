@@ -7,6 +7,9 @@
 
 #include "activations.h"
 #include "product.h"
+#ifdef OCTAVO_AMX
+#include "amx.h"
+#endif
 
 namespace octavo::OCTAVO_ISA {
 
@@ -144,6 +147,15 @@ struct Queries {
     OCTAVO_INLINE static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 };
 
+// As product. Tiles are for every number of rows or none, as their order of sums is their own: here, for whole ones.
+OCTAVO_INLINE void attention_product(const bf16* a, int64_t a_stride, int64_t rows, Pairs b, int64_t blocks,
+                                     int64_t pairs, bool add, float* c, int64_t c_stride, Ahead ahead) {
+#ifdef OCTAVO_AMX
+    if (pairs % 16 == 0) return product_on_tiles(a, a_stride, rows, b, blocks, pairs, add, c, c_stride, ahead);
+#endif
+    product(a, a_stride, rows, b, blocks, pairs, add, c, c_stride, ahead);
+}
+
 // Of all queries over one part. `next` is read after it.
 void attend_part(const Queries& q, int64_t part, const Block& next, Scratch& scratch, float* sums) {
     const int64_t dim = q.dim, group = q.group, stride = q.step.shape->sums_stride();
@@ -152,8 +164,8 @@ void attend_part(const Queries& q, int64_t part, const Block& next, Scratch& scr
         const int64_t start = block * kSpan, from = q.from(start), to = q.to(start, kSpan), count = (to - from) * group;
         const Block here = q.block(block), ahead = block + 1 < q.part_end(part) ? q.block(block + 1) : next;
         const Operand k = operand(here.k, *q.step.shape, scratch.kv);
-        product(scratch.queries + from * group * dim, dim, count, {k.values, kSpan * 2, kBlock * 2}, kSpan / kBlock,
-                dim / 2, false, scratch.scores, kSpan, ahead.k_memory);
+        attention_product(scratch.queries + from * group * dim, dim, count, {k.values, kSpan * 2, kBlock * 2},
+                          kSpan / kBlock, dim / 2, false, scratch.scores, kSpan, ahead.k_memory);
         for (int64_t r = from, i = 0; r < to; r++) {
             const int64_t begin = first_seen(q.first + r, q.op.window) - start, end = q.first + r + 1 - start;
             for (int64_t g = 0; g < group; g++, i++)
@@ -162,8 +174,8 @@ void attend_part(const Queries& q, int64_t part, const Block& next, Scratch& scr
         const Operand v = operand(here.v, *q.step.shape, scratch.kv);
         for (int64_t i = 0; i < count; i++)
             weigh(scratch.scores + i * kSpan, v.scales, q.sums(sums, from * group + i), scratch.shares + i * kSpan);
-        product(scratch.shares, kSpan, count, {v.values, dim * 2, kBlock * 2}, dim / kBlock, kSpan / 2, true,
-                sums + from * group * stride, stride, ahead.v_memory);
+        attention_product(scratch.shares, kSpan, count, {v.values, dim * 2, kBlock * 2}, dim / kBlock, kSpan / 2, true,
+                          sums + from * group * stride, stride, ahead.v_memory);
     }
 }
 

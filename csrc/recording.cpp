@@ -174,7 +174,8 @@ void Program::lay_out_weights() {
 }
 
 void Program::make_scratch() {
-    const int64_t pairs = std::max(kAttentionRows, sizes_.heads / sizes_.kv_heads);  // rows of a tile of attention
+    // Rows of a tile of attention; with some more, as AMX reads and writes them 16 at a time.
+    const int64_t pairs = std::max(kAttentionRows, sizes_.heads / sizes_.kv_heads) + 16;
     const int64_t sums = pairs * shape_.sums_stride();
     const int64_t floats[] = {kGroup * kMaxPanel * kBlock, pairs * kSpan, sums, sums};
     const int64_t halves[] = {pairs * sizes_.head_dim, pairs * kSpan, shape_.int8_kv ? shape_.block_elements() : 0};
