@@ -57,10 +57,17 @@ OCTAVO_INLINE void write_k(const T* from, int64_t slot, int64_t dim, T* k) {
 }
 
 // Into position `slot` of a block of V: one half of a pair of positions, in a row.
-template <typename T>
+template <typename Pair, typename T>
 OCTAVO_INLINE void write_v(const T* from, int64_t slot, int64_t dim, T* v) {
-    T* to = v + slot / 2 * dim * 2 + slot % 2;
-    for (int64_t i = 0; i < dim; i++) to[i * 2] = from[i];
+    typedef T Values __attribute__((vector_size(kLanes * sizeof(T))));
+    typedef Pair Pairs __attribute__((vector_size(kLanes * sizeof(Pair))));
+    const int shift = slot % 2 * 8 * int(sizeof(T));
+    const Pair other = Pair(~(Pair(T(-1)) << shift));
+    T* row = v + slot / 2 * dim * 2;
+    for (int64_t i = 0; i < dim; i += kLanes) {
+        const Pairs value = __builtin_convertvector(load_as<Values>(from + i), Pairs) << shift;
+        store_as<Pairs>(row + 2 * i, (load_as<Pairs>(row + 2 * i) & other) | value);
+    }
 }
 
 // K and V of a head, as floats, into position `slot` of the block that is at `k`.
@@ -77,13 +84,13 @@ OCTAVO_INLINE void write_position(const float* k_from, const float* v_from, int6
         k_scales[slot] = quantise_head(k_from, dim, bytes);
         write_k(bytes, slot, dim, reinterpret_cast<uint8_t*>(k));
         v_scales[slot] = quantise_head(v_from, dim, bytes);
-        write_v(bytes, slot, dim, reinterpret_cast<uint8_t*>(v));
+        write_v<uint16_t>(bytes, slot, dim, reinterpret_cast<uint8_t*>(v));
     } else {
         bf16* halves = scratch.queries;
         for (int64_t i = 0; i < dim; i += kLanes) store_bf16(halves + i, load(k_from + i));
         write_k(halves, slot, dim, reinterpret_cast<bf16*>(k));
         for (int64_t i = 0; i < dim; i += kLanes) store_bf16(halves + i, load(v_from + i));
-        write_v(halves, slot, dim, reinterpret_cast<bf16*>(v));
+        write_v<uint32_t>(halves, slot, dim, reinterpret_cast<bf16*>(v));
     }
 }
 
