@@ -25,7 +25,7 @@ struct Sums {
 };
 
 OCTAVO_INLINE void clear(Sums sums, int64_t dim) {
-    std::memset(sums.values, 0, (dim + kBlock) * sizeof(float));
+    for (int64_t i = 0; i < dim + kBlock; i += kLanes) store(sums.values + i, zero());
     *sums.maximum = -__builtin_inff();
 }
 
@@ -125,6 +125,15 @@ struct Queries {
     OCTAVO_INLINE Block block(int64_t index) const { return {step, op.layer, tile.rows.sequence, index, kv_head}; }
     OCTAVO_INLINE int64_t part_begin(int64_t part) const { return larger(begin, part * kPartBlocks); }
     OCTAVO_INLINE int64_t part_end(int64_t part) const { return smaller(end, (part + 1) * kPartBlocks); }
+    OCTAVO_INLINE int64_t tile_begin() const { return tile.part < 0 ? begin : part_begin(tile.part); }
+    OCTAVO_INLINE int64_t tile_end() const { return tile.part < 0 ? end : part_end(tile.part); }
+
+    // What to fetch when this block is read, so that it comes in time: a block of this tile, or of the next.
+    OCTAVO_INLINE Block ahead_of(int64_t index, const Queries& next) const {
+        const int64_t ahead = index + (step.shape->int8_kv ? 2 : 1), past = ahead - tile_end();
+        if (past < 0 || &next == this) return block(smaller(ahead, end - 1));
+        return next.block(smaller(next.tile_begin() + past, next.end - 1));
+    }
 
     // The rows at positions `start` ... see something of start ... start + size - 1, up to the one whose window begins
     // past it. A row takes part only in what it sees something of: the same, and the same sums, in any tile.
@@ -156,13 +165,13 @@ OCTAVO_INLINE void attention_product(const bf16* a, int64_t a_stride, int64_t ro
     product(a, a_stride, rows, b, blocks, pairs, add, c, c_stride, ahead);
 }
 
-// Of all queries over one part. `next` is read after it.
-void attend_part(const Queries& q, int64_t part, const Block& next, Scratch& scratch, float* sums) {
+// Of all queries over one part. `next` is the thread's next tile, or `q` again if there is none.
+void attend_part(const Queries& q, int64_t part, const Queries& next, Scratch& scratch, float* sums) {
     const int64_t dim = q.dim, group = q.group, stride = q.step.shape->sums_stride();
     for (int64_t i = 0; i < q.count(); i++) clear(q.sums(sums, i), dim);
     for (int64_t block = q.part_begin(part); block < q.part_end(part); block++) {
         const int64_t start = block * kSpan, from = q.from(start), to = q.to(start, kSpan), count = (to - from) * group;
-        const Block here = q.block(block), ahead = block + 1 < q.part_end(part) ? q.block(block + 1) : next;
+        const Block here = q.block(block), ahead = q.ahead_of(block, next);
         const Operand k = operand(here.k, *q.step.shape, scratch.kv);
         attention_product(scratch.queries + from * group * dim, dim, count, {k.values, kSpan * 2, kBlock * 2},
                           kSpan / kBlock, dim / 2, false, scratch.scores, kSpan, ahead.k_memory);
@@ -203,15 +212,10 @@ OCTAVO_INLINE void write_values(const Queries& q, float* sums) {
     }
 }
 
-// The block that a tile begins with.
-OCTAVO_INLINE Block first_block(const Queries& q) {
-    return q.block(Queries::smaller(q.part_begin(Queries::larger(q.tile.part, 0)), q.end - 1));
-}
-
-// `next_tile`, or -1, is the one whose first block is fetched at the end.
+// `next_tile`, or -1, is the one whose first blocks are fetched at the end.
 void attention(const Instruction& op, const Step& step, int64_t tile, int64_t next_tile, Scratch& scratch) {
-    const Queries q(op, step, tile);
-    const Block next = next_tile < 0 ? q.block(q.end - 1) : first_block({op, step, next_tile});
+    const Queries q(op, step, tile), q_of_next(op, step, next_tile < 0 ? tile : next_tile);
+    const Queries& next = next_tile < 0 ? q : q_of_next;
     const int64_t width = q.group * q.dim;
     for (int64_t r = 0; r < q.tile.rows.count; r++)
         std::memcpy(scratch.queries + r * width, op.x.b16(q.tile.rows.first + r) + q.kv_head * width,
@@ -220,7 +224,7 @@ void attention(const Instruction& op, const Step& step, int64_t tile, int64_t ne
     if (q.tile.part < 0) {
         for (int64_t part = first_part; part <= last_part; part++) {
             float* sums = part == first_part ? scratch.sums_so_far : scratch.part_sums;
-            attend_part(q, part, part < last_part ? q.block(q.part_end(part)) : next, scratch, sums);
+            attend_part(q, part, next, scratch, sums);
             if (part > first_part) merge_part(q, part, sums, scratch.sums_so_far);
         }
         return write_values(q, scratch.sums_so_far);
