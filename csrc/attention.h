@@ -14,7 +14,7 @@
 namespace octavo::OCTAVO_ISA {
 
 constexpr float kHeadroom = 8;  // powers of two by which a weight may exceed 1: to rescale the sums is not cheap
-constexpr int64_t kPartBlocks = kPart / kSpan;
+constexpr int64_t kPartBlocks = kPart / kSpan, kBlocksAhead = 2;
 
 // What has been summed up for a query: the values, weighted [head_dim]; the weights, by lane [kBlock]; and the highest
 // score so far, which both are relative to.
@@ -130,7 +130,7 @@ struct Queries {
 
     // What to fetch when this block is read, so that it comes in time: a block of this tile, or of the next.
     OCTAVO_INLINE Block ahead_of(int64_t index, const Queries& next) const {
-        const int64_t ahead = index + (step.shape->int8_kv ? 2 : 1), past = ahead - tile_end();
+        const int64_t ahead = index + kBlocksAhead, past = ahead - tile_end();
         if (past < 0 || &next == this) return block(smaller(ahead, end - 1));
         return next.block(smaller(next.tile_begin() + past, next.end - 1));
     }
