@@ -1,75 +1,172 @@
-"""Octavo beside its peers on this machine: the same shapes, alternately, each engine in a process of its own.
+"""Octavo beside its peers on this machine: the same shapes, alternately, each run in a process of its own.
 
-    python benchmarks/peers.py --openvino-python VENV/bin/python --openvino-model EXPORTED_DIR
+    python benchmarks/peers.py --openvino PYTHON MODEL --vllm PYTHON MODEL --llama-cpp BIN_DIR GGUF
 
-docs/performance.md says how to set a peer up. Machines are noisy: read the ratio, and the spread beside it.
+docs/performance.md says how to set the peers up. Machines are noisy: read the ratios, and the spread beside them.
 """
 
+import argparse
+import ctypes
 import json
 import os
 import resource
+import signal
+import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections import defaultdict
-from collections.abc import Callable
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Annotated
 
-import typer
+from peer_engines import Engine, LlamaCpp, Octavo, OpenVino, Shape, Vllm, octavo_bench
 from rich.console import Console
 from rich.table import Table
 
-HERE = Path(__file__).parent
-Rate = Callable[[int], float]  # number of streams -> output tokens per second
+START_SECONDS = 300  # that a server may take until it is ready
+Figures = dict[str, float]
 
 
-def main(
-    openvino_python: Annotated[Path, typer.Option(help="Python of the environment that has openvino-genai.")],
-    openvino_model: Annotated[Path, typer.Option(help="Directory that optimum-cli exported.")],
-    model: Annotated[str, typer.Option(help="The same model, for Octavo.")] = "smollm2",
-    quantization: Annotated[str, typer.Option(help="Octavo's; none is bf16, as the peer's.")] = "none",
-    batches: Annotated[str, typer.Option(help="Numbers of streams, comma-separated.")] = "1,64",
-    repeats: Annotated[int, typer.Option(min=1, help="Runs of each engine at each number of streams.")] = 3,
-    input_len: Annotated[int, typer.Option(min=1, help="Tokens of each prompt.")] = 128,
-    output_len: Annotated[int, typer.Option(min=1, help="Tokens to generate, greedy, past end-of-sequence.")] = 128,
-) -> None:
-    shape = [f"--input-len={input_len}", f"--output-len={output_len}"]
-    engines: dict[str, Rate] = {
-        "Octavo": lambda streams: octavo(model, quantization, streams, shape),
-        "OpenVINO GenAI": lambda streams: peer(
-            [openvino_python, HERE / "peer_openvino.py", openvino_model], streams, shape
-        ),
-    }
-    rates: dict[tuple[int, str], list[float]] = defaultdict(list)
-    for _ in range(repeats):
-        for streams in map(int, batches.split(",")):
-            for name, rate in engines.items():
-                before, started = cpu_seconds(), time.perf_counter()
-                rates[streams, name].append(rate(streams))
-                others = (cpu_seconds() - before) / (time.perf_counter() - started)
-                print(f"{name}, {streams} streams: {rates[streams, name][-1]:.0f} tok/s", end="")
-                print(f" (others kept {others:.1f} cores busy)", flush=True)
-    Console().print(comparison(rates))
+@dataclass(frozen=True)
+class Run:
+    engine: str
+    streams: int
+    figures: Figures
+    others: float  # cores that everything else on the machine kept busy meanwhile
 
 
-def octavo(model: str, quantization: str, streams: int, shape: list[str]) -> float:
-    script = str(Path(sys.executable).with_name("octavo"))
-    settings = [f"--quantization={quantization}", f"--num-prompts={streams}", *shape]
-    command = [script, "bench", "throughput", model, *settings]
-    with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder) / "report.json"
-        subprocess.run([*command, f"--output-json={report}"], check=True, stdout=subprocess.DEVNULL)
-        return float(json.loads(report.read_text())["output_tokens_per_second"])
+def main() -> None:
+    args = parse_arguments()
+    adopt_orphans()
+    octavos = [Octavo(args.model, quantization) for quantization in args.quantization.split(",")]
+    peers: list[Engine] = [OpenVino(*paths) for paths in args.openvino]
+    peers += [Vllm(*paths) for paths in args.vllm]
+    peers += [LlamaCpp(*paths) for paths in args.llama_cpp]
+    runs: list[Run] = []
+    for repeat in range(args.repeats):
+        for streams in map(int, args.streams.split(",")):
+            shape = Shape(streams, args.input_len, args.output_len)
+            for engine in [*octavos, *peers]:
+                run = measure(engine, shape, args.http)
+                runs.append(run)
+                figures = ", ".join(f"{value:,.1f} {readable(key)}" for key, value in run.figures.items())
+                print(f"{repeat + 1}/{args.repeats} {engine.name}, streams {streams}: {figures}", end="")
+                print(f" (others kept {run.others:.1f} cores busy)", flush=True)
+                if args.output_json:  # after every run: a long comparison may be cut short
+                    report = {"settings": vars(args), "runs": [asdict(run) for run in runs]}
+                    args.output_json.write_text(json.dumps(report, indent=2, default=str) + "\n")
+    console = Console(width=120)  # a name is not cut, nor folded, where the output goes to a file
+    for table in comparisons(runs, [octavo.name for octavo in octavos]):
+        console.print(table)
 
 
-def peer(command: list[str | Path], streams: int, shape: list[str]) -> float:
-    """Run a peer's script; the last line it prints is its output tokens per second."""
-    command = [*command, f"--streams={streams}", *shape]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    return float(done.stdout.split()[-1])
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Octavo beside its peers. Each peer may be named several times.")
+    peer = partial(parser.add_argument, nargs=2, type=existing, action="append", default=[])
+    peer("--openvino", metavar=("PYTHON", "DIR"), help="a Python with openvino-genai, and what optimum-cli exported")
+    peer("--vllm", metavar=("PYTHON", "DIR"), help="a Python with vllm, and a Hugging Face directory; it runs in bf16")
+    peer("--llama-cpp", metavar=("BIN_DIR", "GGUF"), help="where llama-batched-bench and llama-server are, and a model")
+    parser.add_argument("--model", default="smollm2", help="the same model, for Octavo (default: %(default)s)")
+    parser.add_argument("--quantization", default="none", help="Octavo's, comma-separated; none is bf16 (the default)")
+    parser.add_argument("--streams", default="1,64", help="prompts at once, comma-separated (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=3, help="runs of each (default: %(default)s)")
+    parser.add_argument("--input-len", type=int, default=128, help="tokens of each prompt (default: %(default)s)")
+    parser.add_argument("--output-len", type=int, default=128, help="tokens to generate, two or more (%(default)s)")
+    parser.add_argument("--http", action="store_true", help="run them as servers, under `octavo bench serve`")
+    parser.add_argument("--output-json", type=Path, help="write every run to this file too")
+    args = parser.parse_args()
+    if args.output_len < 2:
+        parser.error("--output-len must be 2 or more: the first token is prefill's, the others are decode's")
+    if args.http and args.openvino:
+        parser.error("--http: OpenVINO GenAI is a library, its server another product")
+    return args
+
+
+def existing(path: str) -> Path:
+    if not Path(path).exists():
+        raise argparse.ArgumentTypeError(f"there is no {path}")
+    return Path(path).absolute()
+
+
+def measure(engine: Engine, shape: Shape, http: bool) -> Run:
+    before, started = cpu_seconds(), time.perf_counter()
+    figures = over_http(engine, shape) if http else offline(engine, shape)
+    wait_for_orphans()
+    others = (cpu_seconds() - before) / (time.perf_counter() - started)
+    return Run(engine.name, shape.streams, figures, others)
+
+
+def offline(engine: Engine, shape: Shape) -> Figures:
+    """Output tokens per second count the whole run; prefill and decode can be told apart where one stream runs."""
+    first, all_tokens = engine.offline(shape)
+    figures = {"output_tokens_per_second": shape.streams * shape.output_len / all_tokens}
+    if shape.streams == 1:
+        figures["prefill_tokens_per_second"] = shape.input_len / first
+        figures["decode_tokens_per_second"] = (shape.output_len - 1) / (all_tokens - first)
+    return figures
+
+
+def over_http(engine: Engine, shape: Shape) -> Figures:
+    """Two requests for each stream. The input tokens are the servers' own count: it should be the same for all."""
+    flags = [f"--concurrency={shape.streams}", f"--num-prompts={2 * shape.streams}"]
+    flags += [f"--input-len={shape.input_len}", f"--output-len={shape.output_len}"]
+    with served(engine, shape) as url:
+        report = octavo_bench("serve", f"--base-url={url}", *flags)
+    figures = {key: report[key] for key in ("output_tokens_per_second", "input_tokens", "failed")}
+    for key in ("time_to_first_token_ms", "time_per_output_token_ms"):
+        figures[key] = report[key]["mean"]
+    return figures
+
+
+@contextmanager
+def served(engine: Engine, shape: Shape) -> Iterator[str]:
+    """The engine's server, ready: its URL."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with tempfile.TemporaryFile("w+") as log:
+        command = engine.server(shape, port)
+        server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        try:
+            url = f"http://127.0.0.1:{port}"
+            deadline = time.monotonic() + START_SECONDS
+            while not answers(f"{url}/health"):
+                if server.poll() is not None or time.monotonic() > deadline:
+                    log.seek(0)
+                    sys.exit(f"{log.read()[-4000:]}\n{engine.name} does not serve")
+                time.sleep(0.5)
+            yield url
+        finally:
+            server.terminate()
+            server.wait(timeout=60)
+            with suppress(ProcessLookupError):
+                os.killpg(server.pid, signal.SIGKILL)  # what it left behind
+
+
+def answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=5):
+            return True
+    except OSError:  # nothing listens yet, or it answers that it is still loading
+        return False
+
+
+def adopt_orphans() -> None:
+    """Become the parent of processes that an engine leaves behind, as vLLM does of its workers."""
+    set_child_subreaper = 36  # of prctl(2)
+    ctypes.CDLL(None).prctl(set_child_subreaper, 1, 0, 0, 0)
+
+
+def wait_for_orphans() -> None:
+    """Nothing of a run is left when the next begins, and all the processor time that it took is known."""
+    with suppress(ChildProcessError):
+        while True:
+            os.wait()
 
 
 def cpu_seconds() -> float:
@@ -80,16 +177,30 @@ def cpu_seconds() -> float:
     return ticks / os.sysconf("SC_CLK_TCK") - children.ru_utime - children.ru_stime
 
 
-def comparison(rates: dict[tuple[int, str], list[float]]) -> Table:
-    """Medians, with the least and the most of the runs, and Octavo's median over each."""
-    table = Table("streams", "engine", "output tok/s", "least", "most", "Octavo is", title="medians")
-    for (streams, name), runs in sorted(rates.items()):
-        median = statistics.median(runs)
-        ratio = statistics.median(rates[streams, "Octavo"]) / median
-        numbers = (f"{value:,.0f}" for value in (median, min(runs), max(runs)))
-        table.add_row(str(streams), name, *numbers, "" if name == "Octavo" else f"{ratio:.2f} x")
-    return table
+def comparisons(runs: list[Run], octavos: list[str]) -> Iterator[Table]:
+    """For each number of streams and each figure: medians, least and most, and Octavo's medians over each peer's."""
+    for streams in sorted({run.streams for run in runs}):
+        by_engine: dict[str, list[Figures]] = {}
+        for run in runs:
+            if run.streams == streams:
+                by_engine.setdefault(run.engine, []).append(run.figures)
+        for key in by_engine[octavos[0]][0]:
+            values = {engine: [figures[key] for figures in several] for engine, several in by_engine.items()}
+            medians = {engine: statistics.median(several) for engine, several in values.items()}
+            table = Table("engine", title=f"{readable(key)}, streams: {streams}")
+            for heading in ["median", "least", "most", *(f"{octavo} is" for octavo in octavos)]:
+                table.add_column(heading, justify="right")
+            for engine, several in values.items():
+                numbers = [f"{value:,.1f}" for value in (medians[engine], min(several), max(several))]
+                if engine not in octavos and medians[engine]:
+                    numbers += [f"{medians[octavo] / medians[engine]:.2f} x" for octavo in octavos]
+                table.add_row(engine, *numbers)
+            yield table
+
+
+def readable(key: str) -> str:
+    return key.replace("_", " ")
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    main()

@@ -1,9 +1,11 @@
-// Products on AMX tiles: 32 rows times 32 columns in four tiles of sums, 32 values of k at a time; with integers, 16 rows
-// times 16 columns.
+// Products on AMX tiles: 32 rows times 32 columns in four tiles of sums, 64 bytes of k at a time; with integers that are
+// scaled in groups, 16 rows times 16 columns.
 //
 // Inline assembly, because GCC 12's intrinsics are unsafe: its _tile_loadconfig is declared to read 8 bytes of the 64,
 // and its _tile_loadd does not order against earlier stores.
 #pragma once
+
+#include <type_traits>
 
 #include "integers.h"
 #include "product.h"
@@ -42,35 +44,34 @@ OCTAVO_INLINE void tile_zero() {
     asm volatile("tilezero %%tmm%c0" ::"i"(kTile));
 }
 
-template <int kSums, int kA, int kB>
+// bf16 times bf16 if Sum is F32; int8 times uint8 if it is I32.
+template <class Sum, int kSums, int kA, int kB>
 OCTAVO_INLINE void tile_multiply() {
-    asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kSums), "i"(kA), "i"(kB));
+    if constexpr (std::is_same_v<Sum, F32>)
+        asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kSums), "i"(kA), "i"(kB));
+    else
+        asm volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kSums), "i"(kA), "i"(kB));
 }
 
-template <int kSums, int kA, int kB>
-OCTAVO_INLINE void tile_multiply_integers() {  // int8 times uint8
-    asm volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kSums), "i"(kA), "i"(kB));
-}
-
-// Up to 2 x 2 tiles of sums: tile 2 i + j is rows 16 i ..., columns 16 j ... The right operand is as in product.h.
-template <int kRowTiles, int kColumnTiles>
-void tile_product(const bf16* a, int64_t a_stride, Pairs b, int64_t tiles, float* c, int64_t c_stride, Ahead ahead,
-                  int64_t ahead_rate) {
+// Up to 2 x 2 tiles of sums: tile 2 i + j is rows 16 i ..., columns 16 j ...
+template <class Sum, int kRowTiles, int kColumnTiles>
+void tile_product(Rows a, Columns b, int64_t tiles, float* c, int64_t c_stride, Ahead ahead, int64_t ahead_rate) {
+    const auto* rows = static_cast<const std::byte*>(a.data);
+    const auto* columns = static_cast<const std::byte*>(b.data);
     tile_zero<0>();
     if constexpr (kColumnTiles > 1) tile_zero<1>();
     if constexpr (kRowTiles > 1) tile_zero<2>();
     if constexpr (kRowTiles > 1 && kColumnTiles > 1) tile_zero<3>();
     for (int64_t k = 0; k < tiles; k++) {
-        const bf16* columns = b.data + k * 16 * b.pair;
-        tile_load<4>(a + k * 32, a_stride * 2);
-        if constexpr (kRowTiles > 1) tile_load<5>(a + 16 * a_stride + k * 32, a_stride * 2);
-        tile_load<6>(columns, b.pair * 2);
-        tile_multiply<0, 4, 6>();
-        if constexpr (kRowTiles > 1) tile_multiply<2, 5, 6>();
+        tile_load<4>(rows + k * 64, a.stride);
+        if constexpr (kRowTiles > 1) tile_load<5>(rows + 16 * a.stride + k * 64, a.stride);
+        tile_load<6>(columns + k * 16 * b.word, b.word);
+        tile_multiply<Sum, 0, 4, 6>();
+        if constexpr (kRowTiles > 1) tile_multiply<Sum, 2, 5, 6>();
         if constexpr (kColumnTiles > 1) {
-            tile_load<7>(columns + b.block, b.pair * 2);
-            tile_multiply<1, 4, 7>();
-            if constexpr (kRowTiles > 1) tile_multiply<3, 5, 7>();
+            tile_load<7>(columns + k * 16 * b.word + b.block, b.word);
+            tile_multiply<Sum, 1, 4, 7>();
+            if constexpr (kRowTiles > 1) tile_multiply<Sum, 3, 5, 7>();
         }
         for (int64_t i = 0; i < ahead_rate && ahead.at < ahead.end; i++, ahead.at += 64)
             __builtin_prefetch(ahead.at, 0, 2);
@@ -82,26 +83,26 @@ void tile_product(const bf16* a, int64_t a_stride, Pairs b, int64_t tiles, float
 }
 
 // As product, but of whole tiles: reads rows of `a`, and without `add` writes rows of `c`, up to a multiple of 16.
-OCTAVO_INLINE void product_on_tiles(const bf16* a, int64_t a_stride, int64_t rows, Pairs b, int64_t blocks,
-                                    int64_t pairs, bool add, float* c, int64_t c_stride, Ahead ahead) {
-    const int64_t steps = pairs / 16, parts = (rows + 31) / 32 * ((blocks + 1) / 2);
+template <class Sum>
+OCTAVO_INLINE void product_on_tiles(Rows a, int64_t rows, Columns b, int64_t blocks, int64_t words, bool add, float* c,
+                                    int64_t c_stride, Ahead ahead) {
+    const int64_t steps = words / 16, parts = (rows + 31) / 32 * ((blocks + 1) / 2);
     int64_t index = 0;
     for (int64_t r = 0; r < rows; r += 32)
         for (int64_t j = 0; j < blocks; j += 2, index++) {
             const bool two_blocks = blocks - j > 1;
-            const auto product = rows - r > 16 ? (two_blocks ? tile_product<2, 2> : tile_product<2, 1>)
-                                               : (two_blocks ? tile_product<1, 2> : tile_product<1, 1>);
+            const auto product = rows - r > 16 ? (two_blocks ? tile_product<Sum, 2, 2> : tile_product<Sum, 2, 1>)
+                                               : (two_blocks ? tile_product<Sum, 1, 2> : tile_product<Sum, 1, 1>);
             const Ahead part = ahead.part(index, parts);
             const int64_t rate = ((part.end - part.at) / 64 + steps - 1) / steps;
             alignas(64) float sums[32 * 2 * kBlock];  // what is added to `c` must leave the rows past the last alone
             float *to = c + r * c_stride + j * kBlock, *result = add ? sums : to;
-            product(a + r * a_stride, a_stride, {b.data + j * b.block, b.pair, b.block}, steps, result,
-                    add ? 2 * kBlock : c_stride, part, rate);
+            product(a.from(r), b.from(j), steps, result, add ? 2 * kBlock : c_stride, part, rate);
             if (!add) continue;
             for (int64_t i = 0; i < 32 && r + i < rows; i++)
                 for (int64_t column = 0; column < (two_blocks ? 2 : 1) * kBlock; column += kLanes) {
                     float* sum = to + i * c_stride + column;
-                    store(sum, load(sum) + load(sums + i * 2 * kBlock + column));
+                    store_as<Sum>(sum, load_as<Sum>(sum) + load_as<Sum>(sums + i * 2 * kBlock + column));
                 }
         }
 }
@@ -117,7 +118,7 @@ OCTAVO_INLINE void integer_dots(const int8_t* rows, int64_t row_bytes, const std
     tile_zero<kTurn>();
     tile_load<4 + kTurn>(rows, row_bytes);
     tile_load<6 + kTurn>(values, 64);
-    tile_multiply_integers<kTurn, 4 + kTurn, 6 + kTurn>();
+    tile_multiply<I32, kTurn, 4 + kTurn, 6 + kTurn>();
     tile_store<kTurn>(dots, 64);
 }
 
@@ -128,7 +129,7 @@ void integer_tile_16(const Matrix& a, int64_t row, const Weight& weight, int64_t
                      float* c, int64_t c_stride, Ahead ahead, int64_t ahead_rate) {
     const std::byte* scales = weight.block(block) + weight.groups * kEncoding.value_bytes();
     const int8_t* rows = a.i8(row);
-    const int64_t row_bytes = Matrix::quantised_bytes(a.stride);
+    const int64_t row_bytes = a.row_bytes;
     alignas(64) int32_t dots[2][kTileHeight * kLanes];
     F32 sums[kTileHeight] = {};
     integer_dots<0>(rows, row_bytes, values, dots[0]);
@@ -142,8 +143,8 @@ void integer_tile_16(const Matrix& a, int64_t row, const Weight& weight, int64_t
         }
         for (int64_t i = 0; i < ahead_rate && ahead.at < ahead.end; i++, ahead.at += 64)
             __builtin_prefetch(ahead.at, 0, 2);
-        F32 scale = {}, minimum = {};
-        if constexpr (!kEncoding.per_row()) scale = load_scale<kEncoding>(scales, 0, 0);
+        const F32 scale = load_scale<kEncoding>(scales, 0, 0);
+        F32 minimum = {};
         if constexpr (kEncoding.minimum) minimum = load_scale<kEncoding>(scales, 1, 0);
         OCTAVO_UNROLL for (int r = 0; r < kTileHeight; r++) {
             const auto& group = reinterpret_cast<const ActivationGroup*>(rows + r * row_bytes + a.stride)[g];
@@ -152,9 +153,7 @@ void integer_tile_16(const Matrix& a, int64_t row, const Weight& weight, int64_t
         }
         scales += kEncoding.scale_bytes();
     }
-    F32 scale = splat(1.0f);
-    if constexpr (kEncoding.per_row()) scale = load_scale<kEncoding>(scales, 0, 0);
-    OCTAVO_UNROLL for (int r = 0; r < kTileHeight; r++) store(c + r * c_stride, sums[r] * scale);
+    OCTAVO_UNROLL for (int r = 0; r < kTileHeight; r++) store(c + r * c_stride, sums[r]);
 }
 
 // The 4-bit integers of a block, a byte each.
@@ -209,15 +208,26 @@ OCTAVO_INLINE void integer_product_on_tiles(const Matrix& a, int64_t row, int64_
     configure({});
 }
 
+// Of a weight in bf16, or in integers that have a scale per row.
+template <class Sum>
+void whole_product(const Instruction& op, int64_t row, int64_t rows, int64_t block, int64_t blocks, Ahead ahead,
+                   Scratch& scratch) {
+    const Weight& w = *op.weight;
+    const Columns columns{w.block(block), 4 * kBlock, w.block_bytes};
+    product_on_tiles<Sum>({op.x.row(row), op.x.row_bytes}, rows, columns, blocks, w.words(), false, scratch.sums,
+                          kSumsStride, ahead);
+}
+
 OCTAVO_INLINE void weight_product(const Instruction& op, int64_t row, int64_t rows, int64_t block, int64_t blocks,
                                   Ahead ahead, Scratch& scratch) {
     const Weight& w = *op.weight;
-    if (w.encoding.is_integer())
+    if (op.x.element == Element::i8_groups)
         return integer_product_on_tiles(op.x, row, rows, w, block, blocks, scratch.sums, kSumsStride, ahead,
                                         scratch.widened);
-    const int64_t pairs = w.pairs();
-    product_on_tiles(op.x.b16(row), op.x.stride, rows, {w.b16_block(block), 2 * kBlock, pairs * 2 * kBlock}, blocks,
-                     pairs, false, scratch.sums, kSumsStride, ahead);
+    if (op.x.element == Element::i8_rows)
+        whole_product<I32>(op, row, rows, block, blocks, ahead, scratch);
+    else
+        whole_product<F32>(op, row, rows, block, blocks, ahead, scratch);
 }
 
 }  // namespace octavo::OCTAVO_ISA

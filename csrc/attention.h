@@ -157,12 +157,12 @@ struct Queries {
 };
 
 // As product. Tiles are for every number of rows or none, as their order of sums is their own: here, for whole ones.
-OCTAVO_INLINE void attention_product(const bf16* a, int64_t a_stride, int64_t rows, Pairs b, int64_t blocks,
-                                     int64_t pairs, bool add, float* c, int64_t c_stride, Ahead ahead) {
+OCTAVO_INLINE void attention_product(Rows a, int64_t rows, Columns b, int64_t blocks, int64_t words, bool add, float* c,
+                                     int64_t c_stride, Ahead ahead) {
 #ifdef OCTAVO_AMX
-    if (pairs % 16 == 0) return product_on_tiles(a, a_stride, rows, b, blocks, pairs, add, c, c_stride, ahead);
+    if (words % 16 == 0) return product_on_tiles<F32>(a, rows, b, blocks, words, add, c, c_stride, ahead);
 #endif
-    product(a, a_stride, rows, b, blocks, pairs, add, c, c_stride, ahead);
+    product<F32>(a, rows, b, blocks, words, add, c, c_stride, ahead);
 }
 
 // Of all queries over one part. `next` is the thread's next tile, or `q` again if there is none.
@@ -173,7 +173,7 @@ void attend_part(const Queries& q, int64_t part, const Queries& next, Scratch& s
         const int64_t start = block * kSpan, from = q.from(start), to = q.to(start, kSpan), count = (to - from) * group;
         const Block here = q.block(block), ahead = q.ahead_of(block, next);
         const Operand k = operand(here.k, *q.step.shape, scratch.kv);
-        attention_product(scratch.queries + from * group * dim, dim, count, {k.values, kSpan * 2, kBlock * 2},
+        attention_product({scratch.queries + from * group * dim, dim * 2}, count, {k.values, kSpan * 4, kBlock * 4},
                           kSpan / kBlock, dim / 2, false, scratch.scores, kSpan, ahead.k_memory);
         for (int64_t r = from, i = 0; r < to; r++) {
             const int64_t begin = first_seen(q.first + r, q.op.window) - start, end = q.first + r + 1 - start;
@@ -183,8 +183,8 @@ void attend_part(const Queries& q, int64_t part, const Queries& next, Scratch& s
         const Operand v = operand(here.v, *q.step.shape, scratch.kv);
         for (int64_t i = 0; i < count; i++)
             weigh(scratch.scores + i * kSpan, v.scales, q.sums(sums, from * group + i), scratch.shares + i * kSpan);
-        attention_product(scratch.shares, kSpan, count, {v.values, dim * 2, kBlock * 2}, dim / kBlock, kSpan / 2, true,
-                          sums + from * group * stride, stride, ahead.v_memory);
+        attention_product({scratch.shares, kSpan * 2}, count, {v.values, dim * 4, kBlock * 4}, dim / kBlock, kSpan / 2,
+                          true, sums + from * group * stride, stride, ahead.v_memory);
     }
 }
 
@@ -199,7 +199,7 @@ OCTAVO_INLINE void write_values(const Queries& q, float* sums) {
         const F32 back = splat(1.0f / sum(load(of_query.weights)));
         const Matrix& out = q.op.out;
         const int64_t row = q.tile.rows.first + i / q.group, column = (q.kv_head * q.group + i % q.group) * q.dim;
-        if (!out.quantised)
+        if (out.element == Element::bf16)
             for (int64_t d = 0; d < q.dim; d += kLanes)
                 store_bf16(out.b16(row) + column + d, load(of_query.values + d) * back);
         else  // dim is a multiple of the groups' size

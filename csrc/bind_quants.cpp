@@ -2,9 +2,13 @@
 #include "bind_quants.h"
 
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
+
+#include "isa.h"
 #include "pack.h"
 #include "quantise.h"
 #include "quants.h"
@@ -25,18 +29,35 @@ void dequantize(int format, nb::ndarray<const uint8_t, nb::ndim<2>, nb::c_contig
     dequantize_row(format, stored.data(), out.data(), static_cast<int64_t>(rows * columns));
 }
 
-// float32 [rows, columns] into rows of Q8_0 or Q4_1, uint8 [rows, bytes per row].
-void quantise(const std::string& format_name,
-              nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu> values,
-              nb::ndarray<uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu> out) {
+// float32 [rows, columns] to rows of Q8_0 or Q4_1, uint8 [rows, bytes per row]. importance, for Q4_1: float32 [columns],
+// how much the square of an error counts in each column.
+nb::object quantise(nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu> values,
+                    const std::string& format_name,
+                    std::optional<nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>> importance,
+                    std::optional<std::string> isa) {
     const int format = format_named(format_name);
-    const size_t rows = values.shape(0), columns = values.shape(1);
-    const size_t bytes = row_bytes(format, static_cast<int64_t>(columns));
-    if (rows != out.shape(0) || bytes == 0 || bytes != out.shape(1))
-        throw nb::value_error("quantise: the bytes per row do not fit the format and the number of columns");
-    nb::gil_scoped_release release;
-    if (!quantise_row(format, values.data(), out.data(), static_cast<int64_t>(rows * columns)))
-        throw nb::value_error("quantise: the format must be Q8_0 or Q4_1");
+    const auto rows = static_cast<int64_t>(values.shape(0)), columns = static_cast<int64_t>(values.shape(1));
+    const auto bytes = static_cast<int64_t>(row_bytes(format, columns));
+    if (format != GGML_Q8_0 && format != GGML_Q4_1) throw nb::value_error("quantise: the format must be Q8_0 or Q4_1");
+    if (columns % kQuantGroup) throw nb::value_error("quantise: the columns must be a multiple of 32");
+    if (importance && static_cast<int64_t>(importance->size()) != columns)
+        throw nb::value_error("quantise: importance must have one entry per column");
+    const FourBitsKernel search = kernels_for(isa ? *isa : available_isas().front()).quantise_to_4;
+    auto* to = new uint8_t[rows * bytes + 1];
+    const nb::capsule owner(to, [](void* p) noexcept { delete[] static_cast<uint8_t*>(p); });
+    {
+        nb::gil_scoped_release release;
+        const std::vector<float> weights = column_weights(importance ? importance->data() : nullptr, columns);
+        for (int64_t row = 0; row < rows; row += kBlock) {
+            const int64_t count = std::min(kBlock, rows - row);
+            const float* from = values.data() + row * columns;
+            if (format == GGML_Q8_0)
+                quantise_to_q8_0(from, to + row * bytes, count * columns);
+            else
+                quantise_to_q4_1(search, from, weights.data(), to + row * bytes, count, columns);
+        }
+    }
+    return nb::cast(nb::ndarray<nb::numpy, uint8_t>(to, {size_t(rows), size_t(bytes)}, owner));
 }
 
 Encoding encoding_for(const std::vector<std::string>& formats) {
@@ -57,7 +78,8 @@ void bind_quants(nb::module_& module) {
         .def_prop_ro_static("W8", [](nb::handle) { return kW8; })
         .def_prop_ro_static("W4", [](nb::handle) { return kW4; });
     module.def("encoding_for", &encoding_for, nb::arg("formats"));
-    module.def("quantise", &quantise, nb::arg("format"), nb::arg("values").noconvert(), nb::arg("out").noconvert());
+    module.def("quantise", &quantise, nb::arg("values").noconvert(), nb::arg("format"),
+               nb::arg("importance") = nb::none(), nb::arg("isa") = nb::none());
     module.def("dequantize", &dequantize, nb::arg("format"), nb::arg("stored").noconvert(),
                nb::arg("out").noconvert());
 }

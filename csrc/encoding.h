@@ -6,17 +6,19 @@
 namespace octavo {
 
 constexpr int64_t kQuantGroup = 32;  // values of a row that share a scale; half as many if there are two
+constexpr int64_t kRotated = 64;     // values that are rotated together, where a row has one scale, at least
 
 // Plain bf16 in 16 bits; or, in 8 or 4 bits, unsigned integers q in groups of 32 along a row: scale * q + minimum.
 struct Encoding {
     int bits = 16;
-    int scales = 1;        // in a group: 2 if its halves differ; 0 if there is one for the whole row
+    int scales = 1;        // in a group: 2 if its halves differ; 0 if there is one for the whole row, which is rotated
     bool minimum = false;  // one for each scale; if there is none, it is -zero() times the scale
     bool wide = false;     // scales and minima are float, else half precision
 
     constexpr bool operator==(const Encoding&) const = default;
     constexpr bool is_integer() const { return bits < 16; }
     constexpr bool per_row() const { return scales == 0; }
+    constexpr int64_t column_multiple() const { return per_row() ? kRotated : kQuantGroup; }
     constexpr int parts() const { return scales == 2 ? 2 : 1; }  // of a group that are scaled apart
     constexpr int zero() const { return 1 << (bits - 1); }
 

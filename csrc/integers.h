@@ -1,4 +1,4 @@
-// The product of int8 activations and a weight of 8-bit or 4-bit integers.
+// The product of int8 activations and a weight of 8-bit or 4-bit integers, both scaled in groups.
 //
 // A group of 32 values is summed up exactly, in integers, and scaled into a float accumulator, of which each element of
 // the result has one. It takes the groups in ascending order, however many rows are worked on together, so a row comes
@@ -39,8 +39,7 @@ OCTAVO_INLINE float scaled_sum(const ActivationGroup& group, int part) {
 // sum + a group's part, of which `dots` is the integer sum.
 template <Encoding kEncoding>
 OCTAVO_INLINE F32 add_scaled(F32 sum, I32 dots, const ActivationGroup& group, int part, F32 scale, F32 minimum) {
-    const F32 factor = splat(group.scale);
-    sum = fma(to_float(dots), kEncoding.per_row() ? factor : scale * factor, sum);
+    sum = fma(to_float(dots), scale * splat(group.scale), sum);
     return kEncoding.minimum ? fma(minimum, splat(scaled_sum<kEncoding>(group, part)), sum) : sum;
 }
 
@@ -56,7 +55,7 @@ void integer_tile(const Matrix& a, int64_t row, const Weight& weight, int64_t bl
     const std::byte* values = weight.block(block);
     const std::byte* scales = values + weight.groups * kEncoding.value_bytes();
     const int8_t* rows = a.i8(row);
-    const int64_t row_bytes = Matrix::quantised_bytes(a.stride), block_bytes = weight.block_bytes;
+    const int64_t row_bytes = a.row_bytes, block_bytes = weight.block_bytes;
     F32 sums[kRows][kColumns] = {};
     for (int64_t g = 0; g < weight.groups; g++) {
         for (int64_t i = 0; i < ahead_rate && ahead.at < ahead.end; i++, ahead.at += 64)
@@ -88,8 +87,8 @@ void integer_tile(const Matrix& a, int64_t row, const Weight& weight, int64_t bl
             }
             OCTAVO_UNROLL for (int j = 0; j < kColumns; j++) {
                 const std::byte* lines = scales + j / kVectors * block_bytes;
-                F32 scale = {}, minimum = {};
-                if constexpr (!kEncoding.per_row()) scale = load_scale<kEncoding>(lines, part, j % kVectors);
+                const F32 scale = load_scale<kEncoding>(lines, part, j % kVectors);
+                F32 minimum = {};
                 if constexpr (kEncoding.minimum) minimum = load_scale<kEncoding>(lines, kParts + part, j % kVectors);
                 OCTAVO_UNROLL for (int r = 0; r < kRows; r++)
                     sums[r][j] = add_scaled<kEncoding>(sums[r][j], dots[r][j], group(r), part, scale, minimum);
@@ -98,12 +97,8 @@ void integer_tile(const Matrix& a, int64_t row, const Weight& weight, int64_t bl
         values += kEncoding.value_bytes();
         scales += kEncoding.scale_bytes();
     }
-    OCTAVO_UNROLL for (int j = 0; j < kColumns; j++) {
-        F32 scale = splat(1.0f);
-        if constexpr (kEncoding.per_row())
-            scale = load_scale<kEncoding>(scales + j / kVectors * block_bytes, 0, j % kVectors);
-        OCTAVO_UNROLL for (int r = 0; r < kRows; r++) store(c + r * c_stride + j * kLanes, sums[r][j] * scale);
-    }
+    OCTAVO_UNROLL for (int j = 0; j < kColumns; j++)
+        OCTAVO_UNROLL for (int r = 0; r < kRows; r++) store(c + r * c_stride + j * kLanes, sums[r][j]);
 }
 
 // Tiles of up to kIntegerRows rows and kIntegerBlocks blocks, as far as the registers hold two sums of each.
@@ -116,13 +111,13 @@ constexpr int kIntegerRows = 2, kIntegerBlocks = 1;
 #endif
 constexpr int kIntegerShapes = kIntegerRows * kIntegerBlocks;
 
-constexpr int kEncodings = 24;
+constexpr int kEncodings = 16;  // in groups
 
-constexpr int number_of(Encoding e) { return (e.bits == 8) * 12 + e.scales * 4 + e.minimum * 2 + e.wide; }
+constexpr int number_of(Encoding e) { return (e.bits == 8) * 8 + (e.scales - 1) * 4 + e.minimum * 2 + e.wide; }
 
-constexpr Encoding encoding_number(int n) { return {n < 12 ? 4 : 8, n / 4 % 3, bool(n & 2), bool(n & 1)}; }
+constexpr Encoding encoding_number(int n) { return {n < 8 ? 4 : 8, n / 4 % 2 + 1, bool(n & 2), bool(n & 1)}; }
 
-constexpr bool exists(Encoding e) { return e == kW8 || (e.scales && e.joined(e) == e); }
+constexpr bool exists(Encoding e) { return e.joined(e) == e; }
 
 template <int kNumber, int kShape>
 constexpr IntegerTile integer_tile_or_null() {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "attention.h"
+#include "four_bits.h"
 #include "linear.h"
 #include "peak.h"
 #include "rope_and_cache.h"
@@ -26,6 +27,7 @@ const Kernels kernels = {
     .rope_and_cache = rope_and_cache,
     .attention = attention,
     .linear = linear,
+    .quantise_to_4 = quantise_to_4,
     .peak_products = peak_products,
     .scan = kScan,
 };

@@ -38,31 +38,48 @@ struct ActivationGroup {
     int32_t half_offset; // the same of the first half
 };
 
-// Activations: rows of float or bf16; or, if `quantised`, of int8 with the row's ActivationGroups after it. Rows and
-// columns past the ones in use exist (up to multiples of 32), so that kernels work on whole vectors; the columns hold
-// zeros.
+// The same for a whole row.
+struct ActivationRow {
+    float scale;
+    int32_t offset;  // -128 * their sum
+};
+
+// How activations are held: after int8 come the row's ActivationGroups, or its ActivationRow.
+enum class Element { f32, bf16, i8_groups, i8_rows };
+
+// Activations. Rows and columns past the ones in use exist (up to multiples of 64), so that kernels work on whole
+// vectors and tiles; the columns hold zeros.
 struct Matrix {
     void* data = nullptr;
     int64_t stride = 0;  // elements
-    bool quantised = false;
+    Element element = Element::f32;
+    int64_t row_bytes = 0;
 
-    OCTAVO_INLINE float* f32(int64_t row) const { return static_cast<float*>(data) + row * stride; }
-    OCTAVO_INLINE bf16* b16(int64_t row) const { return static_cast<bf16*>(data) + row * stride; }
-    OCTAVO_INLINE int8_t* i8(int64_t row) const { return static_cast<int8_t*>(data) + row * quantised_bytes(stride); }
-    OCTAVO_INLINE ActivationGroup* groups(int64_t row) const { return reinterpret_cast<ActivationGroup*>(i8(row) + stride); }
-
-    OCTAVO_INLINE static constexpr int64_t quantised_bytes(int64_t stride) {
-        return stride + stride / kQuantGroup * int64_t(sizeof(ActivationGroup));
-    }
+    OCTAVO_INLINE std::byte* row(int64_t row) const { return static_cast<std::byte*>(data) + row * row_bytes; }
+    OCTAVO_INLINE float* f32(int64_t r) const { return reinterpret_cast<float*>(row(r)); }
+    OCTAVO_INLINE bf16* b16(int64_t r) const { return reinterpret_cast<bf16*>(row(r)); }
+    OCTAVO_INLINE int8_t* i8(int64_t r) const { return reinterpret_cast<int8_t*>(row(r)); }
+    OCTAVO_INLINE ActivationGroup* groups(int64_t r) const { return reinterpret_cast<ActivationGroup*>(i8(r) + stride); }
+    OCTAVO_INLINE ActivationRow& whole(int64_t r) const { return *reinterpret_cast<ActivationRow*>(i8(r) + stride); }
 };
+
+constexpr int64_t bytes_of_row(Element element, int64_t stride) {
+    switch (element) {
+        case Element::f32: return stride * int64_t(sizeof(float));
+        case Element::bf16: return stride * int64_t(sizeof(bf16));
+        case Element::i8_groups: return stride + stride / kQuantGroup * int64_t(sizeof(ActivationGroup));
+        case Element::i8_rows: return stride + 64;  // rows of whole cache lines, as AMX likes them
+    }
+    return 0;
+}
 
 // A weight [rows, columns], packed in blocks of 16 rows, padded with zeros. If `gated`, blocks of the upper half of the
 // rows (up) alternate with those of the lower half (gate), so that a tile has both and can combine them.
 //
 // In bf16, a block is [pairs of columns][16][2]: a pair is one vector operand of vdpbf16ps, 16 pairs are one AMX tile.
 // With integers, it is [groups][8][16][4] of 8 bits: 4 columns of 16 rows are one vector operand of vpdpbusd, a group
-// is one AMX tile; or [groups][4][16][4] of 2 x 4 bits, the low ones from the group's first half. After the integers come
-// the scales of each group, [scales][16], and its minima; or, if they are per row, the 16 scales.
+// is half an AMX tile; or [groups][4][16][4] of 2 x 4 bits, the low ones from the group's first half. After the integers
+// come the scales of each group, [scales][16], and its minima; or, if they are per row, the 16 scales.
 struct Weight {
     int64_t rows = 0, columns = 0;
     Encoding encoding = {};
@@ -71,7 +88,7 @@ struct Weight {
     int64_t block_bytes = 0;
     std::byte* data = nullptr;
 
-    OCTAVO_INLINE int64_t pairs() const { return groups * kQuantGroup / 2; }
+    OCTAVO_INLINE int64_t words() const { return groups * kQuantGroup * encoding.bits / 32; }  // of 4 bytes, in a row
     OCTAVO_INLINE std::byte* block(int64_t index) const { return data + index * block_bytes; }
     OCTAVO_INLINE bf16* b16_block(int64_t index) const { return reinterpret_cast<bf16*>(block(index)); }
 };
@@ -90,7 +107,7 @@ struct Shape {
     OCTAVO_INLINE int64_t blocks_per_page() const { return page_size / kSpan; }
 };
 
-enum class Op { rotary, embed, norm, linear, rope_and_cache, attention, quantise, sampled_rows, sample };
+enum class Op { rotary, embed, norm, linear, rope_and_cache, attention, quantise, observe, sampled_rows, sample };
 
 struct Instruction {
     Op op;
@@ -98,6 +115,7 @@ struct Instruction {
     const Weight* weight = nullptr;          // embed, linear
     const float* vector = nullptr;   // norm: its weight; linear: the bias or null; rope_and_cache: q_norm or null
     const float* vector2 = nullptr;  // rope_and_cache: k_norm or null
+    double* squares = nullptr;       // observe: a sum per column
     int64_t width = 0;               // columns of x, of embed: of out
     int64_t layer = 0, window = 0;
     Activation activation = Activation::none;
@@ -159,6 +177,12 @@ struct Step {
     }
 };
 
+// A group of columns of 16 rows in 4 bits: q * scale + minimum. The floats are exact in half precision.
+struct FourBits {
+    uint8_t q[kQuantGroup][kBlock];
+    float scale[kBlock], minimum[kBlock];
+};
+
 // A thread's own working memory.
 struct Scratch {
     float* sums;     // [kGroup][kMaxPanel * kBlock]
@@ -168,13 +192,15 @@ struct Scratch {
     bf16* queries;   // [attention rows][head_dim]
     bf16* shares;    // [attention rows][kSpan], the softmax's weights
     bf16* kv;        // [block_elements], K or V of a block, if the cache holds int8
+    float* row;          // of activations
     std::byte* widened;  // the integers of a block, a byte each
 };
 
-using RowKernel = void (*)(const Instruction&, const Step&, int64_t begin, int64_t end);
+using RowKernel = void (*)(const Instruction&, const Step&, int64_t begin, int64_t end, Scratch&);
 using CacheKernel = void (*)(const Instruction&, const Step&, int64_t tile, Scratch&);
 using AttentionKernel = void (*)(const Instruction&, const Step&, int64_t tile, int64_t next_tile, Scratch&);
 using LinearKernel = void (*)(const Instruction&, const Cut&, int64_t rows, int64_t tile, Ahead, Scratch&);
+using FourBitsKernel = void (*)(const float (*x)[kBlock], const float* importance, FourBits&);
 
 struct Kernels {
     void (*start_thread)();  // before a thread's first tile of a step
@@ -183,6 +209,7 @@ struct Kernels {
     CacheKernel rope_and_cache;
     AttentionKernel attention;
     LinearKernel linear;
+    FourBitsKernel quantise_to_4;  // x: [kQuantGroup][kBlock]; importance: of its columns
     int64_t (*peak_products)(float* out);  // for the ceilings, see peak.h
     Scan scan;
 };

@@ -49,15 +49,31 @@ OCTAVO_INLINE void write_gated(const Instruction& op, int64_t row, int64_t rows,
             if (op.vector) gate = gate + load(gate_bias + i);
             if (op.vector) up = up + load(up_bias + i);
             const F32 value = activate(gate, op.activation) * up;
-            if (op.out.quantised)
+            if (op.out.element == Element::i8_groups)
                 store(sums + i, value);
             else
                 store_bf16(op.out.b16(row + r) + first + i, value);
         }
-        for (int64_t i = 0; op.out.quantised && i < columns; i += kQuantGroup) {
+        for (int64_t i = 0; op.out.element == Element::i8_groups && i < columns; i += kQuantGroup) {
             F32 values[kGroupVectors] = {};
             for (int j = 0; j < kGroupVectors && i + j * kLanes < columns; j++) values[j] = load(sums + i + j * kLanes);
             store_group(op.out, row + r, first + i, values);
+        }
+    }
+}
+
+// From sums of integers, where each row of x and each row of the weight has a scale.
+OCTAVO_INLINE void scale_sums(const Instruction& op, int64_t row, int64_t rows, int64_t block, int64_t blocks,
+                              float* sums) {
+    const Weight& w = *op.weight;
+    for (int64_t r = 0; r < rows; r++) {
+        const ActivationRow& whole = op.x.whole(row + r);
+        for (int64_t j = 0; j < blocks; j++) {
+            const float* scales = reinterpret_cast<const float*>(w.block(block + j) + w.groups * w.encoding.value_bytes());
+            for (int64_t i = 0; i < kBlock; i += kLanes) {
+                float* at = sums + r * kSumsStride + j * kBlock + i;
+                store(at, to_float(load_as<I32>(at) + whole.offset) * (load(scales + i) * splat(whole.scale)));
+            }
         }
     }
 }
@@ -68,11 +84,11 @@ constexpr int64_t kGroupRows = kTileRows, kIntegerGroupRows = kGroup / kIntegerR
 OCTAVO_INLINE void weight_product(const Instruction& op, int64_t row, int64_t rows, int64_t block, int64_t blocks,
                                   Ahead ahead, Scratch& scratch) {
     const Weight& w = *op.weight;
-    if (w.encoding.is_integer())
+    if (op.x.element == Element::i8_groups)
         return integer_product(op.x, row, rows, w, block, blocks, scratch.sums, kSumsStride, ahead);
-    const int64_t pairs = w.pairs();
-    product(op.x.b16(row), op.x.stride, rows, {w.b16_block(block), 2 * kBlock, pairs * 2 * kBlock}, blocks, pairs,
-            false, scratch.sums, kSumsStride, ahead);
+    const auto times = op.x.element == Element::i8_rows ? product<I32> : product<F32>;
+    times({op.x.row(row), op.x.row_bytes}, rows, {w.block(block), 4 * kBlock, w.block_bytes}, blocks, w.words(), false,
+          scratch.sums, kSumsStride, ahead);
 }
 #endif
 
@@ -81,11 +97,12 @@ void linear(const Instruction& op, const Cut& cut, int64_t rows, int64_t tile, A
     const int64_t blocks = op.weight->blocks - block < cut.panel ? op.weight->blocks - block : cut.panel;
     const int64_t begin = tile % cut.row_tiles * cut.rows;
     const int64_t end = begin + cut.rows < rows ? begin + cut.rows : rows;
-    const int64_t most = op.weight->encoding.is_integer() ? kIntegerGroupRows : kGroupRows;
+    const int64_t most = op.x.element == Element::i8_groups ? kIntegerGroupRows : kGroupRows;
     const int64_t groups = (end - begin + most - 1) / most;
     for (int64_t row = begin, index = 0, group; row < end; row += group, index++) {
         group = even_step(end - row, most);
         weight_product(op, row, group, block, blocks, ahead.part(index, groups), scratch);
+        if (op.x.element == Element::i8_rows) scale_sums(op, row, group, block, blocks, scratch.sums);
         if (op.activation == Activation::none)
             write_sums(op, row, group, block, blocks, scratch.sums);
         else

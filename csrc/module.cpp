@@ -2,6 +2,7 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/map.h>
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
@@ -90,8 +91,16 @@ nb::object logits(Program& program, nb::handle python_batch) {
     return array;
 }
 
+nb::object squares(const Program& program, int observed) {
+    const std::vector<double>& sums = program.squares(observed);
+    auto [array, data] = new_array<double>(sums.size());
+    std::copy(sums.begin(), sums.end(), data);
+    return array;
+}
+
 // Parts of a weight, one after another by rows: (data, format, row_order or None) as Tensor has them.
-void pack(Program& program, int weight, nb::list parts, int64_t rows, int64_t columns) {
+void pack(Program& program, int weight, nb::list parts, int64_t rows, int64_t columns,
+          std::optional<Array<float>> importance) {
     std::vector<Part> native;
     int64_t total = 0;
     for (nb::handle item : parts) {
@@ -112,8 +121,10 @@ void pack(Program& program, int weight, nb::list parts, int64_t rows, int64_t co
         native.push_back(p);
     }
     if (total != rows) throw nb::value_error("the parts must have as many rows as the weight");
+    if (importance && int64_t(importance->size()) != columns)
+        throw nb::value_error("importance must have one entry per column");
     nb::gil_scoped_release release;
-    program.pack(weight, native);
+    program.pack(weight, native, importance ? importance->data() : nullptr);
 }
 
 }  // namespace
@@ -148,8 +159,10 @@ NB_MODULE(_native, module) {
         .def("attention", &Program::attention, "q"_a, "layer"_a, "window"_a)
         .def("gated", &Program::gated)
         .def("sampled_rows", &Program::sampled_rows)
+        .def("observe", &Program::observe)
+        .def("squares", &squares, "observed"_a)
         .def("finish", &Program::finish, "logits"_a)
-        .def("pack", &pack, "weight"_a, "parts"_a, "rows"_a, "columns"_a)
+        .def("pack", &pack, "weight"_a, "parts"_a, "rows"_a, "columns"_a, "importance"_a = nb::none())
         .def_prop_ro("page_bytes", &Program::page_bytes)
         .def_prop_ro("weight_bytes", &Program::weight_bytes)
         .def("allocate_kv", &Program::allocate_kv)

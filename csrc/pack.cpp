@@ -1,5 +1,6 @@
 #include "pack.h"
 
+#include <algorithm>
 #include <cstring>
 #include <unordered_map>
 
@@ -22,10 +23,25 @@ struct StoredRow {
     const uint8_t* data;
 };
 
+struct BlockRows {
+    StoredRow row[kBlock];
+    int64_t count = 0;
+};
+
 StoredRow find_row(const std::vector<Part>& parts, int64_t index) {
     auto part = parts.begin();
     for (; index >= part->rows; ++part) index -= part->rows;
     return {part->format, part->data + (part->row_order ? part->row_order[index] : index) * part->row_bytes};
+}
+
+BlockRows find_rows(const Weight& weight, const std::vector<Part>& parts, int64_t block) {
+    const int64_t rows = weight.gated ? weight.rows / 2 : weight.rows;  // of each half
+    const int64_t first = (weight.gated ? block / 2 : block) * kBlock;
+    const int64_t offset = weight.gated && block % 2 ? rows : 0;
+    BlockRows found;
+    for (; found.count < kBlock && first + found.count < rows; found.count++)
+        found.row[found.count] = find_row(parts, offset + first + found.count);
+    return found;
 }
 
 void read_bf16(StoredRow row, int64_t columns, float* floats, bf16* to) {
@@ -37,11 +53,11 @@ void read_bf16(StoredRow row, int64_t columns, float* floats, bf16* to) {
     }
 }
 
-// The file's own integers, if the encoding can hold them; else new ones.
+// The file's own integers, if the encoding can hold them; else new ones, of 8 bits.
 void read_integers(StoredRow row, Encoding encoding, int64_t columns, float* floats, Group* to) {
     if (!holds_losslessly(encoding, row.format)) {
         dequantize_row(row.format, row.data, floats, columns);
-        quantise_groups(encoding, floats, to, columns);
+        quantise_groups(floats, to, columns);
         return;
     }
     const int zero = read_groups(row.format, row.data, to, columns);
@@ -79,6 +95,60 @@ void store_integers(const Weight& weight, int64_t block, int64_t lane, const Gro
     if (e.per_row()) store_scale(e, scales, 0, lane, groups[0].scale[0]);
 }
 
+// All rows of a block to 4 bits, but for those that are so already: their lanes get zeros.
+void quantise_to_4(const Weight& weight, int64_t block, const BlockRows& rows, const float* column_weights,
+                   FourBitsKernel search, float* scratch) {
+    const float* floats[kBlock] = {};
+    for (int64_t i = 0; i < rows.count; i++) {
+        if (holds_losslessly(kW4, rows.row[i].format)) continue;
+        float* to = scratch + i * weight.columns;
+        dequantize_row(rows.row[i].format, rows.row[i].data, to, weight.columns);
+        floats[i] = to;
+    }
+    std::byte* values = weight.block(block);
+    std::byte* scales = values + weight.groups * kW4.value_bytes();
+    for (int64_t g = 0; g < weight.groups; g++, values += kW4.value_bytes(), scales += kW4.scale_bytes()) {
+        float x[kQuantGroup][kBlock];
+        FourBits found;
+        gather_columns(floats, g, weight.columns, x);
+        search(x, column_weights + g * kQuantGroup, found);
+        for (int64_t lane = 0; lane < kBlock; lane++) {
+            for (int word = 0; word < kW4.bits; word++)
+                for (int i = 0, column = word * 4; i < 4; i++, column++)
+                    values[(word * kBlock + lane) * 4 + i] =
+                        std::byte(found.q[column][lane] | found.q[column + kQuantGroup / 2][lane] << 4);
+            store_scale(kW4, scales, 0, lane, found.scale[lane]);
+            store_scale(kW4, scales, 1, lane, found.minimum[lane]);
+        }
+    }
+}
+
+void pack_integers(const Weight& weight, int64_t block, const BlockRows& rows, const float* column_weights,
+                   FourBitsKernel search, float* scratch) {
+    const auto is_new = [&](const StoredRow& row) {
+        return weight.encoding == kW4 && !holds_losslessly(kW4, row.format);
+    };
+    if (std::any_of(rows.row, rows.row + rows.count, is_new))
+        quantise_to_4(weight, block, rows, column_weights, search, scratch);
+    for (int64_t i = 0; i < rows.count; i++) {
+        if (is_new(rows.row[i])) continue;
+        Group* groups = reinterpret_cast<Group*>(scratch + weight.groups * kQuantGroup);
+        read_integers(rows.row[i], weight.encoding, weight.columns, scratch, groups);
+        store_integers(weight, block, i, groups);
+    }
+}
+
+void pack_bf16(const Weight& weight, int64_t block, const BlockRows& rows, float* scratch) {
+    const int64_t pairs = (weight.columns + 1) / 2;
+    bf16* lines = reinterpret_cast<bf16*>(scratch + weight.columns);  // [kBlock][2 pairs]
+    std::memset(lines, 0, kBlock * pairs * sizeof(uint32_t));
+    for (int64_t i = 0; i < rows.count; i++) read_bf16(rows.row[i], weight.columns, scratch, lines + i * 2 * pairs);
+    bf16* to = weight.b16_block(block);
+    for (int64_t p = 0; p < pairs; p++)
+        for (int64_t i = 0; i < kBlock; i++)
+            std::memcpy(to + (p * kBlock + i) * 2, lines + (i * pairs + p) * 2, sizeof(uint32_t));
+}
+
 }  // namespace
 
 int format_named(const std::string& name) {
@@ -96,29 +166,13 @@ bool holds_losslessly(Encoding encoding, int format) {
     return own.is_integer() && own.joined(encoding) == encoding;
 }
 
-void pack_block(const Weight& weight, const std::vector<Part>& parts, int64_t block, float* scratch) {
-    const int64_t rows = weight.gated ? weight.rows / 2 : weight.rows;  // of each half
-    const int64_t first = (weight.gated ? block / 2 : block) * kBlock;
-    const int64_t offset = weight.gated && block % 2 ? rows : 0;
-    const int64_t columns = weight.columns, pairs = (columns + 1) / 2;
-    bf16* lines = reinterpret_cast<bf16*>(scratch + columns);  // [kBlock][2 pairs]
-    std::memset(lines, 0, kBlock * pairs * sizeof(uint32_t));
-    // What is not written is zero: the memory is fresh.
-    for (int64_t i = 0; i < kBlock && first + i < rows; i++) {
-        const StoredRow row = find_row(parts, offset + first + i);
-        if (weight.encoding.is_integer()) {
-            Group* groups = reinterpret_cast<Group*>(lines);
-            read_integers(row, weight.encoding, columns, scratch, groups);
-            store_integers(weight, block, i, groups);
-        } else {
-            read_bf16(row, columns, scratch, lines + i * 2 * pairs);
-        }
-    }
-    if (weight.encoding.is_integer()) return;
-    bf16* to = weight.b16_block(block);
-    for (int64_t p = 0; p < pairs; p++)
-        for (int64_t i = 0; i < kBlock; i++)
-            std::memcpy(to + (p * kBlock + i) * 2, lines + (i * pairs + p) * 2, sizeof(uint32_t));
+void pack_block(const Weight& weight, const std::vector<Part>& parts, const float* column_weights,
+                FourBitsKernel search, int64_t block, float* scratch) {
+    const BlockRows rows = find_rows(weight, parts, block);  // what is not written is zero: the memory is fresh
+    if (weight.encoding.is_integer())
+        pack_integers(weight, block, rows, column_weights, search, scratch);
+    else
+        pack_bf16(weight, block, rows, scratch);
 }
 
 }  // namespace octavo

@@ -23,7 +23,9 @@ int format_named(const std::string& name);
 // for kW8 and kW4.
 bool holds_losslessly(Encoding encoding, int format);
 
-// Writes block `block` of the weight. `scratch` is for 17 rows of weight.columns + 32 floats.
-void pack_block(const Weight& weight, const std::vector<Part>& parts, int64_t block, float* scratch);
+// Writes block `block` of the weight. `column_weights` (see quantise.h) is for what is quantised to 4 bits, by `search`.
+// `scratch` is for 17 rows of weight.columns + 64 floats.
+void pack_block(const Weight& weight, const std::vector<Part>& parts, const float* column_weights,
+                FourBitsKernel search, int64_t block, float* scratch);
 
 }  // namespace octavo

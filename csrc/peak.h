@@ -15,10 +15,10 @@ int64_t peak_products(float* out) {
     tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>();
     tile_zero<4>(), tile_zero<5>(), tile_zero<6>(), tile_zero<7>();
     for (int64_t i = 0; i < kTimes; i++) {
-        tile_multiply<0, 4, 6>();
-        tile_multiply<1, 4, 7>();
-        tile_multiply<2, 5, 6>();
-        tile_multiply<3, 5, 7>();
+        tile_multiply<F32, 0, 4, 6>();
+        tile_multiply<F32, 1, 4, 7>();
+        tile_multiply<F32, 2, 5, 6>();
+        tile_multiply<F32, 3, 5, 7>();
     }
     tile_store<0>(out, 64);
     return kTimes * 4 * 16 * 16 * 32 * 2;
@@ -31,7 +31,8 @@ int64_t peak_products(float* out) {
     static_assert(kTileRows * kWide * kBlock <= kPeakFloats);
     int64_t stride = 0;      // every row and every pair is the same one,
     asm("" : "+r"(stride));  // which the compiler must not know, or it would compute it once
-    product_tile<kTileRows, kWide>(row, stride, {columns, stride, 2 * kBlock}, kPairs, false, out, kWide * kBlock, {}, 0);
+    product_tile<F32, kTileRows, kWide>({row, stride}, {columns, stride, 4 * kBlock}, kPairs, false, out, kWide * kBlock,
+                                        {}, 0);
     return kPairs * kTileRows * kWide * kBlock * 2 * 2;
 }
 #endif

@@ -1,6 +1,7 @@
-// The one inner loop of linears and of attention: rows of bf16 times a matrix stored as pairs, summed in float.
+// The one inner loop of linears and of attention: rows times a matrix, both in words of 4 bytes, along which it sums: pairs
+// of bf16, summed in float, or four bytes, int8 times uint8, summed exactly.
 //
-// Each element of the result has one accumulator, which takes the pairs in ascending order. It does not matter how many
+// Each element of the result has one accumulator, which takes the words in ascending order. It does not matter how many
 // rows and columns are worked on together, so a row comes out the same, to the bit, in any batch.
 //
 // What keeps a product from waiting for its operands is that they were fetched, as `ahead`, during the one before.
@@ -14,36 +15,55 @@ namespace octavo::OCTAVO_ISA {
 
 constexpr int64_t kSumsStride = kMaxPanel * kBlock;  // of the sums of a linear
 
-// The right operand: 16 columns of pair p, block j are at data + p * pair + j * block (in bf16).
-struct Pairs {
-    const bf16* data;
-    int64_t pair, block;
+// The left operand's rows, `stride` bytes apart.
+struct Rows {
+    const void* data;
+    int64_t stride;
+
+    OCTAVO_INLINE Rows from(int64_t row) const { return {static_cast<const char*>(data) + row * stride, stride}; }
+    OCTAVO_INLINE const char* word(int64_t row, int64_t w) const {
+        return static_cast<const char*>(data) + row * stride + 4 * w;
+    }
 };
 
-using Tile = void (*)(const bf16* a, int64_t a_stride, Pairs b, int64_t pairs, bool add, float* c, int64_t c_stride,
-                      Ahead ahead, int64_t ahead_rate);
+// The right operand: word w of block j's 16 columns is at data + w * word + j * block (in bytes).
+struct Columns {
+    const void* data;
+    int64_t word, block;
 
-template <int kRows, int kBlocks>
-void product_tile(const bf16* a, int64_t a_stride, Pairs b, int64_t pairs, bool add, float* c, int64_t c_stride,
-                  Ahead ahead, int64_t ahead_rate) {
+    OCTAVO_INLINE Columns from(int64_t j) const { return {static_cast<const char*>(data) + j * block, word, block}; }
+    OCTAVO_INLINE U32 vector(int64_t w, int j) const {
+        return load_as<U32>(static_cast<const char*>(data) + w * word + j / kVectors * block + j % kVectors * sizeof(U32));
+    }
+};
+
+OCTAVO_INLINE F32 dot(F32 sum, U32 row, U32 column) { return dot2(sum, row, column); }
+OCTAVO_INLINE I32 dot(I32 sum, U32 row, U32 column) { return dot4(sum, column, row); }
+
+template <class Sum>  // F32 or I32, of whose lanes `c` is made
+using Tile = void (*)(Rows a, Columns b, int64_t words, bool add, void* c, int64_t c_stride, Ahead ahead,
+                      int64_t ahead_rate);
+
+template <class Sum, int kRows, int kBlocks>
+void product_tile(Rows a, Columns b, int64_t words, bool add, void* c, int64_t c_stride, Ahead ahead,
+                  int64_t ahead_rate) {
     constexpr int kColumns = kBlocks * kVectors;
-    F32 sums[kRows][kColumns];
+    const auto at = [&](int r, int j) { return static_cast<float*>(c) + r * c_stride + j * kLanes; };
+    Sum sums[kRows][kColumns];
     OCTAVO_UNROLL for (int r = 0; r < kRows; r++)
-        OCTAVO_UNROLL for (int j = 0; j < kColumns; j++)
-            sums[r][j] = add ? load(c + r * c_stride + j * kLanes) : F32{};
-    for (int64_t p = 0; p < pairs; p++) {
+        OCTAVO_UNROLL for (int j = 0; j < kColumns; j++) sums[r][j] = add ? load_as<Sum>(at(r, j)) : Sum{};
+    for (int64_t w = 0; w < words; w++) {
         U32 columns[kColumns];
-        OCTAVO_UNROLL for (int j = 0; j < kColumns; j++)
-            columns[j] = load_as<U32>(b.data + p * b.pair + j / kVectors * b.block + j % kVectors * kLanes * 2);
+        OCTAVO_UNROLL for (int j = 0; j < kColumns; j++) columns[j] = b.vector(w, j);
         for (int64_t i = 0; i < ahead_rate && ahead.at < ahead.end; i++, ahead.at += 64)
             __builtin_prefetch(ahead.at, 0, 2);
         OCTAVO_UNROLL for (int r = 0; r < kRows; r++) {
-            const U32 row = splat_word(a + r * a_stride + 2 * p);
-            OCTAVO_UNROLL for (int j = 0; j < kColumns; j++) sums[r][j] = dot2(sums[r][j], row, columns[j]);
+            const U32 row = splat_word(a.word(r, w));
+            OCTAVO_UNROLL for (int j = 0; j < kColumns; j++) sums[r][j] = dot(sums[r][j], row, columns[j]);
         }
     }
     OCTAVO_UNROLL for (int r = 0; r < kRows; r++)
-        OCTAVO_UNROLL for (int j = 0; j < kColumns; j++) store(c + r * c_stride + j * kLanes, sums[r][j]);
+        OCTAVO_UNROLL for (int j = 0; j < kColumns; j++) store_as<Sum>(at(r, j), sums[r][j]);
 }
 
 // Tiles of up to kTileRows rows or kMaxPanel blocks, as far as the registers hold their sums.
@@ -53,38 +73,41 @@ constexpr int kTileRows = 8, kTileArea = 24;
 constexpr int kTileRows = 4, kTileArea = 4;
 #endif
 
-template <int kRows, int kBlocks>
-constexpr Tile tile_or_null() {
-    if constexpr (kRows * kBlocks <= kTileArea) return product_tile<kRows, kBlocks>;
+template <class Sum, int kRows, int kBlocks>
+constexpr Tile<Sum> tile_or_null() {
+    if constexpr (kRows * kBlocks <= kTileArea) return product_tile<Sum, kRows, kBlocks>;
     return nullptr;
 }
 
+template <class Sum>
 struct TileTable {
-    Tile tile[kTileRows * kMaxPanel];
+    Tile<Sum> tile[kTileRows * kMaxPanel];
 };
 
-template <int... kIndex>
-constexpr TileTable make_tiles(std::integer_sequence<int, kIndex...>) {
-    return {{tile_or_null<kIndex / kMaxPanel + 1, kIndex % kMaxPanel + 1>()...}};
+template <class Sum, int... kIndex>
+constexpr TileTable<Sum> make_tiles(std::integer_sequence<int, kIndex...>) {
+    return {{tile_or_null<Sum, kIndex / kMaxPanel + 1, kIndex % kMaxPanel + 1>()...}};
 }
 
-constexpr TileTable kTiles = make_tiles(std::make_integer_sequence<int, kTileRows * kMaxPanel>());
+template <class Sum>
+constexpr TileTable<Sum> kTiles = make_tiles<Sum>(std::make_integer_sequence<int, kTileRows * kMaxPanel>());
 
-// c [rows, 16 blocks] = a [rows, 2 pairs] b, or += if `add`.
-OCTAVO_INLINE void product(const bf16* a, int64_t a_stride, int64_t rows, Pairs b, int64_t blocks, int64_t pairs,
-                           bool add, float* c, int64_t c_stride, Ahead ahead) {
+// c [rows, 16 blocks] = a [rows, words] b, or += if `add`; c's stride is in elements.
+template <class Sum>
+OCTAVO_INLINE void product(Rows a, int64_t rows, Columns b, int64_t blocks, int64_t words, bool add, float* c,
+                           int64_t c_stride, Ahead ahead) {
     const int64_t tallest = rows < kTileRows ? rows : kTileRows, fit = kTileArea / tallest;
-    const int64_t widest = fit < kMaxPanel ? fit : kMaxPanel;
+    const bool alone = rows == 1 && b.word == 4 * kBlock;  // a row alone reads a weight in order
+    const int64_t widest = alone ? 1 : fit < kMaxPanel ? fit : kMaxPanel;
     const int64_t tiles = (blocks + widest - 1) / widest * ((rows + tallest - 1) / tallest);
-    const int64_t rate = ((ahead.end - ahead.at) / 64 + tiles * pairs - 1) / (tiles * pairs);
+    const int64_t rate = ((ahead.end - ahead.at) / 64 + tiles * words - 1) / (tiles * words);
     for (int64_t j = 0, width; j < blocks; j += width) {
         width = even_step(blocks - j, widest);
-        const Pairs columns{b.data + j * b.block, b.pair, b.block};
         for (int64_t r = 0, height; r < rows; r += height) {
             height = even_step(rows - r, tallest);
-            kTiles.tile[(height - 1) * kMaxPanel + width - 1](a + r * a_stride, a_stride, columns, pairs, add,
-                                                             c + r * c_stride + j * kBlock, c_stride, ahead, rate);
-            ahead.at += rate * pairs * 64;
+            kTiles<Sum>.tile[(height - 1) * kMaxPanel + width - 1](a.from(r), b.from(j), words, add,
+                                                                  c + r * c_stride + j * kBlock, c_stride, ahead, rate);
+            ahead.at += rate * words * 64;
         }
     }
 }

@@ -2,10 +2,13 @@
 #include "program.h"
 
 #include <algorithm>
+#include <bit>
 #include <chrono>
 #include <cmath>
 #include <cstring>
 #include <utility>
+
+#include "quantise.h"
 
 namespace octavo {
 
@@ -14,6 +17,8 @@ namespace {
 constexpr int64_t kTilesPerThread = 8;  // of attention, where that takes cutting a long context into parts
 
 using Clock = std::chrono::steady_clock;
+
+constexpr int64_t kObserved = 64;  // columns in a tile
 
 double lap(Clock::time_point& since) {
     const auto before = std::exchange(since, Clock::now());
@@ -31,6 +36,7 @@ const char* name_of(const Instruction& instruction) {
         case Op::rope_and_cache: return "rope_and_cache";
         case Op::attention: return "attention";
         case Op::quantise: return "quantise";
+        case Op::observe: return "observe";
         case Op::sampled_rows: return "sampled_rows";
         case Op::sample: return "sample";
     }
@@ -51,18 +57,19 @@ Program::Program(const std::string& isa, std::vector<int> cores, const Sizes& si
     recorded_.push_back({{.op = Op::rotary}, -1, -1, -1});
 }
 
-void Program::pack(int weight, const std::vector<Part>& parts) {
+void Program::pack(int weight, const std::vector<Part>& parts, const float* importance) {
     const Weight& w = weights_.at(weight);
     require(w.data, "a weight is packed when the program is finished");
     for (const Part& part : parts)
         require(!w.encoding.is_integer() || w.encoding == kW8 || w.encoding == kW4 ||
                     holds_losslessly(w.encoding, part.format),
                 "this encoding is for the formats that it holds without loss");
-    std::vector<std::vector<float>> scratch(pool_.size(), std::vector<float>((1 + kBlock) * (w.columns + kQuantGroup)));
+    const std::vector<float> weights = column_weights(importance, w.columns);
+    std::vector<std::vector<float>> scratch(pool_.size(), std::vector<float>((1 + kBlock) * (w.columns + kRotated)));
     std::atomic<int64_t> next_block = 0;
     pool_.run([&](int thread) {
         for (int64_t block; (block = next_block.fetch_add(1)) < w.blocks;)
-            pack_block(w, parts, block, scratch[thread].data());
+            pack_block(w, parts, weights.data(), kernels_.quantise_to_4, block, scratch[thread].data());
     });
 }
 
@@ -167,7 +174,7 @@ Cut Program::cut_linear(const Instruction& instruction) const {
     const int64_t rows = rows_of(instruction), blocks = instruction.weight->blocks, wanted = 4 * pool_.size();
     const int64_t tile_rows = std::clamp<int64_t>(round_up(rows, kGroup), kGroup, 128);
     const int64_t row_tiles = (rows + tile_rows - 1) / tile_rows;
-    if (instruction.out.quantised) return {4, tile_rows, row_tiles};  // whole groups of the result
+    if (instruction.out.element == Element::i8_groups) return {4, tile_rows, row_tiles};  // whole groups of the result
     int64_t panel = kMaxPanel;
     while (panel > 2 && (blocks + panel - 1) / panel * row_tiles < wanted)
         panel = instruction.weight->gated ? panel - 2 : panel / 2;
@@ -180,8 +187,19 @@ int64_t Program::count_tiles(const Instruction& instruction, const Cut& cut) con
         case Op::rope_and_cache: return int64_t(cache_tiles_.size());
         case Op::attention: return int64_t(attention_tiles_.size()) * sizes_.kv_heads;
         case Op::sample: return step_.sampled;
+        case Op::observe: return (instruction.width + kObserved - 1) / kObserved;
         default: return (rows_of(instruction) + step_.rows_per_tile - 1) / step_.rows_per_tile;
     }
+}
+
+// A tile has some columns of all rows, so that each sum is always in the same order.
+void Program::add_squares(const Instruction& instruction, int64_t tile) {
+    const int64_t begin = tile * kObserved, end = std::min(instruction.width, begin + kObserved);
+    for (int64_t row = 0; row < rows_of(instruction); row++)
+        for (int64_t i = begin; i < end; i++) {
+            const float x = std::bit_cast<float>(uint32_t(instruction.x.b16(row)[i]) << 16);
+            instruction.squares[i] += double(x) * x;
+        }
 }
 
 void Program::compute_rotary(int64_t begin, int64_t end) {
@@ -212,10 +230,11 @@ void Program::run_tile(int index, int64_t tile, bool more, int thread) {
     const int64_t begin = tile * step_.rows_per_tile, end = std::min(rows, begin + step_.rows_per_tile);
     switch (instruction.op) {
         case Op::rotary: return compute_rotary(begin, end);
-        case Op::embed: return kernels_.embed(instruction, step_, begin, end);
-        case Op::norm: return kernels_.norm(instruction, step_, begin, end);
-        case Op::quantise: return kernels_.quantise(instruction, step_, begin, end);
-        case Op::sampled_rows: return kernels_.sampled_rows(instruction, step_, begin, end);
+        case Op::embed: return kernels_.embed(instruction, step_, begin, end, scratch);
+        case Op::observe: return add_squares(instruction, tile);
+        case Op::norm: return kernels_.norm(instruction, step_, begin, end, scratch);
+        case Op::quantise: return kernels_.quantise(instruction, step_, begin, end, scratch);
+        case Op::sampled_rows: return kernels_.sampled_rows(instruction, step_, begin, end, scratch);
         case Op::rope_and_cache: return kernels_.rope_and_cache(instruction, step_, tile, scratch);
         case Op::attention: return kernels_.attention(instruction, step_, tile, more ? tile + 1 : -1, scratch);
         case Op::sample: return (*finish_row_)(tile, thread);

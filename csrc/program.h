@@ -63,10 +63,11 @@ public:
     int attention(int q, int layer, int64_t window);
     int gated(int gate_up, Activation activation);  // becomes part of the linear before it
     int sampled_rows(int x);
+    int observe(int x);  // a handle for squares()
     void finish(int logits);  // lays out the memory
 
     int64_t weight_bytes() const { return weight_bytes_; }
-    void pack(int weight, const std::vector<Part>& parts);
+    void pack(int weight, const std::vector<Part>& parts, const float* importance);  // of its columns; may be null
 
     int64_t page_bytes() const;
     void allocate_kv(int64_t pages);
@@ -76,6 +77,9 @@ public:
     void logits(const Batch& batch, float* result);  // [sampled, logits_width]
     int64_t logits_width() const { return logits_width_; }
 
+    // Of an observed buffer of bf16: the sum of the squares of each column, over all rows of all steps.
+    const std::vector<double>& squares(int observed) const { return squares_.at(observed); }
+
     // What a step reads of the weights: by the linears of the layers, and by the head.
     std::pair<int64_t, int64_t> linear_bytes() const;
     Ceilings ceilings() { return measure_ceilings(kernels_, pool_); }
@@ -83,7 +87,6 @@ public:
     std::map<std::string, double> times() const;  // seconds since then: by kind of instruction, and "head"
 
 private:
-    enum class Element { f32, bf16, i8 };
     struct Vector {
         int64_t length;
         std::vector<float> values;  // and zeros
@@ -92,7 +95,7 @@ private:
         int64_t width;
         Element element;
         bool sampled;       // a row per sampled row, else per token
-        bool whole = true;  // what writes it has whole groups of values at hand, to quantise
+        Element finest = Element::bf16;  // what its writer can write, of bf16, i8_groups and i8_rows
         int64_t last_use = -1;
         int storage = -1;
     };
@@ -103,7 +106,7 @@ private:
     using Work = std::function<void(int64_t row, int thread)>;
 
     int record(Instruction instruction, int x, int64_t width, Element element, int residual = -1);
-    int quantised(int x);
+    int quantised(int x, Element element);
     const float* values_of(int vector, int64_t length) const;
     std::vector<Buffer> assign_storage();
     void lay_out_arena();
@@ -118,6 +121,7 @@ private:
     Ahead panel_memory(int instruction, int64_t tile) const;
     void run_tile(int instruction, int64_t tile, bool more, int thread);
     void run_tiles(int instruction, int thread);
+    void add_squares(const Instruction& instruction, int64_t tile);
     void compute_rotary(int64_t begin, int64_t end);
     void run(const Batch& batch, const Work& finish_row);
 
@@ -129,6 +133,7 @@ private:
 
     std::deque<Vector> vectors_;
     std::deque<Weight> weights_;
+    std::deque<std::vector<double>> squares_;
     std::vector<Buffer> buffers_;
     std::vector<Recorded> recorded_;
     std::vector<Instruction> instructions_;

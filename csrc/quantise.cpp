@@ -3,7 +3,9 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <limits>
+#include <numeric>
+
+#include "rotation.h"
 
 namespace octavo {
 namespace {
@@ -13,19 +15,14 @@ typedef float Floats __attribute__((vector_size(16)));
 typedef int32_t Ints __attribute__((vector_size(16)));
 constexpr int kSize = int(kQuantGroup), kLanes = 4, kVectors = kSize / kLanes;
 
+// An input that was still while its importance was measured may yet matter a little.
+constexpr float kLeastWeight = 0.01f;
+
 struct Values {
     Floats v[kVectors];
 };
 
 float rounded_to_half(float value) { return from_half(to_half(value)); }
-
-float sum(Floats v) { return v[0] + v[1] + (v[2] + v[3]); }
-
-float mean(const Values& x) {
-    Floats total = {};
-    for (Floats v : x.v) total += v;
-    return sum(total) / kSize;
-}
 
 // (x - minimum) / scale, to the nearest of 0 .. top.
 Values assign(const Values& x, float scale, float minimum, float top) {
@@ -38,15 +35,6 @@ Values assign(const Values& x, float scale, float minimum, float top) {
         q.v[i] = __builtin_convertvector(__builtin_convertvector(v, Ints), Floats);
     }
     return q;
-}
-
-float squared_error(const Values& x, float scale, float minimum, const Values& q) {
-    Floats error = {};
-    for (int i = 0; i < kVectors; i++) {
-        const Floats difference = x.v[i] - (scale * q.v[i] + minimum);
-        error += difference * difference;
-    }
-    return sum(error);
 }
 
 void store(const Values& q, float scale, float minimum, Group& group) {
@@ -66,79 +54,70 @@ void quantise_to_8(const Values& x, float scale, Group& group) {
     store(assign(x, scale, -128 * scale, 255), scale, -128 * scale, group);
 }
 
-// The scale and minimum with the least squared error of sixteen. Values at the ends of a group are rare, so a narrower
-// range, of finer steps, is often better: four ranges are tried, and each three times more with the scale and minimum
-// that fit the integers found before best (linear least squares).
-void quantise_to_4(const Values& x, Group& group) {
-    float lowest = x.v[0][0], highest = lowest;
-    for (int i = 0; i < kSize; i++) {
-        lowest = std::min(lowest, x.v[i / kLanes][i % kLanes]);
-        highest = std::max(highest, x.v[i / kLanes][i % kLanes]);
-    }
-    const float x_mean = mean(x);
-    float least = std::numeric_limits<float>::infinity(), best_scale = 0, best_minimum = 0;
-    for (int attempt = 0; attempt < 4; attempt++) {
-        const float low = lowest * (attempt & 1 ? 0.85f : 1), high = highest * (attempt & 2 ? 0.85f : 1);
-        float minimum = rounded_to_half(low), scale = rounded_to_half((high - low) / 15);
-        for (int fits = 0; fits < 4; fits++) {
-            const Values q = assign(x, scale, minimum, 15);
-            const float error = squared_error(x, scale, minimum, q);
-            if (error < least) least = error, best_scale = scale, best_minimum = minimum;
-            const float q_mean = mean(q);
-            Floats covariances = {}, variances = {};
-            for (int i = 0; i < kVectors; i++) {
-                const Floats difference = q.v[i] - q_mean;
-                covariances += difference * x.v[i];
-                variances += difference * difference;
-            }
-            const float variance = sum(variances);
-            if (variance == 0) break;
-            scale = rounded_to_half(sum(covariances) / variance);
-            minimum = rounded_to_half(x_mean - sum(covariances) / variance * q_mean);
-        }
-    }
-    store(assign(x, best_scale, best_minimum, 15), best_scale, best_minimum, group);
-}
-
-// n values, at most a group's, the rest zeros.
-Values load(const float* from, int64_t n) {
-    float x[kSize] = {};
-    std::copy_n(from, std::min<int64_t>(n, kSize), x);
+Values load(const float* from) {
     Values values;
-    std::memcpy(&values, x, sizeof values);
+    std::memcpy(&values, from, sizeof values);
     return values;
 }
 
 }  // namespace
 
-void quantise_groups(Encoding encoding, const float* values, Group* groups, int64_t n) {
-    const float row_scale = largest_magnitude(values, n) / 127;
-    for (int64_t i = 0; i < n; i += kSize, groups++) {
-        if (encoding == kW8)
-            quantise_to_8(load(values + i, n - i), row_scale, *groups);
-        else
-            quantise_to_4(load(values + i, n - i), *groups);
+void quantise_groups(float* values, Group* groups, int64_t n) {
+    const int64_t padded = (n + kRotated - 1) / kRotated * kRotated;
+    std::fill(values + n, values + padded, 0.0f);
+    rotate<Floats, Ints>(values, padded);
+    const float row_scale = largest_magnitude(values, padded) / 127;
+    for (int64_t i = 0; i < padded; i += kSize) quantise_to_8(load(values + i), row_scale, *groups++);
+}
+
+void quantise_to_q8_0(const float* values, uint8_t* to, int64_t n) {
+    for (int64_t i = 0; i < n; i += kSize) {
+        Group group;
+        quantise_to_8(load(values + i), rounded_to_half(largest_magnitude(values + i, kSize) / 127), group);
+        const uint16_t scale = to_half(group.scale[0]);
+        std::memcpy(to, &scale, 2), to += 2;
+        for (uint8_t q : group.q) *to++ = q ^ 0x80;
     }
 }
 
-bool quantise_row(int format, const float* values, uint8_t* to, int64_t n) {
-    if (format != GGML_Q8_0 && format != GGML_Q4_1) return false;
-    for (int64_t i = 0; i < n; i += kSize) {
-        Group group;
-        if (format == GGML_Q8_0)
-            quantise_to_8(load(values + i, kSize), rounded_to_half(largest_magnitude(values + i, kSize) / 127), group);
-        else
-            quantise_to_4(load(values + i, kSize), group);
-        const uint16_t scale = to_half(group.scale[0]), minimum = to_half(group.minimum[0]);
-        std::memcpy(to, &scale, 2), to += 2;
-        if (format == GGML_Q8_0) {
-            for (int j = 0; j < kSize; j++) *to++ = group.q[j] ^ 0x80;
-        } else {
-            std::memcpy(to, &minimum, 2), to += 2;
-            for (int j = 0; j < kSize / 2; j++) *to++ = uint8_t(group.q[j] | group.q[j + kSize / 2] << 4);
+std::vector<float> column_weights(const float* importance, int64_t n) {
+    std::vector<float> weights((n + kSize - 1) / kSize * kSize, 1.0f);
+    for (int64_t begin = 0; importance && begin < n; begin += kSize) {
+        const int64_t end = std::min<int64_t>(n, begin + kSize);
+        const double mean = std::accumulate(importance + begin, importance + end, 0.0) / double(end - begin);
+        const bool sound = std::all_of(importance + begin, importance + end, [](float x) { return x >= 0; });
+        if (!sound || !(mean > 0) || std::isinf(mean)) continue;
+        for (int64_t i = begin; i < end; i++) weights[i] = kLeastWeight + float(importance[i] / mean);
+    }
+    return weights;
+}
+
+void gather_columns(const float* const rows[kBlock], int64_t group, int64_t n, float (*to)[kBlock]) {
+    const int64_t first = group * kSize, count = std::min<int64_t>(kSize, n - first);
+    std::fill_n(to[0], kSize * kBlock, 0.0f);
+    for (int64_t row = 0; row < kBlock; row++)
+        for (int64_t i = 0; rows[row] && i < count; i++) to[i][row] = rows[row][first + i];
+}
+
+void quantise_to_q4_1(FourBitsKernel search, const float* values, const float* weights, uint8_t* to, int64_t rows,
+                      int64_t n) {
+    const float* row_of[kBlock] = {};
+    for (int64_t row = 0; row < rows; row++) row_of[row] = values + row * n;
+    const int64_t groups = n / kSize, block_bytes = 4 + kSize / 2;
+    for (int64_t group = 0; group < groups; group++) {
+        float x[kSize][kBlock];
+        FourBits found;
+        gather_columns(row_of, group, n, x);
+        search(x, weights + group * kSize, found);
+        for (int64_t row = 0; row < rows; row++) {
+            uint8_t* block = to + (row * groups + group) * block_bytes;
+            const uint16_t scale = to_half(found.scale[row]), minimum = to_half(found.minimum[row]);
+            std::memcpy(block, &scale, 2);
+            std::memcpy(block + 2, &minimum, 2);
+            for (int i = 0; i < kSize / 2; i++)
+                block[4 + i] = uint8_t(found.q[i][row] | found.q[i + kSize / 2][row] << 4);
         }
     }
-    return true;
 }
 
 }  // namespace octavo

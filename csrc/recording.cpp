@@ -6,7 +6,7 @@
 namespace octavo {
 
 namespace {
-constexpr int64_t kPad = 32;  // rows and columns of activations come in multiples of this
+constexpr int64_t kPad = 64;  // rows and columns of activations come in multiples of this
 }
 
 int Program::vector(const float* values, int64_t length) {
@@ -45,14 +45,19 @@ int Program::embed(int weight) {
 
 int Program::norm(int x, int vector) {
     const int64_t width = buffers_.at(x).width;
-    return record({.op = Op::norm, .vector = values_of(vector, width), .width = width}, x, width, Element::bf16);
+    const Instruction instruction{.op = Op::norm, .vector = values_of(vector, width), .width = width};
+    const int out = record(instruction, x, width, Element::bf16);
+    buffers_[out].finest = Element::i8_rows;
+    return out;
 }
 
 int Program::linear(int x, int weight, int bias, int residual) {
     const Weight& w = weights_.at(weight);
-    if (w.encoding.is_integer()) x = quantised(x);
-    const Element wanted = w.encoding.is_integer() ? Element::i8 : Element::bf16;
-    require(buffers_.at(x).element == wanted, "a linear reads bf16, or int8 if its weight has integers");
+    const Element wanted = w.encoding.per_row()      ? Element::i8_rows
+                           : w.encoding.is_integer() ? Element::i8_groups
+                                                     : Element::bf16;
+    if (wanted != Element::bf16) x = quantised(x, wanted);
+    require(buffers_.at(x).element == wanted, "linears that read the same buffer must read it in the same form");
     require(buffers_.at(x).width == w.columns, "a linear reads as many columns as its weight has");
     require(residual < 0 || buffers_.at(residual).width == w.rows, "a residual has the width of the linear's output");
     return record({.op = Op::linear, .weight = &w, .vector = values_of(bias, w.rows)}, x, w.rows, Element::f32,
@@ -60,11 +65,11 @@ int Program::linear(int x, int weight, int bias, int residual) {
 }
 
 // Buffer x in int8: written so in the first place, if nothing reads it as bf16 and its writer can.
-int Program::quantised(int x) {
+int Program::quantised(int x, Element element) {
     Buffer& buffer = buffers_.at(x);
-    if (buffer.element == Element::bf16 && buffer.whole && buffer.last_use < 0) buffer.element = Element::i8;
+    if (buffer.element == Element::bf16 && buffer.finest >= element && buffer.last_use < 0) buffer.element = element;
     if (buffer.element != Element::bf16) return x;
-    return record({.op = Op::quantise}, x, buffer.width, Element::i8);
+    return record({.op = Op::quantise}, x, buffer.width, element);
 }
 
 int Program::rope_and_cache(int qkv, int layer, int q_norm, int k_norm) {
@@ -82,7 +87,7 @@ int Program::attention(int q, int layer, int64_t window) {
     require(layer >= 0 && layer < sizes_.layers, "there is no such layer");
     const Instruction instruction{.op = Op::attention, .layer = layer, .window = window};
     const int out = record(instruction, q, buffers_.at(q).width, Element::bf16);
-    buffers_[out].whole = sizes_.head_dim % kQuantGroup == 0;
+    if (sizes_.head_dim % kQuantGroup == 0) buffers_[out].finest = Element::i8_groups;
     return out;
 }
 
@@ -93,11 +98,19 @@ int Program::gated(int gate_up, Activation activation) {
     last.instruction.activation = activation;
     for (Weight& weight : weights_)
         if (&weight == last.instruction.weight) weight.gated = true;  // it is not packed yet
-    buffers_.back() = {buffers_.back().width / 2, Element::bf16, buffers_.back().sampled};
+    buffers_.back() = {buffers_.back().width / 2, Element::bf16, buffers_.back().sampled, Element::i8_groups};
     return gate_up;
 }
 
 int Program::sampled_rows(int x) { return record({.op = Op::sampled_rows}, x, buffers_.at(x).width, Element::f32); }
+
+int Program::observe(int x) {
+    const Buffer& buffer = buffers_.at(x);
+    require(buffer.element == Element::bf16, "what is observed is bf16");
+    squares_.emplace_back(buffer.width);
+    record({.op = Op::observe, .squares = squares_.back().data(), .width = buffer.width}, x, 0, Element::f32);
+    return int(squares_.size()) - 1;
+}
 
 // Gives each buffer a place that no other one needs while it is in use; returns the places. Only buffers of the same
 // shape share one, so that the columns past the width stay zero.
@@ -136,18 +149,16 @@ void Program::lay_out_arena() {
     for (const Buffer& place : places) {
         const int64_t rows = round_up(place.sampled ? sizes_.max_sampled : sizes_.max_rows, kPad);
         offsets.push_back(bytes);
-        const int64_t row_bytes = place.element == Element::i8     ? Matrix::quantised_bytes(stride(place))
-                                  : place.element == Element::bf16 ? stride(place) * sizeof(bf16)
-                                                                   : stride(place) * sizeof(float);
-        bytes += round_up(rows * row_bytes, 4096);
+        bytes += round_up(rows * bytes_of_row(place.element, stride(place)), 4096);
     }
     arena_ = Memory(bytes + sizes_.max_rows * sizes_.head_dim * sizeof(float));
     rotary_ = reinterpret_cast<float*>(arena_.data() + bytes);
 
     const auto matrix = [&](int buffer) -> Matrix {
         if (buffer < 0) return {};
-        const int place = buffers_[buffer].storage;
-        return {arena_.data() + offsets[place], stride(places[place]), places[place].element == Element::i8};
+        const int index = buffers_[buffer].storage;
+        const Buffer& place = places[index];
+        return {arena_.data() + offsets[index], stride(place), place.element, bytes_of_row(place.element, stride(place))};
     };
     for (const auto& [instruction, x, out, residual] : recorded_) {
         instructions_.push_back(instruction);
@@ -160,7 +171,7 @@ void Program::lay_out_arena() {
 void Program::lay_out_weights() {
     for (Weight& w : weights_) {
         w.blocks = w.gated ? 2 * (round_up(w.rows / 2, kBlock) / kBlock) : round_up(w.rows, kBlock) / kBlock;
-        w.groups = round_up(w.columns, kQuantGroup) / kQuantGroup;
+        w.groups = round_up(w.columns, w.encoding.column_multiple()) / kQuantGroup;
         const int64_t row_scales = w.encoding.per_row() ? w.encoding.line_bytes() : 0;
         w.block_bytes = round_up(w.groups * (w.encoding.value_bytes() + w.encoding.scale_bytes()) + row_scales, 64);
         weight_bytes_ += w.blocks * w.block_bytes;
@@ -181,8 +192,8 @@ void Program::make_scratch() {
     const int64_t halves[] = {pairs * sizes_.head_dim, pairs * kSpan, shape_.int8_kv ? shape_.block_elements() : 0};
     int64_t groups = 0;
     for (const Weight& w : weights_) groups = std::max(groups, w.groups);
-    const int64_t widened = groups * kW8.value_bytes();
-    int64_t bytes = round_up(widened, 64);
+    const int64_t widened = groups * kW8.value_bytes(), row = groups * kQuantGroup;
+    int64_t bytes = round_up(widened, 64) + round_up(row * int64_t(sizeof(float)), 64);
     for (int64_t size : floats) bytes += round_up(size * int64_t(sizeof(float)), 64);
     for (int64_t size : halves) bytes += round_up(size * int64_t(sizeof(bf16)), 64);
     for (int i = 0; i < pool_.size(); i++) {
@@ -199,6 +210,7 @@ void Program::make_scratch() {
         take(scratch.queries, halves[0]);
         take(scratch.shares, halves[1]);
         take(scratch.kv, halves[2]);
+        take(scratch.row, row);
         take(scratch.widened, widened);
         sampler_scratch_.emplace_back(int32_t(logits_width_));
     }

@@ -6,13 +6,14 @@
 namespace octavo::OCTAVO_ISA {
 
 // The row of the packed weight that is the token's embedding: in its block, lane token % 16 of every pair or group.
-void embed(const Instruction& op, const Step& step, int64_t begin, int64_t end) {
+void embed(const Instruction& op, const Step& step, int64_t begin, int64_t end, Scratch&) {
     for (int64_t r = begin; r < end; r++) {
         const int64_t token = step.tokens[r];
         float* to = op.out.f32(r);
         if (op.weight->encoding.is_integer()) {
             for (int64_t g = 0; g < op.weight->groups; g++)
                 read_weight_group(*op.weight, token / kBlock, token % kBlock, g, to + g * kQuantGroup);
+            if (op.weight->encoding.per_row()) rotate<F32, I32>(to, op.weight->groups * kQuantGroup, true);
             for (int64_t i = op.width; i < op.out.stride; i++) to[i] = 0;
             continue;
         }
@@ -27,7 +28,7 @@ void embed(const Instruction& op, const Step& step, int64_t begin, int64_t end) 
 }
 
 // RMS norm (Zhang and Sennrich, 2019): x / sqrt(mean(x^2) + eps) * weight.
-void norm(const Instruction& op, const Step& step, int64_t begin, int64_t end) {
+void norm(const Instruction& op, const Step& step, int64_t begin, int64_t end, Scratch& scratch) {
     for (int64_t r = begin; r < end; r++) {
         const float* x = op.x.f32(r);
         if (r + 1 < end) prefetch(op.x.f32(r + 1), op.x.stride * sizeof(float));
@@ -39,26 +40,18 @@ void norm(const Instruction& op, const Step& step, int64_t begin, int64_t end) {
             }
         const float mean = sum(squares[0] + squares[1]) / float(op.width);
         const F32 scale = splat(1.0f / __builtin_sqrtf(mean + step.shape->norm_eps));
-        for (int64_t i = 0; i < op.x.stride; i += kQuantGroup) {
-            F32 values[kGroupVectors];
-            OCTAVO_UNROLL for (int j = 0; j < kGroupVectors; j++)
-                values[j] = load(x + i + j * kLanes) * scale * load(op.vector + i + j * kLanes);
-            store_group(op.out, r, i, values);
-        }
+        const auto normed = [&](int64_t i) { return load(x + i) * scale * load(op.vector + i); };
+        write_row(op.out, r, normed, scratch.row);
     }
 }
 
 // bf16 to int8.
-void quantise(const Instruction& op, const Step&, int64_t begin, int64_t end) {
+void quantise(const Instruction& op, const Step&, int64_t begin, int64_t end, Scratch& scratch) {
     for (int64_t r = begin; r < end; r++)
-        for (int64_t i = 0; i < op.x.stride; i += kQuantGroup) {
-            F32 values[kGroupVectors];
-            OCTAVO_UNROLL for (int j = 0; j < kGroupVectors; j++) values[j] = from_bf16(op.x.b16(r) + i + j * kLanes);
-            store_group(op.out, r, i, values);
-        }
+        write_row(op.out, r, [&](int64_t i) { return from_bf16(op.x.b16(r) + i); }, scratch.row);
 }
 
-void sampled_rows(const Instruction& op, const Step& step, int64_t begin, int64_t end) {
+void sampled_rows(const Instruction& op, const Step& step, int64_t begin, int64_t end, Scratch&) {
     for (int64_t r = begin; r < end; r++)
         std::memcpy(op.out.f32(r), op.x.f32(step.sample_rows[r]), op.x.stride * sizeof(float));
 }

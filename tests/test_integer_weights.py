@@ -1,5 +1,6 @@
 """Linears of 8-bit and 4-bit weights, on every instruction set of this machine: against numpy, and bit for bit."""
 
+import math
 from dataclasses import dataclass, replace
 
 import gguf
@@ -157,22 +158,47 @@ def test_quantising_to_4_bits_at_load_is_quantising_before() -> None:
     np.testing.assert_array_equal(at_load.run(list(range(VOCAB))), before.run(list(range(VOCAB))))
 
 
-@pytest.mark.parametrize("columns", [96, 50])
+def rotated(rows: np.ndarray) -> np.ndarray:
+    """Walsh-Hadamard transforms, in float64: of every 64 columns; then of as many such blocks as are a power of two."""
+    x = np.pad(rows, [(0, 0), (0, -rows.shape[1] % 64)]).astype(np.float64)
+    count = x.shape[1] // 64
+    x = x.reshape(len(x), count, 64) @ hadamard(64)
+    power = 2 ** (count.bit_length() - 1)
+    for start in {0: None, count - power: None}:
+        x[:, start : start + power] = np.einsum("ij,njk->nik", hadamard(power), x[:, start : start + power])
+    return x.reshape(len(x), -1)
+
+
+def hadamard(n: int) -> np.ndarray:
+    """Orthonormal, of a power of two."""
+    matrix = np.ones((1, 1))
+    while len(matrix) < n:
+        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
+    return matrix / math.sqrt(n)
+
+
+def row_scaled(rows: np.ndarray) -> np.ndarray:
+    """Rows to int8 with a scale each, and scaled back."""
+    scale = np.abs(rows).max(axis=1, keepdims=True) / 127
+    return np.rint(rows / scale) * scale
+
+
+@pytest.mark.parametrize("columns, rows", [*SHAPES, (50, 50)])
 @pytest.mark.parametrize("isa", ISAS)
-def test_8_bits_at_load_are_scaled_by_row(isa: str, columns: int) -> None:
-    values = np.random.default_rng(3).standard_normal((50, columns)).astype(np.float32)
-    layer = linear(isa, float32(values), 50, columns, native.Encoding.W8)
-    scale = np.abs(values).max(axis=1, keepdims=True) / np.float32(127)
-    weight = np.rint(values / scale).astype(np.float64) * scale
-    whole = layer.run(list(range(VOCAB)))
-    assert_close(whole, quantised(layer.normed) @ weight.T)
-    np.testing.assert_array_equal(np.concatenate([layer.run([token]) for token in range(VOCAB)]), whole)
+def test_8_bits_at_load_are_rotated_and_scaled_by_row(isa: str, columns: int, rows: int) -> None:
+    values = np.random.default_rng(3).standard_normal((rows, columns)).astype(np.float32)
+    layer = linear(isa, float32(values), rows, columns, native.Encoding.W8)
+    alone = np.concatenate([layer.run([token]) for token in range(VOCAB)])
+    reference = row_scaled(rotated(layer.normed)) @ row_scaled(rotated(values)).T
+    # A last bit may send what is halfway between two integers to the other one.
+    assert np.linalg.norm(alone - reference) < 1e-3 * np.linalg.norm(reference)
+    for count in [*range(1, 20), 31, 32, 33, 64, 65, 128, 129, 160]:
+        tokens = [(7 * i) % VOCAB for i in range(count)]
+        np.testing.assert_array_equal(layer.run(tokens), alone[tokens])
 
 
 def as_format(values: np.ndarray, format: str) -> np.ndarray:
-    size = native.row_bytes(int(GGMLQuantizationType[format]), values.shape[1])
-    stored = np.zeros((len(values), size), np.uint8)
-    native.quantise(format, np.ascontiguousarray(values), stored)
+    stored: np.ndarray = native.quantise(np.ascontiguousarray(values), format)
     return stored
 
 

@@ -3,13 +3,19 @@
 import contextlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from octavo.errors import ConfigError, OctavoError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from octavo.model.spec import DecoderSpec
+    from octavo.weights import Parameter
 
 
 def register(app: typer.Typer) -> None:
@@ -19,13 +25,15 @@ def register(app: typer.Typer) -> None:
 def quantize(
     source: Annotated[str, typer.Argument(help="A hub name, a directory, a .gguf file, or the alias smollm2.")],
     target: Annotated[Path, typer.Argument(help="The directory to write.")],
-    bits: Annotated[int, typer.Option(help="8, or 4 (embedding and head stay in 8).")] = 8,
+    bits: Annotated[int, typer.Option(help="8, or 4 (8 for embedding, head and last layer).")] = 8,
     force: Annotated[bool, typer.Option("--force", help="Replace a model that octavo quantize wrote before.")] = False,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
 ) -> None:
     """Quantise a model once: writes a directory that every command takes as a model."""
+    from octavo.backends.cpu import quantise
     from octavo.frontend.progress import loading_bar
     from octavo.model import describe_model
+    from octavo.model.decoder import needs_8_bits
     from octavo.weights import open_checkpoint, resolve
     from octavo.weights.packed import write_packed
 
@@ -33,14 +41,33 @@ def quantize(
         raise ConfigError(f"bits must be 8 or 4, not {bits}")
     path = resolve(source, revision)
     checkpoint = open_checkpoint(path)
-    _, parameters = describe_model(checkpoint.config, checkpoint.tensors)
-    tensors = {part.name: part for parameter in parameters.values() for part in parameter.parts}
+    spec, parameters = describe_model(checkpoint.config, checkpoint.tensors)
+    named_parts = [(name, part) for name, parameter in parameters.items() for part in parameter.parts]
+    tensors = {part.name: part for _, part in named_parts}
+    bits_of = {part.name: 8 if needs_8_bits(spec, name) else bits for name, part in named_parts}
     _check_target(target, path, force)
     with _appearing(target) as folder:
         _write_tokenizer(path, folder)
+        importances = _importances(spec, parameters) if bits == 4 else {}
         with loading_bar("quantising") as progress:
-            write_packed(folder, checkpoint.config, tensors, bits, progress)
+            write_packed(folder, checkpoint.config, tensors, bits_of, quantise, importances, progress)
     typer.echo(f"{target}  {sum(file.stat().st_size for file in target.iterdir()) / 1e6:,.0f} MB")
+
+
+def _importances(spec: "DecoderSpec", parameters: "Mapping[str, Parameter]") -> "dict[str, np.ndarray]":
+    """How much the errors of each column count, by tensor."""
+    from octavo.backends.cpu import measure_importances
+    from octavo.config import EngineConfig
+    from octavo.frontend.progress import loading_bar
+
+    importances: dict[str, np.ndarray] = {}
+    done, total = 0, sum(p.nbytes for name, p in parameters.items() if name.startswith("layers."))
+    with loading_bar("calibrating") as progress:
+        for name, importance in measure_importances(spec, parameters, EngineConfig().num_threads):
+            importances |= {part.name: importance for part in parameters[name].parts}
+            done += parameters[name].nbytes
+            progress(done, total)
+    return importances
 
 
 def _check_target(target: Path, source: Path, force: bool) -> None:

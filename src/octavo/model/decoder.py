@@ -19,12 +19,22 @@ from .spec import DecoderSpec
 def describe(spec: DecoderSpec, ops: Ops[T]) -> T:
     """Run the forward pass through `ops`; the result is the logits of the rows that sample."""
     x = ops.embed("embed")
-    for i, window in enumerate(spec.windows):
-        layer = f"layers.{i}."
-        qkv = ops.linear(ops.norm(x, layer + "attn_norm"), layer + "qkv", bias=spec.qkv_bias)
-        q_norm, k_norm = (layer + "q_norm", layer + "k_norm") if spec.qk_norm else (None, None)
-        q = ops.rope_and_cache(qkv, i, q_norm=q_norm, k_norm=k_norm)
-        x = ops.linear(ops.attention(q, i, window), layer + "out", bias=spec.output_bias, residual=x)
-        gate_up = ops.linear(ops.norm(x, layer + "mlp_norm"), layer + "gate_up", bias=spec.mlp_bias)
-        x = ops.linear(ops.gated(gate_up, spec.activation), layer + "down", bias=spec.mlp_bias, residual=x)
+    for i in range(spec.num_layers):
+        x = describe_layer(spec, i, ops, x)
     return ops.logits(ops.norm(ops.sampled_rows(x), "norm"), "embed" if spec.tied_embeddings else "head")
+
+
+def describe_layer(spec: DecoderSpec, i: int, ops: Ops[T], x: T) -> T:
+    """Layer `i` on the residual stream `x`."""
+    layer = f"layers.{i}."
+    qkv = ops.linear(ops.norm(x, layer + "attn_norm"), layer + "qkv", bias=spec.qkv_bias)
+    q_norm, k_norm = (layer + "q_norm", layer + "k_norm") if spec.qk_norm else (None, None)
+    q = ops.rope_and_cache(qkv, i, q_norm=q_norm, k_norm=k_norm)
+    x = ops.linear(ops.attention(q, i, spec.windows[i]), layer + "out", bias=spec.output_bias, residual=x)
+    gate_up = ops.linear(ops.norm(x, layer + "mlp_norm"), layer + "gate_up", bias=spec.mlp_bias)
+    return ops.linear(ops.gated(gate_up, spec.activation), layer + "down", bias=spec.mlp_bias, residual=x)
+
+
+def needs_8_bits(spec: DecoderSpec, weight: str) -> bool:
+    """Whether a weight keeps 8 bits where others get 4. Errors of the last layer go into the logits as they are."""
+    return weight in ("embed", "head") or weight.startswith(f"layers.{spec.num_layers - 1}.")

@@ -16,15 +16,16 @@ import numpy as np
 
 from octavo.errors import DamagedWeights
 
-from .quantise import quantise
 from .safetensors import SINGLE, read_metadata
 from .tensor import BLOCKS, Tensor
 
 METHOD = "octavo"  # the quant_method in config.json
 
 _BLOCK = 32
-_IN_8_BITS = ("model.embed_tokens.weight", "lm_head.weight")  # every logit and every input hangs on them
 _CHUNK = 1 << 20  # values quantised at a time by each thread
+
+# (float32 [n, k], Q8_0 or Q4_1, float32 [k] or None: how much the errors of each column count) -> uint8 [n, bytes]
+Quantise = Callable[[np.ndarray, str, np.ndarray | None], np.ndarray]
 
 
 def open_packed(folder: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -46,23 +47,26 @@ def write_packed(
     folder: Path,
     config: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
-    bits: int,
+    bits: Mapping[str, int],
+    quantise: Quantise,
+    importances: Mapping[str, np.ndarray],
     progress: Callable[[int, int], None],
 ) -> None:
-    """Write config.json and model.safetensors into `folder`, matrices in 8 bits or (save embedding and head) 4.
+    """Write config.json and model.safetensors into `folder`, each matrix in 8 or 4 `bits`, by name.
 
-    What is quantised already and has no more bits than asked for stays as it is. progress(done bytes, total bytes).
+    What is quantised already and has no more bits than asked for stays as it is. importances: of the columns of tensors
+    by name; those of others count alike. progress(done bytes, total bytes).
     """
-    settings = {"quant_method": METHOD, "bits": bits}
+    settings = {"quant_method": METHOD, "bits": min(bits.values())}
     (folder / "config.json").write_text(json.dumps({**config, "quantization_config": settings}, indent=2) + "\n")
-    entries = [_entry(tensor, bits) for tensor in tensors.values()]
+    entries = [_entry(tensor, bits[tensor.name]) for tensor in tensors.values()]
     entries.sort(key=lambda entry: entry.format != "F32")  # rows of blocks have odd sizes and would misalign floats
     total = sum(entry.nbytes for entry in entries)
     done = 0
     with (folder / SINGLE).open("wb") as file, ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         file.write(_header(entries))
         for entry in entries:
-            for rows in _encoded(entry, pool):
+            for rows in _encoded(entry, quantise, importances.get(entry.tensor.name), pool):
                 file.write(rows.data)
                 done += rows.nbytes
                 progress(done, total)
@@ -97,11 +101,10 @@ class _Entry:
 def _entry(tensor: Tensor, bits: int) -> _Entry:
     if len(tensor.shape) == 1:
         return _Entry(tensor, "F32")
-    wanted = 8 if tensor.name in _IN_8_BITS else bits
-    kept = tensor.format[0] in "QW" and int(tensor.format[1]) <= wanted
+    kept = tensor.format[0] in "QW" and int(tensor.format[1]) <= bits
     if kept or tensor.shape[1] % _BLOCK:
         return _Entry(tensor, tensor.format)
-    return _Entry(tensor, "Q8_0" if wanted == 8 else "Q4_1")
+    return _Entry(tensor, "Q8_0" if bits == 8 else "Q4_1")
 
 
 def _header(entries: list[_Entry]) -> bytes:
@@ -117,7 +120,9 @@ def _header(entries: list[_Entry]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _encoded(entry: _Entry, pool: ThreadPoolExecutor) -> Iterator[np.ndarray]:
+def _encoded(
+    entry: _Entry, quantise: Quantise, importance: np.ndarray | None, pool: ThreadPoolExecutor
+) -> Iterator[np.ndarray]:
     """The bytes of `entry`, some rows at a time."""
     tensor = replace(entry.tensor, source=entry.tensor.data)  # once, if it has to be converted
     if entry.format == "F32":
@@ -128,7 +133,7 @@ def _encoded(entry: _Entry, pool: ThreadPoolExecutor) -> Iterator[np.ndarray]:
         rows = max(1, _CHUNK // tensor.shape[1])
 
         def encode(start: int) -> np.ndarray:
-            return quantise(tensor.float32(start, start + rows), entry.format)
+            return quantise(tensor.float32(start, start + rows), entry.format, importance)
 
         yield from pool.map(encode, range(0, tensor.shape[0], rows))
     tensor.release()

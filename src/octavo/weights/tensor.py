@@ -67,6 +67,11 @@ class Parameter:
         rows = sum(part.shape[0] for part in self.parts)
         return (rows, *self.parts[0].shape[1:])
 
+    @property
+    def nbytes(self) -> int:
+        """As Tensor.nbytes, of all parts."""
+        return sum(part.nbytes for part in self.parts)
+
 
 def mapped_tensor(mapped: mmap.mmap, start: int, stop: int, name: str, shape: tuple[int, ...], format: str) -> Tensor:
     """The tensor whose bytes are start:stop of a mapped file."""

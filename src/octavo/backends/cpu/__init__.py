@@ -1,6 +1,7 @@
 """The native CPU backend: kernels in C++ (csrc/), chosen at run time for the instruction set at hand."""
 
-from ._native import available_isas
+from ._native import available_isas, quantise
 from .backend import load
+from .calibration import measure_importances
 
-__all__ = ["available_isas", "load"]
+__all__ = ["available_isas", "load", "measure_importances", "quantise"]

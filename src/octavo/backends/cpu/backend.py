@@ -1,19 +1,20 @@
 """The cpu backend: describe() recorded once into a native program, which runs each step in one call."""
 
-import os
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Iterable, Mapping
+from itertools import chain
 
 import numpy as np
 
 from octavo.backends.base import Progress, StepBatch, StepResult
-from octavo.errors import ConfigError, OutOfMemory, UnsupportedModel
+from octavo.errors import ConfigError, OutOfMemory
 from octavo.memory import available_memory
 from octavo.model.decoder import describe
 from octavo.model.spec import DecoderSpec
 from octavo.weights.tensor import Parameter
 
-from ._native import Program, available_isas
+from ._native import Program
+from .calibration import measure_importances
+from .program import choose_isa, new_program, pack
 from .recorder import Recorder
 
 
@@ -85,7 +86,8 @@ def load(
     """A BackendFactory. `dtype` is auto or bfloat16. OCTAVO_ISA=amx|avx512|avx2|portable picks the kernels.
 
     `quantization` auto: integers of 8 or 4 bits where the checkpoint has them, bfloat16 elsewhere; none: bfloat16;
-    8bit, 4bit: what has not so many bits is quantised as it is packed, to 4 bits all but the embedding and the head.
+    8bit, 4bit: what has more bits is quantised as it is packed; to 4 bits all but what model.decoder.needs_8_bits, and
+    with regard to the importance of each column (calibration.py).
     `kv_cache_dtype` bf16; or int8, with a scale for each token's K and V of each head.
 
     Raises ConfigError, OutOfMemory or UnsupportedModel.
@@ -94,65 +96,37 @@ def load(
         raise ConfigError(f"the cpu backend computes in bfloat16, not {dtype}; use dtype auto or backend torch")
     if device not in ("auto", "cpu"):
         raise ConfigError(f"the cpu backend runs on device cpu, not {device}; use device auto or backend torch")
-    if spec.head_dim % 16:
-        raise UnsupportedModel(f"the cpu backend needs a head_dim that is a multiple of 16, not {spec.head_dim}")
-    isa = _choose_isa()
-    program = Program(
-        isa=isa,
-        cores=_choose_cores(threads),
-        vocab=spec.vocab_size,
-        heads=spec.num_heads,
-        kv_heads=spec.num_kv_heads,
-        head_dim=spec.head_dim,
-        layers=spec.num_layers,
-        norm_eps=spec.norm_eps,
-        page_size=page_size,
-        max_rows=max_batch_tokens,
-        max_sampled=max_batch_size,
-        frequencies=spec.rope.frequencies(spec.head_dim).tolist(),
-        int8_kv=kv_cache_dtype == "int8",
+    isa, int8_kv = choose_isa(), kv_cache_dtype == "int8"
+    program = new_program(
+        spec, isa, threads, page_size=page_size, max_rows=max_batch_tokens, max_sampled=max_batch_size, int8_kv=int8_kv
     )
-    recorder = Recorder(program, parameters, quantization)
+    recorder = Recorder(spec, program, parameters, quantization)
     program.finish(describe(spec, recorder))
     if program.weight_bytes > (available := available_memory()):
         raise OutOfMemory(
             f"the weights need {program.weight_bytes / 2**30:.1f} GiB and {available / 2**30:.1f} GiB are free; "
             "use a smaller model, or quantization 4bit"
         )
-    _pack(program, [(parameters[name], handle) for name, handle in recorder.weights.items()], progress)
+    importances = measure_importances(spec, parameters, threads) if quantization == "4bit" else ()
+    _pack_all(program, recorder.weights, parameters, importances, progress)
     return CpuBackend(spec, program, page_size, isa)
 
 
-def _pack(program: Program, weights: list[tuple[Parameter, int]], progress: Progress) -> None:
-    total = sum(part.nbytes for parameter, _ in weights for part in parameter.parts)
-    done = 0
-    for parameter, handle in weights:
-        parts = []
-        for part in parameter.parts:
-            order = None if part.row_order is None else np.ascontiguousarray(part.row_order, np.int64)
-            parts.append((part.data, part.format, order))
-        rows, columns = parameter.shape
-        program.pack(handle, parts, rows, columns)
-        for part in parameter.parts:
+def _pack_all(
+    program: Program,
+    weights: Mapping[str, int],
+    parameters: Mapping[str, Parameter],
+    importances: Iterable[tuple[str, np.ndarray]],
+    progress: Progress,
+) -> None:
+    """Those whose importances are measured as soon as they are, then the others."""
+    total = sum(parameters[name].nbytes for name in weights)
+    done, left = 0, dict(weights)
+    for name, importance in chain(importances, ((name, None) for name in weights)):
+        if name not in left:
+            continue
+        pack(program, left.pop(name), parameters[name], importance)
+        for part in parameters[name].parts:
             part.release()
-            done += part.nbytes
+        done += parameters[name].nbytes
         progress(done, total)
-
-
-def _choose_isa() -> str:
-    available = available_isas()
-    wanted = os.environ.get("OCTAVO_ISA", available[0])
-    if wanted not in available:
-        raise ConfigError(f"OCTAVO_ISA must be one of {', '.join(available)} on this machine, not {wanted!r}")
-    return wanted
-
-
-def _choose_cores(threads: int) -> list[int]:
-    """So many of the processors this process may use: of each core one, before any core's second one."""
-
-    def turn(processor: int) -> tuple[int, int]:
-        topology = Path(f"/sys/devices/system/cpu/cpu{processor}/topology/thread_siblings_list")
-        siblings = topology.read_text().strip().replace("-", ",").split(",") if topology.exists() else []
-        return (siblings.index(str(processor)) if str(processor) in siblings else 0, processor)
-
-    return sorted(os.sched_getaffinity(0), key=turn)[:threads]

@@ -5,6 +5,8 @@ from typing import Literal
 
 import numpy as np
 
+from octavo.model.decoder import needs_8_bits
+from octavo.model.spec import DecoderSpec
 from octavo.weights.tensor import Parameter
 
 from ._native import Activation, Encoding, Program, encoding_for
@@ -13,9 +15,9 @@ from ._native import Activation, Encoding, Program, encoding_for
 class Recorder:
     """Ops (see model.ops) whose handles are the native program's buffers. `weights` are still to be packed."""
 
-    def __init__(self, program: Program, parameters: Mapping[str, Parameter], quantization: str):
+    def __init__(self, spec: DecoderSpec, program: Program, parameters: Mapping[str, Parameter], quantization: str):
         self.weights: dict[str, int] = {}
-        self._program, self._parameters, self._quantization = program, parameters, quantization
+        self._spec, self._program, self._parameters, self._quantization = spec, program, parameters, quantization
 
     def embed(self, weight: str) -> int:
         return self._program.embed(self._weight(weight))
@@ -50,12 +52,13 @@ class Recorder:
         return self.weights[name]
 
     def _encoding(self, name: str) -> Encoding:
-        """That of the checkpoint's own integers, if they have as many bits as wanted."""
+        """auto: that of the checkpoint's own integers. 4bit keeps them, if they are as small; 8bit has a faster form."""
         own = encoding_for([part.format for part in self._parameters[name].parts])
-        if self._quantization == "none":
-            return Encoding.BF16
-        wanted = Encoding.W8 if self._quantization == "8bit" or name in ("embed", "head") else Encoding.W4
-        return own if self._quantization == "auto" or own.bits == wanted.bits else wanted
+        if self._quantization in ("auto", "none"):
+            return own if self._quantization == "auto" else Encoding.BF16
+        eight = self._quantization == "8bit" or needs_8_bits(self._spec, name)
+        wanted = Encoding.W8 if eight else Encoding.W4
+        return own if self._quantization == "4bit" and own.bits <= wanted.bits else wanted
 
     def _vector(self, name: str) -> int:
         parts = self._parameters[name].parts

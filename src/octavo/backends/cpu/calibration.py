@@ -1,0 +1,111 @@
+"""Which inputs of a linear matter: measured on random tokens, before its weights are rounded to 4 bits.
+
+What an error in a weight does to the output is in proportion to the weight's input, so that errors are to be small
+where inputs are large. llama.cpp calls the mean square of each input the importance matrix, and measures it on text.
+Random tokens do nearly as well, whatever the model's vocabulary and languages: docs/quantization.md has the figures.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from octavo.backends.base import SamplingBatch, StepBatch
+from octavo.model.decoder import describe_layer, needs_8_bits
+from octavo.model.spec import DecoderSpec
+from octavo.weights.tensor import Parameter, Tensor
+
+from ._native import encoding_for
+from .program import choose_isa, new_program, pack
+from .recorder import Recorder
+
+_SEQUENCES, _LENGTH = 2, 256  # of random tokens
+_PAGE_SIZE = 32
+
+
+def measure_importances(
+    spec: DecoderSpec, parameters: Mapping[str, Parameter], threads: int
+) -> Iterator[tuple[str, np.ndarray]]:
+    """For each weight of each layer but the last: its name, and the mean square of each input, float32 [columns].
+
+    Nothing if none of them is to be rounded to 4 bits. The same on every run with the same instruction set. One layer
+    at a time is in memory, in bfloat16. Raises ConfigError or UnsupportedModel.
+    """
+    if not any(_is_rounded(spec, name, parameter) for name, parameter in parameters.items()):
+        return
+    tokens = random_tokens(spec)
+    embed = parameters["embed"].parts[0]
+    x = np.concatenate([embed.float32(token, token + 1) for token in tokens.ravel().tolist()])
+    for i in range(spec.num_layers - 1):  # the last one keeps 8 bits
+        squares, x = _run_layer(spec, i, parameters, x, tokens.shape[1], threads)
+        for name, sums in squares.items():
+            yield name, (sums / len(x)).astype(np.float32)
+
+
+def random_tokens(spec: DecoderSpec) -> np.ndarray:
+    """The same for every model of as large a vocabulary: uint64 [sequences, tokens]."""
+    length = min(_LENGTH, spec.max_positions)
+    raw = np.random.Philox(0).random_raw(_SEQUENCES * length)
+    return (raw % np.uint64(spec.vocab_size)).reshape(_SEQUENCES, length)
+
+
+def _is_rounded(spec: DecoderSpec, name: str, parameter: Parameter) -> bool:
+    """Whether quantization 4bit rounds this to 4 bits."""
+    if len(parameter.shape) == 1 or needs_8_bits(spec, name):
+        return False
+    return encoding_for([part.format for part in parameter.parts]).bits > 4
+
+
+class _Observer(Recorder):
+    """Records the ops of a layer, and that the inputs of its linears be observed."""
+
+    def __init__(self, *arguments: Any):
+        super().__init__(*arguments)
+        self.observed: dict[str, int] = {}  # weight: handle
+
+    def linear(self, x: int, weight: str, bias: bool = False, residual: int | None = None) -> int:
+        self.observed[weight] = self._program.observe(x)
+        return super().linear(x, weight, bias, residual)
+
+
+def _run_layer(
+    spec: DecoderSpec, i: int, parameters: Mapping[str, Parameter], x: np.ndarray, length: int, threads: int
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Layer `i` on the residual stream `x`, float32 [rows, hidden], sequences of `length` one after another.
+
+    Returns the sum of the squares of each input of each linear, and the residual stream after the layer.
+    """
+    rows = _in_bfloat16(x)  # as an embedding, whose token r is row r
+    program = new_program(
+        dataclasses.replace(spec, vocab_size=len(x)), choose_isa(), threads,
+        page_size=_PAGE_SIZE, max_rows=length, max_sampled=length,
+    )  # fmt: skip
+    recorder = _Observer(spec, program, {**parameters, "embed": rows}, "none")
+    program.finish(recorder.sampled_rows(describe_layer(spec, i, recorder, recorder.embed("embed"))))
+    for name, handle in recorder.weights.items():
+        pack(program, handle, rows if name == "embed" else parameters[name])
+    program.allocate_kv(-(-length // _PAGE_SIZE))
+    x = np.concatenate([program.logits(_sequence(start, length)) for start in range(0, len(x), length)])
+    return {name: program.squares(handle) for name, handle in recorder.observed.items()}, x
+
+
+def _in_bfloat16(x: np.ndarray) -> Parameter:
+    """float32 rows, rounded to nearest, as a weight."""
+    bits = x.view(np.uint32)
+    halves = (bits + 0x7FFF + (bits >> 16 & 1) >> 16).astype(np.uint16)
+    return Parameter((Tensor("embed", x.shape, "BF16", halves.view(np.uint8)),))
+
+
+def _sequence(first: int, length: int) -> StepBatch:
+    """A step of tokens first, first + 1 ... as one sequence, whose logits are all wanted and none is sampled."""
+    rows = np.arange(length, dtype=np.int32)
+    nothing = np.zeros(0)
+    return StepBatch(
+        tokens=first + rows,
+        positions=rows,
+        query_start=np.array([0, length], np.int32),
+        page_tables=np.arange(-(-length // _PAGE_SIZE), dtype=np.int32)[None],
+        sample_rows=rows,
+        sampling=SamplingBatch(**{field.name: nothing for field in dataclasses.fields(SamplingBatch)}),
+    )

@@ -1,0 +1,65 @@
+"""A native program for a model: on which kernels and processors, and its weights packed."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+
+from octavo.errors import ConfigError, UnsupportedModel
+from octavo.model.spec import DecoderSpec
+from octavo.weights.tensor import Parameter
+
+from ._native import Program, available_isas
+
+
+def new_program(
+    spec: DecoderSpec, isa: str, threads: int, *, page_size: int, max_rows: int, max_sampled: int, int8_kv: bool = False
+) -> Program:
+    """A program to be recorded. Raises UnsupportedModel."""
+    if spec.head_dim % 16:
+        raise UnsupportedModel(f"the cpu backend needs a head_dim that is a multiple of 16, not {spec.head_dim}")
+    return Program(
+        isa=isa,
+        cores=_choose_cores(threads),
+        vocab=spec.vocab_size,
+        heads=spec.num_heads,
+        kv_heads=spec.num_kv_heads,
+        head_dim=spec.head_dim,
+        layers=spec.num_layers,
+        norm_eps=spec.norm_eps,
+        page_size=page_size,
+        max_rows=max_rows,
+        max_sampled=max_sampled,
+        frequencies=spec.rope.frequencies(spec.head_dim).tolist(),
+        int8_kv=int8_kv,
+    )
+
+
+def pack(program: Program, handle: int, parameter: Parameter, importance: np.ndarray | None = None) -> None:
+    """Write a weight into the program; `importance` of its columns, float32, is for what is rounded to 4 bits."""
+    parts = []
+    for part in parameter.parts:
+        order = None if part.row_order is None else np.ascontiguousarray(part.row_order, np.int64)
+        parts.append((part.data, part.format, order))
+    rows, columns = parameter.shape
+    program.pack(handle, parts, rows, columns, importance)
+
+
+def choose_isa() -> str:
+    """The instruction set of OCTAVO_ISA, by default the best. Raises ConfigError."""
+    available = available_isas()
+    wanted = os.environ.get("OCTAVO_ISA", available[0])
+    if wanted not in available:
+        raise ConfigError(f"OCTAVO_ISA must be one of {', '.join(available)} on this machine, not {wanted!r}")
+    return wanted
+
+
+def _choose_cores(threads: int) -> list[int]:
+    """So many of the processors this process may use: of each core one, before any core's second one."""
+
+    def turn(processor: int) -> tuple[int, int]:
+        topology = Path(f"/sys/devices/system/cpu/cpu{processor}/topology/thread_siblings_list")
+        siblings = topology.read_text().strip().replace("-", ",").split(",") if topology.exists() else []
+        return (siblings.index(str(processor)) if str(processor) in siblings else 0, processor)
+
+    return sorted(os.sched_getaffinity(0), key=turn)[:threads]
