@@ -1,4 +1,4 @@
-"""Perplexity with each way of holding the weights: python benchmarks/perplexity.py [MODEL] [--shuffled]
+"""Perplexity by how weights and the KV cache are held: python benchmarks/perplexity.py [MODEL] [--shuffled]
 
 The text is real: half English, half code, both from Python's standard library. What a setting costs is measured in
 pairs, token by token against bfloat16, which is far more exact than the perplexities themselves.
@@ -62,12 +62,12 @@ def _windows(tokens: list[int], count: int) -> np.ndarray:
     return whole[np.linspace(0, len(whole) - 1, count).astype(int)]
 
 
-def losses(model: Model, quantization: str) -> np.ndarray:
+def losses(model: Model, quantization: str, kv_cache_dtype: str = "bf16") -> np.ndarray:
     """Minus the log of the probability of every token but each window's first, in nats: float64 [n * (WINDOW - 1)]."""
     backend = load(
         model.spec, model.parameters, page_size=PAGE_SIZE, max_batch_tokens=CHUNK, max_batch_size=CHUNK,
         max_model_len=WINDOW, threads=EngineConfig().num_threads, dtype="auto", quantization=quantization,
-        device="auto", progress=lambda done, total: None,
+        device="auto", kv_cache_dtype=kv_cache_dtype, progress=lambda done, total: None,
     )  # fmt: skip
     backend.allocate_kv(WINDOW // PAGE_SIZE)
     result = [_window_losses(backend, window) for window in model.windows]
@@ -146,18 +146,19 @@ def shuffled(spec: DecoderSpec, parameters: Mapping[str, Parameter]) -> dict[str
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Perplexity with each way of holding the weights.")
+    parser = argparse.ArgumentParser(description="Perplexity with each way of holding weights and KV cache.")
     parser.add_argument("model", nargs="?", default="smollm2")
     parser.add_argument("--shuffled", action="store_true", help="with channels in a random order; see above")
     parser.add_argument("--windows", type=int, default=16, help=f"of {WINDOW} tokens")
     arguments = parser.parse_args()
     model = open_model(arguments.model, arguments.windows, arguments.shuffled)
-    table = Table("quantization", "perplexity", "against none", "± (standard error)")
+    table = Table("quantization", "KV cache", "perplexity", "against the first", "± (standard error)")
     reference = losses(model, "none")
-    for setting in ("none", *(name for name in QUANTIZATIONS if name != "none")):
-        of_setting = reference if setting == "none" else losses(model, setting)
+    others = [(name, "bf16") for name in QUANTIZATIONS if name != "none"]
+    for setting in (("none", "bf16"), *others, ("none", "int8")):
+        of_setting = reference if setting == ("none", "bf16") else losses(model, *setting)
         more, error = cost(of_setting, reference)
-        table.add_row(setting, f"{math.exp(of_setting.mean()):.4f}", f"{100 * more:+.2f} %", f"{100 * error:.2f} %")
+        table.add_row(*setting, f"{math.exp(of_setting.mean()):.4f}", f"{100 * more:+.2f} %", f"{100 * error:.2f} %")
     Console().print(
         f"{arguments.model}{' shuffled' * arguments.shuffled}, {len(reference):,} tokens of English and code"
     )

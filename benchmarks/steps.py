@@ -4,6 +4,7 @@ A decode step reads every weight once and the KV cache of every sequence once; a
 what the machine can do, the last columns show which of the two a step is limited by.
 """
 
+import dataclasses
 import statistics
 import time
 
@@ -18,8 +19,9 @@ from octavo.config import EngineConfig
 from octavo.model import describe_model
 from octavo.weights import open_checkpoint, resolve
 
-PAGE_SIZE = 32
-STEPS = [(1, 1, 0), (1, 1, 192), (8, 1, 192), (16, 1, 192), (64, 1, 16), (64, 1, 192), (128, 1, 192)]  # decode
+PAGE_SIZE, ROWS, PAGES = 32, 512, 1024
+STEPS = [(1, 1, 128), (1, 1, 2000), (1, 1, 7500), (8, 1, 192), (16, 1, 192)]  # decode
+STEPS += [(64, 1, 16), (64, 1, 192), (128, 1, 192)]
 STEPS += [(1, 128, 0), (4, 128, 0), (1, 512, 0), (1, 512, 3584)]  # prefill: sequences, new tokens, positions before
 
 
@@ -49,6 +51,13 @@ def step_batch(sequences: int, new: int, before: int) -> StepBatch:
     )
 
 
+def fill(backend: CpuBackend, pages: int) -> None:
+    """Write to every page: what was never written reads as one page of zeros, which is in every cache."""
+    for page in range(0, pages, ROWS // PAGE_SIZE):
+        batch = step_batch(ROWS // PAGE_SIZE, PAGE_SIZE, 0)
+        backend.step(dataclasses.replace(batch, page_tables=batch.page_tables + np.int32(page)))
+
+
 def seconds(backend: CpuBackend, batch: StepBatch) -> float:
     """The median of 15 steps, after some that touch the memory for the first time."""
     times = []
@@ -63,11 +72,12 @@ def main() -> None:
     checkpoint = open_checkpoint(resolve("smollm2"))
     spec, parameters = describe_model(checkpoint.config, checkpoint.tensors)
     backend = load(
-        spec, parameters, page_size=PAGE_SIZE, max_batch_tokens=512, max_batch_size=256, max_model_len=8192,
+        spec, parameters, page_size=PAGE_SIZE, max_batch_tokens=ROWS, max_batch_size=256, max_model_len=8192,
         threads=EngineConfig().num_threads, dtype="auto", quantization="none", device="auto",
         progress=lambda done, total: None,
     )  # fmt: skip
-    backend.allocate_kv(1024)
+    backend.allocate_kv(PAGES)
+    fill(backend, PAGES)
     head = spec.vocab_size * spec.hidden_size
     layers = backend.weight_bytes // 2 - head  # values, each used once per row
     table = Table("sequences", "new tokens", "before", "ms", "tokens/s", "GFLOP/s", "GB/s")

@@ -1,5 +1,5 @@
-// The product of a linear on AMX tiles: 32 rows times 32 columns in four tiles of sums, 64 bytes of k at a time; with
-// integers that are scaled in groups, 16 rows times 16 columns.
+// Products on AMX tiles: 32 rows times 32 columns in four tiles of sums, 64 bytes of k at a time; with integers that are
+// scaled in groups, 16 rows times 16 columns.
 //
 // Inline assembly, because GCC 12's intrinsics are unsafe: its _tile_loadconfig is declared to read 8 bytes of the 64,
 // and its _tile_loadd does not order against earlier stores.
@@ -55,9 +55,9 @@ OCTAVO_INLINE void tile_multiply() {
 
 // Up to 2 x 2 tiles of sums: tile 2 i + j is rows 16 i ..., columns 16 j ...
 template <class Sum, int kRowTiles, int kColumnTiles>
-void tile_product(Rows a, const std::byte* b, int64_t b_block, int64_t tiles, float* c, int64_t c_stride, Ahead ahead,
-                  int64_t ahead_rate) {
+void tile_product(Rows a, Columns b, int64_t tiles, float* c, int64_t c_stride, Ahead ahead, int64_t ahead_rate) {
     const auto* rows = static_cast<const std::byte*>(a.data);
+    const auto* columns = static_cast<const std::byte*>(b.data);
     tile_zero<0>();
     if constexpr (kColumnTiles > 1) tile_zero<1>();
     if constexpr (kRowTiles > 1) tile_zero<2>();
@@ -65,11 +65,11 @@ void tile_product(Rows a, const std::byte* b, int64_t b_block, int64_t tiles, fl
     for (int64_t k = 0; k < tiles; k++) {
         tile_load<4>(rows + k * 64, a.stride);
         if constexpr (kRowTiles > 1) tile_load<5>(rows + 16 * a.stride + k * 64, a.stride);
-        tile_load<6>(b + k * 1024, 64);
+        tile_load<6>(columns + k * 16 * b.word, b.word);
         tile_multiply<Sum, 0, 4, 6>();
         if constexpr (kRowTiles > 1) tile_multiply<Sum, 2, 5, 6>();
         if constexpr (kColumnTiles > 1) {
-            tile_load<7>(b + b_block + k * 1024, 64);
+            tile_load<7>(columns + k * 16 * b.word + b.block, b.word);
             tile_multiply<Sum, 1, 4, 7>();
             if constexpr (kRowTiles > 1) tile_multiply<Sum, 3, 5, 7>();
         }
@@ -80,6 +80,31 @@ void tile_product(Rows a, const std::byte* b, int64_t b_block, int64_t tiles, fl
     if constexpr (kColumnTiles > 1) tile_store<1>(c + 16, c_stride * 4);
     if constexpr (kRowTiles > 1) tile_store<2>(c + 16 * c_stride, c_stride * 4);
     if constexpr (kRowTiles > 1 && kColumnTiles > 1) tile_store<3>(c + 16 * c_stride + 16, c_stride * 4);
+}
+
+// As product, but of whole tiles: reads rows of `a`, and without `add` writes rows of `c`, up to a multiple of 16.
+template <class Sum>
+OCTAVO_INLINE void product_on_tiles(Rows a, int64_t rows, Columns b, int64_t blocks, int64_t words, bool add, float* c,
+                                    int64_t c_stride, Ahead ahead) {
+    const int64_t steps = words / 16, parts = (rows + 31) / 32 * ((blocks + 1) / 2);
+    int64_t index = 0;
+    for (int64_t r = 0; r < rows; r += 32)
+        for (int64_t j = 0; j < blocks; j += 2, index++) {
+            const bool two_blocks = blocks - j > 1;
+            const auto product = rows - r > 16 ? (two_blocks ? tile_product<Sum, 2, 2> : tile_product<Sum, 2, 1>)
+                                               : (two_blocks ? tile_product<Sum, 1, 2> : tile_product<Sum, 1, 1>);
+            const Ahead part = ahead.part(index, parts);
+            const int64_t rate = ((part.end - part.at) / 64 + steps - 1) / steps;
+            alignas(64) float sums[32 * 2 * kBlock];  // what is added to `c` must leave the rows past the last alone
+            float *to = c + r * c_stride + j * kBlock, *result = add ? sums : to;
+            product(a.from(r), b.from(j), steps, result, add ? 2 * kBlock : c_stride, part, rate);
+            if (!add) continue;
+            for (int64_t i = 0; i < 32 && r + i < rows; i++)
+                for (int64_t column = 0; column < (two_blocks ? 2 : 1) * kBlock; column += kLanes) {
+                    float* sum = to + i * c_stride + column;
+                    store_as<Sum>(sum, load_as<Sum>(sum) + load_as<Sum>(sums + i * 2 * kBlock + column));
+                }
+        }
 }
 
 // For a group of integers: activations of 16 rows of 32 bytes in tiles 4 and 5, and 8 words of the weight in 6 and 7.
@@ -188,15 +213,9 @@ template <class Sum>
 void whole_product(const Instruction& op, int64_t row, int64_t rows, int64_t block, int64_t blocks, Ahead ahead,
                    Scratch& scratch) {
     const Weight& w = *op.weight;
-    const int64_t steps = w.words() / 16, products = (blocks + 1) / 2;
-    for (int64_t j = 0; j < blocks; j += 2) {
-        const auto product = rows > 16 ? (blocks - j > 1 ? tile_product<Sum, 2, 2> : tile_product<Sum, 2, 1>)
-                                       : (blocks - j > 1 ? tile_product<Sum, 1, 2> : tile_product<Sum, 1, 1>);
-        const Ahead part = ahead.part(j / 2, products);
-        const int64_t rate = ((part.end - part.at) / 64 + steps - 1) / steps;
-        product({op.x.row(row), op.x.row_bytes}, w.block(block + j), w.block_bytes, steps, scratch.sums + j * kBlock,
-                kSumsStride, part, rate);
-    }
+    const Columns columns{w.block(block), 4 * kBlock, w.block_bytes};
+    product_on_tiles<Sum>({op.x.row(row), op.x.row_bytes}, rows, columns, blocks, w.words(), false, scratch.sums,
+                          kSumsStride, ahead);
 }
 
 OCTAVO_INLINE void weight_product(const Instruction& op, int64_t row, int64_t rows, int64_t block, int64_t blocks,

@@ -24,6 +24,7 @@ constexpr int64_t kBlock = 16;          // output columns in a block of a packed
 constexpr int64_t kSpan = 32;           // positions in a block of the KV cache, the unit in which attention walks
 constexpr int64_t kMaxPanel = 6;        // blocks in a tile of a linear, at most
 constexpr int64_t kGroup = 32;          // rows that a linear sums up before it writes them out, at most
+constexpr int64_t kPart = 512;          // positions that attention sums up before it merges them with those before
 constexpr int64_t kPeakFloats = 512;   // that peak_products writes, at most
 constexpr int64_t kAttentionRows = 48;  // (position, query head) pairs in a tile of attention, where one position fits
 
@@ -96,8 +97,13 @@ struct Weight {
 struct Shape {
     int64_t heads, kv_heads, head_dim, page_size;
     float norm_eps;
+    bool int8_kv;
 
     OCTAVO_INLINE int64_t block_elements() const { return kSpan * head_dim; }  // of K, or of V, of one head in a block
+    OCTAVO_INLINE int64_t kv_bytes() const {  // of that
+        return int8_kv ? block_elements() + kSpan * int64_t(sizeof(float)) : block_elements() * int64_t(sizeof(bf16));
+    }
+    OCTAVO_INLINE int64_t sums_stride() const { return head_dim + 2 * kBlock; }   // floats, of attention's sums
     OCTAVO_INLINE int64_t blocks_per_page() const { return page_size / kSpan; }
 };
 
@@ -119,6 +125,14 @@ struct Instruction {
 // Rows of one sequence, one after another.
 struct RowTile {
     int32_t sequence, first, count;
+};
+
+// Rows, times a kv head, times a part of their context or all of it.
+struct AttentionTile {
+    RowTile rows;
+    int32_t part;      // or -1: all of them
+    int32_t split;     // how many `rows` before these are cut into parts
+    int64_t part_sums; // how many queries of parts before these have their sums in Step::part_sums
 };
 
 // How this step cuts a linear: into panels of the weight, and each of those by rows.
@@ -149,15 +163,17 @@ struct Step {
     int64_t page_bytes;
     const float* rotary;             // [rows][2][head_dim / 2]: cosines, then sines
     const RowTile* cache_tiles;      // rows that fall into one block of the KV cache
-    const RowTile* attention_tiles;  // each for every kv head
+    const AttentionTile* attention_tiles;  // each for every kv head
+    float* part_sums;     // [of parts: queries][sums_stride]
+    int32_t* parts_done;  // [rows that are cut into parts][kv_heads]
     int64_t rows_per_tile;           // of row-wise instructions
 
     // K of block `block` (positions 32 block ... 32 block + 31) of a sequence; V follows it.
-    OCTAVO_INLINE bf16* kv_block(int64_t sequence, int64_t block, int64_t layer, int64_t kv_head) const {
+    OCTAVO_INLINE std::byte* kv_block(int64_t sequence, int64_t block, int64_t layer, int64_t kv_head) const {
         const int64_t per_page = shape->blocks_per_page();
         const int64_t page = page_tables[sequence * pages_per_sequence + block / per_page];
         const int64_t index = (layer * shape->kv_heads + kv_head) * per_page + block % per_page;
-        return reinterpret_cast<bf16*>(kv + page * page_bytes) + index * 2 * shape->block_elements();
+        return kv + page * page_bytes + index * 2 * shape->kv_bytes();
     }
 };
 
@@ -171,11 +187,11 @@ struct FourBits {
 struct Scratch {
     float* sums;     // [kGroup][kMaxPanel * kBlock]
     float* scores;   // [attention rows][kSpan]
-    float* values;   // [attention rows][head_dim]
-    float* maxima;   // [attention rows]
-    float* weights;  // [attention rows][kBlock], sums of the softmax's weights, by lane
+    float* part_sums;    // [attention rows][sums_stride]: of one part
+    float* sums_so_far;  // [attention rows][sums_stride]: of all parts
     bf16* queries;   // [attention rows][head_dim]
     bf16* shares;    // [attention rows][kSpan], the softmax's weights
+    bf16* kv;        // [block_elements], K or V of a block, if the cache holds int8
     float* row;          // of activations
     std::byte* widened;  // the integers of a block, a byte each
 };

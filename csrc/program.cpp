@@ -14,6 +14,8 @@ namespace octavo {
 
 namespace {
 
+constexpr int64_t kTilesPerThread = 8;  // of attention, where that takes cutting a long context into parts
+
 using Clock = std::chrono::steady_clock;
 
 constexpr int64_t kObserved = 64;  // columns in a tile
@@ -45,7 +47,7 @@ const char* name_of(const Instruction& instruction) {
 
 Program::Program(const std::string& isa, std::vector<int> cores, const Sizes& sizes, std::vector<double> frequencies)
     : kernels_(kernels_for(isa)), pool_(std::move(cores)), sizes_(sizes),
-      shape_{sizes.heads, sizes.kv_heads, sizes.head_dim, sizes.page_size, float(sizes.norm_eps)},
+      shape_{sizes.heads, sizes.kv_heads, sizes.head_dim, sizes.page_size, float(sizes.norm_eps), sizes.int8_kv},
       frequencies_(std::move(frequencies)) {
     require(pool_.size() > 0, "there must be at least one thread");
     require(sizes.head_dim > 0 && sizes.head_dim % kBlock == 0, "head_dim must be a multiple of 16");
@@ -72,7 +74,7 @@ void Program::pack(int weight, const std::vector<Part>& parts, const float* impo
 }
 
 int64_t Program::page_bytes() const {
-    return sizes_.layers * sizes_.kv_heads * sizes_.page_size * sizes_.head_dim * 2 * int64_t(sizeof(bf16));
+    return sizes_.layers * sizes_.kv_heads * shape_.blocks_per_page() * 2 * shape_.kv_bytes();
 }
 
 void Program::allocate_kv(int64_t pages) {
@@ -106,26 +108,55 @@ void Program::validate(const Batch& batch) const {
     }
 }
 
-// Cuts the sequences' rows into tiles for the KV cache and for attention.
-void Program::prepare(const Batch& batch) {
-    cache_tiles_.clear();
+// Cuts the sequences' rows into tiles of attention; those that would take long while other threads are done into parts.
+void Program::cut_attention(const Batch& batch) {
+    const int64_t group = sizes_.heads / sizes_.kv_heads, span = std::max<int64_t>(1, kAttentionRows / group);
+    const auto seen = [&](const RowTile& rows) { return int64_t(batch.positions[rows.first + rows.count - 1]) + 1; };
+    std::vector<RowTile> tiles;
+    int64_t work = 0;  // for each kv head
+    for (int64_t s = 0; s < batch.sequences; s++) {
+        const int32_t end = batch.query_start[s + 1];
+        for (int32_t row = batch.query_start[s], count; row < end; row += count) {
+            count = int32_t(std::min<int64_t>(end - row, span));
+            tiles.push_back({int32_t(s), row, count});
+            work += count * seen(tiles.back());
+        }
+    }
     attention_tiles_.clear();
-    const int64_t span = std::max<int64_t>(1, kAttentionRows / (sizes_.heads / sizes_.kv_heads));
+    int32_t split = 0;
+    int64_t queries = 0;  // of parts
+    for (const RowTile& rows : tiles) {
+        const int64_t parts = (seen(rows) + kPart - 1) / kPart;
+        const bool long_one = rows.count * seen(rows) * kTilesPerThread * pool_.size() > work * sizes_.kv_heads;
+        if (pool_.size() == 1 || parts == 1 || !long_one) {
+            attention_tiles_.push_back({rows, -1, split, queries});
+            continue;
+        }
+        for (int32_t part = 0; part < parts; part++) attention_tiles_.push_back({rows, part, split, queries});
+        split++;
+        queries += parts * sizes_.kv_heads * rows.count * group;
+    }
+    const size_t bytes = queries * shape_.sums_stride() * sizeof(float), counters = split * sizes_.kv_heads;
+    if (bytes > part_sums_.size()) part_sums_ = Memory(bytes);
+    if (counters > parts_done_.size()) parts_done_.resize(counters);
+}
+
+// Cuts the sequences' rows into tiles for the KV cache and for attention, and each instruction into its tiles.
+void Program::prepare(const Batch& batch) {
+    cut_attention(batch);
+    cache_tiles_.clear();
     for (int64_t s = 0; s < batch.sequences; s++) {
         const int32_t begin = batch.query_start[s], end = batch.query_start[s + 1];
         for (int32_t row = begin, count; row < end; row += count) {
             count = std::min<int32_t>(end - row, kSpan - batch.positions[row] % kSpan);
             cache_tiles_.push_back({int32_t(s), row, count});
         }
-        for (int32_t row = begin, count; row < end; row += count) {
-            count = int32_t(std::min<int64_t>(end - row, span));
-            attention_tiles_.push_back({int32_t(s), row, count});
-        }
     }
     step_ = {.shape = &shape_, .rows = batch.rows, .sampled = batch.sampled, .tokens = batch.tokens,
              .positions = batch.positions, .sample_rows = batch.sample_rows, .page_tables = batch.page_tables,
              .pages_per_sequence = batch.pages_per_sequence, .kv = kv_.data(), .page_bytes = page_bytes(),
              .rotary = rotary_, .cache_tiles = cache_tiles_.data(), .attention_tiles = attention_tiles_.data(),
+             .part_sums = reinterpret_cast<float*>(part_sums_.data()), .parts_done = parts_done_.data(),
              .rows_per_tile = std::clamp<int64_t>(batch.rows / (4 * pool_.size()), 1, 16)};
     for (size_t i = 0; i < plans_.size(); i++) {
         if (instructions_[i].op == Op::linear) plans_[i].cut = cut_linear(instructions_[i]);

@@ -30,6 +30,7 @@ struct Sizes {
     int64_t vocab, heads, kv_heads, head_dim, layers;
     double norm_eps;
     int64_t page_size, max_rows, max_sampled;
+    bool int8_kv;
 };
 
 // StepBatch of src/octavo/backends/base.py. The arrays are the caller's.
@@ -118,6 +119,7 @@ private:
     void make_scratch();
     void validate(const Batch& batch) const;
     void prepare(const Batch& batch);
+    void cut_attention(const Batch& batch);
     Cut cut_linear(const Instruction& instruction) const;
     int64_t count_tiles(const Instruction& instruction, const Cut& cut) const;
     int64_t rows_of(const Instruction& instruction) const;
@@ -151,7 +153,10 @@ private:
     mutable std::mutex running_;
     Step step_{};
     const Work* finish_row_ = nullptr;
-    std::vector<RowTile> cache_tiles_, attention_tiles_;
+    std::vector<RowTile> cache_tiles_;
+    std::vector<AttentionTile> attention_tiles_;
+    Memory part_sums_;                 // of attention's tiles that are parts; as large as a step has needed so far
+    std::vector<int32_t> parts_done_;  // all 0 between instructions
     struct Plan {
         int64_t tiles;
         Cut cut;          // of a linear

@@ -185,10 +185,11 @@ void Program::lay_out_weights() {
 }
 
 void Program::make_scratch() {
-    const int64_t pairs = std::max(kAttentionRows, sizes_.heads / sizes_.kv_heads);  // rows of a tile of attention
-    const int64_t floats[] = {kGroup * kMaxPanel * kBlock, pairs * kSpan, pairs * sizes_.head_dim, pairs,
-                              pairs * kBlock};
-    const int64_t halves[] = {pairs * sizes_.head_dim, pairs * kSpan};
+    // Rows of a tile of attention; with some more, as AMX reads and writes them 16 at a time.
+    const int64_t pairs = std::max(kAttentionRows, sizes_.heads / sizes_.kv_heads) + 16;
+    const int64_t sums = pairs * shape_.sums_stride();
+    const int64_t floats[] = {kGroup * kMaxPanel * kBlock, pairs * kSpan, sums, sums};
+    const int64_t halves[] = {pairs * sizes_.head_dim, pairs * kSpan, shape_.int8_kv ? shape_.block_elements() : 0};
     int64_t groups = 0;
     for (const Weight& w : weights_) groups = std::max(groups, w.groups);
     const int64_t widened = groups * kW8.value_bytes(), row = groups * kQuantGroup;
@@ -204,11 +205,11 @@ void Program::make_scratch() {
         Scratch& scratch = scratch_.emplace_back();
         take(scratch.sums, floats[0]);
         take(scratch.scores, floats[1]);
-        take(scratch.values, floats[2]);
-        take(scratch.maxima, floats[3]);
-        take(scratch.weights, floats[4]);
+        take(scratch.part_sums, floats[2]);
+        take(scratch.sums_so_far, floats[3]);
         take(scratch.queries, halves[0]);
         take(scratch.shares, halves[1]);
+        take(scratch.kv, halves[2]);
         take(scratch.row, row);
         take(scratch.widened, widened);
         sampler_scratch_.emplace_back(int32_t(logits_width_));

@@ -1,7 +1,8 @@
 // Rotary embedding, with the write to the KV cache.
 //
 // The cache of a (sequence, layer, kv head) is blocks of 32 positions, each K [head_dim / 2][32][2] and then
-// V [16][head_dim][2]: the right operands, in pairs, of q K^T and of (softmax) V.
+// V [16][head_dim][2]: the right operands, in pairs, of q K^T and of (softmax) V. They are bf16; or int8, each with the
+// scales of the 32 positions after it.
 #pragma once
 
 #include "simd.h"
@@ -32,23 +33,64 @@ OCTAVO_INLINE void rotate_head(const float* x, const float* weight, const Step& 
     }
 }
 
-// Into position `slot` of a block of K: pairs of dimensions, a line apart.
-OCTAVO_INLINE void write_k(const float* from, int64_t slot, int64_t dim, bf16* k) {
+// To the nearest of -127 ... 127 times the scale, which is returned.
+OCTAVO_INLINE float quantise_head(const float* from, int64_t dim, uint8_t* to) {
+    typedef uint8_t U8 __attribute__((vector_size(kLanes)));
+    I32 bits = {};  // of the magnitude; as an integer, NaN is larger than anything else, and so becomes the scale
     for (int64_t i = 0; i < dim; i += kLanes) {
-        bf16 half[kLanes];
-        store_bf16(half, load(from + i));
-        OCTAVO_UNROLL for (int64_t j = 0; j < kLanes; j += 2)
-            std::memcpy(k + (i + j) * kSpan + slot * 2, half + j, 2 * sizeof(bf16));
+        const I32 magnitude = (I32)load(from + i) & 0x7fffffff;
+        bits = bits > magnitude ? bits : magnitude;
     }
+    const int32_t largest_bits = maximum(bits);
+    float largest;
+    std::memcpy(&largest, &largest_bits, sizeof largest);
+    const F32 back = splat(largest > 0 ? 127.0f / largest : 0.0f), magic = splat(12582912.0f);  // as in exp2
+    for (int64_t i = 0; i < dim; i += kLanes)
+        store_as<U8>(to + i, __builtin_convertvector((I32)(load(from + i) * back + magic) - (I32)magic, U8));
+    return largest / 127.0f;
+}
+
+// Into position `slot` of a block of K: pairs of dimensions, a line apart.
+template <typename T>
+OCTAVO_INLINE void write_k(const T* from, int64_t slot, int64_t dim, T* k) {
+    for (int64_t i = 0; i < dim; i += 2) std::memcpy(k + i * kSpan + slot * 2, from + i, 2 * sizeof(T));
 }
 
 // Into position `slot` of a block of V: one half of a pair of positions, in a row.
-OCTAVO_INLINE void write_v(const float* from, int64_t slot, int64_t dim, bf16* v) {
-    const int shift = slot % 2 * 16;
-    bf16* row = v + slot / 2 * dim * 2;
+template <typename Pair, typename T>
+OCTAVO_INLINE void write_v(const T* from, int64_t slot, int64_t dim, T* v) {
+    typedef T Values __attribute__((vector_size(kLanes * sizeof(T))));
+    typedef Pair Pairs __attribute__((vector_size(kLanes * sizeof(Pair))));
+    const int shift = slot % 2 * 8 * int(sizeof(T));
+    const Pair other = Pair(~(Pair(T(-1)) << shift));
+    T* row = v + slot / 2 * dim * 2;
     for (int64_t i = 0; i < dim; i += kLanes) {
-        const U32 neighbour = load_as<U32>(row + 2 * i) & ~(uint32_t{0xffff} << shift);
-        store_as<U32>(row + 2 * i, neighbour | to_bf16(load(from + i)) << shift);
+        const Pairs value = __builtin_convertvector(load_as<Values>(from + i), Pairs) << shift;
+        store_as<Pairs>(row + 2 * i, (load_as<Pairs>(row + 2 * i) & other) | value);
+    }
+}
+
+// K and V of a head, as floats, into position `slot` of the block that is at `k`.
+OCTAVO_INLINE void write_position(const float* k_from, const float* v_from, int64_t slot, const Shape& shape,
+                                  std::byte* k, Scratch& scratch) {
+    const int64_t dim = shape.head_dim;
+    std::byte* v = k + shape.kv_bytes();
+    // What an earlier owner left behind may be NaN, and attention multiplies the rows it must not see by 0.
+    if (slot == 0) std::memset(v, 0, shape.kv_bytes());
+    if (shape.int8_kv) {
+        auto* bytes = reinterpret_cast<uint8_t*>(scratch.queries);
+        auto* k_scales = reinterpret_cast<float*>(k + shape.block_elements());
+        auto* v_scales = reinterpret_cast<float*>(v + shape.block_elements());
+        k_scales[slot] = quantise_head(k_from, dim, bytes);
+        write_k(bytes, slot, dim, reinterpret_cast<uint8_t*>(k));
+        v_scales[slot] = quantise_head(v_from, dim, bytes);
+        write_v<uint16_t>(bytes, slot, dim, reinterpret_cast<uint8_t*>(v));
+    } else {
+        bf16* halves = scratch.queries;
+        for (int64_t i = 0; i < dim; i += kLanes) store_bf16(halves + i, load(k_from + i));
+        write_k(halves, slot, dim, reinterpret_cast<bf16*>(k));
+        for (int64_t i = 0; i < dim; i += kLanes) store_bf16(halves + i, load(v_from + i));
+        write_v<uint32_t>(halves, slot, dim, reinterpret_cast<bf16*>(v));
     }
 }
 
@@ -57,7 +99,8 @@ void rope_and_cache(const Instruction& op, const Step& step, int64_t tile, Scrat
     const Shape& shape = *step.shape;
     const RowTile rows = step.cache_tiles[tile];
     const int64_t dim = shape.head_dim, block = step.positions[rows.first] / kSpan;
-    float* head = scratch.values;
+    const float q_scale = kLog2E / __builtin_sqrtf(float(dim));  // so that attention's weights are 2^(q K^T)
+    float* head = scratch.part_sums;
     for (int64_t r = rows.first; r < rows.first + rows.count; r++) {
         const float* x = op.x.f32(r);
         if (r + 1 < rows.first + rows.count) prefetch(op.x.f32(r + 1), op.x.stride * sizeof(float));
@@ -65,16 +108,13 @@ void rope_and_cache(const Instruction& op, const Step& step, int64_t tile, Scrat
         const int64_t slot = step.positions[r] % kSpan;
         for (int64_t h = 0; h < shape.heads; h++) {
             rotate_head(x + h * dim, op.vector, step, rotary, head);
-            for (int64_t i = 0; i < dim; i += kLanes) store_bf16(op.out.b16(r) + h * dim + i, load(head + i));
+            for (int64_t i = 0; i < dim; i += kLanes)
+                store_bf16(op.out.b16(r) + h * dim + i, load(head + i) * splat(q_scale));
         }
         for (int64_t h = 0; h < shape.kv_heads; h++) {
-            bf16* k = step.kv_block(rows.sequence, block, op.layer, h);
-            bf16* v = k + shape.block_elements();
-            // What an earlier owner left behind may be NaN, and attention multiplies the rows it must not see by 0.
-            if (slot == 0) std::memset(v, 0, shape.block_elements() * sizeof(bf16));
             rotate_head(x + (shape.heads + h) * dim, op.vector2, step, rotary, head);
-            write_k(head, slot, dim, k);
-            write_v(x + (shape.heads + shape.kv_heads + h) * dim, slot, dim, v);
+            write_position(head, x + (shape.heads + shape.kv_heads + h) * dim, slot, shape,
+                           step.kv_block(rows.sequence, block, op.layer, h), scratch);
         }
     }
 }

@@ -145,6 +145,16 @@ OCTAVO_INLINE void store_bf16(bf16* to, F32 v) {
 #endif
 }
 
+// Two vectors, one after the other.
+OCTAVO_INLINE void store_bf16(bf16* to, F32 a, F32 b) {
+#ifdef OCTAVO_AVX512
+    store_as<__m512i>(to, (__m512i)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a));
+#else
+    store_bf16(to, a);
+    store_bf16(to + kLanes, b);
+#endif
+}
+
 // sum + a.even b.even + a.odd b.odd, where each lane of `a` and `b` is a pair of bf16, the even one in its low half.
 OCTAVO_INLINE F32 dot2(F32 sum, U32 a, U32 b) {
 #ifdef OCTAVO_AVX512
@@ -199,6 +209,18 @@ OCTAVO_INLINE I32 dot4(I32 sum, U32 a, U32 b) {
 
 OCTAVO_INLINE F32 to_float(I32 v) { return __builtin_convertvector(v, F32); }
 
+OCTAVO_INLINE F32 from_int8(const int8_t* from) {
+#if defined(OCTAVO_AVX512)
+    return to_float((I32)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)from)));
+#elif defined(OCTAVO_AVX2)
+    return to_float((I32)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)from)));
+#else
+    I32 v;
+    OCTAVO_UNROLL for (int i = 0; i < kLanes; i++) v[i] = from[i];
+    return to_float(v);
+#endif
+}
+
 // 2^x, to 2e-7; exactly 1 at 0; 2^-126 for anything below, 2^127 times something for anything above.
 OCTAVO_INLINE F32 exp2(F32 x) {
     const F32 magic = splat(12582912.0f);  // 1.5 x 2^23: adding it rounds to an integer, held in the low bits
@@ -214,6 +236,22 @@ OCTAVO_INLINE F32 exp2(F32 x) {
     p = fma(p, f, splat(0.6931471824645996f));
     p = fma(p, f, splat(1.0f));
     return (F32)((I32)p + ((I32)shifted << 23));
+}
+
+// 2^x for the softmax: x is at most a few, and -inf gives 0.
+OCTAVO_INLINE F32 exp2_or_zero(F32 x) {
+#ifdef OCTAVO_AVX512
+    const F32 f = (F32)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);  // x - floor(x)
+    F32 p = splat(0.0018671307479962707f);  // to 1e-7 in [0, 1)
+    p = fma(p, f, splat(0.009017028845846653f));
+    p = fma(p, f, splat(0.05579991266131401f));
+    p = fma(p, f, splat(0.24016444385051727f));
+    p = fma(p, f, splat(0.6931512951850891f));
+    p = fma(p, f, splat(1.0f));
+    return (F32)_mm512_scalef_ps((__m512)p, (__m512)x);  // p 2^floor(x)
+#else
+    return select(x < splat(-126.0f), F32{}, exp2(x));
+#endif
 }
 
 }  // namespace octavo::OCTAVO_ISA

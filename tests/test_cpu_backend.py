@@ -83,14 +83,15 @@ def random_parameters(spec: DecoderSpec) -> dict[str, Parameter]:
 
 
 def load(spec: DecoderSpec, factory: Any = cpu.load, **changes: Any) -> Any:
-    """A backend of the random model, with 10 pages."""
+    """A backend of the random model, with 10 pages, or so many as `pages`."""
     settings: dict[str, Any] = {
         "page_size": 32, "max_batch_tokens": 256, "max_batch_size": 256, "max_model_len": 512, "threads": 2,
         "dtype": "auto", "quantization": "auto", "device": "cpu", "progress": lambda done, total: None,
     }  # fmt: skip
     settings |= changes
+    pages = settings.pop("pages", 10)
     backend = factory(spec, settings.pop("parameters", None) or random_parameters(spec), **settings)
-    backend.allocate_kv(10)
+    backend.allocate_kv(pages)
     return backend
 
 
@@ -100,22 +101,28 @@ def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     return str(request.param)
 
 
-QUANTIZATIONS = {"none": 0.01, "8bit": 0.05, "4bit": 0.25}  # and how far random weights, which suit none, may stray
+RECIPES: dict[str, tuple[dict[str, str], float]] = {  # settings; how far random weights, which suit none, may stray
+    "none": ({"quantization": "none"}, 0.01),
+    "8bit": ({"quantization": "8bit"}, 0.05),
+    "4bit": ({"quantization": "4bit"}, 0.25),
+    "int8 cache": ({"quantization": "none", "kv_cache_dtype": "int8"}, 0.012),  # scales off by 1/128 stray by 0.015
+}
 
 
-@pytest.mark.parametrize("quantization", QUANTIZATIONS)
+@pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("name", SPECS)
-def test_logits_agree_with_float32(isa: str, name: str, quantization: str) -> None:
+def test_logits_agree_with_float32(isa: str, name: str, recipe: str) -> None:
+    settings, limit = RECIPES[recipe]
     reference = run_chunks(load(SPECS[name], load_torch, dtype="float32"), TOKENS, 150, PAGES)
-    logits = run_chunks(load(SPECS[name], quantization=quantization), TOKENS, 150, PAGES)
+    logits = run_chunks(load(SPECS[name], **settings), TOKENS, 150, PAGES)
     error = np.linalg.norm(logits - reference) / np.linalg.norm(reference)
-    assert error < QUANTIZATIONS[quantization]
+    assert error < limit
 
 
-@pytest.mark.parametrize("quantization", QUANTIZATIONS)
+@pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("name", SPECS)
-def test_same_bits_in_any_chunks_pages_and_batch(isa: str, name: str, quantization: str) -> None:
-    backend = load(SPECS[name], quantization=quantization)
+def test_same_bits_in_any_chunks_pages_and_batch(isa: str, name: str, recipe: str) -> None:
+    backend = load(SPECS[name], **RECIPES[recipe][0])
     whole = run_chunks(backend, TOKENS, 150, PAGES)
     for chunk, pages in [(1, [1, 3, 4, 6, 8]), (16, PAGES), (37, [9, 8, 7, 6, 5])]:
         np.testing.assert_array_equal(run_chunks(backend, TOKENS, chunk, pages), whole)
@@ -134,13 +141,34 @@ def test_same_bits_with_any_page_size_and_threads(isa: str) -> None:
     np.testing.assert_array_equal(run_chunks(load(spec, threads=1), TOKENS, 60, PAGES), whole)
 
 
-def test_what_a_page_held_before_does_not_matter(isa: str) -> None:
+@pytest.mark.parametrize("windows", [(0, 0, 0), (500, 0, 530)], ids=["all", "windows"])
+def test_a_long_context_in_parts(isa: str, windows: tuple[int, ...]) -> None:
+    """Where threads share one row's context they sum it up as one alone does beside other rows: the same bits."""
+    spec = dataclasses.replace(PLAIN, windows=windows)
+    tokens, pages = np.random.default_rng(3).integers(1, 100, 1100).tolist(), list(range(35))
+    settings = {"pages": 40, "max_model_len": 2048}
+    reference = run_chunks(load(spec, load_torch, dtype="float32", **settings), tokens, 250, pages)
+    backend = load(spec, **settings)
+    whole = run_chunks(backend, tokens, 250, pages)
+    assert np.linalg.norm(whole - reference) < 0.01 * np.linalg.norm(reference)
+    np.testing.assert_array_equal(run_chunks(load(spec, **settings, threads=1), tokens, 64, pages), whole)
+    np.testing.assert_array_equal(run_chunks(load(spec, **settings, page_size=96), tokens, 250, range(12)), whole)
+    beside = [(TOKENS, 0, [35, 36, 37, 38, 39])]
+    for at in (511, 513, 900, 1099, 512):  # 512 last: it begins a block anew
+        row = [(tokens[at : at + 1], at, pages)]
+        np.testing.assert_array_equal(backend.logits(step_batch(row)), whole[at : at + 1])
+        np.testing.assert_array_equal(backend.logits(step_batch(beside + row))[-1:], whole[at : at + 1])
+
+
+@pytest.mark.parametrize("kv_cache_dtype", ["bf16", "int8"])
+def test_what_a_page_held_before_does_not_matter(isa: str, kv_cache_dtype: str) -> None:
     """Not even NaN, which 0 times it would pass on."""
     parameters = random_parameters(PLAIN)
     embed = parameters["embed"].parts[0].data
     embed[100] = 0xFF  # the embedding of token 100: all NaN
-    fresh = run_chunks(load(PLAIN, parameters=parameters), TOKENS[:40], 40, [0, 1])
-    backend = load(PLAIN, parameters=parameters)
+    settings = {"parameters": parameters, "kv_cache_dtype": kv_cache_dtype}
+    fresh = run_chunks(load(PLAIN, **settings), TOKENS[:40], 40, [0, 1])
+    backend = load(PLAIN, **settings)
     assert np.isnan(run_chunks(backend, [100] * 64, 64, [0, 1])).all()
     np.testing.assert_array_equal(run_chunks(backend, TOKENS[:40], 40, [0, 1]), fresh)
 
@@ -204,6 +232,12 @@ def test_a_batch_larger_than_the_arena_is_refused() -> None:
         backend.step(step_batch([(TOKENS[:3], 0, [0])]))
     with pytest.raises(TypeError, match="tokens"):
         backend.step(dataclasses.replace(step_batch([([1], 0, [0])]), tokens=np.array([1], np.int64)))
+
+
+def test_bytes_of_a_page() -> None:
+    values = 3 * 2 * 32 * 2 * 16  # layers, k and v, tokens, heads, head_dim
+    assert load(PLAIN).page_bytes == 2 * values
+    assert load(PLAIN, kv_cache_dtype="int8").page_bytes == values + 4 * values // 16  # and a scale per head
 
 
 def test_a_pool_that_does_not_fit_says_what_would() -> None:

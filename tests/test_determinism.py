@@ -12,9 +12,10 @@ from tiny_models import real_text
 
 NUM_PROMPTS = 64
 # The tiny ones have sliding windows, biases, norms of q and k. SmolLM2's own integers ("auto") are those of Q4_1.
+# The last is the KV cache's dtype.
 MODELS = [
-    ("smollm2", "none"), ("smollm2", "auto"), ("mistral", "none"), ("mistral", "8bit"), ("qwen2", "none"),
-    ("qwen2", "8bit"), ("qwen3", "none"), ("qwen3", "4bit"),
+    ("smollm2", "none", "bf16"), ("smollm2", "auto", "int8"), ("mistral", "none", "bf16"), ("mistral", "8bit", "int8"),
+    ("qwen2", "none", "int8"), ("qwen2", "8bit", "bf16"), ("qwen3", "none", "bf16"), ("qwen3", "4bit", "bf16"),
 ]  # fmt: skip
 
 
@@ -46,8 +47,9 @@ PARAMS = [parameters(i) for i in range(NUM_PROMPTS)]
 @pytest.fixture(scope="module", params=MODELS, ids="-".join)
 def model(request: pytest.FixtureRequest, tiny_model: Callable[[str], Path]) -> dict[str, str]:
     """What of an LLM's settings names the model and its recipe."""
-    name, quantization = request.param
-    return {"model": name if name == "smollm2" else str(tiny_model(name)), "quantization": quantization}
+    name, quantization, kv_cache_dtype = request.param
+    path = name if name == "smollm2" else str(tiny_model(name))
+    return {"model": path, "quantization": quantization, "kv_cache_dtype": kv_cache_dtype}
 
 
 @pytest.fixture(scope="module")

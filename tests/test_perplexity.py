@@ -41,6 +41,13 @@ def test_cost_of_a_setting(quantization: str, limit: float, model: Model, in_bfl
 
 
 @pytest.mark.slow
+def test_cost_of_a_kv_cache_in_int8(model: Model, in_bfloat16: np.ndarray) -> None:
+    of_setting = losses(model, "none", "int8")
+    assert not np.array_equal(of_setting, in_bfloat16)
+    assert_costs_at_most(0.003, of_setting, in_bfloat16)
+
+
+@pytest.mark.slow
 def test_ordinary_floats(smollm2: Path) -> None:
     shuffled = open_model(str(smollm2), WINDOWS, shuffle=True)
     reference = losses(shuffled, "none")

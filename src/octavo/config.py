@@ -16,6 +16,7 @@ from typing import Any
 from .errors import ConfigError
 
 DTYPES = {"auto": "auto", "bf16": "bfloat16", "bfloat16": "bfloat16", "float32": "float32", "fp32": "float32"}
+KV_CACHE_DTYPES = {"auto": "bf16", "bf16": "bf16", "bfloat16": "bf16", "int8": "int8"}
 QUANTIZATIONS = ("auto", "none", "8bit", "4bit")
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
@@ -43,6 +44,9 @@ class EngineConfig:
     max_batch_size: int = _setting(256, "Sequences that run at the same time.")
     max_batch_tokens: int = _setting(512, "Tokens computed in one step: the size of a prefill chunk.")
     kv_cache_page_size: int = _setting(32, "Tokens in a page of the KV cache: a multiple of 32.")
+    kv_cache_dtype: str = _setting(
+        "bf16", "Keys and values in the cache: bf16, or int8 (half the memory; cpu backend)."
+    )
     kv_cache_memory: str | int | None = _setting(
         None, "Memory for the KV cache, such as 4GiB; by default what a full batch needs, at most half of what is free."
     )
@@ -71,12 +75,14 @@ class EngineConfig:
         need(self.quantization in QUANTIZATIONS, "quantization", "auto, none, 8bit or 4bit")
         if self.backend == "torch":
             need(self.quantization in ("auto", "none"), "quantization", "auto or none with the torch backend")
+            need(self.kv_cache_dtype != "int8", "kv_cache_dtype", "bf16 with the torch backend")
         if self.max_model_len is not None:
             at_least("max_model_len", 2)
         at_least("max_batch_size", 1)
         at_least("max_batch_tokens", 1)
         at_least("kv_cache_page_size", 32)
         need(self.kv_cache_page_size % 32 == 0, "kv_cache_page_size", "a multiple of 32")
+        need(self.kv_cache_dtype in KV_CACHE_DTYPES, "kv_cache_dtype", "bf16 or int8")
         at_least("speculative_tokens", 0)
         if self.threads is not None:
             at_least("threads", 1)

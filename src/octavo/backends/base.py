@@ -114,9 +114,11 @@ class BackendFactory(Protocol):
         quantization: str,
         device: str,
         progress: Progress,
+        kv_cache_dtype: str = "bf16",
     ) -> Backend:
         """Pack `parameters` (canonical names of model/decoder.py) and compile `spec`; each is read once.
 
         quantization: how weights are held, "auto", "none", "8bit" or "4bit" (see EngineConfig).
+        kv_cache_dtype: how keys and values are held, "bf16" or "int8".
         """
         ...

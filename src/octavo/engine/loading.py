@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from octavo.backends.base import BackendFactory, Progress
-from octavo.config import DTYPES, EngineConfig, parse_size
+from octavo.config import DTYPES, KV_CACHE_DTYPES, EngineConfig, parse_size
 from octavo.errors import ConfigError, OutOfMemory
 from octavo.memory import available_memory
 from octavo.model import describe_model
@@ -38,6 +38,7 @@ def load_engine(config: EngineConfig, path: Path, progress: Progress | None = No
         threads=config.num_threads,
         dtype=DTYPES[config.dtype],
         quantization=config.quantization,
+        kv_cache_dtype=KV_CACHE_DTYPES[config.kv_cache_dtype],
         device=config.device,
         progress=progress or _silent,
     )

@@ -83,12 +83,14 @@ def load(
     quantization: str,
     device: str,
     progress: Progress,
+    kv_cache_dtype: str = "bf16",
 ) -> CpuBackend:
     """A BackendFactory. `dtype` is auto or bfloat16. OCTAVO_ISA=amx|avx512|avx2|portable picks the kernels.
 
     `quantization` auto: integers of 8 or 4 bits where the checkpoint has them, bfloat16 elsewhere; none: bfloat16;
     8bit, 4bit: what has more bits is quantised as it is packed; to 4 bits all but what model.decoder.needs_8_bits, and
     with regard to the importance of each column (calibration.py).
+    `kv_cache_dtype` bf16; or int8, with a scale for each token's K and V of each head.
 
     Raises ConfigError, OutOfMemory or UnsupportedModel.
     """
@@ -96,9 +98,9 @@ def load(
         raise ConfigError(f"the cpu backend computes in bfloat16, not {dtype}; use dtype auto or backend torch")
     if device not in ("auto", "cpu"):
         raise ConfigError(f"the cpu backend runs on device cpu, not {device}; use device auto or backend torch")
-    isa = choose_isa()
+    isa, int8_kv = choose_isa(), kv_cache_dtype == "int8"
     program = new_program(
-        spec, isa, threads, page_size=page_size, max_rows=max_batch_tokens, max_sampled=max_batch_size
+        spec, isa, threads, page_size=page_size, max_rows=max_batch_tokens, max_sampled=max_batch_size, int8_kv=int8_kv
     )
     recorder = Recorder(spec, program, parameters, quantization)
     program.finish(describe(spec, recorder))

@@ -13,7 +13,7 @@ from ._native import Program, available_isas
 
 
 def new_program(
-    spec: DecoderSpec, isa: str, threads: int, *, page_size: int, max_rows: int, max_sampled: int
+    spec: DecoderSpec, isa: str, threads: int, *, page_size: int, max_rows: int, max_sampled: int, int8_kv: bool = False
 ) -> Program:
     """A program to be recorded. Raises UnsupportedModel."""
     if spec.head_dim % 16:
@@ -31,6 +31,7 @@ def new_program(
         max_rows=max_rows,
         max_sampled=max_sampled,
         frequencies=spec.rope.frequencies(spec.head_dim).tolist(),
+        int8_kv=int8_kv,
     )
 
 

@@ -67,10 +67,11 @@ def load(
     quantization: str,
     device: str,
     progress: Progress,
+    kv_cache_dtype: str = "bf16",
 ) -> TorchBackend:
     """A BackendFactory. `dtype` auto: bfloat16; `device` auto: cpu. Raises ConfigError or OutOfMemory.
 
-    Weights are dequantised: `quantization` is auto or none.
+    Weights are dequantised: `quantization` is auto or none. The KV cache is of the same dtype as the arithmetic.
     """
     torch_device = torch.device("cpu" if device == "auto" else device)
     if torch_device.type == "cuda" and (torch_device.index or 0) >= torch.cuda.device_count():
