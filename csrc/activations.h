@@ -1,5 +1,5 @@
-// Writing the rows that linears read: as bf16; as int8 in groups of 32 that have a scale each; or as int8 with one scale
-// for the row, after a rotation.
+// Writing the rows that linears read: as bf16; as int8 in groups of 32 that have a scale each; or as int8 with one
+// scale for the row, after a rotation.
 #pragma once
 
 #include "rotation.h"

@@ -148,7 +148,8 @@ NB_MODULE(_native, module) {
             [](Program* self, const std::string& isa, std::vector<int> cores, int64_t vocab, int64_t heads,
                int64_t kv_heads, int64_t head_dim, int64_t layers, double norm_eps, int64_t page_size, int64_t max_rows,
                int64_t max_sampled, std::vector<double> frequencies, bool int8_kv) {
-                const Sizes sizes{vocab, heads, kv_heads, head_dim, layers, norm_eps, page_size, max_rows, max_sampled, int8_kv};
+                const Sizes sizes{vocab, heads, kv_heads, head_dim, layers, norm_eps, page_size, max_rows,
+                                  max_sampled, int8_kv};
                 new (self) Program(isa, std::move(cores), sizes, std::move(frequencies));
             },
             nb::kw_only(), "isa"_a, "cores"_a, "vocab"_a, "heads"_a, "kv_heads"_a, "head_dim"_a, "layers"_a,

@@ -14,8 +14,8 @@ namespace octavo::OCTAVO_ISA {
 template <class Sum>
 constexpr int64_t kOperations = std::is_same_v<Sum, F32> ? 4 : 8;
 
-// Some microseconds of dot products, of bf16 or (Sum is I32) of int8; returns how many operations they were. `out` has room
-// for kPeakFloats.
+// Some microseconds of dot products, of bf16 or (Sum is I32) of int8; returns how many operations they were. `out` has
+// room for kPeakFloats.
 #ifdef OCTAVO_AMX
 template <class Sum>
 int64_t peak_products(float* out) {
@@ -40,8 +40,8 @@ int64_t peak_products(float* out) {
     static_assert(kTileRows * kWide * kBlock <= kPeakFloats);
     int64_t stride = 0;      // every row and every word is the same one,
     asm("" : "+r"(stride));  // which the compiler must not know, or it would compute it once
-    product_tile<Sum, kTileRows, kWide>({row, stride}, {columns, stride, 4 * kBlock}, kWords, false, out, kWide * kBlock,
-                                        {}, 0);
+    product_tile<Sum, kTileRows, kWide>({row, stride}, {columns, stride, 4 * kBlock}, kWords, false, out,
+                                        kWide * kBlock, {}, 0);
     return kWords * kTileRows * kWide * kBlock * kOperations<Sum>;
 }
 #endif

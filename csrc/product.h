@@ -1,5 +1,5 @@
-// The one inner loop of linears and of attention: rows times a matrix, both in words of 4 bytes, along which it sums: pairs
-// of bf16, summed in float, or four bytes, int8 times uint8, summed exactly.
+// The one inner loop of linears and of attention: rows times a matrix, both in words of 4 bytes, along which it sums:
+// pairs of bf16, summed in float, or four bytes, int8 times uint8, summed exactly.
 //
 // Each element of the result has one accumulator, which takes the words in ascending order. It does not matter how many
 // rows and columns are worked on together, so a row comes out the same, to the bit, in any batch.
@@ -33,7 +33,8 @@ struct Columns {
 
     OCTAVO_INLINE Columns from(int64_t j) const { return {static_cast<const char*>(data) + j * block, word, block}; }
     OCTAVO_INLINE U32 vector(int64_t w, int j) const {
-        return load_as<U32>(static_cast<const char*>(data) + w * word + j / kVectors * block + j % kVectors * sizeof(U32));
+        const auto* at = static_cast<const char*>(data) + w * word + j / kVectors * block;
+        return load_as<U32>(at + j % kVectors * sizeof(U32));
     }
 };
 
