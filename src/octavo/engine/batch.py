@@ -1,7 +1,8 @@
 """Turns a StepPlan into the flat arrays of a StepBatch.
 
 What does not change from step to step lives in columns, a row per running sequence (its slot), so that a step gathers
-with a few numpy calls instead of touching every parameter of every sequence in Python.
+with a few numpy calls instead of touching every parameter of every sequence in Python; and a step of the same sequences
+as the last one does not even that.
 """
 
 import math
@@ -16,8 +17,9 @@ from octavo.kv import SequencePages
 from .scheduler import StepPlan
 from .sequence import Sequence
 
-_NO_TOKENS: "array[int]" = array("i")
+_NO_HISTORY: "array[int]" = array("i")
 _NO_BIAS: dict[int, float] = {}
+_NO_TOKENS, _NO_VALUES = np.zeros(0, np.int32), np.zeros(0, np.float32)
 
 
 class BatchBuilder:
@@ -29,17 +31,19 @@ class BatchBuilder:
         self._owner: list[SequencePages | None] = [None] * n
         self._num_pages = [0] * n  # entries of the page table that are filled in
         self._page_tables = np.zeros((n, max_pages), np.int32)
-        self._temperature = np.zeros(n, np.float32)
-        self._top_k = np.zeros(n, np.int32)
-        self._top_p = np.ones(n, np.float32)
-        self._min_p = np.zeros(n, np.float32)
-        self._seeds = np.zeros(n, np.uint64)
-        self._num_logprobs = np.full(n, -1, np.int32)
-        self._repetition = np.ones(n, np.float32)
-        self._presence = np.zeros(n, np.float32)
-        self._frequency = np.zeros(n, np.float32)
-        self._penalised = np.zeros(n, bool)
-        self._biased = np.zeros(n, bool)
+        self._parameters: dict[str, np.ndarray] = {  # fields of SamplingBatch
+            "temperature": np.zeros(n, np.float32),
+            "top_k": np.zeros(n, np.int32),
+            "top_p": np.ones(n, np.float32),
+            "min_p": np.zeros(n, np.float32),
+            "seeds": np.zeros(n, np.uint64),
+            "num_logprobs": np.full(n, -1, np.int32),
+            "repetition": np.ones(n, np.float32),
+            "presence": np.zeros(n, np.float32),
+            "frequency": np.zeros(n, np.float32),
+        }
+        self._gathered: dict[str, np.ndarray] = {}  # those of the last step's rows,
+        self._gathered_slots: list[int] | None = None  # which had these slots
 
     def build(self, plan: StepPlan) -> StepBatch:
         for seq in plan.sequences:
@@ -76,45 +80,35 @@ class BatchBuilder:
             self._num_pages[slot] = len(pages)
 
     def _set_parameters(self, seq: Sequence) -> None:
-        slot, params = seq.slot, seq.request.params
-        self._temperature[slot] = params.temperature
-        self._top_k[slot] = max(params.top_k, 0)
-        self._top_p[slot] = params.top_p
-        self._min_p[slot] = params.min_p
-        self._seeds[slot] = (params.seed or 0) & (2**64 - 1)
-        self._num_logprobs[slot] = -1 if params.logprobs is None else params.logprobs
-        self._repetition[slot] = params.repetition_penalty
-        self._presence[slot] = params.presence_penalty
-        self._frequency[slot] = params.frequency_penalty
-        self._penalised[slot] = params.penalised
-        self._biased[slot] = bool(params.logit_bias) or params.min_tokens > 0
+        slot, params, column = seq.slot, seq.request.params, self._parameters
+        column["temperature"][slot] = params.temperature
+        column["top_k"][slot] = max(params.top_k, 0)
+        column["top_p"][slot] = params.top_p
+        column["min_p"][slot] = params.min_p
+        column["seeds"][slot] = (params.seed or 0) & (2**64 - 1)
+        column["num_logprobs"][slot] = -1 if params.logprobs is None else params.logprobs
+        column["repetition"][slot] = params.repetition_penalty
+        column["presence"][slot] = params.presence_penalty
+        column["frequency"][slot] = params.frequency_penalty
+        self._gathered_slots = None
 
     def _sampling(self, rows: list[tuple[Sequence, int]]) -> SamplingBatch:
         """How to sample each of `rows`: the sequence's next token, or the one so many ahead of it."""
-        sequences = [seq for seq, _ in rows]
-        slots = np.array([seq.slot for seq in sequences], np.intp)
         outputs = np.array([seq.num_outputs + ahead for seq, ahead in rows], np.int64)
-        penalised, biased = self._penalised[slots], self._biased[slots]
-        histories = [seq.tokens if penalised[r] else _NO_TOKENS for r, seq in enumerate(sequences)]
-        biases = [_bias(seq) if biased[r] else _NO_BIAS for r, seq in enumerate(sequences)]
+        sequences = [seq for seq, _ in rows]
         return SamplingBatch(
-            temperature=self._temperature[slots],
-            top_k=self._top_k[slots],
-            top_p=self._top_p[slots],
-            min_p=self._min_p[slots],
-            seeds=self._seeds[slots],
             positions=outputs,
-            num_logprobs=self._num_logprobs[slots],
-            repetition=self._repetition[slots],
-            presence=self._presence[slots],
-            frequency=self._frequency[slots],
-            history=np.frombuffer(b"".join(histories), np.int32),
-            history_start=_starts(histories),
-            history_outputs=np.where(penalised, outputs, 0).astype(np.int32),
-            bias_tokens=np.array([token for row in biases for token in row], np.int32),
-            bias_values=np.array([value for row in biases for value in row.values()], np.float32),
-            bias_start=_starts(biases),
+            **self._gather_parameters([seq.slot for seq in sequences]),
+            **_histories(sequences, outputs),
+            **_biases(sequences),
         )
+
+    def _gather_parameters(self, slots: list[int]) -> dict[str, np.ndarray]:
+        if slots != self._gathered_slots:
+            index = np.array(slots, np.intp)
+            self._gathered = {name: column[index] for name, column in self._parameters.items()}
+            self._gathered_slots = slots
+        return self._gathered
 
 
 def _gather_tokens(plan: StepPlan) -> np.ndarray:
@@ -126,9 +120,37 @@ def _gather_tokens(plan: StepPlan) -> np.ndarray:
     return np.frombuffer(b"".join(chunks), np.int32)
 
 
+def _histories(sequences: list[Sequence], outputs: np.ndarray) -> dict[str, np.ndarray]:
+    """What penalties look back at, if any row has one: fields of SamplingBatch."""
+    penalised = [seq.request.params.penalised for seq in sequences]
+    if not any(penalised):
+        zeros = np.zeros(len(sequences) + 1, np.int32)
+        return {"history": _NO_TOKENS, "history_start": zeros, "history_outputs": zeros[1:]}
+    histories = [seq.tokens if wanted else _NO_HISTORY for seq, wanted in zip(sequences, penalised, strict=True)]
+    return {
+        "history": np.frombuffer(b"".join(histories), np.int32),
+        "history_start": _starts(histories),
+        "history_outputs": np.where(penalised, outputs, 0).astype(np.int32),
+    }
+
+
+def _biases(sequences: list[Sequence]) -> dict[str, np.ndarray]:
+    """What is added to logits, if any row wants that: fields of SamplingBatch."""
+    biases = [_bias(seq) for seq in sequences]
+    if not any(biases):
+        return {"bias_tokens": _NO_TOKENS, "bias_values": _NO_VALUES, "bias_start": np.zeros(len(biases) + 1, np.int32)}
+    return {
+        "bias_tokens": np.array([token for row in biases for token in row], np.int32),
+        "bias_values": np.array([value for row in biases for value in row.values()], np.float32),
+        "bias_start": _starts(biases),
+    }
+
+
 def _bias(seq: Sequence) -> dict[int, float]:
     """What is added to the next token's logits: logit_bias, and a ban on ending before min_tokens."""
     params = seq.request.params
+    if not params.logit_bias and seq.num_outputs >= params.min_tokens:
+        return _NO_BIAS
     bias = dict(params.logit_bias or {})
     if seq.num_outputs < params.min_tokens:
         bias.update(dict.fromkeys(seq.stop_tokens, -math.inf))

@@ -4,8 +4,6 @@ A page is in one of three states: free (no content), held (by one or more sequen
 content known by a key, first to be forgotten when it was used least recently). Every operation is O(1).
 """
 
-from collections import deque
-
 
 class PagePool:
     """Pages 0 .. num_pages - 1. Pure bookkeeping: the memory is the backend's."""
@@ -14,7 +12,9 @@ class PagePool:
         self.num_pages = num_pages
         self._holders = [0] * num_pages
         self._key: list[bytes | None] = [None] * num_pages
-        self._free = deque(range(num_pages))
+        self._free = list(
+            reversed(range(num_pages))
+        )  # the last one is taken first: its memory is warm, or there at all
         self._cached: dict[int, None] = {}  # insertion order is order of last use
         self._page_of: dict[bytes, int] = {}
 
@@ -30,7 +30,7 @@ class PagePool:
     def take(self) -> int:
         """A page of one's own, content undefined; if none is free, a cached one. Needs num_available > 0."""
         if self._free:
-            page = self._free.popleft()
+            page = self._free.pop()
         else:
             page = next(iter(self._cached))
             del self._cached[page]
