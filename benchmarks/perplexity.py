@@ -31,7 +31,8 @@ from octavo.config import QUANTIZATIONS, EngineConfig
 from octavo.model import describe_model
 from octavo.model.spec import DecoderSpec
 from octavo.text import Tokenizer
-from octavo.weights import Parameter, Tensor, open_checkpoint, resolve
+from octavo.weights import Parameter, open_checkpoint, resolve
+from octavo.weights.tensor import bfloat16_tensor
 
 WINDOW, CHUNK, PAGE_SIZE = 512, 128, 32  # tokens; each window is a text of its own
 CODE = (argparse, heapq, json.decoder, statistics, string, textwrap)
@@ -94,24 +95,13 @@ def _window_losses(backend: CpuBackend, window: np.ndarray) -> np.ndarray:
 
 
 def _step(window: np.ndarray, start: int) -> StepBatch:
-    def each(value: float, dtype: type) -> np.ndarray:
-        return np.full(CHUNK, value, dtype)
-
-    none, starts = np.zeros(0, np.int32), np.zeros(CHUNK + 1, np.int32)
-    sampling = SamplingBatch(
-        temperature=each(0, np.float32), top_k=each(0, np.int32), top_p=each(1, np.float32), min_p=each(0, np.float32),
-        seeds=each(0, np.uint64), positions=each(0, np.int64), num_logprobs=each(-1, np.int32),
-        repetition=each(1, np.float32), presence=each(0, np.float32), frequency=each(0, np.float32),
-        history=none, history_start=starts, history_outputs=each(0, np.int32),
-        bias_tokens=none, bias_values=np.zeros(0, np.float32), bias_start=starts,
-    )  # fmt: skip
     return StepBatch(
         tokens=window[start : start + CHUNK],
         positions=np.arange(start, start + CHUNK, dtype=np.int32),
         query_start=np.array([0, CHUNK], np.int32),
         page_tables=np.arange(WINDOW // PAGE_SIZE, dtype=np.int32)[None],
         sample_rows=np.arange(CHUNK, dtype=np.int32),
-        sampling=sampling,
+        sampling=SamplingBatch.greedy(CHUNK),
     )
 
 
@@ -139,9 +129,7 @@ def shuffled(spec: DecoderSpec, parameters: Mapping[str, Parameter]) -> dict[str
             values = values[hidden][:, inner]
         else:  # norms, embedding and head
             values = values[..., hidden]
-        bits = np.ascontiguousarray(values).view(np.uint32)
-        rows = ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16).reshape(-1, values.shape[-1])
-        result[name] = Parameter((Tensor(name, values.shape, "BF16", rows.view(np.uint8)),))
+        result[name] = Parameter((bfloat16_tensor(name, values),))
     return result
 
 

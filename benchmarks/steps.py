@@ -30,24 +30,13 @@ def step_batch(sequences: int, new: int, before: int) -> StepBatch:
     pages = -(-(before + new) // PAGE_SIZE)
     rows = sequences * new
 
-    def each(value: float, dtype: type) -> np.ndarray:
-        return np.full(sequences, value, dtype)
-
-    none, starts = np.zeros(0, np.int32), np.zeros(sequences + 1, np.int32)
-    sampling = SamplingBatch(
-        temperature=each(0, np.float32), top_k=each(0, np.int32), top_p=each(1, np.float32), min_p=each(0, np.float32),
-        seeds=each(0, np.uint64), positions=each(0, np.int64), num_logprobs=each(-1, np.int32),
-        repetition=each(1, np.float32), presence=each(0, np.float32), frequency=each(0, np.float32),
-        history=none, history_start=starts, history_outputs=each(0, np.int32),
-        bias_tokens=none, bias_values=np.zeros(0, np.float32), bias_start=starts,
-    )  # fmt: skip
     return StepBatch(
         tokens=np.random.default_rng(0).integers(10, 49000, rows).astype(np.int32),
         positions=np.tile(np.arange(before, before + new, dtype=np.int32), sequences),
         query_start=np.arange(0, rows + 1, new, dtype=np.int32),
         page_tables=np.arange(sequences * pages, dtype=np.int32).reshape(sequences, pages),
         sample_rows=np.arange(new - 1, rows, new, dtype=np.int32),
-        sampling=sampling,
+        sampling=SamplingBatch.greedy(sequences),
     )
 
 

@@ -61,7 +61,7 @@ OCTAVO_INLINE void store_rotated(const Matrix& out, int64_t row, float* values) 
     const Int8Scale s(bits);
     for (int64_t i = 0; i < out.stride; i += kLanes)
         total += store_int8(load(values + i), s.back, out.i8(row) + i);
-    out.whole(row) = {s.scale, -128 * sum(total)};
+    out.row_scale(row) = {s.scale, -128 * sum(total)};
 }
 
 // A row in whatever `out` holds. `value_at(column)` gives a vector of it; `scratch` is for the whole row.

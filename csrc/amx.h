@@ -208,26 +208,15 @@ OCTAVO_INLINE void integer_product_on_tiles(const Matrix& a, int64_t row, int64_
     configure({});
 }
 
-// Of a weight in bf16, or in integers that have a scale per row.
-template <class Sum>
-void whole_product(const Instruction& op, int64_t row, int64_t rows, int64_t block, int64_t blocks, Ahead ahead,
-                   Scratch& scratch) {
-    const Weight& w = *op.weight;
-    const Columns columns{w.block(block), 4 * kBlock, w.block_bytes};
-    product_on_tiles<Sum>({op.x.row(row), op.x.row_bytes}, rows, columns, blocks, w.words(), false, scratch.sums,
-                          kSumsStride, ahead);
-}
-
 OCTAVO_INLINE void weight_product(const Instruction& op, int64_t row, int64_t rows, int64_t block, int64_t blocks,
                                   Ahead ahead, Scratch& scratch) {
     const Weight& w = *op.weight;
     if (op.x.element == Element::i8_groups)
         return integer_product_on_tiles(op.x, row, rows, w, block, blocks, scratch.sums, kSumsStride, ahead,
                                         scratch.widened);
-    if (op.x.element == Element::i8_rows)
-        whole_product<I32>(op, row, rows, block, blocks, ahead, scratch);
-    else
-        whole_product<F32>(op, row, rows, block, blocks, ahead, scratch);
+    const auto times = op.x.element == Element::i8_rows ? product_on_tiles<I32> : product_on_tiles<F32>;
+    times({op.x.row(row), op.x.row_bytes}, rows, {w.block(block), 4 * kBlock, w.block_bytes}, blocks, w.words(), false,
+          scratch.sums, kSumsStride, ahead);
 }
 
 }  // namespace octavo::OCTAVO_ISA

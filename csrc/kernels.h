@@ -39,12 +39,12 @@ struct ActivationGroup {
 };
 
 // The same for a whole row.
-struct ActivationRow {
+struct RowScale {
     float scale;
     int32_t offset;  // -128 * their sum
 };
 
-// How activations are held: after int8 come the row's ActivationGroups, or its ActivationRow.
+// How activations are held: after int8 come the row's ActivationGroups, or its RowScale.
 enum class Element { f32, bf16, i8_groups, i8_rows };
 
 // Activations. Rows and columns past the ones in use exist (up to multiples of 64), so that kernels work on whole
@@ -60,7 +60,7 @@ struct Matrix {
     OCTAVO_INLINE bf16* b16(int64_t r) const { return reinterpret_cast<bf16*>(row(r)); }
     OCTAVO_INLINE int8_t* i8(int64_t r) const { return reinterpret_cast<int8_t*>(row(r)); }
     OCTAVO_INLINE ActivationGroup* groups(int64_t r) const { return reinterpret_cast<ActivationGroup*>(i8(r) + stride); }
-    OCTAVO_INLINE ActivationRow& whole(int64_t r) const { return *reinterpret_cast<ActivationRow*>(i8(r) + stride); }
+    OCTAVO_INLINE RowScale& row_scale(int64_t r) const { return *reinterpret_cast<RowScale*>(i8(r) + stride); }
 };
 
 constexpr int64_t bytes_of_row(Element element, int64_t stride) {

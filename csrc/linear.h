@@ -67,13 +67,13 @@ OCTAVO_INLINE void scale_sums(const Instruction& op, int64_t row, int64_t rows, 
                               float* sums) {
     const Weight& w = *op.weight;
     for (int64_t r = 0; r < rows; r++) {
-        const ActivationRow& whole = op.x.whole(row + r);
+        const RowScale& of_row = op.x.row_scale(row + r);
         for (int64_t j = 0; j < blocks; j++) {
             const std::byte* end = w.block(block + j) + w.groups * w.encoding.value_bytes();
             const float* scales = reinterpret_cast<const float*>(end);
             for (int64_t i = 0; i < kBlock; i += kLanes) {
                 float* at = sums + r * kSumsStride + j * kBlock + i;
-                store(at, to_float(load_as<I32>(at) + whole.offset) * (load(scales + i) * splat(whole.scale)));
+                store(at, to_float(load_as<I32>(at) + of_row.offset) * (load(scales + i) * splat(of_row.scale)));
             }
         }
     }

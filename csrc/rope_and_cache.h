@@ -5,7 +5,7 @@
 // scales of the 32 positions after it.
 #pragma once
 
-#include "simd.h"
+#include "activations.h"
 
 namespace octavo::OCTAVO_ISA {
 
@@ -33,21 +33,13 @@ OCTAVO_INLINE void rotate_head(const float* x, const float* weight, const Step& 
     }
 }
 
-// To the nearest of -127 ... 127 times the scale, which is returned.
-OCTAVO_INLINE float quantise_head(const float* from, int64_t dim, uint8_t* to) {
-    typedef uint8_t U8 __attribute__((vector_size(kLanes)));
-    I32 bits = {};  // of the magnitude; as an integer, NaN is larger than anything else, and so becomes the scale
-    for (int64_t i = 0; i < dim; i += kLanes) {
-        const I32 magnitude = (I32)load(from + i) & 0x7fffffff;
-        bits = bits > magnitude ? bits : magnitude;
-    }
-    const int32_t largest_bits = maximum(bits);
-    float largest;
-    std::memcpy(&largest, &largest_bits, sizeof largest);
-    const F32 back = splat(largest > 0 ? 127.0f / largest : 0.0f), magic = splat(12582912.0f);  // as in exp2
-    for (int64_t i = 0; i < dim; i += kLanes)
-        store_as<U8>(to + i, __builtin_convertvector((I32)(load(from + i) * back + magic) - (I32)magic, U8));
-    return largest / 127.0f;
+// To int8; returns the scale.
+OCTAVO_INLINE float quantise_head(const float* from, int64_t dim, int8_t* to) {
+    I32 bits = {};
+    for (int64_t i = 0; i < dim; i += kLanes) bits = magnitude_bits(load(from + i), bits);
+    const Int8Scale s(bits);
+    for (int64_t i = 0; i < dim; i += kLanes) store_int8(load(from + i), s.back, to + i);
+    return s.scale;
 }
 
 // Into position `slot` of a block of K: pairs of dimensions, a line apart.
@@ -79,11 +71,12 @@ OCTAVO_INLINE void write_position(const float* k_from, const float* v_from, int6
     if (slot == 0) std::memset(v, 0, shape.kv_bytes());
     if (shape.int8_kv) {
         auto* bytes = reinterpret_cast<uint8_t*>(scratch.queries);
+        auto* integers = reinterpret_cast<int8_t*>(bytes);
         auto* k_scales = reinterpret_cast<float*>(k + shape.block_elements());
         auto* v_scales = reinterpret_cast<float*>(v + shape.block_elements());
-        k_scales[slot] = quantise_head(k_from, dim, bytes);
+        k_scales[slot] = quantise_head(k_from, dim, integers);
         write_k(bytes, slot, dim, reinterpret_cast<uint8_t*>(k));
-        v_scales[slot] = quantise_head(v_from, dim, bytes);
+        v_scales[slot] = quantise_head(v_from, dim, integers);
         write_v<uint16_t>(bytes, slot, dim, reinterpret_cast<uint8_t*>(v));
     } else {
         bf16* halves = scratch.queries;

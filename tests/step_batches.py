@@ -1,6 +1,7 @@
 """Hand-made StepBatches: the least that drives a Backend without an engine."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -9,25 +10,7 @@ from octavo.backends.base import Backend, SamplingBatch, StepBatch
 
 def sampling_batch(rows: int, **fields: np.ndarray) -> SamplingBatch:
     """Greedy sampling of `rows` rows, no logprobs; `fields` replace whole arrays."""
-    defaults = {
-        "temperature": np.zeros(rows, np.float32),
-        "top_k": np.zeros(rows, np.int32),
-        "top_p": np.ones(rows, np.float32),
-        "min_p": np.zeros(rows, np.float32),
-        "seeds": np.arange(rows, dtype=np.uint64),
-        "positions": np.zeros(rows, np.int64),
-        "num_logprobs": np.full(rows, -1, np.int32),
-        "repetition": np.ones(rows, np.float32),
-        "presence": np.zeros(rows, np.float32),
-        "frequency": np.zeros(rows, np.float32),
-        "history": np.zeros(0, np.int32),
-        "history_start": np.zeros(rows + 1, np.int32),
-        "history_outputs": np.zeros(rows, np.int32),
-        "bias_tokens": np.zeros(0, np.int32),
-        "bias_values": np.zeros(0, np.float32),
-        "bias_start": np.zeros(rows + 1, np.int32),
-    }
-    return SamplingBatch(**{**defaults, **fields})
+    return replace(SamplingBatch.greedy(rows), **{"seeds": np.arange(rows, dtype=np.uint64), **fields})
 
 
 def step_batch(

@@ -38,6 +38,28 @@ class SamplingBatch:
     bias_values: np.ndarray  # float32 [B]; -inf bans
     bias_start: np.ndarray  # int32 [R + 1]
 
+    @classmethod
+    def greedy(cls, rows: int) -> "SamplingBatch":
+        """The likeliest token of each of `rows` rows, and nothing else."""
+        return cls(
+            temperature=np.zeros(rows, np.float32),
+            top_k=np.zeros(rows, np.int32),
+            top_p=np.ones(rows, np.float32),
+            min_p=np.zeros(rows, np.float32),
+            seeds=np.zeros(rows, np.uint64),
+            positions=np.zeros(rows, np.int64),
+            num_logprobs=np.full(rows, -1, np.int32),
+            repetition=np.ones(rows, np.float32),
+            presence=np.zeros(rows, np.float32),
+            frequency=np.zeros(rows, np.float32),
+            history=np.zeros(0, np.int32),
+            history_start=np.zeros(rows + 1, np.int32),
+            history_outputs=np.zeros(rows, np.int32),
+            bias_tokens=np.zeros(0, np.int32),
+            bias_values=np.zeros(0, np.float32),
+            bias_start=np.zeros(rows + 1, np.int32),
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class StepBatch:

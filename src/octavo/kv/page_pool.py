@@ -12,9 +12,7 @@ class PagePool:
         self.num_pages = num_pages
         self._holders = [0] * num_pages
         self._key: list[bytes | None] = [None] * num_pages
-        self._free = list(
-            reversed(range(num_pages))
-        )  # the last one is taken first: its memory is warm, or there at all
+        self._free = [*reversed(range(num_pages))]  # the last is taken first: its memory is warm
         self._cached: dict[int, None] = {}  # insertion order is order of last use
         self._page_of: dict[bytes, int] = {}
 

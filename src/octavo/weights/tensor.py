@@ -56,6 +56,13 @@ class Tensor:
         return _dequantise(self.data[rows], self.format)
 
 
+def bfloat16_tensor(name: str, values: np.ndarray) -> Tensor:
+    """Finite float32 values, rounded to nearest, ties to even."""
+    bits = np.ascontiguousarray(values).view(np.uint32)
+    halves = ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+    return Tensor(name, values.shape, "BF16", halves.reshape(-1, values.shape[-1]).view(np.uint8))
+
+
 @dataclass(frozen=True)
 class Parameter:
     """A weight under its canonical name (see model/decoder.py): one tensor, or several stacked by rows."""

@@ -14,7 +14,7 @@ import numpy as np
 from octavo.backends.base import SamplingBatch, StepBatch
 from octavo.model.decoder import describe_layer, needs_8_bits
 from octavo.model.spec import DecoderSpec
-from octavo.weights.tensor import Parameter, Tensor
+from octavo.weights.tensor import Parameter, bfloat16_tensor
 
 from ._native import encoding_for
 from .program import choose_isa, new_program, pack
@@ -76,7 +76,7 @@ def _run_layer(
 
     Returns the sum of the squares of each input of each linear, and the residual stream after the layer.
     """
-    rows = _in_bfloat16(x)  # as an embedding, whose token r is row r
+    rows = Parameter((bfloat16_tensor("embed", x),))  # as an embedding, whose token r is row r
     program = new_program(
         dataclasses.replace(spec, vocab_size=len(x)), choose_isa(), threads,
         page_size=_PAGE_SIZE, max_rows=length, max_sampled=length,
@@ -90,22 +90,14 @@ def _run_layer(
     return {name: program.squares(handle) for name, handle in recorder.observed.items()}, x
 
 
-def _in_bfloat16(x: np.ndarray) -> Parameter:
-    """float32 rows, rounded to nearest, as a weight."""
-    bits = x.view(np.uint32)
-    halves = (bits + 0x7FFF + (bits >> 16 & 1) >> 16).astype(np.uint16)
-    return Parameter((Tensor("embed", x.shape, "BF16", halves.view(np.uint8)),))
-
-
 def _sequence(first: int, length: int) -> StepBatch:
-    """A step of tokens first, first + 1 ... as one sequence, whose logits are all wanted and none is sampled."""
+    """A step of tokens first, first + 1 ... as one sequence, whose logits are all wanted."""
     rows = np.arange(length, dtype=np.int32)
-    nothing = np.zeros(0)
     return StepBatch(
         tokens=first + rows,
         positions=rows,
         query_start=np.array([0, length], np.int32),
         page_tables=np.arange(-(-length // _PAGE_SIZE), dtype=np.int32)[None],
         sample_rows=rows,
-        sampling=SamplingBatch(**{field.name: nothing for field in dataclasses.fields(SamplingBatch)}),
+        sampling=SamplingBatch.greedy(length),
     )
