@@ -6,6 +6,7 @@ an `OCTAVO_*` environment variable; flags win over the file, the file over the e
 
 import dataclasses
 import difflib
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -18,6 +19,8 @@ from .errors import ConfigError
 DTYPES = {"auto": "auto", "bf16": "bfloat16", "bfloat16": "bfloat16", "float32": "float32", "fp32": "float32"}
 KV_CACHE_DTYPES = {"auto": "bf16", "bf16": "bf16", "bfloat16": "bf16", "int8": "int8"}
 QUANTIZATIONS = ("auto", "none", "8bit", "4bit")
+POLICIES = ("fcfs", "priority", "fair", "deadline")
+PREEMPTIONS = ("auto", "swap", "recompute")
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
 
@@ -50,9 +53,32 @@ class EngineConfig:
     kv_cache_memory: str | int | None = _setting(
         None, "Memory for the KV cache, such as 4GiB; by default what a full batch needs, at most half of what is free."
     )
+    kv_disk: str | None = _setting(None, "A folder that keeps KV pages below those in memory, over restarts too.")
+    kv_disk_size: str | int = _setting("20GiB", "Disk that kv_disk may take; the least recently used pages go first.")
+    kv_host_memory: str | int | None = _setting(
+        None, "Host memory for KV pages below those of the device, such as 8GiB (torch backend)."
+    )
+    kv_state_quota: int = _setting(1_000_000, "Tokens that the KV states of one tenant may hold together.")
+    kv_state_ttl: float = _setting(3600.0, "Seconds that a KV state is kept after its last use.")
     enable_prefix_caching: bool = _setting(True, "Keep pages of finished requests for prompts that begin the same.")
     speculative_tokens: int = _setting(
         0, "Guesses at the next tokens that a step tries, looked up in the text so far. The tokens stay the same."
+    )
+    scheduling_policy: str = _setting(
+        "fcfs", "Who is served next: fcfs, priority, fair (between tenants), deadline, or package.module:ClassName."
+    )
+    priority_ageing: float = _setting(
+        10.0, "Seconds of waiting that make up for one step of priority, so that nobody waits for ever."
+    )
+    tenant_weights: str | None = _setting(
+        None, "Shares of tenants under the policy fair, such as premium=4,trial=0.5; 1 by default."
+    )
+    preemption: str = _setting(
+        "auto", "How a sequence that lost its pages comes back: swap (from kv_disk), recompute, or what is quicker."
+    )
+    max_queue: int = _setting(10_000, "Requests that may wait in the server; beyond them it answers 503.")
+    request_timeout: float | None = _setting(
+        None, "Seconds that a request which does not say may take; by default any number."
     )
     threads: int | None = _setting(None, "Compute threads, each pinned to a core; one per available core by default.")
     tensor_parallel_size: int = _setting(1, "Devices to spread the model over. Only 1 so far.")
@@ -65,6 +91,10 @@ class EngineConfig:
         def at_least(name: str, low: int) -> None:
             value = getattr(self, name)
             need(isinstance(value, int) and not isinstance(value, bool) and value >= low, name, f"at least {low}")
+
+        def positive(name: str) -> None:
+            value = getattr(self, name)
+            need(isinstance(value, (int, float)) and 0 < value < math.inf, name, "a positive number of seconds")
 
         need(bool(self.model), "model", "the name of a model")
         need(self.backend in ("auto", "cpu", "torch"), "backend", "auto, cpu or torch")
@@ -84,11 +114,23 @@ class EngineConfig:
         need(self.kv_cache_page_size % 32 == 0, "kv_cache_page_size", "a multiple of 32")
         need(self.kv_cache_dtype in KV_CACHE_DTYPES, "kv_cache_dtype", "bf16 or int8")
         at_least("speculative_tokens", 0)
+        at_least("kv_state_quota", 0)
+        positive("kv_state_ttl")
+        policy = self.scheduling_policy
+        ours = policy in POLICIES or re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", policy) is not None
+        need(ours, "scheduling_policy", "fcfs, priority, fair, deadline, or package.module:ClassName")
+        positive("priority_ageing")
+        parse_weights(self.tenant_weights or "")
+        need(self.preemption in PREEMPTIONS, "preemption", "auto, swap or recompute")
+        at_least("max_queue", 0)
+        if self.request_timeout is not None:
+            positive("request_timeout")
         if self.threads is not None:
             at_least("threads", 1)
         need(self.tensor_parallel_size == 1, "tensor_parallel_size", "1: this version runs on one device")
-        if self.kv_cache_memory is not None:
-            parse_size(self.kv_cache_memory, "kv_cache_memory")
+        for name in ("kv_cache_memory", "kv_disk_size", "kv_host_memory"):
+            if (size := getattr(self, name)) is not None:
+                parse_size(size, name)
 
     @property
     def model_name(self) -> str:
@@ -134,6 +176,17 @@ def parse_size(value: str | int, name: str) -> int:
     return int(float(match[1]) * _UNITS[match[2]])
 
 
+def parse_weights(text: str) -> dict[str, float]:
+    """Weights by tenant, of a text such as premium=4,trial=0.5. Raises ConfigError."""
+    weights = {}
+    for part in filter(None, text.split(",")):
+        match = re.fullmatch(r"\s*([^=]+?)\s*=\s*(\d+(?:\.\d+)?)\s*", part)
+        if not match or float(match[2]) <= 0:
+            raise ConfigError(f"tenant_weights must be such as premium=4,trial=0.5, not {text!r}")
+        weights[match[1]] = float(match[2])
+    return weights
+
+
 def _parse(name: str, value: Any, f: "dataclasses.Field[Any]") -> Any:
     """`value`, from a file or the environment, as the type the field declares."""
     kind = f.type if isinstance(f.type, str) else getattr(f.type, "__name__", str(f.type))
@@ -146,6 +199,11 @@ def _parse(name: str, value: Any, f: "dataclasses.Field[Any]") -> Any:
             return int(value)
         except ValueError:
             raise ConfigError(f"{name} must be an integer, not {value!r}") from None
+    if isinstance(value, str) and kind in ("float", "float | None"):
+        try:
+            return float(value)
+        except ValueError:
+            raise ConfigError(f"{name} must be a number, not {value!r}") from None
     return value
 
 

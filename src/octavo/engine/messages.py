@@ -12,6 +12,8 @@ class EngineRequest(msgspec.Struct, frozen=True, array_like=True):
     `eos`: the tokenizer's end-of-sequence tokens; none if the request ignores them.
     `output`: tokens that an earlier engine already gave for it; they are recomputed, not sent again.
     `after`: the id of a live request with the same prompt; this one starts when that one's prompt is in the cache.
+    `tenant`, `salt`: pages are found only by requests that have the same two.
+    `priority`: lower is sooner. `ttft_target`, `timeout`: seconds from `arrival` to the first, and to the last token.
     """
 
     id: str
@@ -21,6 +23,11 @@ class EngineRequest(msgspec.Struct, frozen=True, array_like=True):
     eos: list[int] = []
     output: list[int] = []
     after: str | None = None
+    tenant: str = ""
+    salt: str = ""
+    priority: int = 0
+    ttft_target: float | None = None
+    timeout: float | None = None
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
