@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from octavo.engine.messages import EngineRequest
 from octavo.engine.scheduler import Scheduler, StepPlan
 from octavo.engine.sequence import Sequence
-from octavo.kv import KVCache
+from octavo.kv import KVCache, Prefix, root_key
 from octavo.params import SamplingParams
 
 PAGE = 4
@@ -18,7 +18,7 @@ class Simulation:
     """Does what an engine does, with a device whose K/V of a token is the prefix that ends in it."""
 
     def __init__(self, num_pages: int, max_batch_size: int, max_batch_tokens: int, prefix_caching: bool = True):
-        self.kv = KVCache(num_pages, PAGE, prefix_caching)
+        self.kv = KVCache(num_pages, PAGE, prefix_caching, self.copy_page)
         self.scheduler = Scheduler(self.kv, max_batch_size, max_batch_tokens)
         self.max_batch_size, self.max_batch_tokens = max_batch_size, max_batch_tokens
         self.memory: list[list[tuple[int, ...] | None]] = [[None] * PAGE for _ in range(num_pages)]
@@ -29,11 +29,15 @@ class Simulation:
     def add(self, prompt: list[int], max_tokens: int, after: str | None = None) -> str:
         request = EngineRequest(str(self.arrivals), prompt, SamplingParams(max_tokens=max_tokens), 0.0, after=after)
         tokens = array("i", prompt)
-        seq = Sequence(request, self.arrivals, frozenset(), tokens, len(prompt), len(prompt) + max_tokens)
+        prefix = Prefix(root_key("", "", ""), tokens, PAGE)
+        seq = Sequence(request, self.arrivals, frozenset(), tokens, prefix, len(prompt), len(prompt) + max_tokens)
         self.arrivals += 1
         self.live[seq.id] = seq
         self.scheduler.add(seq, after=self.live.get(after or ""))
         return seq.id
+
+    def copy_page(self, source: int, target: int) -> None:
+        self.memory[target] = list(self.memory[source])
 
     def abort(self, id: str) -> None:
         self.scheduler.abort(self.live.pop(id))
@@ -54,7 +58,7 @@ class Simulation:
             if seq.num_computed < seq.num_prompt <= seq.num_computed + chunk:
                 self.scheduler.let_go(seq)
             seq.num_computed += chunk
-            self.kv.commit(seq.held, seq.tokens, seq.num_computed)
+            self.kv.commit(seq.held, seq.num_computed)
             if sampled:
                 seq.tokens.append(sum(seq.tokens) % 3)  # a model whose next token depends on all before it
                 if len(seq.tokens) == seq.max_tokens:

@@ -5,7 +5,7 @@ from array import array
 from collections.abc import Iterable
 
 from octavo.backends.base import Backend, StepResult
-from octavo.kv import KVCache
+from octavo.kv import KVCache, Prefix, root_key
 
 from .batch import BatchBuilder
 from .messages import EngineInfo, EngineRequest, EngineStats, TokenLogprobs, TokenOutput
@@ -29,10 +29,12 @@ class Engine:
         max_batch_size: int,
         max_batch_tokens: int,
         prefix_caching: bool = True,
+        fingerprint: str = "",
         speculative_tokens: int = 0,
     ):
         self.backend = backend
-        self.kv = KVCache(num_pages, backend.page_size, prefix_caching)
+        self.fingerprint = fingerprint
+        self.kv = KVCache(num_pages, backend.page_size, prefix_caching, backend.copy_page)
         self.scheduler = Scheduler(self.kv, max_batch_size, max_batch_tokens)
         self.max_model_len = min(max_model_len, num_pages * backend.page_size)
         max_pages = self.kv.pages_for(self.max_model_len)
@@ -63,12 +65,13 @@ class Engine:
         if problem := self._problem(request):
             self._rejected.append(TokenOutput(request.id, -1, "error", message=problem))
             return
-        params = request.params
+        params, tokens = request.params, array("i", request.prompt + request.output)
         seq = Sequence(
             request=request,
             order=self._arrivals,
             stop_tokens=frozenset(request.eos).union(params.stop_token_ids or ()),
-            tokens=array("i", request.prompt + request.output),
+            tokens=tokens,
+            prefix=Prefix(root_key(self.fingerprint, request.tenant, request.salt), tokens, self.kv.page_size),
             num_prompt=len(request.prompt),
             max_tokens=min(len(request.prompt) + (params.max_tokens or self.max_model_len), self.max_model_len),
             guess_limit=self._speculative_tokens if params.speculative_tokens is None else params.speculative_tokens,
@@ -140,7 +143,7 @@ class Engine:
             if seq.num_computed < seq.num_prompt <= seq.num_computed + chunk:
                 self.scheduler.let_go(seq)
             seq.num_computed += chunk
-            self.kv.commit(seq.held, seq.tokens, seq.num_computed)
+            self.kv.commit(seq.held, seq.num_computed)
             if ends:
                 guesses = plan.guesses.get(i, ())
                 outputs.append(self._append(seq, tokens[row], _logprobs(seq, result, row)))

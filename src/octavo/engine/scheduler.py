@@ -117,7 +117,7 @@ class Scheduler:
                 heapq.heappop(self._waiting)
                 continue
             # A spare page for each that runs, or the newcomer would soon be preempted for them.
-            admitted = self.kv.admit(seq.tokens, spare=len(self.running))
+            admitted = self.kv.admit(seq.prefix, spare=len(self.running))
             if admitted is None:
                 return
             heapq.heappop(self._waiting)
@@ -162,7 +162,7 @@ class Scheduler:
         return seq
 
     def _vacate(self, seq: Sequence) -> None:
-        self.kv.release(seq.held)
+        self.kv.release(seq.held, seq.num_computed)
         seq.num_computed = 0
         self._slots.append(seq.slot)
         seq.slot = -1
