@@ -104,8 +104,8 @@ class KVCache:
                 self._unsaved.append((page, key))
 
     def release(self, held: SequencePages, num_computed: int = 0) -> None:
-        """Let go of all pages. If K and V of `num_computed` tokens are in them, a partial last page is kept in the cache
-        too, for the next turn of the conversation: after each full page the latest such.
+        """Let go of all pages. If K and V of `num_computed` tokens are in them, a partial last page is cached too, for
+        the conversation's next turn: after each full page the latest such.
         """
         start = held.num_full * self.page_size
         if self.prefix_caching and self._copy_page is not None and start < num_computed:
