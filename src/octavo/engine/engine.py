@@ -2,7 +2,7 @@
 
 import time
 from array import array
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from octavo.backends.base import Backend, StepResult
 from octavo.kv import KVCache
@@ -17,7 +17,7 @@ class Engine:
     """Generates tokens for many requests at once, on one backend whose KV pool of `num_pages` is allocated.
 
     Not thread-safe: whoever steps it also adds and aborts. It holds nothing that cannot be rebuilt from the requests
-    and the tokens it has given out.
+    and the tokens it has given out. `clock` gives the time that arrivals are in, in seconds; a simulation's is virtual.
     """
 
     def __init__(
@@ -30,8 +30,9 @@ class Engine:
         max_batch_tokens: int,
         prefix_caching: bool = True,
         speculative_tokens: int = 0,
+        clock: Callable[[], float] = time.time,
     ):
-        self.backend = backend
+        self.backend, self.clock = backend, clock
         self.kv = KVCache(num_pages, backend.page_size, prefix_caching)
         self.scheduler = Scheduler(self.kv, max_batch_size, max_batch_tokens)
         self.max_model_len = min(max_model_len, num_pages * backend.page_size)
