@@ -2,7 +2,7 @@
 
 import time
 from array import array
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from octavo.backends.base import Backend, StepResult
 from octavo.kv import KVCache, Prefix, root_key
@@ -17,7 +17,7 @@ class Engine:
     """Generates tokens for many requests at once, on one backend whose KV pool of `num_pages` is allocated.
 
     Not thread-safe: whoever steps it also adds and aborts. It holds nothing that cannot be rebuilt from the requests
-    and the tokens it has given out.
+    and the tokens it has given out. `clock` gives the time that arrivals are in, in seconds; a simulation's is virtual.
     """
 
     def __init__(
@@ -31,9 +31,9 @@ class Engine:
         prefix_caching: bool = True,
         fingerprint: str = "",
         speculative_tokens: int = 0,
+        clock: Callable[[], float] = time.time,
     ):
-        self.backend = backend
-        self.fingerprint = fingerprint
+        self.backend, self.fingerprint, self.clock = backend, fingerprint, clock
         self.kv = KVCache(num_pages, backend.page_size, prefix_caching, backend.copy_page)
         self.scheduler = Scheduler(self.kv, max_batch_size, max_batch_tokens)
         self.max_model_len = min(max_model_len, num_pages * backend.page_size)

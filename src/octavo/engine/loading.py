@@ -1,10 +1,12 @@
 """From an EngineConfig to an engine that is ready to step."""
 
 import importlib.util
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from octavo.backends.base import BackendFactory, Progress
+from octavo.backends.base import Backend, BackendFactory, Progress
 from octavo.config import DTYPES, KV_CACHE_DTYPES, EngineConfig, parse_size
 from octavo.errors import ConfigError, OutOfMemory
 from octavo.memory import available_memory
@@ -44,6 +46,18 @@ def load_engine(config: EngineConfig, path: Path, progress: Progress | None = No
     )
     num_pages = _num_pages(config, spec, backend.page_bytes, max_model_len)
     backend.allocate_kv(num_pages)
+    return assemble(config, backend, num_pages=num_pages, max_model_len=max_model_len)
+
+
+def assemble(
+    config: EngineConfig,
+    backend: Backend,
+    *,
+    num_pages: int,
+    max_model_len: int,
+    clock: Callable[[], float] = time.time,
+) -> Engine:
+    """An engine as `config` has it, on a backend whose pool of `num_pages` is allocated."""
     return Engine(
         backend,
         num_pages=num_pages,
@@ -52,6 +66,7 @@ def load_engine(config: EngineConfig, path: Path, progress: Progress | None = No
         max_batch_tokens=config.max_batch_tokens,
         prefix_caching=config.enable_prefix_caching,
         speculative_tokens=config.speculative_tokens,
+        clock=clock,
     )
 
 
