@@ -71,7 +71,7 @@ class Engine:
             order=self._arrivals,
             stop_tokens=frozenset(request.eos).union(params.stop_token_ids or ()),
             tokens=tokens,
-            prefix=Prefix(root_key(self.fingerprint, request.tenant, request.salt), tokens, self.kv.page_size),
+            prefix=self._prefix(tokens, request.tenant, request.salt),
             num_prompt=len(request.prompt),
             max_tokens=min(len(request.prompt) + (params.max_tokens or self.max_model_len), self.max_model_len),
             guess_limit=self._speculative_tokens if params.speculative_tokens is None else params.speculative_tokens,
@@ -85,6 +85,13 @@ class Engine:
         for id in ids:
             if seq := self._live.pop(id, None):
                 self.scheduler.abort(seq)
+
+    def pin(self, id: str, tokens: Iterable[int], tenant: str = "", salt: str = "") -> None:
+        """Keep the pages of a KV state's tokens, which were computed before, until `unpin` or until room is needed."""
+        self.kv.pin(id, self._prefix(array("i", tokens), tenant, salt))
+
+    def unpin(self, id: str) -> None:
+        self.kv.unpin(id)
 
     def step(self) -> list[TokenOutput]:
         """Compute one batch: a new token for each sequence that got to the end of its chunk. [] if there is no work."""
@@ -122,6 +129,9 @@ class Engine:
 
     def close(self) -> None:
         self.backend.close()
+
+    def _prefix(self, tokens: "array[int]", tenant: str, salt: str) -> Prefix:
+        return Prefix(root_key(self.fingerprint, tenant, salt), tokens, self.kv.page_size)
 
     def _problem(self, request: EngineRequest) -> str | None:
         """Why a request cannot be served; the frontend has checked all this, and the engine does not take its word."""
