@@ -4,11 +4,11 @@ from collections.abc import Iterator
 from itertools import count
 
 import pytest
-from prefix_backend import PrefixBackend, complete
 
 from octavo.engine.engine import Engine
 from octavo.engine.messages import EngineRequest, TokenOutput
 from octavo.params import SamplingParams
+from prefix_backend import PrefixBackend, complete
 
 PAGE = 4
 PROMPT = [0, 1, 2, 2, 1, 0, 0, 2, 1, 1]  # two full pages and a half
@@ -43,7 +43,7 @@ def test_the_next_turn_finds_all_that_was_computed():
         answer, _ = client.ask(conversation)
         conversation = conversation + answer
         computed = len(conversation) - 1  # the last token's K and V are not
-        conversation = conversation + [2, 0]
+        conversation = [*conversation, 2, 0]
         assert client.ask(conversation, 1)[1] == computed
 
 
