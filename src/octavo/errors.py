@@ -37,6 +37,17 @@ class PromptTooLong(InvalidRequest):
     """The prompt leaves no room for a single new token in the model's context."""
 
 
+class InvalidKVState(InvalidRequest):
+    """A KV state that is damaged, dropped or expired, or of another model, recipe or tenant."""
+
+    def __init__(self, message: str):
+        super().__init__(message, "kv_cache_state")
+
+
+class QuotaExceeded(OctavoError, RuntimeError):
+    """A KV state that would be more than its tenant may hold (HTTP 429)."""
+
+
 class RequestFailed(OctavoError, RuntimeError):
     """A sound request that the engine could not go on with (HTTP 500)."""
 
