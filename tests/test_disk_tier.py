@@ -1,4 +1,4 @@
-"""The tiers below the pool: the disk tier on real folders, killed, full, removed and shared; the host tier beside it."""
+"""Tiers below the pool: the disk tier on real folders, killed, full, removed and shared; the host tier beside it."""
 
 import logging
 import os
