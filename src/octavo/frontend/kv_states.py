@@ -7,6 +7,7 @@ computed again when the state is continued, and costs time only. So the truth is
 import secrets
 import time
 from array import array
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -126,13 +127,14 @@ class KVStates:
     ):
         self.clock = clock
         self._keeper, self._info, self._quota, self._ttl = keeper, info, quota, ttl
-        self._states: dict[str, KVState] = {}  # the least recently used first
+        self._states: OrderedDict[str, KVState] = OrderedDict()  # the least recently used first
         self._held: dict[str, int] = {}  # tokens by tenant
-        self._finished: dict[str, Finished] = {}  # the latest last
+        self._finished: OrderedDict[str, Finished] = OrderedDict()  # the latest last
         self._remembered = 0  # tokens of those
 
-    def __iter__(self) -> Iterator[KVState]:
-        return iter(self._states.values())
+    def loaded(self) -> list[KVState]:
+        """Those that came from files, which every engine must be told of."""
+        return [state for state in self._states.values() if state.file]
 
     def remember(self, live: LiveRequest) -> None:
         """A request has finished. What it computed of the state that it continued is pinned again."""
@@ -155,9 +157,8 @@ class KVStates:
         Raises InvalidRequest, QuotaExceeded.
         """
         if (finished := self._finished.get(request_id)) is None:
-            raise InvalidRequest(
-                f"no finished request {request_id!r} is remembered: ask for its state sooner after its end", "request_id"
-            )
+            known = f"only the latest, of {MAX_REMEMBERED:,} tokens together, are remembered"
+            raise InvalidRequest(f"there is no finished request {request_id!r}: {known}", "request_id")
         if not 0 <= index < len(finished.outputs):
             raise InvalidRequest(f"index must be from 0 to {len(finished.outputs) - 1}, not {index}", "index")
         return self._open(finished.outputs[index], finished.tenant, finished.salt)
@@ -234,7 +235,7 @@ class KVStates:
 
     def _touch(self, state: KVState) -> None:
         state.expires_at = self.clock() + self._ttl
-        self._states[state.id] = self._states.pop(state.id)
+        self._states.move_to_end(state.id)
 
     def _drop_expired(self) -> None:
         now = self.clock()

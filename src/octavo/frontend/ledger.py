@@ -155,7 +155,7 @@ class Ledger:
     def keep_state(self, request_id: str, index: int) -> KVState:
         """A state of a finished request. Raises InvalidRequest, QuotaExceeded."""
         if request_id in self._live:
-            raise InvalidRequest(f"the request {request_id!r} still runs: ask for its state after its end", "request_id")
+            raise InvalidRequest(f"the request {request_id!r} still runs: it has no state before its end", "request_id")
         return self._states.keep(request_id, index)
 
     def _tokens(self, ask: Ask) -> list[int]:

@@ -65,7 +65,7 @@ class Ready(msgspec.Struct, frozen=True, tag=True):
 
 
 class Failed(msgspec.Struct, frozen=True, tag=True):
-    """The other answer to Load: a class of errors.py and its message."""
+    """The other answer to Load, and part of StateDone: a class of errors.py and its message."""
 
     error: str
     message: str
@@ -82,10 +82,10 @@ class Stats(msgspec.Struct, frozen=True, tag=True):
 
 
 class StateDone(msgspec.Struct, frozen=True, tag=True):
-    """A state is saved or loaded; or not, because of `error`."""
+    """The answer to SaveState and LoadState; `failed`: they could not be done."""
 
     id: str
-    error: str | None
+    failed: Failed | None = None
 
 
 ToEngine = Load | Submit | Abort | AskStats | Pin | Unpin | SaveState | LoadState
