@@ -1,11 +1,10 @@
 """Who is served next. A policy owns the waiting sequences and their order, and says who gives way when pages are short.
 
-`fcfs`, `priority` and `deadline` order requests by a rank that is fixed when they come; `fair` (fair.py) keeps accounts.
+`fcfs`, `priority` and `deadline` order requests by a rank, fixed when they come; `fair` (fair.py) keeps accounts.
 """
 
 import heapq
-from collections.abc import Collection
-from collections.abc import Sequence as Sequences
+from collections.abc import Collection, Iterable
 
 from octavo.config import EngineConfig
 
@@ -50,23 +49,23 @@ class WaitingQueue:
 
 
 class Policy:
-    """First come, first served. Every other policy is a subclass; the simplest overrides `rank` alone:
+    """First come, first served. Every other policy is a subclass; the simplest overrides `rank` and nothing else:
 
         class ShortPromptsFirst(Policy):
             def rank(self, request):
                 return request.arrival + 0.01 * len(request.prompt)
 
-    Use it with `--scheduling-policy package.module:ShortPromptsFirst`. `self.config` is the EngineConfig.
+    `--scheduling-policy package.module:ShortPromptsFirst` uses it. `self.config` is the EngineConfig.
 
-    The scheduler's side of the contract: a sequence is `add`ed when it begins to wait, new or preempted (`admitted`
-    tells). Only what `peek` names is admitted, and `pop`ped then, its `num_computed` tokens found in the cache. One that
-    is aborted while it waits is `remove`d. Each step `charge`s the sequences that decode. All come from one thread.
+    The scheduler's side of the contract: a sequence is `add`ed when it begins to wait, be it new or preempted
+    (`seq.admitted` tells). Only what `peek` names is admitted; then it is `pop`ped, `num_computed` tokens of it having
+    been found in the cache. One that is aborted while it waits is `remove`d. All calls come from one thread.
 
-    Why everybody is served: ranks contain the time of arrival, so only so many requests can come that go before a given
-    one, and some day it is the first of all. If it waits then, nobody else is admitted; of those that run, the first
-    in order is no victim while others run, and alone any request fits into the pool: so it advances with every step,
-    ends, and so do the others after it or they go back to wait, until ours is admitted. From then on it is itself
-    the one that is no victim. Whoever overrides `key` or `victim` has to answer for this anew.
+    Why everybody is served: a rank grows with the time of arrival, so only so many requests can come that go before a
+    given one, and in the end it is the first of all. If it waits then, nobody else is admitted; and of those that run,
+    the first in order is no victim while others run, and fits when it is alone: so it advances in every step and ends,
+    and so does the next, until ours is admitted. From then on ours is the one that is no victim. Who overrides `key`
+    or `victim` has to see to this anew.
     """
 
     def __init__(self, config: EngineConfig):
@@ -97,7 +96,7 @@ class Policy:
         """`seq`, which waited, was aborted."""
         self._queue.forget()
 
-    def charge(self, decoding: Sequences[Sequence]) -> None:
+    def charge(self, decoding: Iterable[Sequence]) -> None:
         """Each of these gets one more token in this step."""
 
     def victim(self, running: Collection[Sequence]) -> Sequence:
@@ -105,7 +104,10 @@ class Policy:
         return max(running, key=self.key)
 
     def makes_way(self, running: Collection[Sequence]) -> Sequence | None:
-        """Who is to wait again so that what `peek` names, for which slot or pages lack, can be admitted; as a rule no one."""
+        """Who is to wait again for the sake of what `peek` names, which lacks a slot or pages; as a rule nobody.
+
+        Asked once a step, if more than one runs.
+        """
         return None
 
 

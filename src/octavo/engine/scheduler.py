@@ -101,7 +101,8 @@ class Scheduler:
         self.let_go(seq)
 
     def schedule(self) -> StepPlan:
-        if (self._blocked or not self._slots) and (victim := self.policy.makes_way(self.running)):
+        short = self._blocked or not self._slots
+        if short and len(self.running) > 1 and (victim := self.policy.makes_way(self.running)):
             self._preempt(victim)
         decoding, prompts, preempted = self._continue_running()
         self.policy.charge(decoding)
@@ -161,7 +162,7 @@ class Scheduler:
     def _admit(self, seq: Sequence) -> bool:
         """Let a waiting sequence run, if its pages are to be had. Needs a free slot."""
         # A spare page for each that runs, or the newcomer would soon be preempted for them.
-        admitted = self.kv.admit(seq.tokens, spare=len(self.running))
+        admitted = self.kv.admit(seq.prefix, spare=len(self.running))
         if admitted is None:
             return False
         seq.held, seq.num_computed = admitted
@@ -197,7 +198,7 @@ class Scheduler:
 
     def _vacate(self, seq: Sequence) -> None:
         del self.running[seq]
-        self.kv.release(seq.held)
+        self.kv.release(seq.held, seq.num_computed)
         seq.num_computed = 0
         self._slots.append(seq.slot)
         seq.slot = -1
