@@ -44,7 +44,7 @@ class Transfers:
     def __init__(self, backend: Backend, tiers: Sequence[Tier], *, threads: int = 2, max_saves: int = 64):
         self.pages_saved = self.pages_fetched = self.failures = self.pending_saves = 0
         self.seconds_per_page = backend.page_bytes / _FIRST_GUESS  # of many fetches in a row
-        self._backend, self._stores, self._max_saves = backend, tuple(tiers), max_saves
+        self._backend, self._stores, self.max_saves = backend, tuple(tiers), max_saves
         self._tiers: tuple[Tier, ...] = self._stores  # and saved states
         lock = Lock()
         self._asked, self._done = Condition(lock), Condition(lock)
@@ -53,9 +53,8 @@ class Transfers:
         self._finished: list[Finished] = []
         self._fetching, self._last_fetch = 0, 0.0
         self._closed = False
-        self._threads = [Thread(target=self._work, name=f"octavo-pages-{i}", daemon=True) for i in range(threads)]
-        for thread in self._threads:
-            thread.start()
+        self._num_threads = threads
+        self._threads: list[Thread] = []  # from the first thing they are asked for
 
     def holds(self, key: bytes) -> Tier | None:
         """The first tier that has this page. O(1) per tier, without I/O."""
@@ -63,7 +62,7 @@ class Transfers:
 
     def save(self, page: int, key: bytes) -> bool:
         """Begin to write a page to the tiers. False, and nothing begun: they have it, or too many saves are pending."""
-        if self._closed or self.pending_saves >= self._max_saves or all(key in tier for tier in self._stores):
+        if self._closed or self.pending_saves >= self.max_saves or all(key in tier for tier in self._stores):
             return False
         self._ask(self._others, partial(self._save, page, key), saves=1)
         return True
@@ -91,11 +90,13 @@ class Transfers:
             return self._done.wait_for(lambda: bool(self._finished), timeout)
 
     def add_tier(self, tier: Tier) -> None:
-        """One more to fetch from, as a saved state is; nothing is saved to it."""
-        self._tiers += (tier,)
+        """One more to fetch from, as a saved state is; nothing is saved to it. From any thread, as `remove_tier`."""
+        with self._asked:
+            self._tiers += (tier,)
 
     def remove_tier(self, tier: Tier) -> None:
-        self._tiers = tuple(other for other in self._tiers if other is not tier)
+        with self._asked:
+            self._tiers = tuple(other for other in self._tiers if other is not tier)
 
     def close(self, timeout: float = 5.0) -> None:
         """End the saves and jobs asked for, within `timeout` seconds, and drop what is left; fetches at once."""
@@ -118,10 +119,17 @@ class Transfers:
             if self._closed:
                 future.cancel()
             else:
+                if not self._threads:
+                    self._start_threads()
                 queue.append((work, future))
                 self.pending_saves += saves
                 self._asked.notify()
         return future
+
+    def _start_threads(self) -> None:
+        for i in range(self._num_threads):
+            self._threads.append(Thread(target=self._work, name=f"octavo-pages-{i}", daemon=True))
+            self._threads[-1].start()
 
     def _work(self) -> None:
         while job := self._next():
