@@ -45,9 +45,15 @@ class PagePool:
         self._cached.pop(page, None)
         self._holders[page] += 1
 
-    def publish(self, page: int, key: bytes) -> None:
-        """The held page is full and its content is what `key` says. The first page of a content is the one found."""
-        if key not in self._page_of:
+    def publish(self, page: int, key: bytes, replace: bool = False) -> None:
+        """The held page's content is what `key` says. The first page of a content is the one found, or the last."""
+        found = self._page_of.get(key)
+        if found is not None and replace:
+            self._forget(found)
+            if self._holders[found] == 0:
+                del self._cached[found]
+                self._free.append(found)
+        if found is None or replace:
             self._page_of[key] = page
             self._key[page] = key
 
