@@ -62,6 +62,7 @@ class Engine:
             vocab_size=self.backend.spec.vocab_size,
             num_pages=self.kv.pool.num_pages,
             page_size=self.kv.page_size,
+            fingerprint=self.fingerprint,
         )
 
     def add(self, request: EngineRequest) -> None:

@@ -91,11 +91,13 @@ class Transfers:
             return self._done.wait_for(lambda: bool(self._finished), timeout)
 
     def add_tier(self, tier: Tier) -> None:
-        """One more to fetch from, as a saved state is; nothing is saved to it."""
-        self._tiers += (tier,)
+        """One more to fetch from, as a saved state is; nothing is saved to it. From any thread, as `remove_tier`."""
+        with self._asked:
+            self._tiers += (tier,)
 
     def remove_tier(self, tier: Tier) -> None:
-        self._tiers = tuple(other for other in self._tiers if other is not tier)
+        with self._asked:
+            self._tiers = tuple(other for other in self._tiers if other is not tier)
 
     def close(self, timeout: float = 5.0) -> None:
         """End the saves and jobs asked for, within `timeout` seconds, and drop what is left; fetches at once."""
