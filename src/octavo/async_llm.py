@@ -7,7 +7,7 @@ from typing import Any, Unpack
 
 from .config import EngineConfig
 from .engine.messages import EngineInfo, EngineStats
-from .frontend.kv_states import KVState
+from .frontend.kv_states import KVState, KVStates
 from .frontend.live import LiveRequest
 from .frontend.prompts import Ask, Prompt, asks
 from .frontend.remote_engine import RemoteEngine
@@ -126,6 +126,11 @@ class AsyncLLM:
     ) -> KVState:
         """See LLM.load_kv_cache_state."""
         return await self._engine.load_state(Path(path).absolute(), tenant, cache_salt or "")
+
+    @property
+    def kv_cache_states(self) -> KVStates:
+        """All that are held, to be found by their handles. From `start` on."""
+        return self._engine.states
 
     async def stats(self) -> EngineStats:
         return await self._engine.stats()

@@ -69,6 +69,7 @@ class KVState:
     created_at: float
     expires_at: float
     file: Path | None = None  # where it was loaded from
+    messages: list[dict[str, Any]] | None = None  # of a chat, where a server keeps them
     _segment: Segment = field(repr=False)
     _keeper: Keeper = field(repr=False)
 
@@ -179,11 +180,14 @@ class KVStates:
         self._touch(state)
         return state.token_ids
 
-    def find(self, id: str, tenant: str, salt: str) -> KVState | None:
-        """The state, if it is kept and is theirs."""
+    def find(self, id: str, tenant: str) -> KVState | None:
+        """The state, if there is one and it is the tenant's. To ask for it is to use it."""
         self._drop_expired()
         state = self._states.get(id)
-        return state if state and (state.tenant, state.salt) == (tenant, salt) else None
+        if state is None or state.tenant != tenant:
+            return None
+        self._touch(state)
+        return state
 
     def check_quota(self, tenant: str, tokens: int) -> None:
         """Raises QuotaExceeded if `tenant` may not hold so many more."""
