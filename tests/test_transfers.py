@@ -161,6 +161,7 @@ def test_closing_takes_no_longer_than_it_may(backend: Backend) -> None:
     job = transfers.run(lambda: "never")
     for _ in range(2):
         assert tier.arrived.acquire(timeout=30)  # both threads are stuck
+    assert transfers.fetch(9, KEYS[8])
     began = time.monotonic()
     transfers.close(timeout=0.2)
     assert 0.1 < time.monotonic() - began < 5
@@ -172,7 +173,7 @@ def test_closing_takes_no_longer_than_it_may(backend: Backend) -> None:
     for thread in transfers._threads:
         thread.join(30)
         assert not thread.is_alive()
-    assert len(tier.pages) == 3, "what had not been begun was dropped"
+    assert (len(tier.pages), transfers.failures) == (3, 0), "what had not been begun was dropped"
 
 
 def test_jobs_and_saved_states(backend: Backend, tmp_path: Path) -> None:

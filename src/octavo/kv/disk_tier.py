@@ -155,7 +155,7 @@ def _scan(folder: Path) -> OrderedDict[bytes, int]:
             continue
         for file in os.scandir(part.path):
             name = _NAME.fullmatch(file.name)
-            if not name or not file.name.startswith(part.name) or not file.is_file(follow_symlinks=False):
+            if not name or not file.is_file(follow_symlinks=False):
                 continue
             try:
                 status = file.stat(follow_symlinks=False)
