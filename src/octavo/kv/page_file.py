@@ -13,7 +13,6 @@ import secrets
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 
 import msgspec
 import numpy as np
@@ -79,9 +78,9 @@ def write_page_file(
         raise
 
 
-def page_file_bytes(page_bytes: int, key_bytes: int = 16) -> int:
-    """Size of a page file of a single page."""
-    header = Header(page_bytes, [bytes(key_bytes)], [bytes(16)])
+def page_file_bytes(page_bytes: int) -> int:
+    """Size of a page file of a single page, whose key has 16 bytes."""
+    header = Header(page_bytes, [bytes(16)], [bytes(16)])
     return _START + page_bytes + len(msgspec.msgpack.encode(header))
 
 
@@ -100,9 +99,7 @@ class PageFile:
     def __enter__(self) -> "PageFile":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def __contains__(self, key: bytes) -> bool:
