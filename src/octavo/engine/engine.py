@@ -175,34 +175,55 @@ class Engine:
     def _advance(self, plan: StepPlan, result: StepResult) -> list[TokenOutput]:
         """Book what the step computed, append the sampled tokens, end what has ended."""
         outputs: list[TokenOutput] = []
-        tokens = result.tokens.tolist()
+        tokens, page_size = result.tokens.tolist(), self.kv.page_size
         row = 0
         for i, (seq, chunk) in enumerate(zip(plan.sequences, plan.chunks, strict=True)):
-            ends = plan.ends(i)
-            if seq.num_computed < seq.num_prompt <= seq.num_computed + chunk:
-                self.scheduler.let_go(seq)
-            seq.num_computed += chunk
-            self.kv.commit(seq.held, seq.num_computed)
-            if ends:
-                guesses = plan.guesses.get(i, ())
-                outputs.append(self._append(seq, tokens[row], _logprobs(seq, result, row)))
-                for ahead, token in enumerate(guesses):
-                    if outputs[-1].finish_reason or token != seq.tokens[-1]:
-                        break
-                    seq.num_computed += 1
-                    outputs.append(self._append(seq, tokens[row + ahead + 1], _logprobs(seq, result, row + ahead + 1)))
-                    self._right_guesses += 1
-                self._guessed_tokens += len(guesses)
-                row += 1 + len(guesses)
+            before = seq.num_computed
+            seq.num_computed = computed = before + chunk
+            if before // page_size < computed // page_size:
+                self.kv.commit(seq.held, computed)
+            if before < seq.num_prompt <= computed:
+                self._end_prompt(seq)
+            if computed < len(seq.tokens):
+                continue
+            outputs.append(self._append(seq, tokens[row], _logprobs(seq, result, row)))
+            row += 1
+            if i in plan.guesses:
+                outputs += self._append_guessed(seq, plan.guesses[i], result, row)
+                row += len(plan.guesses[i])
         self._tokens_computed += sum(plan.chunks)
         self._tokens_generated += len(outputs)
         return outputs
 
+    def _append_guessed(self, seq: Sequence, guesses: "array[int]", result: StepResult, row: int) -> list[TokenOutput]:
+        """What was sampled after each guess, in rows of `result` from `row` on, as long as the guesses are right."""
+        outputs: list[TokenOutput] = []
+        for guessed in guesses:
+            if seq.slot < 0 or guessed != seq.tokens[-1]:  # it has ended, or goes on differently
+                break
+            seq.num_computed += 1
+            self.kv.commit(seq.held, seq.num_computed)
+            outputs.append(self._append(seq, int(result.tokens[row]), _logprobs(seq, result, row)))
+            row += 1
+        self._guessed_tokens += len(guesses)
+        self._right_guesses += len(outputs)
+        return outputs
+
+    def _end_prompt(self, seq: Sequence) -> None:
+        """The prompt is computed: for the first time, or once more."""
+        if not seq.num_outputs:
+            self._cached_tokens += seq.cached_tokens
+        self.scheduler.let_go(seq)
+
     def _append(self, seq: Sequence, token: int, logprobs: TokenLogprobs | None) -> TokenOutput:
         """The sequence's next token, and with it perhaps its end."""
         seq.tokens.append(token)
-        if seq.num_outputs == len(seq.request.output) + 1:
-            self._cached_tokens += seq.cached_tokens
+        if token < 0 or token in seq.stop_tokens or len(seq.tokens) >= seq.max_tokens:
+            return self._end(seq, token, logprobs)
+        return TokenOutput(seq.request.id, token, None, None, logprobs, seq.cached_tokens)
+
+    def _end(self, seq: Sequence, token: int, logprobs: TokenLogprobs | None) -> TokenOutput:
+        """The output for the sequence's last token, unless min_tokens forbids it to stop there."""
         reason = message = stop_token = None
         if token < 0:
             reason, message = "error", "the model gave logits that are not numbers"
@@ -217,8 +238,7 @@ class Engine:
 
 
 def _logprobs(seq: Sequence, result: StepResult, row: int) -> TokenLogprobs | None:
-    wanted = seq.request.params.logprobs
-    if wanted is None or result.logprobs is None or result.ranks is None:
+    if result.logprobs is None or result.ranks is None or (wanted := seq.request.params.logprobs) is None:
         return None
     top_tokens = result.top_tokens[row, :wanted].tolist() if result.top_tokens is not None else []
     top_logprobs = result.top_logprobs[row, :wanted].tolist() if result.top_logprobs is not None else []
