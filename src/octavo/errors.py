@@ -37,8 +37,15 @@ class PromptTooLong(InvalidRequest):
     """The prompt leaves no room for a single new token in the model's context."""
 
 
-class InvalidKVState(OctavoError, ValueError):
-    """A KV state that is damaged, or of another model, recipe or tenant (HTTP 400)."""
+class InvalidKVState(InvalidRequest):
+    """A KV state that is damaged, dropped or expired, or of another model, recipe or tenant."""
+
+    def __init__(self, message: str):
+        super().__init__(message, "kv_cache_state")
+
+
+class QuotaExceeded(OctavoError, RuntimeError):
+    """A KV state that would be more than its tenant may hold (HTTP 429)."""
 
 
 class RequestFailed(OctavoError, RuntimeError):

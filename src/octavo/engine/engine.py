@@ -3,10 +3,13 @@
 import time
 from array import array
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future
+from pathlib import Path
 
 from octavo.backends.base import Backend, StepResult
 from octavo.config import EngineConfig
 from octavo.kv import KVCache, Prefix, Transfers, root_key
+from octavo.kv.state_file import StateFile
 
 from .batch import BatchBuilder
 from .messages import EngineInfo, EngineRequest, EngineStats, TokenLogprobs, TokenOutput
@@ -14,6 +17,7 @@ from .policies import Policy
 from .recovery import Recovery
 from .scheduler import Scheduler, StepPlan
 from .sequence import Sequence
+from .state_files import StateFiles
 
 PATIENCE = (
     0.002  # seconds that a step without work waits for pages on the move: as long as a new request may wait for it
@@ -45,7 +49,9 @@ class Engine:
         clock: Callable[[], float] = time.time,
     ):
         self.backend, self.fingerprint, self.clock = backend, fingerprint, clock
-        self.kv = KVCache(num_pages, backend.page_size, prefix_caching, backend.copy_page, transfers)
+        self._transfers = transfers or Transfers(backend, ())
+        self.kv = KVCache(num_pages, backend.page_size, prefix_caching, backend.copy_page, self._transfers)
+        self._state_files = StateFiles(self.kv, backend, self._transfers)
         self.scheduler = Scheduler(
             self.kv,
             policy or Policy(EngineConfig()),
@@ -114,7 +120,22 @@ class Engine:
         self.kv.pin(id, self._prefix(array("i", tokens), tenant, salt))
 
     def unpin(self, id: str) -> None:
+        """Let go of them, and of the file that `load_state` opened."""
         self.kv.unpin(id)
+        self._state_files.forget(id)
+
+    def save_state(self, path: Path, tokens: Iterable[int], tenant: str, salt: str) -> "Future[None]":
+        """Write a KV state to a file while steps go on. When it is done, `end_saves`. It raises RequestFailed."""
+        prefix = self._prefix(array("i", tokens), tenant, salt)
+        return self._state_files.save(path, prefix, self.fingerprint, {"root": prefix.parent(0).hex()})
+
+    def end_saves(self) -> None:
+        """Let go of the pages of states that have been saved."""
+        self._state_files.end_saves()
+
+    def load_state(self, id: str, path: Path) -> "Future[StateFile]":
+        """Find pages in a KV state's file, too, from when it is done until `unpin`. It raises InvalidKVState."""
+        return self._state_files.load(id, path)
 
     def step(self) -> list[TokenOutput]:
         """Compute one batch: a new token for each sequence that got to the end of its chunk. [] if there is no work."""
@@ -156,7 +177,7 @@ class Engine:
 
     def close(self) -> None:
         """Save the pages that are being saved, within seconds, and free the backend."""
-        self.kv.close()
+        self._transfers.close()
         self.backend.close()
 
     def _prefix(self, tokens: "array[int]", tenant: str, salt: str) -> Prefix:

@@ -53,9 +53,8 @@ class Transfers:
         self._finished: list[Finished] = []
         self._fetching, self._last_fetch = 0, 0.0
         self._closed = False
-        self._threads = [Thread(target=self._work, name=f"octavo-pages-{i}", daemon=True) for i in range(threads)]
-        for thread in self._threads:
-            thread.start()
+        self._num_threads = threads
+        self._threads: list[Thread] = []  # from the first thing they are asked for
 
     def holds(self, key: bytes) -> Tier | None:
         """The first tier that has this page. O(1) per tier, without I/O."""
@@ -128,10 +127,17 @@ class Transfers:
             if self._closed:
                 future.cancel()
             else:
+                if not self._threads:
+                    self._start_threads()
                 queue.append((work, future))
                 self.pending_saves += saves
                 self._asked.notify()
         return future
+
+    def _start_threads(self) -> None:
+        for i in range(self._num_threads):
+            self._threads.append(Thread(target=self._work, name=f"octavo-pages-{i}", daemon=True))
+            self._threads[-1].start()
 
     def _work(self) -> None:
         while job := self._next():

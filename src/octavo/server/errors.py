@@ -7,7 +7,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 from starlette.exceptions import HTTPException
 
-from octavo.errors import EngineDead, InvalidRequest, OctavoError, PromptTooLong, RequestFailed
+from octavo.errors import EngineDead, InvalidRequest, OctavoError, PromptTooLong, QuotaExceeded, RequestFailed
 
 from .replies import ErrorBody, ErrorReply, Json
 
@@ -42,6 +42,8 @@ def error_reply(error: Exception) -> tuple[int, ErrorReply]:
             return 400, _reply(400, str(error), error.param, "context_length_exceeded")
         case InvalidRequest():
             return 400, _reply(400, str(error), error.param, None)
+        case QuotaExceeded():
+            return 429, _reply(429, str(error), None, "kv_state_quota_exceeded")
         case EngineDead():
             return 503, _reply(503, str(error), None, "engine_dead")
         case RequestFailed():
@@ -86,7 +88,7 @@ def install(app: FastAPI) -> None:
         route = f"{request.method} {request.scope['path']}"
         return Json(_reply(status, f"{error.detail}: {route}", None, None), status, error.headers)
 
-    for kind in (ApiError, InvalidRequest, EngineDead, RequestFailed, HTTPException, Exception):
+    for kind in (ApiError, InvalidRequest, QuotaExceeded, EngineDead, RequestFailed, HTTPException, Exception):
         app.add_exception_handler(kind, answer)
 
 
