@@ -6,6 +6,7 @@ from typing import Any, Unpack
 
 from .config import EngineConfig
 from .engine.messages import EngineInfo, EngineStats
+from .frontend.admission import FrontendStats
 from .frontend.live import LiveRequest
 from .frontend.prompts import Ask, Prompt, asks
 from .frontend.remote_engine import RemoteEngine
@@ -62,7 +63,8 @@ class AsyncLLM:
         """Increments as they come: of each, `outputs` has what is new. To stop iterating is to abort the request.
 
         priority, terms (tenant, ttft_target, timeout, cache_salt): as of ServiceTerms.
-        Raises InvalidRequest or PromptTooLong before the first one, EngineDead at any time.
+        Raises QueueFull, InvalidRequest or PromptTooLong before the first one, RequestTimeout, RequestFailed or
+        EngineDead at any time.
         """
         ask = Ask(prompt, params or SamplingParams(), ServiceTerms(priority=priority, **terms))
         increments: asyncio.Queue[RequestOutput | Exception] = asyncio.Queue()
@@ -88,7 +90,7 @@ class AsyncLLM:
     ) -> list[RequestOutput]:
         """Complete prompts, given as text or as token ids: one whole RequestOutput each, in order.
 
-        params, priority: for all prompts, or one each. terms: see `generate`.
+        params, priority: for all prompts, or one each. terms and what is raised: see `generate`; all or none are taken.
         """
         done: asyncio.Queue[Exception | None] = asyncio.Queue()
 
@@ -108,12 +110,20 @@ class AsyncLLM:
             raise
         return [live.whole() for live in lives]
 
+    def check_room(self, completions: int) -> None:
+        """Raises what `generate` would for so many completions, whatever their prompts: QueueFull, InvalidRequest."""
+        self._engine.check_room(completions)
+
     async def abort(self, request_id: str) -> None:
         """End a request: its iterator gets a last increment with finish_reason "abort"."""
         self._engine.abort([request_id], say_so=True)
 
     async def stats(self) -> EngineStats:
         return await self._engine.stats()
+
+    def frontend_stats(self) -> FrontendStats:
+        """Raises EngineDead."""
+        return self._engine.frontend_stats()
 
     @property
     def is_alive(self) -> bool:

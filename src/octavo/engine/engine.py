@@ -6,8 +6,10 @@ from collections.abc import Callable, Iterable
 
 from octavo.backends.base import Backend, StepResult
 from octavo.kv import KVCache, Prefix, root_key
+from octavo.kv.page_map import page_map
 
 from .batch import BatchBuilder
+from .deadlines import Deadlines
 from .messages import EngineInfo, EngineRequest, EngineStats, TokenLogprobs, TokenOutput
 from .scheduler import Scheduler, StepPlan
 from .sequence import Sequence
@@ -31,6 +33,7 @@ class Engine:
         prefix_caching: bool = True,
         fingerprint: str = "",
         speculative_tokens: int = 0,
+        request_timeout: float | None = None,
         clock: Callable[[], float] = time.time,
     ):
         self.backend, self.fingerprint, self.clock = backend, fingerprint, clock
@@ -41,9 +44,13 @@ class Engine:
         self._builder = BatchBuilder(self.scheduler.max_running, max_pages, backend.page_size)
         self._live: dict[str, Sequence] = {}
         self._rejected: list[TokenOutput] = []
+        self._deadlines = Deadlines()
+        self._request_timeout = request_timeout
         self._speculative_tokens = speculative_tokens
         self._arrivals = 0
-        self._steps = self._tokens_computed = self._tokens_generated = self._cached_tokens = 0
+        self._plan = StepPlan([], [])  # of the last step
+        self._steps = self._tokens_computed = self._tokens_generated = 0
+        self._prompt_tokens = self._cached_tokens = 0
         self._guessed_tokens = self._right_guesses = 0
         self._step_seconds = self._backend_seconds = 0.0
 
@@ -78,12 +85,15 @@ class Engine:
         )
         self._arrivals += 1
         self._live[request.id] = seq
+        if (timeout := self._timeout(request)) is not None:
+            self._deadlines.set(request.id, request.arrival + timeout)
         self.scheduler.add(seq, after=self._live.get(request.after or ""))
 
     def abort(self, ids: Iterable[str]) -> None:
         """Drop requests and free their pages at once. Unknown or finished ids are none of our business."""
         for id in ids:
             if seq := self._live.pop(id, None):
+                self._deadlines.forget(id)
                 self.scheduler.abort(seq)
 
     def pin(self, id: str, tokens: Iterable[int], tenant: str = "", salt: str = "") -> None:
@@ -96,8 +106,8 @@ class Engine:
     def step(self) -> list[TokenOutput]:
         """Compute one batch: a new token for each sequence that got to the end of its chunk. [] if there is no work."""
         started = time.perf_counter()
-        outputs, self._rejected = self._rejected, []
-        plan = self.scheduler.schedule()
+        outputs, self._rejected = self._rejected + self._time_out(), []
+        self._plan = plan = self.scheduler.schedule()
         if plan.sequences:
             batch = self._builder.build(plan)
             execution = time.perf_counter()
@@ -110,6 +120,8 @@ class Engine:
 
     def stats(self) -> EngineStats:
         pool = self.kv.pool
+        plan = self._plan if self.has_work else StepPlan([], [])
+        decode_rows = plan.chunks.count(1)
         return EngineStats(
             running=len(self.scheduler.running),
             waiting=self.scheduler.num_waiting,
@@ -120,11 +132,18 @@ class Engine:
             preemptions=self.scheduler.preemptions,
             tokens_computed=self._tokens_computed,
             tokens_generated=self._tokens_generated,
+            prompt_tokens=self._prompt_tokens,
             cached_tokens=self._cached_tokens,
             guessed_tokens=self._guessed_tokens,
             right_guesses=self._right_guesses,
             step_seconds=self._step_seconds,
             backend_seconds=self._backend_seconds,
+            decode_rows=decode_rows,
+            prefill_rows=sum(plan.chunks) - decode_rows,
+            guess_rows=sum(map(len, plan.guesses.values())),
+            page_map=page_map(self.kv),
+            num_pinned=len(self.kv.pinned_pages()),
+            num_fetching=self.kv.num_fetching,
         )
 
     def close(self) -> None:
@@ -132,6 +151,19 @@ class Engine:
 
     def _prefix(self, tokens: "array[int]", tenant: str, salt: str) -> Prefix:
         return Prefix(root_key(self.fingerprint, tenant, salt), tokens, self.kv.page_size)
+
+    def _timeout(self, request: EngineRequest) -> float | None:
+        return self._request_timeout if request.timeout is None else request.timeout
+
+    def _time_out(self) -> list[TokenOutput]:
+        """Drop the requests whose time is up, running or waiting, and free their pages."""
+        outputs = []
+        for id in self._deadlines.passed(self.clock()):
+            seq = self._live.pop(id)
+            self.scheduler.abort(seq)
+            message = f"the request did not end within its timeout of {self._timeout(seq.request):g} seconds"
+            outputs.append(TokenOutput(id, -1, "timeout", message=message))
+        return outputs
 
     def _problem(self, request: EngineRequest) -> str | None:
         """Why a request cannot be served; the frontend has checked all this, and the engine does not take its word."""
@@ -173,6 +205,7 @@ class Engine:
         """The sequence's next token, and with it perhaps its end."""
         seq.tokens.append(token)
         if seq.num_outputs == len(seq.request.output) + 1:
+            self._prompt_tokens += seq.num_prompt
             self._cached_tokens += seq.cached_tokens
         reason = message = stop_token = None
         if token < 0:
@@ -183,6 +216,7 @@ class Engine:
             reason = "length"
         if reason:
             del self._live[seq.id]
+            self._deadlines.forget(seq.id)
             self.scheduler.finish(seq)
         return TokenOutput(seq.id, token, reason, stop_token, logprobs, seq.cached_tokens, message)
 

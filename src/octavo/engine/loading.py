@@ -66,6 +66,7 @@ def assemble(
         max_batch_tokens=config.max_batch_tokens,
         prefix_caching=config.enable_prefix_caching,
         speculative_tokens=config.speculative_tokens,
+        request_timeout=config.request_timeout,
         clock=clock,
     )
 

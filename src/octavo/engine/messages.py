@@ -42,7 +42,8 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
 class TokenOutput(msgspec.Struct, frozen=True, array_like=True):
     """One new token of one request; its last one has a finish_reason.
 
-    `finish_reason` "error" means that the request could not go on: token is -1 and `message` says why.
+    `finish_reason` "error" means that the request could not go on, "timeout" that its time was up: token is -1 and
+    `message` says why.
     """
 
     id: str
@@ -64,7 +65,12 @@ class EngineInfo(msgspec.Struct, frozen=True):
 
 
 class EngineStats(msgspec.Struct, frozen=True):
-    """A look at the engine between two steps. Counters are since the start."""
+    """A look at the engine between two steps. Counters are since the start.
+
+    `decode_rows`, `prefill_rows`, `guess_rows`: what the last step computed, for sequences with one token to compute,
+    for those with more, and as guesses; 0 when there is nothing to do. `prompt_tokens`, `cached_tokens`: of the prompts
+    that have begun to be answered, and of those, found in the cache. `page_map`: see octavo.kv.page_map.
+    """
 
     running: int
     waiting: int
@@ -75,8 +81,18 @@ class EngineStats(msgspec.Struct, frozen=True):
     preemptions: int
     tokens_computed: int
     tokens_generated: int
+    prompt_tokens: int
     cached_tokens: int
     guessed_tokens: int  # computed as guesses; tokens_computed does not count them
     right_guesses: int  # of those, kept
     step_seconds: float  # in Engine.step
     backend_seconds: float  # of those, in the backend
+    decode_rows: int
+    prefill_rows: int
+    guess_rows: int
+    page_map: str
+    num_pinned: int = 0  # pages held by KV states
+    pending_saves: int = 0  # pages on the way to a lower tier
+    num_fetching: int = 0  # pages on the way from one
+    pages_saved: int = 0
+    pages_fetched: int = 0

@@ -15,6 +15,7 @@ from octavo.engine.messages import EngineInfo, EngineStats
 from octavo.errors import EngineDead, OctavoError
 from octavo.text import Tokenizer
 
+from .admission import Admission, FrontendStats
 from .engine_process import EngineProcess
 from .ledger import Ledger, Sink
 from .live import LiveRequest
@@ -36,6 +37,7 @@ class RemoteEngine:
         self._process = EngineProcess(config, path)
         self._serving: EngineProcess | None = None  # the process, while it is ready for requests
         self._ledger: Ledger | None = None
+        self._admission = Admission(config.max_batch_size, config.max_queue)
         self._supervisor: asyncio.Task[None] | None = None
         self._stats: list[asyncio.Future[EngineStats]] = []
         self._crashes: list[float] = []
@@ -53,11 +55,14 @@ class RemoteEngine:
         self._supervisor = asyncio.create_task(self._supervise())
         return info
 
-    def submit(self, asks: Iterable[Ask], sink: Sink, request_id: str | None = None) -> list[LiveRequest]:
-        """Start requests, all or none. Raises InvalidRequest, PromptTooLong, EngineDead."""
-        if self._ledger is None or self.dead.is_set():
-            raise EngineDead("the engine has stopped")
-        lives, requests = self._ledger.open(asks, sink, request_id)
+    def check_room(self, completions: int) -> None:
+        """Raises QueueFull or InvalidRequest if so many more may not be asked for, EngineDead."""
+        self._admission.check(self._living_ledger().num_completions, completions)
+
+    def submit(self, asks: list[Ask], sink: Sink, request_id: str | None = None) -> list[LiveRequest]:
+        """Start requests, all or none. Raises QueueFull, InvalidRequest, PromptTooLong, EngineDead."""
+        self.check_room(sum(ask.params.n for ask in asks))
+        lives, requests = self._living_ledger().open(asks, sink, request_id)
         if self._serving:  # if not, the next process is told all that is owed
             self._serving.send(Submit(requests))
         return lives
@@ -65,7 +70,9 @@ class RemoteEngine:
     def abort(self, ids: Iterable[str], say_so: bool = False) -> None:
         """End requests; without a further word to their sinks, unless `say_so`. Finished ones are left alone."""
         if self._ledger is not None:
+            live = self._ledger.num_completions
             self._abort_in_engine([engine_id for id in ids for engine_id in self._ledger.close(id, say_so)])
+            self._admission.left(live - self._ledger.num_completions, live)
 
     async def stats(self) -> EngineStats:
         if not self._serving:
@@ -74,6 +81,10 @@ class RemoteEngine:
         self._stats.append(answer)
         self._serving.send(AskStats())
         return await answer
+
+    def frontend_stats(self) -> FrontendStats:
+        ledger, admission = self._living_ledger(), self._admission
+        return FrontendStats(ledger.num_completions, admission.limit, admission.refused, ledger.timed_out)
 
     async def close(self) -> None:
         """End the process. Live requests get EngineDead."""
@@ -85,6 +96,11 @@ class RemoteEngine:
 
     def end_process(self) -> None:
         self._process.end()
+
+    def _living_ledger(self) -> Ledger:
+        if self._ledger is None or self.dead.is_set():
+            raise EngineDead("the engine has stopped")
+        return self._ledger
 
     def _abort_in_engine(self, engine_ids: list[str]) -> None:
         if engine_ids and self._serving:
@@ -127,7 +143,9 @@ class RemoteEngine:
         assert self._ledger is not None
         while (message := await process.receive()) is not None:
             if isinstance(message, Tokens):
+                live = self._ledger.num_completions
                 self._abort_in_engine(self._ledger.deliver(message.outputs))
+                self._admission.left(live - self._ledger.num_completions, live)
             elif isinstance(message, Stats) and self._stats:
                 self._stats.pop(0).set_result(message.stats)
 

@@ -184,9 +184,12 @@ class KVCache:
     def num_fetching(self) -> int:
         return len(self._fetching)
 
-    @property
-    def num_pinned(self) -> int:
-        return len({page for held in self._pins.values() for page in held.pages})
+    def is_fetching(self, page: int) -> bool:
+        return page in self._fetching
+
+    def pinned_pages(self) -> set[int]:
+        """Of KV states. From any thread."""
+        return {page for held in list(self._pins.values()) for page in held.pages}
 
     @property
     def is_saving(self) -> bool:

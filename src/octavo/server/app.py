@@ -13,6 +13,7 @@ from .chat import chat_completions
 from .completions import completions
 from .generation import check_model
 from .replies import Json, ModelCard, ModelList
+from .stats import server_stats
 
 
 def create_app(llm: AsyncLLM) -> FastAPI:
@@ -44,6 +45,10 @@ def create_app(llm: AsyncLLM) -> FastAPI:
     @app.get("/health")
     async def get_health() -> Response:
         return Response(status_code=200 if llm.is_alive else 503)
+
+    @app.get("/stats")
+    async def get_stats() -> Response:
+        return Json(await server_stats(llm))
 
     @app.get("/version")
     async def get_version() -> Response:

@@ -23,6 +23,7 @@ async def chat_completions(llm: AsyncLLM, request: Request) -> Response:
     body = await read_json(request, ChatRequest)
     check_model(llm, body.model)
     params, terms = body.sampling_params(), body.terms(request.headers)
+    llm.check_room(params.n)
     text = llm.tokenizer.chat(body.conversation(), **body.template_variables())
     prompts = await tokenised(llm.tokenizer, [text], add_special_tokens=False)  # the template has them
     generation = Generation(llm, prompts, params, terms, new_id("chatcmpl"))

@@ -24,6 +24,7 @@ async def completions(llm: AsyncLLM, request: Request) -> Response:
     body = await read_json(request, CompletionRequest)
     check_model(llm, body.model)
     params, terms = body.sampling_params(), body.terms(request.headers)
+    llm.check_room(len(body.prompt) * params.n)
     prompts = await tokenised(llm.tokenizer, body.prompt)
     echoed = [_text(llm.tokenizer, prompt) if body.echo else "" for prompt in body.prompt]
     generation = Generation(llm, prompts, params, terms, new_id("cmpl"))
