@@ -49,6 +49,10 @@ class RequestTimeout(OctavoError, TimeoutError):
     """A request that did not end within its timeout (HTTP 504)."""
 
 
+class InvalidKVState(OctavoError, ValueError):
+    """A KV state that is damaged, or of another model, recipe or tenant (HTTP 400)."""
+
+
 class RequestFailed(OctavoError, RuntimeError):
     """A sound request that the engine could not go on with (HTTP 500)."""
 

@@ -5,12 +5,14 @@ from array import array
 from collections.abc import Callable, Iterable
 
 from octavo.backends.base import Backend, StepResult
+from octavo.config import EngineConfig
 from octavo.kv import KVCache, Prefix, root_key
 from octavo.kv.page_map import page_map
 
 from .batch import BatchBuilder
 from .deadlines import Deadlines
 from .messages import EngineInfo, EngineRequest, EngineStats, TokenLogprobs, TokenOutput
+from .policies import Policy
 from .scheduler import Scheduler, StepPlan
 from .sequence import Sequence
 
@@ -19,7 +21,8 @@ class Engine:
     """Generates tokens for many requests at once, on one backend whose KV pool of `num_pages` is allocated.
 
     Not thread-safe: whoever steps it also adds and aborts. It holds nothing that cannot be rebuilt from the requests
-    and the tokens it has given out. `clock` gives the time that arrivals are in, in seconds; a simulation's is virtual.
+    and the tokens it has given out. `policy`: who is served next; first come, first served by default. `clock` gives
+    the time that arrivals are in, in seconds; a simulation's is virtual.
     """
 
     def __init__(
@@ -30,6 +33,7 @@ class Engine:
         max_model_len: int,
         max_batch_size: int,
         max_batch_tokens: int,
+        policy: Policy | None = None,
         prefix_caching: bool = True,
         fingerprint: str = "",
         speculative_tokens: int = 0,
@@ -38,7 +42,7 @@ class Engine:
     ):
         self.backend, self.fingerprint, self.clock = backend, fingerprint, clock
         self.kv = KVCache(num_pages, backend.page_size, prefix_caching, backend.copy_page)
-        self.scheduler = Scheduler(self.kv, max_batch_size, max_batch_tokens)
+        self.scheduler = Scheduler(self.kv, policy or Policy(EngineConfig()), max_batch_size, max_batch_tokens)
         self.max_model_len = min(max_model_len, num_pages * backend.page_size)
         max_pages = self.kv.pages_for(self.max_model_len)
         self._builder = BatchBuilder(self.scheduler.max_running, max_pages, backend.page_size)
@@ -83,11 +87,16 @@ class Engine:
             max_tokens=min(len(request.prompt) + (params.max_tokens or self.max_model_len), self.max_model_len),
             guess_limit=self._speculative_tokens if params.speculative_tokens is None else params.speculative_tokens,
         )
+        try:
+            self.scheduler.add(seq, after=self._live.get(request.after or ""))
+        except Exception as error:  # a user's policy may raise anything, and only this request is to suffer
+            message = f"the scheduling policy failed: {type(error).__name__}: {error}"
+            self._rejected.append(TokenOutput(request.id, -1, "error", message=message))
+            return
         self._arrivals += 1
         self._live[request.id] = seq
         if (timeout := self._timeout(request)) is not None:
             self._deadlines.set(request.id, request.arrival + timeout)
-        self.scheduler.add(seq, after=self._live.get(request.after or ""))
 
     def abort(self, ids: Iterable[str]) -> None:
         """Drop requests and free their pages at once. Unknown or finished ids are none of our business."""
@@ -121,7 +130,6 @@ class Engine:
     def stats(self) -> EngineStats:
         pool = self.kv.pool
         plan = self._plan if self.has_work else StepPlan([], [])
-        decode_rows = plan.chunks.count(1)
         return EngineStats(
             running=len(self.scheduler.running),
             waiting=self.scheduler.num_waiting,
@@ -138,8 +146,8 @@ class Engine:
             right_guesses=self._right_guesses,
             step_seconds=self._step_seconds,
             backend_seconds=self._backend_seconds,
-            decode_rows=decode_rows,
-            prefill_rows=sum(plan.chunks) - decode_rows,
+            decode_rows=plan.num_decoding,
+            prefill_rows=sum(plan.chunks) - plan.num_decoding,
             guess_rows=sum(map(len, plan.guesses.values())),
             page_map=page_map(self.kv),
             num_pinned=len(self.kv.pinned_pages()),

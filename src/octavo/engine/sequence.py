@@ -24,7 +24,9 @@ class Sequence:
     cached_tokens: int = 0  # of num_computed, found in the prefix cache when it was first admitted
     held: SequencePages = field(init=False)
     prefetch: Prefetch | None = None
+    place: tuple[float, int] = (0.0, 0)  # the policy's rank of it, then `order`
     slot: int = -1  # row of the batch columns while it runs
+    admitted: bool = False  # at least once: if it waits, it was preempted
     aborted: bool = False
 
     def __post_init__(self) -> None:
@@ -33,6 +35,10 @@ class Sequence:
     @property
     def id(self) -> str:
         return self.request.id
+
+    @property
+    def tenant(self) -> str:
+        return self.request.tenant
 
     @property
     def num_outputs(self) -> int:
