@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from octavo.config import POLICIES, EngineConfig
 from octavo.engine.loading import load_policy
 from octavo.engine.messages import EngineRequest
+from octavo.engine.recovery import Recovery
 from octavo.engine.scheduler import Scheduler, StepPlan
 from octavo.engine.sequence import Sequence
 from octavo.kv import KVCache, Prefix, root_key
@@ -34,7 +35,7 @@ class Simulation:
     ):
         self.kv = KVCache(num_pages, PAGE, prefix_caching, self.copy_page)
         self.policy = load_policy(EngineConfig(scheduling_policy=policy, **settings))
-        self.scheduler = Scheduler(self.kv, self.policy, max_batch_size, max_batch_tokens)
+        self.scheduler = Scheduler(self.kv, self.policy, Recovery("auto", PAGE), max_batch_size, max_batch_tokens)
         self.max_batch_size, self.max_batch_tokens = max_batch_size, max_batch_tokens
         self.memory: list[list[tuple[int, ...] | None]] = [[None] * PAGE for _ in range(num_pages)]
         self.live: dict[str, Sequence] = {}

@@ -158,13 +158,13 @@ def test_async_llm(tiny_llama: Path) -> None:
     async def main() -> None:
         async with AsyncLLM(str(tiny_llama), max_batch_size=1) as llm:
             with pytest.raises(RequestTimeout):
-                await llm.agenerate(["a", "b"], ENDLESS, timeout=0.05)
+                await llm.agenerate("a", ENDLESS, timeout=0.05)
             with pytest.raises(RequestTimeout):
                 async for _ in llm.generate("a", ENDLESS, timeout=0.05):
                     pass
             stats = await llm.stats()
             assert (stats.running, stats.waiting, stats.free_pages + stats.cached_pages) == (0, 0, stats.num_pages)
-            assert (llm.frontend_stats().live, llm.frontend_stats().timed_out) == (0, 3)
+            assert (llm.frontend_stats().live, llm.frontend_stats().timed_out) == (0, 2)
 
     asyncio.run(main())
 

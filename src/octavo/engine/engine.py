@@ -6,15 +6,20 @@ from collections.abc import Callable, Iterable
 
 from octavo.backends.base import Backend, StepResult
 from octavo.config import EngineConfig
-from octavo.kv import KVCache, Prefix, root_key
+from octavo.kv import KVCache, Prefix, Transfers, root_key
 from octavo.kv.page_map import page_map
 
 from .batch import BatchBuilder
 from .deadlines import Deadlines
 from .messages import EngineInfo, EngineRequest, EngineStats, TokenLogprobs, TokenOutput
 from .policies import Policy
+from .recovery import Recovery
 from .scheduler import Scheduler, StepPlan
 from .sequence import Sequence
+
+PATIENCE = (
+    0.002  # seconds that a step without work waits for pages on the move: as long as a new request may wait for it
+)
 
 
 class Engine:
@@ -35,14 +40,22 @@ class Engine:
         max_batch_tokens: int,
         policy: Policy | None = None,
         prefix_caching: bool = True,
+        transfers: Transfers | None = None,
+        preemption: str = "auto",
         fingerprint: str = "",
         speculative_tokens: int = 0,
         request_timeout: float | None = None,
         clock: Callable[[], float] = time.time,
     ):
         self.backend, self.fingerprint, self.clock = backend, fingerprint, clock
-        self.kv = KVCache(num_pages, backend.page_size, prefix_caching, backend.copy_page)
-        self.scheduler = Scheduler(self.kv, policy or Policy(EngineConfig()), max_batch_size, max_batch_tokens)
+        self.kv = KVCache(num_pages, backend.page_size, prefix_caching, backend.copy_page, transfers)
+        self.scheduler = Scheduler(
+            self.kv,
+            policy or Policy(EngineConfig()),
+            Recovery(preemption, backend.page_size),
+            max_batch_size,
+            max_batch_tokens,
+        )
         self.max_model_len = min(max_model_len, num_pages * backend.page_size)
         max_pages = self.kv.pages_for(self.max_model_len)
         self._builder = BatchBuilder(self.scheduler.max_running, max_pages, backend.page_size)
@@ -60,7 +73,7 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work or bool(self._rejected)
+        return self.scheduler.has_work or bool(self._rejected) or self.kv.is_moving
 
     @property
     def info(self) -> EngineInfo:
@@ -116,19 +129,23 @@ class Engine:
         """Compute one batch: a new token for each sequence that got to the end of its chunk. [] if there is no work."""
         started = time.perf_counter()
         outputs, self._rejected = self._rejected + self._time_out(), []
+        self.kv.collect()
         self._plan = plan = self.scheduler.schedule()
         if plan.sequences:
             batch = self._builder.build(plan)
-            execution = time.perf_counter()
+            execution, before = time.perf_counter(), self.clock()
             result = self.backend.step(batch)
             self._backend_seconds += time.perf_counter() - execution
+            self.scheduler.recovery.computed(len(batch.tokens), self.clock() - before)
             outputs += self._advance(plan, result)
             self._steps += 1
+        elif not outputs:
+            self.kv.wait(PATIENCE)
         self._step_seconds += time.perf_counter() - started
         return outputs
 
     def stats(self) -> EngineStats:
-        pool = self.kv.pool
+        pool, transfers = self.kv.pool, self.kv.transfers
         plan = self._plan if self.has_work else StepPlan([], [])
         return EngineStats(
             running=len(self.scheduler.running),
@@ -152,9 +169,14 @@ class Engine:
             page_map=page_map(self.kv),
             num_pinned=len(self.kv.pinned_pages()),
             num_fetching=self.kv.num_fetching,
+            pending_saves=transfers.pending_saves if transfers else 0,
+            pages_saved=transfers.pages_saved if transfers else 0,
+            pages_fetched=transfers.pages_fetched if transfers else 0,
         )
 
     def close(self) -> None:
+        """Save the pages that are being saved, within seconds, and free the backend."""
+        self.kv.close()
         self.backend.close()
 
     def _prefix(self, tokens: "array[int]", tenant: str, salt: str) -> Prefix:

@@ -91,8 +91,8 @@ class EngineStats(msgspec.Struct, frozen=True):
     prefill_rows: int
     guess_rows: int
     page_map: str
-    num_pinned: int = 0  # pages held by KV states
-    pending_saves: int = 0  # pages on the way to a lower tier
-    num_fetching: int = 0  # pages on the way from one
-    pages_saved: int = 0
-    pages_fetched: int = 0
+    num_pinned: int  # pages held by KV states
+    num_fetching: int  # pages on the way from a lower tier
+    pending_saves: int  # pages on the way to one
+    pages_saved: int
+    pages_fetched: int

@@ -10,7 +10,7 @@ class Recovery:
     """`preemption`: how a sequence that lost its pages gets them back, swap (fetch), recompute, or auto.
 
     New prompts, and preempted sequences under auto, go by the measured time of a page: to fetch it, or to compute its
-    tokens. Until both have been measured, it is fetched.
+    tokens. Until a full step has been measured, it is fetched.
     """
 
     def __init__(self, preemption: str, page_size: int):
@@ -25,10 +25,10 @@ class Recovery:
             before = latest if self._seconds_per_token is None else self._seconds_per_token
             self._seconds_per_token = MEMORY * before + (1 - MEMORY) * latest
 
-    def fetches(self, seq: Sequence, seconds_per_page: float | None) -> bool:
+    def fetches(self, seq: Sequence, seconds_per_page: float) -> bool:
         """Whether what a lower tier has of `seq` is to be fetched."""
         if seq.num_outputs and self._preemption != "auto":
             return self._preemption == "swap"
-        if seconds_per_page is None or self._seconds_per_token is None:
+        if self._seconds_per_token is None:
             return True
         return seconds_per_page < self._page_size * self._seconds_per_token

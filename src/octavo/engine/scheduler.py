@@ -7,8 +7,11 @@ from dataclasses import dataclass, field
 from octavo.kv import KVCache
 
 from .policies import Policy
+from .recovery import Recovery
 from .sequence import Sequence
 from .speculation import FREE_ROWS, guess
+
+AHEAD = 16  # sequences that may wait for their pages to be fetched, or for a slot when they are there
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,16 +42,21 @@ class Scheduler:
     recomputed later, to the same tokens. Nobody is admitted in a step that had to do this. The policy sees to it that
     some sequence always advances to its end (see Policy), and since every request fits into the pool alone,
     everybody is served.
+
+    Those next in the queue of which a lower tier has pages leave it to wait for these, while others go on; they give
+    the pages up again if those that run, or the first of them, need the room.
     """
 
-    def __init__(self, kv: KVCache, policy: Policy, max_batch_size: int, max_batch_tokens: int):
+    def __init__(self, kv: KVCache, policy: Policy, recovery: Recovery, max_batch_size: int, max_batch_tokens: int):
         self.kv = kv
         self.policy = policy
+        self.recovery = recovery
         self.max_batch_tokens = max_batch_tokens
         self.max_running = min(max_batch_size, max_batch_tokens)  # so that a step has a token for each
         self.running: dict[Sequence, None] = {}  # insertion order is order of admission
         self.preemptions = 0
         self._num_waiting = 0
+        self._arriving: list[Sequence] = []  # their pages are on the way, or there; in the order of the queue
         self._blocked = False  # in the last step somebody waited for pages
         self._held_back: dict[str, list[Sequence]] = {}  # by the id of the request they come after
         self._slots = list(range(self.max_running - 1, -1, -1))
@@ -96,11 +104,14 @@ class Scheduler:
             held_back = self._held_back.get(seq.request.after or "", [])
             if seq in held_back:
                 held_back.remove(seq)
+            elif seq.prefetch:
+                self._end_prefetch(seq)
             else:
                 self.policy.remove(seq)
         self.let_go(seq)
 
     def schedule(self) -> StepPlan:
+        self._fetch_ahead()
         short = self._blocked or not self._slots
         if short and len(self.running) > 1 and (victim := self.policy.makes_way(self.running)):
             self._preempt(victim)
@@ -132,7 +143,8 @@ class Scheduler:
         preemptions = self.preemptions
         for seq in short:
             while seq.slot >= 0 and not self.kv.grow(seq.held, len(seq.tokens)):
-                self._preempt(self.policy.victim(self.running))
+                if not self._give_up_fetching():
+                    self._preempt(self.policy.victim(self.running))
         if self.preemptions == preemptions:
             return decoding, prompts, False
         return [seq for seq in decoding if seq.slot >= 0], [seq for seq in prompts if seq.slot >= 0], True
@@ -142,7 +154,7 @@ class Scheduler:
         key = self.policy.key
         prompts.sort(key=key, reverse=True)  # the last is the next
         spare = self.max_batch_tokens - len(self.running)  # each of them is sure of one
-        waiting = self.policy.peek() if may_admit and self._slots else None
+        waiting = self._next_waiting() if may_admit and self._slots else None
         self._blocked = False
         while prompts or (waiting and spare > 0):
             if waiting and spare > 0 and not (prompts and key(prompts[-1]) < key(waiting)):
@@ -151,7 +163,7 @@ class Scheduler:
                     self._blocked, waiting = True, None
                     continue
                 spare -= 1
-                waiting = self.policy.peek() if self._slots else None
+                waiting = self._next_waiting() if self._slots else None
             else:
                 seq = prompts.pop()
             chunk = min(seq.num_uncomputed, 1 + spare)
@@ -163,17 +175,58 @@ class Scheduler:
         """Let a waiting sequence run, if its pages are to be had. Needs a free slot."""
         # A spare page for each that runs, or the newcomer would soon be preempted for them.
         admitted = self.kv.admit(seq.prefix, spare=len(self.running))
-        if admitted is None:
-            return False
+        while admitted is None:
+            if not self._give_up_fetching(keep=seq):
+                return False
+            admitted = self.kv.admit(seq.prefix, spare=len(self.running))
         seq.held, seq.num_computed = admitted
         if not seq.num_outputs:
             seq.cached_tokens = seq.num_computed
-        self.policy.pop()
+        if seq.prefetch:
+            self._end_prefetch(seq)
+        else:
+            self.policy.pop()
         self._num_waiting -= 1
         seq.admitted = True
         seq.slot = self._slots.pop()
         self.running[seq] = None
         return True
+
+    def _next_waiting(self) -> Sequence | None:
+        """Who is to be admitted next: the first whose pages have arrived, or whom the policy names."""
+        for seq in self._arriving:
+            if seq.prefetch and not seq.prefetch.pending:
+                return seq
+        self._fetch_ahead()
+        return self.policy.peek() if len(self._arriving) < AHEAD else None
+
+    def _fetch_ahead(self) -> None:
+        """Begin to fetch what lower tiers have of the next in the queue, as far as pages for it are to be had."""
+        while len(self._arriving) < AHEAD and (seq := self.policy.peek()):
+            if not self.recovery.fetches(seq, self.kv.seconds_per_page):
+                return
+            seq.prefetch = self.kv.prefetch(seq.prefix, spare=len(self.running))
+            if seq.prefetch is None:
+                return
+            seq.num_computed = len(seq.prefetch.pages) * self.kv.page_size  # as far as the policy is concerned
+            self.policy.pop()
+            seq.num_computed, seq.admitted = 0, True
+            self._arriving.append(seq)
+
+    def _give_up_fetching(self, keep: Sequence | None = None) -> bool:
+        """Let the last of those whose pages arrive wait in the queue again, without them. False: there is none."""
+        for seq in reversed(self._arriving):
+            if seq is not keep:
+                self._end_prefetch(seq)
+                self.policy.add(seq)
+                return True
+        return False
+
+    def _end_prefetch(self, seq: Sequence) -> None:
+        assert seq.prefetch is not None
+        self.kv.end_prefetch(seq.prefetch)
+        seq.prefetch = None
+        self._arriving.remove(seq)
 
     def _guess(self, plan: StepPlan) -> None:
         """Fill what the step has of free rows with guesses, for decoding sequences that are to have them."""

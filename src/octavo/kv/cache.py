@@ -4,17 +4,15 @@ Because a token's K and V are bitwise the same however they came about, a page f
 a page lost costs time only; a fork is just a sequence whose prefix is found.
 """
 
+import math
 from array import array
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from .page_pool import PagePool
 from .prefix import Prefix
-
-if TYPE_CHECKING:
-    from .transfers import Transfers
+from .transfers import Finished, Transfers
 
 SAVING_SHARE = 8  # at most one page in so many is held only because it is being saved
 
@@ -48,7 +46,7 @@ class KVCache:
         page_size: int,
         prefix_caching: bool = True,
         copy_page: Callable[[int, int], None] | None = None,
-        transfers: "Transfers | None" = None,
+        transfers: Transfers | None = None,
     ):
         self.pool = PagePool(num_pages)
         self.page_size = page_size
@@ -59,6 +57,7 @@ class KVCache:
         self._pins: dict[str, SequencePages] = {}  # by the id of a KV state, the least recently used first
         self._unsaved: deque[tuple[int, bytes]] = deque()
         self._max_saving = max(1, num_pages // SAVING_SHARE)
+        self._num_saving = 0
         self._fetching: dict[int, Prefetch] = {}  # by page
 
     def pages_for(self, num_tokens: int) -> int:
@@ -151,18 +150,22 @@ class KVCache:
         if not missing or not self._make_room(len(missing) + spare):
             self._drop(pages)
             return None
-        prefetch = Prefetch(pages, len(missing))
+        prefetch = Prefetch(pages)
         for key in missing:
-            page = self.pool.take()
-            pages.append(page)
-            self.pool.hold(page)  # by the transfer, should the sequence be gone before it ends
-            self._fetching[page] = prefetch
-            self.transfers.fetch(page, key)
+            page = self.pool.take()  # held by the transfer too, since the sequence may be gone before that ends
+            if self.transfers.fetch(page, key):
+                self.pool.hold(page)
+                pages.append(page)
+                prefetch.pending += 1
+                self._fetching[page] = prefetch
+            else:  # lost meanwhile
+                self.pool.release(page)
         return prefetch
 
     def end_prefetch(self, prefetch: Prefetch) -> None:
         """Its sequence is admitted or gone."""
         self._drop(prefetch.pages)
+        prefetch.pages.clear()
 
     def collect(self) -> None:
         """Take in what transfers have done, and hand them what there is to save."""
@@ -170,19 +173,41 @@ class KVCache:
             return
         for done in self.transfers.finished():
             if prefetch := self._fetching.pop(done.page, None):
-                prefetch.pending -= 1
-                if done.ok:
-                    self.pool.publish(done.page, done.key)
+                self._arrived(done, prefetch)
+            else:
+                self._num_saving -= 1
             self.pool.release(done.page)
-        while self._unsaved and self.transfers.pending_saves < self._max_saving:
+        most = min(self._max_saving, self.transfers.max_saves)
+        while self._unsaved and self._num_saving < most:
             page, key = self._unsaved.popleft()
-            if self.pool.find(key) == page and not self.transfers.holds(key):
+            if self.pool.find(key) == page:
                 self.pool.hold(page)
-                self.transfers.save(page, key)
+                if self.transfers.save(page, key):
+                    self._num_saving += 1
+                else:  # the tiers have it
+                    self.pool.release(page)
+
+    def wait(self, timeout: float) -> None:
+        """Until a page on the move has arrived, at most `timeout` seconds."""
+        if self.transfers is not None and self.is_moving:
+            self.transfers.wait(timeout)
+
+    def close(self) -> None:
+        if self.transfers is not None:
+            self.transfers.close()
 
     @property
-    def num_fetching(self) -> int:
-        return len(self._fetching)
+    def seconds_per_page(self) -> float:
+        """Measured, of fetches from lower tiers."""
+        return self.transfers.seconds_per_page if self.transfers is not None else math.inf
+
+    def _arrived(self, done: Finished, prefetch: Prefetch) -> None:
+        prefetch.pending -= 1
+        if done.ok:
+            self.pool.publish(done.page, done.key)
+        if self.pool.find(done.key) != done.page and done.page in prefetch.pages:  # of no use, and others need room
+            prefetch.pages.remove(done.page)
+            self.pool.release(done.page)
 
     def is_fetching(self, page: int) -> bool:
         return page in self._fetching
@@ -192,9 +217,13 @@ class KVCache:
         return {page for held in list(self._pins.values()) for page in held.pages}
 
     @property
-    def is_saving(self) -> bool:
-        """Whether pages are on their way, or waiting to be, to a lower tier."""
-        return bool(self._unsaved) or (self.transfers is not None and self.transfers.pending_saves > 0)
+    def num_fetching(self) -> int:
+        return len(self._fetching)
+
+    @property
+    def is_moving(self) -> bool:
+        """Whether pages are on their way from or to a lower tier, or waiting to be."""
+        return bool(self._fetching or self._unsaved or self._num_saving)
 
     def _hold_prefix(self, prefix: Prefix) -> SequencePages:
         """Hold the pages of the pool that begin these tokens, all but the last token."""

@@ -4,6 +4,8 @@ A page is in one of three states: free (no content), held (by one or more sequen
 content known by a key, first to be forgotten when it was used least recently). Every operation is O(1).
 """
 
+from collections import OrderedDict
+
 FREE, HELD, CACHED = ".", "h", "c"
 
 
@@ -15,7 +17,8 @@ class PagePool:
         self._holders = [0] * num_pages
         self._key: list[bytes | None] = [None] * num_pages
         self._free = [*reversed(range(num_pages))]  # the last is taken first: its memory is warm
-        self._cached: dict[int, None] = {}  # insertion order is order of last use
+        # In order of last use. (A plain dict would walk over all that went before, each time its first is taken.)
+        self._cached: OrderedDict[int, None] = OrderedDict()
         self._page_of: dict[bytes, int] = {}
 
     @property
@@ -36,8 +39,7 @@ class PagePool:
         if self._free:
             page = self._free.pop()
         else:
-            page = next(iter(self._cached))
-            del self._cached[page]
+            page, _ = self._cached.popitem(last=False)
             self._forget(page)
         self._holders[page] = 1
         return page

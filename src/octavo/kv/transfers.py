@@ -44,7 +44,7 @@ class Transfers:
     def __init__(self, backend: Backend, tiers: Sequence[Tier], *, threads: int = 2, max_saves: int = 64):
         self.pages_saved = self.pages_fetched = self.failures = self.pending_saves = 0
         self.seconds_per_page = backend.page_bytes / _FIRST_GUESS  # of many fetches in a row
-        self._backend, self._stores, self._max_saves = backend, tuple(tiers), max_saves
+        self._backend, self._stores, self.max_saves = backend, tuple(tiers), max_saves
         self._tiers: tuple[Tier, ...] = self._stores  # and saved states
         lock = Lock()
         self._asked, self._done = Condition(lock), Condition(lock)
@@ -63,7 +63,7 @@ class Transfers:
 
     def save(self, page: int, key: bytes) -> bool:
         """Begin to write a page to the tiers. False, and nothing begun: they have it, or too many saves are pending."""
-        if self._closed or self.pending_saves >= self._max_saves or all(key in tier for tier in self._stores):
+        if self._closed or self.pending_saves >= self.max_saves or all(key in tier for tier in self._stores):
             return False
         self._ask(self._others, partial(self._save, page, key), saves=1)
         return True
