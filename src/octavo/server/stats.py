@@ -1,13 +1,16 @@
 """GET /stats: how the server and its engine are doing, for `octavo top` and for scripts."""
 
 import time
+from typing import TYPE_CHECKING
 
 import msgspec
 
-from octavo.async_llm import AsyncLLM
 from octavo.engine.messages import EngineStats
 from octavo.frontend.admission import FrontendStats
 from octavo.version import __version__
+
+if TYPE_CHECKING:  # octavo top needs the structs alone
+    from octavo.async_llm import AsyncLLM
 
 
 class Limits(msgspec.Struct, kw_only=True):
@@ -30,7 +33,7 @@ class ServerStats(msgspec.Struct, kw_only=True):
     engine: EngineStats
 
 
-async def server_stats(llm: AsyncLLM) -> ServerStats:
+async def server_stats(llm: "AsyncLLM") -> ServerStats:
     """Raises EngineDead."""
     config = llm.config
     engine = await llm.stats()
