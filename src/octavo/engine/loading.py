@@ -10,6 +10,10 @@ from typing import TYPE_CHECKING
 from octavo.backends.base import Backend, BackendFactory, Progress
 from octavo.config import DTYPES, KV_CACHE_DTYPES, EngineConfig, parse_size
 from octavo.errors import ConfigError, OutOfMemory
+from octavo.kv import Transfers
+from octavo.kv.disk_tier import DiskTier
+from octavo.kv.host_tier import HostTier
+from octavo.kv.tier import Tier
 from octavo.memory import available_memory
 from octavo.model import describe_model
 from octavo.weights import open_checkpoint
@@ -71,10 +75,23 @@ def assemble(
         max_batch_tokens=config.max_batch_tokens,
         policy=policy or load_policy(config),
         prefix_caching=config.enable_prefix_caching,
+        transfers=_transfers(config, backend) if config.enable_prefix_caching else None,
+        preemption=config.preemption,
         speculative_tokens=config.speculative_tokens,
         request_timeout=config.request_timeout,
         clock=clock,
     )
+
+
+def _transfers(config: EngineConfig, backend: Backend) -> Transfers:
+    """To the tiers that `config` names. Raises ConfigError for a folder that cannot be had."""
+    tiers: list[Tier] = []
+    if config.kv_host_memory is not None:
+        tiers.append(HostTier(parse_size(config.kv_host_memory, "kv_host_memory")))
+    if config.kv_disk is not None:
+        size = parse_size(config.kv_disk_size, "kv_disk_size")
+        tiers.append(DiskTier(Path(config.kv_disk), size, backend.page_bytes))
+    return Transfers(backend, tiers)
 
 
 def load_policy(config: EngineConfig) -> Policy:

@@ -176,7 +176,7 @@ class Scheduler:
         # A spare page for each that runs, or the newcomer would soon be preempted for them.
         admitted = self.kv.admit(seq.prefix, spare=len(self.running))
         while admitted is None:
-            if not self._give_up_fetching(keep=seq):
+            if not seq.prefetch or not self._give_up_fetching(behind=seq):
                 return False
             admitted = self.kv.admit(seq.prefix, spare=len(self.running))
         seq.held, seq.num_computed = admitted
@@ -213,14 +213,17 @@ class Scheduler:
             seq.num_computed, seq.admitted = 0, True
             self._arriving.append(seq)
 
-    def _give_up_fetching(self, keep: Sequence | None = None) -> bool:
-        """Let the last of those whose pages arrive wait in the queue again, without them. False: there is none."""
-        for seq in reversed(self._arriving):
-            if seq is not keep:
-                self._end_prefetch(seq)
-                self.policy.add(seq)
-                return True
-        return False
+    def _give_up_fetching(self, behind: Sequence | None = None) -> bool:
+        """Let the last of those whose pages arrive wait in the queue again, without them.
+
+        False: there is none, or none `behind` a sequence that is one of them.
+        """
+        if not self._arriving or self._arriving[-1] is behind:
+            return False
+        seq = self._arriving[-1]
+        self._end_prefetch(seq)
+        self.policy.add(seq)
+        return True
 
     def _end_prefetch(self, seq: Sequence) -> None:
         assert seq.prefetch is not None

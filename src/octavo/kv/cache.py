@@ -106,6 +106,7 @@ class KVCache:
         """Let go of all pages. If K and V of `num_computed` tokens are in them, a partial last page is cached too, for
         the conversation's next turn: after each full page the latest such.
         """
+        self.commit(held, num_computed)
         start = held.num_full * self.page_size
         if self.prefix_caching and self._copy_page is not None and start < num_computed:
             page = held.pages[held.num_full]
