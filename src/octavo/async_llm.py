@@ -7,6 +7,7 @@ from typing import Any, Unpack
 
 from .config import EngineConfig
 from .engine.messages import EngineInfo, EngineStats
+from .frontend.admission import FrontendStats
 from .frontend.kv_states import KVState, KVStates
 from .frontend.live import LiveRequest
 from .frontend.prompts import Ask, Prompt, asks
@@ -66,7 +67,8 @@ class AsyncLLM:
 
         kv_cache_state: what the prompt goes on from.
         priority, terms (tenant, ttft_target, timeout, cache_salt): as of ServiceTerms.
-        Raises InvalidRequest or PromptTooLong before the first one, EngineDead at any time.
+        Raises QueueFull, InvalidRequest or PromptTooLong before the first one, RequestTimeout, RequestFailed or
+        EngineDead at any time.
         """
         ask = Ask(prompt, params or SamplingParams(), ServiceTerms(priority=priority, **terms), kv_cache_state)
         increments: asyncio.Queue[RequestOutput | Exception] = asyncio.Queue()
@@ -93,7 +95,7 @@ class AsyncLLM:
     ) -> list[RequestOutput]:
         """Complete prompts, given as text or as token ids: one whole RequestOutput each, in order.
 
-        params, priority: for all prompts, or one each. terms: see `generate`.
+        params, priority: for all prompts, or one each. terms and what is raised: see `generate`; all or none are taken.
         """
         done: asyncio.Queue[Exception | None] = asyncio.Queue()
 
@@ -112,6 +114,10 @@ class AsyncLLM:
             self._engine.abort([live.id for live in lives])
             raise
         return [live.whole() for live in lives]
+
+    def check_room(self, completions: int) -> None:
+        """Raises what `generate` would for so many completions, whatever their prompts: QueueFull, InvalidRequest."""
+        self._engine.check_room(completions)
 
     async def abort(self, request_id: str) -> None:
         """End a request: its iterator gets a last increment with finish_reason "abort"."""
@@ -134,6 +140,10 @@ class AsyncLLM:
 
     async def stats(self) -> EngineStats:
         return await self._engine.stats()
+
+    def frontend_stats(self) -> FrontendStats:
+        """Raises EngineDead."""
+        return self._engine.frontend_stats()
 
     @property
     def is_alive(self) -> bool:
