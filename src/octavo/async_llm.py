@@ -1,12 +1,13 @@
 """AsyncLLM: generate text from asyncio, with the engine in a process of its own."""
 
-from collections.abc import AsyncGenerator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any, Unpack
 
 from .config import EngineConfig
 from .engine.messages import EngineInfo, EngineStats
+from .frontend.admission import FrontendStats
 from .frontend.inbox import Inbox
 from .frontend.kv_states import KVState, KVStates
 from .frontend.live import LiveRequest
@@ -69,7 +70,8 @@ class AsyncLLM:
 
         kv_cache_state: what the prompt goes on from.
         priority, terms (tenant, ttft_target, timeout, cache_salt): as of ServiceTerms.
-        Raises InvalidRequest or PromptTooLong before the first one, EngineDead at any time.
+        Raises QueueFull, InvalidRequest or PromptTooLong before the first one, RequestTimeout, RequestFailed or
+        EngineDead at any time.
         """
         ask = Ask(prompt, params or SamplingParams(), ServiceTerms(priority=priority, **terms), kv_cache_state)
         async with aclosing(self._stream([ask], request_id)) as stream:
@@ -103,7 +105,7 @@ class AsyncLLM:
     ) -> list[RequestOutput]:
         """Complete prompts, given as text or as token ids: one whole RequestOutput each, in order.
 
-        params, priority: for all prompts, or one each. terms: see `generate`.
+        params, priority: for all prompts, or one each. terms and what is raised: see `generate`; all or none are taken.
         """
         done: Inbox[LiveRequest] = Inbox()
 
@@ -122,6 +124,10 @@ class AsyncLLM:
             self._engine.abort([live.id for live in lives])
             raise
         return [live.whole() for live in lives]
+
+    def check_room(self, completions: int) -> None:
+        """Raises what `generate` would for so many completions, whatever their prompts: QueueFull, InvalidRequest."""
+        self._engine.check_room(completions)
 
     async def abort(self, request_id: str) -> None:
         """End a request: its iterator gets a last increment with finish_reason "abort"."""
@@ -145,6 +151,10 @@ class AsyncLLM:
     async def stats(self) -> EngineStats:
         return await self._engine.stats()
 
+    def frontend_stats(self) -> FrontendStats:
+        """Raises EngineDead."""
+        return self._engine.frontend_stats()
+
     @property
     def is_alive(self) -> bool:
         return not self._engine.dead.is_set()
@@ -157,9 +167,7 @@ class AsyncLLM:
         """End the engine process. Live requests get EngineDead."""
         await self._engine.close()
 
-    async def _stream(
-        self, asked: Iterable[Ask], request_id: str | None = None
-    ) -> AsyncGenerator[list[Increment], None]:
+    async def _stream(self, asked: list[Ask], request_id: str | None = None) -> AsyncGenerator[list[Increment], None]:
         inbox: Inbox[RequestOutput] = Inbox()
 
         def sink(_: LiveRequest, increment: RequestOutput | Exception) -> None:

@@ -89,6 +89,7 @@ def assemble(
         transfers=_transfers(config, backend) if config.enable_prefix_caching else None,
         preemption=config.preemption,
         speculative_tokens=config.speculative_tokens,
+        request_timeout=config.request_timeout,
         clock=clock,
     )
 

@@ -23,6 +23,7 @@ async def chat_completions(llm: AsyncLLM, request: Request) -> Response:
     body = await read_json(request, ChatRequest)
     check_model(llm, body.model)
     params, terms = body.sampling_params(), body.terms(request.headers)
+    llm.check_room(params.n)
     messages = body.conversation()
     if going_on := continuation(llm, body.kv_cache_state, params.n, terms["tenant"]):
         messages = going_on.chat(messages)
