@@ -11,6 +11,7 @@ import pytest
 from octavo.backends.base import Backend
 from octavo.kv.disk_tier import DiskTier
 from octavo.kv.host_tier import HostTier
+from octavo.kv.page_file import page_file_bytes
 from octavo.kv.state_file import StateFile, save_state
 from octavo.kv.transfers import Finished, Transfers
 from step_batches import run_chunks, step_batch
@@ -41,6 +42,9 @@ class GatedTier:
         self._pass()
         self.pages[key] = content.copy()
         return True
+
+    def touch(self, key: bytes) -> bool:
+        return key in self
 
     def close(self) -> None:
         pass
@@ -115,6 +119,22 @@ def test_a_page_goes_to_every_tier_and_comes_from_the_first(backend: Backend, tm
     transfers.close()
 
 
+def test_pages_used_in_the_pool_stay_below_the_first_longest(backend: Backend, tmp_path: Path) -> None:
+    numbered(backend)
+    size = backend.page_bytes
+    tiers = [HostTier(4 * size), DiskTier(tmp_path, 4 * page_file_bytes(size), size)]
+    transfers = Transfers(backend, tiers, threads=1)
+    for page in range(4):
+        assert transfers.save(page, KEYS[page])
+    transfers.use(KEYS[:2])
+    for page in range(4, 7):
+        assert transfers.save(page, KEYS[page])
+    collect(transfers, 7)
+    for tier in tiers:
+        assert [key in tier for key in KEYS[:7]] == [True, False, False, False, True, True, True]
+    transfers.close()
+
+
 def test_lost_and_damaged_pages(backend: Backend, tmp_path: Path) -> None:
     numbered(backend)
     host, disk = HostTier(10**6), DiskTier(tmp_path, 10**9, backend.page_bytes)
@@ -161,6 +181,7 @@ def test_closing_takes_no_longer_than_it_may(backend: Backend) -> None:
     job = transfers.run(lambda: "never")
     for _ in range(2):
         assert tier.arrived.acquire(timeout=30)  # both threads are stuck
+    assert transfers.fetch(9, KEYS[8])
     began = time.monotonic()
     transfers.close(timeout=0.2)
     assert 0.1 < time.monotonic() - began < 5
@@ -172,7 +193,7 @@ def test_closing_takes_no_longer_than_it_may(backend: Backend) -> None:
     for thread in transfers._threads:
         thread.join(30)
         assert not thread.is_alive()
-    assert len(tier.pages) == 3, "what had not been begun was dropped"
+    assert (len(tier.pages), transfers.failures) == (3, 0), "what had not been begun was dropped"
 
 
 def test_jobs_and_saved_states(backend: Backend, tmp_path: Path) -> None:

@@ -48,6 +48,18 @@ class QuotaExceeded(OctavoError, RuntimeError):
     """A KV state that would be more than its tenant may hold (HTTP 429)."""
 
 
+class QueueFull(OctavoError, RuntimeError):
+    """The server has as many requests as it takes (HTTP 503). `retry_after`: seconds until there should be room."""
+
+    def __init__(self, message: str, retry_after: int):
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class RequestTimeout(OctavoError, TimeoutError):
+    """A request that did not end within its timeout (HTTP 504)."""
+
+
 class RequestFailed(OctavoError, RuntimeError):
     """A sound request that the engine could not go on with (HTTP 500)."""
 

@@ -85,10 +85,11 @@ def assemble(
         max_batch_tokens=config.max_batch_tokens,
         policy=policy or load_policy(config),
         prefix_caching=config.enable_prefix_caching,
+        fingerprint=fingerprint,
         transfers=_transfers(config, backend) if config.enable_prefix_caching else None,
         preemption=config.preemption,
-        fingerprint=fingerprint,
         speculative_tokens=config.speculative_tokens,
+        request_timeout=config.request_timeout,
         clock=clock,
     )
 

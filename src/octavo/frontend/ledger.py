@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 import msgspec
 
 from octavo.engine.messages import EngineInfo, EngineRequest, TokenOutput
-from octavo.errors import InvalidRequest, PromptTooLong, RequestFailed
+from octavo.errors import InvalidRequest, OctavoError, PromptTooLong, RequestFailed, RequestTimeout
 from octavo.outputs import RequestMetrics, RequestOutput
 from octavo.params import SamplingParams
 from octavo.text import Detokenizer, Tokenizer
@@ -20,6 +20,8 @@ from .stop_strings import StopStrings
 
 Sink = Callable[[LiveRequest, RequestOutput | Exception], None]
 
+_FAILURES: dict[str | None, type[OctavoError]] = {"error": RequestFailed, "timeout": RequestTimeout}
+
 
 class Ledger:
     """Opens requests, hands their tokens to whom they belong, and knows what is still owed. Not thread-safe."""
@@ -30,12 +32,17 @@ class Ledger:
         self._states = states
         self._live: dict[str, LiveRequest] = {}
         self._completions: dict[str, tuple[LiveRequest, LiveCompletion]] = {}  # by the engine's id
+        self.timed_out = 0  # requests, since the start
 
     def __len__(self) -> int:
         return len(self._live)
 
+    @property
+    def num_completions(self) -> int:
+        return len(self._completions)
+
     def open(
-        self, asks: Iterable[Ask], sink: Sink, request_id: str | None = None
+        self, asks: list[Ask], sink: Sink, request_id: str | None = None
     ) -> tuple[list[LiveRequest], list[EngineRequest]]:
         """New requests, and what to ask of the engine for them: all or none.
 
@@ -107,9 +114,10 @@ class Ledger:
             live, completion = self._completions.get(output.id, (None, None))
             if live is None or completion is None:
                 continue  # aborted meanwhile
-            if output.finish_reason == "error":
+            if failure := _FAILURES.get(output.finish_reason):
                 stopped += self.close(live.id)
-                live.sink(live, RequestFailed(output.message or "the engine could not go on with this request"))
+                self.timed_out += failure is RequestTimeout
+                live.sink(live, failure(output.message or "the engine could not go on with this request"))
                 continue
             increment = live.advance(completion, output)
             if completion.finish_reason:

@@ -44,7 +44,7 @@ class LocalEngine:
         for thread in self._threads:
             thread.start()
 
-    def submit(self, asks: Iterable[Ask], sink: Sink) -> list[LiveRequest]:
+    def submit(self, asks: list[Ask], sink: Sink) -> list[LiveRequest]:
         """Start requests, all or none. Raises InvalidRequest, PromptTooLong, InvalidKVState, EngineDead."""
         with self._ledger_lock:
             self._check_alive()

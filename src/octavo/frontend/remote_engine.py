@@ -17,6 +17,7 @@ from octavo.engine.messages import EngineInfo, EngineStats
 from octavo.errors import EngineDead, OctavoError
 from octavo.text import Tokenizer
 
+from .admission import Admission, FrontendStats
 from .engine_process import EngineProcess, raised
 from .kv_states import KVState, KVStates
 from .ledger import Ledger, Sink
@@ -40,6 +41,7 @@ class RemoteEngine:
         self._process = EngineProcess(config, path)
         self._serving: EngineProcess | None = None  # the process, while it is ready for requests
         self._ledger: Ledger | None = None
+        self._admission = Admission(config.max_batch_size, config.max_queue)
         self._supervisor: asyncio.Task[None] | None = None
         self._stats: list[asyncio.Future[EngineStats]] = []
         self._state_jobs: dict[str, asyncio.Future[None]] = {}  # by the id of the message
@@ -60,11 +62,14 @@ class RemoteEngine:
         self._supervisor = asyncio.create_task(self._supervise())
         return info
 
-    def submit(self, asks: Iterable[Ask], sink: Sink, request_id: str | None = None) -> list[LiveRequest]:
-        """Start requests, all or none. Raises InvalidRequest, PromptTooLong, EngineDead."""
-        if self._ledger is None or self.dead.is_set():
-            raise EngineDead("the engine has stopped")
-        lives, requests = self._ledger.open(asks, sink, request_id)
+    def check_room(self, completions: int) -> None:
+        """Raises QueueFull or InvalidRequest if so many more may not be asked for, EngineDead."""
+        self._admission.check(self._living_ledger().num_completions, completions)
+
+    def submit(self, asks: list[Ask], sink: Sink, request_id: str | None = None) -> list[LiveRequest]:
+        """Start requests, all or none. Raises QueueFull, InvalidRequest, PromptTooLong, EngineDead."""
+        self.check_room(sum(ask.params.n for ask in asks))
+        lives, requests = self._living_ledger().open(asks, sink, request_id)
         if self._serving:  # if not, the next process is told all that is owed
             self._serving.send(Submit(requests))
         return lives
@@ -72,7 +77,9 @@ class RemoteEngine:
     def abort(self, ids: Iterable[str], say_so: bool = False) -> None:
         """End requests; without a further word to their sinks, unless `say_so`. Finished ones are left alone."""
         if self._ledger is not None:
+            live = self._ledger.num_completions
             self._abort_in_engine([engine_id for id in ids for engine_id in self._ledger.close(id, say_so)])
+            self._admission.left(live - self._ledger.num_completions, live)
 
     def keep_state(self, request_id: str, index: int) -> KVState:
         """A state of a finished request. Raises InvalidRequest, QuotaExceeded, EngineDead."""
@@ -116,6 +123,10 @@ class RemoteEngine:
         self._serving.send(AskStats())
         return await answer
 
+    def frontend_stats(self) -> FrontendStats:
+        ledger, admission = self._living_ledger(), self._admission
+        return FrontendStats(ledger.num_completions, admission.limit, admission.refused, ledger.timed_out)
+
     async def close(self) -> None:
         """End the process. Live requests get EngineDead."""
         if self._supervisor:
@@ -133,6 +144,11 @@ class RemoteEngine:
         self._state_jobs[message.id] = done = asyncio.get_running_loop().create_future()
         self._serving.send(message)
         await done
+
+    def _living_ledger(self) -> Ledger:
+        if self._ledger is None or self.dead.is_set():
+            raise EngineDead("the engine has stopped")
+        return self._ledger
 
     def _abort_in_engine(self, engine_ids: list[str]) -> None:
         if engine_ids and self._serving:
@@ -177,7 +193,9 @@ class RemoteEngine:
         assert self._ledger is not None
         while (message := await process.receive()) is not None:
             if isinstance(message, Tokens):
+                live = self._ledger.num_completions
                 self._abort_in_engine(self._ledger.deliver(message.outputs))
+                self._admission.left(live - self._ledger.num_completions, live)
             elif isinstance(message, Stats) and self._stats:
                 self._stats.pop(0).set_result(message.stats)
             elif isinstance(message, StateDone):

@@ -211,9 +211,16 @@ class KVCache:
             prefetch.pages.remove(done.page)
             self.pool.release(done.page)
 
+    def is_fetching(self, page: int) -> bool:
+        return page in self._fetching
+
+    def pinned_pages(self) -> set[int]:
+        """Of KV states. From any thread."""
+        return {page for held in list(self._pins.values()) for page in held.pages}
+
     @property
-    def num_pinned(self) -> int:
-        return len({page for held in self._pins.values() for page in held.pages})
+    def num_fetching(self) -> int:
+        return len(self._fetching)
 
     @property
     def is_moving(self) -> bool:

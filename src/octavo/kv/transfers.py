@@ -74,6 +74,14 @@ class Transfers:
         self._ask(self._fetches, partial(self._fetch, page, key))
         return True
 
+    def use(self, keys: Sequence[bytes]) -> None:
+        """A sequence was given these pages, which lie one after another: tiers are to forget them late, the first last.
+
+        Else what is always found in the pool would be the first to go below, and missing after a restart.
+        """
+        if self._stores and keys and len(self._others) < self.max_saves:
+            self._ask(self._others, partial(self._use, keys))
+
     def run(self, job: Callable[[], T]) -> "Future[T]":
         """Do something else that takes long, such as writing out a state, in turn with the saves."""
         return self._ask(self._others, job)
@@ -158,6 +166,11 @@ class Transfers:
             self.pending_saves -= 1
             self.pages_saved += ok
             self._finish(Finished("save", page, key, ok))
+
+    def _use(self, keys: Sequence[bytes]) -> None:
+        for tier in self._stores:
+            for key in reversed(keys):
+                tier.touch(key)
 
     def _fetch(self, page: int, key: bytes) -> None:
         with self._done:

@@ -15,6 +15,7 @@ from .generation import check_model
 from .kv_states import describe, find_state
 from .protocol import tenant_of
 from .replies import Json, ModelCard, ModelList
+from .stats import server_stats
 
 
 def create_app(llm: AsyncLLM) -> FastAPI:
@@ -55,6 +56,10 @@ def create_app(llm: AsyncLLM) -> FastAPI:
     @app.get("/health")
     async def get_health() -> Response:
         return Response(status_code=200 if llm.is_alive else 503)
+
+    @app.get("/stats")
+    async def get_stats() -> Response:
+        return Json(await server_stats(llm))
 
     @app.get("/version")
     async def get_version() -> Response:
