@@ -7,6 +7,8 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <cstring>
+
 #include "bind_quants.h"
 #include "bind_sampler.h"
 #include "program.h"
@@ -98,6 +100,24 @@ nb::object squares(const Program& program, int observed) {
     return array;
 }
 
+// A view of a page of the KV pool, which keeps the program alive.
+nb::ndarray<nb::numpy, const uint8_t, nb::ndim<1>> export_page(nb::handle self, int64_t page) {
+    const Program& program = nb::cast<const Program&>(self);
+    return {program.page(page), {size_t(program.page_bytes())}, self};
+}
+
+void import_page(Program& program, int64_t page, Array<uint8_t> content) {
+    std::byte* target = program.page(page);
+    if (int64_t(content.size()) != program.page_bytes()) throw nb::value_error("content must have page_bytes bytes");
+    nb::gil_scoped_release release;
+    std::memcpy(target, content.data(), content.size());
+}
+
+// Keeps the GIL: that takes 50 us, and to get it back from another thread can take 100 times as long.
+void copy_page(Program& program, int64_t source, int64_t target) {
+    std::memmove(program.page(target), program.page(source), program.page_bytes());
+}
+
 // Parts of a weight, one after another by rows: (data, format, row_order or None) as Tensor has them.
 void pack(Program& program, int weight, nb::list parts, int64_t rows, int64_t columns,
           std::optional<Array<float>> importance) {
@@ -171,6 +191,9 @@ NB_MODULE(_native, module) {
         .def_prop_ro("page_bytes", &Program::page_bytes)
         .def_prop_ro("weight_bytes", &Program::weight_bytes)
         .def("allocate_kv", &Program::allocate_kv)
+        .def("export_page", &export_page, "page"_a)
+        .def("import_page", &import_page, "page"_a, "content"_a.noconvert())
+        .def("copy_page", &copy_page, "source"_a, "target"_a)
         .def("step", &step)
         .def("logits", &logits)
         .def_prop_ro("layers", [](Program& p) { return linears(p.linears(false)); })

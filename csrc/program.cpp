@@ -83,6 +83,11 @@ void Program::allocate_kv(int64_t pages) {
     pages_ = pages;
 }
 
+std::byte* Program::page(int64_t page) const {
+    require(page >= 0 && page < pages_, "a page is not in the KV pool");
+    return kv_.data() + page * page_bytes();
+}
+
 void Program::validate(const Batch& batch) const {
     require(batch.rows <= sizes_.max_rows, "more rows than max_batch_tokens");
     require(batch.sampled <= sizes_.max_sampled, "more sampled rows than max_batch_size");

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <atomic>
+#include <cstddef>
 #include <cstdint>
 #include <deque>
 #include <functional>
@@ -76,6 +77,7 @@ public:
 
     int64_t page_bytes() const;
     void allocate_kv(int64_t pages);
+    std::byte* page(int64_t page) const;  // its page_bytes(); throws std::invalid_argument if there is no such page
 
     // Both throw std::invalid_argument for a batch that would reach outside of any array.
     void step(const Batch& batch, const SamplingBatch& sampling, const Sampled& result);

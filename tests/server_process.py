@@ -1,5 +1,8 @@
-"""A real `octavo serve` in a process of its own, on a port that the kernel chose."""
+"""Real servers on a port that the kernel chose: `octavo serve` in a process of its own, or on the loop of the test."""
 
+import asyncio
+import contextlib
+import json
 import re
 import signal
 import socket
@@ -7,10 +10,17 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import httpx
+
+from octavo import AsyncLLM
+from octavo.server.app import create_app
+from octavo.server.draining import DrainingServer
+
+COMPLETIONS = "/v1/completions"
 
 
 class ServerProcess:
@@ -79,3 +89,37 @@ class ServerProcess:
                 [child] = children
                 return child
         raise AssertionError("no engine process was started")
+
+
+@contextlib.asynccontextmanager
+async def serving(model: Path, **settings: Any) -> AsyncIterator[tuple[AsyncLLM, DrainingServer, Any]]:
+    """A server on the loop of the test, which can ask its engine what it runs; and its address."""
+    async with AsyncLLM(str(model), **settings) as llm, asyncio.timeout(60):
+        listener = socket.create_server(("127.0.0.1", 0))
+        address = listener.getsockname()
+        server = DrainingServer(create_app(llm), on_ready=lambda: None)
+        task = asyncio.ensure_future(server.serve([listener]))
+        yield llm, server, address
+        server.should_exit = True
+        await task
+
+
+async def post(
+    address: Any, body: Any, path: str = COMPLETIONS, *headers: str
+) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    reader, writer = await asyncio.open_connection(*address)
+    writer.write(_http_post(path, body, *headers))
+    return reader, writer
+
+
+def _http_post(path: str, body: Any, *headers: str) -> bytes:
+    content = json.dumps(body).encode()
+    lines = [
+        f"POST {path} HTTP/1.1",
+        "Host: x",
+        "Connection: close",
+        "Content-Type: application/json",
+        f"Content-Length: {len(content)}",
+        *headers,
+    ]
+    return "\r\n".join(lines).encode() + b"\r\n\r\n" + content

@@ -1,7 +1,6 @@
 """The HTTP server, a real process, as the real `openai` client sees it."""
 
 import asyncio
-import contextlib
 import itertools
 import json
 import os
@@ -9,10 +8,9 @@ import resource
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +22,9 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 import octavo
-from octavo import AsyncLLM
 from octavo.engine.messages import EngineStats
-from octavo.server.app import create_app
-from octavo.server.draining import DrainingServer
-from server_process import ServerProcess
+from server_process import ServerProcess, post, serving
 
-COMPLETIONS = "/v1/completions"
 HELLO = [{"role": "user", "content": "Say hello to the modules"}]
 LONG = " ".join(f"The module number {i} defines functions." for i in range(20))  # some pages of the KV cache
 
@@ -61,12 +55,6 @@ def complete(client: openai.OpenAI, prompt: Any = "The module", **options: Any) 
 def chat(client: openai.OpenAI, messages: Any = HELLO, **options: Any) -> Any:
     defaults = {"model": "tiny", "temperature": 0, "max_tokens": 8, "extra_body": {"ignore_eos": True}}
     return client.chat.completions.create(messages=messages, **{**defaults, **options})
-
-
-def http_post(path: str, body: Any) -> bytes:
-    content = json.dumps(body).encode()
-    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Type: application/json\r\n"
-    return f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content
 
 
 def stream_text(stream: Any) -> str:
@@ -345,25 +333,6 @@ def test_a_thousand_queued_requests(server: ServerProcess) -> None:
 
 
 # The end: of a connection, of the server, of the engine
-
-
-@contextlib.asynccontextmanager
-async def serving(model: Path, **settings: Any) -> AsyncIterator[tuple[AsyncLLM, DrainingServer, Any]]:
-    """A server on the loop of the test, which can ask its engine what it runs; and its address."""
-    async with AsyncLLM(str(model), **settings) as llm, asyncio.timeout(60):
-        listener = socket.create_server(("127.0.0.1", 0))
-        address = listener.getsockname()
-        server = DrainingServer(create_app(llm), on_ready=lambda: None)
-        task = asyncio.ensure_future(server.serve([listener]))
-        yield llm, server, address
-        server.should_exit = True
-        await task
-
-
-async def post(address: Any, body: Any) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    reader, writer = await asyncio.open_connection(*address)
-    writer.write(http_post(COMPLETIONS, body))
-    return reader, writer
 
 
 @pytest.mark.parametrize("options", [{"stream": True}, {"stream": False}, {"stream": True, "n": 4}])

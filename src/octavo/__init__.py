@@ -14,13 +14,14 @@ if TYPE_CHECKING:
     from .config import EngineConfig
     from .llm import LLM
     from .outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
-    from .params import SamplingParams
+    from .params import SamplingParams, ServiceTerms
 
 _HOME = {
     "LLM": "llm",
     "AsyncLLM": "async_llm",
     "EngineConfig": "config",
     "SamplingParams": "params",
+    "ServiceTerms": "params",
     "RequestOutput": "outputs",
     "CompletionOutput": "outputs",
     "RequestMetrics": "outputs",
@@ -36,6 +37,7 @@ __all__ = [
     "RequestMetrics",
     "RequestOutput",
     "SamplingParams",
+    "ServiceTerms",
     "__version__",
 ]
 

@@ -2,15 +2,15 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
-from typing import Any
+from typing import Any, Unpack
 
 from .config import EngineConfig
 from .engine.messages import EngineInfo, EngineStats
 from .frontend.live import LiveRequest
-from .frontend.prompts import Prompt, pair
+from .frontend.prompts import Ask, Prompt, asks
 from .frontend.remote_engine import RemoteEngine
 from .outputs import RequestOutput
-from .params import SamplingParams
+from .params import SamplingParams, ServiceTerms, Terms
 from .text import Tokenizer
 from .weights import resolve
 
@@ -51,16 +51,22 @@ class AsyncLLM:
         self.info = await self._engine.start(self.tokenizer)
 
     async def generate(
-        self, prompt: Prompt, params: SamplingParams | None = None, request_id: str | None = None
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        request_id: str | None = None,
+        *,
+        priority: int = 0,
+        **terms: Unpack[Terms],
     ) -> AsyncGenerator[RequestOutput, None]:
         """Increments as they come: of each, `outputs` has what is new. To stop iterating is to abort the request.
 
+        priority, terms (tenant, ttft_target, timeout, cache_salt): as of ServiceTerms.
         Raises InvalidRequest or PromptTooLong before the first one, EngineDead at any time.
         """
+        ask = Ask(prompt, params or SamplingParams(), ServiceTerms(priority=priority, **terms))
         increments: asyncio.Queue[RequestOutput | Exception] = asyncio.Queue()
-        live = self._engine.submit(
-            prompt, params or SamplingParams(), lambda _, increment: increments.put_nowait(increment), request_id
-        )
+        [live] = self._engine.submit([ask], lambda _, increment: increments.put_nowait(increment), request_id)
         try:
             while True:
                 increment = await increments.get()
@@ -73,9 +79,17 @@ class AsyncLLM:
             self._engine.abort([live.id])
 
     async def agenerate(
-        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        priority: int | Sequence[int] = 0,
+        **terms: Unpack[Terms],
     ) -> list[RequestOutput]:
-        """Complete prompts, given as text or as token ids: one whole RequestOutput each, in order."""
+        """Complete prompts, given as text or as token ids: one whole RequestOutput each, in order.
+
+        params, priority: for all prompts, or one each. terms: see `generate`.
+        """
         done: asyncio.Queue[Exception | None] = asyncio.Queue()
 
         def sink(live: LiveRequest, output: RequestOutput | Exception) -> None:
@@ -84,10 +98,8 @@ class AsyncLLM:
             elif output.finished:
                 done.put_nowait(None)
 
-        lives: list[LiveRequest] = []
+        lives = self._engine.submit(asks(prompts, params, priority, terms), sink)
         try:
-            for prompt, one in pair(prompts, params):
-                lives.append(self._engine.submit(prompt, one, sink))
             for _ in lives:
                 if (error := await done.get()) is not None:
                     raise error

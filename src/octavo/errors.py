@@ -37,6 +37,10 @@ class PromptTooLong(InvalidRequest):
     """The prompt leaves no room for a single new token in the model's context."""
 
 
+class InvalidKVState(OctavoError, ValueError):
+    """A KV state that is damaged, or of another model, recipe or tenant (HTTP 400)."""
+
+
 class RequestFailed(OctavoError, RuntimeError):
     """A sound request that the engine could not go on with (HTTP 500)."""
 

@@ -5,7 +5,7 @@ import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any, cast
+from typing import Any, Unpack, cast
 
 from .config import EngineConfig
 from .engine.loading import load_engine
@@ -13,9 +13,9 @@ from .engine.messages import EngineStats
 from .frontend.live import LiveRequest
 from .frontend.local_engine import LocalEngine
 from .frontend.progress import generation_bar, loading_bar
-from .frontend.prompts import Prompt, pair
+from .frontend.prompts import Ask, Prompt, asks
 from .outputs import RequestOutput
-from .params import SamplingParams
+from .params import SamplingParams, ServiceTerms, Terms
 from .text import Tokenizer
 from .weights import resolve
 
@@ -43,12 +43,16 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: bool = True,
+        *,
+        priority: int | Sequence[int] = 0,
+        **terms: Unpack[Terms],
     ) -> list[RequestOutput]:
         """Complete prompts, given as text or as token ids: one RequestOutput each, in order.
 
         sampling_params: for all prompts, or one each; default SamplingParams(). use_tqdm: a progress bar on a terminal.
+        priority: for all prompts, or one each. terms: tenant, ttft_target, timeout, cache_salt, as of ServiceTerms.
         """
-        requests = pair(prompts, sampling_params)
+        requests = asks(prompts, sampling_params, priority, terms)
         done: SimpleQueue[LiveRequest | Exception] = SimpleQueue()
 
         def sink(live: LiveRequest, output: RequestOutput | Exception) -> None:
@@ -75,11 +79,15 @@ class LLM:
         messages: list[Message] | Sequence[list[Message]],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: bool = True,
+        *,
+        priority: int | Sequence[int] = 0,
+        **terms: Unpack[Terms],
     ) -> list[RequestOutput]:
         """Answer one conversation, or each of several: lists of {"role": ..., "content": ...}."""
         several = bool(messages) and isinstance(messages[0], list)
         conversations = cast("list[list[Message]]", messages if several else [messages])
-        return self.generate([self.chat_tokens(one) for one in conversations], sampling_params, use_tqdm)
+        prompts = [self.chat_tokens(one) for one in conversations]
+        return self.generate(prompts, sampling_params, use_tqdm, priority=priority, **terms)
 
     def chat_tokens(self, messages: list[Message]) -> list[int]:
         """The prompt that a conversation becomes."""
@@ -89,9 +97,12 @@ class LLM:
         self,
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        priority: int | Sequence[int] = 0,
+        **terms: Unpack[Terms],
     ) -> list[RequestOutput]:
         """`generate` for asyncio: other tasks run meanwhile, and their prompts join the batch."""
-        requests = pair(prompts, sampling_params)
+        requests = asks(prompts, sampling_params, priority, terms)
         loop = asyncio.get_running_loop()
         done: asyncio.Queue[LiveRequest | Exception] = asyncio.Queue()
 
@@ -112,10 +123,18 @@ class LLM:
             raise
         return [live.whole() for live in lives]
 
-    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
+    def stream(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        *,
+        priority: int = 0,
+        **terms: Unpack[Terms],
+    ) -> Iterator[RequestOutput]:
         """Increments of one request as they come; to stop iterating is to abort it."""
+        ask = Ask(prompt, sampling_params or SamplingParams(), ServiceTerms(priority=priority, **terms))
         increments: SimpleQueue[RequestOutput | Exception] = SimpleQueue()
-        lives = self._engine.submit([(prompt, sampling_params or SamplingParams())], lambda _, new: increments.put(new))
+        lives = self._engine.submit([ask], lambda _, new: increments.put(new))
         try:
             while True:
                 increment = increments.get()

@@ -1,12 +1,16 @@
-"""How to sample: SamplingParams, with vLLM's names and defaults."""
+"""How to sample (SamplingParams) and how to be served (ServiceTerms), with vLLM's names and defaults."""
 
 import math
+from typing import TypedDict
 
 import msgspec
 
 from .errors import InvalidRequest
 
 MAX_LOGPROBS = 20
+MAX_PRIORITY = 1000  # either way: waiting makes up for priority, and is to do so within hours
+MAX_SECONDS = 86_400.0  # that a request may ask for
+MAX_NAME = 256  # characters of a tenant's name, or of a salt
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -106,3 +110,53 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     @property
     def penalised(self) -> bool:
         return self.presence_penalty != 0 or self.frequency_penalty != 0 or self.repetition_penalty != 1
+
+
+class Terms(TypedDict, total=False):
+    """Keywords of every method that generates, beside `priority`: see ServiceTerms."""
+
+    tenant: str
+    ttft_target: float | None
+    timeout: float | None
+    cache_salt: str | None
+
+
+class ServiceTerms(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How a request is to be served. None of it changes a token.
+
+    priority: -1000 to 1000, lower is sooner, under the policy "priority". tenant: whose request it is, at most 256
+    printable characters; the policy "fair" shares between tenants. ttft_target: seconds from arrival in which the first
+    token is wanted; the policy "deadline" goes by it. timeout: seconds from arrival after which the request ends with
+    RequestTimeout; None: as the engine is set (`request_timeout`). Both are up to a day.
+    cache_salt: 1 to 256 printable characters. Cached prefixes are shared only between requests with the same salt and
+    the same tenant, so that nobody else can tell from the time an answer takes whether a prompt was seen before.
+
+    Raises InvalidRequest (a ValueError) for a value out of range.
+    """
+
+    priority: int = 0
+    tenant: str = ""
+    ttft_target: float | None = None
+    timeout: float | None = None
+    cache_salt: str | None = None
+
+    def __post_init__(self) -> None:
+        def need(ok: bool, param: str, what: str) -> None:
+            if not ok:
+                value = getattr(self, param)
+                raise InvalidRequest(f"{param} must be {what}, not {value!r}", param)
+
+        def text(value: object, shortest: int) -> bool:
+            # Printable: names are shown on terminals, and what is printable can be encoded.
+            return isinstance(value, str) and shortest <= len(value) <= MAX_NAME and value.isprintable()
+
+        priority = self.priority
+        whole = isinstance(priority, int) and not isinstance(priority, bool)
+        need(whole and abs(priority) <= MAX_PRIORITY, "priority", f"an integer from -{MAX_PRIORITY} to {MAX_PRIORITY}")
+        need(text(self.tenant, 0), "tenant", f"at most {MAX_NAME} printable characters")
+        for param in ("ttft_target", "timeout"):
+            value = getattr(self, param)
+            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            need(value is None or (is_number and 0 < value <= MAX_SECONDS), param, "a number of seconds, at most a day")
+        salt = self.cache_salt
+        need(salt is None or text(salt, 1), "cache_salt", f"1 to {MAX_NAME} printable characters")

@@ -92,7 +92,9 @@ class StepResult:
 
 
 class Backend(Protocol):
-    """One model on one device. Calls come from one thread at a time; none but `step` and `logits` may be slow.
+    """One model on one device. Calls come from one thread at a time, but for export_page and import_page.
+
+    None but `step` and `logits` may be slow.
 
     Every row's result is bitwise the same whatever else is in the batch, however its prompt was cut into chunks, and
     whichever pages it was given. (The plain torch backend is an oracle and exempt.)
@@ -104,6 +106,22 @@ class Backend(Protocol):
 
     def allocate_kv(self, num_pages: int) -> None:
         """Make the KV pool. Raises OutOfMemory with what would fit."""
+        ...
+
+    def export_page(self, page: int) -> np.ndarray:
+        """A page's content, uint8 [page_bytes], read-only: a view of the pool if the backend can, else a copy.
+
+        From any thread, as import_page, while somebody holds the page and no step writes it. What the bytes mean is the
+        backend's; an engine of the same fingerprint may import them. Raises ValueError if there is no such page.
+        """
+        ...
+
+    def import_page(self, page: int, content: np.ndarray) -> None:
+        """Put what `export_page` gave into a page that no step reads yet. Raises ValueError."""
+        ...
+
+    def copy_page(self, source: int, target: int) -> None:
+        """Between two steps, from the thread that steps. Raises ValueError."""
         ...
 
     def step(self, batch: StepBatch) -> StepResult:

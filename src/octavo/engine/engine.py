@@ -5,19 +5,27 @@ from array import array
 from collections.abc import Callable, Iterable
 
 from octavo.backends.base import Backend, StepResult
-from octavo.kv import KVCache
+from octavo.config import EngineConfig
+from octavo.kv import KVCache, Prefix, Transfers, root_key
 
 from .batch import BatchBuilder
 from .messages import EngineInfo, EngineRequest, EngineStats, TokenLogprobs, TokenOutput
+from .policies import Policy
+from .recovery import Recovery
 from .scheduler import Scheduler, StepPlan
 from .sequence import Sequence
+
+PATIENCE = (
+    0.002  # seconds that a step without work waits for pages on the move: as long as a new request may wait for it
+)
 
 
 class Engine:
     """Generates tokens for many requests at once, on one backend whose KV pool of `num_pages` is allocated.
 
     Not thread-safe: whoever steps it also adds and aborts. It holds nothing that cannot be rebuilt from the requests
-    and the tokens it has given out. `clock` gives the time that arrivals are in, in seconds; a simulation's is virtual.
+    and the tokens it has given out. `policy`: who is served next; first come, first served by default. `clock` gives
+    the time that arrivals are in, in seconds; a simulation's is virtual.
     """
 
     def __init__(
@@ -28,13 +36,23 @@ class Engine:
         max_model_len: int,
         max_batch_size: int,
         max_batch_tokens: int,
+        policy: Policy | None = None,
         prefix_caching: bool = True,
+        transfers: Transfers | None = None,
+        preemption: str = "auto",
+        fingerprint: str = "",
         speculative_tokens: int = 0,
         clock: Callable[[], float] = time.time,
     ):
-        self.backend, self.clock = backend, clock
-        self.kv = KVCache(num_pages, backend.page_size, prefix_caching)
-        self.scheduler = Scheduler(self.kv, max_batch_size, max_batch_tokens)
+        self.backend, self.fingerprint, self.clock = backend, fingerprint, clock
+        self.kv = KVCache(num_pages, backend.page_size, prefix_caching, backend.copy_page, transfers)
+        self.scheduler = Scheduler(
+            self.kv,
+            policy or Policy(EngineConfig()),
+            Recovery(preemption, backend.page_size),
+            max_batch_size,
+            max_batch_tokens,
+        )
         self.max_model_len = min(max_model_len, num_pages * backend.page_size)
         max_pages = self.kv.pages_for(self.max_model_len)
         self._builder = BatchBuilder(self.scheduler.max_running, max_pages, backend.page_size)
@@ -48,7 +66,7 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work or bool(self._rejected)
+        return self.scheduler.has_work or bool(self._rejected) or self.kv.is_moving
 
     @property
     def info(self) -> EngineInfo:
@@ -64,19 +82,25 @@ class Engine:
         if problem := self._problem(request):
             self._rejected.append(TokenOutput(request.id, -1, "error", message=problem))
             return
-        params = request.params
+        params, tokens = request.params, array("i", request.prompt + request.output)
         seq = Sequence(
             request=request,
             order=self._arrivals,
             stop_tokens=frozenset(request.eos).union(params.stop_token_ids or ()),
-            tokens=array("i", request.prompt + request.output),
+            tokens=tokens,
+            prefix=self._prefix(tokens, request.tenant, request.salt),
             num_prompt=len(request.prompt),
             max_tokens=min(len(request.prompt) + (params.max_tokens or self.max_model_len), self.max_model_len),
             guess_limit=self._speculative_tokens if params.speculative_tokens is None else params.speculative_tokens,
         )
+        try:
+            self.scheduler.add(seq, after=self._live.get(request.after or ""))
+        except Exception as error:  # a user's policy may raise anything, and only this request is to suffer
+            message = f"the scheduling policy failed: {type(error).__name__}: {error}"
+            self._rejected.append(TokenOutput(request.id, -1, "error", message=message))
+            return
         self._arrivals += 1
         self._live[request.id] = seq
-        self.scheduler.add(seq, after=self._live.get(request.after or ""))
 
     def abort(self, ids: Iterable[str]) -> None:
         """Drop requests and free their pages at once. Unknown or finished ids are none of our business."""
@@ -84,18 +108,29 @@ class Engine:
             if seq := self._live.pop(id, None):
                 self.scheduler.abort(seq)
 
+    def pin(self, id: str, tokens: Iterable[int], tenant: str = "", salt: str = "") -> None:
+        """Keep the pages of a KV state's tokens, which were computed before, until `unpin` or until room is needed."""
+        self.kv.pin(id, self._prefix(array("i", tokens), tenant, salt))
+
+    def unpin(self, id: str) -> None:
+        self.kv.unpin(id)
+
     def step(self) -> list[TokenOutput]:
         """Compute one batch: a new token for each sequence that got to the end of its chunk. [] if there is no work."""
         started = time.perf_counter()
         outputs, self._rejected = self._rejected, []
+        self.kv.collect()
         plan = self.scheduler.schedule()
         if plan.sequences:
             batch = self._builder.build(plan)
-            execution = time.perf_counter()
+            execution, before = time.perf_counter(), self.clock()
             result = self.backend.step(batch)
             self._backend_seconds += time.perf_counter() - execution
+            self.scheduler.recovery.computed(len(batch.tokens), self.clock() - before)
             outputs += self._advance(plan, result)
             self._steps += 1
+        elif not outputs:
+            self.kv.wait(PATIENCE)
         self._step_seconds += time.perf_counter() - started
         return outputs
 
@@ -119,7 +154,12 @@ class Engine:
         )
 
     def close(self) -> None:
+        """Save the pages that are being saved, within seconds, and free the backend."""
+        self.kv.close()
         self.backend.close()
+
+    def _prefix(self, tokens: "array[int]", tenant: str, salt: str) -> Prefix:
+        return Prefix(root_key(self.fingerprint, tenant, salt), tokens, self.kv.page_size)
 
     def _problem(self, request: EngineRequest) -> str | None:
         """Why a request cannot be served; the frontend has checked all this, and the engine does not take its word."""
@@ -141,7 +181,7 @@ class Engine:
             if seq.num_computed < seq.num_prompt <= seq.num_computed + chunk:
                 self.scheduler.let_go(seq)
             seq.num_computed += chunk
-            self.kv.commit(seq.held, seq.tokens, seq.num_computed)
+            self.kv.commit(seq.held, seq.num_computed)
             if ends:
                 guesses = plan.guesses.get(i, ())
                 outputs.append(self._append(seq, tokens[row], _logprobs(seq, result, row)))

@@ -1,5 +1,6 @@
 """From an EngineConfig to an engine that is ready to step."""
 
+import importlib
 import importlib.util
 import time
 from collections.abc import Callable
@@ -14,6 +15,8 @@ from octavo.model import describe_model
 from octavo.weights import open_checkpoint
 
 from .engine import Engine
+from .fair import Fair
+from .policies import Deadline, Policy, Priority
 from .speculation import FREE_ROWS
 
 if TYPE_CHECKING:
@@ -25,6 +28,7 @@ def load_engine(config: EngineConfig, path: Path, progress: Progress | None = No
 
     Raises DamagedWeights, UnsupportedModel, ConfigError, OutOfMemory.
     """
+    policy = load_policy(config)  # first, for a mistake in it is known at once
     checkpoint = open_checkpoint(path)
     spec, parameters = describe_model(checkpoint.config, checkpoint.tensors)
     if config.max_model_len and config.max_model_len > spec.max_positions:
@@ -46,7 +50,7 @@ def load_engine(config: EngineConfig, path: Path, progress: Progress | None = No
     )
     num_pages = _num_pages(config, spec, backend.page_bytes, max_model_len)
     backend.allocate_kv(num_pages)
-    return assemble(config, backend, num_pages=num_pages, max_model_len=max_model_len)
+    return assemble(config, backend, num_pages=num_pages, max_model_len=max_model_len, policy=policy)
 
 
 def assemble(
@@ -55,19 +59,48 @@ def assemble(
     *,
     num_pages: int,
     max_model_len: int,
+    policy: Policy | None = None,
     clock: Callable[[], float] = time.time,
 ) -> Engine:
-    """An engine as `config` has it, on a backend whose pool of `num_pages` is allocated."""
+    """An engine as `config` has it, on a backend whose pool of `num_pages` is allocated. Raises ConfigError."""
     return Engine(
         backend,
         num_pages=num_pages,
         max_model_len=max_model_len,
         max_batch_size=config.max_batch_size,
         max_batch_tokens=config.max_batch_tokens,
+        policy=policy or load_policy(config),
         prefix_caching=config.enable_prefix_caching,
         speculative_tokens=config.speculative_tokens,
         clock=clock,
     )
+
+
+def load_policy(config: EngineConfig) -> Policy:
+    """The policy that `scheduling_policy` names. Raises ConfigError."""
+    ours: dict[str, type[Policy]] = {"fcfs": Policy, "priority": Priority, "deadline": Deadline, "fair": Fair}
+    name = config.scheduling_policy
+    policy = ours.get(name) or _import_policy(name)
+    try:
+        return policy(config)
+    except Exception as error:  # a user's constructor may raise anything
+        raise ConfigError(f"scheduling_policy {name} does not start: {type(error).__name__}: {error}") from error
+
+
+def _import_policy(name: str) -> type[Policy]:
+    """The class that package.module:ClassName names."""
+    module_name, class_name = name.split(":")
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:  # a user's module may raise anything
+        hint = "; is its folder in PYTHONPATH?" if isinstance(error, ModuleNotFoundError) else ""
+        cause = f"{type(error).__name__}: {error}{hint}"
+        raise ConfigError(f"scheduling_policy {name}: cannot import {module_name}: {cause}") from error
+    policy = getattr(module, class_name, None)
+    if not (isinstance(policy, type) and issubclass(policy, Policy)):
+        what = f"has no {class_name}" if policy is None else f"has {class_name}, which is not a subclass of Policy"
+        raise ConfigError(f"scheduling_policy {name}: {module_name} {what} (octavo.engine.policies.Policy)")
+    return policy
 
 
 def _backend_factory(config: EngineConfig) -> BackendFactory:

@@ -1,47 +1,63 @@
 """Decides what each step computes. There are no phases: a step is a list of (sequence, number of new tokens)."""
 
-import heapq
+import math
 from array import array
 from dataclasses import dataclass, field
 
 from octavo.kv import KVCache
 
+from .policies import Policy
+from .recovery import Recovery
 from .sequence import Sequence
 from .speculation import FREE_ROWS, guess
+
+AHEAD = 16  # sequences that may wait for their pages to be fetched, or for a slot when they are there
 
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
     """`chunks[i]`: how many tokens of `sequences[i]` this step computes, from its num_computed on.
 
+    The first `num_decoding` sequences have one token to compute, and so end with this step's chunk of 1.
     `guesses[i]`: tokens to compute after them, in case they come next; only for a sequence whose chunk ends it.
     """
 
     sequences: list[Sequence]
     chunks: list[int]
+    num_decoding: int = 0
     guesses: dict[int, "array[int]"] = field(default_factory=dict)
 
     def ends(self, i: int) -> bool:
         """Whether sequence i will be computed to its end, so that its next token can be sampled."""
-        return self.chunks[i] == self.sequences[i].num_uncomputed
+        return i < self.num_decoding or self.chunks[i] == self.sequences[i].num_uncomputed
 
 
 class Scheduler:
-    """First come, first served. Running sequences first, then waiting ones as far as tokens, pages and slots last.
+    """Running sequences first, then waiting ones as far as tokens, pages and slots last, in the policy's order.
 
-    A sequence that needs a page when there is none takes it from the latest arrival, which goes back to its place in
-    the queue and is recomputed later, to the same tokens. So the earliest sequence always advances, and since every
-    request fits into the pool alone, everybody is served.
+    Each running sequence is sure of a token in every step. What is left of the step's tokens goes to prompts, those of
+    running and of waiting sequences alike, in the policy's order.
+
+    A sequence that needs a page when there is none takes it from the policy's victim, which waits again and is
+    recomputed later, to the same tokens. Nobody is admitted in a step that had to do this. The policy sees to it that
+    some sequence always advances to its end (see Policy), and since every request fits into the pool alone,
+    everybody is served.
+
+    Those next in the queue of which a lower tier has pages leave it to wait for these, while others go on; they give
+    the pages up again if those that run, or the first of them, need the room.
     """
 
-    def __init__(self, kv: KVCache, max_batch_size: int, max_batch_tokens: int):
+    def __init__(self, kv: KVCache, policy: Policy, recovery: Recovery, max_batch_size: int, max_batch_tokens: int):
         self.kv = kv
+        self.policy = policy
+        self.recovery = recovery
         self.max_batch_tokens = max_batch_tokens
         self.max_running = min(max_batch_size, max_batch_tokens)  # so that a step has a token for each
-        self.running: list[Sequence] = []  # in order of arrival
+        self.running: dict[Sequence, None] = {}  # insertion order is order of admission
         self.preemptions = 0
-        self._waiting: list[tuple[int, Sequence]] = []  # heap; aborted ones are dropped when they surface
         self._num_waiting = 0
+        self._arriving: list[Sequence] = []  # their pages are on the way, or there; in the order of the queue
+        self._blocked = False  # in the last step somebody waited for pages
         self._held_back: dict[str, list[Sequence]] = {}  # by the id of the request they come after
         self._slots = list(range(self.max_running - 1, -1, -1))
 
@@ -54,22 +70,27 @@ class Scheduler:
         return bool(self.running) or self._num_waiting > 0
 
     def add(self, seq: Sequence, after: Sequence | None = None) -> None:
-        """Queue a sequence; behind the prompt of `after`, if that is yet to be computed."""
-        self._num_waiting += 1
+        """Queue a sequence; behind the prompt of `after`, if that is yet to be computed.
+
+        Raises what the policy raises, and nothing is queued then.
+        """
+        rank = self.policy.rank(seq.request)
+        if not math.isfinite(rank):
+            raise ValueError(f"the rank must be a number of seconds, not {rank}")
+        seq.place = (rank, seq.order)
         if after is not None and after.num_computed < after.num_prompt:
             self._held_back.setdefault(after.id, []).append(seq)
         else:
-            heapq.heappush(self._waiting, (seq.order, seq))
+            self.policy.add(seq)
+        self._num_waiting += 1
 
     def let_go(self, seq: Sequence) -> None:
         """The prompt of `seq` is computed, or never will be: queue those that waited for it."""
         for follower in self._held_back.pop(seq.id, ()):
-            if not follower.aborted:
-                heapq.heappush(self._waiting, (follower.order, follower))
+            self.policy.add(follower)
 
     def finish(self, seq: Sequence) -> None:
         """Take a running sequence out and free its pages and its slot."""
-        self.running.remove(seq)
         self._vacate(seq)
         self.let_go(seq)
 
@@ -77,60 +98,135 @@ class Scheduler:
         """Take a sequence out, running or waiting."""
         seq.aborted = True
         if seq.slot >= 0:
-            self.finish(seq)
+            self._vacate(seq)
         else:
             self._num_waiting -= 1
-            self.let_go(seq)
+            held_back = self._held_back.get(seq.request.after or "", [])
+            if seq in held_back:
+                held_back.remove(seq)
+            elif seq.prefetch:
+                self._end_prefetch(seq)
+            else:
+                self.policy.remove(seq)
+        self.let_go(seq)
 
     def schedule(self) -> StepPlan:
-        plan = StepPlan([], [])
-        preempted = self._continue_running(plan)
+        self._fetch_ahead()
+        short = self._blocked or not self._slots
+        if short and len(self.running) > 1 and (victim := self.policy.makes_way(self.running)):
+            self._preempt(victim)
+        decoding, prompts, preempted = self._continue_running()
+        self.policy.charge(decoding)
+        plan = StepPlan(decoding, [1] * len(decoding), len(decoding))
+        self._plan_prompts(plan, prompts, may_admit=not preempted)
         if not preempted:  # pages are short: what is freed belongs to those that run
-            self._admit_waiting(plan)
             self._guess(plan)
         return plan
 
-    def _continue_running(self, plan: StepPlan) -> bool:
-        """Plan all running sequences that get their pages. True if one had to be preempted for it."""
-        budget = self.max_batch_tokens
-        preempted = False
-        i = 0
-        while i < len(self.running):
-            seq = self.running[i]
-            left_to_others = len(self.running) - i - 1
-            chunk = min(seq.num_uncomputed, budget - left_to_others)
-            while not self.kv.grow(seq.held, seq.num_computed + chunk):
-                preempted = True
-                if self._preempt_latest() is seq:
-                    return True
-            plan.sequences.append(seq)
-            plan.chunks.append(chunk)
-            budget -= chunk
-            i += 1
-        return preempted
+    def _continue_running(self) -> tuple[list[Sequence], list[Sequence], bool]:
+        """Running sequences with one token to compute, those with more, and whether one had to be preempted for pages.
 
-    def _admit_waiting(self, plan: StepPlan) -> None:
-        budget = self.max_batch_tokens - sum(plan.chunks)
-        while self._waiting and budget > 0 and len(self.running) < self.max_running:
-            seq = self._waiting[0][1]
-            if seq.aborted:
-                heapq.heappop(self._waiting)
-                continue
-            # A spare page for each that runs, or the newcomer would soon be preempted for them.
-            admitted = self.kv.admit(seq.tokens, spare=len(self.running))
-            if admitted is None:
-                return
-            heapq.heappop(self._waiting)
-            self._num_waiting -= 1
-            seq.held, seq.num_computed = admitted
-            if not seq.num_outputs:
-                seq.cached_tokens = seq.num_computed
-            seq.slot = self._slots.pop()
-            self._insert_running(seq)
-            chunk = min(seq.num_uncomputed, budget)
+        A sequence has pages for all of its tokens since it was admitted, so only the former may need one.
+        """
+        decoding: list[Sequence] = []
+        prompts: list[Sequence] = []
+        short: list[Sequence] = []
+        page_size = self.kv.page_size
+        for seq in self.running:
+            length = len(seq.tokens)
+            if length - seq.num_computed > 1:
+                prompts.append(seq)
+            else:
+                decoding.append(seq)
+                if length > len(seq.held.pages) * page_size:
+                    short.append(seq)
+        preemptions = self.preemptions
+        for seq in short:
+            while seq.slot >= 0 and not self.kv.grow(seq.held, len(seq.tokens)):
+                if not self._give_up_fetching():
+                    self._preempt(self.policy.victim(self.running))
+        if self.preemptions == preemptions:
+            return decoding, prompts, False
+        return [seq for seq in decoding if seq.slot >= 0], [seq for seq in prompts if seq.slot >= 0], True
+
+    def _plan_prompts(self, plan: StepPlan, prompts: list[Sequence], may_admit: bool) -> None:
+        """Give what decoding leaves of the step's tokens to `prompts`, which run, and to waiting sequences."""
+        key = self.policy.key
+        prompts.sort(key=key, reverse=True)  # the last is the next
+        spare = self.max_batch_tokens - len(self.running)  # each of them is sure of one
+        waiting = self._next_waiting() if may_admit and self._slots else None
+        self._blocked = False
+        while prompts or (waiting and spare > 0):
+            if waiting and spare > 0 and not (prompts and key(prompts[-1]) < key(waiting)):
+                seq = waiting
+                if not self._admit(seq):
+                    self._blocked, waiting = True, None
+                    continue
+                spare -= 1
+                waiting = self._next_waiting() if self._slots else None
+            else:
+                seq = prompts.pop()
+            chunk = min(seq.num_uncomputed, 1 + spare)
             plan.sequences.append(seq)
             plan.chunks.append(chunk)
-            budget -= chunk
+            spare -= chunk - 1
+
+    def _admit(self, seq: Sequence) -> bool:
+        """Let a waiting sequence run, if its pages are to be had. Needs a free slot."""
+        # A spare page for each that runs, or the newcomer would soon be preempted for them.
+        admitted = self.kv.admit(seq.prefix, spare=len(self.running))
+        while admitted is None:
+            if not self._give_up_fetching(keep=seq):
+                return False
+            admitted = self.kv.admit(seq.prefix, spare=len(self.running))
+        seq.held, seq.num_computed = admitted
+        if not seq.num_outputs:
+            seq.cached_tokens = seq.num_computed
+        if seq.prefetch:
+            self._end_prefetch(seq)
+        else:
+            self.policy.pop()
+        self._num_waiting -= 1
+        seq.admitted = True
+        seq.slot = self._slots.pop()
+        self.running[seq] = None
+        return True
+
+    def _next_waiting(self) -> Sequence | None:
+        """Who is to be admitted next: the first whose pages have arrived, or whom the policy names."""
+        for seq in self._arriving:
+            if seq.prefetch and not seq.prefetch.pending:
+                return seq
+        self._fetch_ahead()
+        return self.policy.peek() if len(self._arriving) < AHEAD else None
+
+    def _fetch_ahead(self) -> None:
+        """Begin to fetch what lower tiers have of the next in the queue, as far as pages for it are to be had."""
+        while len(self._arriving) < AHEAD and (seq := self.policy.peek()):
+            if not self.recovery.fetches(seq, self.kv.seconds_per_page):
+                return
+            seq.prefetch = self.kv.prefetch(seq.prefix, spare=len(self.running))
+            if seq.prefetch is None:
+                return
+            seq.num_computed = len(seq.prefetch.pages) * self.kv.page_size  # as far as the policy is concerned
+            self.policy.pop()
+            seq.num_computed, seq.admitted = 0, True
+            self._arriving.append(seq)
+
+    def _give_up_fetching(self, keep: Sequence | None = None) -> bool:
+        """Let the last of those whose pages arrive wait in the queue again, without them. False: there is none."""
+        for seq in reversed(self._arriving):
+            if seq is not keep:
+                self._end_prefetch(seq)
+                self.policy.add(seq)
+                return True
+        return False
+
+    def _end_prefetch(self, seq: Sequence) -> None:
+        assert seq.prefetch is not None
+        self.kv.end_prefetch(seq.prefetch)
+        seq.prefetch = None
+        self._arriving.remove(seq)
 
     def _guess(self, plan: StepPlan) -> None:
         """Fill what the step has of free rows with guesses, for decoding sequences that are to have them."""
@@ -146,23 +242,16 @@ class Scheduler:
                 plan.guesses[i] = guesses
                 free -= len(guesses)
 
-    def _insert_running(self, seq: Sequence) -> None:
-        """Keep order of arrival: a preempted sequence returns to its place."""
-        i = len(self.running)
-        while i and self.running[i - 1].order > seq.order:
-            i -= 1
-        self.running.insert(i, seq)
-
-    def _preempt_latest(self) -> Sequence:
-        seq = self.running.pop()
+    def _preempt(self, seq: Sequence) -> None:
+        """Take a running sequence's pages; it returns to its place in the queue."""
         self._vacate(seq)
         self.preemptions += 1
         self._num_waiting += 1
-        heapq.heappush(self._waiting, (seq.order, seq))
-        return seq
+        self.policy.add(seq)
 
     def _vacate(self, seq: Sequence) -> None:
-        self.kv.release(seq.held)
+        del self.running[seq]
+        self.kv.release(seq.held, seq.num_computed)
         seq.num_computed = 0
         self._slots.append(seq.slot)
         seq.slot = -1

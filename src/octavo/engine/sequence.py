@@ -3,7 +3,7 @@
 from array import array
 from dataclasses import dataclass, field
 
-from octavo.kv import SequencePages
+from octavo.kv import Prefetch, Prefix, SequencePages
 
 from .messages import EngineRequest
 
@@ -16,18 +16,29 @@ class Sequence:
     order: int  # of arrival, from 0
     stop_tokens: frozenset[int]  # tokens that end it: end-of-sequence and stop_token_ids
     tokens: "array[int]"
+    prefix: Prefix  # the keys of `tokens`
     num_prompt: int
     max_tokens: int  # of prompt and output
     guess_limit: int = 0  # guesses at the next tokens that a step may try
     num_computed: int = 0
     cached_tokens: int = 0  # of num_computed, found in the prefix cache when it was first admitted
-    held: SequencePages = field(default_factory=SequencePages)
+    held: SequencePages = field(init=False)
+    prefetch: Prefetch | None = None
+    place: tuple[float, int] = (0.0, 0)  # the policy's rank of it, then `order`
     slot: int = -1  # row of the batch columns while it runs
+    admitted: bool = False  # at least once: if it waits, it was preempted
     aborted: bool = False
+
+    def __post_init__(self) -> None:
+        self.held = SequencePages(self.prefix)
 
     @property
     def id(self) -> str:
         return self.request.id
+
+    @property
+    def tenant(self) -> str:
+        return self.request.tenant
 
     @property
     def num_outputs(self) -> int:

@@ -14,6 +14,7 @@ from octavo.params import SamplingParams
 from octavo.text import Detokenizer, Tokenizer
 
 from .live import LiveCompletion, LiveRequest
+from .prompts import Ask
 from .stop_strings import StopStrings
 
 Sink = Callable[[LiveRequest, RequestOutput | Exception], None]
@@ -32,9 +33,21 @@ class Ledger:
         return len(self._live)
 
     def open(
-        self, prompt: str | list[int], params: SamplingParams, sink: Sink, request_id: str | None = None
-    ) -> tuple[LiveRequest, list[EngineRequest]]:
-        """A new request, and what to ask of the engine for it. Raises InvalidRequest, PromptTooLong."""
+        self, asks: Iterable[Ask], sink: Sink, request_id: str | None = None
+    ) -> tuple[list[LiveRequest], list[EngineRequest]]:
+        """New requests, and what to ask of the engine for them: all or none. Raises InvalidRequest, PromptTooLong."""
+        lives: list[LiveRequest] = []
+        try:
+            for ask in asks:
+                lives.append(self._open(ask, sink, request_id))
+        except BaseException:
+            for live in lives:
+                self.close(live.id)
+            raise
+        return lives, [completion.request for live in lives for completion in live.completions]
+
+    def _open(self, ask: Ask, sink: Sink, request_id: str | None) -> LiveRequest:
+        prompt, params, terms = ask
         arrival = time.time()
         id = request_id or f"req-{uuid.uuid4().hex}"
         if id in self._live:
@@ -69,12 +82,17 @@ class Ledger:
                 arrival=arrival,
                 eos=[] if params.ignore_eos else sorted(self._tokenizer.eos_token_ids),
                 after=f"{id}#0" if index else None,
+                tenant=terms.tenant,
+                salt=terms.cache_salt or "",
+                priority=terms.priority,
+                ttft_target=terms.ttft_target,
+                timeout=terms.timeout,
             )
             stops = StopStrings(params.stop_strings)
             live.completions.append(LiveCompletion(request, index, Detokenizer(self._tokenizer), stops))
         self._live[id] = live
         self._completions.update({c.request.id: (live, c) for c in live.completions})
-        return live, [completion.request for completion in live.completions]
+        return live
 
     def deliver(self, outputs: Iterable[TokenOutput]) -> list[str]:
         """Pass tokens on to the sinks. The engine ids that a stop string ended, to be aborted there."""

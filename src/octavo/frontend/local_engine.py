@@ -8,11 +8,11 @@ from queue import SimpleQueue
 from octavo.engine.engine import Engine
 from octavo.engine.messages import EngineInfo, EngineRequest, EngineStats, TokenOutput
 from octavo.errors import EngineDead
-from octavo.params import SamplingParams
 from octavo.text import Tokenizer
 
 from .ledger import Ledger, Sink
 from .live import LiveRequest
+from .prompts import Ask
 
 
 class LocalEngine:
@@ -35,24 +35,12 @@ class LocalEngine:
         for thread in self._threads:
             thread.start()
 
-    def submit(
-        self, prompts: Iterable[tuple[str | list[int], SamplingParams]], sink: Sink, request_id: str | None = None
-    ) -> list[LiveRequest]:
+    def submit(self, asks: Iterable[Ask], sink: Sink) -> list[LiveRequest]:
         """Start requests, all or none. Raises InvalidRequest, PromptTooLong, EngineDead."""
-        lives: list[LiveRequest] = []
-        requests: list[EngineRequest] = []
         with self._ledger_lock:
             if self._dead or self._closing:
                 raise EngineDead(f"the engine has stopped: {self._dead}" if self._dead else "the engine was shut down")
-            try:
-                for prompt, params in prompts:
-                    live, of_live = self._ledger.open(prompt, params, sink, request_id)
-                    lives.append(live)
-                    requests += of_live
-            except BaseException:
-                for live in lives:
-                    self._ledger.close(live.id)
-                raise
+            lives, requests = self._ledger.open(asks, sink)
         self._tell(partial(self._add, requests))
         return lives
 

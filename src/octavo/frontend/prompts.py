@@ -1,24 +1,42 @@
-"""What `generate` accepts: one prompt or several, one SamplingParams or one each."""
+"""What `generate` accepts: one prompt or several; parameters and priority for all of them, or one each."""
 
 from collections.abc import Sequence
-from typing import cast
+from typing import NamedTuple, TypeVar, cast
 
 from octavo.errors import InvalidRequest
-from octavo.params import SamplingParams
+from octavo.params import SamplingParams, ServiceTerms, Terms
 
 Prompt = str | list[int]
+T = TypeVar("T")
 
 
-def pair(
-    prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
-) -> list[tuple[Prompt, SamplingParams]]:
-    """Each prompt with its parameters. Raises InvalidRequest."""
+class Ask(NamedTuple):
+    """One prompt, and all that its user has to say about it."""
+
+    prompt: Prompt
+    params: SamplingParams
+    terms: ServiceTerms
+
+
+def asks(
+    prompts: Prompt | Sequence[Prompt],
+    params: SamplingParams | Sequence[SamplingParams] | None,
+    priority: int | Sequence[int],
+    terms: Terms,
+) -> list[Ask]:
+    """An Ask for each prompt. Raises InvalidRequest."""
     one = isinstance(prompts, str) or (bool(prompts) and isinstance(prompts[0], int))
     many = cast("list[Prompt]", [prompts] if one else list(prompts))
     if not all(isinstance(prompt, (str, list)) for prompt in many):
         raise InvalidRequest("a prompt must be a string or a list of token ids", "prompt")
-    if params is None or isinstance(params, SamplingParams):
-        return [(prompt, params or SamplingParams()) for prompt in many]
-    if len(params) != len(many):
-        raise InvalidRequest(f"{len(many)} prompts need one SamplingParams, or {len(many)}, not {len(params)}")
-    return list(zip(many, params, strict=True))
+    every_params = _one_each(SamplingParams() if params is None else params, len(many), "SamplingParams")
+    every_terms = [ServiceTerms(priority=each, **terms) for each in _one_each(priority, len(many), "priority")]
+    return [Ask(*each) for each in zip(many, every_params, every_terms, strict=True)]
+
+
+def _one_each(given: T | Sequence[T], count: int, what: str) -> Sequence[T]:
+    if not isinstance(given, (list, tuple)):
+        return [cast("T", given)] * count
+    if len(given) != count:
+        raise InvalidRequest(f"{count} prompts need one {what}, or {count}, not {len(given)}")
+    return given

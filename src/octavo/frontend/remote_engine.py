@@ -13,12 +13,12 @@ from pathlib import Path
 from octavo.config import EngineConfig
 from octavo.engine.messages import EngineInfo, EngineStats
 from octavo.errors import EngineDead, OctavoError
-from octavo.params import SamplingParams
 from octavo.text import Tokenizer
 
 from .engine_process import EngineProcess
 from .ledger import Ledger, Sink
 from .live import LiveRequest
+from .prompts import Ask
 from .wire import Abort, AskStats, Stats, Submit, Tokens
 
 log = logging.getLogger("octavo")
@@ -53,14 +53,14 @@ class RemoteEngine:
         self._supervisor = asyncio.create_task(self._supervise())
         return info
 
-    def submit(self, prompt: str | list[int], params: SamplingParams, sink: Sink, id: str | None = None) -> LiveRequest:
-        """Start a request. Raises InvalidRequest, PromptTooLong, EngineDead."""
+    def submit(self, asks: Iterable[Ask], sink: Sink, request_id: str | None = None) -> list[LiveRequest]:
+        """Start requests, all or none. Raises InvalidRequest, PromptTooLong, EngineDead."""
         if self._ledger is None or self.dead.is_set():
             raise EngineDead("the engine has stopped")
-        live, requests = self._ledger.open(prompt, params, sink, id)
+        lives, requests = self._ledger.open(asks, sink, request_id)
         if self._serving:  # if not, the next process is told all that is owed
             self._serving.send(Submit(requests))
-        return live
+        return lives
 
     def abort(self, ids: Iterable[str], say_so: bool = False) -> None:
         """End requests; without a further word to their sinks, unless `say_so`. Finished ones are left alone."""

@@ -1,89 +1,260 @@
 """Gives sequences their pages, and finds what is already computed: the prefix cache.
 
-A full page's key is a hash of its tokens and of the key of the page before it, so equal keys mean equal prefixes, and
-finding a prefix takes one look-up per page. Because a token's K and V are bitwise the same however they came about, a
-page found is as good as a page computed; a fork is just a sequence whose prefix is found.
+Because a token's K and V are bitwise the same however they came about, a page found is as good as a page computed, and
+a page lost costs time only; a fork is just a sequence whose prefix is found.
 """
 
+import math
 from array import array
+from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from hashlib import blake2b
 
 from .page_pool import PagePool
+from .prefix import Prefix
+from .transfers import Finished, Transfers
+
+SAVING_SHARE = 8  # at most one page in so many is held only because it is being saved
 
 
 @dataclass(slots=True)
 class SequencePages:
-    """The pages of one sequence, in order of position; `keys` are those of its full and computed ones."""
+    """The pages of one sequence, in order of position; the first `num_full` are full, computed and published."""
 
+    prefix: Prefix
     pages: list[int] = field(default_factory=list)
-    keys: list[bytes] = field(default_factory=list)
+    num_full: int = 0
+
+
+@dataclass(slots=True)
+class Prefetch:
+    """Pages of a waiting sequence that are held for it while `pending` of them are on their way from a lower tier."""
+
+    pages: list[int]
+    pending: int = 0
 
 
 class KVCache:
-    """Page tables over one PagePool. `page_size` is in tokens."""
+    """Page tables over one PagePool, and over the tiers that `transfers` reaches. `page_size` is in tokens.
 
-    def __init__(self, num_pages: int, page_size: int, prefix_caching: bool = True):
+    `copy_page(source, target)` copies a page on the device; without it, partial pages are not kept.
+    """
+
+    def __init__(
+        self,
+        num_pages: int,
+        page_size: int,
+        prefix_caching: bool = True,
+        copy_page: Callable[[int, int], None] | None = None,
+        transfers: Transfers | None = None,
+    ):
         self.pool = PagePool(num_pages)
         self.page_size = page_size
         self.prefix_caching = prefix_caching
+        self.transfers = transfers if prefix_caching else None
+        self._copy_page = copy_page
+        self._tails: dict[int, array[int]] = {}  # tokens in a partial page that was published, by page
+        self._pins: dict[str, SequencePages] = {}  # by the id of a KV state, the least recently used first
+        self._unsaved: deque[tuple[int, bytes]] = deque()
+        self._max_saving = max(1, num_pages // SAVING_SHARE)
+        self._num_saving = 0
+        self._fetching: dict[int, Prefetch] = {}  # by page
 
     def pages_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.page_size)
 
-    def admit(self, tokens: "array[int]", spare: int = 0) -> tuple[SequencePages, int] | None:
+    def admit(self, prefix: Prefix, spare: int = 0) -> tuple[SequencePages, int] | None:
         """Pages for a new sequence of these tokens, and how many tokens of it are already computed.
 
         At least the last token is left to compute: its logits are wanted. None, and nothing held, if the pages that
-        all of `tokens` needs are not to be had now with `spare` pages to remain.
+        all of the tokens need are not to be had now with `spare` pages to remain.
         """
-        held = SequencePages()
-        self._hold_prefix(held, tokens)
-        missing = self.pages_for(len(tokens)) - len(held.pages)
-        if missing + spare > self.pool.num_available:
-            self.release(held)
+        held = self._hold_prefix(prefix)
+        tail, tail_length = self._find_tail(held)
+        if tail is not None:
+            self.pool.hold(tail)
+        if not self._make_room(self.pages_for(len(prefix.tokens)) - held.num_full + spare):
+            self._drop([*held.pages, *([] if tail is None else [tail])])
             return None
-        self.grow(held, len(tokens))
-        return held, len(held.keys) * self.page_size
+        self.grow(held, len(prefix.tokens))
+        if tail is not None and self._copy_page is not None:
+            self._copy_page(tail, held.pages[held.num_full])  # the original stays, for other forks
+            self.pool.release(tail)
+        return held, held.num_full * self.page_size + tail_length
 
     def grow(self, held: SequencePages, num_tokens: int) -> bool:
         """Take pages until `num_tokens` tokens have room. False, and nothing taken, if too few are to be had."""
         missing = self.pages_for(num_tokens) - len(held.pages)
-        if missing > self.pool.num_available:
-            return False
-        held.pages.extend(self.pool.take() for _ in range(missing))
+        if missing > 0:
+            if not self._make_room(missing):
+                return False
+            held.pages.extend(self.pool.take() for _ in range(missing))
         return True
 
-    def commit(self, held: SequencePages, tokens: "array[int]", num_computed: int) -> None:
+    def commit(self, held: SequencePages, num_computed: int) -> None:
         """K and V of the first `num_computed` tokens are in the pages now: publish those that became full."""
         if not self.prefix_caching:
             return
-        while len(held.keys) < num_computed // self.page_size:
-            key = self._key(held.keys, tokens)
-            self.pool.publish(held.pages[len(held.keys)], key)
-            held.keys.append(key)
+        while held.num_full < num_computed // self.page_size:
+            page, key = held.pages[held.num_full], held.prefix.key(held.num_full)
+            self.pool.publish(page, key)
+            held.num_full += 1
+            if self.transfers is not None:
+                self._unsaved.append((page, key))
 
-    def release(self, held: SequencePages) -> None:
-        """Let go of all pages. The last goes first, so that a prefix outlives what followed it."""
-        for page in reversed(held.pages):
-            self.pool.release(page)
+    def release(self, held: SequencePages, num_computed: int = 0) -> None:
+        """Let go of all pages. If K and V of `num_computed` tokens are in them, a partial last page is cached too, for
+        the conversation's next turn: after each full page the latest such.
+        """
+        start = held.num_full * self.page_size
+        if self.prefix_caching and self._copy_page is not None and start < num_computed:
+            page = held.pages[held.num_full]
+            self._tails[page] = held.prefix.tokens[start:num_computed]
+            self.pool.publish(page, _tail_key(held), replace=True)
+        self._drop(held.pages)
         held.pages.clear()
-        held.keys.clear()
+        held.num_full = 0
 
-    def _hold_prefix(self, held: SequencePages, tokens: "array[int]") -> None:
-        if not self.prefix_caching:
+    def pin(self, id: str, prefix: Prefix) -> None:
+        """Keep what is computed of a KV state's tokens until `unpin`, or until running sequences need the room."""
+        self.unpin(id)
+        held = self._hold_prefix(prefix)
+        tail, _ = self._find_tail(held)
+        if tail is not None:
+            self.pool.hold(tail)
+            held.pages.append(tail)
+        self._pins[id] = held
+
+    def unpin(self, id: str) -> None:
+        if held := self._pins.pop(id, None):
+            self.release(held)
+
+    def prefetch(self, prefix: Prefix, spare: int = 0) -> Prefetch | None:
+        """Start to bring in what lower tiers have of these tokens, and hold it; None if there is nothing to bring.
+
+        None too if the pages for it are not to be had with `spare` to remain.
+        """
+        if self.transfers is None:
+            return None
+        pages: list[int] = []
+        missing: list[bytes] = []
+        for i in range((len(prefix.tokens) - 1) // self.page_size):
+            key = prefix.key(i)
+            if (page := self.pool.find(key)) is not None:
+                self.pool.hold(page)
+                pages.append(page)
+            elif self.transfers.holds(key):
+                missing.append(key)
+            else:
+                break
+        if not missing or not self._make_room(len(missing) + spare):
+            self._drop(pages)
+            return None
+        prefetch = Prefetch(pages)
+        for key in missing:
+            page = self.pool.take()  # held by the transfer too, since the sequence may be gone before that ends
+            if self.transfers.fetch(page, key):
+                self.pool.hold(page)
+                pages.append(page)
+                prefetch.pending += 1
+                self._fetching[page] = prefetch
+            else:  # lost meanwhile
+                self.pool.release(page)
+        return prefetch
+
+    def end_prefetch(self, prefetch: Prefetch) -> None:
+        """Its sequence is admitted or gone."""
+        self._drop(prefetch.pages)
+        prefetch.pages.clear()
+
+    def collect(self) -> None:
+        """Take in what transfers have done, and hand them what there is to save."""
+        if self.transfers is None:
             return
-        while (len(held.keys) + 1) * self.page_size < len(tokens):
-            key = self._key(held.keys, tokens)
-            page = self.pool.find(key)
-            if page is None:
-                return
-            self.pool.hold(page)
-            held.pages.append(page)
-            held.keys.append(key)
+        for done in self.transfers.finished():
+            if prefetch := self._fetching.pop(done.page, None):
+                self._arrived(done, prefetch)
+            else:
+                self._num_saving -= 1
+            self.pool.release(done.page)
+        most = min(self._max_saving, self.transfers.max_saves)
+        while self._unsaved and self._num_saving < most:
+            page, key = self._unsaved.popleft()
+            if self.pool.find(key) == page:
+                self.pool.hold(page)
+                if self.transfers.save(page, key):
+                    self._num_saving += 1
+                else:  # the tiers have it
+                    self.pool.release(page)
 
-    def _key(self, keys: list[bytes], tokens: "array[int]") -> bytes:
-        """Key of the page after those of `keys`."""
-        start = len(keys) * self.page_size
-        content = tokens[start : start + self.page_size].tobytes()
-        return blake2b(content, key=keys[-1] if keys else b"", digest_size=16).digest()
+    def wait(self, timeout: float) -> None:
+        """Until a page on the move has arrived, at most `timeout` seconds."""
+        if self.transfers is not None and self.is_moving:
+            self.transfers.wait(timeout)
+
+    def close(self) -> None:
+        if self.transfers is not None:
+            self.transfers.close()
+
+    @property
+    def seconds_per_page(self) -> float:
+        """Measured, of fetches from lower tiers."""
+        return self.transfers.seconds_per_page if self.transfers is not None else math.inf
+
+    def _arrived(self, done: Finished, prefetch: Prefetch) -> None:
+        prefetch.pending -= 1
+        if done.ok:
+            self.pool.publish(done.page, done.key)
+        if self.pool.find(done.key) != done.page and done.page in prefetch.pages:  # of no use, and others need room
+            prefetch.pages.remove(done.page)
+            self.pool.release(done.page)
+
+    @property
+    def num_pinned(self) -> int:
+        return len({page for held in self._pins.values() for page in held.pages})
+
+    @property
+    def is_moving(self) -> bool:
+        """Whether pages are on their way from or to a lower tier, or waiting to be."""
+        return bool(self._fetching or self._unsaved or self._num_saving)
+
+    def _hold_prefix(self, prefix: Prefix) -> SequencePages:
+        """Hold the pages of the pool that begin these tokens, all but the last token."""
+        held = SequencePages(prefix)
+        if self.prefix_caching:
+            while (held.num_full + 1) * self.page_size < len(prefix.tokens):
+                page = self.pool.find(prefix.key(held.num_full))
+                if page is None:
+                    break
+                self.pool.hold(page)
+                held.pages.append(page)
+                held.num_full += 1
+        return held
+
+    def _find_tail(self, held: SequencePages) -> tuple[int | None, int]:
+        """A partial page that goes on where the full pages of `held` end, and how many tokens it has of the prefix."""
+        if not self.prefix_caching or self._copy_page is None:
+            return None, 0
+        page = self.pool.find(_tail_key(held))
+        if page is None:
+            return None, 0
+        tail, start = self._tails[page], held.num_full * self.page_size
+        tokens = held.prefix.tokens[start : start + len(tail)]
+        fits = tokens == tail and start + len(tail) < len(held.prefix.tokens)
+        return (page, len(tail)) if fits else (None, 0)
+
+    def _make_room(self, pages: int) -> bool:
+        """Whether so many pages can be taken, pins being given up for it, the least recently used first."""
+        while self.pool.num_available < pages and self._pins:
+            self.unpin(next(iter(self._pins)))
+        return self.pool.num_available >= pages
+
+    def _drop(self, pages: list[int]) -> None:
+        """The last goes first, so that a prefix outlives what followed it."""
+        for page in reversed(pages):
+            self.pool.release(page)
+
+
+def _tail_key(held: SequencePages) -> bytes:
+    """No full page has such a key: it is longer."""
+    return held.prefix.parent(held.num_full) + b"+"

@@ -4,6 +4,8 @@ A page is in one of three states: free (no content), held (by one or more sequen
 content known by a key, first to be forgotten when it was used least recently). Every operation is O(1).
 """
 
+from collections import OrderedDict
+
 
 class PagePool:
     """Pages 0 .. num_pages - 1. Pure bookkeeping: the memory is the backend's."""
@@ -13,7 +15,8 @@ class PagePool:
         self._holders = [0] * num_pages
         self._key: list[bytes | None] = [None] * num_pages
         self._free = [*reversed(range(num_pages))]  # the last is taken first: its memory is warm
-        self._cached: dict[int, None] = {}  # insertion order is order of last use
+        # In order of last use. (A plain dict would walk over all that went before, each time its first is taken.)
+        self._cached: OrderedDict[int, None] = OrderedDict()
         self._page_of: dict[bytes, int] = {}
 
     @property
@@ -30,8 +33,7 @@ class PagePool:
         if self._free:
             page = self._free.pop()
         else:
-            page = next(iter(self._cached))
-            del self._cached[page]
+            page, _ = self._cached.popitem(last=False)
             self._forget(page)
         self._holders[page] = 1
         return page
@@ -45,9 +47,15 @@ class PagePool:
         self._cached.pop(page, None)
         self._holders[page] += 1
 
-    def publish(self, page: int, key: bytes) -> None:
-        """The held page is full and its content is what `key` says. The first page of a content is the one found."""
-        if key not in self._page_of:
+    def publish(self, page: int, key: bytes, replace: bool = False) -> None:
+        """The held page's content is what `key` says. The first page of a content is the one found, or the last."""
+        found = self._page_of.get(key)
+        if found is not None and replace:
+            self._forget(found)
+            if self._holders[found] == 0:
+                del self._cached[found]
+                self._free.append(found)
+        if found is None or replace:
             self._page_of[key] = page
             self._key[page] = key
 

@@ -22,10 +22,10 @@ async def chat_completions(llm: AsyncLLM, request: Request) -> Response:
     """Raises ApiError, OctavoError."""
     body = await read_json(request, ChatRequest)
     check_model(llm, body.model)
-    params = body.sampling_params()
+    params, terms = body.sampling_params(), body.terms(request.headers)
     text = llm.tokenizer.chat(body.conversation(), **body.template_variables())
     prompts = await tokenised(llm.tokenizer, [text], add_special_tokens=False)  # the template has them
-    generation = Generation(llm, prompts, params, new_id("chatcmpl"))
+    generation = Generation(llm, prompts, params, terms, new_id("chatcmpl"))
     if body.stream:
         return EventStream(_events(generation, body.include_usage))
     return await reply_while_connected(request.receive, _whole(generation))

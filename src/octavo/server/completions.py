@@ -23,10 +23,10 @@ async def completions(llm: AsyncLLM, request: Request) -> Response:
     """Raises ApiError, OctavoError."""
     body = await read_json(request, CompletionRequest)
     check_model(llm, body.model)
-    params = body.sampling_params()
+    params, terms = body.sampling_params(), body.terms(request.headers)
     prompts = await tokenised(llm.tokenizer, body.prompt)
     echoed = [_text(llm.tokenizer, prompt) if body.echo else "" for prompt in body.prompt]
-    generation = Generation(llm, prompts, params, new_id("cmpl"))
+    generation = Generation(llm, prompts, params, terms, new_id("cmpl"))
     if body.stream:
         return EventStream(_events(generation, echoed, body.include_usage))
     return await reply_while_connected(request.receive, _whole(generation, echoed))

@@ -8,6 +8,7 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from hashlib import blake2b
+from typing import Any
 
 from octavo.async_llm import AsyncLLM
 from octavo.config import EngineConfig
@@ -26,11 +27,12 @@ Increment = tuple[int, RequestOutput]  # the prompt's index, and what is new of 
 
 @dataclass(frozen=True)
 class Generation:
-    """Prompts to complete with the same parameters, and the marks that every reply about them bears."""
+    """Prompts to complete with the same parameters and terms, and the marks that every reply about them bears."""
 
     llm: AsyncLLM
     prompts: list[list[int]]
     params: SamplingParams
+    terms: dict[str, Any]  # of ServiceTerms
     id: str
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -43,7 +45,7 @@ class Generation:
         return fingerprint(self.llm.config)
 
     async def whole(self) -> list[RequestOutput]:
-        return await self.llm.agenerate(self.prompts, self.params)
+        return await self.llm.agenerate(self.prompts, self.params, **self.terms)
 
     async def increments(self) -> AsyncGenerator[Increment, None]:
         """Increments of all prompts as they come. Closing the generator aborts what still runs."""
@@ -79,7 +81,7 @@ class Generation:
             arrived.put_nowait(error)
 
     async def _increments_of(self, index: int) -> AsyncGenerator[Increment, None]:
-        async with aclosing(self.llm.generate(self.prompts[index], self.params)) as stream:
+        async with aclosing(self.llm.generate(self.prompts[index], self.params, **self.terms)) as stream:
             async for output in stream:
                 yield index, output
 

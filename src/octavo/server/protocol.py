@@ -1,20 +1,25 @@
 """What a client may send: OpenAI's request bodies with vLLM's extra sampling fields, as strict pydantic models.
 
-null means "not given", as with OpenAI. Ranges are not checked here but by SamplingParams, which knows them.
+null means "not given", as with OpenAI. Ranges are not checked here but by SamplingParams and ServiceTerms, which know
+them.
 """
 
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator, model_validator
 from pydantic_core import PydanticCustomError
+from starlette.datastructures import Headers
 
 from octavo.errors import InvalidRequest
-from octavo.params import MAX_LOGPROBS, SamplingParams
+from octavo.params import MAX_LOGPROBS, SamplingParams, ServiceTerms
 
 MAX_COMPLETIONS = 1024  # of one request, for all its prompts together
+TENANT_HEADER = "X-Octavo-Tenant"
 
 # Fields that a request and SamplingParams share, name and meaning.
 _SAMPLING_FIELDS = frozenset(SamplingParams.__struct_fields__) - {"max_tokens", "logprobs", "logit_bias"}
+
+_TERMS = ServiceTerms.__struct_fields__
 
 
 def _refuse(value: Any) -> None:
@@ -91,6 +96,11 @@ class GenerationRequest(Strict):
     logit_bias: dict[str, float] | None = None
     ignore_eos: bool | None = None
     speculative_tokens: int | None = None
+    priority: int | None = None
+    tenant: str | None = None
+    ttft_target: float | None = None
+    timeout: float | None = None
+    cache_salt: str | None = None
     user: Ignored = None
 
     @model_validator(mode="after")
@@ -108,6 +118,21 @@ class GenerationRequest(Strict):
         given = {name: value for name in _SAMPLING_FIELDS if (value := getattr(self, name)) is not None}
         bias = {_token_id(key): value for key, value in (self.logit_bias or {}).items()}
         return SamplingParams(max_tokens=max_tokens, logprobs=logprobs, logit_bias=bias or None, **given)
+
+    def terms(self, headers: Headers) -> dict[str, Any]:
+        """The fields of ServiceTerms that are given.
+
+        A proxy that knows who is calling says so in a header, and that wins over the body, even if it is empty: what
+        the client writes there must not put its requests on another's account, or into another's cache.
+        """
+        given = {name: value for name in _TERMS if (value := getattr(self, name)) is not None}
+        match headers.getlist(TENANT_HEADER):
+            case []:
+                return given
+            case [tenant]:
+                return given | {"tenant": tenant}
+            case _:  # a client's own, and what the proxy added to it: which is which cannot be told
+                raise InvalidRequest(f"there is more than one header {TENANT_HEADER}", "tenant")
 
 
 class CompletionRequest(GenerationRequest):

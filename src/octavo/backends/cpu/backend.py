@@ -39,6 +39,15 @@ class CpuBackend:
             )
         self._running.allocate_kv(num_pages)
 
+    def export_page(self, page: int) -> np.ndarray:
+        return self._running.export_page(page)
+
+    def import_page(self, page: int, content: np.ndarray) -> None:
+        self._running.import_page(page, content)
+
+    def copy_page(self, source: int, target: int) -> None:
+        self._running.copy_page(source, target)
+
     def step(self, batch: StepBatch) -> StepResult:
         return StepResult(*self._running.step(batch))
 

@@ -40,6 +40,34 @@ class TorchBackend:
         keys, values = (torch.zeros(shape, dtype=self._dtype, device=device) for _ in range(2))
         self._pool = KvPool(keys, values)
 
+    @torch.inference_mode()
+    def export_page(self, page: int) -> np.ndarray:
+        content: np.ndarray = torch.cat(self._halves(page)).cpu().numpy()
+        content.flags.writeable = False
+        return content
+
+    @torch.inference_mode()
+    def import_page(self, page: int, content: np.ndarray) -> None:
+        if content.shape != (self.page_bytes,):
+            raise ValueError("content must have page_bytes bytes")
+        staged = torch.empty(self.page_bytes, dtype=torch.uint8)
+        staged.numpy()[:] = content  # PyTorch takes no read-only array
+        for half, part in zip(self._halves(page), staged.chunk(2), strict=True):
+            half.copy_(part)
+
+    @torch.inference_mode()
+    def copy_page(self, source: int, target: int) -> None:
+        for into, half in zip(self._halves(target), self._halves(source), strict=True):
+            into.copy_(half)
+
+    def _halves(self, page: int) -> list[torch.Tensor]:
+        """The bytes of a page's keys and of its values: views, uint8."""
+        assert self._pool is not None, "allocate_kv comes first"
+        keys, values = self._pool.keys, self._pool.values
+        if not 0 <= page < len(keys):
+            raise ValueError("a page is not in the KV pool")
+        return [pages[page].view(torch.uint8).view(-1) for pages in (keys, values)]
+
     def step(self, batch: StepBatch) -> StepResult:
         return sample(self.logits(batch), batch.sampling)
 

@@ -1,0 +1,47 @@
+"""Pages in host memory, below those of a device."""
+
+from collections import OrderedDict
+from threading import Lock
+
+import numpy as np
+
+
+class HostTier:
+    """A Tier of copies, at most `capacity_bytes` of them."""
+
+    name = "host"
+
+    def __init__(self, capacity_bytes: int):
+        self._capacity = capacity_bytes
+        self._lock = Lock()
+        self._pages: OrderedDict[bytes, np.ndarray] = OrderedDict()  # least recently used first
+        self._used = 0
+
+    def __contains__(self, key: bytes) -> bool:
+        return key in self._pages
+
+    def read(self, key: bytes) -> np.ndarray | None:
+        with self._lock:
+            if key in self._pages:
+                self._pages.move_to_end(key)
+            return self._pages.get(key)
+
+    def write(self, key: bytes, content: np.ndarray) -> bool:
+        if self.read(key) is not None:
+            return True
+        if content.nbytes > self._capacity:
+            return False
+        copy = content.copy()
+        copy.flags.writeable = False
+        with self._lock:
+            if key not in self._pages:
+                self._pages[key] = copy
+                self._used += copy.nbytes
+            while self._used > self._capacity:
+                self._used -= self._pages.popitem(last=False)[1].nbytes
+        return True
+
+    def close(self) -> None:
+        with self._lock:
+            self._pages.clear()
+            self._used = 0

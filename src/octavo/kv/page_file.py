@@ -1,0 +1,153 @@
+"""Pages of the KV cache in a file: one, as the disk tier keeps them, or many, which with their tokens are a KV state.
+
+    64 bytes    magic, version, where the header begins, its length and checksum; zeros
+    pages       page_bytes each
+    header      MessagePack, see Header
+
+The header comes last, so that pages can be written as they come. A file gets its name when it is complete; what the
+system nevertheless loses or damages (a power failure may do both) is found by checksums, XXH3 of 128 bits.
+"""
+
+import os
+import secrets
+import struct
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+
+import msgspec
+import numpy as np
+from xxhash import xxh3_128, xxh3_128_digest
+
+_MAGIC, _VERSION = b"OctavoKV", 1
+_PREAMBLE = struct.Struct("<8sIQQ16s")
+_START = 64  # of the pages
+TEMPORARY = r"\.[0-9a-f]{16}\.tmp"  # what a file's name ends with until it is complete
+
+
+class BadPageFile(ValueError):
+    """Not a page file, or damaged, or of another version."""
+
+
+class Header(msgspec.Struct, frozen=True):
+    """`checksums`: of each key with its page. The rest is the writer's."""
+
+    page_bytes: int
+    keys: list[bytes]
+    checksums: list[bytes]
+    fingerprint: str = ""
+    tokens: list[int] = []
+    metadata: dict[str, str] = {}
+
+
+def write_page_file(
+    path: Path,
+    page_bytes: int,
+    pages: Iterable[tuple[bytes, np.ndarray]],
+    *,
+    fingerprint: str = "",
+    tokens: Sequence[int] = (),
+    metadata: Mapping[str, str] | None = None,
+    durable: bool = False,
+) -> None:
+    """Write keys and contents (uint8 [page_bytes] each) to `path`, all or nothing. Only its owner may read it.
+
+    `durable`: it outlives a power failure, too, at the price of waiting for the disk. Raises OSError.
+    """
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
+    keys, checksums = [], []
+    try:
+        with open(temporary, "xb", opener=_private) as file:
+            file.seek(_START)
+            for key, content in pages:
+                if content.shape != (page_bytes,) or content.dtype != np.uint8:
+                    raise ValueError(f"a page must have {page_bytes} bytes")
+                keys.append(key)
+                checksums.append(_checksum(key, content))
+                file.write(content.data)
+            header = Header(page_bytes, keys, checksums, fingerprint, list(tokens), dict(metadata or {}))
+            file.write(encoded := msgspec.msgpack.encode(header))
+            file.seek(0)
+            start = _START + len(keys) * page_bytes
+            file.write(_PREAMBLE.pack(_MAGIC, _VERSION, start, len(encoded), xxh3_128_digest(encoded)))
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def page_file_bytes(page_bytes: int, key_bytes: int = 16) -> int:
+    """Size of a page file of a single page."""
+    header = Header(page_bytes, [bytes(key_bytes)], [bytes(16)])
+    return _START + page_bytes + len(msgspec.msgpack.encode(header))
+
+
+class PageFile:
+    """A page file open for reading, by several threads at once. Raises OSError or BadPageFile."""
+
+    def __init__(self, path: Path):
+        self._file = path.open("rb", buffering=0)
+        try:
+            self.header = self._read_header()
+        except BaseException:
+            self._file.close()
+            raise
+        self._index = {key: i for i, key in enumerate(self.header.keys)}
+
+    def __enter__(self) -> "PageFile":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __contains__(self, key: bytes) -> bool:
+        return key in self._index
+
+    def read(self, key: bytes) -> np.ndarray:
+        """The page's content, as it was written: uint8 [page_bytes]. Raises OSError or BadPageFile."""
+        if (index := self._index.get(key)) is None:
+            raise BadPageFile("it does not have this page")
+        content = np.empty(self.header.page_bytes, np.uint8)
+        done = os.preadv(self._file.fileno(), [content.data], _START + index * content.nbytes)
+        if done != content.nbytes or _checksum(key, content) != self.header.checksums[index]:
+            raise BadPageFile("a page of it is damaged")
+        return content
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _read_header(self) -> Header:
+        descriptor = self._file.fileno()
+        preamble = os.pread(descriptor, _PREAMBLE.size, 0)
+        if len(preamble) < _PREAMBLE.size or not preamble.startswith(_MAGIC):
+            raise BadPageFile("it is no file of KV pages")
+        _, version, start, length, checksum = _PREAMBLE.unpack(preamble)
+        if version != _VERSION:
+            raise BadPageFile(f"it is of format {version}, and this version of Octavo reads format {_VERSION}")
+        if start + length != os.fstat(descriptor).st_size:
+            raise BadPageFile("it is incomplete")
+        encoded = os.pread(descriptor, length, start)
+        if xxh3_128_digest(encoded) != checksum:
+            raise BadPageFile("its header is damaged")
+        try:
+            header = msgspec.msgpack.decode(encoded, type=Header)
+        except msgspec.DecodeError:
+            raise BadPageFile("its header is damaged") from None
+        if len(header.keys) != len(header.checksums) or start != _START + len(header.keys) * header.page_bytes:
+            raise BadPageFile("its header is damaged")
+        return header
+
+
+def _checksum(key: bytes, content: np.ndarray) -> bytes:
+    hash = xxh3_128(key)
+    hash.update(content.data)
+    return hash.digest()
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
