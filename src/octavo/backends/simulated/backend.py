@@ -12,6 +12,8 @@ from .costs import CostModel, Shape
 VOCABULARY = 2**31
 _FACTOR, _STEP = 1103515245, 12345
 
+NO_MODEL = "a simulated backend has no K and V, and no logits"
+
 
 def text(number: int, length: int) -> np.ndarray:
     """The first `length` tokens of text `number`: int64 [length]. No two texts agree at any position."""
@@ -40,6 +42,8 @@ class VirtualClock:
 class SimulatedBackend:
     """A Backend (see backends.base). Its tokens go on with a text; give requests no end-of-sequence tokens."""
 
+    arithmetic = "simulated"
+
     def __init__(self, costs: CostModel, clock: VirtualClock):
         self.page_size, self.page_bytes = costs.page_size, costs.page_bytes
         self.spec = DecoderSpec(
@@ -60,13 +64,22 @@ class SimulatedBackend:
     def allocate_kv(self, num_pages: int) -> None:
         pass
 
+    def export_page(self, page: int) -> np.ndarray:
+        raise NotImplementedError(NO_MODEL)
+
+    def import_page(self, page: int, content: np.ndarray) -> None:
+        raise NotImplementedError(NO_MODEL)
+
+    def copy_page(self, source: int, target: int) -> None:
+        pass
+
     def step(self, batch: StepBatch) -> StepResult:
         self._clock.advance(self._costs.seconds(Shape.of(batch)))
         ends = batch.tokens[batch.sample_rows].astype(np.int64)
         return StepResult(((ends * _FACTOR + _STEP) % VOCABULARY).astype(np.int32))
 
     def logits(self, batch: StepBatch) -> np.ndarray:
-        raise NotImplementedError("there is no model")
+        raise NotImplementedError(NO_MODEL)
 
     def close(self) -> None:
         pass
