@@ -3,7 +3,8 @@
 One engine is measured for its cost model, then serves traces in real time: a light load, one near capacity, and one
 too high. The simulator replays the same traces in virtual time. Near capacity a queue makes much of a small error: so
 the first row of each load is how long the steps of the real run took in all, and what the model gives those very steps.
-Whatever else the machine does meanwhile makes the two differ: it is told beside the load.
+Whatever else the machine does meanwhile makes the two differ: it is told beside the load. On a machine that has other
+work to do, --cpu-time counts the CPU time of one compute thread as if it were time on the wall.
 """
 
 import argparse
@@ -45,12 +46,26 @@ class Recorder:
         return self._backend.step(batch)
 
 
+class CpuClock:
+    """CPU seconds of this process, and those that it was told to wait."""
+
+    def __init__(self) -> None:
+        self._waited = 0.0
+
+    def __call__(self) -> float:
+        return time.process_time() + self._waited
+
+    def wait(self, seconds: float) -> None:
+        self._waited += seconds
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="A simulation beside the real run of the same traces.")
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--quantization", default="none")
     parser.add_argument("--seconds", type=float, default=40, help="of arrivals, for each load (default: %(default)s)")
     parser.add_argument("--max-batch-size", type=int, default=64, help="(default: %(default)s)")
+    parser.add_argument("--cpu-time", action="store_true", help="of one thread, in place of time on the wall")
     args = parser.parse_args()
     config = EngineConfig(
         model=args.model,
@@ -58,9 +73,14 @@ def main() -> None:
         max_batch_size=args.max_batch_size,
         kv_cache_memory="2GiB",
         max_queue=10**6,
+        threads=1 if args.cpu_time else None,
     )
     engine = load_engine(config, resolve(config.model))
-    costs, ratios = measure(engine, config)
+    wait = time.sleep
+    if args.cpu_time:
+        engine.clock = clock = CpuClock()
+        wait = clock.wait
+    costs, ratios = measure(engine, config, time.process_time if args.cpu_time else time.perf_counter)
     print(f"costs: off by {np.median(np.abs(np.array(ratios) - 1)):.1%} in the median of the steps timed")
     num_pages, vocabulary = engine.kv.pool.num_pages, engine.backend.spec.vocab_size
     probe = simulate(trace(PROBE, None, vocabulary), config, costs, num_pages)
@@ -68,10 +88,10 @@ def main() -> None:
     engine.backend = recorder = Recorder(engine.backend)
     table = Table("Load", "", "Real", "Simulated", "Off by", title=f"Sustains {60 * sustained:,.0f} a minute")
     for name, part in LOADS.items():
-        arrivals = trace(max(20, round(args.seconds * part * sustained)), part * sustained, vocabulary)
         recorder.shapes.clear()
+        arrivals = trace(max(20, round(args.seconds * part * sustained)), part * sustained, vocabulary)
         before, started = others_seconds(), time.perf_counter()
-        real = replay(arrivals, engine, time.sleep, max_live=10**6)
+        real = replay(arrivals, engine, wait, max_live=10**6)
         others = (others_seconds() - before) / (time.perf_counter() - started)
         rows = [("its steps, together (s)", real.busy, sum(map(costs.seconds, recorder.shapes)))]
         simulated = figures(simulate(arrivals, config, costs, num_pages))

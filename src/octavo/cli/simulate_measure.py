@@ -3,7 +3,7 @@
 import platform
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -41,7 +41,9 @@ class Piece:
     sampled: bool = True
 
 
-def measure(engine: Engine, config: EngineConfig) -> tuple[CostModel, list[float]]:
+def measure(
+    engine: Engine, config: EngineConfig, clock: Callable[[], float] = time.perf_counter
+) -> tuple[CostModel, list[float]]:
     """The costs of an engine that has nothing to do; and of each step that was timed, modelled / measured time."""
     steps = [_step_batch(engine, pieces) for pieces in _steps(engine)]
     shapes = [Shape.of(batch) for batch in steps]
@@ -50,9 +52,9 @@ def measure(engine: Engine, config: EngineConfig) -> tuple[CostModel, list[float
     with progress("Measuring", ROUNDS * len(steps)) as advance:
         for _ in range(ROUNDS):
             for batch, taken in zip(steps, times, strict=True):
-                started = time.perf_counter()
+                started = clock()
                 engine.backend.step(batch)
-                taken.append(time.perf_counter() - started)
+                taken.append(clock() - started)
                 advance(1)
     seconds = [statistics.median(taken) for taken in times]
     rows_ms, sampled_ms, kv_token_us, pair_us = _backend_costs(shapes, np.array(seconds))
