@@ -5,6 +5,7 @@ import itertools
 import os
 import signal
 import stat
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from octavo import LLM, AsyncLLM, KVState, SamplingParams
+from octavo.engine import state_files
 from octavo.engine.messages import EngineInfo
 from octavo.errors import EngineDead, InvalidKVState, InvalidRequest, PromptTooLong, QuotaExceeded, RequestFailed
 from octavo.frontend import kv_states
@@ -30,6 +32,12 @@ QUESTION = "User: How do modules, classes and functions differ in what they defi
 def llm(tiny_llama: Path) -> Iterator[LLM]:
     with LLM(str(tiny_llama)) as llm:
         yield llm
+
+
+def small_llm(model: Path, pages: int, **settings: Any) -> LLM:
+    with LLM(str(model), kv_cache_memory="1MiB") as measuring:
+        page_bytes = measuring._engine._engine.backend.page_bytes
+    return LLM(str(model), kv_cache_memory=pages * page_bytes, **settings)
 
 
 def first_turn(llm: LLM, prompt: str = QUESTION, **terms: Any) -> KVState:
@@ -186,7 +194,7 @@ def test_the_quota_of_a_tenant(tiny_llama: Path) -> None:
         child = llm.generate([[6] * 20], GREEDY, kv_cache_state=again, tenant="ann")[0].request_id
         other = llm.generate([[7]], GREEDY, kv_cache_state=again, tenant="ann")[0].request_id
         kept = llm.get_kv_cache_state(child)  # 40 more
-        with pytest.raises(QuotaExceeded, match=r"of 21 more tokens .* of 100 \(kv_state_quota\), 90 of which are in"):
+        with pytest.raises(QuotaExceeded, match=r"of 32 more tokens .* of 100 \(kv_state_quota\), 90 of which are in"):
             llm.get_kv_cache_state(other)
         state.drop()
         again.drop()  # `kept` holds its tokens
@@ -194,7 +202,7 @@ def test_the_quota_of_a_tenant(tiny_llama: Path) -> None:
             llm.get_kv_cache_state(other)
         llm.get_kv_cache_state(llm.generate([[7] * 80], GREEDY, tenant="bob")[0].request_id)
         kept.drop()
-        llm.get_kv_cache_state(other)  # 71
+        llm.get_kv_cache_state(other)  # 82, as none counts less than 32
         with pytest.raises(QuotaExceeded):
             llm.get_kv_cache_state(child)
         now = 60.0
@@ -203,9 +211,7 @@ def test_the_quota_of_a_tenant(tiny_llama: Path) -> None:
 
 def test_pinned_pages_outlive_other_prompts_and_return_after_their_loss(tiny_llama: Path) -> None:
     pages = 16  # one context of 512 tokens
-    with LLM(str(tiny_llama)) as measuring:
-        page_bytes = measuring._engine._engine.backend.page_bytes
-    with LLM(str(tiny_llama), kv_cache_memory=pages * page_bytes) as llm:
+    with small_llm(tiny_llama, pages) as llm:
         state = first_turn(llm)
 
         def cached_after(length: int) -> int:
@@ -242,7 +248,7 @@ class Pins:
         self.pinned.remove(state.id)
 
 
-QUOTA, TTL = 60, 10
+QUOTA, TTL, MINIMUM = 60, 10, 4
 OPERATIONS = st.one_of(
     st.tuples(st.just("finish"), st.sampled_from("ab"), st.integers(1, 9), st.integers(0, 99)),
     st.tuples(st.just("keep"), st.integers(0, 99)),
@@ -255,6 +261,12 @@ OPERATIONS = st.one_of(
 @given(st.lists(OPERATIONS, max_size=40))
 def test_any_traffic_of_states(operations: list[tuple[Any, ...]]) -> None:
     """The model: a state is the requests that it is made of; a tenant holds the tokens of the union of its states'."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kv_states, "MIN_HELD", MINIMUM)
+        run_traffic(operations)
+
+
+def run_traffic(operations: list[tuple[Any, ...]]) -> None:
     pins, now = Pins(), 0
     book = KVStates(pins, EngineInfo(10_000, 10, 1, 32), QUOTA, TTL, clock=lambda: now)  # type: ignore[arg-type]
     requests: list[tuple[str, list[int], dict[int, int]]] = []  # tenant, all tokens, request -> its own tokens
@@ -294,7 +306,7 @@ def test_any_traffic_of_states(operations: list[tuple[Any, ...]]) -> None:
                     state=before[0] if before else None,
                 )  # type: ignore[arg-type]
             )
-            requests.append((tenant, prompt + output, {**parts, number: length}))
+            requests.append((tenant, prompt + output, {**parts, number: max(length, MINIMUM)}))
         elif operation == "keep" and requests:
             number = values[0] % len(requests)
             tenant, tokens, _ = requests[number]
@@ -322,10 +334,12 @@ def test_any_traffic_of_states(operations: list[tuple[Any, ...]]) -> None:
 
 def test_finished_requests_are_remembered_up_to_a_number_of_tokens(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kv_states, "MAX_REMEMBERED", 100)
-    ids = [llm.generate([[5] * 20], GREEDY)[0].request_id for _ in range(4)]
-    with pytest.raises(InvalidRequest, match="no finished request"):
-        llm.get_kv_cache_state(ids[1])
-    assert [llm.get_kv_cache_state(id).num_tokens for id in ids[2:]] == [40, 40]
+    monkeypatch.setattr(kv_states, "MIN_REMEMBERED", 40)
+    for length in (20, 5):
+        ids = [llm.generate([[5] * length], GREEDY)[0].request_id for _ in range(4)]
+        with pytest.raises(InvalidRequest, match="no finished request"):
+            llm.get_kv_cache_state(ids[1])
+        assert [llm.get_kv_cache_state(id).num_tokens for id in ids[2:]] == [length + 20] * 2
 
 
 # An engine in its own process
@@ -389,6 +403,56 @@ def test_pages_are_held_while_they_are_written(tiny_llama: Path, tmp_path: Path)
         llm.generate("x", GREEDY)
         stats = llm.stats()
         assert stats.free_pages + stats.cached_pages == stats.num_pages
+
+
+def test_steps_go_on_while_a_state_is_written_and_its_pages_stay(
+    tiny_llama: Path, reader: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, go_on = threading.Event(), threading.Event()
+
+    def slow(path: Path, **content: Any) -> None:
+        begun.set()
+        assert go_on.wait(30)
+        save_state(path, **content)
+
+    monkeypatch.setattr(state_files, "save_state", slow)
+    with small_llm(tiny_llama, pages=16) as llm:
+        state = first_turn(llm, QUESTION * 2, cache_salt="slow")
+        [expected] = llm.generate("x", GREEDY, kv_cache_state=state, cache_salt="slow")
+        saving = threading.Thread(target=state.save, args=(tmp_path / "a.kv",))
+        saving.start()
+        assert begun.wait(30)
+        state.drop()
+        for token in range(10, 15):
+            llm.generate([[token] * 300], GREEDY)  # 10 pages each
+        go_on.set()
+        saving.join(30)
+    loaded = reader.load_kv_cache_state(tmp_path / "a.kv", cache_salt="slow")
+    [output] = reader.generate("x", GREEDY, kv_cache_state=loaded, cache_salt="slow")
+    assert output.outputs == expected.outputs
+    assert output.metrics.cached_tokens == (loaded.num_tokens - 1) // 32 * 32
+
+
+def test_pages_are_saved_from_lower_tiers_too(tiny_llama: Path, reader: LLM, tmp_path: Path) -> None:
+    with small_llm(tiny_llama, pages=16, kv_disk=str(tmp_path / "disk")) as llm:
+        state = first_turn(llm, QUESTION * 2, cache_salt="disk")
+        llm.generate([[9] * 490], GREEDY)
+        assert llm.stats().cached_tokens == 0
+        state.save(tmp_path / "a.kv")
+    loaded = reader.load_kv_cache_state(tmp_path / "a.kv", cache_salt="disk")
+    [output] = reader.generate("x", GREEDY, kv_cache_state=loaded, cache_salt="disk")
+    assert output.metrics.cached_tokens == (loaded.num_tokens - 1) // 32 * 32
+
+
+def test_without_the_prefix_cache_a_state_is_tokens(tiny_llama: Path, llm: LLM, tmp_path: Path) -> None:
+    with LLM(str(tiny_llama), enable_prefix_caching=False) as bare:
+        state = first_turn(bare)
+        state.save(tmp_path / "a.kv")
+        outputs = bare.generate("x", GREEDY, kv_cache_state=[state])
+        outputs += bare.generate("x", GREEDY, kv_cache_state=bare.load_kv_cache_state(tmp_path / "a.kv"))
+    outputs += llm.generate("x", GREEDY, kv_cache_state=llm.load_kv_cache_state(tmp_path / "a.kv"))
+    assert outputs[0].outputs == outputs[1].outputs == outputs[2].outputs
+    assert outputs[1].metrics.cached_tokens == 0
 
 
 def test_whose_file_it_is(llm: LLM, reader: LLM, tmp_path: Path) -> None:

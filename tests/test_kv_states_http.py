@@ -184,15 +184,15 @@ def test_requests_that_have_no_one_state(client: openai.OpenAI) -> None:
 
 
 def test_a_quota_is_exceeded_before_the_answer(tiny_llama: Path) -> None:
-    with ServerProcess(tiny_llama, "--kv-state-quota", "60") as server:
+    with ServerProcess(tiny_llama, "--kv-state-quota", "70") as server:
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=60)
         handle = complete(client, [5] * 20).kv_cache_state["id"]  # 32 tokens
-        told = error(openai.RateLimitError, complete, client, [5] * 17)
+        told = error(openai.RateLimitError, complete, client, [5] * 27)
         assert told["code"] == "kv_state_quota_exceeded" and "kv_state_quota" in told["message"]
-        error(openai.RateLimitError, complete, client, [5] * 17, stream=True)
-        assert complete(client, [5] * 16, handle).kv_cache_state["tokens"] == 60
-        assert complete(client, [5] * 17, None).choices
-        assert complete(client, [5] * 17, extra={"tenant": "bob"}).kv_cache_state["tokens"] == 29
+        error(openai.RateLimitError, complete, client, [5] * 27, stream=True)
+        assert complete(client, [5] * 26, handle).kv_cache_state["tokens"] == 70
+        assert complete(client, [5] * 27, None).choices
+        assert complete(client, [5] * 27, extra={"tenant": "bob"}).kv_cache_state["tokens"] == 39
         client.close()
 
 

@@ -19,6 +19,8 @@ from octavo.errors import InvalidKVState, InvalidRequest, QuotaExceeded
 from .live import LiveRequest
 
 MAX_REMEMBERED = 4_000_000  # tokens of finished requests
+MIN_REMEMBERED = 256  # what one of them counts as, at least: bookkeeping takes memory, too
+MIN_HELD = 32  # tokens that a state counts as, at least, beside those of the state that it goes on from
 
 
 @dataclass(slots=True, eq=False)
@@ -32,6 +34,11 @@ class Segment:
 
     def __post_init__(self) -> None:
         self.num_tokens = len(self.tokens) + (self.before.num_tokens if self.before else 0)
+
+    @property
+    def charge(self) -> int:
+        """Tokens that its tenant holds for it."""
+        return max(len(self.tokens), MIN_HELD)
 
     def back(self) -> Iterator["Segment"]:
         """This segment, the one before it, and so on."""
@@ -64,12 +71,12 @@ class KVState:
 
     id: str
     tenant: str
-    salt: str
-    fingerprint: str  # of the engine, see EngineInfo
+    salt: str = field(repr=False)
+    fingerprint: str = field(repr=False)  # of the engine, see EngineInfo
     created_at: float
     expires_at: float
     file: Path | None = None  # where it was loaded from
-    messages: list[dict[str, Any]] | None = None  # of a chat, where a server keeps them
+    messages: list[dict[str, Any]] | None = field(default=None, repr=False)  # of a chat, where a server keeps them
     _segment: Segment = field(repr=False)
     _keeper: Keeper = field(repr=False)
 
@@ -110,10 +117,7 @@ class Finished:
     tenant: str
     salt: str
     outputs: list[Segment]
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(output.num_tokens for output in self.outputs)
+    cost: int  # tokens
 
 
 class KVStates:
@@ -144,8 +148,9 @@ class KVStates:
         prompt = live.prompt_token_ids[before.num_tokens :] if before else live.prompt_token_ids
         outputs = [Segment(array("i", prompt + completion.token_ids), before) for completion in live.completions]
         self._forget(live.id)
-        self._finished[live.id] = finished = Finished(request.tenant, request.salt, outputs)
-        self._remembered += finished.num_tokens
+        cost = sum(max(output.num_tokens, MIN_REMEMBERED) for output in outputs)
+        self._finished[live.id] = Finished(request.tenant, request.salt, outputs, cost)
+        self._remembered += cost
         while self._remembered > MAX_REMEMBERED:
             self._forget(next(iter(self._finished)))
         if state and state.id in self._states:
@@ -208,19 +213,19 @@ class KVStates:
             segment.holders -= 1
             if segment.holders:
                 break
-            self._held[state.tenant] -= len(segment.tokens)
+            self._held[state.tenant] -= segment.charge
         if not self._held[state.tenant]:
             del self._held[state.tenant]
         self._keeper.unpin_state(state)
 
     def _open(self, segment: Segment, tenant: str, salt: str, file: Path | None = None) -> KVState:
-        self.check_quota(tenant, sum(len(part.tokens) for part in segment.back() if not part.holders))
+        self.check_quota(tenant, sum(part.charge for part in segment.back() if not part.holders))
         self._held.setdefault(tenant, 0)
         for part in segment.back():
             part.holders += 1
             if part.holders > 1:
                 break
-            self._held[tenant] += len(part.tokens)
+            self._held[tenant] += part.charge
         now = self.clock()
         state = KVState(
             id=f"kv-{secrets.token_hex(16)}",
@@ -248,4 +253,4 @@ class KVStates:
 
     def _forget(self, request_id: str) -> None:
         if finished := self._finished.pop(request_id, None):
-            self._remembered -= finished.num_tokens
+            self._remembered -= finished.cost

@@ -6,7 +6,7 @@ a page lost costs time only; a fork is just a sequence whose prefix is found.
 
 import math
 from array import array
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import takewhile
@@ -55,7 +55,7 @@ class KVCache:
         self.transfers = transfers if prefix_caching else None
         self._copy_page = copy_page
         self._tails: dict[int, array[int]] = {}  # tokens in a partial page that was published, by page
-        self._pins: dict[str, SequencePages] = {}  # by the id of a KV state, the least recently used first
+        self._pins: OrderedDict[str, list[int]] = OrderedDict()  # by the id of a KV state, least recently used first
         self._unsaved: deque[tuple[int, bytes]] = deque()
         self._max_saving = max(1, num_pages // SAVING_SHARE)
         self._num_saving = 0
@@ -131,11 +131,10 @@ class KVCache:
         if tail is not None:
             self.pool.hold(tail)
             held.pages.append(tail)
-        self._pins[id] = held
+        self._pins[id] = held.pages
 
     def unpin(self, id: str) -> None:
-        if held := self._pins.pop(id, None):
-            self.release(held)
+        self._drop(self._pins.pop(id, []))
 
     def prefetch(self, prefix: Prefix, spare: int = 0) -> Prefetch | None:
         """Start to bring in what lower tiers have of these tokens, and hold it; None if there is nothing to bring.
@@ -222,7 +221,7 @@ class KVCache:
 
     def pinned_pages(self) -> set[int]:
         """Of KV states. From any thread."""
-        return {page for held in list(self._pins.values()) for page in held.pages}
+        return {page for pages in list(self._pins.values()) for page in pages}
 
     @property
     def num_fetching(self) -> int:
@@ -261,7 +260,7 @@ class KVCache:
     def _make_room(self, pages: int) -> bool:
         """Whether so many pages can be taken, pins being given up for it, the least recently used first."""
         while self.pool.num_available < pages and self._pins:
-            self.unpin(next(iter(self._pins)))
+            self._drop(self._pins.popitem(last=False)[1])
         return self.pool.num_available >= pages
 
     def _drop(self, pages: list[int]) -> None:

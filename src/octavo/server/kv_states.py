@@ -9,7 +9,7 @@ from typing import Any
 
 from octavo.async_llm import AsyncLLM
 from octavo.errors import InvalidRequest, QuotaExceeded
-from octavo.frontend.kv_states import KVState
+from octavo.frontend.kv_states import MIN_HELD, KVState
 from octavo.outputs import RequestOutput
 from octavo.params import SamplingParams
 
@@ -56,7 +56,8 @@ class Continuation:
 
     def check_quota(self, prompt: list[int], params: SamplingParams) -> None:
         """Raises QuotaExceeded rather than let it come to an answer whose state cannot be kept."""
-        self.llm.kv_cache_states.check_quota(self.tenant, len(prompt) + (params.max_tokens or 0))
+        tokens = max(len(prompt) + (params.max_tokens or 0), MIN_HELD)
+        self.llm.kv_cache_states.check_quota(self.tenant, tokens)
 
     def hear(self, output: RequestOutput) -> None:
         """An increment, or a whole output."""
