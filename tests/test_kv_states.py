@@ -7,6 +7,7 @@ import signal
 import stat
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -130,6 +131,22 @@ def test_a_conversation_that_has_no_room(llm: LLM) -> None:
     assert state.num_tokens == 512
     with pytest.raises(PromptTooLong, match="has 513 tokens"):
         llm.generate([[1]], GREEDY, kv_cache_state=state)
+
+
+def test_from_many_threads(llm: LLM, tmp_path: Path) -> None:
+    def converse(number: int) -> list[int]:
+        state = first_turn(llm, f"Question {number}")
+        for turn in range(3):
+            [output] = llm.generate(f" turn {turn}", GREEDY, use_tqdm=False, kv_cache_state=state)
+            state.save(tmp_path / str(number))
+            state.drop()
+            state = llm.get_kv_cache_state(output.request_id)
+        with state:
+            return state.token_ids
+
+    with ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(converse, range(8)))
+    assert together == [converse(number) for number in range(8)]
 
 
 # Whose it is, and how long
