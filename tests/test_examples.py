@@ -37,6 +37,10 @@ def test_premium_first() -> None:
     assert served.index("acme is served") < 2  # it came last, when the first was perhaps running
 
 
+def test_kv_state() -> None:
+    assert run("kv_state.py").splitlines()[-1] == "Of 87 prompt tokens, 79 were not computed again."
+
+
 def test_openai_client() -> None:
     with ServerProcess("smollm2") as server:
         printed = run("openai_client.py", f"{server.url}/v1")
