@@ -43,7 +43,7 @@ class Latencies:
 def main() -> None:
     args = arguments()
     measured: dict[str, dict[str, tuple[Latencies, Latencies | None]]] = {}
-    for policy in POLICIES:
+    for policy in args.policies.split(","):
         with LLM(
             args.model,
             scheduling_policy=policy,
@@ -64,6 +64,7 @@ def main() -> None:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--policies", default=",".join(POLICIES), help="comma-separated (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=6, help="a second apart (default: %(default)s)")
     parser.add_argument("--at-once", type=int, default=4, help="requests of the quiet one, half a batch (%(default)s)")
     parser.add_argument("--input-len", type=int, default=48, help="tokens of each prompt (default: %(default)s)")
