@@ -62,6 +62,7 @@ class EngineInfo(msgspec.Struct, frozen=True):
     vocab_size: int
     num_pages: int
     page_size: int
+    fingerprint: str = ""  # names all that decides the bits of a page of the KV cache
 
 
 class EngineStats(msgspec.Struct, frozen=True):

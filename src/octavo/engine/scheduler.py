@@ -111,10 +111,7 @@ class Scheduler:
         self.let_go(seq)
 
     def schedule(self) -> StepPlan:
-        self._fetch_ahead()
-        short = self._blocked or not self._slots
-        if short and len(self.running) > 1 and (victim := self.policy.makes_way(self.running)):
-            self._preempt(victim)
+        self._make_way()
         decoding, prompts, preempted = self._continue_running()
         self.policy.charge(decoding)
         plan = StepPlan(decoding, [1] * len(decoding), len(decoding))
@@ -122,6 +119,13 @@ class Scheduler:
         if not preempted:  # pages are short: what is freed belongs to those that run
             self._guess(plan)
         return plan
+
+    def _make_way(self) -> None:
+        """Preempt whom the policy names for the sake of the next that waits, if that lacks a slot or pages."""
+        waiting = self._next_waiting()
+        short = self._blocked or not self._slots
+        if waiting and short and len(self.running) > 1 and (victim := self.policy.makes_way(waiting, self.running)):
+            self._preempt(victim)
 
     def _continue_running(self) -> tuple[list[Sequence], list[Sequence], bool]:
         """Running sequences with one token to compute, those with more, and whether one had to be preempted for pages.

@@ -9,6 +9,7 @@ from array import array
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import takewhile
 
 from .page_pool import PagePool
 from .prefix import Prefix
@@ -247,9 +248,9 @@ class KVCache:
         if page is None:
             return None, 0
         tail, start = self._tails[page], held.num_full * self.page_size
-        tokens = held.prefix.tokens[start : start + len(tail)]
-        fits = tokens == tail and start + len(tail) < len(held.prefix.tokens)
-        return (page, len(tail)) if fits else (None, 0)
+        tokens = held.prefix.tokens[start:-1]
+        common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(tail, tokens, strict=False)))
+        return (page, common) if common else (None, 0)
 
     def _make_room(self, pages: int) -> bool:
         """Whether so many pages can be taken, pins being given up for it, the least recently used first."""

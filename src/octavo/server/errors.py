@@ -14,6 +14,7 @@ from octavo.errors import (
     OctavoError,
     PromptTooLong,
     QueueFull,
+    QuotaExceeded,
     RequestFailed,
     RequestTimeout,
 )
@@ -51,6 +52,8 @@ def error_reply(error: Exception) -> tuple[int, ErrorReply]:
             return 400, _reply(400, str(error), error.param, "context_length_exceeded")
         case InvalidRequest():
             return 400, _reply(400, str(error), error.param, None)
+        case QuotaExceeded():
+            return 429, _reply(429, str(error), None, "kv_state_quota_exceeded")
         case QueueFull():
             return 503, _reply(503, str(error), None, "queue_full")
         case RequestTimeout():
