@@ -10,10 +10,10 @@ from .engine.messages import EngineInfo, EngineStats
 from .frontend.admission import FrontendStats
 from .frontend.kv_states import KVState, KVStates
 from .frontend.live import LiveRequest
-from .frontend.prompts import Ask, Prompt, asks
+from .frontend.prompts import Prompt, ask, asks
 from .frontend.remote_engine import RemoteEngine
 from .outputs import RequestOutput
-from .params import SamplingParams, ServiceTerms, Terms
+from .params import SamplingParams, Terms
 from .text import Tokenizer
 from .weights import resolve
 
@@ -70,9 +70,9 @@ class AsyncLLM:
         Raises QueueFull, InvalidRequest or PromptTooLong before the first one, RequestTimeout, RequestFailed or
         EngineDead at any time.
         """
-        ask = Ask(prompt, params or SamplingParams(), ServiceTerms(priority=priority, **terms), kv_cache_state)
+        asked = ask(prompt, params, priority, terms, kv_cache_state)
         increments: asyncio.Queue[RequestOutput | Exception] = asyncio.Queue()
-        [live] = self._engine.submit([ask], lambda _, increment: increments.put_nowait(increment), request_id)
+        [live] = self._engine.submit([asked], lambda _, increment: increments.put_nowait(increment), request_id)
         try:
             while True:
                 increment = await increments.get()
@@ -93,7 +93,7 @@ class AsyncLLM:
         priority: int | Sequence[int] = 0,
         **terms: Unpack[Terms],
     ) -> list[RequestOutput]:
-        """Complete prompts, given as text or as token ids: one whole RequestOutput each, in order.
+        """Complete prompts, given as text, as token ids, or as a PromptDict: one whole RequestOutput each, in order.
 
         params, priority: for all prompts, or one each. terms and what is raised: see `generate`; all or none are taken.
         """
