@@ -171,6 +171,8 @@ class Engine:
         return EngineStats(
             running=len(self.scheduler.running),
             waiting=self.scheduler.num_waiting,
+            arriving=self.scheduler.num_arriving,
+            held_back=self.scheduler.num_held_back,
             free_pages=pool.num_available - pool.num_cached,
             cached_pages=pool.num_cached,
             num_pages=pool.num_pages,
