@@ -11,7 +11,7 @@ from .frontend.admission import FrontendStats
 from .frontend.inbox import Inbox
 from .frontend.kv_states import KVState, KVStates
 from .frontend.live import LiveRequest
-from .frontend.prompts import Prompt, ask, asks
+from .frontend.prompts import Ask, Prompt, ask, asks
 from .frontend.remote_engine import RemoteEngine
 from .outputs import RequestOutput
 from .params import SamplingParams, Terms
