@@ -31,14 +31,14 @@ def test_temperatures() -> None:
     assert run("temperatures.py").splitlines()[-1] == "The capital of France is Paris."
 
 
+def test_kv_state() -> None:
+    assert run("kv_state.py").splitlines()[-1] == "Of 87 prompt tokens, 79 were not computed again."
+
+
 def test_premium_first() -> None:
     served = run("premium_first.py").splitlines()
     assert sorted(served) == [f"{tenant} is served" for tenant in ("acme", "trial 1", "trial 2", "trial 3")]
     assert served.index("acme is served") < 2  # it came last, when the first was perhaps running
-
-
-def test_kv_state() -> None:
-    assert run("kv_state.py").splitlines()[-1] == "Of 87 prompt tokens, 79 were not computed again."
 
 
 def test_openai_client() -> None:
