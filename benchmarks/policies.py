@@ -118,9 +118,16 @@ def plot(measured: dict[str, dict[str, tuple[Latencies, Latencies | None]]], fil
         means = [companies[company][0].whole[0] for companies in measured.values()]
         tails = [companies[company][0].whole[1] for companies in measured.values()]
         bars = axes.bar(places + 0.27 * (i - 1), means, 0.25, label=company)
-        axes.bar_label(bars, [f"{mean:.2g}" for mean in means], fontsize=8)
+        axes.bar_label(bars, [f"{mean:.2g}" for mean in means], label_type="center", fontsize=8)
         axes.plot(places + 0.27 * (i - 1), tails, "k_", label="95th percentile" if company == "flood" else None)
-    axes.set(yscale="log", ylabel="Seconds until the quiet tenant's answer", xticks=places, xticklabels=list(measured))
+    axes.set(
+        yscale="log",
+        ylim=(0.1, None),
+        ylabel="Seconds until the quiet tenant's answer",
+        xticks=places,
+        xticklabels=list(measured),
+    )
+    axes.yaxis.set_major_formatter("{x:g}")
     axes.legend(title="The quiet tenant is", ncols=2)
     axes.grid(axis="y", alpha=0.3)
     figure.savefig(file)

@@ -283,7 +283,7 @@ def test_what_policies_remember_is_bounded() -> None:
         head = sequence(0, "head")
         policy.add(head)
         policy.peek()
-        for order in range(1, 5 * REMEMBERED):
+        for order in range(1, 2 * REMEMBERED):
             seq = sequence(order, f"tenant {order}")
             policy.add(seq)
             seq.aborted = True

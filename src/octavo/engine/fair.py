@@ -19,7 +19,7 @@ from .sequence import Sequence
 # Of a prompt, a token that has to be computed costs 1; of the output, one costs 4 (the first comes with the prompt). In
 # time it is 2 to 5 times as much, in steps of 64 and of 8 rows (docs/performance.md): output comes a token per step.
 PROMPT_TOKEN, OUTPUT_TOKEN = 1.0, 4.0
-REMEMBERED = 1000  # tenants whose counters are kept though nothing of theirs waits
+REMEMBERED = 10_000  # tenants whose counters are kept though nothing of theirs waits: more than can run
 
 _tenant = attrgetter("tenant")
 _Entry = tuple[float, int, "_Account"]  # counter, order of its first sequence
