@@ -85,8 +85,9 @@ class Traffic:
     def go_on(self, which: int, further: list[int]) -> None:
         if self.done:
             conversation, tenant, salt = self.done[which % len(self.done)]
-            if len(conversation) + len(further) < LONGEST - 4:
-                self.add(conversation + further, 3, tenant, salt)
+            room = LONGEST - len(conversation) - len(further)
+            if room > 0:
+                self.add(conversation + further, min(3, room), tenant, salt)
 
     def pin(self, which: int) -> None:
         if self.done:

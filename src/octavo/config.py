@@ -141,6 +141,13 @@ class EngineConfig:
             if (size := getattr(self, name)) is not None:
                 parse_size(size, name)
 
+    def replaced(self, name: str, text: str) -> "EngineConfig":
+        """This one with the setting `name` as `text` has it. Raises ConfigError."""
+        fields = {f.name: f for f in dataclasses.fields(self)}
+        if name not in fields:
+            raise ConfigError(f"unknown setting {name!r}; the settings are {', '.join(sorted(fields))}")
+        return dataclasses.replace(self, **{name: _parse(name, text, fields[name])})
+
     @property
     def model_name(self) -> str:
         return self.served_model_name or self.model

@@ -118,6 +118,9 @@ def serve(
     ] = True,
     api_key: Annotated[str | None, typer.Option(envvar="OPENAI_API_KEY", help="Key of the server.")] = None,
     seed: Seed = 0,
+    write_trace: Annotated[
+        Path | None, typer.Option(help="Write what was sent, and when, for octavo simulate.")
+    ] = None,
     output_json: OutputJson = None,
 ) -> None:
     """Load an OpenAI-compatible server with streamed requests, and time every token that comes back."""
@@ -125,12 +128,16 @@ def serve(
 
     from .bench_http import find_endpoint, measure, random_prompts
     from .bench_report import progress, show, summarise
+    from .simulate_trace import trace_of
+    from .simulate_trace import write_trace as write
 
     path = "/chat/completions" if endpoint == EndpointKind.chat else "/completions"
     target = find_endpoint(base_url, path, model, api_key, ignore_eos)
     prompts = random_prompts(num_prompts, input_len, seed)
     with progress("Requests", num_prompts) as advance:
         run = uvloop.run(measure(target, prompts, output_len, concurrency, request_rate, seed, advance))
+    if write_trace:
+        write(write_trace, trace_of(run))
     settings = {
         "base_url": target.base_url,
         "model": target.model,

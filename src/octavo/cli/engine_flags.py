@@ -18,16 +18,17 @@ Result = TypeVar("Result")
 _PANEL = "Engine"
 
 
-def engine_flags(command: Callable[..., Result]) -> Callable[..., Result]:
+def engine_flags(command: Callable[..., Result], model_argument: bool = True) -> Callable[..., Result]:
     """Replace the parameter `config: EngineConfig` of a typer command by an argument MODEL and a flag for every field.
 
     Of flags, --config FILE, OCTAVO_* variables and defaults, the first that sets a field wins.
+    Without `model_argument`, --model is the only way to name one.
     """
     hints = get_type_hints(EngineConfig)
-    flags = [
-        _model_argument(),
-        flag("config_file", Path, "Settings in YAML, a key for each of these flags.", "--config", panel=_PANEL),
-    ]
+    flags = [_model_argument()] if model_argument else []
+    flags.append(
+        flag("config_file", Path, "Settings in YAML, a key for each of these flags.", "--config", panel=_PANEL)
+    )
     for field in dataclasses.fields(EngineConfig):
         spelling = "--" + field.name.replace("_", "-")
         kind = _flag_type(hints[field.name])
@@ -55,7 +56,7 @@ def _flag_type(hint: Any) -> type:
 def _config(values: Mapping[str, Any]) -> EngineConfig:
     given = dict(values)
     file, model_flag = given.pop("config_file"), given.pop("model_flag")
-    if given["model"] and model_flag and given["model"] != model_flag:
+    if given.get("model") and model_flag and given["model"] != model_flag:
         raise ConfigError(f"two models given, {given['model']} and --model {model_flag}: leave one out")
-    given["model"] = given["model"] or model_flag
+    given["model"] = given.get("model") or model_flag
     return EngineConfig.from_sources(given, file)

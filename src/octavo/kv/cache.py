@@ -5,6 +5,7 @@ a page lost costs time only; a fork is just a sequence whose prefix is found.
 """
 
 import math
+import time
 from array import array
 from collections import deque
 from collections.abc import Callable
@@ -71,16 +72,22 @@ class KVCache:
         all of the tokens need are not to be had now with `spare` pages to remain.
         """
         held = self._hold_prefix(prefix)
+        missing = self.pages_for(len(prefix.tokens)) - held.num_full + spare
         tail, tail_length = self._find_tail(held)
         if tail is not None:
             self.pool.hold(tail)
-        if not self._make_room(self.pages_for(len(prefix.tokens)) - held.num_full + spare):
-            self._drop([*held.pages, *([] if tail is None else [tail])])
+            if not self._make_room(missing):  # without it there may be
+                self.pool.release(tail)
+                tail, tail_length = None, 0
+        if not self._make_room(missing):
+            self._drop(held.pages)
             return None
         self.grow(held, len(prefix.tokens))
         if tail is not None and self._copy_page is not None:
             self._copy_page(tail, held.pages[held.num_full])  # the original stays, for other forks
             self.pool.release(tail)
+        if self.transfers is not None:
+            self.transfers.use([prefix.key(i) for i in range(held.num_full)])
         return held, held.num_full * self.page_size + tail_length
 
     def grow(self, held: SequencePages, num_tokens: int) -> bool:
@@ -194,9 +201,12 @@ class KVCache:
         if self.transfers is not None and self.is_moving:
             self.transfers.wait(timeout)
 
-    def close(self) -> None:
-        if self.transfers is not None:
-            self.transfers.close()
+    def flush(self, timeout: float) -> None:
+        """Save what there is to save, for at most `timeout` seconds."""
+        deadline = time.monotonic() + timeout
+        while self.is_moving and time.monotonic() < deadline:
+            self.wait(0.05)
+            self.collect()
 
     @property
     def seconds_per_page(self) -> float:

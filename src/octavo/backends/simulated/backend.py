@@ -1,0 +1,85 @@
+"""A Backend that computes nothing: a step takes the time that a cost model says, on a virtual clock."""
+
+import numpy as np
+
+from octavo.backends.base import StepBatch, StepResult
+from octavo.model.spec import DecoderSpec, RopeSpec
+
+from .costs import CostModel, Shape
+
+# A text is a walk of this generator (a linear congruential one, of full period) over all int32 that are not negative:
+# a token decides the next. So the backend can go on with any text, and equal texts are those that began alike.
+VOCABULARY = 2**31
+_FACTOR, _STEP = 1103515245, 12345
+
+NO_MODEL = "a simulated backend has no K and V, and no logits"
+
+
+def text(number: int, length: int) -> np.ndarray:
+    """The first `length` tokens of text `number`: int64 [length]. No two texts agree at any position."""
+    tokens = np.array([number * 0x9E3779B1 % VOCABULARY], np.int64)  # an odd factor: no two numbers begin alike
+    factor, step = _FACTOR, _STEP  # from a token to the one len(tokens) further on
+    while len(tokens) < length:
+        tokens = np.concatenate([tokens, (tokens * factor + step) % VOCABULARY])
+        factor, step = factor * factor % VOCABULARY, (factor * step + step) % VOCABULARY
+    return tokens[:length]
+
+
+class VirtualClock:
+    """Seconds since 0 that pass only by `advance`."""
+
+    def __init__(self) -> None:
+        self._now = 0.0
+
+    def __call__(self) -> float:
+        return self._now
+
+    def advance(self, seconds: float) -> None:
+        assert seconds >= 0, "time does not run backwards"
+        self._now += seconds
+
+
+class SimulatedBackend:
+    """A Backend (see backends.base). Its tokens go on with a text; give requests no end-of-sequence tokens."""
+
+    arithmetic = "simulated"
+
+    def __init__(self, costs: CostModel, clock: VirtualClock):
+        self.page_size, self.page_bytes = costs.page_size, costs.page_bytes
+        self.spec = DecoderSpec(
+            vocab_size=VOCABULARY,
+            hidden_size=0,
+            intermediate_size=0,
+            num_layers=0,
+            num_heads=0,
+            num_kv_heads=0,
+            head_dim=0,
+            max_positions=costs.max_model_len,
+            norm_eps=0.0,
+            rope=RopeSpec(),
+            windows=(),
+        )
+        self._costs, self._clock = costs, clock
+
+    def allocate_kv(self, num_pages: int) -> None:
+        pass
+
+    def export_page(self, page: int) -> np.ndarray:
+        raise NotImplementedError(NO_MODEL)
+
+    def import_page(self, page: int, content: np.ndarray) -> None:
+        raise NotImplementedError(NO_MODEL)
+
+    def copy_page(self, source: int, target: int) -> None:
+        pass
+
+    def step(self, batch: StepBatch) -> StepResult:
+        self._clock.advance(self._costs.seconds(Shape.of(batch)))
+        ends = batch.tokens[batch.sample_rows].astype(np.int64)
+        return StepResult(((ends * _FACTOR + _STEP) % VOCABULARY).astype(np.int32))
+
+    def logits(self, batch: StepBatch) -> np.ndarray:
+        raise NotImplementedError(NO_MODEL)
+
+    def close(self) -> None:
+        pass

@@ -1,0 +1,144 @@
+"""A trace, replayed through an engine: in virtual time if its backend is simulated, or a real one in real time."""
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from octavo.backends.simulated import CostModel, SimulatedBackend, VirtualClock
+from octavo.config import EngineConfig
+from octavo.engine.engine import Engine
+from octavo.engine.loading import assemble
+from octavo.engine.messages import EngineRequest, EngineStats
+from octavo.params import SamplingParams
+
+from .simulate_trace import Prompts, TraceRequest
+
+
+@dataclass(slots=True)
+class Served:
+    """What became of a request. Times are in seconds from the start; `problem`: why it did not get all its tokens."""
+
+    request: TraceRequest
+    first: float | None = None  # token
+    last: float = 0.0
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    cached_tokens: int = 0
+    problem: str | None = None
+
+
+@dataclass(slots=True)
+class Gauge:
+    """A quantity over time."""
+
+    peak: int = 0
+    integral: float = 0.0
+
+    def hold(self, value: int, seconds: float) -> None:
+        self.peak = max(self.peak, value)
+        self.integral += value * seconds
+
+
+@dataclass(slots=True)
+class Replay:
+    """A trace and how it was served, in `seconds`, in `busy` of which a step was under way."""
+
+    served: list[Served] = field(default_factory=list)
+    seconds: float = 0.0
+    busy: float = 0.0
+    pages: Gauge = field(default_factory=Gauge)  # held by sequences
+    running: Gauge = field(default_factory=Gauge)
+    waiting: Gauge = field(default_factory=Gauge)
+    num_pages: int = 0
+    steps: int = 0
+    preemptions: int = 0
+
+    def step(self, stats: EngineStats, seconds: float) -> None:
+        self.busy += seconds
+        self.pages.hold(stats.num_pages - stats.free_pages - stats.cached_pages, seconds)
+        self.running.hold(stats.running, seconds)
+        self.waiting.hold(stats.waiting, seconds)
+
+
+def simulate(
+    trace: Sequence[TraceRequest],
+    config: EngineConfig,
+    costs: CostModel,
+    num_pages: int,
+    advance: Callable[[int], None] = lambda finished: None,
+) -> Replay:
+    """Replay the trace in virtual time, on the engine that `config` describes and `costs` times."""
+    clock = VirtualClock()
+    engine = assemble(
+        config,
+        SimulatedBackend(costs, clock),
+        num_pages=num_pages,
+        max_model_len=config.max_model_len or costs.max_model_len,
+        clock=clock,
+    )
+    return replay(trace, engine, clock.advance, config.max_batch_size + config.max_queue, advance)
+
+
+def replay(
+    trace: Sequence[TraceRequest],
+    engine: Engine,
+    wait: Callable[[float], None],
+    max_live: int,
+    advance: Callable[[int], None] = lambda finished: None,
+) -> Replay:
+    """Give the engine the requests of `trace` (in order of arrival) when their time comes, and step it to the end.
+
+    `wait` lets so many seconds of the engine's clock pass. Beyond `max_live` requests new ones are refused, as a server
+    does. `advance` is told of requests as they are done with.
+    """
+    done, prompts = Replay(), Prompts()
+    before, start = engine.stats(), engine.clock()
+    arrivals, live = deque(trace), dict[str, Served]()
+    while arrivals or engine.has_work:
+        now = engine.clock() - start
+        while arrivals and arrivals[0].at <= now:
+            request = arrivals.popleft()
+            prompt, id = prompts.tokens(request), str(len(done.served))
+            served = Served(request, prompt_tokens=len(prompt))
+            done.served.append(served)
+            if len(live) < max_live:
+                live[id] = served
+                engine.add(_engine_request(request, id, prompt, start))
+            else:
+                served.problem = "the queue is full"
+                advance(1)
+        if not engine.has_work:
+            if arrivals:
+                wait(max(0.0, arrivals[0].at - now))
+            continue
+        outputs = engine.step()
+        ended = engine.clock() - start
+        done.step(engine.stats(), ended - now)
+        unfinished = len(live)
+        for output in outputs:
+            served = live[output.id]
+            served.cached_tokens = output.cached_tokens
+            if output.token >= 0:
+                served.first = ended if served.first is None else served.first
+                served.last, served.output_tokens = ended, served.output_tokens + 1
+            if output.finish_reason:
+                served.problem = None if output.finish_reason == "length" else output.message or output.finish_reason
+                del live[output.id]
+        advance(unfinished - len(live))
+    after = engine.stats()
+    done.seconds, done.num_pages = engine.clock() - start, after.num_pages
+    done.steps, done.preemptions = after.steps - before.steps, after.preemptions - before.preemptions
+    return done
+
+
+def _engine_request(request: TraceRequest, id: str, prompt: list[int], start: float) -> EngineRequest:
+    return EngineRequest(
+        id=id,
+        prompt=prompt,
+        params=SamplingParams(temperature=0, max_tokens=request.output_tokens, ignore_eos=True, seed=0),
+        arrival=start + request.at,
+        tenant=request.tenant,
+        priority=request.priority,
+        ttft_target=request.ttft_target,
+        timeout=request.timeout,
+    )
