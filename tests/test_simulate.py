@@ -369,7 +369,7 @@ def test_measure_then_simulate(tiny_llama: Path, tmp_path: Path) -> None:
     assert "Off by" in printed
     model = CostModel.load(costs)
     assert model.settings["model"] == str(tiny_llama) and model.settings["threads"] == 1
-    assert [count for count, _ in model.rows_ms] == [1, 2, 4, 8, 16, 32, 64]
+    assert [count for count, _ in model.rows_ms] == [1, 2, 4, 8, 9, 16, 17, 24, 32, 33, 48, 64]
     assert [count for count, _ in model.sampled_ms] == [1, 2, 4, 8]
     shapes = [Shape(1, 1, 1, 50, 50), Shape(8, 8, 8, 400, 400), Shape(1, 64, 1, 64, 2080)]
     seconds = [model.seconds(shape) for shape in shapes]

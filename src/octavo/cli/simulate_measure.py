@@ -21,9 +21,10 @@ from octavo.version import __version__
 
 from .bench_report import progress
 
-KNOTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)  # of the curves, as far as the engine's steps go
+# Points of the curves, as far as the engine's steps go. Kernels take rows by blocks of 8 or 16: so on both sides of one.
+KNOTS = (1, 2, 4, 8, 9, 16, 17, 24, 32, 33, 48, 64, 96, 128, 256, 512, 1024, 2048, 4096)
 CONTEXTS = (64, 512, 2048)  # of decoding sequences
-BEFORE = (0, 1024, 3584)  # tokens before a chunk of a prompt
+BEFORE = (0, 2048)  # tokens before a chunk of a prompt
 MOST_PAGES = 1200  # that a step reads
 ROUNDS = 7  # over all shapes, so that what else the machine does meets them all alike
 HOST_BATCHES, HOST_PROMPT, HOST_OUTPUT = (1, 4, 16, 64, 256), 64, 12
