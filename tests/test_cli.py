@@ -250,6 +250,10 @@ class Terminal:
                 return
         raise AssertionError(f"no {pattern} in {self.shown!r}")
 
+    def close(self) -> None:
+        self.process.kill()
+        os.close(self.screen)
+
     def shows(self, pattern: str, seconds: float) -> bool:
         deadline = time.monotonic() + seconds
         while not re.search(pattern.encode(), self.shown):
@@ -281,5 +285,4 @@ def test_chat_in_a_terminal() -> None:
         terminal.type("\x04")
         assert terminal.process.wait(timeout=20) == 0
     finally:
-        terminal.process.kill()
-        os.close(terminal.screen)
+        terminal.close()

@@ -168,13 +168,16 @@ def test_two_servers_share_a_folder(tmp_path: Path) -> None:
         except BaseException as error:
             failures.append(error)
 
-    threads = [threading.Thread(target=work, args=(tier, seed)) for seed, tier in enumerate((one, one, two, two))]
+    threads = [threading.Thread(target=work, args=turn) for turn in ((one, 1), (one, 1), (two, 1), (two, 2))]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert not failures
     assert not list(tmp_path.rglob("*.tmp"))
+    for tier in (one, two):
+        fill(tier, KEYS[:4])
+        assert all(holds(tier, key) for key in KEYS[:4]), "its room is not what it was"
 
 
 WRITER = """
@@ -220,7 +223,7 @@ def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 def test_a_full_disk(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """A limit on the size of files stands in for the disk's end; the system refuses the write in the same place."""
-    tier = open_tier(tmp_path, retry_seconds=0.2)
+    tier = open_tier(tmp_path, 4, retry_seconds=0.2)
     fill(tier, KEYS[:2])
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
@@ -237,7 +240,7 @@ def test_a_full_disk(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert not tier.write(KEYS[2], page_of(KEYS[2])), "not every page tries anew"
     time.sleep(0.2)
     fill(tier, KEYS[2:4])
-    assert holds(tier, KEYS[2])
+    assert all(holds(tier, key) for key in KEYS[:4])
 
 
 def test_a_disk_without_space(tmp_path: Path) -> None:

@@ -31,6 +31,10 @@ def test_temperatures() -> None:
     assert run("temperatures.py").splitlines()[-1] == "The capital of France is Paris."
 
 
+def test_kv_state() -> None:
+    assert run("kv_state.py").splitlines()[-1] == "Of 87 prompt tokens, 79 were not computed again."
+
+
 def test_openai_client() -> None:
     with ServerProcess("smollm2") as server:
         printed = run("openai_client.py", f"{server.url}/v1")

@@ -63,6 +63,10 @@ class Traffic:
             self.expected[id], self.received[id] = complete(prompt, max_tokens), []
             self.requests[id] = (prompt, tenant, salt)
 
+    def steps(self, number: int) -> None:
+        for _ in range(number):
+            self.step()
+
     def step(self) -> None:
         for output in self.engine.step():
             assert output.finish_reason != "error", output.message
@@ -81,8 +85,9 @@ class Traffic:
     def go_on(self, which: int, further: list[int]) -> None:
         if self.done:
             conversation, tenant, salt = self.done[which % len(self.done)]
-            if len(conversation) + len(further) < LONGEST - 4:
-                self.add(conversation + further, 3, tenant, salt)
+            room = LONGEST - len(conversation) - len(further)
+            if room > 0:
+                self.add(conversation + further, min(3, room), tenant, salt)
 
     def pin(self, which: int) -> None:
         if self.done:
@@ -96,7 +101,11 @@ class Traffic:
 
 
 NUMBER = st.integers(0, 20)
-TOKENS = st.lists(st.integers(0, 2), min_size=1, max_size=16)
+TOKENS = st.builds(  # few beginnings, so that they meet again
+    lambda pattern, length: (pattern * 20)[:length],
+    st.sampled_from([[0], [1, 0], [0, 1, 2], [2, 2, 0, 1]]),
+    st.integers(1, 20),
+)
 TENANT, SALT = st.sampled_from(["", "a"]), st.sampled_from(["", "s"])
 EVENT = st.one_of(
     st.tuples(st.just("add"), TOKENS, st.integers(1, 12), TENANT, SALT, st.integers(1, 3)),
@@ -104,8 +113,8 @@ EVENT = st.one_of(
     st.tuples(st.just("go_on"), NUMBER, st.lists(st.integers(0, 2), min_size=1, max_size=6)),
     st.tuples(st.just("pin"), NUMBER),
     st.tuples(st.just("unpin"), NUMBER),
-    st.tuples(st.just("step")),
-    st.tuples(st.just("step")),
+    st.tuples(st.just("steps"), st.integers(1, 20)),
+    st.tuples(st.just("steps"), st.integers(1, 20)),
 )
 
 
@@ -123,14 +132,15 @@ def tiers(kinds: str, page_bytes: int) -> Iterator[list[Tier]]:
 @pytest.mark.parametrize("kinds", ["none", "host", "disk", "host and disk"])
 @settings(max_examples=40, deadline=None)
 @given(
-    events=st.lists(EVENT, max_size=40),
-    num_pages=st.integers(LONGEST // PAGE, 20),
+    events=st.lists(EVENT, min_size=8, max_size=60),
+    num_pages=st.integers(LONGEST // PAGE, 16),
     max_batch_size=st.integers(1, 6),
     max_batch_tokens=st.integers(1, 24),
     policy=st.sampled_from(POLICIES),
     preemption=st.sampled_from(["auto", "swap", "recompute"]),
+    guesses=st.sampled_from([0, 3]),
 )
-def test_random_traffic(kinds, events, num_pages, max_batch_size, max_batch_tokens, policy, preemption):
+def test_random_traffic(kinds, events, num_pages, max_batch_size, max_batch_tokens, policy, preemption, guesses):
     backend = PrefixBackend(num_pages, PAGE)
     with tiers(kinds, backend.page_bytes) as below:
         engine = Engine(
@@ -141,6 +151,7 @@ def test_random_traffic(kinds, events, num_pages, max_batch_size, max_batch_toke
             max_batch_tokens=max_batch_tokens,
             policy=load_policy(EngineConfig(scheduling_policy=policy)),
             preemption=preemption,
+            speculative_tokens=guesses,
             transfers=Transfers(backend, below) if below else None,
         )
         traffic = Traffic(engine)

@@ -217,7 +217,8 @@ def test_an_answer_can_be_sent_back_as_it_came(client: openai.OpenAI) -> None:
     answer = chat(client).choices[0].message
     again = chat(client, [*HELLO, answer, {"role": "user", "content": "And again"}])
     sent = answer.model_dump() | {"annotations": [], "tool_calls": None}
-    assert chat(client, [*HELLO, sent, {"role": "user", "content": "And again"}]).usage == again.usage
+    as_sent = chat(client, [*HELLO, sent, {"role": "user", "content": "And again"}])
+    assert as_sent.usage.prompt_tokens == again.usage.prompt_tokens
 
 
 def test_template_variables(client: openai.OpenAI) -> None:

@@ -12,6 +12,7 @@ from .version import __version__
 if TYPE_CHECKING:
     from .async_llm import AsyncLLM
     from .config import EngineConfig
+    from .frontend.kv_states import KVState
     from .llm import LLM
     from .outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
     from .params import SamplingParams, ServiceTerms
@@ -26,6 +27,7 @@ _HOME = {
     "CompletionOutput": "outputs",
     "RequestMetrics": "outputs",
     "Logprob": "outputs",
+    "KVState": "frontend.kv_states",
 }
 
 __all__ = [
@@ -33,6 +35,7 @@ __all__ = [
     "AsyncLLM",
     "CompletionOutput",
     "EngineConfig",
+    "KVState",
     "Logprob",
     "RequestMetrics",
     "RequestOutput",

@@ -2,10 +2,13 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
+from pathlib import Path
 from typing import Any, Unpack
 
 from .config import EngineConfig
 from .engine.messages import EngineInfo, EngineStats
+from .frontend.admission import FrontendStats
+from .frontend.kv_states import KVState, KVStates
 from .frontend.live import LiveRequest
 from .frontend.prompts import Ask, Prompt, asks
 from .frontend.remote_engine import RemoteEngine
@@ -56,15 +59,18 @@ class AsyncLLM:
         params: SamplingParams | None = None,
         request_id: str | None = None,
         *,
+        kv_cache_state: KVState | None = None,
         priority: int = 0,
         **terms: Unpack[Terms],
     ) -> AsyncGenerator[RequestOutput, None]:
         """Increments as they come: of each, `outputs` has what is new. To stop iterating is to abort the request.
 
+        kv_cache_state: what the prompt goes on from.
         priority, terms (tenant, ttft_target, timeout, cache_salt): as of ServiceTerms.
-        Raises InvalidRequest or PromptTooLong before the first one, EngineDead at any time.
+        Raises QueueFull, InvalidRequest or PromptTooLong before the first one, RequestTimeout, RequestFailed or
+        EngineDead at any time.
         """
-        ask = Ask(prompt, params or SamplingParams(), ServiceTerms(priority=priority, **terms))
+        ask = Ask(prompt, params or SamplingParams(), ServiceTerms(priority=priority, **terms), kv_cache_state)
         increments: asyncio.Queue[RequestOutput | Exception] = asyncio.Queue()
         [live] = self._engine.submit([ask], lambda _, increment: increments.put_nowait(increment), request_id)
         try:
@@ -83,12 +89,13 @@ class AsyncLLM:
         prompts: Prompt | Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        kv_cache_state: KVState | Sequence[KVState] | None = None,
         priority: int | Sequence[int] = 0,
         **terms: Unpack[Terms],
     ) -> list[RequestOutput]:
         """Complete prompts, given as text or as token ids: one whole RequestOutput each, in order.
 
-        params, priority: for all prompts, or one each. terms: see `generate`.
+        params, priority: for all prompts, or one each. terms and what is raised: see `generate`; all or none are taken.
         """
         done: asyncio.Queue[Exception | None] = asyncio.Queue()
 
@@ -98,7 +105,7 @@ class AsyncLLM:
             elif output.finished:
                 done.put_nowait(None)
 
-        lives = self._engine.submit(asks(prompts, params, priority, terms), sink)
+        lives = self._engine.submit(asks(prompts, params, priority, terms, kv_cache_state), sink)
         try:
             for _ in lives:
                 if (error := await done.get()) is not None:
@@ -108,12 +115,35 @@ class AsyncLLM:
             raise
         return [live.whole() for live in lives]
 
+    def check_room(self, completions: int) -> None:
+        """Raises what `generate` would for so many completions, whatever their prompts: QueueFull, InvalidRequest."""
+        self._engine.check_room(completions)
+
     async def abort(self, request_id: str) -> None:
         """End a request: its iterator gets a last increment with finish_reason "abort"."""
         self._engine.abort([request_id], say_so=True)
 
+    async def get_kv_cache_state(self, request_id: str, index: int = 0) -> KVState:
+        """See LLM.get_kv_cache_state. Of these states, `save` is a coroutine."""
+        return self._engine.keep_state(request_id, index)
+
+    async def load_kv_cache_state(
+        self, path: str | Path, *, tenant: str = "", cache_salt: str | None = None
+    ) -> KVState:
+        """See LLM.load_kv_cache_state."""
+        return await self._engine.load_state(Path(path).absolute(), tenant, cache_salt or "")
+
+    @property
+    def kv_cache_states(self) -> KVStates:
+        """All that are held, to be found by their handles. From `start` on."""
+        return self._engine.states
+
     async def stats(self) -> EngineStats:
         return await self._engine.stats()
+
+    def frontend_stats(self) -> FrontendStats:
+        """Raises EngineDead."""
+        return self._engine.frontend_stats()
 
     @property
     def is_alive(self) -> bool:

@@ -128,6 +128,15 @@ class EngineConfig:
         if self.threads is not None:
             at_least("threads", 1)
         need(self.tensor_parallel_size == 1, "tensor_parallel_size", "1: this version runs on one device")
+        need(
+            self.kv_host_memory is None or self.backend == "torch",
+            "kv_host_memory",
+            "unset unless the backend is torch",
+        )
+        tiers = self.kv_disk or self.kv_host_memory
+        need(
+            bool(self.enable_prefix_caching or not tiers), "enable_prefix_caching", "on with kv_disk or kv_host_memory"
+        )
         for name in ("kv_cache_memory", "kv_disk_size", "kv_host_memory"):
             if (size := getattr(self, name)) is not None:
                 parse_size(size, name)

@@ -37,8 +37,27 @@ class PromptTooLong(InvalidRequest):
     """The prompt leaves no room for a single new token in the model's context."""
 
 
-class InvalidKVState(OctavoError, ValueError):
-    """A KV state that is damaged, or of another model, recipe or tenant (HTTP 400)."""
+class InvalidKVState(InvalidRequest):
+    """A KV state that is damaged, dropped or expired, or of another model, recipe or tenant."""
+
+    def __init__(self, message: str):
+        super().__init__(message, "kv_cache_state")
+
+
+class QuotaExceeded(OctavoError, RuntimeError):
+    """A KV state that would be more than its tenant may hold (HTTP 429)."""
+
+
+class QueueFull(OctavoError, RuntimeError):
+    """The server has as many requests as it takes (HTTP 503). `retry_after`: seconds until there should be room."""
+
+    def __init__(self, message: str, retry_after: int):
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class RequestTimeout(OctavoError, TimeoutError):
+    """A request that did not end within its timeout (HTTP 504)."""
 
 
 class RequestFailed(OctavoError, RuntimeError):

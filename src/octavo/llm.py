@@ -10,6 +10,7 @@ from typing import Any, Unpack, cast
 from .config import EngineConfig
 from .engine.loading import load_engine
 from .engine.messages import EngineStats
+from .frontend.kv_states import KVState
 from .frontend.live import LiveRequest
 from .frontend.local_engine import LocalEngine
 from .frontend.progress import generation_bar, loading_bar
@@ -35,7 +36,7 @@ class LLM:
         self.tokenizer = Tokenizer.load(path)
         with loading_bar() as progress:
             engine = load_engine(self.config, path, progress)
-        self._engine = LocalEngine(engine, self.tokenizer)
+        self._engine = LocalEngine(engine, self.tokenizer, self.config)
         self._finalizer = weakref.finalize(self, self._engine.close)
 
     def generate(
@@ -44,15 +45,17 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: bool = True,
         *,
+        kv_cache_state: KVState | Sequence[KVState] | None = None,
         priority: int | Sequence[int] = 0,
         **terms: Unpack[Terms],
     ) -> list[RequestOutput]:
         """Complete prompts, given as text or as token ids: one RequestOutput each, in order.
 
         sampling_params: for all prompts, or one each; default SamplingParams(). use_tqdm: a progress bar on a terminal.
+        kv_cache_state: what the prompts go on from, one for all or one each; of it, nothing is computed again.
         priority: for all prompts, or one each. terms: tenant, ttft_target, timeout, cache_salt, as of ServiceTerms.
         """
-        requests = asks(prompts, sampling_params, priority, terms)
+        requests = asks(prompts, sampling_params, priority, terms, kv_cache_state)
         done: SimpleQueue[LiveRequest | Exception] = SimpleQueue()
 
         def sink(live: LiveRequest, output: RequestOutput | Exception) -> None:
@@ -98,11 +101,12 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        kv_cache_state: KVState | Sequence[KVState] | None = None,
         priority: int | Sequence[int] = 0,
         **terms: Unpack[Terms],
     ) -> list[RequestOutput]:
         """`generate` for asyncio: other tasks run meanwhile, and their prompts join the batch."""
-        requests = asks(prompts, sampling_params, priority, terms)
+        requests = asks(prompts, sampling_params, priority, terms, kv_cache_state)
         loop = asyncio.get_running_loop()
         done: asyncio.Queue[LiveRequest | Exception] = asyncio.Queue()
 
@@ -128,11 +132,12 @@ class LLM:
         prompt: Prompt,
         sampling_params: SamplingParams | None = None,
         *,
+        kv_cache_state: KVState | None = None,
         priority: int = 0,
         **terms: Unpack[Terms],
     ) -> Iterator[RequestOutput]:
         """Increments of one request as they come; to stop iterating is to abort it."""
-        ask = Ask(prompt, sampling_params or SamplingParams(), ServiceTerms(priority=priority, **terms))
+        ask = Ask(prompt, sampling_params or SamplingParams(), ServiceTerms(priority=priority, **terms), kv_cache_state)
         increments: SimpleQueue[RequestOutput | Exception] = SimpleQueue()
         lives = self._engine.submit([ask], lambda _, new: increments.put(new))
         try:
@@ -145,6 +150,22 @@ class LLM:
                     return
         finally:
             self._engine.abort([live.id for live in lives])
+
+    def get_kv_cache_state(self, request_id: str, index: int = 0) -> KVState:
+        """A handle on all the tokens of a request that has finished, its output included, to continue from.
+
+        index: of its `n` completions, which. What it has is kept for kv_state_ttl seconds since its last use.
+        Raises InvalidRequest for a request that is unknown, still runs, or was too long ago, QuotaExceeded.
+        """
+        return self._engine.keep_state(request_id, index)
+
+    def load_kv_cache_state(self, path: str | Path, *, tenant: str = "", cache_salt: str | None = None) -> KVState:
+        """A state that `KVState.save` wrote, here or elsewhere, on the same kind of machine with the same model.
+
+        Load only what you trust: whoever wrote the file decides what the model will take its text to have been.
+        Raises InvalidKVState if it is damaged, or of another model, recipe or tenant; QuotaExceeded.
+        """
+        return self._engine.load_state(Path(path).absolute(), tenant, cache_salt or "")
 
     def stats(self) -> EngineStats:
         return self._engine.stats()

@@ -103,6 +103,9 @@ class Backend(Protocol):
     spec: DecoderSpec
     page_size: int  # tokens a KV page holds
     page_bytes: int  # bytes of one KV page, all layers
+    arithmetic: (
+        str  # what besides weights and page size decides a page's bits: kernels, instruction set, recipe, dtypes
+    )
 
     def allocate_kv(self, num_pages: int) -> None:
         """Make the KV pool. Raises OutOfMemory with what would fit."""

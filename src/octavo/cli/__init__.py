@@ -11,7 +11,7 @@ import typer
 from octavo.errors import OctavoError
 from octavo.version import __version__
 
-_COMMANDS = ("serve", "generate", "chat", "pull", "quantize", "bench", "simulate")
+_COMMANDS = ("serve", "generate", "chat", "top", "pull", "quantize", "bench", "simulate")
 _USAGE, _INTERRUPTED = 2, 130
 
 

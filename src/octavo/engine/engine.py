@@ -3,17 +3,23 @@
 import time
 from array import array
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future
+from pathlib import Path
 
 from octavo.backends.base import Backend, StepResult
 from octavo.config import EngineConfig
 from octavo.kv import KVCache, Prefix, Transfers, root_key
+from octavo.kv.page_map import page_map
+from octavo.kv.state_file import StateFile
 
 from .batch import BatchBuilder
+from .deadlines import Deadlines
 from .messages import EngineInfo, EngineRequest, EngineStats, TokenLogprobs, TokenOutput
 from .policies import Policy
 from .recovery import Recovery
 from .scheduler import Scheduler, StepPlan
 from .sequence import Sequence
+from .state_files import StateFiles
 
 PATIENCE = (
     0.002  # seconds that a step without work waits for pages on the move: as long as a new request may wait for it
@@ -42,10 +48,13 @@ class Engine:
         preemption: str = "auto",
         fingerprint: str = "",
         speculative_tokens: int = 0,
+        request_timeout: float | None = None,
         clock: Callable[[], float] = time.time,
     ):
         self.backend, self.fingerprint, self.clock = backend, fingerprint, clock
-        self.kv = KVCache(num_pages, backend.page_size, prefix_caching, backend.copy_page, transfers)
+        self._transfers = transfers or Transfers(backend, ())
+        self.kv = KVCache(num_pages, backend.page_size, prefix_caching, backend.copy_page, self._transfers)
+        self._state_files = StateFiles(self.kv, backend, self._transfers)
         self.scheduler = Scheduler(
             self.kv,
             policy or Policy(EngineConfig()),
@@ -58,9 +67,13 @@ class Engine:
         self._builder = BatchBuilder(self.scheduler.max_running, max_pages, backend.page_size)
         self._live: dict[str, Sequence] = {}
         self._rejected: list[TokenOutput] = []
+        self._deadlines = Deadlines()
+        self._request_timeout = request_timeout
         self._speculative_tokens = speculative_tokens
         self._arrivals = 0
-        self._steps = self._tokens_computed = self._tokens_generated = self._cached_tokens = 0
+        self._plan = StepPlan([], [])  # of the last step
+        self._steps = self._tokens_computed = self._tokens_generated = 0
+        self._prompt_tokens = self._cached_tokens = 0
         self._guessed_tokens = self._right_guesses = 0
         self._step_seconds = self._backend_seconds = 0.0
 
@@ -75,6 +88,7 @@ class Engine:
             vocab_size=self.backend.spec.vocab_size,
             num_pages=self.kv.pool.num_pages,
             page_size=self.kv.page_size,
+            fingerprint=self.fingerprint,
         )
 
     def add(self, request: EngineRequest) -> None:
@@ -101,11 +115,14 @@ class Engine:
             return
         self._arrivals += 1
         self._live[request.id] = seq
+        if (timeout := self._timeout(request)) is not None:
+            self._deadlines.set(request.id, request.arrival + timeout)
 
     def abort(self, ids: Iterable[str]) -> None:
         """Drop requests and free their pages at once. Unknown or finished ids are none of our business."""
         for id in ids:
             if seq := self._live.pop(id, None):
+                self._deadlines.forget(id)
                 self.scheduler.abort(seq)
 
     def pin(self, id: str, tokens: Iterable[int], tenant: str = "", salt: str = "") -> None:
@@ -113,14 +130,29 @@ class Engine:
         self.kv.pin(id, self._prefix(array("i", tokens), tenant, salt))
 
     def unpin(self, id: str) -> None:
+        """Let go of them, and of the file that `load_state` opened."""
         self.kv.unpin(id)
+        self._state_files.forget(id)
+
+    def save_state(self, path: Path, tokens: Iterable[int], tenant: str, salt: str) -> "Future[None]":
+        """Write a KV state to a file while steps go on. When it is done, `end_saves`. It raises RequestFailed."""
+        prefix = self._prefix(array("i", tokens), tenant, salt)
+        return self._state_files.save(path, prefix, self.fingerprint, {"root": prefix.parent(0).hex()})
+
+    def end_saves(self) -> None:
+        """Let go of the pages of states that have been saved."""
+        self._state_files.end_saves()
+
+    def load_state(self, id: str, path: Path) -> "Future[StateFile]":
+        """Find pages in a KV state's file, too, from when it is done until `unpin`. It raises InvalidKVState."""
+        return self._state_files.load(id, path)
 
     def step(self) -> list[TokenOutput]:
         """Compute one batch: a new token for each sequence that got to the end of its chunk. [] if there is no work."""
         started = time.perf_counter()
-        outputs, self._rejected = self._rejected, []
+        outputs, self._rejected = self._rejected + self._time_out(), []
         self.kv.collect()
-        plan = self.scheduler.schedule()
+        self._plan = plan = self.scheduler.schedule()
         if plan.sequences:
             batch = self._builder.build(plan)
             execution, before = time.perf_counter(), self.clock()
@@ -135,7 +167,8 @@ class Engine:
         return outputs
 
     def stats(self) -> EngineStats:
-        pool = self.kv.pool
+        pool, transfers = self.kv.pool, self.kv.transfers
+        plan = self._plan if self.has_work else StepPlan([], [])
         return EngineStats(
             running=len(self.scheduler.running),
             waiting=self.scheduler.num_waiting,
@@ -146,20 +179,43 @@ class Engine:
             preemptions=self.scheduler.preemptions,
             tokens_computed=self._tokens_computed,
             tokens_generated=self._tokens_generated,
+            prompt_tokens=self._prompt_tokens,
             cached_tokens=self._cached_tokens,
             guessed_tokens=self._guessed_tokens,
             right_guesses=self._right_guesses,
             step_seconds=self._step_seconds,
             backend_seconds=self._backend_seconds,
+            decode_rows=plan.num_decoding,
+            prefill_rows=sum(plan.chunks) - plan.num_decoding,
+            guess_rows=sum(map(len, plan.guesses.values())),
+            page_map=page_map(self.kv),
+            num_pinned=len(self.kv.pinned_pages()),
+            num_fetching=self.kv.num_fetching,
+            pending_saves=transfers.pending_saves if transfers else 0,
+            pages_saved=transfers.pages_saved if transfers else 0,
+            pages_fetched=transfers.pages_fetched if transfers else 0,
         )
 
     def close(self) -> None:
         """Save the pages that are being saved, within seconds, and free the backend."""
-        self.kv.close()
+        self._transfers.close()
         self.backend.close()
 
     def _prefix(self, tokens: "array[int]", tenant: str, salt: str) -> Prefix:
         return Prefix(root_key(self.fingerprint, tenant, salt), tokens, self.kv.page_size)
+
+    def _timeout(self, request: EngineRequest) -> float | None:
+        return self._request_timeout if request.timeout is None else request.timeout
+
+    def _time_out(self) -> list[TokenOutput]:
+        """Drop the requests whose time is up, running or waiting, and free their pages."""
+        outputs = []
+        for id in self._deadlines.passed(self.clock()):
+            seq = self._live.pop(id)
+            self.scheduler.abort(seq)
+            message = f"the request did not end within its timeout of {self._timeout(seq.request):g} seconds"
+            outputs.append(TokenOutput(id, -1, "timeout", message=message))
+        return outputs
 
     def _problem(self, request: EngineRequest) -> str | None:
         """Why a request cannot be served; the frontend has checked all this, and the engine does not take its word."""
@@ -174,34 +230,56 @@ class Engine:
     def _advance(self, plan: StepPlan, result: StepResult) -> list[TokenOutput]:
         """Book what the step computed, append the sampled tokens, end what has ended."""
         outputs: list[TokenOutput] = []
-        tokens = result.tokens.tolist()
+        tokens, page_size = result.tokens.tolist(), self.kv.page_size
         row = 0
         for i, (seq, chunk) in enumerate(zip(plan.sequences, plan.chunks, strict=True)):
-            ends = plan.ends(i)
-            if seq.num_computed < seq.num_prompt <= seq.num_computed + chunk:
-                self.scheduler.let_go(seq)
-            seq.num_computed += chunk
-            self.kv.commit(seq.held, seq.num_computed)
-            if ends:
-                guesses = plan.guesses.get(i, ())
-                outputs.append(self._append(seq, tokens[row], _logprobs(seq, result, row)))
-                for ahead, token in enumerate(guesses):
-                    if outputs[-1].finish_reason or token != seq.tokens[-1]:
-                        break
-                    seq.num_computed += 1
-                    outputs.append(self._append(seq, tokens[row + ahead + 1], _logprobs(seq, result, row + ahead + 1)))
-                    self._right_guesses += 1
-                self._guessed_tokens += len(guesses)
-                row += 1 + len(guesses)
+            before = seq.num_computed
+            seq.num_computed = computed = before + chunk
+            if before // page_size < computed // page_size:
+                self.kv.commit(seq.held, computed)
+            if before < seq.num_prompt <= computed:
+                self._end_prompt(seq)
+            if computed < len(seq.tokens):
+                continue
+            outputs.append(self._append(seq, tokens[row], _logprobs(seq, result, row)))
+            row += 1
+            if i in plan.guesses:
+                outputs += self._append_guessed(seq, plan.guesses[i], result, row)
+                row += len(plan.guesses[i])
         self._tokens_computed += sum(plan.chunks)
         self._tokens_generated += len(outputs)
         return outputs
 
+    def _append_guessed(self, seq: Sequence, guesses: "array[int]", result: StepResult, row: int) -> list[TokenOutput]:
+        """What was sampled after each guess, in rows of `result` from `row` on, as long as the guesses are right."""
+        outputs: list[TokenOutput] = []
+        for guessed in guesses:
+            if seq.slot < 0 or guessed != seq.tokens[-1]:  # it has ended, or goes on differently
+                break
+            seq.num_computed += 1
+            self.kv.commit(seq.held, seq.num_computed)
+            outputs.append(self._append(seq, int(result.tokens[row]), _logprobs(seq, result, row)))
+            row += 1
+        self._guessed_tokens += len(guesses)
+        self._right_guesses += len(outputs)
+        return outputs
+
+    def _end_prompt(self, seq: Sequence) -> None:
+        """The prompt is computed: for the first time, or once more."""
+        if not seq.num_outputs:
+            self._prompt_tokens += seq.num_prompt
+            self._cached_tokens += seq.cached_tokens
+        self.scheduler.let_go(seq)
+
     def _append(self, seq: Sequence, token: int, logprobs: TokenLogprobs | None) -> TokenOutput:
         """The sequence's next token, and with it perhaps its end."""
         seq.tokens.append(token)
-        if seq.num_outputs == len(seq.request.output) + 1:
-            self._cached_tokens += seq.cached_tokens
+        if token < 0 or token in seq.stop_tokens or len(seq.tokens) >= seq.max_tokens:
+            return self._end(seq, token, logprobs)
+        return TokenOutput(seq.request.id, token, None, None, logprobs, seq.cached_tokens)
+
+    def _end(self, seq: Sequence, token: int, logprobs: TokenLogprobs | None) -> TokenOutput:
+        """The output for the sequence's last token, unless min_tokens forbids it to stop there."""
         reason = message = stop_token = None
         if token < 0:
             reason, message = "error", "the model gave logits that are not numbers"
@@ -211,13 +289,13 @@ class Engine:
             reason = "length"
         if reason:
             del self._live[seq.id]
+            self._deadlines.forget(seq.id)
             self.scheduler.finish(seq)
         return TokenOutput(seq.id, token, reason, stop_token, logprobs, seq.cached_tokens, message)
 
 
 def _logprobs(seq: Sequence, result: StepResult, row: int) -> TokenLogprobs | None:
-    wanted = seq.request.params.logprobs
-    if wanted is None or result.logprobs is None or result.ranks is None:
+    if result.logprobs is None or result.ranks is None or (wanted := seq.request.params.logprobs) is None:
         return None
     top_tokens = result.top_tokens[row, :wanted].tolist() if result.top_tokens is not None else []
     top_logprobs = result.top_logprobs[row, :wanted].tolist() if result.top_logprobs is not None else []

@@ -124,19 +124,19 @@ class Fair(Policy):
     def victim(self, running: Collection[Sequence]) -> Sequence:
         return max(islice(running, 1, None), key=self.key, default=next(iter(running)))
 
-    def makes_way(self, running: Collection[Sequence]) -> Sequence | None:
-        first = self.peek()
+    def makes_way(self, waiting: Sequence, running: Collection[Sequence]) -> Sequence | None:
         sequences = Counter(map(_tenant, running))  # of each tenant
-        if first is None or first.tenant in sequences:
+        if waiting.tenant in sequences:
             return None
+        theirs = self._account(waiting.tenant)
         accounts = [self._account(tenant) for tenant in sequences]
-        weight = self._waiting_weight + sum(account.weight for account in accounts if account.entry is None)
-        share = len(running) / weight  # of a weight of 1
+        weight = sum(account.weight for account in [*accounts, theirs] if account.entry is None)
+        share = len(running) / (weight + self._waiting_weight)  # of a weight of 1
         most = max(accounts, key=lambda account: sequences[account.tenant] / account.weight)
-        if share * self._waiting[first.tenant].weight < 1 or sequences[most.tenant] <= max(1, share * most.weight):
+        if share * theirs.weight < 1 or sequences[most.tenant] <= max(1, share * most.weight):
             return None
-        theirs = (seq for seq in islice(running, 1, None) if seq.tenant == most.tenant)
-        return max(theirs, key=attrgetter("order"))
+        victims = (seq for seq in islice(running, 1, None) if seq.tenant == most.tenant)
+        return max(victims, key=attrgetter("order"))
 
     def _account(self, tenant: str) -> _Account:
         account = self._waiting.get(tenant) or self._others.get(tenant)

@@ -4,15 +4,21 @@ import importlib
 import importlib.util
 import time
 from collections.abc import Callable
+from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from octavo.backends.base import Backend, BackendFactory, Progress
 from octavo.config import DTYPES, KV_CACHE_DTYPES, EngineConfig, parse_size
 from octavo.errors import ConfigError, OutOfMemory
+from octavo.kv import Transfers
+from octavo.kv.disk_tier import DiskTier
+from octavo.kv.host_tier import HostTier
+from octavo.kv.tier import Tier
 from octavo.memory import available_memory
 from octavo.model import describe_model
-from octavo.weights import open_checkpoint
+from octavo.version import __version__
+from octavo.weights import Checkpoint, fingerprint, open_checkpoint
 
 from .engine import Engine
 from .fair import Fair
@@ -50,7 +56,14 @@ def load_engine(config: EngineConfig, path: Path, progress: Progress | None = No
     )
     num_pages = _num_pages(config, spec, backend.page_bytes, max_model_len)
     backend.allocate_kv(num_pages)
-    return assemble(config, backend, num_pages=num_pages, max_model_len=max_model_len, policy=policy)
+    return assemble(
+        config,
+        backend,
+        num_pages=num_pages,
+        max_model_len=max_model_len,
+        policy=policy,
+        fingerprint=_page_fingerprint(checkpoint, backend),
+    )
 
 
 def assemble(
@@ -60,6 +73,7 @@ def assemble(
     num_pages: int,
     max_model_len: int,
     policy: Policy | None = None,
+    fingerprint: str = "",
     clock: Callable[[], float] = time.time,
 ) -> Engine:
     """An engine as `config` has it, on a backend whose pool of `num_pages` is allocated. Raises ConfigError."""
@@ -71,9 +85,24 @@ def assemble(
         max_batch_tokens=config.max_batch_tokens,
         policy=policy or load_policy(config),
         prefix_caching=config.enable_prefix_caching,
+        fingerprint=fingerprint,
+        transfers=_transfers(config, backend) if config.enable_prefix_caching else None,
+        preemption=config.preemption,
         speculative_tokens=config.speculative_tokens,
+        request_timeout=config.request_timeout,
         clock=clock,
     )
+
+
+def _transfers(config: EngineConfig, backend: Backend) -> Transfers:
+    """To the tiers that `config` names. Raises ConfigError for a folder that cannot be had."""
+    tiers: list[Tier] = []
+    if config.kv_host_memory is not None:
+        tiers.append(HostTier(parse_size(config.kv_host_memory, "kv_host_memory")))
+    if config.kv_disk is not None:
+        size = parse_size(config.kv_disk_size, "kv_disk_size")
+        tiers.append(DiskTier(Path(config.kv_disk), size, backend.page_bytes))
+    return Transfers(backend, tiers)
 
 
 def load_policy(config: EngineConfig) -> Policy:
@@ -113,6 +142,12 @@ def _backend_factory(config: EngineConfig) -> BackendFactory:
     from octavo.backends.cpu import load as load_cpu
 
     return load_cpu
+
+
+def _page_fingerprint(checkpoint: Checkpoint, backend: Backend) -> str:
+    """Names all that decides the bits of a page of given tokens: an engine with another one must not use ours."""
+    parts = (__version__, fingerprint(checkpoint), backend.arithmetic, backend.page_size)
+    return blake2b(repr(parts).encode(), digest_size=16).hexdigest()
 
 
 def _num_pages(config: EngineConfig, spec: "DecoderSpec", page_bytes: int, max_model_len: int) -> int:

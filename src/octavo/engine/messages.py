@@ -42,7 +42,8 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
 class TokenOutput(msgspec.Struct, frozen=True, array_like=True):
     """One new token of one request; its last one has a finish_reason.
 
-    `finish_reason` "error" means that the request could not go on: token is -1 and `message` says why.
+    `finish_reason` "error" means that the request could not go on, "timeout" that its time was up: token is -1 and
+    `message` says why.
     """
 
     id: str
@@ -61,10 +62,16 @@ class EngineInfo(msgspec.Struct, frozen=True):
     vocab_size: int
     num_pages: int
     page_size: int
+    fingerprint: str = ""  # names all that decides the bits of a page of the KV cache
 
 
 class EngineStats(msgspec.Struct, frozen=True):
-    """A look at the engine between two steps. Counters are since the start."""
+    """A look at the engine between two steps. Counters are since the start.
+
+    `decode_rows`, `prefill_rows`, `guess_rows`: what the last step computed, for sequences with one token to compute,
+    for those with more, and as guesses; 0 when there is nothing to do. `prompt_tokens`, `cached_tokens`: of the prompts
+    that have begun to be answered, and of those, found in the cache. `page_map`: see octavo.kv.page_map.
+    """
 
     running: int
     waiting: int
@@ -75,8 +82,18 @@ class EngineStats(msgspec.Struct, frozen=True):
     preemptions: int
     tokens_computed: int
     tokens_generated: int
+    prompt_tokens: int
     cached_tokens: int
     guessed_tokens: int  # computed as guesses; tokens_computed does not count them
     right_guesses: int  # of those, kept
     step_seconds: float  # in Engine.step
     backend_seconds: float  # of those, in the backend
+    decode_rows: int
+    prefill_rows: int
+    guess_rows: int
+    page_map: str
+    num_pinned: int  # pages held by KV states
+    num_fetching: int  # pages on the way from a lower tier
+    pending_saves: int  # pages on the way to one
+    pages_saved: int
+    pages_fetched: int

@@ -103,8 +103,8 @@ class Policy:
         """Who loses its pages to the others and waits again. `running` is in order of admission, and not empty."""
         return max(running, key=self.key)
 
-    def makes_way(self, running: Collection[Sequence]) -> Sequence | None:
-        """Who is to wait again for the sake of what `peek` names, which lacks a slot or pages; as a rule nobody.
+    def makes_way(self, waiting: Sequence, running: Collection[Sequence]) -> Sequence | None:
+        """Who is to wait again for the sake of `waiting`, the next one, which lacks a slot or pages; as a rule nobody.
 
         Asked once a step, if more than one runs.
         """

@@ -111,10 +111,7 @@ class Scheduler:
         self.let_go(seq)
 
     def schedule(self) -> StepPlan:
-        self._fetch_ahead()
-        short = self._blocked or not self._slots
-        if short and len(self.running) > 1 and (victim := self.policy.makes_way(self.running)):
-            self._preempt(victim)
+        self._make_way()
         decoding, prompts, preempted = self._continue_running()
         self.policy.charge(decoding)
         plan = StepPlan(decoding, [1] * len(decoding), len(decoding))
@@ -122,6 +119,13 @@ class Scheduler:
         if not preempted:  # pages are short: what is freed belongs to those that run
             self._guess(plan)
         return plan
+
+    def _make_way(self) -> None:
+        """Preempt whom the policy names for the sake of the next that waits, if that lacks a slot or pages."""
+        waiting = self._next_waiting()
+        short = self._blocked or not self._slots
+        if waiting and short and len(self.running) > 1 and (victim := self.policy.makes_way(waiting, self.running)):
+            self._preempt(victim)
 
     def _continue_running(self) -> tuple[list[Sequence], list[Sequence], bool]:
         """Running sequences with one token to compute, those with more, and whether one had to be preempted for pages.
@@ -176,7 +180,7 @@ class Scheduler:
         # A spare page for each that runs, or the newcomer would soon be preempted for them.
         admitted = self.kv.admit(seq.prefix, spare=len(self.running))
         while admitted is None:
-            if not self._give_up_fetching(keep=seq):
+            if not seq.prefetch or not self._give_up_fetching(behind=seq):
                 return False
             admitted = self.kv.admit(seq.prefix, spare=len(self.running))
         seq.held, seq.num_computed = admitted
@@ -213,14 +217,17 @@ class Scheduler:
             seq.num_computed, seq.admitted = 0, True
             self._arriving.append(seq)
 
-    def _give_up_fetching(self, keep: Sequence | None = None) -> bool:
-        """Let the last of those whose pages arrive wait in the queue again, without them. False: there is none."""
-        for seq in reversed(self._arriving):
-            if seq is not keep:
-                self._end_prefetch(seq)
-                self.policy.add(seq)
-                return True
-        return False
+    def _give_up_fetching(self, behind: Sequence | None = None) -> bool:
+        """Let the last of those whose pages arrive wait in the queue again, without them.
+
+        False: there is none, or none `behind` a sequence that is one of them.
+        """
+        if not self._arriving or self._arriving[-1] is behind:
+            return False
+        seq = self._arriving[-1]
+        self._end_prefetch(seq)
+        self.policy.add(seq)
+        return True
 
     def _end_prefetch(self, seq: Sequence) -> None:
         assert seq.prefetch is not None

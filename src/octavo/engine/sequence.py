@@ -1,5 +1,6 @@
 """One sequence that the engine is working on."""
 
+import sys
 from array import array
 from dataclasses import dataclass, field
 
@@ -23,6 +24,7 @@ class Sequence:
     num_computed: int = 0
     cached_tokens: int = 0  # of num_computed, found in the prefix cache when it was first admitted
     held: SequencePages = field(init=False)
+    tenant: str = field(init=False)  # the same object for all of a tenant's, which makes counting them quick
     prefetch: Prefetch | None = None
     place: tuple[float, int] = (0.0, 0)  # the policy's rank of it, then `order`
     slot: int = -1  # row of the batch columns while it runs
@@ -31,14 +33,11 @@ class Sequence:
 
     def __post_init__(self) -> None:
         self.held = SequencePages(self.prefix)
+        self.tenant = sys.intern(self.request.tenant)
 
     @property
     def id(self) -> str:
         return self.request.id
-
-    @property
-    def tenant(self) -> str:
-        return self.request.tenant
 
     @property
     def num_outputs(self) -> int:

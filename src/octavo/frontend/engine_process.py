@@ -21,6 +21,13 @@ from octavo.errors import EngineDead
 from .wire import Failed, FromEngine, Load, Ready, ToEngine, decode_from_engine, encode
 
 
+def raised(failed: Failed) -> Exception:
+    """What was raised in the engine process."""
+    error = getattr(errors, failed.error, EngineDead)(failed.message)
+    assert isinstance(error, Exception)
+    return error
+
+
 class EngineProcess:
     """Starts with the constructor, so that it loads while the caller does other things."""
 
@@ -54,7 +61,7 @@ class EngineProcess:
         if message is None:
             raise EngineDead(f"the engine process ended while loading (exit code {self.exit_code})")
         if isinstance(message, Failed):
-            raise getattr(errors, message.error, EngineDead)(message.message)
+            raise raised(message)
         assert isinstance(message, Ready)
         return message.info
 

@@ -8,34 +8,46 @@ from collections.abc import Callable, Iterable
 import msgspec
 
 from octavo.engine.messages import EngineInfo, EngineRequest, TokenOutput
-from octavo.errors import InvalidRequest, PromptTooLong, RequestFailed
+from octavo.errors import InvalidRequest, OctavoError, PromptTooLong, RequestFailed, RequestTimeout
 from octavo.outputs import RequestMetrics, RequestOutput
 from octavo.params import SamplingParams
 from octavo.text import Detokenizer, Tokenizer
 
+from .kv_states import KVState, KVStates
 from .live import LiveCompletion, LiveRequest
 from .prompts import Ask
 from .stop_strings import StopStrings
 
 Sink = Callable[[LiveRequest, RequestOutput | Exception], None]
 
+_FAILURES: dict[str | None, type[OctavoError]] = {"error": RequestFailed, "timeout": RequestTimeout}
+
 
 class Ledger:
     """Opens requests, hands their tokens to whom they belong, and knows what is still owed. Not thread-safe."""
 
-    def __init__(self, tokenizer: Tokenizer, info: EngineInfo):
+    def __init__(self, tokenizer: Tokenizer, info: EngineInfo, states: KVStates):
         self._tokenizer = tokenizer
         self._info = info
+        self._states = states
         self._live: dict[str, LiveRequest] = {}
         self._completions: dict[str, tuple[LiveRequest, LiveCompletion]] = {}  # by the engine's id
+        self.timed_out = 0  # requests, since the start
 
     def __len__(self) -> int:
         return len(self._live)
 
+    @property
+    def num_completions(self) -> int:
+        return len(self._completions)
+
     def open(
-        self, asks: Iterable[Ask], sink: Sink, request_id: str | None = None
+        self, asks: list[Ask], sink: Sink, request_id: str | None = None
     ) -> tuple[list[LiveRequest], list[EngineRequest]]:
-        """New requests, and what to ask of the engine for them: all or none. Raises InvalidRequest, PromptTooLong."""
+        """New requests, and what to ask of the engine for them: all or none.
+
+        Raises InvalidRequest, PromptTooLong, InvalidKVState.
+        """
         lives: list[LiveRequest] = []
         try:
             for ask in asks:
@@ -47,12 +59,12 @@ class Ledger:
         return lives, [completion.request for live in lives for completion in live.completions]
 
     def _open(self, ask: Ask, sink: Sink, request_id: str | None) -> LiveRequest:
-        prompt, params, terms = ask
+        prompt, params, terms, state = ask
         arrival = time.time()
         id = request_id or f"req-{uuid.uuid4().hex}"
         if id in self._live:
             raise InvalidRequest(f"a request with the id {id!r} is running", "request_id")
-        tokens = self._tokens(prompt)
+        tokens = self._tokens(ask)
         self._check_tokens(params)
         room = self._info.max_model_len - len(tokens)
         seed = secrets.randbits(63) if params.seed is None else params.seed % 2**64
@@ -66,6 +78,7 @@ class Ledger:
             sink=sink,
             completions=[],
             metrics=RequestMetrics(arrival_time=arrival),
+            state=state,
         )
         for index in range(params.n):
             request = EngineRequest(
@@ -101,9 +114,10 @@ class Ledger:
             live, completion = self._completions.get(output.id, (None, None))
             if live is None or completion is None:
                 continue  # aborted meanwhile
-            if output.finish_reason == "error":
+            if failure := _FAILURES.get(output.finish_reason):
                 stopped += self.close(live.id)
-                live.sink(live, RequestFailed(output.message or "the engine could not go on with this request"))
+                self.timed_out += failure is RequestTimeout
+                live.sink(live, failure(output.message or "the engine could not go on with this request"))
                 continue
             increment = live.advance(completion, output)
             if completion.finish_reason:
@@ -112,6 +126,7 @@ class Ledger:
                     stopped.append(output.id)
             if increment.finished:
                 del self._live[live.id]
+                self._states.remember(live)
             live.sink(live, increment)
         return stopped
 
@@ -145,14 +160,23 @@ class Ledger:
             for _, completion in self._completions.values()
         ]
 
-    def _tokens(self, prompt: str | list[int]) -> list[int]:
+    def keep_state(self, request_id: str, index: int) -> KVState:
+        """A state of a finished request. Raises InvalidRequest, QuotaExceeded."""
+        if request_id in self._live:
+            raise InvalidRequest(f"the request {request_id!r} still runs: it has no state before its end", "request_id")
+        return self._states.keep(request_id, index)
+
+    def _tokens(self, ask: Ask) -> list[int]:
+        prompt, state = ask.prompt, ask.state
         if isinstance(prompt, str):
-            tokens = self._tokenizer.encode(prompt)
+            tokens = self._tokenizer.encode(prompt, add_special_tokens=state is None)
         else:
             tokens = list(prompt)
             size = self._info.vocab_size
             if not all(isinstance(token, int) and 0 <= token < size for token in tokens):
                 raise InvalidRequest(f"prompt token ids must be integers from 0 to {size - 1}", "prompt")
+        if state is not None:
+            tokens = self._states.use(state, ask.terms.tenant, ask.terms.cache_salt or "") + tokens
         if not tokens:
             raise InvalidRequest("the prompt is empty", "prompt")
         limit = self._info.max_model_len

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from octavo.engine.messages import EngineRequest, TokenLogprobs, TokenOutput
 from octavo.outputs import CompletionOutput, FinishReason, Logprob, RequestMetrics, RequestOutput
@@ -10,6 +11,9 @@ from octavo.params import SamplingParams
 from octavo.text import Detokenizer, Tokenizer
 
 from .stop_strings import StopStrings
+
+if TYPE_CHECKING:
+    from .kv_states import KVState
 
 
 @dataclass(slots=True)
@@ -55,6 +59,7 @@ class LiveRequest:
     sink: Callable[["LiveRequest", RequestOutput | Exception], None]
     completions: list[LiveCompletion]
     metrics: RequestMetrics
+    state: "KVState | None" = None  # that the prompt begins with
 
     @property
     def finished(self) -> bool:

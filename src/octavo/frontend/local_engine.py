@@ -1,28 +1,37 @@
 """An engine in this process: one thread steps it, another turns its tokens into text while the next step runs."""
 
+import contextlib
 import threading
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future, InvalidStateError
 from functools import partial
+from pathlib import Path
 from queue import SimpleQueue
+from typing import Any
 
+from octavo.config import EngineConfig
 from octavo.engine.engine import Engine
 from octavo.engine.messages import EngineInfo, EngineRequest, EngineStats, TokenOutput
 from octavo.errors import EngineDead
 from octavo.text import Tokenizer
 
+from .kv_states import KVState, KVStates
 from .ledger import Ledger, Sink
 from .live import LiveRequest
 from .prompts import Ask
+from .saved_states import read_saved_state
 
 
 class LocalEngine:
     """Thread-safe. Sinks are called from the delivery thread and must not block."""
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer):
+    def __init__(self, engine: Engine, tokenizer: Tokenizer, config: EngineConfig):
         self.info: EngineInfo = engine.info
+        self.states = KVStates(self, engine.info, config.kv_state_quota, config.kv_state_ttl)
         self._engine = engine
-        self._ledger = Ledger(tokenizer, engine.info)
-        self._ledger_lock = threading.Lock()
+        self._ledger = Ledger(tokenizer, engine.info, self.states)
+        self._ledger_lock = threading.Lock()  # of the states, too
+        self._answers: set[Future[None]] = set()  # that threads wait for
         self._inbox: list[Callable[[], None]] = []  # what the engine's thread is to do before its next step
         self._wake = threading.Condition()
         self._closing = False
@@ -35,11 +44,10 @@ class LocalEngine:
         for thread in self._threads:
             thread.start()
 
-    def submit(self, asks: Iterable[Ask], sink: Sink) -> list[LiveRequest]:
-        """Start requests, all or none. Raises InvalidRequest, PromptTooLong, EngineDead."""
+    def submit(self, asks: list[Ask], sink: Sink) -> list[LiveRequest]:
+        """Start requests, all or none. Raises InvalidRequest, PromptTooLong, InvalidKVState, EngineDead."""
         with self._ledger_lock:
-            if self._dead or self._closing:
-                raise EngineDead(f"the engine has stopped: {self._dead}" if self._dead else "the engine was shut down")
+            self._check_alive()
             lives, requests = self._ledger.open(asks, sink)
         self._tell(partial(self._add, requests))
         return lives
@@ -49,6 +57,39 @@ class LocalEngine:
         with self._ledger_lock:
             engine_ids = [engine_id for id in ids for engine_id in self._ledger.close(id)]
         self._tell(partial(self._engine.abort, engine_ids))
+
+    def keep_state(self, request_id: str, index: int) -> KVState:
+        """A state of a finished request. Raises InvalidRequest, QuotaExceeded."""
+        with self._ledger_lock:
+            return self._ledger.keep_state(request_id, index)
+
+    def load_state(self, path: Path, tenant: str, salt: str) -> KVState:
+        """A state that was saved. Raises InvalidKVState, QuotaExceeded, EngineDead."""
+        tokens = read_saved_state(path, self.info, tenant, salt)
+        with self._ledger_lock:
+            state = self.states.adopt(path, tokens, tenant, salt)
+        try:
+            self._await_job(partial(self._engine.load_state, state.id, path))
+        except BaseException:
+            state.drop()
+            raise
+        return state
+
+    def save_state(self, state: KVState, path: Path) -> None:
+        """Returns when it is written. Raises InvalidKVState, RequestFailed, EngineDead."""
+        with self._ledger_lock:
+            tokens = self.states.use(state, state.tenant, state.salt)
+        self._await_job(partial(self._engine.save_state, path, tokens, state.tenant, state.salt))
+
+    def drop_state(self, state: KVState) -> None:
+        with self._ledger_lock:
+            self.states.drop(state)
+
+    def pin_state(self, state: KVState) -> None:
+        self._tell(partial(self._engine.pin, state.id, state.token_ids, state.tenant, state.salt))
+
+    def unpin_state(self, state: KVState) -> None:
+        self._tell(partial(self._engine.unpin, state.id))
 
     def stats(self) -> EngineStats:
         return self._engine.stats()
@@ -63,6 +104,31 @@ class LocalEngine:
         for thread in self._threads:
             if thread is not threading.current_thread():
                 thread.join()
+
+    def _check_alive(self) -> None:
+        if self._dead or self._closing:
+            raise EngineDead(f"the engine has stopped: {self._dead}" if self._dead else "the engine was shut down")
+
+    def _await_job(self, begin: "Callable[[], Future[Any]]") -> None:
+        """Have the engine's thread begin a job of its I/O threads, and wait for the end. Raises what that raises."""
+        answer: Future[None] = Future()
+        with self._ledger_lock:
+            self._check_alive()
+            self._answers.add(answer)
+        self._tell(lambda: begin().add_done_callback(partial(self._end_job, answer)))
+        try:
+            answer.result()
+        finally:
+            self._answers.discard(answer)
+
+    def _end_job(self, answer: "Future[None]", job: "Future[Any]") -> None:
+        self._tell(self._engine.end_saves)
+        error = EngineDead("the engine has stopped") if job.cancelled() else job.exception()
+        with contextlib.suppress(InvalidStateError):  # the engine has stopped, and whoever waited was told so
+            if error:
+                answer.set_exception(error)
+            else:
+                answer.set_result(None)
 
     def _add(self, requests: list[EngineRequest]) -> None:
         for request in requests:
@@ -105,4 +171,8 @@ class LocalEngine:
                     self._tell(partial(self._engine.abort, stopped))
         with self._ledger_lock:
             self._closing = True
-            self._ledger.fail(EngineDead(f"the engine has stopped: {self._dead or 'it was shut down'}"))
+            error = EngineDead(f"the engine has stopped: {self._dead or 'it was shut down'}")
+            self._ledger.fail(error)
+            for answer in list(self._answers):
+                with contextlib.suppress(InvalidStateError):
+                    answer.set_exception(error)

@@ -1,10 +1,12 @@
-"""What `generate` accepts: one prompt or several; parameters and priority for all of them, or one each."""
+"""What `generate` accepts: one prompt or several; parameters, priority and KV state for all of them, or one each."""
 
 from collections.abc import Sequence
 from typing import NamedTuple, TypeVar, cast
 
 from octavo.errors import InvalidRequest
 from octavo.params import SamplingParams, ServiceTerms, Terms
+
+from .kv_states import KVState
 
 Prompt = str | list[int]
 T = TypeVar("T")
@@ -16,6 +18,7 @@ class Ask(NamedTuple):
     prompt: Prompt
     params: SamplingParams
     terms: ServiceTerms
+    state: KVState | None = None  # what the prompt goes on from
 
 
 def asks(
@@ -23,6 +26,7 @@ def asks(
     params: SamplingParams | Sequence[SamplingParams] | None,
     priority: int | Sequence[int],
     terms: Terms,
+    states: KVState | Sequence[KVState] | None = None,
 ) -> list[Ask]:
     """An Ask for each prompt. Raises InvalidRequest."""
     one = isinstance(prompts, str) or (bool(prompts) and isinstance(prompts[0], int))
@@ -31,7 +35,8 @@ def asks(
         raise InvalidRequest("a prompt must be a string or a list of token ids", "prompt")
     every_params = _one_each(SamplingParams() if params is None else params, len(many), "SamplingParams")
     every_terms = [ServiceTerms(priority=each, **terms) for each in _one_each(priority, len(many), "priority")]
-    return [Ask(*each) for each in zip(many, every_params, every_terms, strict=True)]
+    every_state = _one_each(states, len(many), "kv_cache_state")
+    return [Ask(*each) for each in zip(many, every_params, every_terms, every_state, strict=True)]
 
 
 def _one_each(given: T | Sequence[T], count: int, what: str) -> Sequence[T]:

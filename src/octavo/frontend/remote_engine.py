@@ -7,19 +7,24 @@ by position, not by history.
 import asyncio
 import logging
 import time
+import uuid
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from octavo.config import EngineConfig
 from octavo.engine.messages import EngineInfo, EngineStats
 from octavo.errors import EngineDead, OctavoError
 from octavo.text import Tokenizer
 
-from .engine_process import EngineProcess
+from .admission import Admission, FrontendStats
+from .engine_process import EngineProcess, raised
+from .kv_states import KVState, KVStates
 from .ledger import Ledger, Sink
 from .live import LiveRequest
 from .prompts import Ask
-from .wire import Abort, AskStats, Stats, Submit, Tokens
+from .saved_states import read_saved_state
+from .wire import Abort, AskStats, LoadState, Pin, SaveState, StateDone, Stats, Submit, Tokens, Unpin
 
 log = logging.getLogger("octavo")
 
@@ -36,8 +41,10 @@ class RemoteEngine:
         self._process = EngineProcess(config, path)
         self._serving: EngineProcess | None = None  # the process, while it is ready for requests
         self._ledger: Ledger | None = None
+        self._admission = Admission(config.max_batch_size, config.max_queue)
         self._supervisor: asyncio.Task[None] | None = None
         self._stats: list[asyncio.Future[EngineStats]] = []
+        self._state_jobs: dict[str, asyncio.Future[None]] = {}  # by the id of the message
         self._crashes: list[float] = []
         self.dead: asyncio.Event = asyncio.Event()
 
@@ -48,16 +55,21 @@ class RemoteEngine:
         except BaseException:
             self.end_process()
             raise
-        self._ledger = Ledger(tokenizer, info)
+        self.info = info
+        self.states = KVStates(self, info, self._config.kv_state_quota, self._config.kv_state_ttl)
+        self._ledger = Ledger(tokenizer, info, self.states)
         self._serving = self._process
         self._supervisor = asyncio.create_task(self._supervise())
         return info
 
-    def submit(self, asks: Iterable[Ask], sink: Sink, request_id: str | None = None) -> list[LiveRequest]:
-        """Start requests, all or none. Raises InvalidRequest, PromptTooLong, EngineDead."""
-        if self._ledger is None or self.dead.is_set():
-            raise EngineDead("the engine has stopped")
-        lives, requests = self._ledger.open(asks, sink, request_id)
+    def check_room(self, completions: int) -> None:
+        """Raises QueueFull or InvalidRequest if so many more may not be asked for, EngineDead."""
+        self._admission.check(self._living_ledger().num_completions, completions)
+
+    def submit(self, asks: list[Ask], sink: Sink, request_id: str | None = None) -> list[LiveRequest]:
+        """Start requests, all or none. Raises QueueFull, InvalidRequest, PromptTooLong, EngineDead."""
+        self.check_room(sum(ask.params.n for ask in asks))
+        lives, requests = self._living_ledger().open(asks, sink, request_id)
         if self._serving:  # if not, the next process is told all that is owed
             self._serving.send(Submit(requests))
         return lives
@@ -65,7 +77,43 @@ class RemoteEngine:
     def abort(self, ids: Iterable[str], say_so: bool = False) -> None:
         """End requests; without a further word to their sinks, unless `say_so`. Finished ones are left alone."""
         if self._ledger is not None:
+            live = self._ledger.num_completions
             self._abort_in_engine([engine_id for id in ids for engine_id in self._ledger.close(id, say_so)])
+            self._admission.left(live - self._ledger.num_completions, live)
+
+    def keep_state(self, request_id: str, index: int) -> KVState:
+        """A state of a finished request. Raises InvalidRequest, QuotaExceeded, EngineDead."""
+        if self._ledger is None or self.dead.is_set():
+            raise EngineDead("the engine has stopped")
+        return self._ledger.keep_state(request_id, index)
+
+    async def load_state(self, path: Path, tenant: str, salt: str) -> KVState:
+        """A state that was saved. Raises InvalidKVState, QuotaExceeded, EngineDead."""
+        tokens = await asyncio.to_thread(read_saved_state, path, self.info, tenant, salt)
+        state = self.states.adopt(path, tokens, tenant, salt)
+        try:
+            await self._await_job(LoadState(state.id, str(path)))
+        except BaseException:
+            state.drop()
+            raise
+        return state
+
+    async def save_state(self, state: KVState, path: Path) -> None:
+        """Returns when it is written. Raises InvalidKVState, RequestFailed, EngineDead."""
+        tokens = self.states.use(state, state.tenant, state.salt)
+        job = f"save-{uuid.uuid4().hex}"
+        await self._await_job(SaveState(job, str(path.absolute()), tokens, state.tenant, state.salt))
+
+    def drop_state(self, state: KVState) -> None:
+        self.states.drop(state)
+
+    def pin_state(self, state: KVState) -> None:
+        if self._serving:
+            self._serving.send(Pin(state.id, state.token_ids, state.tenant, state.salt))
+
+    def unpin_state(self, state: KVState) -> None:
+        if self._serving:
+            self._serving.send(Unpin(state.id))
 
     async def stats(self) -> EngineStats:
         if not self._serving:
@@ -74,6 +122,10 @@ class RemoteEngine:
         self._stats.append(answer)
         self._serving.send(AskStats())
         return await answer
+
+    def frontend_stats(self) -> FrontendStats:
+        ledger, admission = self._living_ledger(), self._admission
+        return FrontendStats(ledger.num_completions, admission.limit, admission.refused, ledger.timed_out)
 
     async def close(self) -> None:
         """End the process. Live requests get EngineDead."""
@@ -85,6 +137,17 @@ class RemoteEngine:
 
     def end_process(self) -> None:
         self._process.end()
+
+    async def _await_job(self, message: SaveState | LoadState) -> None:
+        if not self._serving:
+            raise EngineDead("the engine is starting again" if not self.dead.is_set() else "the engine has stopped")
+        self._state_jobs[message.id] = done = asyncio.get_running_loop().create_future()
+        self._serving.send(message)
+        await done
+    def _living_ledger(self) -> Ledger:
+        if self._ledger is None or self.dead.is_set():
+            raise EngineDead("the engine has stopped")
+        return self._ledger
 
     def _abort_in_engine(self, engine_ids: list[str]) -> None:
         if engine_ids and self._serving:
@@ -106,7 +169,7 @@ class RemoteEngine:
             await self._receive_until_exit(self._process)
             self._serving = None
             log.error("the engine process ended unexpectedly (exit code %s)", self._process.exit_code)
-            self._fail_stats(EngineDead("the engine crashed"))
+            self._fail_waiting(EngineDead("the engine crashed"))
             self._crashes = [*(at for at in self._crashes if time.monotonic() - at < CRASH_WINDOW), time.monotonic()]
             if len(self._crashes) > MAX_CRASHES:
                 self._stop(EngineDead(f"the engine crashed {len(self._crashes)} times in a minute"))
@@ -121,25 +184,42 @@ class RemoteEngine:
         owed = self._ledger.owed()
         log.warning("a new engine process continues %d requests", len(owed))
         self._serving = self._process
+        for state in self.states.loaded():
+            self._serving.send(LoadState(state.id, str(state.file)))
         self._serving.send(Submit(owed))
 
     async def _receive_until_exit(self, process: EngineProcess) -> None:
         assert self._ledger is not None
         while (message := await process.receive()) is not None:
             if isinstance(message, Tokens):
+                live = self._ledger.num_completions
                 self._abort_in_engine(self._ledger.deliver(message.outputs))
+                self._admission.left(live - self._ledger.num_completions, live)
             elif isinstance(message, Stats) and self._stats:
                 self._stats.pop(0).set_result(message.stats)
+            elif isinstance(message, StateDone):
+                self._end_job(message)
 
-    def _fail_stats(self, error: EngineDead) -> None:
-        for answer in self._stats:
+    def _end_job(self, message: StateDone) -> None:
+        done = self._state_jobs.pop(message.id, None)
+        if done is None or done.done():  # asked for by _restart, or its user has gone
+            return
+        if message.failed:
+            done.set_exception(raised(message.failed))
+        else:
+            done.set_result(None)
+
+    def _fail_waiting(self, error: EngineDead) -> None:
+        answers: list[asyncio.Future[Any]] = [*self._stats, *self._state_jobs.values()]
+        for answer in answers:
             if not answer.done():
                 answer.set_exception(error)
         self._stats.clear()
+        self._state_jobs.clear()
 
     def _stop(self, error: EngineDead) -> None:
         self._serving = None
         self.dead.set()
-        self._fail_stats(error)
+        self._fail_waiting(error)
         if self._ledger is not None:
             self._ledger.fail(error)

@@ -22,6 +22,38 @@ class Abort(msgspec.Struct, frozen=True, tag=True):
     ids: list[str]
 
 
+class Pin(msgspec.Struct, frozen=True, tag=True):
+    """Keep the pages of a KV state."""
+
+    id: str
+    tokens: list[int]
+    tenant: str
+    salt: str
+
+
+class Unpin(msgspec.Struct, frozen=True, tag=True):
+    """Let go of them, and of the state's file."""
+
+    id: str
+
+
+class SaveState(msgspec.Struct, frozen=True, tag=True):
+    """Write a KV state to a file. Answered with StateDone, as LoadState."""
+
+    id: str
+    path: str
+    tokens: list[int]
+    tenant: str
+    salt: str
+
+
+class LoadState(msgspec.Struct, frozen=True, tag=True):
+    """Find pages in the file of a KV state from now on, until Unpin."""
+
+    id: str
+    path: str
+
+
 class AskStats(msgspec.Struct, frozen=True, tag=True):
     pass
 
@@ -33,7 +65,7 @@ class Ready(msgspec.Struct, frozen=True, tag=True):
 
 
 class Failed(msgspec.Struct, frozen=True, tag=True):
-    """The other answer to Load: a class of errors.py and its message."""
+    """The other answer to Load, and part of StateDone: a class of errors.py and its message."""
 
     error: str
     message: str
@@ -49,8 +81,15 @@ class Stats(msgspec.Struct, frozen=True, tag=True):
     stats: EngineStats
 
 
-ToEngine = Load | Submit | Abort | AskStats
-FromEngine = Ready | Failed | Tokens | Stats
+class StateDone(msgspec.Struct, frozen=True, tag=True):
+    """The answer to SaveState and LoadState; `failed`: they could not be done."""
+
+    id: str
+    failed: Failed | None = None
+
+
+ToEngine = Load | Submit | Abort | AskStats | Pin | Unpin | SaveState | LoadState
+FromEngine = Ready | Failed | Tokens | Stats | StateDone
 
 encode = msgspec.msgpack.Encoder().encode
 decode_to_engine = msgspec.msgpack.Decoder(ToEngine).decode

@@ -9,6 +9,7 @@ from array import array
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import takewhile
 
 from .page_pool import PagePool
 from .prefix import Prefix
@@ -70,16 +71,22 @@ class KVCache:
         all of the tokens need are not to be had now with `spare` pages to remain.
         """
         held = self._hold_prefix(prefix)
+        missing = self.pages_for(len(prefix.tokens)) - held.num_full + spare
         tail, tail_length = self._find_tail(held)
         if tail is not None:
             self.pool.hold(tail)
-        if not self._make_room(self.pages_for(len(prefix.tokens)) - held.num_full + spare):
-            self._drop([*held.pages, *([] if tail is None else [tail])])
+            if not self._make_room(missing):  # without it there may be
+                self.pool.release(tail)
+                tail, tail_length = None, 0
+        if not self._make_room(missing):
+            self._drop(held.pages)
             return None
         self.grow(held, len(prefix.tokens))
         if tail is not None and self._copy_page is not None:
             self._copy_page(tail, held.pages[held.num_full])  # the original stays, for other forks
             self.pool.release(tail)
+        if self.transfers is not None:
+            self.transfers.use([prefix.key(i) for i in range(held.num_full)])
         return held, held.num_full * self.page_size + tail_length
 
     def grow(self, held: SequencePages, num_tokens: int) -> bool:
@@ -106,6 +113,7 @@ class KVCache:
         """Let go of all pages. If K and V of `num_computed` tokens are in them, a partial last page is cached too, for
         the conversation's next turn: after each full page the latest such.
         """
+        self.commit(held, num_computed)
         start = held.num_full * self.page_size
         if self.prefix_caching and self._copy_page is not None and start < num_computed:
             page = held.pages[held.num_full]
@@ -209,9 +217,16 @@ class KVCache:
             prefetch.pages.remove(done.page)
             self.pool.release(done.page)
 
+    def is_fetching(self, page: int) -> bool:
+        return page in self._fetching
+
+    def pinned_pages(self) -> set[int]:
+        """Of KV states. From any thread."""
+        return {page for held in list(self._pins.values()) for page in held.pages}
+
     @property
-    def num_pinned(self) -> int:
-        return len({page for held in self._pins.values() for page in held.pages})
+    def num_fetching(self) -> int:
+        return len(self._fetching)
 
     @property
     def is_moving(self) -> bool:
@@ -239,9 +254,9 @@ class KVCache:
         if page is None:
             return None, 0
         tail, start = self._tails[page], held.num_full * self.page_size
-        tokens = held.prefix.tokens[start : start + len(tail)]
-        fits = tokens == tail and start + len(tail) < len(held.prefix.tokens)
-        return (page, len(tail)) if fits else (None, 0)
+        tokens = held.prefix.tokens[start:-1]
+        common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(tail, tokens, strict=False)))
+        return (page, common) if common else (None, 0)
 
     def _make_room(self, pages: int) -> bool:
         """Whether so many pages can be taken, pins being given up for it, the least recently used first."""

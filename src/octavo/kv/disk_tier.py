@@ -60,7 +60,7 @@ class DiskTier:
         return key in self._files
 
     def read(self, key: bytes) -> np.ndarray | None:
-        if not self._touch(key):
+        if not self.touch(key):
             return None
         try:
             with PageFile(self._path(key)) as file:
@@ -76,7 +76,7 @@ class DiskTier:
         return None
 
     def write(self, key: bytes, content: np.ndarray) -> bool:
-        if self._touch(key):
+        if self.touch(key):
             return True
         if self._failing and time.monotonic() < self._retry_at:
             return False
@@ -92,18 +92,11 @@ class DiskTier:
             self._used -= self._files.pop(key, 0)  # two threads may write the same page
             self._files[key] = self._file_bytes
             self._failing = False
-        self._touch(key)
+        self.touch(key)
         return True
 
-    def close(self) -> None:
-        pass
-
-    def _path(self, key: bytes) -> Path:
-        name = key.hex()
-        return self._folder / name[:2] / f"{name}.page"
-
-    def _touch(self, key: bytes) -> bool:
-        """The page is used now; the file's time says so to the next process. False: it is not here, or no more."""
+    def touch(self, key: bytes) -> bool:
+        """The file's time tells the next process, too."""
         with self._lock:
             if key not in self._files:
                 return False
@@ -117,6 +110,13 @@ class DiskTier:
         except OSError:  # another user's, or on a disk that can only be read
             pass
         return True
+
+    def close(self) -> None:
+        pass
+
+    def _path(self, key: bytes) -> Path:
+        name = key.hex()
+        return self._folder / name[:2] / f"{name}.page"
 
     def _make_room(self, size: int) -> None:
         """Count `size` bytes as used, and delete what was used least recently until all fits."""
@@ -155,7 +155,7 @@ def _scan(folder: Path) -> OrderedDict[bytes, int]:
             continue
         for file in os.scandir(part.path):
             name = _NAME.fullmatch(file.name)
-            if not name or not file.name.startswith(part.name) or not file.is_file(follow_symlinks=False):
+            if not name or not file.is_file(follow_symlinks=False):
                 continue
             try:
                 status = file.stat(follow_symlinks=False)

@@ -21,13 +21,10 @@ class HostTier:
         return key in self._pages
 
     def read(self, key: bytes) -> np.ndarray | None:
-        with self._lock:
-            if key in self._pages:
-                self._pages.move_to_end(key)
-            return self._pages.get(key)
+        return self._pages.get(key) if self.touch(key) else None
 
     def write(self, key: bytes, content: np.ndarray) -> bool:
-        if self.read(key) is not None:
+        if self.touch(key):
             return True
         if content.nbytes > self._capacity:
             return False
@@ -40,6 +37,13 @@ class HostTier:
             while self._used > self._capacity:
                 self._used -= self._pages.popitem(last=False)[1].nbytes
         return True
+
+    def touch(self, key: bytes) -> bool:
+        with self._lock:
+            if key not in self._pages:
+                return False
+            self._pages.move_to_end(key)
+            return True
 
     def close(self) -> None:
         with self._lock:

@@ -13,11 +13,10 @@ import secrets
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 
 import msgspec
 import numpy as np
-from xxhash import xxh3_128, xxh3_128_digest
+from xxhash import xxh3_128_digest
 
 _MAGIC, _VERSION = b"OctavoKV", 1
 _PREAMBLE = struct.Struct("<8sIQQ16s")
@@ -30,7 +29,7 @@ class BadPageFile(ValueError):
 
 
 class Header(msgspec.Struct, frozen=True):
-    """`checksums`: of each key with its page. The rest is the writer's."""
+    """`checksums`: of each page. `fingerprint`, `tokens` and `metadata` are the writer's."""
 
     page_bytes: int
     keys: list[bytes]
@@ -63,7 +62,7 @@ def write_page_file(
                 if content.shape != (page_bytes,) or content.dtype != np.uint8:
                     raise ValueError(f"a page must have {page_bytes} bytes")
                 keys.append(key)
-                checksums.append(_checksum(key, content))
+                checksums.append(xxh3_128_digest(content.data))
                 file.write(content.data)
             header = Header(page_bytes, keys, checksums, fingerprint, list(tokens), dict(metadata or {}))
             file.write(encoded := msgspec.msgpack.encode(header))
@@ -79,9 +78,9 @@ def write_page_file(
         raise
 
 
-def page_file_bytes(page_bytes: int, key_bytes: int = 16) -> int:
-    """Size of a page file of a single page."""
-    header = Header(page_bytes, [bytes(key_bytes)], [bytes(16)])
+def page_file_bytes(page_bytes: int) -> int:
+    """Size of a page file of a single page, whose key has 16 bytes."""
+    header = Header(page_bytes, [bytes(16)], [bytes(16)])
     return _START + page_bytes + len(msgspec.msgpack.encode(header))
 
 
@@ -100,9 +99,7 @@ class PageFile:
     def __enter__(self) -> "PageFile":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def __contains__(self, key: bytes) -> bool:
@@ -113,8 +110,8 @@ class PageFile:
         if (index := self._index.get(key)) is None:
             raise BadPageFile("it does not have this page")
         content = np.empty(self.header.page_bytes, np.uint8)
-        done = os.preadv(self._file.fileno(), [content.data], _START + index * content.nbytes)
-        if done != content.nbytes or _checksum(key, content) != self.header.checksums[index]:
+        os.preadv(self._file.fileno(), [content.data], _START + index * content.nbytes)
+        if xxh3_128_digest(content.data) != self.header.checksums[index]:
             raise BadPageFile("a page of it is damaged")
         return content
 
@@ -141,12 +138,6 @@ class PageFile:
         if len(header.keys) != len(header.checksums) or start != _START + len(header.keys) * header.page_bytes:
             raise BadPageFile("its header is damaged")
         return header
-
-
-def _checksum(key: bytes, content: np.ndarray) -> bytes:
-    hash = xxh3_128(key)
-    hash.update(content.data)
-    return hash.digest()
 
 
 def _private(path: str, flags: int) -> int:

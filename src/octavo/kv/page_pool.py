@@ -6,6 +6,8 @@ content known by a key, first to be forgotten when it was used least recently). 
 
 from collections import OrderedDict
 
+FREE, HELD, CACHED = ".", "h", "c"
+
 
 class PagePool:
     """Pages 0 .. num_pages - 1. Pure bookkeeping: the memory is the backend's."""
@@ -27,6 +29,10 @@ class PagePool:
     @property
     def num_cached(self) -> int:
         return len(self._cached)
+
+    def state(self, page: int) -> str:
+        """FREE, HELD or CACHED."""
+        return HELD if self._holders[page] else FREE if self._key[page] is None else CACHED
 
     def take(self) -> int:
         """A page of one's own, content undefined; if none is free, a cached one. Needs num_available > 0."""

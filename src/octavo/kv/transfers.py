@@ -53,9 +53,8 @@ class Transfers:
         self._finished: list[Finished] = []
         self._fetching, self._last_fetch = 0, 0.0
         self._closed = False
-        self._threads = [Thread(target=self._work, name=f"octavo-pages-{i}", daemon=True) for i in range(threads)]
-        for thread in self._threads:
-            thread.start()
+        self._num_threads = threads
+        self._threads: list[Thread] = []  # from the first thing they are asked for
 
     def holds(self, key: bytes) -> Tier | None:
         """The first tier that has this page. O(1) per tier, without I/O."""
@@ -75,6 +74,14 @@ class Transfers:
         self._ask(self._fetches, partial(self._fetch, page, key))
         return True
 
+    def use(self, keys: Sequence[bytes]) -> None:
+        """A sequence was given these pages, which lie one after another: tiers are to forget them late, the first last.
+
+        Else what is always found in the pool would be the first to go below, and missing after a restart.
+        """
+        if self._stores and keys and len(self._others) < self.max_saves:
+            self._ask(self._others, partial(self._use, keys))
+
     def run(self, job: Callable[[], T]) -> "Future[T]":
         """Do something else that takes long, such as writing out a state, in turn with the saves."""
         return self._ask(self._others, job)
@@ -91,11 +98,13 @@ class Transfers:
             return self._done.wait_for(lambda: bool(self._finished), timeout)
 
     def add_tier(self, tier: Tier) -> None:
-        """One more to fetch from, as a saved state is; nothing is saved to it."""
-        self._tiers += (tier,)
+        """One more to fetch from, as a saved state is; nothing is saved to it. From any thread, as `remove_tier`."""
+        with self._asked:
+            self._tiers += (tier,)
 
     def remove_tier(self, tier: Tier) -> None:
-        self._tiers = tuple(other for other in self._tiers if other is not tier)
+        with self._asked:
+            self._tiers = tuple(other for other in self._tiers if other is not tier)
 
     def close(self, timeout: float = 5.0) -> None:
         """End the saves and jobs asked for, within `timeout` seconds, and drop what is left; fetches at once."""
@@ -118,10 +127,17 @@ class Transfers:
             if self._closed:
                 future.cancel()
             else:
+                if not self._threads:
+                    self._start_threads()
                 queue.append((work, future))
                 self.pending_saves += saves
                 self._asked.notify()
         return future
+
+    def _start_threads(self) -> None:
+        for i in range(self._num_threads):
+            self._threads.append(Thread(target=self._work, name=f"octavo-pages-{i}", daemon=True))
+            self._threads[-1].start()
 
     def _work(self) -> None:
         while job := self._next():
@@ -150,6 +166,11 @@ class Transfers:
             self.pending_saves -= 1
             self.pages_saved += ok
             self._finish(Finished("save", page, key, ok))
+
+    def _use(self, keys: Sequence[bytes]) -> None:
+        for tier in self._stores:
+            for key in reversed(keys):
+                tier.touch(key)
 
     def _fetch(self, page: int, key: bytes) -> None:
         with self._done:

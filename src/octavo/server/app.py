@@ -12,7 +12,10 @@ from . import errors
 from .chat import chat_completions
 from .completions import completions
 from .generation import check_model
+from .kv_states import describe, find_state
+from .protocol import tenant_of
 from .replies import Json, ModelCard, ModelList
+from .stats import server_stats
 
 
 def create_app(llm: AsyncLLM) -> FastAPI:
@@ -41,9 +44,22 @@ def create_app(llm: AsyncLLM) -> FastAPI:
         check_model(llm, name)
         return Json(card)
 
+    @app.get("/v1/kv_cache_states/{id}")
+    async def get_kv_cache_state(id: str, request: Request) -> Response:
+        return Json(describe(find_state(llm, id, tenant_of(request.headers, request.query_params.get("tenant")))))
+
+    @app.delete("/v1/kv_cache_states/{id}")
+    async def delete_kv_cache_state(id: str, request: Request) -> Response:
+        find_state(llm, id, tenant_of(request.headers, request.query_params.get("tenant"))).drop()
+        return Response(status_code=204)
+
     @app.get("/health")
     async def get_health() -> Response:
         return Response(status_code=200 if llm.is_alive else 503)
+
+    @app.get("/stats")
+    async def get_stats() -> Response:
+        return Json(await server_stats(llm))
 
     @app.get("/version")
     async def get_version() -> Response:

@@ -15,6 +15,7 @@ from . import replies
 from .body import read_json
 from .connection import DONE, EventStream, event, reply_while_connected
 from .generation import Generation, Tally, check_model, new_id, tokenised
+from .kv_states import continuation
 from .protocol import ChatRequest
 
 
@@ -23,9 +24,17 @@ async def chat_completions(llm: AsyncLLM, request: Request) -> Response:
     body = await read_json(request, ChatRequest)
     check_model(llm, body.model)
     params, terms = body.sampling_params(), body.terms(request.headers)
-    text = llm.tokenizer.chat(body.conversation(), **body.template_variables())
-    prompts = await tokenised(llm.tokenizer, [text], add_special_tokens=False)  # the template has them
-    generation = Generation(llm, prompts, params, terms, new_id("chatcmpl"))
+    llm.check_room(params.n)
+    messages = body.conversation()
+    if going_on := continuation(llm, body.kv_cache_state, params.n, terms["tenant"]):
+        messages = going_on.chat(messages)
+    text = llm.tokenizer.chat(messages, **body.template_variables())
+    [prompt] = await tokenised(llm.tokenizer, [text], add_special_tokens=False)  # the template has them
+    if going_on:
+        prompt = going_on.after_state(prompt)
+        terms["kv_cache_state"] = going_on.state
+        going_on.check_quota(prompt, params)
+    generation = Generation(llm, [prompt], params, terms, new_id("chatcmpl"), going_on)
     if body.stream:
         return EventStream(_events(generation, body.include_usage))
     return await reply_while_connected(request.receive, _whole(generation))
@@ -35,6 +44,7 @@ async def _whole(generation: Generation) -> Response:
     [output] = await generation.whole()
     tally = Tally()
     tally.add(output)
+    generation.hear(output)
     tokenizer, top = generation.llm.tokenizer, generation.params.logprobs
     choices = [
         replies.ChatChoice(
@@ -55,6 +65,7 @@ async def _whole(generation: Generation) -> Response:
             choices=choices,
             usage=tally.usage,
             seed=output.seed,
+            kv_cache_state=generation.kept_state(),
         )
     )
 
@@ -74,6 +85,7 @@ async def _events(generation: Generation, include_usage: bool) -> AsyncGenerator
     async with aclosing(generation.increments()) as increments:
         async for _, output in increments:
             tally.add(output)
+            generation.hear(output)
             chunk.seed = msgspec.UNSET if begun else output.seed
             told = []
             for completion in output.outputs:
@@ -84,8 +96,11 @@ async def _events(generation: Generation, include_usage: bool) -> AsyncGenerator
             if told:
                 yield b"".join(told)
     last = b""
-    if include_usage:
-        chunk.choices, chunk.usage = [], tally.usage
+    chunk.kv_cache_state = generation.kept_state()
+    if include_usage or chunk.kv_cache_state is not msgspec.UNSET:
+        chunk.choices = []
+        if include_usage:
+            chunk.usage = tally.usage
         last = event(chunk)
     yield last + DONE
 

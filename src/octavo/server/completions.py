@@ -16,6 +16,7 @@ from . import replies
 from .body import read_json
 from .connection import DONE, EventStream, event, reply_while_connected
 from .generation import Generation, Tally, check_model, new_id, tokenised
+from .kv_states import continuation
 from .protocol import CompletionRequest
 
 
@@ -24,9 +25,14 @@ async def completions(llm: AsyncLLM, request: Request) -> Response:
     body = await read_json(request, CompletionRequest)
     check_model(llm, body.model)
     params, terms = body.sampling_params(), body.terms(request.headers)
-    prompts = await tokenised(llm.tokenizer, body.prompt)
+    llm.check_room(len(body.prompt) * params.n)
+    going_on = continuation(llm, body.kv_cache_state, len(body.prompt) * params.n, terms["tenant"])
+    prompts = await tokenised(llm.tokenizer, body.prompt, add_special_tokens=not (going_on and going_on.state))
+    if going_on:
+        terms["kv_cache_state"] = going_on.state
+        going_on.check_quota(prompts[0], params)
     echoed = [_text(llm.tokenizer, prompt) if body.echo else "" for prompt in body.prompt]
-    generation = Generation(llm, prompts, params, terms, new_id("cmpl"))
+    generation = Generation(llm, prompts, params, terms, new_id("cmpl"), going_on)
     if body.stream:
         return EventStream(_events(generation, echoed, body.include_usage))
     return await reply_while_connected(request.receive, _whole(generation, echoed))
@@ -38,9 +44,11 @@ async def _whole(generation: Generation, echoed: list[str]) -> Response:
     tally = Tally()
     for prompt, output in enumerate(outputs):
         tally.add(output)
+        generation.hear(output)
         echo = echoed[prompt]
         reply.choices += [_choice(generation, prompt, new, echo, len(echo)) for new in output.outputs]
     reply.usage = tally.usage
+    reply.kv_cache_state = generation.kept_state()
     if len(outputs) == 1:
         reply.seed = outputs[0].seed
     return replies.Json(reply)
@@ -54,6 +62,7 @@ async def _events(generation: Generation, echoed: list[str], include_usage: bool
     async with aclosing(generation.increments()) as increments:
         async for prompt, output in increments:
             tally.add(output)
+            generation.hear(output)
             chunk.seed = output.seed if not offsets and len(generation.prompts) == 1 else msgspec.UNSET
             told = []
             for new in output.outputs:
@@ -67,8 +76,11 @@ async def _events(generation: Generation, echoed: list[str], include_usage: bool
             if told:
                 yield b"".join(told)
     last = b""
-    if include_usage:
-        chunk.choices, chunk.usage = [], tally.usage
+    chunk.kv_cache_state = generation.kept_state()
+    if include_usage or chunk.kv_cache_state is not msgspec.UNSET:
+        chunk.choices = []
+        if include_usage:
+            chunk.usage = tally.usage
         last = event(chunk)
     yield last + DONE
 

@@ -1,13 +1,23 @@
 """Every failure as OpenAI's {"error": {"message", "type", "param", "code"}}, its message one line."""
 
 import difflib
+from collections.abc import Mapping
 
 from fastapi import FastAPI, Request
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 from starlette.exceptions import HTTPException
 
-from octavo.errors import EngineDead, InvalidRequest, OctavoError, PromptTooLong, RequestFailed
+from octavo.errors import (
+    EngineDead,
+    InvalidRequest,
+    OctavoError,
+    PromptTooLong,
+    QueueFull,
+    QuotaExceeded,
+    RequestFailed,
+    RequestTimeout,
+)
 
 from .replies import ErrorBody, ErrorReply, Json
 
@@ -42,6 +52,12 @@ def error_reply(error: Exception) -> tuple[int, ErrorReply]:
             return 400, _reply(400, str(error), error.param, "context_length_exceeded")
         case InvalidRequest():
             return 400, _reply(400, str(error), error.param, None)
+        case QuotaExceeded():
+            return 429, _reply(429, str(error), None, "kv_state_quota_exceeded")
+        case QueueFull():
+            return 503, _reply(503, str(error), None, "queue_full")
+        case RequestTimeout():
+            return 504, _reply(504, str(error), None, "request_timeout")
         case EngineDead():
             return 503, _reply(503, str(error), None, "engine_dead")
         case RequestFailed():
@@ -50,6 +66,22 @@ def error_reply(error: Exception) -> tuple[int, ErrorReply]:
             return error.status_code, _reply(error.status_code, error.detail, None, None)
         case _:
             return 500, _reply(500, "internal error: the server's log has the details", None, "internal_error")
+
+
+def error_headers(error: Exception) -> Mapping[str, str] | None:
+    """What programs go by beside the status."""
+    match error:
+        case QueueFull():
+            return {"retry-after": str(error.retry_after)}
+        case RequestTimeout():
+            # OpenAI's clients repeat a request after any status from 500 on, unless this header says not to. One that
+            # took too long would only take room from others again, and its user has waited as long as he wanted to.
+            # (408 would suit no better: it blames the client for sending slowly, and browsers repeat it unasked.)
+            return {"x-should-retry": "false"}
+        case HTTPException():
+            return error.headers
+        case _:
+            return None
 
 
 def expected(error: Exception) -> bool:
@@ -80,13 +112,12 @@ def install(app: FastAPI) -> None:
 
     async def answer(request: Request, error: Exception) -> Json:
         status, body = error_reply(error)
-        if not isinstance(error, HTTPException):
-            return Json(body, status)
-        # From the router: 404 or 405, which has a header with the methods that are allowed.
-        route = f"{request.method} {request.scope['path']}"
-        return Json(_reply(status, f"{error.detail}: {route}", None, None), status, error.headers)
+        if isinstance(error, HTTPException):  # from the router: 404 or 405, which has a header with what is allowed
+            route = f"{request.method} {request.scope['path']}"
+            body = _reply(status, f"{error.detail}: {route}", None, None)
+        return Json(body, status, error_headers(error))
 
-    for kind in (ApiError, InvalidRequest, EngineDead, RequestFailed, HTTPException, Exception):
+    for kind in (ApiError, OctavoError, HTTPException, Exception):
         app.add_exception_handler(kind, answer)
 
 

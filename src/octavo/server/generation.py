@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Any
 
+import msgspec
+
 from octavo.async_llm import AsyncLLM
 from octavo.config import EngineConfig
 from octavo.outputs import RequestOutput
@@ -18,7 +20,8 @@ from octavo.text import Tokenizer
 from octavo.version import __version__
 
 from .errors import ApiError
-from .replies import PromptTokensDetails, Usage
+from .kv_states import Continuation
+from .replies import KVCacheState, PromptTokensDetails, Usage
 
 LONG_TEXT = 20_000  # characters: tokenising takes about 1 µs for each
 
@@ -32,8 +35,9 @@ class Generation:
     llm: AsyncLLM
     prompts: list[list[int]]
     params: SamplingParams
-    terms: dict[str, Any]  # of ServiceTerms
+    terms: dict[str, Any]  # of ServiceTerms; and kv_cache_state, if they go on from one
     id: str
+    continuation: Continuation | None = None
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property
@@ -43,6 +47,15 @@ class Generation:
     @property
     def fingerprint(self) -> str:
         return fingerprint(self.llm.config)
+
+    def hear(self, output: RequestOutput) -> None:
+        """An increment, or a whole output, which is to be told to the client."""
+        if self.continuation is not None:
+            self.continuation.hear(output)
+
+    def kept_state(self) -> KVCacheState | msgspec.UnsetType | None:
+        """A reply's kv_cache_state, when all of it was heard."""
+        return msgspec.UNSET if self.continuation is None else self.continuation.keep()
 
     async def whole(self) -> list[RequestOutput]:
         return await self.llm.agenerate(self.prompts, self.params, **self.terms)

@@ -101,6 +101,7 @@ class GenerationRequest(Strict):
     ttft_target: float | None = None
     timeout: float | None = None
     cache_salt: str | None = None
+    kv_cache_state: bool | str | None = None  # keep it; go on from the one with this handle, and keep the new one
     user: Ignored = None
 
     @model_validator(mode="after")
@@ -120,19 +121,9 @@ class GenerationRequest(Strict):
         return SamplingParams(max_tokens=max_tokens, logprobs=logprobs, logit_bias=bias or None, **given)
 
     def terms(self, headers: Headers) -> dict[str, Any]:
-        """The fields of ServiceTerms that are given.
-
-        A proxy that knows who is calling says so in a header, and that wins over the body, even if it is empty: what
-        the client writes there must not put its requests on another's account, or into another's cache.
-        """
+        """The fields of ServiceTerms that are given, and the tenant."""
         given = {name: value for name in _TERMS if (value := getattr(self, name)) is not None}
-        match headers.getlist(TENANT_HEADER):
-            case []:
-                return given
-            case [tenant]:
-                return given | {"tenant": tenant}
-            case _:  # a client's own, and what the proxy added to it: which is which cannot be told
-                raise InvalidRequest(f"there is more than one header {TENANT_HEADER}", "tenant")
+        return given | {"tenant": tenant_of(headers, self.tenant)}
 
 
 class CompletionRequest(GenerationRequest):
@@ -226,6 +217,21 @@ class ChatRequest(GenerationRequest):
         if self.add_generation_prompt is not None:
             variables["add_generation_prompt"] = self.add_generation_prompt
         return variables
+
+
+def tenant_of(headers: Headers, named: str | None) -> str:
+    """Whose a request is that may have `named` somebody. Raises InvalidRequest.
+
+    A proxy that knows who is calling says so in a header, and that wins over what the client says, even if it is empty:
+    a client must not put its requests on another's account, or into another's cache.
+    """
+    match headers.getlist(TENANT_HEADER):
+        case []:
+            return named or ""
+        case [tenant]:
+            return tenant
+        case _:  # a client's own, and what the proxy added to it: which is which cannot be told
+            raise InvalidRequest(f"there is more than one header {TENANT_HEADER}", "tenant")
 
 
 def _token_id(key: str) -> int:

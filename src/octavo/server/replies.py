@@ -53,6 +53,14 @@ class Usage(msgspec.Struct):
     prompt_tokens_details: PromptTokensDetails
 
 
+class KVCacheState(msgspec.Struct):
+    """`id`: the handle. `expires_at`: in Unix time; every use puts it off."""
+
+    id: str
+    tokens: int
+    expires_at: int
+
+
 class CompletionLogprobs(msgspec.Struct):
     tokens: list[str]
     token_logprobs: list[float]
@@ -79,6 +87,7 @@ class Completion(msgspec.Struct, kw_only=True):
     choices: list[CompletionChoice]
     usage: Usage | msgspec.UnsetType | None = msgspec.UNSET
     seed: int | msgspec.UnsetType = msgspec.UNSET
+    kv_cache_state: KVCacheState | msgspec.UnsetType | None = msgspec.UNSET
 
 
 class TopLogprob(msgspec.Struct):
@@ -124,6 +133,7 @@ class Chat(msgspec.Struct, kw_only=True):
     choices: list[ChatChoice]
     usage: Usage
     seed: int
+    kv_cache_state: KVCacheState | msgspec.UnsetType | None = msgspec.UNSET
 
 
 class Delta(msgspec.Struct, omit_defaults=True):
@@ -150,3 +160,4 @@ class ChatChunk(msgspec.Struct, kw_only=True):
     choices: list[ChunkChoice]
     usage: Usage | msgspec.UnsetType | None = msgspec.UNSET
     seed: int | msgspec.UnsetType = msgspec.UNSET
+    kv_cache_state: KVCacheState | msgspec.UnsetType | None = msgspec.UNSET

@@ -11,11 +11,15 @@ from .tensor import Tensor
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """`config` has the keys of a Hugging Face config.json; `tensors`, mapped, have Hugging Face names."""
+    """`config` has the keys of a Hugging Face config.json; `tensors`, mapped, have Hugging Face names.
+
+    `stored`: the tensors that the files have, where those of the model are converted from them as they are read.
+    """
 
     path: Path
     config: dict[str, Any]
     tensors: dict[str, Tensor]
+    stored: dict[str, Tensor]
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -27,9 +31,10 @@ def open_checkpoint(path: Path) -> Checkpoint:
     from .safetensors import open_safetensors, read_config
 
     if path.suffix == ".gguf":
-        return Checkpoint(path, *open_gguf(path))
-    config = read_config(path)
-    return Checkpoint(path, config, _weights(path, config.get("quantization_config"), open_safetensors(path)))
+        config, tensors = open_gguf(path)
+        return Checkpoint(path, config, tensors, tensors)
+    config, stored = read_config(path), open_safetensors(path)
+    return Checkpoint(path, config, _weights(path, config.get("quantization_config"), stored), stored)
 
 
 def _weights(path: Path, settings: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -2,8 +2,10 @@
 
 from collections.abc import Iterable, Mapping
 from itertools import chain
+from pathlib import Path
 
 import numpy as np
+from xxhash import xxh3_64_hexdigest
 
 from octavo.backends.base import Progress, StepBatch, StepResult
 from octavo.errors import ConfigError, OutOfMemory
@@ -12,6 +14,7 @@ from octavo.model.decoder import describe
 from octavo.model.spec import DecoderSpec
 from octavo.weights.tensor import Parameter
 
+from . import _native
 from ._native import Program
 from .calibration import measure_importances
 from .program import choose_isa, new_program, pack
@@ -21,8 +24,8 @@ from .recorder import Recorder
 class CpuBackend:
     """A Backend (see backends.base) over a native program."""
 
-    def __init__(self, spec: DecoderSpec, program: Program, page_size: int, isa: str):
-        self.spec, self.page_size, self.isa = spec, page_size, isa
+    def __init__(self, spec: DecoderSpec, program: Program, page_size: int, isa: str, arithmetic: str):
+        self.spec, self.page_size, self.isa, self.arithmetic = spec, page_size, isa, arithmetic
         self.page_bytes, self.weight_bytes = program.page_bytes, program.weight_bytes
         # Of the layers' linears, and of the head: bytes that a step reads, and which part of the values are integers.
         self.layer_bytes, self.layer_integers = program.layers
@@ -120,7 +123,8 @@ def load(
         )
     importances = measure_importances(spec, parameters, threads) if quantization == "4bit" else ()
     _pack_all(program, recorder.weights, parameters, importances, progress)
-    return CpuBackend(spec, program, page_size, isa)
+    kernels = xxh3_64_hexdigest(Path(_native.__file__).read_bytes())  # another compiler's may round differently
+    return CpuBackend(spec, program, page_size, isa, f"cpu {kernels} {isa} {quantization} {kv_cache_dtype}")
 
 
 def _pack_all(

@@ -24,6 +24,7 @@ class TorchBackend:
 
     def __init__(self, spec: DecoderSpec, weights: dict[str, torch.Tensor], dtype: torch.dtype, page_size: int):
         self.spec, self.page_size = spec, page_size
+        self.arithmetic = f"torch {torch.__version__} {weights['embed'].device} {dtype}"
         self._weights, self._dtype = weights, dtype
         self._page_shape = (spec.num_layers, page_size, spec.num_kv_heads, spec.head_dim)
         self.page_bytes = 2 * math.prod(self._page_shape) * dtype.itemsize

@@ -1,0 +1,156 @@
+"""What octavo top draws: one frame, of two looks at a server."""
+
+from dataclasses import dataclass
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from octavo.engine.messages import EngineStats
+from octavo.kv.page_map import MOVING, PINNED
+from octavo.kv.page_pool import CACHED, FREE, HELD
+from octavo.server.stats import ServerStats
+
+_BAR = 16  # characters
+
+
+@dataclass(frozen=True)
+class Mark:
+    """How pages of a state are drawn. Marks differ in shape too, for terminals and eyes without colour."""
+
+    glyph: str
+    style: str
+    name: str
+
+
+_MARKS = {
+    HELD: Mark("█", "green", "held"),
+    CACHED: Mark("▒", "blue", "cached"),
+    FREE: Mark("·", "bright_black", "free"),
+    PINNED: Mark("◆", "yellow", "pinned by KV states"),
+    MOVING: Mark("↑", "magenta", "coming from a lower tier"),
+}
+
+
+def frame(now: ServerStats, before: ServerStats | None) -> RenderableType:
+    """`before`: the look that rates are measured from; without one they are shown as –."""
+    rates = _Rates(now, before)
+    rows = Table.grid(padding=(0, 2))
+    rows.add_column(style="bold")
+    for name, text in (
+        ("requests", _requests(now)),
+        ("queue", _queue(now)),
+        ("batch", _batch(now)),
+        ("steps", _steps(rates)),
+        ("tokens", _tokens(rates)),
+        ("prefixes", _prefixes(now.engine, rates)),
+        ("pages", _pages(now.engine)),
+        ("swapped", _swapped(now.engine, rates)),
+    ):
+        rows.add_row(name, text)
+    title = Text.assemble(("octavo top", "bold cyan"), f"  {now.model} · {now.policy} · version {now.version}")
+    return Group(title, Text(), rows, Text(), _page_map(now.engine.page_map), _legend())
+
+
+class _Rates:
+    """Counters per second, and shares of one counter in another, between two looks at the same engine."""
+
+    def __init__(self, now: ServerStats, before: ServerStats | None) -> None:
+        same = before is not None and before.time < now.time and before.engine.steps <= now.engine.steps
+        self._now, self._before = now, before if same else None
+
+    def grown(self, counter: str) -> float | None:
+        """None if it cannot be told: there was one look only, or the engine has started anew."""
+        if self._before is None:
+            return None
+        return float(getattr(self._now.engine, counter) - getattr(self._before.engine, counter))
+
+    def per_second(self, counter: str) -> str:
+        grown = self.grown(counter)
+        seconds = self._now.time - self._before.time if self._before else 0.0
+        return "–" if grown is None else f"{grown / seconds:,.0f}"
+
+    def share(self, part: str, whole: str) -> str:
+        some, all = self.grown(part), self.grown(whole)
+        return "–" if some is None or not all else f"{some / all:.0%}"
+
+    def step_time(self) -> str:
+        seconds, steps = self.grown("step_seconds"), self.grown("steps")
+        return "–" if seconds is None or not steps else f"{1000 * seconds / steps:.1f} ms"
+
+
+def _requests(now: ServerStats) -> Text:
+    running, most = now.engine.running, now.limits.max_batch_size
+    bar = _bar([(running, "green")], most)
+    return bar.append(f" {running:,} of {most:,} run · {now.engine.preemptions:,} preempted so far")
+
+
+def _queue(now: ServerStats) -> Text:
+    waiting, most, refused = now.engine.waiting, now.limits.max_queue, now.frontend.refused
+    return Text.assemble(
+        _bar([(waiting, "yellow")], most),
+        f" {waiting:,} of {most:,} wait · ",
+        (f"{refused:,} refused", "red" if refused else ""),
+        f" · {now.frontend.timed_out:,} timed out",
+    )
+
+
+def _batch(now: ServerStats) -> Text:
+    engine, most = now.engine, now.limits.max_batch_tokens
+    parts = [(engine.decode_rows, "green"), (engine.prefill_rows, "cyan"), (engine.guess_rows, "magenta")]
+    return Text.assemble(
+        _bar(parts, most),
+        (f" {engine.decode_rows:,} decode", "green"),
+        (f" · {engine.prefill_rows:,} prefill", "cyan"),
+        (f" · {engine.guess_rows:,} guesses", "magenta"),
+        f" of {most:,} rows",
+    )
+
+
+def _steps(rates: _Rates) -> Text:
+    backend = rates.share("backend_seconds", "step_seconds")
+    return Text(f"{rates.per_second('steps')} /s of {rates.step_time()}, {backend} in the backend")
+
+
+def _tokens(rates: _Rates) -> Text:
+    return Text(f"{rates.per_second('tokens_generated')} /s out · {rates.per_second('tokens_computed')} /s computed")
+
+
+def _prefixes(engine: EngineStats, rates: _Rates) -> Text:
+    hits = f"{engine.cached_tokens / engine.prompt_tokens:.0%}" if engine.prompt_tokens else "–"
+    latest = rates.share("cached_tokens", "prompt_tokens")
+    return Text(f"{hits} of {engine.prompt_tokens:,} prompt tokens were cached, {latest} of the latest")
+
+
+def _pages(engine: EngineStats) -> Text:
+    held = engine.num_pages - engine.free_pages - engine.cached_pages
+    return Text.assemble(
+        _bar([(held, "green"), (engine.cached_pages, "blue")], engine.num_pages),
+        f" {held:,} held · {engine.cached_pages:,} cached · {engine.free_pages:,} free of {engine.num_pages:,}",
+    )
+
+
+def _swapped(engine: EngineStats, rates: _Rates) -> Text:
+    out, into = rates.per_second("pages_saved"), rates.per_second("pages_fetched")
+    return Text(
+        f"{out} pages/s out ({engine.pages_saved:,}; {engine.pending_saves:,} to go) · "
+        f"{into} in ({engine.pages_fetched:,}; {engine.num_fetching:,} to come)"
+    )
+
+
+def _bar(parts: list[tuple[int, str]], whole: int) -> Text:
+    """`parts` of `whole`, one after the other; a part that is not nothing shows."""
+    bar = Text()
+    for part, style in parts:
+        room = _BAR - len(bar)
+        bar.append("█" * min(room, max(round(_BAR * part / max(whole, 1)), part > 0)), style)
+    return bar.append("░" * (_BAR - len(bar)), "bright_black")
+
+
+def _page_map(states: str) -> Text:
+    return Text.assemble(*((_MARKS[state].glyph, _MARKS[state].style) for state in states), overflow="fold")
+
+
+def _legend() -> Text:
+    entries = [part for mark in _MARKS.values() for part in ((mark.glyph, mark.style), f" {mark.name}   ")]
+    return Text.assemble(*entries, style="dim")

@@ -1,0 +1,37 @@
+"""When whose time is up."""
+
+import heapq
+
+_SLACK = 64
+
+
+class Deadlines:
+    """A deadline for each of some ids. Every operation takes O(log n), amortised; times are of any one clock."""
+
+    def __init__(self) -> None:
+        self._at: dict[str, float] = {}
+        self._heap: list[tuple[float, str]] = []  # those of forgotten ids stay until they surface or outnumber the rest
+
+    def __len__(self) -> int:
+        return len(self._at)
+
+    def set(self, id: str, at: float) -> None:
+        self._at[id] = at
+        heapq.heappush(self._heap, (at, id))
+
+    def forget(self, id: str) -> None:
+        """Its deadline, if it has one, is none of our business any more."""
+        self._at.pop(id, None)
+        if len(self._heap) > 2 * len(self._at) + _SLACK:
+            self._heap = [(at, id) for id, at in self._at.items()]
+            heapq.heapify(self._heap)
+
+    def passed(self, now: float) -> list[str]:
+        """The ids whose deadline has come, the earliest first. They are forgotten."""
+        ids = []
+        while self._heap and self._heap[0][0] <= now:
+            at, id = heapq.heappop(self._heap)
+            if self._at.get(id) == at:
+                del self._at[id]
+                ids.append(id)
+        return ids

@@ -1,0 +1,54 @@
+"""GET /stats: how the server and its engine are doing, for `octavo top` and for scripts."""
+
+import time
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from octavo.engine.messages import EngineStats
+from octavo.frontend.admission import FrontendStats
+from octavo.version import __version__
+
+if TYPE_CHECKING:  # octavo top needs the structs alone
+    from octavo.async_llm import AsyncLLM
+
+
+class Limits(msgspec.Struct, kw_only=True):
+    max_batch_size: int
+    max_batch_tokens: int
+    max_queue: int
+    max_model_len: int
+    page_size: int  # tokens
+
+
+class ServerStats(msgspec.Struct, kw_only=True):
+    """`time`: of the look, in seconds since 1970. Rates are differences of counters over differences of time."""
+
+    time: float
+    version: str
+    model: str
+    policy: str
+    limits: Limits
+    frontend: FrontendStats
+    engine: EngineStats
+
+
+async def server_stats(llm: "AsyncLLM") -> ServerStats:
+    """Raises EngineDead."""
+    config = llm.config
+    engine = await llm.stats()
+    return ServerStats(
+        time=time.time(),
+        version=__version__,
+        model=config.model_name,
+        policy=config.scheduling_policy,
+        limits=Limits(
+            max_batch_size=config.max_batch_size,
+            max_batch_tokens=config.max_batch_tokens,
+            max_queue=config.max_queue,
+            max_model_len=llm.info.max_model_len,
+            page_size=llm.info.page_size,
+        ),
+        frontend=llm.frontend_stats(),
+        engine=engine,
+    )

@@ -1,0 +1,61 @@
+"""A disk tier below a whole engine: restarts, damage and other models; the tokens are always the same."""
+
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from octavo import LLM, SamplingParams
+
+PROMPTS = [[(7 * i + k) % 500 + 3 for i in range(200)] for k in range(3)]
+FULL_PAGES = 200 // 32 * 32  # tokens of each prompt that lie in full pages
+
+
+def generate(model: Path, folder: Path | None, **settings: Any) -> tuple[list[list[int]], list[int]]:
+    """The tokens of each prompt, and how many of its prompt were not computed, by an engine of its own."""
+    disk = {} if folder is None else {"kv_disk": str(folder)}
+    with LLM(str(model), max_model_len=256, kv_cache_memory="8MiB", **disk, **settings) as llm:
+        outputs = llm.generate(PROMPTS, SamplingParams(temperature=0.8, seed=5, max_tokens=20, ignore_eos=True))
+    return [output.outputs[0].token_ids for output in outputs], [output.metrics.cached_tokens for output in outputs]
+
+
+@pytest.fixture(scope="module")
+def expected(tiny_llama: Path) -> list[list[int]]:
+    return generate(tiny_llama, None)[0]
+
+
+def test_prompts_are_found_after_a_restart(tiny_llama: Path, expected: list[list[int]], tmp_path: Path) -> None:
+    assert generate(tiny_llama, tmp_path) == (expected, [0, 0, 0])
+    assert generate(tiny_llama, tmp_path) == (expected, [FULL_PAGES] * 3)
+
+
+def test_what_is_damaged_is_computed_again(tiny_llama: Path, expected: list[list[int]], tmp_path: Path) -> None:
+    generate(tiny_llama, tmp_path)
+    for i, file in enumerate(sorted(tmp_path.rglob("*.page"))):
+        content = bytearray(file.read_bytes())
+        content[i * 997 % len(content)] ^= 16
+        file.write_bytes(content[: len(content) - i % 2])
+    tokens, cached = generate(tiny_llama, tmp_path)
+    assert tokens == expected
+    assert all(n < FULL_PAGES for n in cached)
+    assert generate(tiny_llama, tmp_path) == (expected, [FULL_PAGES] * 3), "and is there again afterwards"
+
+
+def test_pages_of_another_recipe_are_not_found(tiny_llama: Path, tmp_path: Path) -> None:
+    generate(tiny_llama, tmp_path)
+    for settings in ({"quantization": "8bit"}, {"kv_cache_page_size": 64}, {"kv_cache_dtype": "int8"}):
+        tokens = generate(tiny_llama, None, **settings)[0]
+        assert generate(tiny_llama, tmp_path, **settings) == (tokens, [0, 0, 0])
+
+
+def test_a_folder_that_is_removed_while_running(
+    tiny_llama: Path, expected: list[list[int]], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "pages"
+    with LLM(str(tiny_llama), max_model_len=256, kv_cache_memory="8MiB", kv_disk=str(folder)) as llm:
+        shutil.rmtree(folder)
+        outputs = llm.generate(PROMPTS, SamplingParams(temperature=0.8, seed=5, max_tokens=20, ignore_eos=True))
+    assert [output.outputs[0].token_ids for output in outputs] == expected
+    assert len([record for record in caplog.records if record.levelno >= logging.WARNING]) == 1

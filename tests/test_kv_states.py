@@ -1,0 +1,523 @@
+"""KV states: conversations that go on where they were, in Python."""
+
+import asyncio
+import itertools
+import os
+import signal
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from octavo import LLM, AsyncLLM, KVState, SamplingParams
+from octavo.engine.messages import EngineInfo
+from octavo.errors import EngineDead, InvalidKVState, InvalidRequest, PromptTooLong, QuotaExceeded, RequestFailed
+from octavo.frontend import kv_states
+from octavo.frontend.kv_states import KVStates
+from octavo.kv import root_key
+from octavo.kv.state_file import save_state
+
+GREEDY = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
+QUESTION = "User: How do modules, classes and functions differ in what they define?\nAssistant:"
+
+
+@pytest.fixture(scope="module")
+def llm(tiny_llama: Path) -> Iterator[LLM]:
+    with LLM(str(tiny_llama)) as llm:
+        yield llm
+
+
+def first_turn(llm: LLM, prompt: str = QUESTION, **terms: Any) -> KVState:
+    return llm.get_kv_cache_state(llm.generate(prompt, GREEDY, **terms)[0].request_id)
+
+
+# Going on
+
+
+def test_turns_that_follow_states_are_the_conversation_sent_whole(llm: LLM, tiny_llama: Path) -> None:
+    conversation = llm.tokenizer.encode(QUESTION)
+    state, turns = None, []
+    for new in (QUESTION, "\nUser: Why?\nAssistant:", [7, 8, 9], "\nUser: And then?\nAssistant:", ""):
+        [output] = llm.generate([new], GREEDY, kv_cache_state=state)
+        if state is not None:
+            assert output.metrics.cached_tokens == state.num_tokens - 1  # K and V of the last token are not there yet
+            conversation += llm.tokenizer.encode(new) if isinstance(new, str) and new else list(new)
+        assert output.prompt_token_ids == conversation
+        turns.append((output.prompt_token_ids, output.outputs[0].token_ids))
+        conversation = conversation + output.outputs[0].token_ids
+        state = llm.get_kv_cache_state(output.request_id)
+        assert state.token_ids == conversation and state.num_tokens == len(conversation)
+    with LLM(str(tiny_llama), enable_prefix_caching=False) as other:
+        for prompt, answer in turns:
+            [whole] = other.generate([prompt], GREEDY)
+            assert whole.outputs[0].token_ids == answer and whole.metrics.cached_tokens == 0
+
+
+def test_a_state_forks(llm: LLM) -> None:
+    state = first_turn(llm)
+    prompts = [" One", " Two", " Three"]
+    forks = llm.generate(prompts, GREEDY, kv_cache_state=state)
+    assert [fork.metrics.cached_tokens for fork in forks] == [state.num_tokens - 1] * 3
+    assert len({tuple(fork.outputs[0].token_ids) for fork in forks}) > 1
+    other = first_turn(llm, "Another question")
+    one_each = llm.generate(prompts, GREEDY, kv_cache_state=[other, state, other])
+    assert one_each[1].outputs == forks[1].outputs
+    for output, of in zip(one_each, (other, state, other), strict=True):
+        assert output.prompt_token_ids[: of.num_tokens] == of.token_ids
+        assert output.metrics.cached_tokens >= of.num_tokens - 1
+    with pytest.raises(InvalidRequest, match="3 prompts need one kv_cache_state, or 3, not 2"):
+        llm.generate(prompts, GREEDY, kv_cache_state=[state, other])
+
+
+def test_of_several_completions_one_is_chosen(llm: LLM) -> None:
+    params = SamplingParams(n=3, seed=5, max_tokens=9, ignore_eos=True)
+    [output] = llm.generate(QUESTION, params)
+    for completion in output.outputs:
+        state = llm.get_kv_cache_state(output.request_id, completion.index)
+        assert state.token_ids == output.prompt_token_ids + completion.token_ids
+    with pytest.raises(InvalidRequest, match="index must be from 0 to 2, not 3"):
+        llm.get_kv_cache_state(output.request_id, 3)
+
+
+def test_a_stop_string_is_part_of_the_state(llm: LLM) -> None:
+    """As its tokens are of `token_ids`; the text alone ends before it."""
+    whole = llm.generate(QUESTION, GREEDY)[0].text
+    params = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True, stop=whole[4:6])
+    [output] = llm.generate(QUESTION, params)
+    state = llm.get_kv_cache_state(output.request_id)
+    assert state.token_ids == output.prompt_token_ids + output.outputs[0].token_ids
+    [more] = llm.generate("more", GREEDY, kv_cache_state=state)
+    assert more.metrics.cached_tokens >= state.num_tokens - 1
+
+
+def test_from_asyncio_and_streamed(llm: LLM) -> None:
+    state = first_turn(llm)
+    [expected] = llm.generate(" more", GREEDY, kv_cache_state=state)
+    [output] = asyncio.run(llm.agenerate(" more", GREEDY, kv_cache_state=state))
+    increments = list(llm.stream(" more", GREEDY, kv_cache_state=state))
+    assert output.outputs == expected.outputs
+    assert "".join(increment.text for increment in increments) == expected.text
+    assert increments[0].prompt_token_ids == expected.prompt_token_ids
+
+
+def test_only_a_finished_request_has_a_state(llm: LLM) -> None:
+    increments = llm.stream(QUESTION, GREEDY)
+    id = next(increments).request_id
+    with pytest.raises(InvalidRequest, match="still runs") as error:
+        llm.get_kv_cache_state(id)
+    assert error.value.param == "request_id"
+    increments.close()
+    for unknown in (id, "req-0", ""):  # the first was aborted
+        with pytest.raises(InvalidRequest, match="there is no finished request"):
+            llm.get_kv_cache_state(unknown)
+
+
+def test_a_conversation_that_has_no_room(llm: LLM) -> None:
+    state = llm.get_kv_cache_state(llm.generate([[9] * 500], GREEDY)[0].request_id)
+    assert state.num_tokens == 512
+    with pytest.raises(PromptTooLong, match="has 513 tokens"):
+        llm.generate([[1]], GREEDY, kv_cache_state=state)
+
+
+# Whose it is, and how long
+
+
+def test_other_tenants_and_salts_are_refused(llm: LLM) -> None:
+    state = first_turn(llm, tenant="ann", cache_salt="s")
+    [output] = llm.generate("x", GREEDY, kv_cache_state=state, tenant="ann", cache_salt="s")
+    assert output.metrics.cached_tokens == state.num_tokens - 1
+    for terms in ({}, {"tenant": "ann"}, {"cache_salt": "s"}, {"tenant": "bob", "cache_salt": "s"}):
+        with pytest.raises(InvalidKVState, match="of another tenant or cache_salt") as error:
+            llm.generate("x", GREEDY, kv_cache_state=state, **terms)
+        assert error.value.param == "kv_cache_state"
+
+
+def test_a_dropped_state_is_refused(llm: LLM) -> None:
+    state = first_turn(llm)
+    child = llm.get_kv_cache_state(llm.generate("x", GREEDY, kv_cache_state=state)[0].request_id)
+    state.drop()
+    state.drop()
+    with pytest.raises(InvalidKVState, match="was dropped"):
+        llm.generate("x", GREEDY, kv_cache_state=state)
+    with child:
+        [output] = llm.generate("x", GREEDY, kv_cache_state=child)
+        assert output.metrics.cached_tokens == child.num_tokens - 1
+    with pytest.raises(InvalidKVState, match="was dropped"):
+        llm.generate("x", GREEDY, kv_cache_state=child)
+
+
+def test_states_of_another_engine_are_refused(llm: LLM, tiny_llama: Path) -> None:
+    with LLM(str(tiny_llama)) as other:
+        state = first_turn(other)
+        with pytest.raises(InvalidKVState, match="is another engine's"):
+            llm.generate("x", GREEDY, kv_cache_state=state)
+    state.drop()  # its engine is gone
+    with pytest.raises(EngineDead):
+        other.generate("x", GREEDY, kv_cache_state=state)
+
+
+def test_a_state_expires_after_its_last_use(tiny_llama: Path) -> None:
+    with LLM(str(tiny_llama), kv_state_ttl=60) as llm:
+        now = 1000.0
+        llm._engine.states.clock = lambda: now
+        used, unused = first_turn(llm), first_turn(llm)
+        assert used.expires_at == 1060.0
+        now = 1059.0
+        llm.generate("x", GREEDY, kv_cache_state=used)
+        assert used.expires_at == 1119.0
+        now = 1060.0
+        llm.generate("x", GREEDY, kv_cache_state=used)
+        with pytest.raises(InvalidKVState, match="has expired"):
+            llm.generate("x", GREEDY, kv_cache_state=unused)
+
+
+def test_the_quota_of_a_tenant(tiny_llama: Path) -> None:
+    with LLM(str(tiny_llama), kv_state_quota=100, kv_state_ttl=60) as llm:
+        now = 0.0
+        llm._engine.states.clock = lambda: now
+        request = llm.generate([[5] * 30], GREEDY, tenant="ann")[0].request_id
+        state = llm.get_kv_cache_state(request)  # 50 tokens
+        again = llm.get_kv_cache_state(request)  # the same 50
+        child = llm.generate([[6] * 20], GREEDY, kv_cache_state=again, tenant="ann")[0].request_id
+        other = llm.generate([[7]], GREEDY, kv_cache_state=again, tenant="ann")[0].request_id
+        kept = llm.get_kv_cache_state(child)  # 40 more
+        with pytest.raises(QuotaExceeded, match=r"of 21 more tokens .* of 100 \(kv_state_quota\), 90 of which are in"):
+            llm.get_kv_cache_state(other)
+        state.drop()
+        again.drop()  # `kept` holds its tokens
+        with pytest.raises(QuotaExceeded):
+            llm.get_kv_cache_state(other)
+        llm.get_kv_cache_state(llm.generate([[7] * 80], GREEDY, tenant="bob")[0].request_id)
+        kept.drop()
+        llm.get_kv_cache_state(other)  # 71
+        with pytest.raises(QuotaExceeded):
+            llm.get_kv_cache_state(child)
+        now = 60.0
+        llm.get_kv_cache_state(child)
+
+
+def test_pinned_pages_outlive_other_prompts_and_return_after_their_loss(tiny_llama: Path) -> None:
+    pages = 16  # one context of 512 tokens
+    with LLM(str(tiny_llama)) as measuring:
+        page_bytes = measuring._engine._engine.backend.page_bytes
+    with LLM(str(tiny_llama), kv_cache_memory=pages * page_bytes) as llm:
+        state = first_turn(llm)
+
+        def cached_after(length: int) -> int:
+            for token in range(10, 13):
+                llm.generate([[token] * length], GREEDY)
+            [output] = llm.generate("x", GREEDY, kv_cache_state=state)
+            return output.metrics.cached_tokens
+
+        everything = state.num_tokens - 1
+        assert cached_after(300) == everything
+        assert cached_after(490) == 0  # all pages were needed
+        assert cached_after(300) >= everything // 32 * 32  # pinned again when they were computed again
+        stats = llm.stats()
+        assert stats.free_pages + stats.cached_pages < pages
+        state.drop()
+        llm.generate("x", GREEDY)
+        stats = llm.stats()
+        assert stats.free_pages + stats.cached_pages == pages
+
+
+# The book, against a simple model
+
+
+class Pins:
+    """What an engine has been told."""
+
+    def __init__(self) -> None:
+        self.pinned: set[str] = set()
+
+    def pin_state(self, state: KVState) -> None:
+        self.pinned.add(state.id)
+
+    def unpin_state(self, state: KVState) -> None:
+        self.pinned.remove(state.id)
+
+
+QUOTA, TTL = 60, 10
+OPERATIONS = st.one_of(
+    st.tuples(st.just("finish"), st.sampled_from("ab"), st.integers(1, 9), st.integers(0, 99)),
+    st.tuples(st.just("keep"), st.integers(0, 99)),
+    st.tuples(st.just("drop"), st.integers(0, 99)),
+    st.tuples(st.just("wait"), st.integers(1, 6)),
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(OPERATIONS, max_size=40))
+def test_any_traffic_of_states(operations: list[tuple[Any, ...]]) -> None:
+    """The model: a state is the requests that it is made of; a tenant holds the tokens of the union of its states'."""
+    pins, now = Pins(), 0
+    book = KVStates(pins, EngineInfo(10_000, 10, 1, 32), QUOTA, TTL, clock=lambda: now)  # type: ignore[arg-type]
+    requests: list[tuple[str, list[int], dict[int, int]]] = []  # tenant, all tokens, request -> its own tokens
+    states: list[tuple[KVState, int]] = []  # and the request that each is of
+    last_use: dict[str, int] = {}
+
+    def alive(state: KVState) -> bool:
+        return state.id in last_use and last_use[state.id] + TTL > now
+
+    def held(tenant: str, *more: int) -> int:
+        of = [request for state, request in states if alive(state) and state.tenant == tenant]
+        parts: dict[int, int] = {}
+        for request in [*of, *more]:
+            parts.update(requests[request][2])
+        return sum(parts.values())
+
+    for operation, *values in operations:
+        if operation == "finish":
+            tenant, length, which = values
+            before = states[which % len(states)] if states and which % 3 else None
+            if before and not alive(before[0]):
+                with pytest.raises(InvalidKVState):
+                    book.use(before[0], before[0].tenant, "")
+                before = None
+            tokens, parts = [], {}
+            if before:
+                tenant, tokens, parts = requests[before[1]]
+                assert book.use(before[0], tenant, "") == tokens
+                last_use[before[0].id] = now
+            number = len(requests)
+            prompt, output = [*tokens, *[number % 10] * (length - 1)], [7]
+            book.remember(
+                SimpleNamespace(
+                    id=f"r{number}",
+                    prompt_token_ids=prompt,
+                    completions=[SimpleNamespace(request=SimpleNamespace(tenant=tenant, salt=""), token_ids=output)],
+                    state=before[0] if before else None,
+                )  # type: ignore[arg-type]
+            )
+            requests.append((tenant, prompt + output, {**parts, number: length}))
+        elif operation == "keep" and requests:
+            number = values[0] % len(requests)
+            tenant, tokens, _ = requests[number]
+            if held(tenant, number) > QUOTA:
+                with pytest.raises(QuotaExceeded):
+                    book.keep(f"r{number}")
+            else:
+                state = book.keep(f"r{number}")
+                assert state.token_ids == tokens and state.tenant == tenant
+                states.append((state, number))
+                last_use[state.id] = now
+        elif operation == "drop" and states:
+            state, _ = states[values[0] % len(states)]
+            book.drop(state)
+            last_use.pop(state.id, None)
+        elif operation == "wait":
+            now += values[0]
+        for tenant in "ab":
+            room = QUOTA - held(tenant)
+            book.check_quota(tenant, room)
+            with pytest.raises(QuotaExceeded):
+                book.check_quota(tenant, room + 1)
+        assert pins.pinned == {state.id for state, _ in states if alive(state)}
+
+
+def test_finished_requests_are_remembered_up_to_a_number_of_tokens(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kv_states, "MAX_REMEMBERED", 100)
+    ids = [llm.generate([[5] * 20], GREEDY)[0].request_id for _ in range(4)]
+    with pytest.raises(InvalidRequest, match="no finished request"):
+        llm.get_kv_cache_state(ids[1])
+    assert [llm.get_kv_cache_state(id).num_tokens for id in ids[2:]] == [40, 40]
+
+
+# An engine in its own process
+
+
+def test_states_outlive_a_crash_of_the_engine(tiny_llama: Path) -> None:
+    async def main() -> None:
+        async with AsyncLLM(str(tiny_llama)) as llm, asyncio.timeout(60):
+            [first] = await llm.agenerate(QUESTION, GREEDY)
+            state = await llm.get_kv_cache_state(first.request_id)
+            [expected] = await llm.agenerate(" more", GREEDY, kv_cache_state=state)
+            assert expected.metrics.cached_tokens == state.num_tokens - 1
+            os.kill(llm._engine._process.pid, signal.SIGKILL)
+            [output] = await llm.agenerate(" more", GREEDY, kv_cache_state=state)
+            assert output.outputs == expected.outputs
+            [output] = await llm.agenerate(" more", GREEDY, kv_cache_state=state)
+            assert output.metrics.cached_tokens >= state.num_tokens - 1
+            stream = [increment async for increment in llm.generate(" more", GREEDY, kv_cache_state=state)]
+            assert "".join(increment.text for increment in stream) == expected.text
+            state.drop()
+            with pytest.raises(InvalidKVState):
+                await llm.agenerate(" more", GREEDY, kv_cache_state=state)
+
+    asyncio.run(main())
+
+
+# Files
+
+
+@pytest.fixture(scope="module")
+def reader(tiny_llama: Path) -> Iterator[LLM]:
+    """Another engine, which computed nothing of what the first one saves."""
+    with LLM(str(tiny_llama)) as llm:
+        yield llm
+
+
+def test_a_saved_state_goes_on_in_another_engine(llm: LLM, reader: LLM, tmp_path: Path) -> None:
+    state = first_turn(llm, QUESTION * 3)
+    [expected] = llm.generate(" more", GREEDY, kv_cache_state=state)
+    state.save(tmp_path / "a.kv")
+    assert stat.S_IMODE((tmp_path / "a.kv").stat().st_mode) == 0o600
+    loaded = reader.load_kv_cache_state(tmp_path / "a.kv")
+    assert loaded.token_ids == state.token_ids and loaded.id != state.id
+    [output] = reader.generate(" more", GREEDY, kv_cache_state=loaded)
+    assert output.outputs == expected.outputs
+    assert output.metrics.cached_tokens == (state.num_tokens - 1) // 32 * 32
+    further = reader.get_kv_cache_state(output.request_id)
+    loaded.drop()
+    [output] = reader.generate(" and more", GREEDY, kv_cache_state=further)
+    assert output.metrics.cached_tokens == further.num_tokens - 1
+    further.save(tmp_path / "a.kv")
+    assert llm.load_kv_cache_state(tmp_path / "a.kv").token_ids == further.token_ids
+    assert [file.name for file in tmp_path.iterdir()] == ["a.kv"]
+
+
+def test_pages_are_held_while_they_are_written(tiny_llama: Path, tmp_path: Path) -> None:
+    with LLM(str(tiny_llama)) as llm:
+        state = first_turn(llm)
+        state.save(tmp_path / "a.kv")
+        state.drop()
+        llm.generate("x", GREEDY)
+        stats = llm.stats()
+        assert stats.free_pages + stats.cached_pages == stats.num_pages
+
+
+def test_whose_file_it_is(llm: LLM, reader: LLM, tmp_path: Path) -> None:
+    first_turn(llm, tenant="ann", cache_salt="secret").save(tmp_path / "a.kv")
+    content = (tmp_path / "a.kv").read_bytes()
+    assert b"ann" not in content and b"secret" not in content
+    for terms in ({}, {"tenant": "ann"}, {"cache_salt": "secret"}, {"tenant": "annsecret"}):
+        with pytest.raises(InvalidKVState, match="is of another tenant or cache_salt"):
+            reader.load_kv_cache_state(tmp_path / "a.kv", **terms)
+    state = reader.load_kv_cache_state(tmp_path / "a.kv", tenant="ann", cache_salt="secret")
+    with pytest.raises(InvalidKVState, match="is of another tenant"):
+        reader.generate("x", GREEDY, kv_cache_state=state)
+    [output] = reader.generate("x", GREEDY, kv_cache_state=state, tenant="ann", cache_salt="secret")
+    assert output.metrics.cached_tokens == (state.num_tokens - 1) // 32 * 32
+
+
+def test_files_that_cannot_be_used(llm: LLM, tmp_path: Path) -> None:
+    state = first_turn(llm)
+    with pytest.raises(
+        RequestFailed, match=r"cannot write the KV state .*/no/such/folder \(No such file or directory\)"
+    ):
+        state.save(tmp_path / "no/such/folder")
+    with pytest.raises(InvalidKVState, match="No such file"):
+        llm.load_kv_cache_state(tmp_path / "missing")
+    (tmp_path / "text").write_text("a letter, not a state\n" * 9)
+    with pytest.raises(InvalidKVState, match="no file of KV pages"):
+        llm.load_kv_cache_state(str(tmp_path / "text"))
+    with pytest.raises(InvalidKVState, match="tokens that this model has not"):
+        save_state(
+            tmp_path / "crafted",
+            tokens=[512],
+            fingerprint=llm._engine.info.fingerprint,
+            metadata={"root": root_key(llm._engine.info.fingerprint, "", "").hex()},
+            page_bytes=32,
+            pages=[],
+        )
+        llm.load_kv_cache_state(tmp_path / "crafted")
+
+
+def test_the_quota_counts_what_is_loaded(llm: LLM, tiny_llama: Path, tmp_path: Path) -> None:
+    state = first_turn(llm)
+    state.save(tmp_path / "a.kv")
+    with LLM(str(tiny_llama), kv_state_quota=state.num_tokens) as other:
+        other.load_kv_cache_state(tmp_path / "a.kv")
+        with pytest.raises(QuotaExceeded):
+            other.load_kv_cache_state(tmp_path / "a.kv")
+
+
+@pytest.mark.parametrize("recipe", [{"quantization": "8bit"}, {"kv_cache_page_size": 64}, {"kv_cache_dtype": "int8"}])
+def test_other_models_and_recipes_are_refused(
+    llm: LLM, tiny_llama: Path, tmp_path: Path, recipe: dict[str, Any]
+) -> None:
+    state = first_turn(llm)
+    state.save(tmp_path / "a.kv")
+    with LLM(str(tiny_llama), **recipe) as other:
+        with pytest.raises(InvalidKVState, match="is of another model, quantization or layout"):
+            other.load_kv_cache_state(tmp_path / "a.kv")
+        with pytest.raises(InvalidKVState, match="is of another model, quantization or layout"):
+            other.generate("x", GREEDY, kv_cache_state=state)
+
+
+SALTS = itertools.count()
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_a_damaged_file_is_refused_or_its_pages_are_computed_again(
+    llm: LLM, reader: LLM, tmp_path: Path, data: st.DataObject
+) -> None:
+    salt = str(next(SALTS))  # so that the reader knows no page of it
+    path = tmp_path / "a.kv"
+    first_turn(llm, QUESTION * 2, cache_salt=salt).save(path)
+    content = bytearray(path.read_bytes())
+    if data.draw(st.booleans(), "truncated"):
+        del content[data.draw(st.integers(0, len(content) - 1)) :]
+    else:
+        # Of the ends of the file, where it says what it is, as often as of its many pages.
+        anywhere = st.integers(0, len(content) - 1)
+        at = data.draw(st.one_of(st.integers(0, 63), anywhere, st.integers(len(content) - 700, len(content) - 1)))
+        content[at] ^= data.draw(st.integers(1, 255))
+    path.write_bytes(content)
+    try:
+        state = reader.load_kv_cache_state(path, cache_salt=salt)
+    except InvalidKVState as error:
+        assert "\n" not in str(error)
+        return
+    with state:
+        [output] = reader.generate(" more", GREEDY, kv_cache_state=state, cache_salt=salt)
+    [expected] = llm.generate([output.prompt_token_ids], GREEDY)
+    assert output.outputs[0].token_ids == expected.outputs[0].token_ids
+
+
+def test_a_file_that_vanishes(llm: LLM, reader: LLM, tmp_path: Path) -> None:
+    state = first_turn(llm, cache_salt="vanishes")
+    state.save(tmp_path / "a.kv")
+    loaded = reader.load_kv_cache_state(tmp_path / "a.kv", cache_salt="vanishes")
+    os.truncate(tmp_path / "a.kv", 0)
+    (tmp_path / "a.kv").unlink()
+    [output] = reader.generate("x", GREEDY, kv_cache_state=loaded, cache_salt="vanishes")
+    [expected] = llm.generate("x", GREEDY, kv_cache_state=state, cache_salt="vanishes")
+    assert output.outputs == expected.outputs and output.metrics.cached_tokens == 0
+
+
+def test_files_and_an_engine_in_its_own_process(llm: LLM, tiny_llama: Path, tmp_path: Path) -> None:
+    state = first_turn(llm, QUESTION * 3)
+    state.save(tmp_path / "a.kv")
+    [expected] = llm.generate(" more", GREEDY, kv_cache_state=state)
+
+    async def main() -> None:
+        async with AsyncLLM(str(tiny_llama)) as other, asyncio.timeout(60):
+            loaded = await other.load_kv_cache_state(tmp_path / "a.kv")
+            for _ in range(2):  # the second time in an engine that came after a crash
+                [output] = await other.agenerate(" more", GREEDY, kv_cache_state=loaded)
+                assert output.outputs == expected.outputs
+                assert output.metrics.cached_tokens == (state.num_tokens - 1) // 32 * 32
+                further = await other.get_kv_cache_state(output.request_id)
+                os.kill(other._engine._process.pid, signal.SIGKILL)
+            with pytest.raises(EngineDead, match="the engine"):
+                await further.save(tmp_path / "b.kv")
+            await other.agenerate(" more", GREEDY, kv_cache_state=further)
+            await further.save(tmp_path / "b.kv")
+            with pytest.raises(RequestFailed, match="cannot write"):
+                await further.save(tmp_path / "no/such/folder")
+            with pytest.raises(InvalidKVState):
+                await other.load_kv_cache_state(tmp_path / "missing")
+            stats = await other.stats()
+            assert stats.free_pages + stats.cached_pages < stats.num_pages
+
+    asyncio.run(main())
+    [output] = llm.generate(" more", GREEDY, kv_cache_state=llm.load_kv_cache_state(tmp_path / "b.kv"))
+    [whole] = llm.generate([output.prompt_token_ids], GREEDY)
+    assert output.outputs == whole.outputs
