@@ -45,6 +45,7 @@ def summarise(replay: Replay) -> dict[str, Any]:
         "waiting": _gauge(replay.waiting, seconds),
         "prefix_hit_rate": sum(s.cached_tokens for s in done) / input_tokens if input_tokens else 0.0,
         "preemptions": replay.preemptions,
+        "pages_fetched": replay.pages_fetched,
         "steps": replay.steps,
         "utilisation": replay.busy / seconds,
         "offered_per_second": _offered(replay),
@@ -71,6 +72,8 @@ def print_report(summary: dict[str, Any]) -> None:
         ("Time with a step under way", f"{summary['utilisation']:.0%}"),
     ):
         figures.add_row(heading, text)
+    if summary["pages_fetched"]:
+        figures.add_row("Pages fetched from below", f"{summary['pages_fetched']:,}")
     if summary["targets_met"] is not None:
         figures.add_row("First tokens in time", f"{summary['targets_met']:.1%}")
     console = Console()

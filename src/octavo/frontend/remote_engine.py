@@ -144,6 +144,7 @@ class RemoteEngine:
         self._state_jobs[message.id] = done = asyncio.get_running_loop().create_future()
         self._serving.send(message)
         await done
+
     def _living_ledger(self) -> Ledger:
         if self._ledger is None or self.dead.is_set():
             raise EngineDead("the engine has stopped")
