@@ -1,21 +1,24 @@
 """AsyncLLM: generate text from asyncio, with the engine in a process of its own."""
 
-import asyncio
 from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any, Unpack
 
 from .config import EngineConfig
 from .engine.messages import EngineInfo, EngineStats
 from .frontend.admission import FrontendStats
+from .frontend.inbox import Inbox
 from .frontend.kv_states import KVState, KVStates
 from .frontend.live import LiveRequest
-from .frontend.prompts import Ask, Prompt, asks
+from .frontend.prompts import Ask, Prompt, ask, asks
 from .frontend.remote_engine import RemoteEngine
 from .outputs import RequestOutput
-from .params import SamplingParams, ServiceTerms, Terms
+from .params import SamplingParams, Terms
 from .text import Tokenizer
 from .weights import resolve
+
+Increment = tuple[int, RequestOutput]  # the prompt's index, and what is new of it
 
 
 class AsyncLLM:
@@ -70,19 +73,26 @@ class AsyncLLM:
         Raises QueueFull, InvalidRequest or PromptTooLong before the first one, RequestTimeout, RequestFailed or
         EngineDead at any time.
         """
-        ask = Ask(prompt, params or SamplingParams(), ServiceTerms(priority=priority, **terms), kv_cache_state)
-        increments: asyncio.Queue[RequestOutput | Exception] = asyncio.Queue()
-        [live] = self._engine.submit([ask], lambda _, increment: increments.put_nowait(increment), request_id)
-        try:
-            while True:
-                increment = await increments.get()
-                if isinstance(increment, Exception):
-                    raise increment
-                yield increment
-                if increment.finished:
-                    return
-        finally:
-            self._engine.abort([live.id])
+        asked = ask(prompt, params, priority, terms, kv_cache_state)
+        async with aclosing(self._stream([asked], request_id)) as stream:
+            async for increments in stream:
+                for _, increment in increments:
+                    yield increment
+
+    def generate_many(
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        kv_cache_state: KVState | Sequence[KVState] | None = None,
+        priority: int | Sequence[int] = 0,
+        **terms: Unpack[Terms],
+    ) -> AsyncGenerator[list[Increment], None]:
+        """`generate` for several prompts: each time, the increments that have come since the last time.
+
+        params, priority: for all prompts, or one each.
+        """
+        return self._stream(asks(prompts, params, priority, terms, kv_cache_state))
 
     async def agenerate(
         self,
@@ -93,23 +103,23 @@ class AsyncLLM:
         priority: int | Sequence[int] = 0,
         **terms: Unpack[Terms],
     ) -> list[RequestOutput]:
-        """Complete prompts, given as text or as token ids: one whole RequestOutput each, in order.
+        """Complete prompts, given as text, as token ids, or as a PromptDict: one whole RequestOutput each, in order.
 
         params, priority: for all prompts, or one each. terms and what is raised: see `generate`; all or none are taken.
         """
-        done: asyncio.Queue[Exception | None] = asyncio.Queue()
+        done: Inbox[LiveRequest] = Inbox()
 
         def sink(live: LiveRequest, output: RequestOutput | Exception) -> None:
             if isinstance(output, Exception):
-                done.put_nowait(output)
+                done.fail(output)
             elif output.finished:
-                done.put_nowait(None)
+                done.put(live)
 
         lives = self._engine.submit(asks(prompts, params, priority, terms, kv_cache_state), sink)
         try:
-            for _ in lives:
-                if (error := await done.get()) is not None:
-                    raise error
+            running = len(lives)
+            while running:
+                running -= len(await done.take())
         except BaseException:
             self._engine.abort([live.id for live in lives])
             raise
@@ -156,6 +166,26 @@ class AsyncLLM:
     async def close(self) -> None:
         """End the engine process. Live requests get EngineDead."""
         await self._engine.close()
+
+    async def _stream(self, asked: list[Ask], request_id: str | None = None) -> AsyncGenerator[list[Increment], None]:
+        inbox: Inbox[RequestOutput] = Inbox()
+
+        def sink(_: LiveRequest, increment: RequestOutput | Exception) -> None:
+            if isinstance(increment, Exception):
+                inbox.fail(increment)
+            else:
+                inbox.put(increment)
+
+        lives = self._engine.submit(asked, sink, request_id)
+        index = {live.id: i for i, live in enumerate(lives)}
+        try:
+            running = len(lives)
+            while running:
+                increments = await inbox.take()
+                running -= sum(increment.finished for increment in increments)
+                yield [(index[increment.request_id], increment) for increment in increments]
+        finally:
+            self._engine.abort(index)
 
     async def __aenter__(self) -> "AsyncLLM":
         await self.start()

@@ -31,17 +31,21 @@ class LiveCompletion:
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
 
-    def output(self, tokens_from: int = 0, text_from: int = 0) -> CompletionOutput:
-        """All of it, or what is new since so many tokens and pieces of text."""
+    def output(self) -> CompletionOutput:
+        """All of it."""
+        return self.increment("".join(self.text), self.token_ids, self.logprobs)
+
+    def increment(self, text: str, tokens: list[int], logprobs: list[dict[int, Logprob]]) -> CompletionOutput:
+        """What is new, and how things stand."""
         wanted = self.request.params.logprobs is not None
         return CompletionOutput(
-            index=self.index,
-            text="".join(self.text[text_from:]),
-            token_ids=self.token_ids[tokens_from:],
-            finish_reason=self.finish_reason,
-            stop_reason=self.stop_reason,
-            logprobs=self.logprobs[tokens_from:] if wanted else None,
-            cumulative_logprob=self.cumulative_logprob if wanted else None,
+            self.index,
+            text,
+            tokens,
+            self.finish_reason,
+            self.stop_reason,
+            logprobs if wanted else None,
+            self.cumulative_logprob if wanted else None,
         )
 
 
@@ -60,10 +64,7 @@ class LiveRequest:
     completions: list[LiveCompletion]
     metrics: RequestMetrics
     state: "KVState | None" = None  # that the prompt begins with
-
-    @property
-    def finished(self) -> bool:
-        return all(completion.finish_reason for completion in self.completions)
+    finished: bool = False
 
     @property
     def num_tokens(self) -> int:
@@ -76,42 +77,48 @@ class LiveRequest:
 
     def advance(self, completion: LiveCompletion, output: TokenOutput) -> RequestOutput:
         """Take in one token: the increment it makes. A stop string may end the completion before the engine does."""
-        now = time.time()
-        tokens_from, text_from = len(completion.token_ids), len(completion.text)
         if self.metrics.first_token_time is None:
-            self.metrics.first_token_time = now
+            self.metrics.first_token_time = time.time()
             self.metrics.cached_tokens = output.cached_tokens
+        text, tokens, logprobs = "", [], []
         if output.token >= 0:
-            self._take_token(completion, output)
+            tokens.append(output.token)
+            if output.logprobs is not None:
+                logprobs.append(self._logprobs(output.token, output.logprobs))
+                completion.cumulative_logprob += output.logprobs.logprob
+            text = self._text(completion, output)
         if output.finish_reason and not completion.finish_reason:
-            completion.text.append(completion.stops.flush(completion.detokenizer.flush()))
-            completion.finish_reason = output.finish_reason  # type: ignore[assignment]
-            completion.stop_reason = output.stop_token
-        if self.finished:
-            self.metrics.finished_time = now
-        return self._output([completion.output(tokens_from, text_from)])
+            text += completion.stops.flush(completion.detokenizer.flush())
+            self._finish(completion, output.finish_reason, output.stop_token)
+        completion.token_ids += tokens
+        completion.logprobs += logprobs
+        if text:
+            completion.text.append(text)
+        return self._output([completion.increment(text, tokens, logprobs)])
 
     def abort(self) -> RequestOutput:
         """End what is unfinished: the increment that says so."""
         unfinished = [completion for completion in self.completions if not completion.finish_reason]
         for completion in unfinished:
-            completion.finish_reason = "abort"
-        self.metrics.finished_time = time.time()
-        return self._output([c.output(len(c.token_ids), len(c.text)) for c in unfinished])
+            self._finish(completion, "abort", None)
+        return self._output([completion.increment("", [], []) for completion in unfinished])
 
-    def _take_token(self, completion: LiveCompletion, output: TokenOutput) -> None:
-        completion.token_ids.append(output.token)
-        if output.logprobs is not None:
-            completion.logprobs.append(self._logprobs(output.token, output.logprobs))
-            completion.cumulative_logprob += output.logprobs.logprob
+    def _finish(self, completion: LiveCompletion, reason: str, stop: str | int | None) -> None:
+        completion.finish_reason, completion.stop_reason = reason, stop  # type: ignore[assignment]
+        self.finished = all(completion.finish_reason for completion in self.completions)
+        if self.finished:
+            self.metrics.finished_time = time.time()
+
+    def _text(self, completion: LiveCompletion, output: TokenOutput) -> str:
+        """The text that is certain with one more token."""
         if output.finish_reason == "stop":
-            return  # the end-of-sequence or stop token is no part of the text
+            return ""  # the end-of-sequence or stop token is no part of the text
         text = completion.detokenizer.push(output.token)
-        piece, stop = completion.stops.push(text, armed=len(completion.token_ids) >= self.params.min_tokens)
-        if piece:
-            completion.text.append(piece)
+        armed = len(completion.token_ids) + 1 >= self.params.min_tokens
+        text, stop = completion.stops.push(text, armed)
         if stop is not None:
-            completion.finish_reason, completion.stop_reason = "stop", stop
+            self._finish(completion, "stop", stop)
+        return text
 
     def _logprobs(self, token: int, got: TokenLogprobs) -> dict[int, Logprob]:
         name = self.tokenizer.token_text

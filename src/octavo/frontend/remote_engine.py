@@ -5,6 +5,7 @@ by position, not by history.
 """
 
 import asyncio
+import contextlib
 import logging
 import time
 import uuid
@@ -30,6 +31,7 @@ log = logging.getLogger("octavo")
 
 MAX_CRASHES = 3  # within CRASH_WINDOW seconds: more than that is no accident
 CRASH_WINDOW = 60.0
+FILE_PATIENCE = 5.0  # seconds for a new engine to open the files of KV states
 
 
 class RemoteEngine:
@@ -181,13 +183,22 @@ class RemoteEngine:
         self._process.end()
         self._process = EngineProcess(self._config, self._path)
         await self._process.ready()
+        await self._open_state_files()
         assert self._ledger is not None
         owed = self._ledger.owed()
         log.warning("a new engine process continues %d requests", len(owed))
         self._serving = self._process
-        for state in self.states.loaded():
-            self._serving.send(LoadState(state.id, str(state.file)))
         self._serving.send(Submit(owed))
+
+    async def _open_state_files(self) -> None:
+        """Before a new engine is asked for anything, so that it fetches pages that it could only compute otherwise."""
+        loaded = self.states.loaded()
+        for state in loaded:
+            self._process.send(LoadState(state.id, str(state.file)))
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(FILE_PATIENCE):
+                for _ in loaded:
+                    await self._process.receive()  # StateDone, whether it could or not
 
     async def _receive_until_exit(self, process: EngineProcess) -> None:
         assert self._ledger is not None
@@ -203,7 +214,7 @@ class RemoteEngine:
 
     def _end_job(self, message: StateDone) -> None:
         done = self._state_jobs.pop(message.id, None)
-        if done is None or done.done():  # asked for by _restart, or its user has gone
+        if done is None or done.done():  # asked for after a crash, or its user has gone
             return
         if message.failed:
             done.set_exception(raised(message.failed))

@@ -4,6 +4,8 @@
 class StopStrings:
     """Watches a text that comes in pieces for the earliest of `stops`, which may span pieces."""
 
+    __slots__ = ("_held", "_longest", "_stops")
+
     def __init__(self, stops: list[str]):
         self._stops = stops
         self._longest = max(map(len, stops), default=0)

@@ -5,6 +5,7 @@ a page lost costs time only; a fork is just a sequence whose prefix is found.
 """
 
 import math
+import time
 from array import array
 from collections import deque
 from collections.abc import Callable
@@ -200,9 +201,12 @@ class KVCache:
         if self.transfers is not None and self.is_moving:
             self.transfers.wait(timeout)
 
-    def close(self) -> None:
-        if self.transfers is not None:
-            self.transfers.close()
+    def flush(self, timeout: float) -> None:
+        """Save what there is to save, for at most `timeout` seconds."""
+        deadline = time.monotonic() + timeout
+        while self.is_moving and time.monotonic() < deadline:
+            self.wait(0.05)
+            self.collect()
 
     @property
     def seconds_per_page(self) -> float:

@@ -1,9 +1,7 @@
 """POST /v1/chat/completions."""
 
-from collections.abc import AsyncGenerator, Iterator
-from contextlib import aclosing
+from collections.abc import Iterator
 
-import msgspec
 from fastapi import Request
 from starlette.responses import Response
 
@@ -13,7 +11,8 @@ from octavo.text import Tokenizer
 
 from . import replies
 from .body import read_json
-from .connection import DONE, EventStream, event, reply_while_connected
+from .connection import EventStream, reply_while_connected
+from .events import EventWriter
 from .generation import Generation, Tally, check_model, new_id, tokenised
 from .kv_states import continuation
 from .protocol import ChatRequest
@@ -36,7 +35,7 @@ async def chat_completions(llm: AsyncLLM, request: Request) -> Response:
         going_on.check_quota(prompt, params)
     generation = Generation(llm, [prompt], params, terms, new_id("chatcmpl"), going_on)
     if body.stream:
-        return EventStream(_events(generation, body.include_usage))
+        return EventStream(EventWriter(generation, _chunk(generation), _Choices(generation), body.include_usage))
     return await reply_while_connected(request.receive, _whole(generation))
 
 
@@ -70,53 +69,34 @@ async def _whole(generation: Generation) -> Response:
     )
 
 
-async def _events(generation: Generation, include_usage: bool) -> AsyncGenerator[bytes, None]:
-    chunk = replies.ChatChunk(
+def _chunk(generation: Generation) -> replies.ChatChunk:
+    return replies.ChatChunk(
         id=generation.id,
         created=generation.created,
         model=generation.model,
         system_fingerprint=generation.fingerprint,
         choices=[],
-        usage=None if include_usage else msgspec.UNSET,
     )
-    tokenizer, top = generation.llm.tokenizer, generation.params.logprobs
-    tally = Tally()
-    begun: set[int] = set()  # indices of choices
-    async with aclosing(generation.increments()) as increments:
-        async for _, output in increments:
-            tally.add(output)
-            generation.hear(output)
-            chunk.seed = msgspec.UNSET if begun else output.seed
-            told = []
-            for completion in output.outputs:
-                for choice in _choices(completion, tokenizer, top, completion.index not in begun):
-                    chunk.choices = [choice]
-                    told.append(event(chunk))
-                begun.add(completion.index)
-            if told:
-                yield b"".join(told)
-    last = b""
-    chunk.kv_cache_state = generation.kept_state()
-    if include_usage or chunk.kv_cache_state is not msgspec.UNSET:
-        chunk.choices = []
-        if include_usage:
-            chunk.usage = tally.usage
-        last = event(chunk)
-    yield last + DONE
 
 
-def _choices(
-    new: CompletionOutput, tokenizer: Tokenizer, top: int | None, first: bool
-) -> Iterator[replies.ChunkChoice]:
+class _Choices:
     """An increment as OpenAI tells it: the role, new text and the end, each in a chunk of its own."""
-    if first:
-        yield replies.ChunkChoice(new.index, replies.Delta(role="assistant", content=""))
-    if new.text or new.logprobs:
-        yield replies.ChunkChoice(new.index, replies.Delta(content=new.text), _logprobs(tokenizer, new, top))
-    if new.finish_reason:
-        yield replies.ChunkChoice(
-            new.index, replies.Delta(), finish_reason=new.finish_reason, stop_reason=new.stop_reason
-        )
+
+    def __init__(self, generation: Generation):
+        self._tokenizer, self._top = generation.llm.tokenizer, generation.params.logprobs
+        self._begun: set[int] = set()  # indices of completions
+
+    def __call__(self, _: int, new: CompletionOutput) -> Iterator[replies.ChunkChoice]:
+        if new.index not in self._begun:
+            self._begun.add(new.index)
+            yield replies.ChunkChoice(new.index, replies.Delta(role="assistant", content=""))
+        if new.text or new.logprobs:
+            logprobs = _logprobs(self._tokenizer, new, self._top)
+            yield replies.ChunkChoice(new.index, replies.Delta(content=new.text), logprobs)
+        if new.finish_reason:
+            yield replies.ChunkChoice(
+                new.index, replies.Delta(), finish_reason=new.finish_reason, stop_reason=new.stop_reason
+            )
 
 
 def _logprobs(tokenizer: Tokenizer, new: CompletionOutput, top: int | None) -> replies.ChatLogprobs | None:

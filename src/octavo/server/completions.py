@@ -1,10 +1,8 @@
 """POST /v1/completions."""
 
 import itertools
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from collections.abc import Iterator
 
-import msgspec
 from fastapi import Request
 from starlette.responses import Response
 
@@ -14,7 +12,8 @@ from octavo.text import Tokenizer
 
 from . import replies
 from .body import read_json
-from .connection import DONE, EventStream, event, reply_while_connected
+from .connection import EventStream, reply_while_connected
+from .events import EventWriter
 from .generation import Generation, Tally, check_model, new_id, tokenised
 from .kv_states import continuation
 from .protocol import CompletionRequest
@@ -34,7 +33,9 @@ async def completions(llm: AsyncLLM, request: Request) -> Response:
     echoed = [_text(llm.tokenizer, prompt) if body.echo else "" for prompt in body.prompt]
     generation = Generation(llm, prompts, params, terms, new_id("cmpl"), going_on)
     if body.stream:
-        return EventStream(_events(generation, echoed, body.include_usage))
+        return EventStream(
+            EventWriter(generation, _reply(generation), _Choices(generation, echoed), body.include_usage)
+        )
     return await reply_while_connected(request.receive, _whole(generation, echoed))
 
 
@@ -54,35 +55,21 @@ async def _whole(generation: Generation, echoed: list[str]) -> Response:
     return replies.Json(reply)
 
 
-async def _events(generation: Generation, echoed: list[str], include_usage: bool) -> AsyncGenerator[bytes, None]:
-    chunk = _reply(generation)
-    chunk.usage = None if include_usage else msgspec.UNSET
-    tally = Tally()
-    offsets: dict[tuple[int, int], int] = {}  # of the next token in the text of (prompt, completion)
-    async with aclosing(generation.increments()) as increments:
-        async for prompt, output in increments:
-            tally.add(output)
-            generation.hear(output)
-            chunk.seed = output.seed if not offsets and len(generation.prompts) == 1 else msgspec.UNSET
-            told = []
-            for new in output.outputs:
-                key = (prompt, new.index)
-                echo = "" if key in offsets else echoed[prompt]
-                offset = offsets.get(key, len(echo))
-                offsets[key] = offset + sum(len(token) for token in _token_texts(new))
-                if echo or new.text or new.logprobs or new.finish_reason:
-                    chunk.choices = [_choice(generation, prompt, new, echo, offset)]
-                    told.append(event(chunk))
-            if told:
-                yield b"".join(told)
-    last = b""
-    chunk.kv_cache_state = generation.kept_state()
-    if include_usage or chunk.kv_cache_state is not msgspec.UNSET:
-        chunk.choices = []
-        if include_usage:
-            chunk.usage = tally.usage
-        last = event(chunk)
-    yield last + DONE
+class _Choices:
+    """What a stream tells of an increment: one choice, if there is something to tell."""
+
+    def __init__(self, generation: Generation, echoed: list[str]):
+        self._generation = generation
+        self._echoed = echoed
+        self._offsets: dict[tuple[int, int], int] = {}  # of the next token in the text of (prompt, completion)
+
+    def __call__(self, prompt: int, new: CompletionOutput) -> Iterator[replies.CompletionChoice]:
+        key = (prompt, new.index)
+        echo = "" if key in self._offsets else self._echoed[prompt]
+        offset = self._offsets.get(key, len(echo))
+        self._offsets[key] = offset + sum(map(len, _token_texts(new)))
+        if echo or new.text or new.logprobs or new.finish_reason:
+            yield _choice(self._generation, prompt, new, echo, offset)
 
 
 def _reply(generation: Generation) -> replies.Completion:
@@ -127,8 +114,9 @@ def _by_text(entries: dict[int, Logprob]) -> dict[str, float]:
 
 
 def _token_texts(new: CompletionOutput) -> list[str]:
-    entries = zip(new.token_ids, new.logprobs or [], strict=False)  # no logprobs: none asked for
-    return [of[token].decoded_token for token, of in entries]
+    if not new.logprobs:
+        return []  # none asked for
+    return [of[token].decoded_token for token, of in zip(new.token_ids, new.logprobs, strict=True)]
 
 
 def _text(tokenizer: Tokenizer, prompt: str | list[int]) -> str:

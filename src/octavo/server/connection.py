@@ -3,27 +3,21 @@
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import Coroutine
 from typing import Any, TypeVar
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from .errors import CLIENT_LEFT, ServerStopping, error_reply, expected
-from .replies import encode
+from .events import EventWriter, event
 
-DONE = b"data: [DONE]\n\n"
 PING = b": waiting\n\n"  # a comment, which clients skip
 PING_SECONDS = 15.0  # proxies hang up on silence, often after 60
 
 Result = TypeVar("Result")
 
 log = logging.getLogger("octavo.server")
-
-
-def event(data: Any) -> bytes:
-    """One server-sent event: one line, as JSON has no bare newlines."""
-    return b"data: %b\n\n" % encode(data)
 
 
 async def while_connected(receive: Receive, work: Coroutine[Any, Any, Result]) -> Result | None:
@@ -56,17 +50,17 @@ async def _disconnect(receive: Receive) -> None:
 
 
 class EventStream(Response):
-    """Server-sent events from a generator of encoded ones. If it raises, the error becomes the last event.
+    """Server-sent events of a generation. If it fails, the error becomes the last event.
 
     The status line waits for the first event, so that a request refused by then gets its error's status. If that takes
     long (the request queues), comments keep the connection alive.
     """
 
-    def __init__(self, events: AsyncGenerator[bytes, None]):
+    def __init__(self, writer: EventWriter):
         headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}  # no proxy is to hold events back
         super().__init__(headers=headers, media_type="text/event-stream")
         del self.headers["content-length"]
-        self._events = events
+        self._writer = writer
         self._started = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -84,13 +78,14 @@ class EventStream(Response):
     async def _stream(self, send: Send) -> None:
         pings = asyncio.ensure_future(self._ping(send))
         try:
-            async with contextlib.aclosing(self._events) as events:
-                async for chunk in events:
-                    if not pings.done():
+            async with contextlib.aclosing(self._writer.generation.increments()) as steps:
+                async for increments in steps:
+                    if told := self._writer.tell(increments):
                         pings.cancel()
                         await self._start(send)
-                    await send(_part(chunk))
-            await send(_part(b"", more=False))
+                        await send(_part(told))
+            await self._start(send)
+            await send(_part(self._writer.end(), more=False))
         finally:
             pings.cancel()
 

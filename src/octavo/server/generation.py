@@ -5,14 +5,13 @@ import functools
 import time
 import uuid
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Any
 
 import msgspec
 
-from octavo.async_llm import AsyncLLM
+from octavo.async_llm import AsyncLLM, Increment
 from octavo.config import EngineConfig
 from octavo.outputs import RequestOutput
 from octavo.params import SamplingParams
@@ -24,8 +23,6 @@ from .kv_states import Continuation
 from .replies import KVCacheState, PromptTokensDetails, Usage
 
 LONG_TEXT = 20_000  # characters: tokenising takes about 1 µs for each
-
-Increment = tuple[int, RequestOutput]  # the prompt's index, and what is new of it
 
 
 @dataclass(frozen=True)
@@ -60,43 +57,9 @@ class Generation:
     async def whole(self) -> list[RequestOutput]:
         return await self.llm.agenerate(self.prompts, self.params, **self.terms)
 
-    async def increments(self) -> AsyncGenerator[Increment, None]:
+    def increments(self) -> AsyncGenerator[list[Increment], None]:
         """Increments of all prompts as they come. Closing the generator aborts what still runs."""
-        if len(self.prompts) == 1:
-            async with aclosing(self._increments_of(0)) as stream:
-                async for increment in stream:
-                    yield increment
-            return
-        arrived: asyncio.Queue[Increment | Exception | None] = asyncio.Queue()
-        pumps = [asyncio.ensure_future(self._pump(index, arrived)) for index in range(len(self.prompts))]
-        try:
-            running = len(pumps)
-            while running:
-                item = await arrived.get()
-                if isinstance(item, Exception):
-                    raise item
-                if item is None:
-                    running -= 1
-                else:
-                    yield item
-        finally:
-            for pump in pumps:
-                pump.cancel()
-            await asyncio.wait(pumps)
-
-    async def _pump(self, index: int, arrived: "asyncio.Queue[Increment | Exception | None]") -> None:
-        try:
-            async with aclosing(self._increments_of(index)) as stream:
-                async for increment in stream:
-                    arrived.put_nowait(increment)
-            arrived.put_nowait(None)
-        except Exception as error:
-            arrived.put_nowait(error)
-
-    async def _increments_of(self, index: int) -> AsyncGenerator[Increment, None]:
-        async with aclosing(self.llm.generate(self.prompts[index], self.params, **self.terms)) as stream:
-            async for output in stream:
-                yield index, output
+        return self.llm.generate_many(self.prompts, self.params, **self.terms)
 
 
 @dataclass
@@ -106,15 +69,14 @@ class Tally:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     completion_tokens: int = 0
-    _prompts: set[str] = field(default_factory=set)
 
     def add(self, output: RequestOutput) -> None:
         """An increment, or a whole output."""
-        if output.request_id not in self._prompts:
-            self._prompts.add(output.request_id)
+        for completion in output.outputs:
+            self.completion_tokens += len(completion.token_ids)
+        if output.finished:
             self.prompt_tokens += len(output.prompt_token_ids)
             self.cached_tokens += output.metrics.cached_tokens
-        self.completion_tokens += sum(len(completion.token_ids) for completion in output.outputs)
 
     @property
     def usage(self) -> Usage:

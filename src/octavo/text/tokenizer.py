@@ -49,6 +49,7 @@ class Tokenizer:
         self._special_tokens = special_tokens or {}
         self._special_ids = frozenset(i for i, token in backend.get_added_tokens_decoder().items() if token.special)
         self._bytes: dict[int, bytes] = {}
+        self._whole_texts: dict[int, str | None] = {}
         self._byte_level, self._strip_first_space = _decoding(backend)
 
     @classmethod
@@ -100,6 +101,12 @@ class Tokenizer:
             known = self._bytes[token] = self._spell(token)
         return known
 
+    def whole_text(self, token: int) -> str | None:
+        """What `token` adds to a text that ends with a whole character: "" if special, None if not whole characters."""
+        if token not in self._whole_texts:
+            self._whole_texts[token] = "" if token in self._special_ids else _decoded(self.token_bytes(token))
+        return self._whole_texts[token]
+
     def is_special(self, token: int) -> bool:
         return token in self._special_ids
 
@@ -130,6 +137,13 @@ class Tokenizer:
         if byte := re.fullmatch("<0x([0-9A-Fa-f]{2})>", piece):
             return bytes.fromhex(byte[1])
         return piece.replace("▁", " ").encode()
+
+
+def _decoded(spelled: bytes) -> str | None:
+    try:
+        return spelled.decode()
+    except UnicodeDecodeError:
+        return None
 
 
 def _decoding(backend: tokenizers.Tokenizer) -> tuple[bool, bool]:
