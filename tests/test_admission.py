@@ -32,7 +32,7 @@ def test_the_bound() -> None:
         admission.check(live, asked)
     for live, asked in ((5, 1), (4, 2), (1, 5)):
         assert refused(admission, live, asked) >= 1
-    with pytest.raises(InvalidRequest, match="6 completions are more than the 5"):
+    with pytest.raises(InvalidRequest, match="6 completions in one call are more than the 5"):
         admission.check(0, 6)
     assert admission.refused == 3
 

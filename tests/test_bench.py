@@ -17,6 +17,7 @@ import pytest
 from octavo.cli.bench_engine import random_prompts
 from octavo.cli.bench_http import Endpoint, measure, send
 from octavo.cli.bench_report import SPREADS, RequestTimes, Run, median_run, summarise
+from octavo.cli.simulate_trace import read_trace
 from octavo.text import Tokenizer
 from server_process import ServerProcess
 
@@ -119,9 +120,14 @@ def test_serve(server: ServerProcess, tmp_path: Path, endpoint: str) -> None:
 
 def test_request_rate_spreads_requests(server: ServerProcess, tmp_path: Path) -> None:
     shape = ("--num-prompts", 5, "--input-len", 2, "--output-len", 2)
-    report = bench(tmp_path, "serve", "--base-url", f"{server.url}/v1/", *shape, "--request-rate", 5, "--seed", 3)
+    pace = ("--request-rate", 5, "--seed", 3, "--write-trace", tmp_path / "trace")
+    report = bench(tmp_path, "serve", "--base-url", f"{server.url}/v1/", *shape, *pace)
     rng = random.Random(3)
     assert report["duration_seconds"] >= sum(rng.expovariate(5) for _ in range(4))
+    trace = read_trace(tmp_path / "trace")  # for octavo simulate
+    assert trace[0].at == 0 and trace[-1].at <= report["duration_seconds"]
+    assert sum(request.prompt_tokens or 0 for request in trace) == report["input_tokens"]
+    assert [request.output_tokens for request in trace] == [2] * 5
 
 
 def test_serve_where_nothing_listens() -> None:

@@ -35,6 +35,12 @@ def test_kv_state() -> None:
     assert run("kv_state.py").splitlines()[-1] == "Of 87 prompt tokens, 79 were not computed again."
 
 
+def test_premium_first() -> None:
+    served = run("premium_first.py").splitlines()
+    assert sorted(served) == [f"{tenant} is served" for tenant in ("acme", "trial 1", "trial 2", "trial 3")]
+    assert served.index("acme is served") < 2  # it came last, when the first was perhaps running
+
+
 def test_openai_client() -> None:
     with ServerProcess("smollm2") as server:
         printed = run("openai_client.py", f"{server.url}/v1")

@@ -1,13 +1,17 @@
 """A disk tier below a whole engine: restarts, damage and other models; the tokens are always the same."""
 
 import logging
+import os
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from octavo import LLM, SamplingParams
+from server_process import ServerProcess
 
 PROMPTS = [[(7 * i + k) % 500 + 3 for i in range(200)] for k in range(3)]
 FULL_PAGES = 200 // 32 * 32  # tokens of each prompt that lie in full pages
@@ -59,3 +63,28 @@ def test_a_folder_that_is_removed_while_running(
         outputs = llm.generate(PROMPTS, SamplingParams(temperature=0.8, seed=5, max_tokens=20, ignore_eos=True))
     assert [output.outputs[0].token_ids for output in outputs] == expected
     assert len([record for record in caplog.records if record.levelno >= logging.WARNING]) == 1
+
+
+def ask(server: ServerProcess, prompt: list[int]) -> tuple[str, int]:
+    """The text, and how many tokens of the prompt were not computed."""
+    body = {"prompt": prompt, "temperature": 0.8, "seed": 5, "max_tokens": 20, "ignore_eos": True}
+    answer = httpx.post(f"{server.url}/v1/completions", json=body, timeout=60).json()
+    return answer["choices"][0]["text"], answer["usage"]["prompt_tokens_details"]["cached_tokens"]
+
+
+def test_a_server_is_killed_while_it_works_and_then_stopped(tiny_llama: Path, tmp_path: Path) -> None:
+    flags = ("--kv-disk", str(tmp_path), "--max-model-len", "256")
+    with ServerProcess(tiny_llama) as server:
+        expected = [ask(server, prompt)[0] for prompt in PROMPTS]
+    killed = ServerProcess(tiny_llama, *flags).__enter__()
+    engine = killed.engine_pid()
+    body = {"prompt": PROMPTS, "max_tokens": 50, "stream": True, "ignore_eos": True}
+    with httpx.stream("POST", f"{killed.url}/v1/completions", json=body, timeout=60) as events:
+        next(events.iter_lines())
+        killed.signal(signal.SIGKILL)
+        os.kill(engine, signal.SIGKILL)
+        killed.process.wait(timeout=30)
+    with ServerProcess(tiny_llama, *flags) as server:
+        assert [ask(server, prompt)[0] for prompt in PROMPTS] == expected
+    with ServerProcess(tiny_llama, *flags) as server:
+        assert [ask(server, prompt) for prompt in PROMPTS] == [(text, FULL_PAGES) for text in expected]

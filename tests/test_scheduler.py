@@ -1,7 +1,6 @@
-"""Random traffic through the scheduler and the KV cache, over a memory that remembers what was written where."""
+"""Traffic through the scheduler and the KV cache, at random and made up."""
 
 import sys
-from array import array
 from types import FrameType
 from typing import Any
 
@@ -9,97 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from octavo.config import POLICIES, EngineConfig
-from octavo.engine.loading import load_policy
-from octavo.engine.messages import EngineRequest
-from octavo.engine.recovery import Recovery
-from octavo.engine.scheduler import Scheduler, StepPlan
-from octavo.engine.sequence import Sequence
-from octavo.kv import KVCache, Prefix, root_key
-from octavo.params import SamplingParams
-
-PAGE = 4
-
-
-class Simulation:
-    """Does what an engine does, with a device whose K/V of a token is the prefix that ends in it."""
-
-    def __init__(
-        self,
-        num_pages: int,
-        max_batch_size: int,
-        max_batch_tokens: int,
-        prefix_caching: bool = True,
-        policy: str = "fcfs",
-        **settings: Any,
-    ):
-        self.kv = KVCache(num_pages, PAGE, prefix_caching, self.copy_page)
-        self.policy = load_policy(EngineConfig(scheduling_policy=policy, **settings))
-        self.scheduler = Scheduler(self.kv, self.policy, Recovery("auto", PAGE), max_batch_size, max_batch_tokens)
-        self.max_batch_size, self.max_batch_tokens = max_batch_size, max_batch_tokens
-        self.memory: list[list[tuple[int, ...] | None]] = [[None] * PAGE for _ in range(num_pages)]
-        self.live: dict[str, Sequence] = {}
-        self.finished: dict[str, list[int]] = {}
-        self.arrivals = 0
-        self.now = 0.0  # a step takes a second
-
-    def add(self, prompt: list[int], max_tokens: int, after: str | None = None, **terms: Any) -> str:
-        """`terms`: tenant, priority, ttft_target."""
-        params = SamplingParams(max_tokens=max_tokens)
-        request = EngineRequest(str(self.arrivals), prompt, params, self.now, after=after, **terms)
-        tokens = array("i", prompt)
-        prefix = Prefix(root_key("", "", ""), tokens, PAGE)
-        seq = Sequence(request, self.arrivals, frozenset(), tokens, prefix, len(prompt), len(prompt) + max_tokens)
-        self.arrivals += 1
-        self.live[seq.id] = seq
-        self.scheduler.add(seq, after=self.live.get(after or ""))
-        return seq.id
-
-    def copy_page(self, source: int, target: int) -> None:
-        self.memory[target] = list(self.memory[source])
-
-    def abort(self, id: str) -> None:
-        self.scheduler.abort(self.live.pop(id))
-
-    def step(self) -> StepPlan:
-        self.now += 1
-        plan = self.scheduler.schedule()
-        self.check(plan)
-        for seq, chunk in zip(plan.sequences, plan.chunks, strict=True):  # every row writes, then every row reads
-            for position in range(seq.num_computed, seq.num_computed + chunk):
-                page = seq.held.pages[position // PAGE]
-                self.memory[page][position % PAGE] = tuple(seq.tokens[: position + 1])
-        for seq, chunk in zip(plan.sequences, plan.chunks, strict=True):
-            for position in range(seq.num_computed + chunk):
-                seen = self.memory[seq.held.pages[position // PAGE]][position % PAGE]
-                assert seen == tuple(seq.tokens[: position + 1]), "a sequence reads K and V that are not its own"
-        for seq, chunk in zip(plan.sequences, plan.chunks, strict=True):
-            sampled = chunk == seq.num_uncomputed
-            if seq.num_computed < seq.num_prompt <= seq.num_computed + chunk:
-                self.scheduler.let_go(seq)
-            seq.num_computed += chunk
-            self.kv.commit(seq.held, seq.num_computed)
-            if sampled:
-                seq.tokens.append(sum(seq.tokens) % 3)  # a model whose next token depends on all before it
-                if len(seq.tokens) == seq.max_tokens:
-                    self.scheduler.finish(seq)
-                    self.finished[seq.id] = list(self.live.pop(seq.id).tokens)
-        return plan
-
-    def check(self, plan: StepPlan) -> None:
-        assert sum(plan.chunks) <= self.max_batch_tokens
-        assert all(chunk >= 1 for chunk in plan.chunks)
-        assert len(plan.sequences) <= self.max_batch_size
-        assert len({seq.id for seq in plan.sequences}) == len(plan.sequences)
-        assert len({seq.slot for seq in plan.sequences}) == len(plan.sequences)
-        assert all(not seq.aborted for seq in plan.sequences)
-        decoding = plan.sequences[: plan.num_decoding]
-        assert all(seq.num_uncomputed == chunk == 1 for seq, chunk in zip(decoding, plan.chunks, strict=False))
-
-    def assert_empty(self) -> None:
-        assert self.kv.pool.num_available == self.kv.pool.num_pages, "pages leaked"
-        assert not self.scheduler.running and self.scheduler.num_waiting == 0 and not self.scheduler.has_work
-
+from octavo.config import POLICIES
+from scheduler_simulation import Simulation
 
 PROMPT = st.lists(st.integers(0, 2), min_size=1, max_size=20)
 TERMS = st.fixed_dictionaries(
@@ -190,6 +100,21 @@ def test_a_fork_computes_its_prompt_once():
         sim.add([0, 1, 2] * 6, 3, after=leader)
     assert sim.step().chunks == [18]
     assert sim.step().chunks == [1, 2, 2, 2]  # four full pages of the leader's are found
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_fork_that_is_aborted_before_it_begins(policy: str):
+    sim = Simulation(num_pages=32, max_batch_size=8, max_batch_tokens=8, policy=policy)
+    leader = sim.add([0, 1, 2] * 6, 3)
+    aborted, other = (sim.add([0, 1, 2] * 6, 3, after=leader) for _ in range(2))
+    sim.step()
+    sim.abort(aborted)
+    while sim.live:
+        sim.step()
+    sim.assert_empty()
+    last = sim.add([0], 1)
+    sim.step()
+    assert sim.finished.keys() == {leader, other, last}
 
 
 def test_a_cached_prefix_survives_until_its_page_is_needed():

@@ -1,5 +1,6 @@
 """octavo simulate: traces, cost models, and whether virtual time passes as real time would."""
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -22,6 +23,7 @@ from octavo.cli.simulate_replay import Replay, replay, simulate
 from octavo.cli.simulate_report import summarise, verdict
 from octavo.cli.simulate_trace import TraceRequest, parse_rate, poisson_trace, read_trace, trace_of, write_trace
 from octavo.config import POLICIES, EngineConfig
+from octavo.engine.engine import PATIENCE
 from octavo.engine.loading import assemble, load_engine
 from octavo.errors import ConfigError
 from step_batches import step_batch
@@ -264,6 +266,30 @@ def test_prefixes_and_conversations_are_found() -> None:
     assert off.served[1].last > run.served[1].last
 
 
+def test_pages_come_back_from_a_tier_below() -> None:
+    """40 conversations in a pool that holds three, two turns each: worth it if fetching is quicker than computing."""
+    trace = [
+        TraceRequest(at=100.0 * turn + i, prompt_tokens=300 * (turn + 1), output_tokens=5, conversation=str(i))
+        for turn in range(2)
+        for i in range(40)
+    ]
+    config = EngineConfig(kv_disk="simulated", kv_disk_size=COSTS.page_bytes * 1000)
+    runs = []
+    for seconds_per_page in (0.0001, 0.003, 10.0):
+        run = simulate(trace, config, msgspec.structs.replace(COSTS, seconds_per_page=seconds_per_page), 40)
+        assert all(served.output_tokens == 5 for served in run.served)
+        second = [served.first - served.request.at for served in run.served[40:] if served.first is not None]
+        runs.append((run.pages_fetched, sum(second) / 40))
+    no_tier = simulate(trace, EngineConfig(), COSTS, 40)
+    without = sum(served.first - served.request.at for served in no_tier.served[40:] if served.first) / 40
+    # 304 tokens of the first turn are computed when the second one comes: 9 pages of 32.
+    assert [fetched for fetched, _ in runs] == [40 * 9, 40 * 9, 0]
+    assert runs[0][1] + 9 * 0.0029 == pytest.approx(runs[1][1], abs=1e-9)
+    assert runs[1][1] < runs[2][1] == pytest.approx(without, abs=PATIENCE)
+    small = dataclasses.replace(config, kv_disk_size=COSTS.page_bytes * 20)
+    assert simulate(trace, small, msgspec.structs.replace(COSTS, seconds_per_page=0.001), 40).pages_fetched == 0
+
+
 def test_what_cannot_be_served_is_counted() -> None:
     trace = [TraceRequest(at=0, prompt_tokens=length, output_tokens=5) for length in (50, 5000, 50, 50, 50)]
     run = simulate(trace, EngineConfig(max_batch_size=1, max_queue=1), COSTS, 100)
@@ -365,12 +391,15 @@ def command(*arguments: object) -> str:
 def test_measure_then_simulate(tiny_llama: Path, tmp_path: Path) -> None:
     costs = tmp_path / "costs.json"
     flags = ("--threads", 1, "--max-batch-size", 8, "--max-batch-tokens", 64, "--kv-cache-memory", "8MiB")
-    printed = command("--measure", "--model", tiny_llama, *flags, "--cost-model", costs)
+    printed = command(
+        "--measure", "--model", tiny_llama, *flags, "--kv-disk", tmp_path / "pages", "--cost-model", costs
+    )
     assert "Off by" in printed
     model = CostModel.load(costs)
     assert model.settings["model"] == str(tiny_llama) and model.settings["threads"] == 1
-    assert [count for count, _ in model.rows_ms] == [1, 2, 4, 8, 16, 32, 64]
+    assert [count for count, _ in model.rows_ms] == [1, 2, 4, 8, 9, 16, 17, 24, 32, 33, 48, 64]
     assert [count for count, _ in model.sampled_ms] == [1, 2, 4, 8]
+    assert 0 < model.seconds_per_page < 0.1
     shapes = [Shape(1, 1, 1, 50, 50), Shape(8, 8, 8, 400, 400), Shape(1, 64, 1, 64, 2080)]
     seconds = [model.seconds(shape) for shape in shapes]
     assert 0 < seconds[0] < seconds[2] < 1
@@ -404,6 +433,7 @@ def test_measure_then_simulate(tiny_llama: Path, tmp_path: Path) -> None:
         (["TRACE", "--cost-model", "missing"], "cannot read missing"),
         (["TRACE", "--cost-model", "COSTS", "--quantization", "4bit"], "measured with quantization 8bit"),
         (["TRACE", "--cost-model", "COSTS", "--speculative-tokens", "4"], "speculative_tokens"),
+        (["TRACE", "--cost-model", "COSTS", "--kv-disk", "folder"], "measure once more with --kv-disk"),
         (["TRACE", "--cost-model", "COSTS", "--sweep", "pages"], "--sweep must be"),
         (["TRACE", "--cost-model", "COSTS", "--sweep", "pages=x"], "pages must be"),
         (["TRACE", "--cost-model", "COSTS", "--sweep", "page=1"], "unknown setting 'page'"),

@@ -57,6 +57,22 @@ def test_keywords_of_llm_arrive(tiny_llama: Path, monkeypatch: pytest.MonkeyPatc
         assert sorted(map(terms_of, asked)) == sorted(
             [(priority, "ann", 0.5, 30, "x") for priority in (3, -1, 4, 5, 6)] + [(2, "", None, None, "")] * 2
         )
+        asked.clear()
+        text, ids = {"prompt": "a", "cache_salt": "mine"}, {"prompt_token_ids": [5, 6]}
+        llm.generate(text, SHORT, cache_salt="ours")
+        llm.generate([text, ids], SHORT, cache_salt="ours")
+        list(llm.stream(ids, SHORT))
+        assert [request.salt for request in asked] == ["mine", "mine", "ours", ""]
+        assert asked[0].prompt == llm.tokenizer.encode("a") and asked[3].prompt == [5, 6]
+        for wrong, said in (
+            ({"prompt": "a", "salt": "x"}, "no salt"),
+            ({"cache_salt": "x"}, "string or"),
+            (5.5, "string"),
+        ):
+            with pytest.raises(InvalidRequest, match=said):
+                llm.generate([wrong], SHORT)
+        with pytest.raises(InvalidRequest, match="cache_salt must be 1 to 256"):
+            llm.generate({"prompt": "a", "cache_salt": ""}, SHORT)
         with pytest.raises(InvalidRequest, match="2 prompts need one priority, or 2, not 3"):
             llm.generate(["a", "b"], SHORT, priority=[1, 2, 3])
         with pytest.raises(InvalidRequest, match="timeout must be"):

@@ -37,7 +37,8 @@ def test_one_frame(server: ServerProcess) -> None:
     with httpx.stream("POST", f"{server.url}/v1/completions", json=ENDLESS, timeout=60) as running:
         assert running.status_code == 200
         shown = answer("top", "--once", "--url", server.url)
-    for text in ("tiny · fcfs", " 2 of 2 run", r"[1-9]\d* of 10,000 wait · 0 refused", "[12] decode · ", "of 64 rows"):
+    queue = r"[1-9]\d* of 10,000 wait, [1-9]\d* for a fork's prompt"
+    for text in ("tiny · fcfs", " 2 of 2 run", queue, "0 refused · 0 timed out", "[12] decode · ", "of 64 rows"):
         assert re.search(text, shown), shown
     rates = shown[shown.index("steps") : shown.index("prefixes")]
     assert "–" not in rates and " 0 /s" not in rates
@@ -53,7 +54,8 @@ def test_stats_of_a_request(server: ServerProcess) -> None:
         httpx.post(f"{server.url}/v1/completions", json={"prompt": prompt, "max_tokens": 3, "ignore_eos": True})
     after = stats()
     grown = {name: after["engine"][name] - before[name] for name in ("prompt_tokens", "cached_tokens")}
-    assert grown == {"prompt_tokens": 200, "cached_tokens": 96}  # three pages of the second one
+    assert grown["prompt_tokens"] == 200
+    assert 96 <= grown["cached_tokens"] < 100  # of the second one three pages, and perhaps of a fourth
     assert after["limits"]["page_size"] == 32 and after["limits"]["max_batch_tokens"] == 64
     assert after["frontend"]["live"] == 0 and after["engine"]["decode_rows"] == 0
 

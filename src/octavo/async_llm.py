@@ -11,10 +11,10 @@ from .frontend.admission import FrontendStats
 from .frontend.inbox import Inbox
 from .frontend.kv_states import KVState, KVStates
 from .frontend.live import LiveRequest
-from .frontend.prompts import Ask, Prompt, asks
+from .frontend.prompts import Ask, Prompt, ask, asks
 from .frontend.remote_engine import RemoteEngine
 from .outputs import RequestOutput
-from .params import SamplingParams, ServiceTerms, Terms
+from .params import SamplingParams, Terms
 from .text import Tokenizer
 from .weights import resolve
 
@@ -73,8 +73,8 @@ class AsyncLLM:
         Raises QueueFull, InvalidRequest or PromptTooLong before the first one, RequestTimeout, RequestFailed or
         EngineDead at any time.
         """
-        ask = Ask(prompt, params or SamplingParams(), ServiceTerms(priority=priority, **terms), kv_cache_state)
-        async with aclosing(self._stream([ask], request_id)) as stream:
+        asked = ask(prompt, params, priority, terms, kv_cache_state)
+        async with aclosing(self._stream([asked], request_id)) as stream:
             async for increments in stream:
                 for _, increment in increments:
                     yield increment
@@ -103,7 +103,7 @@ class AsyncLLM:
         priority: int | Sequence[int] = 0,
         **terms: Unpack[Terms],
     ) -> list[RequestOutput]:
-        """Complete prompts, given as text or as token ids: one whole RequestOutput each, in order.
+        """Complete prompts, given as text, as token ids, or as a PromptDict: one whole RequestOutput each, in order.
 
         params, priority: for all prompts, or one each. terms and what is raised: see `generate`; all or none are taken.
         """

@@ -14,9 +14,9 @@ from .frontend.kv_states import KVState
 from .frontend.live import LiveRequest
 from .frontend.local_engine import LocalEngine
 from .frontend.progress import generation_bar, loading_bar
-from .frontend.prompts import Ask, Prompt, asks
+from .frontend.prompts import Prompt, ask, asks
 from .outputs import RequestOutput
-from .params import SamplingParams, ServiceTerms, Terms
+from .params import SamplingParams, Terms
 from .text import Tokenizer
 from .weights import resolve
 
@@ -49,7 +49,7 @@ class LLM:
         priority: int | Sequence[int] = 0,
         **terms: Unpack[Terms],
     ) -> list[RequestOutput]:
-        """Complete prompts, given as text or as token ids: one RequestOutput each, in order.
+        """Complete prompts, given as text, as token ids, or as a PromptDict: one RequestOutput each, in order.
 
         sampling_params: for all prompts, or one each; default SamplingParams(). use_tqdm: a progress bar on a terminal.
         kv_cache_state: what the prompts go on from, one for all or one each; of it, nothing is computed again.
@@ -137,9 +137,9 @@ class LLM:
         **terms: Unpack[Terms],
     ) -> Iterator[RequestOutput]:
         """Increments of one request as they come; to stop iterating is to abort it."""
-        ask = Ask(prompt, sampling_params or SamplingParams(), ServiceTerms(priority=priority, **terms), kv_cache_state)
+        asked = ask(prompt, sampling_params, priority, terms, kv_cache_state)
         increments: SimpleQueue[RequestOutput | Exception] = SimpleQueue()
-        lives = self._engine.submit([ask], lambda _, new: increments.put(new))
+        lives = self._engine.submit([asked], lambda _, new: increments.put(new))
         try:
             while True:
                 increment = increments.get()

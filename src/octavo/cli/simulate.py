@@ -129,6 +129,8 @@ def _costs(config: EngineConfig, path: Path) -> "CostModel":
     for name, measured in costs.settings.items():
         if (value := getattr(config, name, measured)) not in (getattr(defaults, name, None), measured):
             raise ConfigError(f"{path} was measured with {name} {measured}: measure once more with {value}")
+    if (config.kv_disk or config.kv_host_memory) and not costs.seconds_per_page:
+        raise ConfigError(f"{path} was measured with no tier below the pool: measure once more with --kv-disk FOLDER")
     if config.speculative_tokens:
         raise ConfigError("a simulation has no text whose next tokens could be guessed: leave out speculative_tokens")
     return costs

@@ -1,6 +1,7 @@
 """Measures a cost model: times steps of chosen shapes on a real engine, and finds the costs that explain them."""
 
 import platform
+import secrets
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,14 +17,16 @@ from octavo.backends.simulated.costs import Curve
 from octavo.config import EngineConfig
 from octavo.engine.engine import Engine
 from octavo.engine.messages import EngineRequest
+from octavo.kv import Transfers
 from octavo.params import SamplingParams
 from octavo.version import __version__
 
 from .bench_report import progress
 
-KNOTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)  # of the curves, as far as the engine's steps go
+# Points of the curves, as far as the engine's steps go. Kernels take rows by blocks of 8 or 16: on both sides of one.
+KNOTS = (1, 2, 4, 8, 9, 16, 17, 24, 32, 33, 48, 64, 96, 128, 256, 512, 1024, 2048, 4096)
 CONTEXTS = (64, 512, 2048)  # of decoding sequences
-BEFORE = (0, 1024, 3584)  # tokens before a chunk of a prompt
+BEFORE = (0, 2048)  # tokens before a chunk of a prompt
 MOST_PAGES = 1200  # that a step reads
 ROUNDS = 7  # over all shapes, so that what else the machine does meets them all alike
 HOST_BATCHES, HOST_PROMPT, HOST_OUTPUT = (1, 4, 16, 64, 256), 64, 12
@@ -72,6 +75,7 @@ def measure(
         step_ms=0,
         sequence_us=0,
         row_us=0,
+        seconds_per_page=_seconds_per_page(engine),
     )
     ratios = [on_backend.seconds(shape) / taken for shape, taken in zip(shapes, seconds, strict=True)]
     step, sequence, row = _host_costs(engine)
@@ -176,6 +180,24 @@ def _host_costs(engine: Engine) -> list[float]:
     work = np.array([[1, *shape] for shape in samples], float)
     costs: list[float] = nonnegative_fit(work / times[:, None], np.ones(len(times))).tolist()
     return costs
+
+
+def _seconds_per_page(engine: Engine) -> float:
+    """To fetch a page from the tier below the pool, one of many; 0 if there is none."""
+    transfers, keys = engine.kv.transfers, [secrets.token_bytes(16) for _ in range(min(64, engine.kv.pool.num_pages))]
+    if transfers is None or not all(transfers.save(page, key) for page, key in enumerate(keys)):
+        return 0.0
+    _await(transfers, len(keys))
+    started = time.perf_counter()
+    fetched = [transfers.fetch(page, key) for page, key in enumerate(keys)]
+    _await(transfers, sum(fetched))
+    return (time.perf_counter() - started) / max(1, sum(fetched))
+
+
+def _await(transfers: Transfers, count: int) -> None:
+    while count:
+        transfers.wait(1.0)
+        count -= len(transfers.finished())
 
 
 def nonnegative_fit(work: np.ndarray, times: np.ndarray) -> np.ndarray:

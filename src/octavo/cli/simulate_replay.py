@@ -5,12 +5,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from octavo.backends.simulated import CostModel, SimulatedBackend, VirtualClock
-from octavo.config import EngineConfig
+from octavo.config import EngineConfig, parse_size
 from octavo.engine.engine import Engine
 from octavo.engine.loading import assemble
-from octavo.engine.messages import EngineRequest, EngineStats
+from octavo.engine.messages import EngineRequest
 from octavo.params import SamplingParams
 
+from .simulate_tier import SimulatedTransfers
 from .simulate_trace import Prompts, TraceRequest
 
 
@@ -52,12 +53,13 @@ class Replay:
     num_pages: int = 0
     steps: int = 0
     preemptions: int = 0
+    pages_fetched: int = 0
 
-    def step(self, stats: EngineStats, seconds: float) -> None:
-        self.busy += seconds
-        self.pages.hold(stats.num_pages - stats.free_pages - stats.cached_pages, seconds)
-        self.running.hold(stats.running, seconds)
-        self.waiting.hold(stats.waiting, seconds)
+    def step(self, engine: Engine, seconds: float) -> None:
+        pool, scheduler = engine.kv.pool, engine.scheduler
+        self.pages.hold(pool.num_pages - pool.num_available, seconds)
+        self.running.hold(len(scheduler.running), seconds)
+        self.waiting.hold(scheduler.num_waiting, seconds)
 
 
 def simulate(
@@ -69,14 +71,23 @@ def simulate(
 ) -> Replay:
     """Replay the trace in virtual time, on the engine that `config` describes and `costs` times."""
     clock = VirtualClock()
+    backend = SimulatedBackend(costs, clock)
+    below = _bytes_below(config) // costs.page_bytes
     engine = assemble(
         config,
-        SimulatedBackend(costs, clock),
+        backend,
         num_pages=num_pages,
         max_model_len=config.max_model_len or costs.max_model_len,
+        transfers=SimulatedTransfers(backend, clock, below, costs.seconds_per_page) if below else None,
         clock=clock,
     )
     return replay(trace, engine, clock.advance, config.max_batch_size + config.max_queue, advance)
+
+
+def _bytes_below(config: EngineConfig) -> int:
+    """Room for pages below the pool."""
+    host = 0 if config.kv_host_memory is None else parse_size(config.kv_host_memory, "kv_host_memory")
+    return host + (0 if config.kv_disk is None else parse_size(config.kv_disk_size, "kv_disk_size"))
 
 
 def replay(
@@ -113,7 +124,8 @@ def replay(
             continue
         outputs = engine.step()
         ended = engine.clock() - start
-        done.step(engine.stats(), ended - now)
+        done.step(engine, ended - now)
+        done.busy += ended - now if outputs or engine.scheduler.running else 0.0  # or pages are waited for
         unfinished = len(live)
         for output in outputs:
             served = live[output.id]
@@ -128,6 +140,7 @@ def replay(
     after = engine.stats()
     done.seconds, done.num_pages = engine.clock() - start, after.num_pages
     done.steps, done.preemptions = after.steps - before.steps, after.preemptions - before.preemptions
+    done.pages_fetched = after.pages_fetched - before.pages_fetched
     return done
 
 

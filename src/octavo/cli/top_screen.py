@@ -40,6 +40,7 @@ def frame(now: ServerStats, before: ServerStats | None) -> RenderableType:
     for name, text in (
         ("requests", _requests(now)),
         ("queue", _queue(now)),
+        ("so far", _so_far(now)),
         ("batch", _batch(now)),
         ("steps", _steps(rates)),
         ("tokens", _tokens(rates)),
@@ -81,17 +82,26 @@ class _Rates:
 
 def _requests(now: ServerStats) -> Text:
     running, most = now.engine.running, now.limits.max_batch_size
-    bar = _bar([(running, "green")], most)
-    return bar.append(f" {running:,} of {most:,} run · {now.engine.preemptions:,} preempted so far")
+    return Text.assemble(_bar([(running, "green")], most), f" {running:,} of {most:,} run")
 
 
 def _queue(now: ServerStats) -> Text:
-    waiting, most, refused = now.engine.waiting, now.limits.max_queue, now.frontend.refused
+    engine, most = now.engine, now.limits.max_queue
+    of_those = (("for their pages", engine.arriving), ("for a fork's prompt", engine.held_back))
     return Text.assemble(
-        _bar([(waiting, "yellow")], most),
-        f" {waiting:,} of {most:,} wait · ",
+        _bar([(engine.waiting, "yellow")], most),
+        f" {engine.waiting:,} of {most:,} wait",
+        *(f", {number:,} {why}" for why, number in of_those if number),
+    )
+
+
+def _so_far(now: ServerStats) -> Text:
+    refused, timed_out = now.frontend.refused, now.frontend.timed_out
+    return Text.assemble(
         (f"{refused:,} refused", "red" if refused else ""),
-        f" · {now.frontend.timed_out:,} timed out",
+        " · ",
+        (f"{timed_out:,} timed out", "red" if timed_out else ""),
+        f" · {now.engine.preemptions:,} preempted",
     )
 
 

@@ -21,9 +21,8 @@ from .scheduler import Scheduler, StepPlan
 from .sequence import Sequence
 from .state_files import StateFiles
 
-PATIENCE = (
-    0.002  # seconds that a step without work waits for pages on the move: as long as a new request may wait for it
-)
+PATIENCE = 0.002  # seconds that a step without work waits for pages on the move; a new request may wait as long
+SECONDS_TO_CLOSE = 3.0  # a process that does not end in 5 is killed
 
 
 class Engine:
@@ -161,9 +160,9 @@ class Engine:
             self.scheduler.recovery.computed(len(batch.tokens), self.clock() - before)
             outputs += self._advance(plan, result)
             self._steps += 1
+            self._step_seconds += time.perf_counter() - started
         elif not outputs:
             self.kv.wait(PATIENCE)
-        self._step_seconds += time.perf_counter() - started
         return outputs
 
     def stats(self) -> EngineStats:
@@ -172,6 +171,8 @@ class Engine:
         return EngineStats(
             running=len(self.scheduler.running),
             waiting=self.scheduler.num_waiting,
+            arriving=self.scheduler.num_arriving,
+            held_back=self.scheduler.num_held_back,
             free_pages=pool.num_available - pool.num_cached,
             cached_pages=pool.num_cached,
             num_pages=pool.num_pages,
@@ -196,9 +197,14 @@ class Engine:
             pages_fetched=transfers.pages_fetched if transfers else 0,
         )
 
+    def end_transfers(self) -> None:
+        """End the saves of pages that are under way, within seconds. From any thread; nothing is saved from then on."""
+        self._transfers.close(SECONDS_TO_CLOSE)
+
     def close(self) -> None:
         """Save the pages that are being saved, within seconds, and free the backend."""
-        self._transfers.close()
+        self.kv.flush(SECONDS_TO_CLOSE)
+        self.end_transfers()
         self.backend.close()
 
     def _prefix(self, tokens: "array[int]", tenant: str, salt: str) -> Prefix:

@@ -74,9 +74,13 @@ def assemble(
     max_model_len: int,
     policy: Policy | None = None,
     fingerprint: str = "",
+    transfers: Transfers | None = None,
     clock: Callable[[], float] = time.time,
 ) -> Engine:
-    """An engine as `config` has it, on a backend whose pool of `num_pages` is allocated. Raises ConfigError."""
+    """An engine as `config` has it, on a backend whose pool of `num_pages` is allocated. Raises ConfigError.
+
+    `transfers`: to other tiers than those that `config` names.
+    """
     return Engine(
         backend,
         num_pages=num_pages,
@@ -86,7 +90,7 @@ def assemble(
         policy=policy or load_policy(config),
         prefix_caching=config.enable_prefix_caching,
         fingerprint=fingerprint,
-        transfers=_transfers(config, backend) if config.enable_prefix_caching else None,
+        transfers=(transfers or _transfers(config, backend)) if config.enable_prefix_caching else None,
         preemption=config.preemption,
         speculative_tokens=config.speculative_tokens,
         request_timeout=config.request_timeout,

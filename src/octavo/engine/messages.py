@@ -75,6 +75,8 @@ class EngineStats(msgspec.Struct, frozen=True):
 
     running: int
     waiting: int
+    arriving: int  # of those, whose pages are on the way from a lower tier, or there
+    held_back: int  # of those, who wait for the prompt of another completion
     free_pages: int
     cached_pages: int
     num_pages: int

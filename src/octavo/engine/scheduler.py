@@ -66,6 +66,16 @@ class Scheduler:
         return self._num_waiting
 
     @property
+    def num_arriving(self) -> int:
+        """Of those that wait: whose pages are on the way from a lower tier, or there already."""
+        return len(self._arriving)
+
+    @property
+    def num_held_back(self) -> int:
+        """Of those that wait: who waits for the prompt of another."""
+        return sum(map(len, list(self._held_back.values())))
+
+    @property
     def has_work(self) -> bool:
         return bool(self.running) or self._num_waiting > 0
 

@@ -43,7 +43,8 @@ class Admission:
     def check(self, live: int, asked: int) -> None:
         """May `asked` completions join the `live` ones? Raises QueueFull, or InvalidRequest if they never can."""
         if asked > self.limit:
-            raise InvalidRequest(f"{asked} completions are more than the {self.limit} of max_batch_size and max_queue")
+            limits = f"the {self.limit} that may be here at once (max_batch_size and max_queue)"
+            raise InvalidRequest(f"{asked} completions in one call are more than {limits}")
         if live <= self._at_once:
             self._last = self._clock()
         if live + asked <= self.limit:

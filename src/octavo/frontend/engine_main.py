@@ -42,7 +42,8 @@ def main(address: str) -> None:
     # The frontend decides when this process ends: a Ctrl-C or SIGTERM to the whole group must not cut draining short.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    threading.Thread(target=_end_with_frontend, daemon=True).start()
+    loaded: list[Engine] = []
+    threading.Thread(target=_end_with_frontend, args=(loaded,), daemon=True).start()
     socket = zmq.Context().socket(zmq.PAIR)
     socket.set_hwm(0)  # nothing is dropped
     socket.connect(address)
@@ -55,6 +56,7 @@ def main(address: str) -> None:
         socket.send(encode(_failed(error)))
         socket.close()
         return
+    loaded.append(engine)
     socket.send(encode(Ready(engine.info)))
     serve(engine, socket)
 
@@ -123,9 +125,11 @@ def _failed(error: BaseException) -> Failed:
     return Failed(type(error).__name__, str(error))
 
 
-def _end_with_frontend() -> None:
+def _end_with_frontend(loaded: list[Engine]) -> None:
     """Standard input is a pipe that nobody writes to: it ends when the frontend does, kill -9 included."""
     sys.stdin.buffer.read()
+    for engine in loaded:
+        engine.end_transfers()
     os._exit(0)
 
 

@@ -144,7 +144,8 @@ class DiskTier:
             known, self._failing = self._failing, True
             self._retry_at = time.monotonic() + self._retry_seconds
         if not known:
-            _log.warning("kv_disk: cannot write in %s (%s); going on without it", self._folder, error.strerror)
+            hint = "new pages are kept in memory only, until it works again"
+            _log.warning("kv_disk: cannot write in %s (%s); %s", self._folder, error.strerror, hint)
 
 
 def _scan(folder: Path) -> OrderedDict[bytes, int]:
