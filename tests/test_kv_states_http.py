@@ -179,6 +179,10 @@ def test_requests_that_have_no_one_state(client: openai.OpenAI) -> None:
     assert "is no chat's" in error(openai.BadRequestError, chat, client, HELLO, handle)["message"]
     told = error(openai.BadRequestError, complete, client, "x", handle, extra={"cache_salt": "s"})
     assert "of another tenant or cache_salt" in told["message"]
+    handle = chat(client, HELLO).kv_cache_state["id"]
+    extra = {"kv_cache_state": handle, "cache_salt": "s"}
+    told = error(openai.BadRequestError, client.chat.completions.create, model="tiny", messages=WHY, extra_body=extra)
+    assert "of another tenant or cache_salt" in told["message"]
     for wrong in (1, ["x"], {"id": handle}):
         assert "kv_cache_state" in error(openai.BadRequestError, complete, client, "x", wrong)["message"]
 

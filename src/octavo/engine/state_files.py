@@ -44,7 +44,7 @@ class StateFiles:
                     pages=self._contents(sources),
                 )
             except OSError as error:
-                raise RequestFailed(f"cannot write the KV state {path} ({error.strerror})") from None
+                raise RequestFailed(f"cannot write the KV state {path} ({error.strerror or error})") from None
 
         future = self._transfers.run(write)
         self._saves.append((future, [page for _, page in sources if page is not None]))

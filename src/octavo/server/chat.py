@@ -25,7 +25,7 @@ async def chat_completions(llm: AsyncLLM, request: Request) -> Response:
     params, terms = body.sampling_params(), body.terms(request.headers)
     llm.check_room(params.n)
     messages = body.conversation()
-    if going_on := continuation(llm, body.kv_cache_state, params.n, terms["tenant"]):
+    if going_on := continuation(llm, body.kv_cache_state, params.n, terms):
         messages = going_on.chat(messages)
     text = llm.tokenizer.chat(messages, **body.template_variables())
     [prompt] = await tokenised(llm.tokenizer, [text], add_special_tokens=False)  # the template has them

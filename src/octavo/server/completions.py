@@ -25,7 +25,7 @@ async def completions(llm: AsyncLLM, request: Request) -> Response:
     check_model(llm, body.model)
     params, terms = body.sampling_params(), body.terms(request.headers)
     llm.check_room(len(body.prompt) * params.n)
-    going_on = continuation(llm, body.kv_cache_state, len(body.prompt) * params.n, terms["tenant"])
+    going_on = continuation(llm, body.kv_cache_state, len(body.prompt) * params.n, terms)
     prompts = await tokenised(llm.tokenizer, body.prompt, add_special_tokens=not (going_on and going_on.state))
     if going_on:
         terms["kv_cache_state"] = going_on.state

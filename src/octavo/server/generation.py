@@ -52,7 +52,7 @@ class Generation:
 
     def kept_state(self) -> KVCacheState | msgspec.UnsetType | None:
         """A reply's kv_cache_state, when all of it was heard."""
-        return msgspec.UNSET if self.continuation is None else self.continuation.keep()
+        return msgspec.UNSET if self.continuation is None else self.continuation.kept
 
     async def whole(self) -> list[RequestOutput]:
         return await self.llm.agenerate(self.prompts, self.params, **self.terms)

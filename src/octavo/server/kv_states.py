@@ -4,6 +4,7 @@ In a request, `true` asks for the state after the answer, and a handle for that 
 it names. So a conversation sends only what is new, and so does each fork of it.
 """
 
+import contextlib
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,13 +22,17 @@ PARAM = "kv_cache_state"
 
 @dataclass
 class Continuation:
-    """A request with a kv_cache_state. `state`: what it goes on from. `messages`: of a chat, all up to the answer."""
+    """A request with a kv_cache_state.
+
+    `state`: what it goes on from. `messages`: of a chat, all up to the answer. `kept`: the state after the answer, when
+    all of that was heard; None if others have used up the quota meanwhile.
+    """
 
     llm: AsyncLLM
     tenant: str
     state: KVState | None
     messages: list[dict[str, Any]] | None = None
-    _request_id: str = ""
+    kept: KVCacheState | None = None
     _text: list[str] = field(default_factory=list)
 
     def chat(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -61,27 +66,26 @@ class Continuation:
 
     def hear(self, output: RequestOutput) -> None:
         """An increment, or a whole output."""
-        self._request_id = output.request_id
         self._text += [completion.text for completion in output.outputs]
-
-    def keep(self) -> KVCacheState | None:
-        """The state after the answer, all of which was heard. None if others have used up the quota meanwhile."""
-        try:
-            state = self.llm.kv_cache_states.keep(self._request_id)
-        except QuotaExceeded:
-            return None
-        if self.messages is not None:
-            state.messages = [*self.messages, {"role": "assistant", "content": "".join(self._text)}]
-        return describe(state)
+        if output.finished:
+            with contextlib.suppress(QuotaExceeded):
+                state = self.llm.kv_cache_states.keep(output.request_id)
+                if self.messages is not None:
+                    state.messages = [*self.messages, {"role": "assistant", "content": "".join(self._text)}]
+                self.kept = describe(state)
 
 
-def continuation(llm: AsyncLLM, asked: bool | str | None, n: int, tenant: str) -> Continuation | None:
-    """What a request asks for that has `n` completions. Raises InvalidRequest, ApiError."""
+def continuation(llm: AsyncLLM, asked: bool | str | None, n: int, terms: dict[str, Any]) -> Continuation | None:
+    """What a request asks for that has `n` completions. Raises InvalidRequest, InvalidKVState, ApiError."""
     if asked is None or asked is False:
         return None
     if n != 1:
         raise InvalidRequest("kv_cache_state is of one prompt and one completion: n must be 1", PARAM)
-    return Continuation(llm, tenant, find_state(llm, asked, tenant) if isinstance(asked, str) else None)
+    tenant, state = terms["tenant"], None
+    if isinstance(asked, str):
+        state = find_state(llm, asked, tenant)
+        llm.kv_cache_states.use(state, tenant, terms.get("cache_salt", ""))
+    return Continuation(llm, tenant, state)
 
 
 def find_state(llm: AsyncLLM, id: str, tenant: str) -> KVState:
