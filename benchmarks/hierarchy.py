@@ -21,7 +21,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from octavo import LLM, SamplingParams
+from octavo import LLM, KVState, SamplingParams
 
 TURN = 16  # tokens that a user adds
 Run = dict[str, Any]
@@ -37,22 +37,23 @@ def greedy(max_tokens: int) -> SamplingParams:
 
 
 def run_contexts(model: str, memory: int, disk: str | None, count: int, length: int, output: int) -> Run:
-    """Two turns of `count` conversations, all of the first before any of the second."""
+    """Two turns of `count` conversations, all of the first before any of the second; each has a KV state meanwhile."""
     with LLM(model, kv_cache_memory=memory, kv_disk=disk, kv_cache_dtype="int8") as llm:
         llm.generate(random_tokens(-1, 64), greedy(8), use_tqdm=False)
         prompts = [random_tokens(i, length) for i in range(count)]
+        states: list[KVState] = []
         tokens, seconds, found = [], [], 0
         for turn in range(2):
             started = time.perf_counter()
-            outputs = llm.generate(prompts, greedy(output), use_tqdm=False)
+            outputs = llm.generate(prompts, greedy(output), use_tqdm=False, kv_cache_state=states[-count:] or None)
             seconds.append(time.perf_counter() - started)
             tokens.append([out.outputs[0].token_ids for out in outputs])
             found = sum(out.metrics.cached_tokens for out in outputs)
-            prompts = [
-                [*out.prompt_token_ids, *out.outputs[0].token_ids, *random_tokens(count + i, TURN)]
-                for i, out in enumerate(outputs)
-            ]
+            states += [llm.get_kv_cache_state(out.request_id) for out in outputs]
+            prompts = [random_tokens(count + i, TURN) for i in range(count)]
             print(f"turn {turn + 1}: {seconds[-1]:.1f} s", file=sys.stderr)
+        for state in states:
+            state.drop()
         stats = llm.stats()
     return {
         "seconds": seconds,
@@ -102,7 +103,8 @@ def contexts(arguments: argparse.Namespace) -> None:
     with LLM(arguments.model, kv_cache_memory="256MiB", kv_cache_dtype="int8") as llm:
         page_bytes = 2**28 // llm.stats().num_pages
     memory = count * -(-(length + 2 * output + TURN) // 32) * page_bytes
-    table = Table("pages", "output tok/s", "turn 1, s", "turn 2, s", "found in turn 2", "preemptions", "leaked", "MB")
+    table = Table("pages", "tok/s", "turn 1, s", "turn 2, s", "found", "preempted", "leaked", "MB")
+    table.title = "tok/s: output; found: tokens of turn 2's prompts that were not computed again"
     runs = []
     for share in (1, 10):
         with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:

@@ -43,6 +43,25 @@ def test_increments_make_the_whole(tiny_llama):
     run(tiny_llama, scenario)
 
 
+def test_increments_of_many_and_of_a_slow_reader(tiny_llama):
+    async def scenario(llm: AsyncLLM) -> None:
+        prompts = ["The class", "A list"]
+        whole = await llm.agenerate(prompts, [SEEDED, LONG])
+        tokens: list[list[int]] = [[], []]
+        rounds = 0
+        async for increments in llm.generate_many(prompts, [SEEDED, LONG]):
+            rounds += 1
+            for prompt, increment in increments:
+                tokens[prompt] += increment.outputs[0].token_ids
+            if rounds == 1:
+                while (await llm.stats()).running:  # read nothing till all is computed
+                    pass
+        assert tokens == [output.outputs[0].token_ids for output in whole]
+        assert rounds == 2
+
+    run(tiny_llama, scenario)
+
+
 def test_an_abandoned_request_is_aborted(tiny_llama):
     async def scenario(llm: AsyncLLM) -> None:
         iterator = llm.generate("a", LONG)

@@ -251,26 +251,30 @@ def test_tokens_are_shared_by_weight(num_pages: int) -> None:
     assert max(served.values()) - min(served.values()) < 2 * 8 * largest
 
 
-def test_a_tenant_without_a_sequence_takes_the_place_of_one_of_many() -> None:
-    sim = Simulation(num_pages=400, max_batch_size=4, max_batch_tokens=64, policy="fair", tenant_weights="loud=2")
-    for _ in range(20):
-        sim.add([0] * 4, 100, tenant="loud")
-    for _ in range(5):
-        sim.step()
-    quiet = [sim.add([1] * 4, 100, tenant="quiet") for _ in range(3)]
-    sim.step()
-    assert [sim.live[id].slot >= 0 for id in quiet] == [True, False, False]
-    for _ in range(5):
-        sim.step()
-    assert sim.scheduler.preemptions == 1  # the others wait their turn
-    sim.add([2] * 4, 100, tenant="third")
-    sim.step()
+def test_a_tenant_far_below_its_share_takes_places_of_one_above() -> None:
+    sim = Simulation(num_pages=400, max_batch_size=8, max_batch_tokens=64, policy="fair", tenant_weights="loud=3")
+
+    def add_and_step(count: int, *tenants: str) -> list[int]:
+        """How many sequences of each tenant run then."""
+        for _ in range(count):
+            for tenant in tenants:
+                sim.add([1] * 4, 100, tenant=tenant)
+        for _ in range(5):
+            sim.step()
+        return [
+            sum(seq.slot >= 0 and seq.tenant == t for seq in sim.live.values()) for t in ("loud", "quiet", *tenants)
+        ]
+
+    assert add_and_step(20, "loud")[0] == 8
+    assert add_and_step(1, "quiet") == [7, 1, 1]
+    assert add_and_step(9, "quiet") == [7, 1, 1]  # that is half its share of 2: the others wait for places to come free
+    assert add_and_step(1, "third") == [6, 1, 1]
     assert sim.scheduler.preemptions == 2
-    sim.add([2] * 4, 100, tenant="light")
-    for i in range(10):
-        sim.add([2] * 4, 100, tenant=f"new {i}")
-    sim.step()
-    assert sim.scheduler.preemptions == 2  # the share of none is a sequence any more
+    add_and_step(1, *(f"new {i}" for i in range(10)))
+    assert sim.scheduler.preemptions == 2  # the share of none of them is a sequence
+    sim = Simulation(num_pages=400, max_batch_size=16, max_batch_tokens=64, policy="fair")
+    assert add_and_step(20, "loud")[0] == 16
+    assert add_and_step(20, "quiet") == [12, 4, 4]
 
 
 def test_what_policies_remember_is_bounded() -> None:
@@ -279,7 +283,7 @@ def test_what_policies_remember_is_bounded() -> None:
         head = sequence(0, "head")
         policy.add(head)
         policy.peek()
-        for order in range(1, 5 * REMEMBERED):
+        for order in range(1, 2 * REMEMBERED):
             seq = sequence(order, f"tenant {order}")
             policy.add(seq)
             seq.aborted = True

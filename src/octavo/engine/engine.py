@@ -160,9 +160,9 @@ class Engine:
             self.scheduler.recovery.computed(len(batch.tokens), self.clock() - before)
             outputs += self._advance(plan, result)
             self._steps += 1
+            self._step_seconds += time.perf_counter() - started
         elif not outputs:
             self.kv.wait(PATIENCE)
-        self._step_seconds += time.perf_counter() - started
         return outputs
 
     def stats(self) -> EngineStats:

@@ -19,7 +19,7 @@ from .sequence import Sequence
 # Of a prompt, a token that has to be computed costs 1; of the output, one costs 4 (the first comes with the prompt). In
 # time it is 2 to 5 times as much, in steps of 64 and of 8 rows (docs/performance.md): output comes a token per step.
 PROMPT_TOKEN, OUTPUT_TOKEN = 1.0, 4.0
-REMEMBERED = 1000  # tenants whose counters are kept though nothing of theirs waits
+REMEMBERED = 10_000  # tenants whose counters are kept though nothing of theirs waits: more than can run
 
 _tenant = attrgetter("tenant")
 _Entry = tuple[float, int, "_Account"]  # counter, order of its first sequence
@@ -52,15 +52,15 @@ class Fair(Policy):
       which is the counter of the tenant that was served last, before it was charged for that. (Sheng et al. lift it to
       the least counter of those that wait. The floor is not above that, and known without a search; and a tenant that
       comes back goes before one that has just been served. Start-time fair queueing calls it virtual time.)
-    - A tenant of which nothing runs, though its share of the batch is a sequence or more, need not wait for the end
-      of others' long requests: the tenant that is the furthest above its own share gives up its latest sequence.
+    - A tenant that has less than half of its share of the batch, if that is a sequence or more, need not wait for the
+      end of others' long requests: the tenant that is the furthest above its own share gives up its latest sequence.
 
     Why everybody is served: the sequence that was admitted first of those that run is never a victim while others run,
     so it advances and ends. So slots and pages come free again and again, and are offered to the least counter. A
     counter rises only with what its tenant is served, and whoever begins to wait starts above the floor, which rises
     by an output token at least when all are served that were at it. So it reaches every counter, even if new tenants
     come for ever. Recomputing is not charged: after a preemption one is ahead of newcomers until one is where one was.
-    And a tenant makes way for one that has no sequence only while it has more than one: nothing goes back and forth.
+    And who makes way keeps half its share at least, so that the place cannot go back and forth.
     """
 
     def __init__(self, config: EngineConfig):
@@ -126,14 +126,14 @@ class Fair(Policy):
 
     def makes_way(self, waiting: Sequence, running: Collection[Sequence]) -> Sequence | None:
         sequences = Counter(map(_tenant, running))  # of each tenant
-        if waiting.tenant in sequences:
-            return None
-        theirs = self._account(waiting.tenant)
-        accounts = [self._account(tenant) for tenant in sequences]
-        weight = sum(account.weight for account in [*accounts, theirs] if account.entry is None)
+        accounts = {tenant: self._account(tenant) for tenant in (*sequences, waiting.tenant)}
+        weight = sum(account.weight for account in accounts.values() if account.entry is None)
         share = len(running) / (weight + self._waiting_weight)  # of a weight of 1
-        most = max(accounts, key=lambda account: sequences[account.tenant] / account.weight)
-        if share * theirs.weight < 1 or sequences[most.tenant] <= max(1, share * most.weight):
+        theirs = share * accounts[waiting.tenant].weight
+        if theirs < 1 or 2 * sequences[waiting.tenant] >= theirs:
+            return None
+        most = max(accounts.values(), key=lambda account: sequences[account.tenant] / account.weight)
+        if sequences[most.tenant] <= max(1, share * most.weight):
             return None
         victims = (seq for seq in islice(running, 1, None) if seq.tenant == most.tenant)
         return max(victims, key=attrgetter("order"))

@@ -54,6 +54,7 @@ class KVCache:
         self.page_size = page_size
         self.prefix_caching = prefix_caching
         self.transfers = transfers if prefix_caching else None
+        self._saves = self.transfers is not None and self.transfers.has_stores
         self._copy_page = copy_page
         self._tails: dict[int, array[int]] = {}  # tokens in a partial page that was published, by page
         self._pins: dict[str, SequencePages] = {}  # by the id of a KV state, the least recently used first
@@ -86,7 +87,7 @@ class KVCache:
         if tail is not None and self._copy_page is not None:
             self._copy_page(tail, held.pages[held.num_full])  # the original stays, for other forks
             self.pool.release(tail)
-        if self.transfers is not None:
+        if self.transfers is not None and self._saves:
             self.transfers.use([prefix.key(i) for i in range(held.num_full)])
         return held, held.num_full * self.page_size + tail_length
 
@@ -107,7 +108,7 @@ class KVCache:
             page, key = held.pages[held.num_full], held.prefix.key(held.num_full)
             self.pool.publish(page, key)
             held.num_full += 1
-            if self.transfers is not None:
+            if self._saves:
                 self._unsaved.append((page, key))
 
     def release(self, held: SequencePages, num_computed: int = 0) -> None:

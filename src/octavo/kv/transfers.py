@@ -56,6 +56,11 @@ class Transfers:
         self._num_threads = threads
         self._threads: list[Thread] = []  # from the first thing they are asked for
 
+    @property
+    def has_stores(self) -> bool:
+        """Whether there is a tier to save to."""
+        return bool(self._stores)
+
     def holds(self, key: bytes) -> Tier | None:
         """The first tier that has this page. O(1) per tier, without I/O."""
         return next((tier for tier in self._tiers if key in tier), None)
@@ -79,7 +84,7 @@ class Transfers:
 
         Else what is always found in the pool would be the first to go below, and missing after a restart.
         """
-        if self._stores and keys and len(self._others) < self.max_saves:
+        if keys and len(self._others) < self.max_saves:
             self._ask(self._others, partial(self._use, keys))
 
     def run(self, job: Callable[[], T]) -> "Future[T]":
