@@ -58,6 +58,8 @@ def simulate(
 
     First --measure --cost-model FILE on the machine in question, then TRACE --cost-model FILE anywhere.
     """
+    from octavo.backends.simulated import CostModel
+
     from .bench_report import write_json
     from .simulate_report import print_report, print_sweep
 
@@ -66,7 +68,7 @@ def simulate(
     arrivals = _arrivals(trace, rate, requests, input_len, output_len, seed, write_trace)
     if write_trace and not cost_model:
         return
-    costs = _costs(config, _needed(cost_model))
+    costs = CostModel.load(_needed(cost_model))
     swept = [_split(one) for one in sweep or ()]
     rows = []
     for values in product(*(values for _, values in swept)):
@@ -89,6 +91,8 @@ def _measure(config: EngineConfig, path: Path) -> None:
     from .simulate_measure import measure
     from .simulate_report import print_costs
 
+    if not path.absolute().parent.is_dir():
+        raise ConfigError(f"cannot write {path}: there is no such folder")
     with loading_bar() as loaded:
         engine = load_engine(config, resolve(config.model, config.revision), loaded)
     try:
@@ -120,20 +124,16 @@ def _arrivals(
     return made_up
 
 
-def _costs(config: EngineConfig, path: Path) -> "CostModel":
-    """The cost model of that file, if `config` does not ask for what it cannot tell."""
-    from octavo.backends.simulated import CostModel
-
-    costs = CostModel.load(path)
+def _check(config: EngineConfig, costs: "CostModel") -> None:
+    """Refuse what the costs cannot tell."""
     defaults = EngineConfig()
     for name, measured in costs.settings.items():
         if (value := getattr(config, name, measured)) not in (getattr(defaults, name, None), measured):
-            raise ConfigError(f"{path} was measured with {name} {measured}: measure once more with {value}")
+            raise ConfigError(f"the cost model was measured with {name} {measured}: measure once more with {value}")
     if (config.kv_disk or config.kv_host_memory) and not costs.seconds_per_page:
-        raise ConfigError(f"{path} was measured with no tier below the pool: measure once more with --kv-disk FOLDER")
+        raise ConfigError("the cost model was measured with no tier below the pool: measure with --kv-disk FOLDER")
     if config.speculative_tokens:
         raise ConfigError("a simulation has no text whose next tokens could be guessed: leave out speculative_tokens")
-    return costs
 
 
 def _simulate(
@@ -156,6 +156,7 @@ def _simulate(
             pages = _whole(value)
         else:
             config = config.replaced(name, value)
+    _check(config, costs)
     if pages is None:
         memory = config.kv_cache_memory
         pages = costs.num_pages if memory is None else parse_size(memory, "kv_cache_memory") // costs.page_bytes

@@ -173,7 +173,9 @@ def _host_costs(engine: Engine) -> list[float]:
             before = engine.stats()
             engine.step()
             after = engine.stats()
-            shape = len(engine.scheduler.running), after.tokens_computed - before.tokens_computed
+            if after.steps == before.steps:
+                continue  # pages are being saved
+            shape = max(before.running, after.running), after.tokens_computed - before.tokens_computed
             host = after.step_seconds - before.step_seconds - (after.backend_seconds - before.backend_seconds)
             samples.setdefault(shape, []).append(host)
     times = np.array([statistics.median(taken) for taken in samples.values()])

@@ -8,7 +8,7 @@ from octavo.backends.simulated import CostModel, SimulatedBackend, VirtualClock
 from octavo.config import EngineConfig, parse_size
 from octavo.engine.engine import Engine
 from octavo.engine.loading import assemble
-from octavo.engine.messages import EngineRequest
+from octavo.engine.messages import EngineRequest, TokenOutput
 from octavo.params import SamplingParams
 
 from .simulate_tier import SimulatedTransfers
@@ -26,6 +26,15 @@ class Served:
     output_tokens: int = 0
     cached_tokens: int = 0
     problem: str | None = None
+
+    def take(self, output: TokenOutput, now: float) -> None:
+        self.cached_tokens = output.cached_tokens
+        if output.token >= 0:
+            self.first = now if self.first is None else self.first
+            self.last = now
+            self.output_tokens += 1
+        if output.finish_reason and output.finish_reason != "length":
+            self.problem = output.message or output.finish_reason
 
 
 @dataclass(slots=True)
@@ -55,7 +64,8 @@ class Replay:
     preemptions: int = 0
     pages_fetched: int = 0
 
-    def step(self, engine: Engine, seconds: float) -> None:
+    def note(self, engine: Engine, seconds: float) -> None:
+        """How it has been for so many seconds."""
         pool, scheduler = engine.kv.pool, engine.scheduler
         self.pages.hold(pool.num_pages - pool.num_available, seconds)
         self.running.hold(len(scheduler.running), seconds)
@@ -124,17 +134,12 @@ def replay(
             continue
         outputs = engine.step()
         ended = engine.clock() - start
-        done.step(engine, ended - now)
+        done.note(engine, ended - now)
         done.busy += ended - now if outputs or engine.scheduler.running else 0.0  # or pages are waited for
         unfinished = len(live)
         for output in outputs:
-            served = live[output.id]
-            served.cached_tokens = output.cached_tokens
-            if output.token >= 0:
-                served.first = ended if served.first is None else served.first
-                served.last, served.output_tokens = ended, served.output_tokens + 1
+            live[output.id].take(output, ended)
             if output.finish_reason:
-                served.problem = None if output.finish_reason == "length" else output.message or output.finish_reason
                 del live[output.id]
         advance(unfinished - len(live))
     after = engine.stats()
