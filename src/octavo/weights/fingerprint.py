@@ -26,4 +26,5 @@ def fingerprint(checkpoint: Checkpoint) -> str:
         else:
             for start in np.linspace(0, content.size - _PIECE, _PIECES, dtype=np.int64):
                 hash.update(content[start : start + _PIECE].data)
+        tensor.release()  # around each piece the system has mapped up to 2 MB
     return hash.hexdigest()
