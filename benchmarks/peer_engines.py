@@ -60,7 +60,8 @@ class Octavo:
         return report["time_to_first_token_ms"]["mean"] / 1000, report["duration_seconds"]
 
     def server(self, shape: Shape, port: int) -> Command:
-        return [*OCTAVO, "serve", self.model, f"--quantization={self.quantization}", f"--port={port}"]
+        flags = [f"--quantization={self.quantization}", f"--port={port}", "--no-enable-prefix-caching"]
+        return [*OCTAVO, "serve", self.model, *flags]
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,7 @@ class Vllm:
     def server(self, shape: Shape, port: int) -> Command:
         longest = max(2048, shape.input_len + shape.output_len + SPARE_TOKENS)
         flags = ["--dtype=bfloat16", f"--max-model-len={longest}", f"--max-num-seqs={shape.streams}", f"--port={port}"]
+        flags += ["--no-enable-prefix-caching"]
         return [self.python, "-m", "vllm.entrypoints.openai.api_server", "--model", self.model, *flags]
 
 

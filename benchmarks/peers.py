@@ -112,11 +112,15 @@ def offline(engine: Engine, shape: Shape) -> Figures:
 
 
 def over_http(engine: Engine, shape: Shape) -> Figures:
-    """Two requests for each stream. The input tokens are the servers' own count: it should be the same for all."""
+    """Two requests for each stream, after a run that warms up with other prompts.
+
+    The input tokens are the servers' own count: it should be the same for all.
+    """
     flags = [f"--concurrency={shape.streams}", f"--num-prompts={2 * shape.streams}"]
     flags += [f"--input-len={shape.input_len}", f"--output-len={shape.output_len}"]
     with served(engine, shape) as url:
-        report = octavo_bench("serve", f"--base-url={url}", *flags)
+        for seed in (1, 0):
+            report = octavo_bench("serve", f"--base-url={url}", f"--seed={seed}", *flags)
     figures = {key: report[key] for key in ("output_tokens_per_second", "input_tokens", "failed")}
     for key in ("time_to_first_token_ms", "time_per_output_token_ms"):
         figures[key] = report[key]["mean"]
