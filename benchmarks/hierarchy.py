@@ -54,6 +54,7 @@ def run_contexts(model: str, memory: int, disk: str | None, count: int, length: 
             print(f"turn {turn + 1}: {seconds[-1]:.1f} s", file=sys.stderr)
         for state in states:
             state.drop()
+        llm.generate([1], greedy(1), use_tqdm=False)  # the engine hears of all that before
         stats = llm.stats()
     return {
         "seconds": seconds,

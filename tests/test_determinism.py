@@ -109,6 +109,31 @@ def test_after_preemption(model, alone):
     assert stats.free_pages + stats.cached_pages == stats.num_pages == 16
 
 
+def test_after_swapping_to_disk(model, alone, tmp_path):
+    prompts, expected = alone
+    disk = {"kv_disk": str(tmp_path), "preemption": "swap"}
+    with LLM(**model, **disk, max_model_len=288, kv_cache_memory=pool_of(model, pages=16)) as llm:
+        assert run(llm, prompts) == expected
+        stats = llm.stats()
+    assert stats.preemptions > 0 and stats.pages_fetched > 0
+    assert stats.free_pages + stats.cached_pages == stats.num_pages == 16
+    with LLM(**model, **disk, max_model_len=288) as llm:  # an engine that finds it all there
+        assert run(llm, prompts) == expected
+        assert llm.stats().cached_tokens > 1000
+
+
+def test_the_next_turn_of_a_conversation(model, alone):
+    prompts, expected = alone
+    longer = [[*prompt, *first.tokens, 5, 6, 7] for prompt, first in zip(prompts, expected, strict=True)][:16]
+    with LLM(**model, enable_prefix_caching=False) as llm:
+        recomputed = [answer(output) for output in llm.generate(longer, PARAMS[:16])]
+    with LLM(**model) as llm:
+        llm.generate(prompts, PARAMS)
+        outputs = llm.generate(longer, PARAMS[:16])
+    assert all(output.metrics.cached_tokens == len(output.prompt_token_ids) - 4 for output in outputs)
+    assert [answer(output) for output in outputs] == recomputed
+
+
 def test_with_larger_pages(model, alone):
     prompts, expected = alone
     with LLM(**model, kv_cache_page_size=96) as llm:

@@ -54,6 +54,20 @@ def test_pages_of_another_recipe_are_not_found(tiny_llama: Path, tmp_path: Path)
         assert generate(tiny_llama, tmp_path, **settings) == (tokens, [0, 0, 0])
 
 
+def test_host_memory_below_a_device(tiny_llama: Path) -> None:
+    """PyTorch's pool has room for one of the prompts, host memory for all."""
+    greedy = SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True)
+    torch = {"backend": "torch", "dtype": "float32", "max_model_len": 256}
+    with LLM(str(tiny_llama), kv_cache_memory="16MiB", **torch) as llm:
+        page_bytes = 2**24 // llm.stats().num_pages
+    with LLM(str(tiny_llama), kv_cache_memory=8 * page_bytes, kv_host_memory="64MiB", **torch) as llm:
+        first, second = ([llm.generate(prompt, greedy)[0] for prompt in PROMPTS] for _ in range(2))
+        stats = llm.stats()
+    assert [output.outputs[0].token_ids for output in second] == [output.outputs[0].token_ids for output in first]
+    assert [output.metrics.cached_tokens for output in second] == [FULL_PAGES] * 3
+    assert stats.num_pages == 8 and stats.pages_fetched >= FULL_PAGES // 32 * 3
+
+
 def test_a_folder_that_is_removed_while_running(
     tiny_llama: Path, expected: list[list[int]], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
