@@ -6,13 +6,12 @@ a page lost costs time only; a fork is just a sequence whose prefix is found.
 
 import math
 import time
-from array import array
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import takewhile
 
 from .page_pool import PagePool
+from .partial_pages import PartialPages
 from .prefix import Prefix
 from .transfers import Finished, Transfers
 
@@ -56,7 +55,7 @@ class KVCache:
         self.transfers = transfers if prefix_caching else None
         self._saves = self.transfers is not None and self.transfers.has_stores
         self._copy_page = copy_page
-        self._tails: dict[int, array[int]] = {}  # tokens in a partial page that was published, by page
+        self._partial = PartialPages(self.pool)
         self._pins: OrderedDict[str, list[int]] = OrderedDict()  # by the id of a KV state, least recently used first
         self._unsaved: deque[tuple[int, bytes]] = deque()
         self._max_saving = max(1, num_pages // SAVING_SHARE)
@@ -112,15 +111,12 @@ class KVCache:
                 self._unsaved.append((page, key))
 
     def release(self, held: SequencePages, num_computed: int = 0) -> None:
-        """Let go of all pages. If K and V of `num_computed` tokens are in them, a partial last page is cached too, for
-        the conversation's next turn: after each full page the latest such.
-        """
+        """Let go of all pages. If K and V of `num_computed` tokens are in them, a partial last page is cached too."""
         self.commit(held, num_computed)
         start = held.num_full * self.page_size
         if self.prefix_caching and self._copy_page is not None and start < num_computed:
-            page = held.pages[held.num_full]
-            self._tails[page] = held.prefix.tokens[start:num_computed]
-            self.pool.publish(page, _tail_key(held), replace=True)
+            parent = held.prefix.parent(held.num_full)
+            self._partial.add(held.pages[held.num_full], parent, held.prefix.tokens[start:num_computed])
         self._drop(held.pages)
         held.pages.clear()
         held.num_full = 0
@@ -254,13 +250,9 @@ class KVCache:
         """A partial page that goes on where the full pages of `held` end, and how many tokens it has of the prefix."""
         if not self.prefix_caching or self._copy_page is None:
             return None, 0
-        page = self.pool.find(_tail_key(held))
-        if page is None:
-            return None, 0
-        tail, start = self._tails[page], held.num_full * self.page_size
-        tokens = held.prefix.tokens[start:-1]
-        common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(tail, tokens, strict=False)))
-        return (page, common) if common else (None, 0)
+        tokens, start = held.prefix.tokens, held.num_full * self.page_size
+        end = min(start + self.page_size, len(tokens) - 1)
+        return self._partial.find(held.prefix.parent(held.num_full), tokens[start:end])
 
     def _make_room(self, pages: int) -> bool:
         """Whether so many pages can be taken, pins being given up for it, the least recently used first."""
@@ -272,8 +264,3 @@ class KVCache:
         """The last goes first, so that a prefix outlives what followed it."""
         for page in reversed(pages):
             self.pool.release(page)
-
-
-def _tail_key(held: SequencePages) -> bytes:
-    """No full page has such a key: it is longer."""
-    return held.prefix.parent(held.num_full) + b"+"

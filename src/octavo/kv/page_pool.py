@@ -53,17 +53,18 @@ class PagePool:
         self._cached.pop(page, None)
         self._holders[page] += 1
 
-    def publish(self, page: int, key: bytes, replace: bool = False) -> None:
-        """The held page's content is what `key` says. The first page of a content is the one found, or the last."""
-        found = self._page_of.get(key)
-        if found is not None and replace:
-            self._forget(found)
-            if self._holders[found] == 0:
-                del self._cached[found]
-                self._free.append(found)
-        if found is None or replace:
+    def publish(self, page: int, key: bytes) -> None:
+        """The content of the held page is what `key` says. The first page of a content is the one found."""
+        if key not in self._page_of:
             self._page_of[key] = page
             self._key[page] = key
+
+    def forget(self, page: int) -> None:
+        """A page that `find` gives is not to be found any more; if nobody holds it, it is free."""
+        self._forget(page)
+        if page in self._cached:
+            del self._cached[page]
+            self._free.append(page)
 
     def release(self, page: int) -> None:
         """One holder less. Without holders a published page is cached, any other is free."""
