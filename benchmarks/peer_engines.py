@@ -94,8 +94,8 @@ class Vllm:
 
     def server(self, shape: Shape, port: int) -> Command:
         longest = max(2048, shape.input_len + shape.output_len + SPARE_TOKENS)
-        flags = ["--dtype=bfloat16", f"--max-model-len={longest}", f"--max-num-seqs={shape.streams}", f"--port={port}"]
-        flags += ["--no-enable-prefix-caching"]
+        flags = ["--dtype=bfloat16", f"--max-model-len={longest}", f"--max-num-seqs={shape.streams}"]
+        flags += ["--no-enable-prefix-caching", f"--port={port}"]
         return [self.python, "-m", "vllm.entrypoints.openai.api_server", "--model", self.model, *flags]
 
 
