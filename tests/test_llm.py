@@ -9,6 +9,7 @@ import pytest
 
 from octavo import LLM, SamplingParams
 from octavo.errors import ConfigError, EngineDead, InvalidRequest, ModelNotFound, OutOfMemory, PromptTooLong
+from octavo.frontend.prompts import asks
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 
@@ -198,6 +199,20 @@ def test_shutdown_ends_what_runs(tiny_llama):
         list(stream)
     with pytest.raises(EngineDead):
         llm.generate("a")
+
+
+def test_a_failure_on_the_way_out_leaves_nobody_waiting(tiny_llama):
+    def sink(*_: object) -> None:
+        raise ZeroDivisionError("a sink that fails")
+
+    with LLM(str(tiny_llama)) as llm:
+        stream = llm.stream("a", SamplingParams(max_tokens=500, ignore_eos=True))
+        next(stream)
+        llm._engine.submit(asks("b", GREEDY, 0, {}), sink)
+        with pytest.raises(EngineDead, match="a sink that fails"):
+            list(stream)
+        with pytest.raises(EngineDead):
+            llm.generate("a")
 
 
 @pytest.mark.parametrize(

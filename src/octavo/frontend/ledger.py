@@ -4,6 +4,7 @@ import secrets
 import time
 import uuid
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 
 import msgspec
 
@@ -151,7 +152,8 @@ class Ledger:
         self._live.clear()
         self._completions.clear()
         for live in lives:
-            live.sink(live, error)
+            with suppress(Exception):  # a sink that fails keeps no other from hearing of it
+                live.sink(live, error)
 
     def owed(self) -> list[EngineRequest]:
         """What to ask of a new engine so that every live request goes on where it was."""

@@ -160,19 +160,26 @@ class LocalEngine:
             task()
         return not self._closing
 
-    def _deliver_loop(self) -> None:
-        while (outputs := self._outputs.get()) is not None:
-            with self._ledger_lock:
-                if isinstance(outputs, Exception):
-                    self._dead = outputs
-                    continue
-                # Under the lock, so that the engine frees them before it hears of any later request.
-                if stopped := self._ledger.deliver(outputs):
-                    self._tell(partial(self._engine.abort, stopped))
+    def _deliver(self, outputs: list[TokenOutput] | Exception) -> None:
         with self._ledger_lock:
+            if isinstance(outputs, Exception):
+                self._dead = outputs
+            # Under the lock, so that the engine frees them before it hears of any later request.
+            elif stopped := self._ledger.deliver(outputs):
+                self._tell(partial(self._engine.abort, stopped))
+
+    def _deliver_loop(self) -> None:
+        try:
+            while (outputs := self._outputs.get()) is not None:
+                self._deliver(outputs)
+        except Exception as error:  # here as well
+            self._dead = error
+        with self._wake:
             self._closing = True
-            error = EngineDead(f"the engine has stopped: {self._dead or 'it was shut down'}")
-            self._ledger.fail(error)
+            self._wake.notify()
+        with self._ledger_lock:
+            dead = EngineDead(f"the engine has stopped: {self._dead or 'it was shut down'}")
+            self._ledger.fail(dead)
             for answer in list(self._answers):
                 with contextlib.suppress(InvalidStateError):
-                    answer.set_exception(error)
+                    answer.set_exception(dead)
