@@ -115,7 +115,7 @@ def test_from_asyncio_and_streamed(llm: LLM) -> None:
 
 
 def test_only_a_finished_request_has_a_state(llm: LLM) -> None:
-    increments = llm.stream(QUESTION, GREEDY)
+    increments = llm.stream(QUESTION, SamplingParams(temperature=0, max_tokens=450, ignore_eos=True))
     id = next(increments).request_id
     with pytest.raises(InvalidRequest, match="still runs") as error:
         llm.get_kv_cache_state(id)
