@@ -45,6 +45,8 @@ def main() -> None:
     parser.add_argument("--tenants", type=int, default=100, help="tenants they belong to (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=400, help="steps of each policy (default: %(default)s)")
     args = parser.parse_args()
+    if min(args.running, args.waiting, args.tenants, args.steps) < 1:
+        parser.error("all of them must be at least 1")
     table = Table("policy", *(f"{phase}, µs" for phase in PHASES), "all, ms")
     for policy in POLICIES:
         taken = [sorted(phase) for phase in zip(*steps(policy, args), strict=True)]

@@ -1,11 +1,15 @@
-"""Fixtures that several test files share: models, made or found once a session."""
+"""Fixtures that several test files share: models, made or found once a session; and the tiny one, served."""
 
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import openai
 import pytest
+
+from octavo import LLM
+from server_process import ServerProcess
 
 # A shell starts background jobs, as CI may be one, with Ctrl-C ignored, and children inherit that: the tests press it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -52,3 +56,21 @@ def smollm2_in_transformers(smollm2: Path) -> "PreTrainedModel":
     return AutoModelForCausalLM.from_pretrained(
         smollm2.parent, gguf_file=smollm2.name, dtype=torch.float32, attn_implementation="eager"
     ).eval()
+
+
+@pytest.fixture(scope="module")
+def llm(tiny_llama: Path) -> Iterator[LLM]:
+    with LLM(str(tiny_llama)) as llm:
+        yield llm
+
+
+@pytest.fixture(scope="module")
+def server(tiny_llama: Path) -> Iterator[ServerProcess]:
+    with ServerProcess(tiny_llama) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def client(server: ServerProcess) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=60) as client:
+        yield client

@@ -3,7 +3,6 @@
 import asyncio
 import os
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +18,6 @@ QUESTION = "User: How do modules, classes and functions differ in what they defi
 TURNS = [QUESTION, "\nUser: Why is that?\nAssistant:", "\nUser: And else?\nAssistant:"]
 HELLO = [{"role": "user", "content": "Say hello to the modules, classes and functions of this language"}]
 WHY = [{"role": "user", "content": "Why?"}]
-
-
-@pytest.fixture(scope="module")
-def server(tiny_llama: Path) -> Iterator[ServerProcess]:
-    with ServerProcess(tiny_llama) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def client(server: ServerProcess) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=60) as client:
-        yield client
 
 
 def complete(client: openai.OpenAI, prompt: Any, state: Any = True, **options: Any) -> Any:

@@ -2,8 +2,6 @@
 
 import asyncio
 import threading
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -12,12 +10,6 @@ from octavo.errors import ConfigError, EngineDead, InvalidRequest, ModelNotFound
 from octavo.frontend.prompts import asks
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
-
-
-@pytest.fixture(scope="module")
-def llm(tiny_llama: Path) -> Iterator[LLM]:
-    with LLM(str(tiny_llama)) as llm:
-        yield llm
 
 
 def test_text_ids_and_lists_are_prompts(llm):

@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,18 +26,6 @@ from server_process import ServerProcess, post, serving
 
 HELLO = [{"role": "user", "content": "Say hello to the modules"}]
 LONG = " ".join(f"The module number {i} defines functions." for i in range(20))  # some pages of the KV cache
-
-
-@pytest.fixture(scope="module")
-def server(tiny_llama: Path) -> Iterator[ServerProcess]:
-    with ServerProcess(tiny_llama) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def client(server: ServerProcess) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=60) as client:
-        yield client
 
 
 @pytest.fixture(scope="module")

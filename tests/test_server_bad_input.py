@@ -3,7 +3,6 @@
 import json
 import socket
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -18,12 +17,6 @@ from server_process import ServerProcess
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 JSON = {"content-type": "application/json"}
 USER = [{"role": "user", "content": "Hello"}]
-
-
-@pytest.fixture(scope="module")
-def server(tiny_llama: Path) -> Iterator[ServerProcess]:
-    with ServerProcess(tiny_llama) as server:
-        yield server
 
 
 @pytest.fixture(scope="module")

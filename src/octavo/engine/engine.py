@@ -29,8 +29,12 @@ class Engine:
     """Generates tokens for many requests at once, on one backend whose KV pool of `num_pages` is allocated.
 
     Not thread-safe: whoever steps it also adds and aborts. It holds nothing that cannot be rebuilt from the requests
-    and the tokens it has given out. `policy`: who is served next; first come, first served by default. `clock` gives
-    the time that arrivals are in, in seconds; a simulation's is virtual.
+    and the tokens it has given out.
+
+    policy: who is served next; first come, first served by default. transfers: to the tiers below the pool; none by
+    default. preemption: see Recovery. fingerprint: names all that decides a page's bits; only engines of the same one
+    use each other's pages. request_timeout: seconds, for requests that name none. clock: the time that arrivals are
+    in, in seconds; a simulation's is virtual.
     """
 
     def __init__(
