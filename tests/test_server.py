@@ -4,6 +4,7 @@ import asyncio
 import itertools
 import json
 import os
+import re
 import resource
 import shlex
 import shutil
@@ -168,7 +169,7 @@ def test_chat(client: openai.OpenAI, reference: PreTrainedTokenizerBase) -> None
     assert reply.usage.prompt_tokens == len(reference(prompt)["input_ids"])
     assert reply.usage.total_tokens == reply.usage.prompt_tokens + 8
     assert reply.choices[0].message.content == complete(client, prompt).choices[0].text
-    assert reply.system_fingerprint.startswith("fp_")
+    assert re.fullmatch("fp_[0-9a-f]{12}", reply.system_fingerprint)
     assert reply.object == "chat.completion"
 
 

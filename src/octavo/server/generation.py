@@ -1,22 +1,18 @@
 """What completions and chat completions share: one HTTP request as requests to the engine."""
 
 import asyncio
-import functools
 import time
 import uuid
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
-from hashlib import blake2b
 from typing import Any
 
 import msgspec
 
 from octavo.async_llm import AsyncLLM, Increment
-from octavo.config import EngineConfig
 from octavo.outputs import RequestOutput
 from octavo.params import SamplingParams
 from octavo.text import Tokenizer
-from octavo.version import __version__
 
 from .errors import ApiError
 from .kv_states import Continuation
@@ -43,7 +39,8 @@ class Generation:
 
     @property
     def fingerprint(self) -> str:
-        return fingerprint(self.llm.config)
+        """Names what decides the tokens beside the request: under the same one, the same seed brings the same text."""
+        return f"fp_{self.llm.info.fingerprint[:12]}"
 
     def hear(self, output: RequestOutput) -> None:
         """An increment, or a whole output, which is to be told to the client."""
@@ -109,10 +106,3 @@ async def tokenised(
 
 def new_id(kind: str) -> str:
     return f"{kind}-{uuid.uuid4().hex}"
-
-
-@functools.cache
-def fingerprint(config: EngineConfig) -> str:
-    """Names what decides the tokens beside the request: under the same one, the same seed brings the same text."""
-    what = (__version__, config.model, config.revision, config.backend, config.dtype)
-    return f"fp_{blake2b(repr(what).encode(), digest_size=6).hexdigest()}"
