@@ -3,9 +3,9 @@
 The text is real: half English, half code, both from Python's standard library. What a setting costs is measured in
 pairs, token by token against bfloat16, which is far more exact than the perplexities themselves.
 
-SmolLM2 comes in 4 bits: to quantise it to 4 bits once more finds its grid again and costs nothing. --shuffled puts its
+SmolLM2 comes in 4 bits: to quantize it to 4 bits once more finds its grid again and costs nothing. --shuffled puts its
 channels into a random order, everywhere alike: the same function, but every block of 32 is now a new mixture, and the
-quantiser sees ordinary floats.
+quantizer sees ordinary floats.
 """
 
 import argparse

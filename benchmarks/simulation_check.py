@@ -19,13 +19,13 @@ from rich.console import Console
 from rich.table import Table
 
 from octavo.backends.base import Backend, StepBatch, StepResult
-from octavo.backends.simulated import Shape
-from octavo.cli.simulate_measure import measure
-from octavo.cli.simulate_replay import Replay, replay, simulate
-from octavo.cli.simulate_report import summarise
-from octavo.cli.simulate_trace import TraceRequest
 from octavo.config import EngineConfig
 from octavo.engine.loading import load_engine
+from octavo.simulation import Shape
+from octavo.simulation.measure import measure
+from octavo.simulation.replay import Replay, replay, simulate
+from octavo.simulation.report import summarize
+from octavo.simulation.trace import TraceRequest
 from octavo.weights import resolve
 
 LOADS = {"light": 0.4, "near capacity": 0.8, "overloaded": 2.0}  # requests, as a part of what the engine sustains
@@ -104,8 +104,8 @@ def main() -> None:
 
 
 def texts(row: tuple[str, float, float]) -> tuple[str, str, str, str]:
-    heading, real, modelled = row
-    return heading, f"{real:,.2f}", f"{modelled:,.2f}", f"{modelled / real - 1:+.1%}"
+    heading, real, modeled = row
+    return heading, f"{real:,.2f}", f"{modeled:,.2f}", f"{modeled / real - 1:+.1%}"
 
 
 def others_seconds() -> float:
@@ -127,7 +127,7 @@ def trace(requests: int, rate: float | None, vocabulary: int) -> list[TraceReque
 
 
 def figures(run: Replay) -> dict[str, float]:
-    summary = summarise(run)
+    summary = summarize(run)
     return {
         "output tokens/s": summary["output_tokens_per_second"],
         "first token, mean (s)": summary["time_to_first_token_ms"]["mean"] / 1000,

@@ -12,10 +12,10 @@ from .version import __version__
 if TYPE_CHECKING:
     from .async_llm import AsyncLLM
     from .config import EngineConfig
-    from .frontend.kv_states import KVState
     from .llm import LLM
     from .outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
     from .params import SamplingParams, ServiceTerms
+    from .states import KVState
 
 _HOME = {
     "LLM": "llm",
@@ -27,7 +27,7 @@ _HOME = {
     "CompletionOutput": "outputs",
     "RequestMetrics": "outputs",
     "Logprob": "outputs",
-    "KVState": "frontend.kv_states",
+    "KVState": "states",
 }
 
 __all__ = [

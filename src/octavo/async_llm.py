@@ -9,12 +9,12 @@ from .config import EngineConfig
 from .engine.messages import EngineInfo, EngineStats
 from .frontend.admission import FrontendStats
 from .frontend.inbox import Inbox
-from .frontend.kv_states import KVState, KVStates
 from .frontend.live import LiveRequest
 from .frontend.prompts import Ask, Prompt, ask, asks
 from .frontend.remote_engine import RemoteEngine
 from .outputs import RequestOutput
 from .params import SamplingParams, Terms
+from .states import KVState, StateBook
 from .text import Tokenizer
 from .weights import resolve
 
@@ -125,9 +125,9 @@ class AsyncLLM:
             raise
         return [live.whole() for live in lives]
 
-    def check_room(self, completions: int) -> None:
+    def check_capacity(self, completions: int) -> None:
         """Raises what `generate` would for so many completions, whatever their prompts: QueueFull, InvalidRequest."""
-        self._engine.check_room(completions)
+        self._engine.check_capacity(completions)
 
     async def abort(self, request_id: str) -> None:
         """End a request: its iterator gets a last increment with finish_reason "abort"."""
@@ -144,7 +144,7 @@ class AsyncLLM:
         return await self._engine.load_state(Path(path).absolute(), tenant, cache_salt or "")
 
     @property
-    def kv_cache_states(self) -> KVStates:
+    def kv_cache_states(self) -> StateBook:
         """All that are held, to be found by their handles. From `start` on."""
         return self._engine.states
 

@@ -67,7 +67,7 @@ class EngineConfig:
     scheduling_policy: str = _setting(
         "fcfs", "Who is served next: fcfs, priority, fair (between tenants), deadline, or package.module:ClassName."
     )
-    priority_ageing: float = _setting(
+    priority_aging: float = _setting(
         10.0, "Seconds of waiting that make up for one step of priority, so that nobody waits for ever."
     )
     tenant_weights: str | None = _setting(
@@ -119,7 +119,7 @@ class EngineConfig:
         policy = self.scheduling_policy
         ours = policy in POLICIES or re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", policy) is not None
         need(ours, "scheduling_policy", "fcfs, priority, fair, deadline, or package.module:ClassName")
-        positive("priority_ageing")
+        positive("priority_aging")
         parse_weights(self.tenant_weights or "")
         need(self.preemption in PREEMPTIONS, "preemption", "auto, swap or recompute")
         at_least("max_queue", 0)

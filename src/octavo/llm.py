@@ -10,13 +10,13 @@ from typing import Any, Unpack, cast
 from .config import EngineConfig
 from .engine.loading import load_engine
 from .engine.messages import EngineStats
-from .frontend.kv_states import KVState
 from .frontend.live import LiveRequest
 from .frontend.local_engine import LocalEngine
 from .frontend.progress import generation_bar, loading_bar
 from .frontend.prompts import Prompt, ask, asks
 from .outputs import RequestOutput
 from .params import SamplingParams, Terms
+from .states import KVState
 from .text import Tokenizer
 from .weights import resolve
 

@@ -13,7 +13,7 @@ from octavo.config import EngineConfig
 from .engine_flags import engine_flags
 
 if TYPE_CHECKING:
-    from .bench_engine import Load
+    from octavo.bench.engine import Load
 
 InputLen = Annotated[int, typer.Option(min=1, help="Tokens of each prompt.")]
 OutputLen = Annotated[int, typer.Option(min=1, help="Tokens to generate for each prompt.")]
@@ -47,8 +47,8 @@ def throughput(
     output_json: OutputJson = None,
 ) -> None:
     """Give the engine many prompts at once: tokens per second when throughput is all that counts."""
-    from .bench_engine import Load, run_batches
-    from .bench_report import median_run, show
+    from octavo.bench.engine import Load, run_batches
+    from octavo.bench.report import median_run, show
 
     config = dataclasses.replace(config, enable_prefix_caching=False)
     load = Load(batches=repeat, batch_size=num_prompts, input_len=input_len, output_len=output_len, seed=seed)
@@ -67,13 +67,13 @@ def latency(
     output_json: OutputJson = None,
 ) -> None:
     """Run small batches one after another: the time a request takes when little else runs."""
-    from .bench_engine import Load, run_batches
-    from .bench_report import joined, show, summarise
+    from octavo.bench.engine import Load, run_batches
+    from octavo.bench.report import joined, show, summarize
 
     config = dataclasses.replace(config, enable_prefix_caching=False)
     load = Load(batches=iterations, batch_size=batch_size, input_len=input_len, output_len=output_len, seed=seed)
     runs, load_seconds = run_batches(config, load)
-    show("latency", _settings(config, load), summarise(joined(runs)) | {"load_seconds": load_seconds}, output_json)
+    show("latency", _settings(config, load), summarize(joined(runs)) | {"load_seconds": load_seconds}, output_json)
 
 
 @engine_flags
@@ -87,8 +87,9 @@ def roofline(
     output_json: OutputJson = None,
 ) -> None:
     """Measure what this machine can do, how near to it decode and prefill steps are, and where their time goes."""
-    from . import bench_plot, bench_roofline
-    from .bench_report import write_json
+    from octavo.bench import plot as bench_plot
+    from octavo.bench import roofline as bench_roofline
+    from octavo.bench.report import write_json
 
     if plot:
         bench_plot.check_plot(plot)
@@ -126,10 +127,10 @@ def serve(
     """Load an OpenAI-compatible server with streamed requests, and time every token that comes back."""
     import uvloop
 
-    from .bench_http import find_endpoint, measure, random_prompts
-    from .bench_report import progress, show, summarise
-    from .simulate_trace import trace_of
-    from .simulate_trace import write_trace as write
+    from octavo.bench.http import find_endpoint, measure, random_prompts
+    from octavo.bench.report import progress, show, summarize
+    from octavo.simulation.trace import trace_of
+    from octavo.simulation.trace import write_trace as write
 
     path = "/chat/completions" if endpoint == EndpointKind.chat else "/completions"
     target = find_endpoint(base_url, path, model, api_key, ignore_eos)
@@ -149,7 +150,7 @@ def serve(
         "request_rate": request_rate,
         "seed": seed,
     }
-    show("serve", settings, summarise(run), output_json)
+    show("serve", settings, summarize(run), output_json)
     errors = Counter(request.error for request in run.requests if request.error)
     for error, count in errors.most_common(3):
         typer.echo(f"octavo: {count} failed: {error}", err=True)

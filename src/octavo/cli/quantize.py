@@ -1,4 +1,4 @@
-"""octavo quantize: a model's weights in 8 or 4 bits, written as a checkpoint that loads without quantising again."""
+"""octavo quantize: a model's weights in 8 or 4 bits, written as a checkpoint that loads without quantizing again."""
 
 import contextlib
 import os
@@ -29,8 +29,8 @@ def quantize(
     force: Annotated[bool, typer.Option("--force", help="Replace a model that octavo quantize wrote before.")] = False,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
 ) -> None:
-    """Quantise a model once: writes a directory that every command takes as a model."""
-    from octavo.backends.cpu import quantise
+    """Quantize a model once: writes a directory that every command takes as a model."""
+    from octavo.backends.cpu import quantize
     from octavo.frontend.progress import loading_bar
     from octavo.model import describe_model
     from octavo.model.decoder import needs_8_bits
@@ -49,8 +49,8 @@ def quantize(
     with _appearing(target) as folder:
         _write_tokenizer(path, folder)
         importances = _importances(spec, parameters) if bits == 4 else {}
-        with loading_bar("quantising") as progress:
-            write_packed(folder, checkpoint.config, tensors, bits_of, quantise, importances, progress)
+        with loading_bar("quantizing") as progress:
+            write_packed(folder, checkpoint.config, tensors, bits_of, quantize, importances, progress)
     typer.echo(f"{target}  {sum(file.stat().st_size for file in target.iterdir()) / 1e6:,.0f} MB")
 
 
@@ -79,7 +79,7 @@ def _check_target(target: Path, source: Path, force: bool) -> None:
     if not force:
         raise ConfigError(f"{target} exists; choose another name, or replace it with --force")
     if target.resolve() in (source.resolve(), *source.resolve().parents):
-        raise ConfigError(f"{target} holds the model that is to be quantised; choose another name")
+        raise ConfigError(f"{target} holds the model that is to be quantized; choose another name")
     try:
         settings = read_config(target).get("quantization_config")
     except OctavoError:

@@ -16,9 +16,8 @@ from .bench import InputLen, OutputJson, OutputLen, Seed
 from .engine_flags import engine_flags
 
 if TYPE_CHECKING:
-    from octavo.backends.simulated import CostModel
-
-    from .simulate_trace import TraceRequest
+    from octavo.simulation import CostModel
+    from octavo.simulation.trace import TraceRequest
 
 
 def register(app: typer.Typer) -> None:
@@ -58,10 +57,9 @@ def simulate(
 
     First --measure --cost-model FILE on the machine in question, then TRACE --cost-model FILE anywhere.
     """
-    from octavo.backends.simulated import CostModel
-
-    from .bench_report import write_json
-    from .simulate_report import print_report, print_sweep
+    from octavo.bench.report import write_json
+    from octavo.simulation import CostModel
+    from octavo.simulation.report import print_report, print_sweep
 
     if measure:
         return _measure(config, _needed(cost_model))
@@ -86,10 +84,9 @@ def simulate(
 def _measure(config: EngineConfig, path: Path) -> None:
     from octavo.engine.loading import load_engine
     from octavo.frontend.progress import loading_bar
+    from octavo.simulation.measure import measure
+    from octavo.simulation.report import print_costs
     from octavo.weights import resolve
-
-    from .simulate_measure import measure
-    from .simulate_report import print_costs
 
     if not path.absolute().parent.is_dir():
         raise ConfigError(f"cannot write {path}: there is no such folder")
@@ -112,7 +109,7 @@ def _arrivals(
     seed: int,
     write_to: Path | None,
 ) -> "Sequence[TraceRequest]":
-    from .simulate_trace import parse_rate, poisson_trace, read_trace, write_trace
+    from octavo.simulation.trace import parse_rate, poisson_trace, read_trace, write_trace
 
     if trace:
         if rate or write_to:
@@ -147,9 +144,9 @@ def _simulate(
 
     That is what it serves when all requests are there at once, and nobody is sent away.
     """
-    from .bench_report import progress
-    from .simulate_replay import simulate as run
-    from .simulate_report import summarise
+    from octavo.bench.report import progress
+    from octavo.simulation.replay import simulate as run
+    from octavo.simulation.report import summarize
 
     for name, value in chosen.items():
         if name == "pages":
@@ -163,8 +160,8 @@ def _simulate(
     at_once = [msgspec.structs.replace(request, at=0.0, timeout=None) for request in arrivals]
     patient = dataclasses.replace(config, max_queue=len(arrivals), request_timeout=None)
     with progress(" ".join(chosen.values()) or "Simulating", 2 * len(arrivals)) as advance:
-        summary = summarise(run(arrivals, config, costs, pages, advance))
-        saturated = summarise(run(at_once, patient, costs, pages, advance))
+        summary = summarize(run(arrivals, config, costs, pages, advance))
+        saturated = summarize(run(at_once, patient, costs, pages, advance))
     return summary | {"sustained_per_second": saturated["requests_per_second"]}
 
 

@@ -50,7 +50,7 @@ def look(http: "httpx.Client", url: str) -> "ServerStats":
     import httpx
     import msgspec
 
-    from octavo.server.replies import ErrorReply
+    from octavo.server.openai.replies import ErrorReply
     from octavo.server.stats import ServerStats
 
     try:

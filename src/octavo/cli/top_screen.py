@@ -16,7 +16,7 @@ _BAR = 16  # characters
 
 @dataclass(frozen=True)
 class Mark:
-    """How pages of a state are drawn. Marks differ in shape too, for terminals and eyes without colour."""
+    """How pages of a state are drawn. Marks differ in shape too, for terminals and eyes without color."""
 
     glyph: str
     style: str
@@ -107,12 +107,12 @@ def _so_far(now: ServerStats) -> Text:
 
 def _batch(now: ServerStats) -> Text:
     engine, most = now.engine, now.limits.max_batch_tokens
-    parts = [(engine.decode_rows, "green"), (engine.prefill_rows, "cyan"), (engine.guess_rows, "magenta")]
+    parts = [(engine.decode_rows, "green"), (engine.prefill_rows, "cyan"), (engine.draft_rows, "magenta")]
     return Text.assemble(
         _bar(parts, most),
         (f" {engine.decode_rows:,} decode", "green"),
         (f" · {engine.prefill_rows:,} prefill", "cyan"),
-        (f" · {engine.guess_rows:,} guesses", "magenta"),
+        (f" · {engine.draft_rows:,} guesses", "magenta"),
         f" of {most:,} rows",
     )
 

@@ -47,7 +47,7 @@ class BatchBuilder:
             "presence": np.zeros(n, np.float32),
             "frequency": np.zeros(n, np.float32),
         }
-        self._penalised = np.zeros(n, bool)
+        self._penalized = np.zeros(n, bool)
         self._biased_until = np.zeros(n, np.int32)  # outputs until which something is added to its logits
         self._gathered: dict[str, np.ndarray] = {}  # parameters of the last step's rows,
         self._gathered_slots: np.ndarray | None = None  # which had these slots
@@ -60,7 +60,7 @@ class BatchBuilder:
         computed = np.fromiter(map(_num_computed, plan.sequences), np.int32, count)
         chunks = np.array(plan.chunks, np.int32)
         guesses = np.zeros(count, np.int32)
-        for i, guessed in plan.guesses.items():
+        for i, guessed in plan.drafts.items():
             guesses[i] = len(guessed)
         rows = chunks + guesses
         query_start = np.zeros(count + 1, np.int32)
@@ -98,7 +98,7 @@ class BatchBuilder:
         column["repetition"][slot] = params.repetition_penalty
         column["presence"][slot] = params.presence_penalty
         column["frequency"][slot] = params.frequency_penalty
-        self._penalised[slot] = params.penalised
+        self._penalized[slot] = params.penalized
         self._biased_until[slot] = 2**31 - 1 if params.logit_bias else params.min_tokens
         self._gathered_slots = None
 
@@ -118,7 +118,7 @@ class BatchBuilder:
         return SamplingBatch(
             positions=outputs,
             **self._gathered,
-            **_histories(sequences, owner, self._penalised[slots], outputs),
+            **_histories(sequences, owner, self._penalized[slots], outputs),
             **_biases(sequences, owner, self._biased_until[slots] > outputs),
         )
 
@@ -134,27 +134,27 @@ def _sampled_rows(plan: StepPlan, guesses: np.ndarray) -> tuple[np.ndarray, np.n
 
 
 def _gather_tokens(plan: StepPlan) -> np.ndarray:
-    alone = 0 if plan.guesses else plan.num_decoding  # so many have one token and nothing else
+    alone = 0 if plan.drafts else plan.num_decoding  # so many have one token and nothing else
     tokens = array("i", [seq.tokens[-1] for seq in plan.sequences[:alone]])
     for i in range(alone, len(plan.sequences)):
         seq = plan.sequences[i]
         tokens += seq.tokens[seq.num_computed : seq.num_computed + plan.chunks[i]]
-        tokens += plan.guesses.get(i, _NOTHING)
+        tokens += plan.drafts.get(i, _NOTHING)
     return np.frombuffer(tokens, np.int32)
 
 
 def _histories(
-    sequences: list[Sequence], owner: np.ndarray, penalised: np.ndarray, outputs: np.ndarray
+    sequences: list[Sequence], owner: np.ndarray, penalized: np.ndarray, outputs: np.ndarray
 ) -> dict[str, np.ndarray]:
     """What penalties look back at, if any row has one: fields of SamplingBatch."""
-    if not penalised.any():
+    if not penalized.any():
         zeros = np.zeros(len(owner) + 1, np.int32)
         return {"history": _NO_TOKENS, "history_start": zeros, "history_outputs": zeros[1:]}
-    histories = [sequences[i].tokens if wanted else _NOTHING for i, wanted in zip(owner, penalised, strict=True)]
+    histories = [sequences[i].tokens if wanted else _NOTHING for i, wanted in zip(owner, penalized, strict=True)]
     return {
         "history": np.frombuffer(b"".join(histories), np.int32),
         "history_start": _starts(histories),
-        "history_outputs": np.where(penalised, outputs, 0).astype(np.int32),
+        "history_outputs": np.where(penalized, outputs, 0).astype(np.int32),
     }
 
 

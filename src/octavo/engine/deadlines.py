@@ -6,7 +6,7 @@ _SLACK = 64
 
 
 class Deadlines:
-    """A deadline for each of some ids. Every operation takes O(log n), amortised; times are of any one clock."""
+    """A deadline for each of some ids. Every operation takes O(log n), amortized; times are of any one clock."""
 
     def __init__(self) -> None:
         self._at: dict[str, float] = {}

@@ -10,7 +10,8 @@ from octavo.backends.base import Backend, StepResult
 from octavo.config import EngineConfig
 from octavo.kv import KVCache, Prefix, Transfers, root_key
 from octavo.kv.page_map import page_map
-from octavo.kv.state_file import StateFile
+from octavo.states.file import StateFile
+from octavo.states.jobs import StateFiles
 
 from .batch import BatchBuilder
 from .deadlines import Deadlines
@@ -19,7 +20,6 @@ from .policies import Policy
 from .recovery import Recovery
 from .scheduler import Scheduler, StepPlan
 from .sequence import Sequence
-from .state_files import StateFiles
 
 PATIENCE = 0.002  # seconds that a step without work waits for pages on the move; a new request may wait as long
 SECONDS_TO_CLOSE = 3.0  # a process that does not end in 5 is killed
@@ -77,7 +77,7 @@ class Engine:
         self._plan = StepPlan([], [])  # of the last step
         self._steps = self._tokens_computed = self._tokens_generated = 0
         self._prompt_tokens = self._cached_tokens = 0
-        self._guessed_tokens = self._right_guesses = 0
+        self._draft_tokens = self._accepted_tokens = 0
         self._step_seconds = self._backend_seconds = 0.0
 
     @property
@@ -108,7 +108,7 @@ class Engine:
             prefix=self._prefix(tokens, request.tenant, request.salt),
             num_prompt=len(request.prompt),
             max_tokens=min(len(request.prompt) + (params.max_tokens or self.max_model_len), self.max_model_len),
-            guess_limit=self._speculative_tokens if params.speculative_tokens is None else params.speculative_tokens,
+            draft_limit=self._speculative_tokens if params.speculative_tokens is None else params.speculative_tokens,
         )
         try:
             self.scheduler.add(seq, after=self._live.get(request.after or ""))
@@ -186,13 +186,13 @@ class Engine:
             tokens_generated=self._tokens_generated,
             prompt_tokens=self._prompt_tokens,
             cached_tokens=self._cached_tokens,
-            guessed_tokens=self._guessed_tokens,
-            right_guesses=self._right_guesses,
+            draft_tokens=self._draft_tokens,
+            accepted_tokens=self._accepted_tokens,
             step_seconds=self._step_seconds,
             backend_seconds=self._backend_seconds,
             decode_rows=plan.num_decoding,
             prefill_rows=sum(plan.chunks) - plan.num_decoding,
-            guess_rows=sum(map(len, plan.guesses.values())),
+            draft_rows=sum(map(len, plan.drafts.values())),
             page_map=page_map(self.kv),
             num_pinned=len(self.kv.pinned_pages()),
             num_fetching=self.kv.num_fetching,
@@ -253,14 +253,14 @@ class Engine:
                 continue
             outputs.append(self._append(seq, tokens[row], _logprobs(seq, result, row)))
             row += 1
-            if i in plan.guesses:
-                outputs += self._append_guessed(seq, plan.guesses[i], result, row)
-                row += len(plan.guesses[i])
+            if i in plan.drafts:
+                outputs += self._append_accepted(seq, plan.drafts[i], result, row)
+                row += len(plan.drafts[i])
         self._tokens_computed += sum(plan.chunks)
         self._tokens_generated += len(outputs)
         return outputs
 
-    def _append_guessed(self, seq: Sequence, guesses: "array[int]", result: StepResult, row: int) -> list[TokenOutput]:
+    def _append_accepted(self, seq: Sequence, guesses: "array[int]", result: StepResult, row: int) -> list[TokenOutput]:
         """What was sampled after each guess, in rows of `result` from `row` on, as long as the guesses are right."""
         outputs: list[TokenOutput] = []
         for guessed in guesses:
@@ -270,8 +270,8 @@ class Engine:
             self.kv.commit(seq.held, seq.num_computed)
             outputs.append(self._append(seq, int(result.tokens[row]), _logprobs(seq, result, row)))
             row += 1
-        self._guessed_tokens += len(guesses)
-        self._right_guesses += len(outputs)
+        self._draft_tokens += len(guesses)
+        self._accepted_tokens += len(outputs)
         return outputs
 
     def _end_prompt(self, seq: Sequence) -> None:
@@ -279,7 +279,7 @@ class Engine:
         if not seq.num_outputs:
             self._prompt_tokens += seq.num_prompt
             self._cached_tokens += seq.cached_tokens
-        self.scheduler.let_go(seq)
+        self.scheduler.end_prompt(seq)
 
     def _append(self, seq: Sequence, token: int, logprobs: TokenLogprobs | None) -> TokenOutput:
         """The sequence's next token, and with it perhaps its end."""

@@ -12,17 +12,16 @@ from octavo.backends.base import Backend, BackendFactory, Progress
 from octavo.config import DTYPES, KV_CACHE_DTYPES, EngineConfig, parse_size
 from octavo.errors import ConfigError, OutOfMemory
 from octavo.kv import Transfers
-from octavo.kv.disk_tier import DiskTier
-from octavo.kv.host_tier import HostTier
-from octavo.kv.tier import Tier
-from octavo.memory import available_memory
+from octavo.kv.tiers.disk import DiskTier
+from octavo.kv.tiers.host import HostTier
+from octavo.kv.tiers.tier import Tier
+from octavo.machine import available_memory
 from octavo.model import describe_model
 from octavo.version import __version__
 from octavo.weights import Checkpoint, fingerprint, open_checkpoint
 
 from .engine import Engine
-from .fair import Fair
-from .policies import Deadline, Policy, Priority
+from .policies import Deadline, Fair, Policy, Priority
 from .speculation import FREE_ROWS
 
 if TYPE_CHECKING:

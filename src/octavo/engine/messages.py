@@ -68,7 +68,7 @@ class EngineInfo(msgspec.Struct, frozen=True):
 class EngineStats(msgspec.Struct, frozen=True):
     """A look at the engine between two steps. Counters are since the start.
 
-    `decode_rows`, `prefill_rows`, `guess_rows`: what the last step computed, for sequences with one token to compute,
+    `decode_rows`, `prefill_rows`, `draft_rows`: what the last step computed, for sequences with one token to compute,
     for those with more, and as guesses; 0 when there is nothing to do. `prompt_tokens`, `cached_tokens`: of the prompts
     that have begun to be answered, and of those, found in the cache. `page_map`: see octavo.kv.page_map.
     """
@@ -86,13 +86,13 @@ class EngineStats(msgspec.Struct, frozen=True):
     tokens_generated: int
     prompt_tokens: int
     cached_tokens: int
-    guessed_tokens: int  # computed as guesses; tokens_computed does not count them
-    right_guesses: int  # of those, kept
+    draft_tokens: int  # computed as guesses; tokens_computed does not count them
+    accepted_tokens: int  # of those, kept
     step_seconds: float  # in Engine.step
     backend_seconds: float  # of those, in the backend
     decode_rows: int
     prefill_rows: int
-    guess_rows: int
+    draft_rows: int
     page_map: str
     num_pinned: int  # pages held by KV states
     num_fetching: int  # pages on the way from a lower tier

@@ -9,7 +9,7 @@ from octavo.kv import KVCache
 from .policies import Policy
 from .recovery import Recovery
 from .sequence import Sequence
-from .speculation import FREE_ROWS, guess
+from .speculation import FREE_ROWS, propose_draft
 
 AHEAD = 16  # sequences that may wait for their pages to be fetched, or for a slot when they are there
 
@@ -19,13 +19,13 @@ class StepPlan:
     """`chunks[i]`: how many tokens of `sequences[i]` this step computes, from its num_computed on.
 
     The first `num_decoding` sequences have one token to compute, and so end with this step's chunk of 1.
-    `guesses[i]`: tokens to compute after them, in case they come next; only for a sequence whose chunk ends it.
+    `drafts[i]`: tokens to compute after them, in case they come next; only for a sequence whose chunk ends it.
     """
 
     sequences: list[Sequence]
     chunks: list[int]
     num_decoding: int = 0
-    guesses: dict[int, "array[int]"] = field(default_factory=dict)
+    drafts: dict[int, "array[int]"] = field(default_factory=dict)
 
     def ends(self, i: int) -> bool:
         """Whether sequence i will be computed to its end, so that its next token can be sampled."""
@@ -94,7 +94,7 @@ class Scheduler:
             self.policy.add(seq)
         self._num_waiting += 1
 
-    def let_go(self, seq: Sequence) -> None:
+    def end_prompt(self, seq: Sequence) -> None:
         """The prompt of `seq` is computed, or never will be: queue those that waited for it."""
         for follower in self._held_back.pop(seq.id, ()):
             self.policy.add(follower)
@@ -102,7 +102,7 @@ class Scheduler:
     def finish(self, seq: Sequence) -> None:
         """Take a running sequence out and free its pages and its slot."""
         self._vacate(seq)
-        self.let_go(seq)
+        self.end_prompt(seq)
 
     def abort(self, seq: Sequence) -> None:
         """Take a sequence out, running or waiting."""
@@ -118,7 +118,7 @@ class Scheduler:
                 self._end_prefetch(seq)
             else:
                 self.policy.remove(seq)
-        self.let_go(seq)
+        self.end_prompt(seq)
 
     def schedule(self) -> StepPlan:
         self._make_way()
@@ -127,7 +127,7 @@ class Scheduler:
         plan = StepPlan(decoding, [1] * len(decoding), len(decoding))
         self._plan_prompts(plan, prompts, may_admit=not preempted)
         if not preempted:  # pages are short: what is freed belongs to those that run
-            self._guess(plan)
+            self._add_drafts(plan)
         return plan
 
     def _make_way(self) -> None:
@@ -245,18 +245,18 @@ class Scheduler:
         seq.prefetch = None
         self._arriving.remove(seq)
 
-    def _guess(self, plan: StepPlan) -> None:
+    def _add_drafts(self, plan: StepPlan) -> None:
         """Fill what the step has of free rows with guesses, for decoding sequences that are to have them."""
         free = min(FREE_ROWS, self.max_batch_tokens) - sum(plan.chunks)
         for i, seq in enumerate(plan.sequences):
             if free <= 0:
                 return
-            if not seq.num_guesses or not plan.ends(i):
+            if not seq.num_draft_tokens or not plan.ends(i):
                 continue
-            room = min(free, seq.num_guesses, seq.max_tokens - len(seq.tokens) - 1)
-            guesses = guess(seq.tokens, room) if room > 0 else None
+            room = min(free, seq.num_draft_tokens, seq.max_tokens - len(seq.tokens) - 1)
+            guesses = propose_draft(seq.tokens, room) if room > 0 else None
             if guesses and self.kv.grow(seq.held, len(seq.tokens) + len(guesses)):
-                plan.guesses[i] = guesses
+                plan.drafts[i] = guesses
                 free -= len(guesses)
 
     def _preempt(self, seq: Sequence) -> None:

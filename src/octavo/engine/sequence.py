@@ -20,7 +20,7 @@ class Sequence:
     prefix: Prefix  # the keys of `tokens`
     num_prompt: int
     max_tokens: int  # of prompt and output
-    guess_limit: int = 0  # guesses at the next tokens that a step may try
+    draft_limit: int = 0  # guesses at the next tokens that a step may try
     num_computed: int = 0
     cached_tokens: int = 0  # of num_computed, found in the prefix cache when it was first admitted
     held: SequencePages = field(init=False)
@@ -48,7 +48,7 @@ class Sequence:
         return len(self.tokens) - self.num_computed
 
     @property
-    def num_guesses(self) -> int:
-        """`guess_limit`, but 0 where the next token but one is sampled by rules that depend on the next."""
+    def num_draft_tokens(self) -> int:
+        """`draft_limit`, but 0 where the next token but one is sampled by rules that depend on the next."""
         params = self.request.params
-        return 0 if params.penalised or self.num_outputs < params.min_tokens else self.guess_limit
+        return 0 if params.penalized or self.num_outputs < params.min_tokens else self.draft_limit

@@ -10,7 +10,7 @@ LONGEST, SHORTEST = 4, 2  # tokens at the end of the text that must have occurre
 FREE_ROWS = 16  # so many rows take a CPU half as long again as one, as the weights are read once for all of them
 
 
-def guess(tokens: "array[int]", limit: int) -> "array[int]":
+def propose_draft(tokens: "array[int]", limit: int) -> "array[int]":
     """At most `limit` tokens that may come next; none if the last ones never occurred before."""
     text = tokens.tobytes()
     width = tokens.itemsize

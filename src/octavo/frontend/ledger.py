@@ -12,12 +12,12 @@ from octavo.engine.messages import EngineInfo, EngineRequest, TokenOutput
 from octavo.errors import InvalidRequest, OctavoError, PromptTooLong, RequestFailed, RequestTimeout
 from octavo.outputs import RequestMetrics, RequestOutput
 from octavo.params import SamplingParams
+from octavo.states import KVState, StateBook
 from octavo.text import Detokenizer, Tokenizer
+from octavo.text.stop_strings import StopStrings
 
-from .kv_states import KVState, KVStates
 from .live import LiveCompletion, LiveRequest
 from .prompts import Ask
-from .stop_strings import StopStrings
 
 Sink = Callable[[LiveRequest, RequestOutput | Exception], None]
 
@@ -27,7 +27,7 @@ _FAILURES: dict[str | None, type[OctavoError]] = {"error": RequestFailed, "timeo
 class Ledger:
     """Opens requests, hands their tokens to whom they belong, and knows what is still owed. Not thread-safe."""
 
-    def __init__(self, tokenizer: Tokenizer, info: EngineInfo, states: KVStates):
+    def __init__(self, tokenizer: Tokenizer, info: EngineInfo, states: StateBook):
         self._tokenizer = tokenizer
         self._info = info
         self._states = states
@@ -127,7 +127,14 @@ class Ledger:
                     stopped.append(output.id)
             if increment.finished:
                 del self._live[live.id]
-                self._states.remember(live)
+                self._states.remember(
+                    live.id,
+                    live.completions[0].request.tenant,
+                    live.completions[0].request.salt,
+                    live.prompt_token_ids,
+                    [completion.token_ids for completion in live.completions],
+                    live.state,
+                )
             live.sink(live, increment)
         return stopped
 

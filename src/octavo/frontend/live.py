@@ -9,11 +9,10 @@ from octavo.engine.messages import EngineRequest, TokenLogprobs, TokenOutput
 from octavo.outputs import CompletionOutput, FinishReason, Logprob, RequestMetrics, RequestOutput
 from octavo.params import SamplingParams
 from octavo.text import Detokenizer, Tokenizer
-
-from .stop_strings import StopStrings
+from octavo.text.stop_strings import StopStrings
 
 if TYPE_CHECKING:
-    from .kv_states import KVState
+    from octavo.states import KVState
 
 
 @dataclass(slots=True)

@@ -13,13 +13,13 @@ from octavo.config import EngineConfig
 from octavo.engine.engine import Engine
 from octavo.engine.messages import EngineInfo, EngineRequest, EngineStats, TokenOutput
 from octavo.errors import EngineDead
+from octavo.states import KVState, StateBook
+from octavo.states.file import read_saved_tokens
 from octavo.text import Tokenizer
 
-from .kv_states import KVState, KVStates
 from .ledger import Ledger, Sink
 from .live import LiveRequest
 from .prompts import Ask
-from .saved_states import read_saved_state
 
 
 class LocalEngine:
@@ -27,7 +27,7 @@ class LocalEngine:
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer, config: EngineConfig):
         self.info: EngineInfo = engine.info
-        self.states = KVStates(self, engine.info, config.kv_state_quota, config.kv_state_ttl)
+        self.states = StateBook(self, engine.info.fingerprint, config.kv_state_quota, config.kv_state_ttl)
         self._engine = engine
         self._ledger = Ledger(tokenizer, engine.info, self.states)
         self._ledger_lock = threading.Lock()  # of the states, too
@@ -65,7 +65,7 @@ class LocalEngine:
 
     def load_state(self, path: Path, tenant: str, salt: str) -> KVState:
         """A state that was saved. Raises InvalidKVState, QuotaExceeded, EngineDead."""
-        tokens = read_saved_state(path, self.info, tenant, salt)
+        tokens = read_saved_tokens(path, self.info.fingerprint, self.info.vocab_size, tenant, salt)
         with self._ledger_lock:
             state = self.states.adopt(path, tokens, tenant, salt)
         try:

@@ -5,8 +5,7 @@ from typing import NamedTuple, TypedDict, TypeVar, cast
 
 from octavo.errors import InvalidRequest
 from octavo.params import SamplingParams, ServiceTerms, Terms
-
-from .kv_states import KVState
+from octavo.states import KVState
 
 
 class PromptDict(TypedDict, total=False):

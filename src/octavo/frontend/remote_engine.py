@@ -16,15 +16,15 @@ from typing import Any
 from octavo.config import EngineConfig
 from octavo.engine.messages import EngineInfo, EngineStats
 from octavo.errors import EngineDead, OctavoError
+from octavo.states import KVState, StateBook
+from octavo.states.file import read_saved_tokens
 from octavo.text import Tokenizer
 
 from .admission import Admission, FrontendStats
 from .engine_process import EngineProcess, raised
-from .kv_states import KVState, KVStates
 from .ledger import Ledger, Sink
 from .live import LiveRequest
 from .prompts import Ask
-from .saved_states import read_saved_state
 from .wire import Abort, AskStats, LoadState, Pin, SaveState, StateDone, Stats, Submit, Tokens, Unpin
 
 log = logging.getLogger("octavo")
@@ -58,19 +58,19 @@ class RemoteEngine:
             self.end_process()
             raise
         self.info = info
-        self.states = KVStates(self, info, self._config.kv_state_quota, self._config.kv_state_ttl)
+        self.states = StateBook(self, info.fingerprint, self._config.kv_state_quota, self._config.kv_state_ttl)
         self._ledger = Ledger(tokenizer, info, self.states)
         self._serving = self._process
         self._supervisor = asyncio.create_task(self._supervise())
         return info
 
-    def check_room(self, completions: int) -> None:
+    def check_capacity(self, completions: int) -> None:
         """Raises QueueFull or InvalidRequest if so many more may not be asked for, EngineDead."""
         self._admission.check(self._living_ledger().num_completions, completions)
 
     def submit(self, asks: list[Ask], sink: Sink, request_id: str | None = None) -> list[LiveRequest]:
         """Start requests, all or none. Raises QueueFull, InvalidRequest, PromptTooLong, EngineDead."""
-        self.check_room(sum(ask.params.n for ask in asks))
+        self.check_capacity(sum(ask.params.n for ask in asks))
         lives, requests = self._living_ledger().open(asks, sink, request_id)
         if self._serving:  # if not, the next process is told all that is owed
             self._serving.send(Submit(requests))
@@ -91,7 +91,9 @@ class RemoteEngine:
 
     async def load_state(self, path: Path, tenant: str, salt: str) -> KVState:
         """A state that was saved. Raises InvalidKVState, QuotaExceeded, EngineDead."""
-        tokens = await asyncio.to_thread(read_saved_state, path, self.info, tenant, salt)
+        tokens = await asyncio.to_thread(
+            read_saved_tokens, path, self.info.fingerprint, self.info.vocab_size, tenant, salt
+        )
         state = self.states.adopt(path, tokens, tenant, salt)
         try:
             await self._await_job(LoadState(state.id, str(path)))

@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar
 
 from octavo.backends.base import Backend
 
-from .tier import Tier
+from .tiers.tier import Tier
 
 T = TypeVar("T")
 _Job = tuple[Callable[[], Any], "Future[Any]"]

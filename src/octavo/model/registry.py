@@ -7,7 +7,7 @@ from typing import Any, Protocol
 from octavo.errors import DamagedWeights, UnsupportedModel
 from octavo.weights.tensor import FORMATS, Parameter, Tensor
 
-from . import llama, mistral, qwen2, qwen3
+from .families import llama, mistral, qwen2, qwen3
 from .spec import DecoderSpec
 
 

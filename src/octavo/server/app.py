@@ -9,12 +9,12 @@ from octavo.async_llm import AsyncLLM
 from octavo.version import __version__
 
 from . import errors
-from .chat import chat_completions
-from .completions import completions
-from .generation import check_model
-from .kv_states import describe, find_state
-from .protocol import tenant_of
-from .replies import Json, ModelCard, ModelList
+from .openai.chat import chat_completions
+from .openai.completions import completions
+from .openai.generation import check_model
+from .openai.kv_states import describe, find_state
+from .openai.protocol import tenant_of
+from .openai.replies import Json, ModelCard, ModelList
 from .stats import server_stats
 
 

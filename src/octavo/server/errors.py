@@ -19,7 +19,7 @@ from octavo.errors import (
     RequestTimeout,
 )
 
-from .replies import ErrorBody, ErrorReply, Json
+from .openai.replies import ErrorBody, ErrorReply, Json
 
 CLIENT_LEFT = 499  # nginx's status for it; nobody is there to read it
 MAX_MESSAGE = 400  # characters: an error may quote what the client sent, and that may be megabytes

@@ -32,7 +32,7 @@ async def _serve(llm: AsyncLLM, listener: socket.socket) -> None:
     try:
         # Imported here, as the engine process loads weights meanwhile.
         from .app import create_app
-        from .draining import DrainingServer
+        from .edge.draining import DrainingServer
 
         await llm.start()
         await DrainingServer(create_app(llm), on_ready=lambda: _announce(llm, listener)).serve([listener])

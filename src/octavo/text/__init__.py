@@ -1,4 +1,4 @@
-"""Text: tokenizer, chat template, incremental detokeniser."""
+"""Text: tokenizer, chat template, incremental detokenizer."""
 
 from .detokenizer import Detokenizer
 from .tokenizer import Tokenizer

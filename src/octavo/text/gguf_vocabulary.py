@@ -127,7 +127,7 @@ def _sentencepiece(metadata: dict[str, Any], vocabulary: dict[str, int]) -> Toke
 
 
 def _merges_from_scores(vocabulary: dict[str, int], scores: list[float]) -> list[tuple[str, str]]:
-    """SentencePiece joins the two neighbours that make the token of the highest score: merges in that order."""
+    """SentencePiece joins the two neighbors that make the token of the highest score: merges in that order."""
     merges: list[tuple[float, int, int, str, str]] = []
     for token, i in vocabulary.items():
         for cut in range(1, len(token)):

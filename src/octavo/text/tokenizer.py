@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import tokenizers
 
 from octavo.errors import DamagedWeights, InvalidRequest, ModelNotFound, UnsupportedModel
-from octavo.gguf_file import read_header
+from octavo.formats.gguf import read_header
 
 from .gguf_vocabulary import tokenizer_from_metadata
 

@@ -45,7 +45,7 @@ class _Layer:
     outputs: int
 
 
-def open_quantised(settings: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def open_quantized(settings: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """`tensors` with the parts of each layer replaced by its weight, of format W4G32 or W8G32.
 
     `settings` is the quantization_config. Raises UnsupportedModel or DamagedWeights.
@@ -121,14 +121,14 @@ def _layer(packing: _Packing, module: str, tensors: dict[str, Tensor]) -> _Layer
                 f"{packing.bits} bits in groups of {packing.group_size}; download the checkpoint again"
             )
     if inputs % _BLOCK:
-        raise UnsupportedModel(f"{module!r} has {inputs} inputs; supported are quantised layers of a multiple of 32")
+        raise UnsupportedModel(f"{module!r} has {inputs} inputs; supported are quantized layers of a multiple of 32")
     if f"{module}.g_idx" in tensors:
         _check_order(tensors[f"{module}.g_idx"], inputs, group)
     return _Layer(qweight, qzeros, scales, inputs, outputs)
 
 
 def _check_order(order: Tensor, inputs: int, group: int) -> None:
-    """Refuse groups that are not of neighbouring inputs: `order` has the group of each."""
+    """Refuse groups that are not of neighboring inputs: `order` has the group of each."""
     if order.format != "I32" or not np.array_equal(order.data.view(np.int32)[0], np.arange(inputs) // group):
         raise UnsupportedModel(
             f"tensor {order.name!r} puts inputs in activation order (desc_act), which is not supported; "

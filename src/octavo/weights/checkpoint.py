@@ -38,17 +38,17 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def _weights(path: Path, settings: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """`tensors` as a model knows them, whatever quantised them."""
-    from .awq_gptq import open_quantised
+    """`tensors` as a model knows them, whatever quantized them."""
+    from .awq_gptq import open_quantized
     from .packed import METHOD, open_packed
 
     if not settings:
         return tensors
     method = settings.get("quant_method") if isinstance(settings, dict) else settings
     if isinstance(settings, dict) and method in ("awq", "gptq"):
-        return open_quantised(settings, tensors)
+        return open_quantized(settings, tensors)
     if isinstance(settings, dict) and method == METHOD:
         return open_packed(path, tensors)
     raise UnsupportedModel(
-        f"{path} is quantised by {method!r}; supported are AWQ and GPTQ, .gguf files, and what octavo quantize writes"
+        f"{path} is quantized by {method!r}; supported are AWQ and GPTQ, .gguf files, and what octavo quantize writes"
     )

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from octavo.errors import DamagedWeights, UnsupportedModel
-from octavo.gguf_file import GgufTensor, read_header
+from octavo.formats.gguf import GgufTensor, read_header
 
 from .tensor import Tensor, mapped_tensor
 

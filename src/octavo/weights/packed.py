@@ -1,6 +1,6 @@
 """The checkpoint that `octavo quantize` writes: blocks as the kernels' formats have them, so that it maps straight in.
 
-A directory with config.json, whose quantization_config says "octavo", and one model.safetensors. Quantised matrices are
+A directory with config.json, whose quantization_config says "octavo", and one model.safetensors. Quantized matrices are
 uint8 rows of blocks; the file's metadata names the format of each. Other tensors are ordinary floats.
 """
 
@@ -22,10 +22,10 @@ from .tensor import BLOCKS, Tensor
 METHOD = "octavo"  # the quant_method in config.json
 
 _BLOCK = 32
-_CHUNK = 1 << 20  # values quantised at a time by each thread
+_CHUNK = 1 << 20  # values quantized at a time by each thread
 
 # (float32 [n, k], Q8_0 or Q4_1, float32 [k] or None: how much the errors of each column count) -> uint8 [n, bytes]
-Quantise = Callable[[np.ndarray, str, np.ndarray | None], np.ndarray]
+Quantize = Callable[[np.ndarray, str, np.ndarray | None], np.ndarray]
 
 
 def open_packed(folder: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -48,13 +48,13 @@ def write_packed(
     config: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
     bits: Mapping[str, int],
-    quantise: Quantise,
+    quantize: Quantize,
     importances: Mapping[str, np.ndarray],
     progress: Callable[[int, int], None],
 ) -> None:
     """Write config.json and model.safetensors into `folder`, each matrix in 8 or 4 `bits`, by name.
 
-    What is quantised already and has no more bits than asked for stays as it is. importances: of the columns of tensors
+    What is quantized already and has no more bits than asked for stays as it is. importances: of the columns of tensors
     by name; those of others count alike. progress(done bytes, total bytes).
     """
     settings = {"quant_method": METHOD, "bits": min(bits.values())}
@@ -66,7 +66,7 @@ def write_packed(
     with (folder / SINGLE).open("wb") as file, ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         file.write(_header(entries))
         for entry in entries:
-            for rows in _encoded(entry, quantise, importances.get(entry.tensor.name), pool):
+            for rows in _encoded(entry, quantize, importances.get(entry.tensor.name), pool):
                 file.write(rows.data)
                 done += rows.nbytes
                 progress(done, total)
@@ -82,13 +82,13 @@ class _Entry:
     format: str
 
     @property
-    def quantised(self) -> bool:
+    def quantized(self) -> bool:
         return self.format[0] in "QW"
 
     @property
     def shape(self) -> tuple[int, ...]:
         """As the file has it."""
-        if not self.quantised:
+        if not self.quantized:
             return self.tensor.shape
         values, size = BLOCKS[self.format]
         return (self.tensor.shape[0], self.tensor.shape[1] // values * size)
@@ -109,11 +109,11 @@ def _entry(tensor: Tensor, bits: int) -> _Entry:
 
 def _header(entries: list[_Entry]) -> bytes:
     """Of a safetensors file with `entries` one after another; its library can only write what is all in memory."""
-    header: dict[str, Any] = {"__metadata__": {e.tensor.name: e.format for e in entries if e.quantised}}
+    header: dict[str, Any] = {"__metadata__": {e.tensor.name: e.format for e in entries if e.quantized}}
     offset = 0
     for entry in entries:
         span = [offset, offset := offset + entry.nbytes]
-        dtype = "U8" if entry.quantised else entry.format
+        dtype = "U8" if entry.quantized else entry.format
         header[entry.tensor.name] = {"dtype": dtype, "shape": entry.shape, "data_offsets": span}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
@@ -121,7 +121,7 @@ def _header(entries: list[_Entry]) -> bytes:
 
 
 def _encoded(
-    entry: _Entry, quantise: Quantise, importance: np.ndarray | None, pool: ThreadPoolExecutor
+    entry: _Entry, quantize: Quantize, importance: np.ndarray | None, pool: ThreadPoolExecutor
 ) -> Iterator[np.ndarray]:
     """The bytes of `entry`, some rows at a time."""
     tensor = replace(entry.tensor, source=entry.tensor.data)  # once, if it has to be converted
@@ -133,7 +133,7 @@ def _encoded(
         rows = max(1, _CHUNK // tensor.shape[1])
 
         def encode(start: int) -> np.ndarray:
-            return quantise(tensor.float32(start, start + rows), entry.format, importance)
+            return quantize(tensor.float32(start, start + rows), entry.format, importance)
 
         yield from pool.map(encode, range(0, tensor.shape[0], rows))
     tensor.release()

@@ -8,7 +8,7 @@ from functools import partial
 
 import numpy as np
 
-from octavo.gguf_file import GGUF_FORMATS
+from octavo.formats.gguf import GGUF_FORMATS
 
 # Blocks of 32 values along k as AWQ and GPTQ checkpoints become them: value = scale * q + min.
 W4G32 = np.dtype([("scale", "<f4"), ("min", "<f4"), ("q", "u1", 16)])  # value i in the low half of byte i, i + 16 above
@@ -49,11 +49,11 @@ class Tensor:
         return math.prod(self.shape) // values * size
 
     def float32(self, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Rows start:stop (of a vector, elements), dequantised: float32 [stop - start, columns] or [stop - start]."""
+        """Rows start:stop (of a vector, elements), dequantized: float32 [stop - start, columns] or [stop - start]."""
         rows = slice(start, stop) if self.row_order is None else self.row_order[start:stop]
         if len(self.shape) == 1:
-            return _dequantise(self.data, self.format)[0, rows]
-        return _dequantise(self.data[rows], self.format)
+            return _dequantize(self.data, self.format)[0, rows]
+        return _dequantize(self.data[rows], self.format)
 
 
 def bfloat16_tensor(name: str, values: np.ndarray) -> Tensor:
@@ -88,11 +88,11 @@ def mapped_tensor(mapped: mmap.mmap, start: int, stop: int, name: str, shape: tu
 
 
 def _release(mapped: mmap.mmap, start: int, stop: int) -> None:
-    start -= start % mmap.PAGESIZE  # a neighbour's bytes on the first and last page are just read again when needed
+    start -= start % mmap.PAGESIZE  # a neighbor's bytes on the first and last page are just read again when needed
     mapped.madvise(mmap.MADV_DONTNEED, start, stop - start)
 
 
-def _dequantise(rows: np.ndarray, format: str) -> np.ndarray:
+def _dequantize(rows: np.ndarray, format: str) -> np.ndarray:
     if format == "F32":
         return np.ascontiguousarray(rows).view(np.float32)
     if format == "F16":

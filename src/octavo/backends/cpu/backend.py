@@ -9,7 +9,7 @@ from xxhash import xxh3_64_hexdigest
 
 from octavo.backends.base import Progress, StepBatch, StepResult
 from octavo.errors import ConfigError, OutOfMemory
-from octavo.memory import available_memory
+from octavo.machine import available_memory
 from octavo.model.decoder import describe
 from octavo.model.spec import DecoderSpec
 from octavo.weights.tensor import Parameter
@@ -100,7 +100,7 @@ def load(
     """A BackendFactory. `dtype` is auto or bfloat16. OCTAVO_ISA=amx|avx512|avx2|portable picks the kernels.
 
     `quantization` auto: integers of 8 or 4 bits where the checkpoint has them, bfloat16 elsewhere; none: bfloat16;
-    8bit, 4bit: what has more bits is quantised as it is packed; to 4 bits all but what model.decoder.needs_8_bits, and
+    8bit, 4bit: what has more bits is quantized as it is packed; to 4 bits all but what model.decoder.needs_8_bits, and
     with regard to the importance of each column (calibration.py).
     `kv_cache_dtype` bf16; or int8, with a scale for each token's K and V of each head.
 

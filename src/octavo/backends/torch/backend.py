@@ -8,7 +8,7 @@ import torch
 
 from octavo.backends.base import Progress, StepBatch, StepResult
 from octavo.errors import ConfigError, OutOfMemory
-from octavo.memory import available_memory
+from octavo.machine import available_memory
 from octavo.model.decoder import describe
 from octavo.model.spec import DecoderSpec
 from octavo.weights.tensor import Parameter
@@ -100,7 +100,7 @@ def load(
 ) -> TorchBackend:
     """A BackendFactory. `dtype` auto: bfloat16; `device` auto: cpu. Raises ConfigError or OutOfMemory.
 
-    Weights are dequantised: `quantization` is auto or none. The KV cache is of the same dtype as the arithmetic.
+    Weights are dequantized: `quantization` is auto or none. The KV cache is of the same dtype as the arithmetic.
     """
     torch_device = torch.device("cpu" if device == "auto" else device)
     if torch_device.type == "cuda" and (torch_device.index or 0) >= torch.cuda.device_count():

@@ -1,7 +1,7 @@
 """The next tokens of a batch, row by row in numpy: the plain reading of what SamplingBatch promises.
 
-The draw is that of the native sampler (csrc/sampler.cpp): among the tokens that survive truncation, in order of token
-id, the first whose cumulative weight passes u times the total. So both pick the same token, up to rounding.
+The draw is that of the native sampler (csrc/kernels/sampler.cpp): among the tokens that survive truncation, in order of
+token id, the first whose cumulative weight passes u times the total. So both pick the same token, up to rounding.
 """
 
 import numpy as np

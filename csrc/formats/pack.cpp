@@ -1,0 +1,178 @@
+#include "pack.h"
+
+#include <algorithm>
+#include <cstring>
+#include <unordered_map>
+
+#include "quantize.h"
+#include "quants.h"
+
+namespace octavo {
+
+namespace {
+
+bf16 to_bf16(float value) {  // to nearest, ties to even
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    return bf16(value != value ? 0x7fc0 : rounded);
+}
+
+struct StoredRow {
+    int format;
+    const uint8_t* data;
+};
+
+struct BlockRows {
+    StoredRow row[kBlock];
+    int64_t count = 0;
+};
+
+StoredRow find_row(const std::vector<Part>& parts, int64_t index) {
+    auto part = parts.begin();
+    for (; index >= part->rows; ++part) index -= part->rows;
+    return {part->format, part->data + (part->row_order ? part->row_order[index] : index) * part->row_bytes};
+}
+
+BlockRows find_rows(const Weight& weight, const std::vector<Part>& parts, int64_t block) {
+    const int64_t rows = weight.gated ? weight.rows / 2 : weight.rows;  // of each half
+    const int64_t first = (weight.gated ? block / 2 : block) * kBlock;
+    const int64_t offset = weight.gated && block % 2 ? rows : 0;
+    BlockRows found;
+    for (; found.count < kBlock && first + found.count < rows; found.count++)
+        found.row[found.count] = find_row(parts, offset + first + found.count);
+    return found;
+}
+
+void read_bf16(StoredRow row, int64_t columns, float* floats, bf16* to) {
+    if (row.format == GGML_BF16) {
+        std::memcpy(to, row.data, columns * sizeof(bf16));
+    } else {
+        dequantize_row(row.format, row.data, floats, columns);
+        for (int64_t i = 0; i < columns; i++) to[i] = to_bf16(floats[i]);
+    }
+}
+
+// The file's own integers, if the encoding can hold them; else new ones, of 8 bits.
+void read_integers(StoredRow row, Encoding encoding, int64_t columns, float* floats, Group* to) {
+    if (!holds_losslessly(encoding, row.format)) {
+        dequantize_row(row.format, row.data, floats, columns);
+        quantize_groups(floats, to, columns);
+        return;
+    }
+    const int zero = read_groups(row.format, row.data, to, columns);
+    if (encoding.minimum) return;
+    for (int64_t g = 0; g < columns / kQuantGroup; g++)
+        for (uint8_t& q : to[g].q) q = uint8_t(q + encoding.zero() - zero);
+}
+
+// The scale or the minimum of one row in a line of 16.
+void store_scale(Encoding encoding, std::byte* scales, int64_t line, int64_t lane, float value) {
+    const int64_t index = line * kBlock + lane;
+    const uint16_t half = to_half(value);
+    if (encoding.wide)
+        std::memcpy(scales + index * sizeof value, &value, sizeof value);
+    else
+        std::memcpy(scales + index * sizeof half, &half, sizeof half);
+}
+
+void store_integers(const Weight& weight, int64_t block, int64_t lane, const Group* groups) {
+    const Encoding e = weight.encoding;
+    std::byte* values = weight.block(block);
+    std::byte* scales = values + weight.groups * e.value_bytes();
+    for (int64_t g = 0; g < weight.groups; g++, values += e.value_bytes(), scales += e.scale_bytes()) {
+        const Group& group = groups[g];
+        for (int word = 0; word < e.bits; word++) {  // of four columns; in 4 bits, beside the four that are 16 further
+            std::byte* to = values + (word * kBlock + lane) * 4;
+            for (int i = 0; i < 4; i++)
+                to[i] = std::byte(group.q[word * 4 + i] | (e.bits == 4 ? group.q[word * 4 + i + 16] << 4 : 0));
+        }
+        for (int part = 0; part < e.scales; part++) {
+            store_scale(e, scales, part, lane, group.scale[part]);
+            if (e.minimum) store_scale(e, scales, e.scales + part, lane, group.minimum[part]);
+        }
+    }
+    if (e.per_row()) store_scale(e, scales, 0, lane, groups[0].scale[0]);
+}
+
+// All rows of a block to 4 bits, but for those that are so already: their lanes get zeros.
+void quantize_to_4(const Weight& weight, int64_t block, const BlockRows& rows, const float* column_weights,
+                   FourBitsKernel search, float* scratch) {
+    const float* floats[kBlock] = {};
+    for (int64_t i = 0; i < rows.count; i++) {
+        if (holds_losslessly(kW4, rows.row[i].format)) continue;
+        float* to = scratch + i * weight.columns;
+        dequantize_row(rows.row[i].format, rows.row[i].data, to, weight.columns);
+        floats[i] = to;
+    }
+    std::byte* values = weight.block(block);
+    std::byte* scales = values + weight.groups * kW4.value_bytes();
+    for (int64_t g = 0; g < weight.groups; g++, values += kW4.value_bytes(), scales += kW4.scale_bytes()) {
+        float x[kQuantGroup][kBlock];
+        FourBits found;
+        gather_columns(floats, g, weight.columns, x);
+        search(x, column_weights + g * kQuantGroup, found);
+        for (int64_t lane = 0; lane < kBlock; lane++) {
+            for (int word = 0; word < kW4.bits; word++)
+                for (int i = 0, column = word * 4; i < 4; i++, column++)
+                    values[(word * kBlock + lane) * 4 + i] =
+                        std::byte(found.q[column][lane] | found.q[column + kQuantGroup / 2][lane] << 4);
+            store_scale(kW4, scales, 0, lane, found.scale[lane]);
+            store_scale(kW4, scales, 1, lane, found.minimum[lane]);
+        }
+    }
+}
+
+void pack_integers(const Weight& weight, int64_t block, const BlockRows& rows, const float* column_weights,
+                   FourBitsKernel search, float* scratch) {
+    const auto is_new = [&](const StoredRow& row) {
+        return weight.encoding == kW4 && !holds_losslessly(kW4, row.format);
+    };
+    if (std::any_of(rows.row, rows.row + rows.count, is_new))
+        quantize_to_4(weight, block, rows, column_weights, search, scratch);
+    for (int64_t i = 0; i < rows.count; i++) {
+        if (is_new(rows.row[i])) continue;
+        Group* groups = reinterpret_cast<Group*>(scratch + weight.groups * kQuantGroup);
+        read_integers(rows.row[i], weight.encoding, weight.columns, scratch, groups);
+        store_integers(weight, block, i, groups);
+    }
+}
+
+void pack_bf16(const Weight& weight, int64_t block, const BlockRows& rows, float* scratch) {
+    const int64_t pairs = (weight.columns + 1) / 2;
+    bf16* lines = reinterpret_cast<bf16*>(scratch + weight.columns);  // [kBlock][2 pairs]
+    std::memset(lines, 0, kBlock * pairs * sizeof(uint32_t));
+    for (int64_t i = 0; i < rows.count; i++) read_bf16(rows.row[i], weight.columns, scratch, lines + i * 2 * pairs);
+    bf16* to = weight.b16_block(block);
+    for (int64_t p = 0; p < pairs; p++)
+        for (int64_t i = 0; i < kBlock; i++)
+            std::memcpy(to + (p * kBlock + i) * 2, lines + (i * pairs + p) * 2, sizeof(uint32_t));
+}
+
+}  // namespace
+
+int format_named(const std::string& name) {
+    static const std::unordered_map<std::string, int> formats = {
+        {"F32", GGML_F32},   {"F16", GGML_F16},   {"BF16", GGML_BF16}, {"Q4_0", GGML_Q4_0}, {"Q4_1", GGML_Q4_1},
+        {"Q5_0", GGML_Q5_0}, {"Q5_1", GGML_Q5_1}, {"Q8_0", GGML_Q8_0}, {"Q2_K", GGML_Q2_K}, {"Q3_K", GGML_Q3_K},
+        {"Q4_K", GGML_Q4_K}, {"Q5_K", GGML_Q5_K}, {"Q6_K", GGML_Q6_K}, {"W4G32", W4G32},    {"W8G32", W8G32},
+    };
+    const auto found = formats.find(name);
+    return found == formats.end() ? -1 : found->second;
+}
+
+bool holds_losslessly(Encoding encoding, int format) {
+    const Encoding own = encoding_of(format);
+    return own.is_integer() && own.joined(encoding) == encoding;
+}
+
+void pack_block(const Weight& weight, const std::vector<Part>& parts, const float* column_weights,
+                FourBitsKernel search, int64_t block, float* scratch) {
+    const BlockRows rows = find_rows(weight, parts, block);  // what is not written is zero: the memory is fresh
+    if (weight.encoding.is_integer())
+        pack_integers(weight, block, rows, column_weights, search, scratch);
+    else
+        pack_bf16(weight, block, rows, scratch);
+}
+
+}  // namespace octavo

@@ -1,0 +1,81 @@
+// Writing the rows that linears read: as bf16; as int8 in groups of 32 that have a scale each; or as int8 with one
+// scale for the row, after a rotation.
+#pragma once
+
+#include "rotation.h"
+#include "simd.h"
+
+namespace octavo::OCTAVO_ISA {
+
+constexpr int kGroupVectors = int(kQuantGroup) / kLanes;
+
+// The bits of the largest magnitudes. As an integer, NaN is larger than anything else, and so becomes the scale.
+OCTAVO_INLINE I32 magnitude_bits(F32 values, I32 so_far) {
+    const I32 magnitude = (I32)values & 0x7fffffff;
+    return so_far > magnitude ? so_far : magnitude;
+}
+
+struct Int8Scale {
+    float scale, back;
+
+    OCTAVO_INLINE explicit Int8Scale(I32 bits) {
+        const int32_t largest_bits = maximum(bits);
+        float largest;
+        std::memcpy(&largest, &largest_bits, sizeof largest);
+        scale = largest / 127.0f, back = largest > 0 ? 127.0f / largest : 0.0f;
+    }
+};
+
+// To the nearest of -127 ... 127; returns the integers too.
+OCTAVO_INLINE I32 store_int8(F32 values, float back, int8_t* to) {
+    typedef int8_t I8 __attribute__((vector_size(kLanes)));
+    const F32 magic = splat(12582912.0f);  // as in exp2
+    const I32 q = (I32)(values * splat(back) + magic) - (I32)magic;
+    store_as<I8>(to, __builtin_convertvector(q, I8));
+    return q;
+}
+
+OCTAVO_INLINE void quantize_group(const F32* values, int8_t* to, ActivationGroup& group) {
+    I32 bits = {}, halves[2] = {};
+    OCTAVO_UNROLL for (int i = 0; i < kGroupVectors; i++) bits = magnitude_bits(values[i], bits);
+    const Int8Scale s(bits);
+    OCTAVO_UNROLL for (int i = 0; i < kGroupVectors; i++)
+        halves[i / (kGroupVectors / 2)] += store_int8(values[i], s.back, to + i * kLanes);
+    const int32_t first = sum(halves[0]), total = first + sum(halves[1]);
+    group = {s.scale, s.scale * float(total), -128 * total, -128 * first};
+}
+
+// 32 values of a row, from a column that is a multiple of 32 on.
+OCTAVO_INLINE void store_group(const Matrix& out, int64_t row, int64_t column, const F32* values) {
+    if (out.element == Element::i8_groups)
+        return quantize_group(values, out.i8(row) + column, out.groups(row)[column / kQuantGroup]);
+    OCTAVO_UNROLL for (int i = 0; i < kGroupVectors; i++)
+        store_bf16(out.b16(row) + column + i * kLanes, values[i]);
+}
+
+// From `values`, which is overwritten.
+OCTAVO_INLINE void store_rotated(const Matrix& out, int64_t row, float* values) {
+    rotate<F32, I32>(values, out.stride);
+    I32 bits = {}, total = {};
+    for (int64_t i = 0; i < out.stride; i += kLanes) bits = magnitude_bits(load(values + i), bits);
+    const Int8Scale s(bits);
+    for (int64_t i = 0; i < out.stride; i += kLanes)
+        total += store_int8(load(values + i), s.back, out.i8(row) + i);
+    out.row_scale(row) = {s.scale, -128 * sum(total)};
+}
+
+// A row in whatever `out` holds. `value_at(column)` gives a vector of it; `scratch` is for the whole row.
+template <class Values>
+OCTAVO_INLINE void write_row(const Matrix& out, int64_t row, Values value_at, float* scratch) {
+    if (out.element == Element::i8_rows) {
+        for (int64_t i = 0; i < out.stride; i += kLanes) store(scratch + i, value_at(i));
+        return store_rotated(out, row, scratch);
+    }
+    for (int64_t i = 0; i < out.stride; i += kQuantGroup) {
+        F32 values[kGroupVectors];
+        OCTAVO_UNROLL for (int j = 0; j < kGroupVectors; j++) values[j] = value_at(i + j * kLanes);
+        store_group(out, row, i, values);
+    }
+}
+
+}  // namespace octavo::OCTAVO_ISA

@@ -1,0 +1,222 @@
+// Products on AMX tiles: 32 rows times 32 columns in four tiles of sums, 64 bytes of k at a time; with integers that are
+// scaled in groups, 16 rows times 16 columns.
+//
+// Inline assembly, because GCC 12's intrinsics are unsafe: its _tile_loadconfig is declared to read 8 bytes of the 64,
+// and its _tile_loadd does not order against earlier stores.
+#pragma once
+
+#include <type_traits>
+
+#include "integers.h"
+#include "product.h"
+
+namespace octavo::OCTAVO_ISA {
+
+constexpr int64_t kGroupRows = 32, kIntegerGroupRows = 32;
+
+// All eight tiles are 16 rows of 64 bytes. Rows past the ones in use hold anything: a row of a product does not depend
+// on its neighbors.
+struct TileConfig {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+static_assert(sizeof(TileConfig) == 64);
+
+OCTAVO_INLINE void configure(const TileConfig& config) { asm volatile("ldtilecfg %0" ::"m"(config) : "memory"); }
+
+inline void start_thread() { configure({}); }
+
+inline void stop_thread() { asm volatile("tilerelease" ::: "memory"); }
+
+template <int kTile>
+OCTAVO_INLINE void tile_load(const void* from, int64_t stride) {
+    asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(stride), "i"(kTile) : "memory");
+}
+
+template <int kTile>
+OCTAVO_INLINE void tile_store(void* to, int64_t stride) {
+    asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to), "r"(stride), "i"(kTile) : "memory");
+}
+
+template <int kTile>
+OCTAVO_INLINE void tile_zero() {
+    asm volatile("tilezero %%tmm%c0" ::"i"(kTile));
+}
+
+// bf16 times bf16 if Sum is F32; int8 times uint8 if it is I32.
+template <class Sum, int kSums, int kA, int kB>
+OCTAVO_INLINE void tile_multiply() {
+    if constexpr (std::is_same_v<Sum, F32>)
+        asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kSums), "i"(kA), "i"(kB));
+    else
+        asm volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kSums), "i"(kA), "i"(kB));
+}
+
+// Up to 2 x 2 tiles of sums: tile 2 i + j is rows 16 i ..., columns 16 j ...
+template <class Sum, int kRowTiles, int kColumnTiles>
+void tile_product(Rows a, Columns b, int64_t tiles, float* c, int64_t c_stride, Ahead ahead, int64_t ahead_rate) {
+    const auto* rows = static_cast<const std::byte*>(a.data);
+    const auto* columns = static_cast<const std::byte*>(b.data);
+    tile_zero<0>();
+    if constexpr (kColumnTiles > 1) tile_zero<1>();
+    if constexpr (kRowTiles > 1) tile_zero<2>();
+    if constexpr (kRowTiles > 1 && kColumnTiles > 1) tile_zero<3>();
+    for (int64_t k = 0; k < tiles; k++) {
+        tile_load<4>(rows + k * 64, a.stride);
+        if constexpr (kRowTiles > 1) tile_load<5>(rows + 16 * a.stride + k * 64, a.stride);
+        tile_load<6>(columns + k * 16 * b.word, b.word);
+        tile_multiply<Sum, 0, 4, 6>();
+        if constexpr (kRowTiles > 1) tile_multiply<Sum, 2, 5, 6>();
+        if constexpr (kColumnTiles > 1) {
+            tile_load<7>(columns + k * 16 * b.word + b.block, b.word);
+            tile_multiply<Sum, 1, 4, 7>();
+            if constexpr (kRowTiles > 1) tile_multiply<Sum, 3, 5, 7>();
+        }
+        for (int64_t i = 0; i < ahead_rate && ahead.at < ahead.end; i++, ahead.at += 64)
+            __builtin_prefetch(ahead.at, 0, 2);
+    }
+    tile_store<0>(c, c_stride * 4);
+    if constexpr (kColumnTiles > 1) tile_store<1>(c + 16, c_stride * 4);
+    if constexpr (kRowTiles > 1) tile_store<2>(c + 16 * c_stride, c_stride * 4);
+    if constexpr (kRowTiles > 1 && kColumnTiles > 1) tile_store<3>(c + 16 * c_stride + 16, c_stride * 4);
+}
+
+// As product, but of whole tiles: reads rows of `a`, and without `add` writes rows of `c`, up to a multiple of 16.
+template <class Sum>
+OCTAVO_INLINE void product_on_tiles(Rows a, int64_t rows, Columns b, int64_t blocks, int64_t words, bool add, float* c,
+                                    int64_t c_stride, Ahead ahead) {
+    const int64_t steps = words / 16, parts = (rows + 31) / 32 * ((blocks + 1) / 2);
+    int64_t index = 0;
+    for (int64_t r = 0; r < rows; r += 32)
+        for (int64_t j = 0; j < blocks; j += 2, index++) {
+            const bool two_blocks = blocks - j > 1;
+            const auto product = rows - r > 16 ? (two_blocks ? tile_product<Sum, 2, 2> : tile_product<Sum, 2, 1>)
+                                               : (two_blocks ? tile_product<Sum, 1, 2> : tile_product<Sum, 1, 1>);
+            const Ahead part = ahead.part(index, parts);
+            const int64_t rate = ((part.end - part.at) / 64 + steps - 1) / steps;
+            alignas(64) float sums[32 * 2 * kBlock];  // what is added to `c` must leave the rows past the last alone
+            float *to = c + r * c_stride + j * kBlock, *result = add ? sums : to;
+            product(a.from(r), b.from(j), steps, result, add ? 2 * kBlock : c_stride, part, rate);
+            if (!add) continue;
+            for (int64_t i = 0; i < 32 && r + i < rows; i++)
+                for (int64_t column = 0; column < (two_blocks ? 2 : 1) * kBlock; column += kLanes) {
+                    float* sum = to + i * c_stride + column;
+                    store_as<Sum>(sum, load_as<Sum>(sum) + load_as<Sum>(sums + i * 2 * kBlock + column));
+                }
+        }
+}
+
+// For a group of integers: activations of 16 rows of 32 bytes in tiles 4 and 5, and 8 words of the weight in 6 and 7.
+constexpr TileConfig kIntegerConfig = {.row_bytes = {64, 64, 64, 64, 32, 32, 64, 64},
+                                       .rows = {16, 16, 16, 16, 16, 16, 8, 8}};
+
+constexpr int kTileHeight = 16;
+
+template <int kTurn>
+OCTAVO_INLINE void integer_dots(const int8_t* rows, int64_t row_bytes, const std::byte* values, int32_t* dots) {
+    tile_zero<kTurn>();
+    tile_load<4 + kTurn>(rows, row_bytes);
+    tile_load<6 + kTurn>(values, 64);
+    tile_multiply<I32, kTurn, 4 + kTurn, 6 + kTurn>();
+    tile_store<kTurn>(dots, 64);
+}
+
+// 16 rows times a block whose integers are `values`, a byte each. While the tiles multiply a group, the vectors scale
+// the one before: by the same operations as in integer_tile, so that the bits are the same.
+template <Encoding kEncoding>
+void integer_tile_16(const Matrix& a, int64_t row, const Weight& weight, int64_t block, const std::byte* values,
+                     float* c, int64_t c_stride, Ahead ahead, int64_t ahead_rate) {
+    const std::byte* scales = weight.block(block) + weight.groups * kEncoding.value_bytes();
+    const int8_t* rows = a.i8(row);
+    const int64_t row_bytes = a.row_bytes;
+    alignas(64) int32_t dots[2][kTileHeight * kLanes];
+    F32 sums[kTileHeight] = {};
+    integer_dots<0>(rows, row_bytes, values, dots[0]);
+    for (int64_t g = 0; g < weight.groups; g++) {
+        if (const int64_t next = g + 1; next < weight.groups) {
+            const int8_t* activations = rows + next * kQuantGroup;
+            if (next % 2)
+                integer_dots<1>(activations, row_bytes, values + next * kW8.value_bytes(), dots[1]);
+            else
+                integer_dots<0>(activations, row_bytes, values + next * kW8.value_bytes(), dots[0]);
+        }
+        for (int64_t i = 0; i < ahead_rate && ahead.at < ahead.end; i++, ahead.at += 64)
+            __builtin_prefetch(ahead.at, 0, 2);
+        const F32 scale = load_scale<kEncoding>(scales, 0, 0);
+        F32 minimum = {};
+        if constexpr (kEncoding.minimum) minimum = load_scale<kEncoding>(scales, 1, 0);
+        OCTAVO_UNROLL for (int r = 0; r < kTileHeight; r++) {
+            const auto& group = reinterpret_cast<const ActivationGroup*>(rows + r * row_bytes + a.stride)[g];
+            const I32 dot = load_as<I32>(dots[g % 2] + r * kLanes) + first_sum<kEncoding>(group, 0);
+            sums[r] = add_scaled<kEncoding>(sums[r], dot, group, 0, scale, minimum);
+        }
+        scales += kEncoding.scale_bytes();
+    }
+    OCTAVO_UNROLL for (int r = 0; r < kTileHeight; r++) store(c + r * c_stride, sums[r]);
+}
+
+// The 4-bit integers of a block, a byte each.
+OCTAVO_INLINE void widen(const Weight& weight, int64_t block, std::byte* to) {
+    const std::byte* from = weight.block(block);
+    for (int64_t g = 0; g < weight.groups; g++, to += kW8.value_bytes(), from += kW4.value_bytes())
+        OCTAVO_UNROLL for (int word = 0; word < 4; word++) {
+            const U32 stored = load_as<U32>(from + word * sizeof(U32));
+            store_as<U32>(to + word * sizeof(U32), stored & 0x0f0f0f0f);
+            store_as<U32>(to + (word + 4) * sizeof(U32), stored >> 4 & 0x0f0f0f0f);
+        }
+}
+
+using IntegerTile16 = decltype(&integer_tile_16<kW8>);
+
+struct IntegerTile16Table {
+    IntegerTile16 tile[kEncodings];
+};
+
+template <int kNumber>
+constexpr IntegerTile16 integer_tile_16_or_null() {
+    constexpr Encoding kEncoding = encoding_number(kNumber);
+    if constexpr (exists(kEncoding) && kEncoding.parts() == 1) return integer_tile_16<kEncoding>;
+    return nullptr;
+}
+
+template <int... kNumber>
+constexpr IntegerTile16Table make_integer_tiles_16(std::integer_sequence<int, kNumber...>) {
+    return {{integer_tile_16_or_null<kNumber>()...}};
+}
+
+constexpr IntegerTile16Table kIntegerTiles16 = make_integer_tiles_16(std::make_integer_sequence<int, kEncodings>());
+constexpr int64_t kFewRows = 8;  // for which vectors are faster
+
+// As integer_product, of which it makes use for few rows, and where groups have two parts.
+OCTAVO_INLINE void integer_product_on_tiles(const Matrix& a, int64_t row, int64_t rows, const Weight& weight,
+                                            int64_t block, int64_t blocks, float* c, int64_t c_stride, Ahead ahead,
+                                            std::byte* widened) {
+    const IntegerTile16 tile = kIntegerTiles16.tile[number_of(weight.encoding)];
+    if (!tile || rows < kFewRows) return integer_product(a, row, rows, weight, block, blocks, c, c_stride, ahead);
+    const int64_t count = blocks * ((rows + kTileHeight - 1) / kTileHeight) * weight.groups;
+    const int64_t rate = ((ahead.end - ahead.at) / 64 + count - 1) / count;
+    configure(kIntegerConfig);
+    for (int64_t j = 0; j < blocks; j++) {
+        const std::byte* values = weight.encoding.bits == 8 ? weight.block(block + j) : widened;
+        if (weight.encoding.bits == 4) widen(weight, block + j, widened);
+        for (int64_t r = 0; r < rows; r += kTileHeight) {
+            tile(a, row + r, weight, block + j, values, c + r * c_stride + j * kBlock, c_stride, ahead, rate);
+            ahead.at += rate * weight.groups * 64;
+        }
+    }
+    configure({});
+}
+
+OCTAVO_INLINE void weight_product(const Instruction& op, int64_t row, int64_t rows, int64_t block, int64_t blocks,
+                                  Ahead ahead, Scratch& scratch) {
+    const Weight& w = *op.weight;
+    if (op.x.element == Element::i8_groups)
+        return integer_product_on_tiles(op.x, row, rows, w, block, blocks, scratch.sums, kSumsStride, ahead,
+                                        scratch.widened);
+    const auto times = op.x.element == Element::i8_rows ? product_on_tiles<I32> : product_on_tiles<F32>;
+    times({op.x.row(row), op.x.row_bytes}, rows, {w.block(block), 4 * kBlock, w.block_bytes}, blocks, w.words(), false,
+          scratch.sums, kSumsStride, ahead);
+}
+
+}  // namespace octavo::OCTAVO_ISA

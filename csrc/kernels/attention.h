@@ -1,0 +1,241 @@
+// Attention over the KV cache, whose layout is told in rope_and_cache.h.
+//
+// The context is summed up in parts, cut at fixed positions, and the parts are merged in order of position: always, and
+// for every row. So a row comes out the same whether a thread walks through all of its parts (which is best where there
+// are many rows) or each part is a tile of its own (so that a single long context occupies all threads).
+#pragma once
+
+#include "activations.h"
+#include "product.h"
+#ifdef OCTAVO_AMX
+#include "amx.h"
+#endif
+
+namespace octavo::OCTAVO_ISA {
+
+constexpr float kHeadroom = 8;  // powers of two by which a weight may exceed 1: to rescale the sums is not cheap
+constexpr int64_t kPartBlocks = kPart / kSpan, kBlocksAhead = 2;
+
+// What has been summed up for a query: the values, weighted [head_dim]; the weights, by lane [kBlock]; and the highest
+// score so far, which both are relative to.
+struct Sums {
+    float *values, *weights, *maximum;
+
+    OCTAVO_INLINE Sums(float* at, int64_t dim) : values(at), weights(at + dim), maximum(weights + kBlock) {}
+};
+
+OCTAVO_INLINE void clear(Sums sums, int64_t dim) {
+    for (int64_t i = 0; i < dim + kBlock; i += kLanes) store(sums.values + i, zero());
+    *sums.maximum = -__builtin_inff();
+}
+
+// Adds what `part` has to `sums`, which may be empty.
+OCTAVO_INLINE void merge(Sums part, int64_t dim, Sums sums) {
+    const bool rises = *part.maximum > *sums.maximum;
+    const Sums low = rises ? sums : part, high = rises ? part : sums;
+    const F32 factor = exp2(splat(*low.maximum - *high.maximum));
+    for (int64_t i = 0; i < dim + kBlock; i += kLanes)
+        store(sums.values + i, fma(load(low.values + i), factor, load(high.values + i)));
+    *sums.maximum = *high.maximum;
+}
+
+// Online softmax (Milakov and Gimelshein, 2018) of one query over one block, in two steps. The first finds the highest
+// score, and rescales what has been summed up so far if it rises. Positions outside begin:end of the block get a score
+// of -inf, whatever they hold. `scales` are those of K, or null.
+OCTAVO_INLINE void raise_maximum(float* scores, const float* scales, int64_t begin, int64_t end, int64_t dim, Sums sums) {
+    F32 highest = splat(*sums.maximum);
+    const bool partial = begin > 0 || end < kSpan;
+    OCTAVO_UNROLL for (int i = 0; i < kSpan; i += kLanes) {
+        F32 score = load(scores + i);
+        if (scales) score = score * load(scales + i);
+        if (partial) score = select(in_range(i, begin, end), score, splat(-__builtin_inff()));
+        if (scales || partial) store(scores + i, score);
+        highest = max(highest, score);
+    }
+    const float top = maximum(highest);
+    if (top <= *sums.maximum + kHeadroom) return;
+    const F32 factor = exp2(splat(*sums.maximum - top));
+    for (int64_t i = 0; i < dim + kBlock; i += kLanes) store(sums.values + i, load(sums.values + i) * factor);
+    *sums.maximum = top;
+}
+
+// The second turns the scores into weights, and those times the scales of V, if it has any, into shares.
+OCTAVO_INLINE void weigh(const float* scores, const float* scales, Sums sums, bf16* shares) {
+    F32 total = load(sums.weights);
+    const F32 top = splat(*sums.maximum);
+    OCTAVO_UNROLL for (int i = 0; i < kSpan; i += 2 * kLanes) {
+        F32 a = exp2_or_zero(load(scores + i) - top), b = exp2_or_zero(load(scores + i + kLanes) - top);
+        total = total + (a + b);
+        if (scales) a = a * load(scales + i), b = b * load(scales + i + kLanes);
+        store_bf16(shares + i, a, b);
+    }
+    store(sums.weights, total);
+}
+
+// The first position that a row at `position` sees.
+OCTAVO_INLINE int64_t first_seen(int64_t position, int64_t window) {
+    return window && position >= window ? position - window + 1 : 0;
+}
+
+// K or V of a block, as products read them: values, and what they are to be multiplied by at each position, or null.
+struct Operand {
+    const bf16* values;
+    const float* scales;
+};
+
+// As it is stored; int8 is widened first, into `widened`.
+OCTAVO_INLINE Operand operand(const std::byte* stored, const Shape& shape, bf16* widened) {
+    if (!shape.int8_kv) return {reinterpret_cast<const bf16*>(stored), nullptr};
+    const auto* bytes = reinterpret_cast<const int8_t*>(stored);
+    for (int64_t i = 0; i < shape.block_elements(); i += 2 * kLanes)
+        store_bf16(widened + i, from_int8(bytes + i), from_int8(bytes + i + kLanes));
+    return {widened, reinterpret_cast<const float*>(bytes + shape.block_elements())};
+}
+
+// Where the K and V of one head in one block are.
+struct Block {
+    const std::byte *k, *v;
+    Ahead k_memory, v_memory;
+
+    Block(const Step& step, int64_t layer, int64_t sequence, int64_t block, int64_t kv_head) {
+        const int64_t bytes = step.shape->kv_bytes();
+        k = step.kv_block(sequence, block, layer, kv_head);
+        v = k + bytes;
+        const auto* memory = reinterpret_cast<const char*>(k);
+        k_memory = {memory, memory + bytes};
+        v_memory = {k_memory.end, k_memory.end + bytes};
+    }
+};
+
+// Neighboring rows of a sequence times the query heads of one kv head, so that K and V are read once for all of them.
+struct Queries {
+    const Instruction& op;
+    const Step& step;
+    const AttentionTile& tile;
+    const int64_t kv_head, group, dim, first, last;  // positions of the rows
+    const int64_t begin, end;                        // blocks that they see
+
+    OCTAVO_INLINE Queries(const Instruction& op, const Step& step, int64_t index)
+        : op(op), step(step), tile(step.attention_tiles[index / step.shape->kv_heads]),
+          kv_head(index % step.shape->kv_heads), group(step.shape->heads / step.shape->kv_heads),
+          dim(step.shape->head_dim), first(step.positions[tile.rows.first]), last(first + tile.rows.count - 1),
+          begin(first_seen(first, op.window) / kSpan), end(last / kSpan + 1) {}
+
+    OCTAVO_INLINE int64_t count() const { return tile.rows.count * group; }
+    OCTAVO_INLINE Block block(int64_t index) const { return {step, op.layer, tile.rows.sequence, index, kv_head}; }
+    OCTAVO_INLINE int64_t part_begin(int64_t part) const { return larger(begin, part * kPartBlocks); }
+    OCTAVO_INLINE int64_t part_end(int64_t part) const { return smaller(end, (part + 1) * kPartBlocks); }
+    OCTAVO_INLINE int64_t tile_begin() const { return tile.part < 0 ? begin : part_begin(tile.part); }
+    OCTAVO_INLINE int64_t tile_end() const { return tile.part < 0 ? end : part_end(tile.part); }
+
+    // What to fetch when this block is read, so that it comes in time: a block of this tile, or of the next.
+    OCTAVO_INLINE Block ahead_of(int64_t index, const Queries& next) const {
+        const int64_t ahead = index + kBlocksAhead, past = ahead - tile_end();
+        if (past < 0 || &next == this) return block(smaller(ahead, end - 1));
+        return next.block(smaller(next.tile_begin() + past, next.end - 1));
+    }
+
+    // The rows at positions `start` ... see something of start ... start + size - 1, up to the one whose window begins
+    // past it. A row takes part only in what it sees something of: the same, and the same sums, in any tile.
+    OCTAVO_INLINE int64_t from(int64_t start) const { return larger(start - first, 0); }
+    OCTAVO_INLINE int64_t to(int64_t start, int64_t size) const {
+        return op.window ? smaller(start + size - 1 + op.window - first, tile.rows.count) : tile.rows.count;
+    }
+
+    OCTAVO_INLINE Sums sums(float* of_all, int64_t query) const {
+        return {of_all + query * step.shape->sums_stride(), dim};
+    }
+
+    // What a part of a tile that is cut into parts has summed up.
+    OCTAVO_INLINE float* part_sums(int64_t part) const {
+        const int64_t before = tile.part_sums + (part * step.shape->kv_heads + kv_head) * count();
+        return step.part_sums + before * step.shape->sums_stride();
+    }
+
+    OCTAVO_INLINE static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+    OCTAVO_INLINE static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+};
+
+// As product. Tiles are for every number of rows or none, as their order of sums is their own: here, for whole ones.
+OCTAVO_INLINE void attention_product(Rows a, int64_t rows, Columns b, int64_t blocks, int64_t words, bool add, float* c,
+                                     int64_t c_stride, Ahead ahead) {
+#ifdef OCTAVO_AMX
+    if (words % 16 == 0) return product_on_tiles<F32>(a, rows, b, blocks, words, add, c, c_stride, ahead);
+#endif
+    product<F32>(a, rows, b, blocks, words, add, c, c_stride, ahead);
+}
+
+// Of all queries over one part. `next` is the thread's next tile, or `q` again if there is none.
+void attend_part(const Queries& q, int64_t part, const Queries& next, Scratch& scratch, float* sums) {
+    const int64_t dim = q.dim, group = q.group, stride = q.step.shape->sums_stride();
+    for (int64_t i = 0; i < q.count(); i++) clear(q.sums(sums, i), dim);
+    for (int64_t block = q.part_begin(part); block < q.part_end(part); block++) {
+        const int64_t start = block * kSpan, from = q.from(start), to = q.to(start, kSpan), count = (to - from) * group;
+        const Block here = q.block(block), ahead = q.ahead_of(block, next);
+        const Operand k = operand(here.k, *q.step.shape, scratch.kv);
+        attention_product({scratch.queries + from * group * dim, dim * 2}, count, {k.values, kSpan * 4, kBlock * 4},
+                          kSpan / kBlock, dim / 2, false, scratch.scores, kSpan, ahead.k_memory);
+        for (int64_t r = from, i = 0; r < to; r++) {
+            const int64_t begin = first_seen(q.first + r, q.op.window) - start, end = q.first + r + 1 - start;
+            for (int64_t g = 0; g < group; g++, i++)
+                raise_maximum(scratch.scores + i * kSpan, k.scales, begin, end, dim, q.sums(sums, r * group + g));
+        }
+        const Operand v = operand(here.v, *q.step.shape, scratch.kv);
+        for (int64_t i = 0; i < count; i++)
+            weigh(scratch.scores + i * kSpan, v.scales, q.sums(sums, from * group + i), scratch.shares + i * kSpan);
+        attention_product({scratch.shares, kSpan * 2}, count, {v.values, dim * 4, kBlock * 4}, dim / kBlock, kSpan / 2,
+                          true, sums + from * group * stride, stride, ahead.v_memory);
+    }
+}
+
+OCTAVO_INLINE void merge_part(const Queries& q, int64_t part, float* part_sums, float* sums) {
+    const int64_t from = q.from(part * kPart), to = q.to(part * kPart, kPart);
+    for (int64_t i = from * q.group; i < to * q.group; i++) merge(q.sums(part_sums, i), q.dim, q.sums(sums, i));
+}
+
+OCTAVO_INLINE void write_values(const Queries& q, float* sums) {
+    for (int64_t i = 0; i < q.count(); i++) {
+        const Sums of_query = q.sums(sums, i);
+        const F32 back = splat(1.0f / sum(load(of_query.weights)));
+        const Matrix& out = q.op.out;
+        const int64_t row = q.tile.rows.first + i / q.group, column = (q.kv_head * q.group + i % q.group) * q.dim;
+        if (out.element == Element::bf16)
+            for (int64_t d = 0; d < q.dim; d += kLanes)
+                store_bf16(out.b16(row) + column + d, load(of_query.values + d) * back);
+        else  // dim is a multiple of the groups' size
+            for (int64_t d = 0; d < q.dim; d += kQuantGroup) {
+                F32 scaled[kGroupVectors];
+                OCTAVO_UNROLL for (int j = 0; j < kGroupVectors; j++)
+                    scaled[j] = load(of_query.values + d + j * kLanes) * back;
+                store_group(out, row, column + d, scaled);
+            }
+    }
+}
+
+// `next_tile`, or -1, is the one whose first blocks are fetched at the end.
+void attention(const Instruction& op, const Step& step, int64_t tile, int64_t next_tile, Scratch& scratch) {
+    const Queries q(op, step, tile), q_of_next(op, step, next_tile < 0 ? tile : next_tile);
+    const Queries& next = next_tile < 0 ? q : q_of_next;
+    const int64_t width = q.group * q.dim;
+    for (int64_t r = 0; r < q.tile.rows.count; r++)
+        std::memcpy(scratch.queries + r * width, op.x.b16(q.tile.rows.first + r) + q.kv_head * width,
+                    width * sizeof(bf16));
+    const int64_t first_part = q.begin / kPartBlocks, last_part = (q.end - 1) / kPartBlocks;
+    if (q.tile.part < 0) {
+        for (int64_t part = first_part; part <= last_part; part++) {
+            float* sums = part == first_part ? scratch.sums_so_far : scratch.part_sums;
+            attend_part(q, part, next, scratch, sums);
+            if (part > first_part) merge_part(q, part, sums, scratch.sums_so_far);
+        }
+        return write_values(q, scratch.sums_so_far);
+    }
+    attend_part(q, q.tile.part, next, scratch, q.part_sums(q.tile.part));
+    int32_t* done = step.parts_done + q.tile.split * step.shape->kv_heads + q.kv_head;
+    if (__atomic_add_fetch(done, 1, __ATOMIC_ACQ_REL) <= last_part) return;
+    *done = 0;  // for the next layer; the last one to be done merges
+    for (int64_t part = first_part + 1; part <= last_part; part++)
+        merge_part(q, part, q.part_sums(part), q.part_sums(first_part));
+    write_values(q, q.part_sums(first_part));
+}
+
+}  // namespace octavo::OCTAVO_ISA

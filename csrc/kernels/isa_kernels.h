@@ -1,0 +1,36 @@
+// The table of one instruction set, from the headers that hold the kernels. Included by isa_*.cpp alone.
+#pragma once
+
+#include "attention.h"
+#include "formats/four_bits.h"
+#include "linear.h"
+#include "peak.h"
+#include "rope_and_cache.h"
+#include "rows.h"
+#include "scan_kernels.h"
+
+namespace octavo::OCTAVO_ISA {
+
+#ifndef OCTAVO_AMX
+inline void start_thread() {}
+inline void stop_thread() {}
+#endif
+
+extern const Kernels kernels;
+const Kernels kernels = {
+    .start_thread = start_thread,
+    .stop_thread = stop_thread,
+    .embed = embed,
+    .norm = norm,
+    .quantize = quantize,
+    .sampled_rows = sampled_rows,
+    .rope_and_cache = rope_and_cache,
+    .attention = attention,
+    .linear = linear,
+    .quantize_to_4 = quantize_to_4,
+    .peak_products = peak_products<F32>,
+    .peak_integer_products = peak_products<I32>,
+    .scan = kScan,
+};
+
+}  // namespace octavo::OCTAVO_ISA

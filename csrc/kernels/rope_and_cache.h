@@ -1,0 +1,115 @@
+// Rotary embedding, with the write to the KV cache.
+//
+// The cache of a (sequence, layer, kv head) is blocks of 32 positions, each K [head_dim / 2][32][2] and then
+// V [16][head_dim][2]: the right operands, in pairs, of q K^T and of (softmax) V. They are bf16; or int8, each with the
+// scales of the 32 positions after it.
+#pragma once
+
+#include "activations.h"
+
+namespace octavo::OCTAVO_ISA {
+
+// One head: normed (Qwen3) if there is a weight, then rotated in pairs (i, i + dim / 2), into `to`.
+OCTAVO_INLINE void rotate_head(const float* x, const float* weight, const Step& step, const float* rotary, float* to) {
+    const int64_t dim = step.shape->head_dim, half = dim / 2;
+    F32 scale = splat(1.0f);
+    if (weight) {
+        F32 squares = {};
+        for (int64_t i = 0; i < dim; i += kLanes) squares = fma(load(x + i), load(x + i), squares);
+        scale = splat(1.0f / __builtin_sqrtf(sum(squares) / float(dim) + step.shape->norm_eps));
+    }
+    for (int64_t i = 0; i < dim; i += kLanes)
+        store(to + i, weight ? load(x + i) * scale * load(weight + i) : load(x + i));
+    int64_t i = 0;
+    for (; i + kLanes <= half; i += kLanes) {
+        const F32 a = load(to + i), b = load(to + half + i), cosine = load(rotary + i), sine = load(rotary + half + i);
+        store(to + i, a * cosine - b * sine);
+        store(to + half + i, b * cosine + a * sine);
+    }
+    for (; i < half; i++) {
+        const float a = to[i], b = to[half + i], cosine = rotary[i], sine = rotary[half + i];
+        to[i] = a * cosine - b * sine;
+        to[half + i] = b * cosine + a * sine;
+    }
+}
+
+// To int8; returns the scale.
+OCTAVO_INLINE float quantize_head(const float* from, int64_t dim, int8_t* to) {
+    I32 bits = {};
+    for (int64_t i = 0; i < dim; i += kLanes) bits = magnitude_bits(load(from + i), bits);
+    const Int8Scale s(bits);
+    for (int64_t i = 0; i < dim; i += kLanes) store_int8(load(from + i), s.back, to + i);
+    return s.scale;
+}
+
+// Into position `slot` of a block of K: pairs of dimensions, a line apart.
+template <typename T>
+OCTAVO_INLINE void write_k(const T* from, int64_t slot, int64_t dim, T* k) {
+    for (int64_t i = 0; i < dim; i += 2) std::memcpy(k + i * kSpan + slot * 2, from + i, 2 * sizeof(T));
+}
+
+// Into position `slot` of a block of V: one half of a pair of positions, in a row.
+template <typename Pair, typename T>
+OCTAVO_INLINE void write_v(const T* from, int64_t slot, int64_t dim, T* v) {
+    typedef T Values __attribute__((vector_size(kLanes * sizeof(T))));
+    typedef Pair Pairs __attribute__((vector_size(kLanes * sizeof(Pair))));
+    const int shift = slot % 2 * 8 * int(sizeof(T));
+    const Pair other = Pair(~(Pair(T(-1)) << shift));
+    T* row = v + slot / 2 * dim * 2;
+    for (int64_t i = 0; i < dim; i += kLanes) {
+        const Pairs value = __builtin_convertvector(load_as<Values>(from + i), Pairs) << shift;
+        store_as<Pairs>(row + 2 * i, (load_as<Pairs>(row + 2 * i) & other) | value);
+    }
+}
+
+// K and V of a head, as floats, into position `slot` of the block that is at `k`.
+OCTAVO_INLINE void write_position(const float* k_from, const float* v_from, int64_t slot, const Shape& shape,
+                                  std::byte* k, Scratch& scratch) {
+    const int64_t dim = shape.head_dim;
+    std::byte* v = k + shape.kv_bytes();
+    // What an earlier owner left behind may be NaN, and attention multiplies the rows it must not see by 0.
+    if (slot == 0) std::memset(v, 0, shape.kv_bytes());
+    if (shape.int8_kv) {
+        auto* bytes = reinterpret_cast<uint8_t*>(scratch.queries);
+        auto* integers = reinterpret_cast<int8_t*>(bytes);
+        auto* k_scales = reinterpret_cast<float*>(k + shape.block_elements());
+        auto* v_scales = reinterpret_cast<float*>(v + shape.block_elements());
+        k_scales[slot] = quantize_head(k_from, dim, integers);
+        write_k(bytes, slot, dim, reinterpret_cast<uint8_t*>(k));
+        v_scales[slot] = quantize_head(v_from, dim, integers);
+        write_v<uint16_t>(bytes, slot, dim, reinterpret_cast<uint8_t*>(v));
+    } else {
+        bf16* halves = scratch.queries;
+        for (int64_t i = 0; i < dim; i += kLanes) store_bf16(halves + i, load(k_from + i));
+        write_k(halves, slot, dim, reinterpret_cast<bf16*>(k));
+        for (int64_t i = 0; i < dim; i += kLanes) store_bf16(halves + i, load(v_from + i));
+        write_v<uint32_t>(halves, slot, dim, reinterpret_cast<bf16*>(v));
+    }
+}
+
+// A tile is the rows that fall into one block of the cache: a block has one writer, which goes in order of position.
+void rope_and_cache(const Instruction& op, const Step& step, int64_t tile, Scratch& scratch) {
+    const Shape& shape = *step.shape;
+    const RowTile rows = step.cache_tiles[tile];
+    const int64_t dim = shape.head_dim, block = step.positions[rows.first] / kSpan;
+    const float q_scale = kLog2E / __builtin_sqrtf(float(dim));  // so that attention's weights are 2^(q K^T)
+    float* head = scratch.part_sums;
+    for (int64_t r = rows.first; r < rows.first + rows.count; r++) {
+        const float* x = op.x.f32(r);
+        if (r + 1 < rows.first + rows.count) prefetch(op.x.f32(r + 1), op.x.stride * sizeof(float));
+        const float* rotary = step.rotary + r * dim;
+        const int64_t slot = step.positions[r] % kSpan;
+        for (int64_t h = 0; h < shape.heads; h++) {
+            rotate_head(x + h * dim, op.vector, step, rotary, head);
+            for (int64_t i = 0; i < dim; i += kLanes)
+                store_bf16(op.out.b16(r) + h * dim + i, load(head + i) * splat(q_scale));
+        }
+        for (int64_t h = 0; h < shape.kv_heads; h++) {
+            rotate_head(x + (shape.heads + h) * dim, op.vector2, step, rotary, head);
+            write_position(head, x + (shape.heads + shape.kv_heads + h) * dim, slot, shape,
+                           step.kv_block(rows.sequence, block, op.layer, h), scratch);
+        }
+    }
+}
+
+}  // namespace octavo::OCTAVO_ISA

@@ -1,0 +1,59 @@
+// What is done to each row by itself: embed, norm, pick the rows that sample.
+#pragma once
+
+#include "integers.h"
+
+namespace octavo::OCTAVO_ISA {
+
+// The row of the packed weight that is the token's embedding: in its block, lane token % 16 of every pair or group.
+void embed(const Instruction& op, const Step& step, int64_t begin, int64_t end, Scratch&) {
+    for (int64_t r = begin; r < end; r++) {
+        const int64_t token = step.tokens[r];
+        float* to = op.out.f32(r);
+        if (op.weight->encoding.is_integer()) {
+            for (int64_t g = 0; g < op.weight->groups; g++)
+                read_weight_group(*op.weight, token / kBlock, token % kBlock, g, to + g * kQuantGroup);
+            if (op.weight->encoding.per_row()) rotate<F32, I32>(to, op.weight->groups * kQuantGroup, true);
+            for (int64_t i = op.width; i < op.out.stride; i++) to[i] = 0;
+            continue;
+        }
+        const bf16* from = op.weight->b16_block(token / kBlock) + token % kBlock * 2;
+        for (int64_t p = 0; p < op.width / 2; p++) {
+            uint32_t pair;
+            std::memcpy(&pair, from + p * kBlock * 2, sizeof pair);
+            const uint32_t values[2] = {pair << 16, pair & 0xffff0000};
+            std::memcpy(to + 2 * p, values, sizeof values);
+        }
+    }
+}
+
+// RMS norm (Zhang and Sennrich, 2019): x / sqrt(mean(x^2) + eps) * weight.
+void norm(const Instruction& op, const Step& step, int64_t begin, int64_t end, Scratch& scratch) {
+    for (int64_t r = begin; r < end; r++) {
+        const float* x = op.x.f32(r);
+        if (r + 1 < end) prefetch(op.x.f32(r + 1), op.x.stride * sizeof(float));
+        F32 squares[2] = {};
+        for (int64_t i = 0; i < op.x.stride; i += 2 * kLanes)
+            for (int j = 0; j < 2; j++) {
+                const F32 v = load(x + i + j * kLanes);
+                squares[j] = fma(v, v, squares[j]);
+            }
+        const float mean = sum(squares[0] + squares[1]) / float(op.width);
+        const F32 scale = splat(1.0f / __builtin_sqrtf(mean + step.shape->norm_eps));
+        const auto normed = [&](int64_t i) { return load(x + i) * scale * load(op.vector + i); };
+        write_row(op.out, r, normed, scratch.row);
+    }
+}
+
+// bf16 to int8.
+void quantize(const Instruction& op, const Step&, int64_t begin, int64_t end, Scratch& scratch) {
+    for (int64_t r = begin; r < end; r++)
+        write_row(op.out, r, [&](int64_t i) { return from_bf16(op.x.b16(r) + i); }, scratch.row);
+}
+
+void sampled_rows(const Instruction& op, const Step& step, int64_t begin, int64_t end, Scratch&) {
+    for (int64_t r = begin; r < end; r++)
+        std::memcpy(op.out.f32(r), op.x.f32(step.sample_rows[r]), op.x.stride * sizeof(float));
+}
+
+}  // namespace octavo::OCTAVO_ISA

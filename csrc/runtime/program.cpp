@@ -1,0 +1,341 @@
+// Running a program. How it is recorded: recording.cpp.
+#include "program.h"
+
+#include <algorithm>
+#include <bit>
+#include <chrono>
+#include <cmath>
+#include <cstring>
+#include <utility>
+
+#include "formats/quantize.h"
+
+namespace octavo {
+
+namespace {
+
+constexpr int64_t kTilesPerThread = 8;  // of attention, where that takes cutting a long context into parts
+
+using Clock = std::chrono::steady_clock;
+
+constexpr int64_t kObserved = 64;  // columns in a tile
+
+double lap(Clock::time_point& since) {
+    const auto before = std::exchange(since, Clock::now());
+    return std::chrono::duration<double>(since - before).count();
+}
+
+bool is_head(const Instruction& instruction) { return instruction.op == Op::linear && instruction.sampled; }
+
+const char* name_of(const Instruction& instruction) {
+    switch (instruction.op) {
+        case Op::rotary: return "rotary";
+        case Op::embed: return "embed";
+        case Op::norm: return "norm";
+        case Op::linear: return is_head(instruction) ? "head" : "linear";
+        case Op::rope_and_cache: return "rope_and_cache";
+        case Op::attention: return "attention";
+        case Op::quantize: return "quantize";
+        case Op::observe: return "observe";
+        case Op::sampled_rows: return "sampled_rows";
+        case Op::sample: return "sample";
+    }
+    return "";
+}
+
+}  // namespace
+
+Program::Program(const std::string& isa, std::vector<int> cores, const Sizes& sizes, std::vector<double> frequencies)
+    : kernels_(kernels_for(isa)), pool_(std::move(cores)), sizes_(sizes),
+      shape_{sizes.heads, sizes.kv_heads, sizes.head_dim, sizes.page_size, float(sizes.norm_eps), sizes.int8_kv},
+      frequencies_(std::move(frequencies)) {
+    require(pool_.size() > 0, "there must be at least one thread");
+    require(sizes.head_dim > 0 && sizes.head_dim % kBlock == 0, "head_dim must be a multiple of 16");
+    require(sizes.page_size > 0 && sizes.page_size % kSpan == 0, "page_size must be a multiple of 32");
+    require(sizes.kv_heads > 0 && sizes.heads % sizes.kv_heads == 0, "heads must be a multiple of kv_heads");
+    require(int64_t(frequencies_.size()) * 2 == sizes.head_dim, "there must be a frequency per pair of head_dim");
+    recorded_.push_back({{.op = Op::rotary}, -1, -1, -1});
+}
+
+void Program::pack(int weight, const std::vector<Part>& parts, const float* importance) {
+    const Weight& w = weights_.at(weight);
+    require(w.data, "a weight is packed when the program is finished");
+    for (const Part& part : parts)
+        require(!w.encoding.is_integer() || w.encoding == kW8 || w.encoding == kW4 ||
+                    holds_losslessly(w.encoding, part.format),
+                "this encoding is for the formats that it holds without loss");
+    const std::vector<float> weights = column_weights(importance, w.columns);
+    std::vector<std::vector<float>> scratch(pool_.size(), std::vector<float>((1 + kBlock) * (w.columns + kRotated)));
+    std::atomic<int64_t> next_block = 0;
+    pool_.run([&](int thread) {
+        for (int64_t block; (block = next_block.fetch_add(1)) < w.blocks;)
+            pack_block(w, parts, weights.data(), kernels_.quantize_to_4, block, scratch[thread].data());
+    });
+}
+
+int64_t Program::page_bytes() const {
+    return sizes_.layers * sizes_.kv_heads * shape_.blocks_per_page() * 2 * shape_.kv_bytes();
+}
+
+void Program::allocate_kv(int64_t pages) {
+    kv_ = Memory();  // the old pool goes first
+    kv_ = Memory(pages * page_bytes());
+    pages_ = pages;
+}
+
+std::byte* Program::page(int64_t page) const {
+    require(page >= 0 && page < pages_, "a page is not in the KV pool");
+    return kv_.data() + page * page_bytes();
+}
+
+void Program::validate(const Batch& batch) const {
+    require(batch.rows <= sizes_.max_rows, "more rows than max_batch_tokens");
+    require(batch.sampled <= sizes_.max_sampled, "more sampled rows than max_batch_size");
+    require(batch.query_start[0] == 0 && batch.query_start[batch.sequences] == batch.rows,
+            "query_start must run from 0 to the number of rows");
+    for (int64_t i = 0; i < batch.rows; i++)
+        require(batch.tokens[i] >= 0 && batch.tokens[i] < sizes_.vocab, "a token is not in the vocabulary");
+    for (int64_t i = 0; i < batch.sampled; i++)
+        require(batch.sample_rows[i] >= 0 && batch.sample_rows[i] < batch.rows, "a sampled row is not in the batch");
+    for (int64_t s = 0; s < batch.sequences; s++) {
+        const int64_t begin = batch.query_start[s], end = batch.query_start[s + 1];
+        require(begin <= end && end <= batch.rows, "query_start must not descend");
+        if (begin == end) continue;
+        require(batch.positions[begin] >= 0, "a position is negative");
+        for (int64_t i = begin + 1; i < end; i++)
+            require(batch.positions[i] == batch.positions[i - 1] + 1, "a sequence's rows must be in order of position");
+        const int64_t pages = batch.positions[end - 1] / sizes_.page_size + 1;
+        require(pages <= batch.pages_per_sequence, "a position is past the end of its page table");
+        for (int64_t p = 0; p < pages; p++) {
+            const int32_t page = batch.page_tables[s * batch.pages_per_sequence + p];
+            require(page >= 0 && page < pages_, "a page is not in the KV pool");
+        }
+    }
+}
+
+// Cuts the sequences' rows into tiles of attention; those that would take long while other threads are done into parts.
+void Program::cut_attention(const Batch& batch) {
+    const int64_t group = sizes_.heads / sizes_.kv_heads, span = std::max<int64_t>(1, kAttentionRows / group);
+    const auto seen = [&](const RowTile& rows) { return int64_t(batch.positions[rows.first + rows.count - 1]) + 1; };
+    std::vector<RowTile> tiles;
+    int64_t work = 0;  // for each kv head
+    for (int64_t s = 0; s < batch.sequences; s++) {
+        const int32_t end = batch.query_start[s + 1];
+        for (int32_t row = batch.query_start[s], count; row < end; row += count) {
+            count = int32_t(std::min<int64_t>(end - row, span));
+            tiles.push_back({int32_t(s), row, count});
+            work += count * seen(tiles.back());
+        }
+    }
+    attention_tiles_.clear();
+    int32_t split = 0;
+    int64_t queries = 0;  // of parts
+    for (const RowTile& rows : tiles) {
+        const int64_t parts = (seen(rows) + kPart - 1) / kPart;
+        const bool long_one = rows.count * seen(rows) * kTilesPerThread * pool_.size() > work * sizes_.kv_heads;
+        if (pool_.size() == 1 || parts == 1 || !long_one) {
+            attention_tiles_.push_back({rows, -1, split, queries});
+            continue;
+        }
+        for (int32_t part = 0; part < parts; part++) attention_tiles_.push_back({rows, part, split, queries});
+        split++;
+        queries += parts * sizes_.kv_heads * rows.count * group;
+    }
+    const size_t bytes = queries * shape_.sums_stride() * sizeof(float), counters = split * sizes_.kv_heads;
+    if (bytes > part_sums_.size()) part_sums_ = Memory(bytes);
+    if (counters > parts_done_.size()) parts_done_.resize(counters);
+}
+
+// Cuts the sequences' rows into tiles for the KV cache and for attention, and each instruction into its tiles.
+void Program::prepare(const Batch& batch) {
+    cut_attention(batch);
+    cache_tiles_.clear();
+    for (int64_t s = 0; s < batch.sequences; s++) {
+        const int32_t begin = batch.query_start[s], end = batch.query_start[s + 1];
+        for (int32_t row = begin, count; row < end; row += count) {
+            count = std::min<int32_t>(end - row, kSpan - batch.positions[row] % kSpan);
+            cache_tiles_.push_back({int32_t(s), row, count});
+        }
+    }
+    step_ = {.shape = &shape_, .rows = batch.rows, .sampled = batch.sampled, .tokens = batch.tokens,
+             .positions = batch.positions, .sample_rows = batch.sample_rows, .page_tables = batch.page_tables,
+             .pages_per_sequence = batch.pages_per_sequence, .kv = kv_.data(), .page_bytes = page_bytes(),
+             .rotary = rotary_, .cache_tiles = cache_tiles_.data(), .attention_tiles = attention_tiles_.data(),
+             .part_sums = reinterpret_cast<float*>(part_sums_.data()), .parts_done = parts_done_.data(),
+             .rows_per_tile = std::clamp<int64_t>(batch.rows / (4 * pool_.size()), 1, 16)};
+    for (size_t i = 0; i < plans_.size(); i++) {
+        if (instructions_[i].op == Op::linear) plans_[i].cut = cut_linear(instructions_[i]);
+        plans_[i].tiles = count_tiles(instructions_[i], plans_[i].cut);
+    }
+    for (auto& counter : counters_) counter.taken.store(0, std::memory_order_relaxed);
+}
+
+int64_t Program::rows_of(const Instruction& instruction) const {
+    return instruction.sampled ? step_.sampled : step_.rows;
+}
+
+// Wide tiles as long as every thread gets several; then narrower ones.
+Cut Program::cut_linear(const Instruction& instruction) const {
+    const int64_t rows = rows_of(instruction), blocks = instruction.weight->blocks, wanted = 4 * pool_.size();
+    const int64_t tile_rows = std::clamp<int64_t>(round_up(rows, kGroup), kGroup, 128);
+    const int64_t row_tiles = (rows + tile_rows - 1) / tile_rows;
+    if (instruction.out.element == Element::i8_groups) return {4, tile_rows, row_tiles};  // whole groups of the result
+    int64_t panel = kMaxPanel;
+    while (panel > 2 && (blocks + panel - 1) / panel * row_tiles < wanted)
+        panel = instruction.weight->gated ? panel - 2 : panel / 2;
+    return {panel, tile_rows, row_tiles};
+}
+
+int64_t Program::count_tiles(const Instruction& instruction, const Cut& cut) const {
+    switch (instruction.op) {
+        case Op::linear: return (instruction.weight->blocks + cut.panel - 1) / cut.panel * cut.row_tiles;
+        case Op::rope_and_cache: return int64_t(cache_tiles_.size());
+        case Op::attention: return int64_t(attention_tiles_.size()) * sizes_.kv_heads;
+        case Op::sample: return step_.sampled;
+        case Op::observe: return (instruction.width + kObserved - 1) / kObserved;
+        default: return (rows_of(instruction) + step_.rows_per_tile - 1) / step_.rows_per_tile;
+    }
+}
+
+// A tile has some columns of all rows, so that each sum is always in the same order.
+void Program::add_squares(const Instruction& instruction, int64_t tile) {
+    const int64_t begin = tile * kObserved, end = std::min(instruction.width, begin + kObserved);
+    for (int64_t row = 0; row < rows_of(instruction); row++)
+        for (int64_t i = begin; i < end; i++) {
+            const float x = std::bit_cast<float>(uint32_t(instruction.x.b16(row)[i]) << 16);
+            instruction.squares[i] += double(x) * x;
+        }
+}
+
+void Program::compute_rotary(int64_t begin, int64_t end) {
+    const int64_t half = sizes_.head_dim / 2;
+    for (int64_t r = begin; r < end; r++)
+        for (int64_t i = 0; i < half; i++) {
+            const double angle = step_.positions[r] * frequencies_[i];
+            rotary_[r * 2 * half + i] = float(std::cos(angle));
+            rotary_[r * 2 * half + half + i] = float(std::sin(angle));
+        }
+}
+
+// The part of the weight that a tile of a linear reads.
+Ahead Program::panel_memory(int instruction, int64_t tile) const {
+    const Cut& cut = plans_[instruction].cut;
+    const Weight& weight = *instructions_[instruction].weight;
+    const int64_t block = tile / cut.row_tiles * cut.panel;
+    return {reinterpret_cast<const char*>(weight.block(block)),
+            reinterpret_cast<const char*>(weight.block(std::min(weight.blocks, block + cut.panel)))};
+}
+
+// `more`: the thread goes on with the next tile.
+void Program::run_tile(int index, int64_t tile, bool more, int thread) {
+    const Instruction& instruction = instructions_[index];
+    const Plan& plan = plans_[index];
+    Scratch& scratch = scratch_[thread];
+    const int64_t rows = rows_of(instruction);
+    const int64_t begin = tile * step_.rows_per_tile, end = std::min(rows, begin + step_.rows_per_tile);
+    switch (instruction.op) {
+        case Op::rotary: return compute_rotary(begin, end);
+        case Op::embed: return kernels_.embed(instruction, step_, begin, end, scratch);
+        case Op::observe: return add_squares(instruction, tile);
+        case Op::norm: return kernels_.norm(instruction, step_, begin, end, scratch);
+        case Op::quantize: return kernels_.quantize(instruction, step_, begin, end, scratch);
+        case Op::sampled_rows: return kernels_.sampled_rows(instruction, step_, begin, end, scratch);
+        case Op::rope_and_cache: return kernels_.rope_and_cache(instruction, step_, tile, scratch);
+        case Op::attention: return kernels_.attention(instruction, step_, tile, more ? tile + 1 : -1, scratch);
+        case Op::sample: return (*finish_row_)(tile, thread);
+        case Op::linear: {
+            Ahead ahead;
+            if (more)
+                ahead = panel_memory(index, tile + 1);
+            else if (const int next = plan.next_linear; next >= 0 && plans_[next].tiles)
+                ahead = panel_memory(next, plans_[next].tiles * thread / pool_.size());
+            return kernels_.linear(instruction, plan.cut, rows, tile, ahead, scratch);
+        }
+    }
+}
+
+// Each thread has a share of the tiles, in a row: so it knows what to fetch ahead, and finds much of what it needs in
+// its own cache. When it is done with its share it helps with what is left of the others'.
+void Program::run_tiles(int index, int thread) {
+    const int64_t tiles = plans_[index].tiles;
+    const int threads = pool_.size();
+    for (int i = 0; i < threads; i++) {
+        const int owner = (thread + i) % threads;
+        const int64_t begin = tiles * owner / threads, end = tiles * (owner + 1) / threads;
+        auto& taken = counters_[index * threads + owner].taken;
+        while (taken.load(std::memory_order_relaxed) < end - begin) {
+            const int64_t tile = begin + taken.fetch_add(1, std::memory_order_relaxed);
+            if (tile < end) run_tile(index, tile, tile + 1 < end, thread);
+        }
+    }
+}
+
+void Program::run(const Batch& batch, const Work& finish_row) {
+    require(!instructions_.empty(), "a program is run when it is finished");
+    const std::unique_lock one_at_a_time(running_, std::try_to_lock);
+    require(one_at_a_time.owns_lock(), "another thread is running a step");
+    validate(batch);
+    prepare(batch);
+    finish_row_ = &finish_row;
+    const bool profiled = !seconds_.empty();
+    Clock::time_point since;
+    pool_.run([&](int thread) {
+        const bool timing = profiled && thread == 0;
+        kernels_.start_thread();
+        if (timing) since = Clock::now();
+        for (int i = 0; i < int(instructions_.size()); i++) {
+            if (i > 0) pool_.barrier();
+            if (timing && i > 0) seconds_[i - 1] += lap(since);
+            run_tiles(i, thread);
+        }
+        kernels_.stop_thread();
+    });
+    if (profiled) seconds_.back() += lap(since);
+}
+
+LinearWeights Program::linears(bool head) const {
+    LinearWeights all;
+    for (const Instruction& instruction : instructions_) {
+        if (instruction.op != Op::linear || is_head(instruction) != head) continue;
+        const Weight& w = *instruction.weight;
+        all.bytes += w.blocks * w.block_bytes;
+        all.values += w.rows * w.columns;
+        if (w.encoding.is_integer()) all.integers += w.rows * w.columns;
+    }
+    return all;
+}
+
+void Program::profile(bool on) {
+    const std::lock_guard not_in_a_step(running_);
+    seconds_.assign(on ? instructions_.size() : 0, 0.0);
+}
+
+std::map<std::string, double> Program::times() const {
+    const std::lock_guard not_in_a_step(running_);
+    std::map<std::string, double> times;
+    for (size_t i = 0; i < seconds_.size(); i++) times[name_of(instructions_[i])] += seconds_[i];
+    return times;
+}
+
+void Program::step(const Batch& batch, const SamplingBatch& sampling, const Sampled& result) {
+    require(sampling.rows == batch.sampled, "sampling must have one entry per sampled row");
+    run(batch, [&](int64_t row, int thread) {
+        float* logits = instructions_.back().x.f32(row);
+        const int64_t top = row * result.top;
+        const SampledToken sampled =
+            sample_row(logits, int32_t(logits_width_), sampling.row(int32_t(row)), kernels_.scan,
+                       sampler_scratch_[thread], result.top ? result.top_tokens + top : nullptr,
+                       result.top ? result.top_logprobs + top : nullptr, result.top);
+        result.tokens[row] = sampled.token;
+        if (result.logprobs) result.logprobs[row] = sampled.logprob;
+        if (result.ranks) result.ranks[row] = sampled.rank;
+    });
+}
+
+void Program::logits(const Batch& batch, float* result) {
+    run(batch, [&](int64_t row, int) {
+        std::memcpy(result + row * logits_width_, instructions_.back().x.f32(row), logits_width_ * sizeof(float));
+    });
+}
+
+}  // namespace octavo

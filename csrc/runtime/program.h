@@ -1,0 +1,177 @@
+// A model's forward pass as a flat list of instructions, recorded once and run in one call per step.
+#pragma once
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <deque>
+#include <functional>
+#include <map>
+#include <mutex>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "ceilings.h"
+#include "isa.h"
+#include "memory.h"
+#include "formats/pack.h"
+#include "kernels/sampler.h"
+#include "thread_pool.h"
+
+namespace octavo {
+
+inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+inline void require(bool ok, const char* what) {
+    if (!ok) throw std::invalid_argument(what);
+}
+
+struct Sizes {
+    int64_t vocab, heads, kv_heads, head_dim, layers;
+    double norm_eps;
+    int64_t page_size, max_rows, max_sampled;
+    bool int8_kv;
+};
+
+// StepBatch of src/octavo/backends/base.py. The arrays are the caller's.
+struct Batch {
+    int64_t rows, sequences, pages_per_sequence, sampled;
+    const int32_t *tokens, *positions, *query_start, *page_tables, *sample_rows;
+};
+
+// Where StepResult goes; without logprobs, `top` is 0 and all but `tokens` are null.
+struct Sampled {
+    int32_t* tokens;
+    float* logprobs;
+    int32_t* ranks;
+    int32_t top;
+    int32_t* top_tokens;
+    float* top_logprobs;
+};
+
+// The weights of some linears.
+struct LinearWeights {
+    int64_t bytes = 0, values = 0, integers = 0;  // `integers` of the values are held so
+};
+
+class Program {
+public:
+    Program(const std::string& isa, std::vector<int> cores, const Sizes& sizes, std::vector<double> frequencies);
+
+    // Recording. Ints are handles: of vectors (norm weights and biases), weights, and buffers of activations.
+    int vector(const float* values, int64_t length);
+    int weight(int64_t rows, int64_t columns, Encoding encoding);
+    int embed(int weight);
+    int norm(int x, int vector);
+    int linear(int x, int weight, int bias, int residual);  // bias, residual: -1 if there is none
+    int rope_and_cache(int qkv, int layer, int q_norm, int k_norm);
+    int attention(int q, int layer, int64_t window);
+    int gated(int gate_up, Activation activation);  // becomes part of the linear before it
+    int sampled_rows(int x);
+    int observe(int x);  // a handle for squares()
+    void finish(int logits);  // lays out the memory
+
+    int64_t weight_bytes() const { return weight_bytes_; }
+    void pack(int weight, const std::vector<Part>& parts, const float* importance);  // of its columns; may be null
+
+    int64_t page_bytes() const;
+    void allocate_kv(int64_t pages);
+    std::byte* page(int64_t page) const;  // its page_bytes(); throws std::invalid_argument if there is no such page
+
+    // Both throw std::invalid_argument for a batch that would reach outside of any array.
+    void step(const Batch& batch, const SamplingBatch& sampling, const Sampled& result);
+    void logits(const Batch& batch, float* result);  // [sampled, logits_width]
+    int64_t logits_width() const { return logits_width_; }
+
+    // Of an observed buffer of bf16: the sum of the squares of each column, over all rows of all steps.
+    const std::vector<double>& squares(int observed) const { return squares_.at(observed); }
+
+    // What a step reads: of the layers, or of the head.
+    LinearWeights linears(bool head) const;
+    Ceilings ceilings() { return measure_ceilings(kernels_, pool_); }
+    void profile(bool on);                       // from here on, or no more
+    std::map<std::string, double> times() const;  // seconds since then: by kind of instruction, and "head"
+
+private:
+    struct Vector {
+        int64_t length;
+        std::vector<float> values;  // and zeros
+    };
+    struct Buffer {
+        int64_t width;
+        Element element;
+        bool sampled;       // a row per sampled row, else per token
+        Element finest = Element::bf16;  // what its writer can write, of bf16, i8_groups and i8_rows
+        int64_t last_use = -1;
+        int storage = -1;
+    };
+    struct Recorded {
+        Instruction instruction;
+        int x, out, residual;
+    };
+    using Work = std::function<void(int64_t row, int thread)>;
+
+    int record(Instruction instruction, int x, int64_t width, Element element, int residual = -1);
+    int quantized(int x, Element element);
+    const float* values_of(int vector, int64_t length) const;
+    std::vector<Buffer> assign_storage();
+    void lay_out_arena();
+    void lay_out_weights();
+    void make_scratch();
+    void validate(const Batch& batch) const;
+    void prepare(const Batch& batch);
+    void cut_attention(const Batch& batch);
+    Cut cut_linear(const Instruction& instruction) const;
+    int64_t count_tiles(const Instruction& instruction, const Cut& cut) const;
+    int64_t rows_of(const Instruction& instruction) const;
+    Ahead panel_memory(int instruction, int64_t tile) const;
+    void run_tile(int instruction, int64_t tile, bool more, int thread);
+    void run_tiles(int instruction, int thread);
+    void add_squares(const Instruction& instruction, int64_t tile);
+    void compute_rotary(int64_t begin, int64_t end);
+    void run(const Batch& batch, const Work& finish_row);
+
+    const Kernels& kernels_;
+    ThreadPool pool_;
+    Sizes sizes_;
+    Shape shape_;
+    std::vector<double> frequencies_;  // radians per position
+
+    std::deque<Vector> vectors_;
+    std::deque<Weight> weights_;
+    std::deque<std::vector<double>> squares_;
+    std::vector<Buffer> buffers_;
+    std::vector<Recorded> recorded_;
+    std::vector<Instruction> instructions_;
+    int64_t logits_width_ = 0, weight_bytes_ = 0;
+    Memory weight_memory_, arena_, kv_;
+    int64_t pages_ = 0;
+    float* rotary_ = nullptr;
+
+    std::vector<double> seconds_;  // of each instruction since profile(true); empty if it is off
+
+    // Of the step being run.
+    mutable std::mutex running_;
+    Step step_{};
+    const Work* finish_row_ = nullptr;
+    std::vector<RowTile> cache_tiles_;
+    std::vector<AttentionTile> attention_tiles_;
+    Memory part_sums_;                 // of attention's tiles that are parts; as large as a step has needed so far
+    std::vector<int32_t> parts_done_;  // all 0 between instructions
+    struct Plan {
+        int64_t tiles;
+        Cut cut;          // of a linear
+        int next_linear;  // the next instruction that is one, or -1
+    };
+    std::vector<Plan> plans_;  // of each instruction
+    struct alignas(64) Counter {
+        std::atomic<int64_t> taken;
+    };
+    std::vector<Counter> counters_;  // [instructions][threads]: of the thread's own tiles
+    std::vector<Memory> scratch_memory_;
+    std::vector<Scratch> scratch_;
+    std::vector<SamplerScratch> sampler_scratch_;
+};
+
+}  // namespace octavo

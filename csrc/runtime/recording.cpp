@@ -1,0 +1,236 @@
+// Recording a program, and laying out its memory when it is complete.
+#include "program.h"
+
+#include <algorithm>
+
+namespace octavo {
+
+namespace {
+constexpr int64_t kPad = 64;  // rows and columns of activations come in multiples of this
+}
+
+int Program::vector(const float* values, int64_t length) {
+    auto& vector = vectors_.emplace_back(Vector{length, std::vector<float>(round_up(length, kPad) + kPad)});
+    std::copy_n(values, length, vector.values.begin());
+    return int(vectors_.size()) - 1;
+}
+
+// The values of a vector that must be of this length; null for handle -1.
+const float* Program::values_of(int vector, int64_t length) const {
+    if (vector < 0) return nullptr;
+    require(vectors_.at(vector).length == length, "a norm or bias has the wrong length");
+    return vectors_.at(vector).values.data();
+}
+
+int Program::weight(int64_t rows, int64_t columns, Encoding encoding) {
+    weights_.push_back({.rows = rows, .columns = columns, .encoding = encoding});
+    return int(weights_.size()) - 1;
+}
+
+// Appends an instruction that reads buffers x and residual, and writes a new one: the result.
+int Program::record(Instruction instruction, int x, int64_t width, Element element, int residual) {
+    const bool sampled = instruction.op == Op::sampled_rows || (x >= 0 && buffers_.at(x).sampled);
+    instruction.sampled = sampled;
+    for (int read : {x, residual})
+        if (read >= 0) buffers_.at(read).last_use = int64_t(recorded_.size());
+    buffers_.push_back({width, element, sampled});
+    recorded_.push_back({instruction, x, int(buffers_.size()) - 1, residual});
+    return int(buffers_.size()) - 1;
+}
+
+int Program::embed(int weight) {
+    const Weight& w = weights_.at(weight);
+    return record({.op = Op::embed, .weight = &w, .width = w.columns}, -1, w.columns, Element::f32);
+}
+
+int Program::norm(int x, int vector) {
+    const int64_t width = buffers_.at(x).width;
+    const Instruction instruction{.op = Op::norm, .vector = values_of(vector, width), .width = width};
+    const int out = record(instruction, x, width, Element::bf16);
+    buffers_[out].finest = Element::i8_rows;
+    return out;
+}
+
+int Program::linear(int x, int weight, int bias, int residual) {
+    const Weight& w = weights_.at(weight);
+    const Element wanted = w.encoding.per_row()      ? Element::i8_rows
+                           : w.encoding.is_integer() ? Element::i8_groups
+                                                     : Element::bf16;
+    if (wanted != Element::bf16) x = quantized(x, wanted);
+    require(buffers_.at(x).element == wanted, "linears that read the same buffer must read it in the same form");
+    require(buffers_.at(x).width == w.columns, "a linear reads as many columns as its weight has");
+    require(residual < 0 || buffers_.at(residual).width == w.rows, "a residual has the width of the linear's output");
+    return record({.op = Op::linear, .weight = &w, .vector = values_of(bias, w.rows)}, x, w.rows, Element::f32,
+                  residual);
+}
+
+// Buffer x in int8: written so in the first place, if nothing reads it as bf16 and its writer can.
+int Program::quantized(int x, Element element) {
+    Buffer& buffer = buffers_.at(x);
+    if (buffer.element == Element::bf16 && buffer.finest >= element && buffer.last_use < 0) buffer.element = element;
+    if (buffer.element != Element::bf16) return x;
+    return record({.op = Op::quantize}, x, buffer.width, element);
+}
+
+int Program::rope_and_cache(int qkv, int layer, int q_norm, int k_norm) {
+    const int64_t all_heads = sizes_.heads + 2 * sizes_.kv_heads;
+    require(buffers_.at(qkv).width == all_heads * sizes_.head_dim, "qkv has the wrong width");
+    require(layer >= 0 && layer < sizes_.layers, "there is no such layer");
+    return record({.op = Op::rope_and_cache,
+                   .vector = values_of(q_norm, sizes_.head_dim),
+                   .vector2 = values_of(k_norm, sizes_.head_dim),
+                   .layer = layer},
+                  qkv, sizes_.heads * sizes_.head_dim, Element::bf16);
+}
+
+int Program::attention(int q, int layer, int64_t window) {
+    require(layer >= 0 && layer < sizes_.layers, "there is no such layer");
+    const Instruction instruction{.op = Op::attention, .layer = layer, .window = window};
+    const int out = record(instruction, q, buffers_.at(q).width, Element::bf16);
+    if (sizes_.head_dim % kQuantGroup == 0) buffers_[out].finest = Element::i8_groups;
+    return out;
+}
+
+int Program::gated(int gate_up, Activation activation) {
+    Recorded& last = recorded_.back();
+    require(last.instruction.op == Op::linear && last.out == gate_up && last.residual < 0,
+            "gated must follow the linear that it reads");
+    last.instruction.activation = activation;
+    for (Weight& weight : weights_)
+        if (&weight == last.instruction.weight) weight.gated = true;  // it is not packed yet
+    buffers_.back() = {buffers_.back().width / 2, Element::bf16, buffers_.back().sampled, Element::i8_groups};
+    return gate_up;
+}
+
+int Program::sampled_rows(int x) { return record({.op = Op::sampled_rows}, x, buffers_.at(x).width, Element::f32); }
+
+int Program::observe(int x) {
+    const Buffer& buffer = buffers_.at(x);
+    require(buffer.element == Element::bf16, "what is observed is bf16");
+    squares_.emplace_back(buffer.width);
+    record({.op = Op::observe, .squares = squares_.back().data(), .width = buffer.width}, x, 0, Element::f32);
+    return int(squares_.size()) - 1;
+}
+
+// Gives each buffer a place that no other one needs while it is in use; returns the places. Only buffers of the same
+// shape share one, so that the columns past the width stay zero.
+std::vector<Program::Buffer> Program::assign_storage() {
+    std::vector<Buffer> places;
+    std::vector<int> free;
+    const auto take = [&](const Buffer& buffer) {
+        const auto fits = [&](int place) {
+            const Buffer& p = places[place];
+            return p.width == buffer.width && p.element == buffer.element && p.sampled == buffer.sampled;
+        };
+        const auto found = std::find_if(free.begin(), free.end(), fits);
+        if (found == free.end()) {
+            places.push_back(buffer);
+            return int(places.size()) - 1;
+        }
+        const int place = *found;
+        free.erase(found);
+        return place;
+    };
+    for (int64_t i = 0; i < int64_t(recorded_.size()); i++) {
+        const auto [instruction, x, out, residual] = recorded_[i];
+        const bool in_place = residual >= 0 && buffers_[residual].last_use == i;
+        if (out >= 0) buffers_[out].storage = in_place ? buffers_[residual].storage : take(buffers_[out]);
+        if (x >= 0 && buffers_[x].last_use == i) free.push_back(buffers_[x].storage);
+    }
+    return places;
+}
+
+// Buffers, then the rotations of the step's positions.
+void Program::lay_out_arena() {
+    const std::vector<Buffer> places = assign_storage();
+    const auto stride = [](const Buffer& b) { return round_up(b.width, kPad); };
+    std::vector<int64_t> offsets;
+    int64_t bytes = 0;
+    for (const Buffer& place : places) {
+        const int64_t rows = round_up(place.sampled ? sizes_.max_sampled : sizes_.max_rows, kPad);
+        offsets.push_back(bytes);
+        bytes += round_up(rows * bytes_of_row(place.element, stride(place)), 4096);
+    }
+    arena_ = Memory(bytes + sizes_.max_rows * sizes_.head_dim * sizeof(float));
+    rotary_ = reinterpret_cast<float*>(arena_.data() + bytes);
+
+    const auto matrix = [&](int buffer) -> Matrix {
+        if (buffer < 0) return {};
+        const int index = buffers_[buffer].storage;
+        const Buffer& place = places[index];
+        return {arena_.data() + offsets[index], stride(place), place.element, bytes_of_row(place.element, stride(place))};
+    };
+    for (const auto& [instruction, x, out, residual] : recorded_) {
+        instructions_.push_back(instruction);
+        instructions_.back().x = matrix(x);
+        instructions_.back().out = matrix(out);
+        instructions_.back().residual = matrix(residual);
+    }
+}
+
+void Program::lay_out_weights() {
+    for (Weight& w : weights_) {
+        w.blocks = w.gated ? 2 * (round_up(w.rows / 2, kBlock) / kBlock) : round_up(w.rows, kBlock) / kBlock;
+        w.groups = round_up(w.columns, w.encoding.column_multiple()) / kQuantGroup;
+        const int64_t row_scales = w.encoding.per_row() ? w.encoding.line_bytes() : 0;
+        w.block_bytes = round_up(w.groups * (w.encoding.value_bytes() + w.encoding.scale_bytes()) + row_scales, 64);
+        weight_bytes_ += w.blocks * w.block_bytes;
+    }
+    weight_memory_ = Memory(weight_bytes_);
+    std::byte* at = weight_memory_.data();
+    for (Weight& w : weights_) {
+        w.data = at;
+        at += w.blocks * w.block_bytes;
+    }
+}
+
+void Program::make_scratch() {
+    // Rows of a tile of attention; with some more, as AMX reads and writes them 16 at a time.
+    const int64_t pairs = std::max(kAttentionRows, sizes_.heads / sizes_.kv_heads) + 16;
+    const int64_t sums = pairs * shape_.sums_stride();
+    const int64_t floats[] = {kGroup * kMaxPanel * kBlock, pairs * kSpan, sums, sums};
+    const int64_t halves[] = {pairs * sizes_.head_dim, pairs * kSpan, shape_.int8_kv ? shape_.block_elements() : 0};
+    int64_t groups = 0;
+    for (const Weight& w : weights_) groups = std::max(groups, w.groups);
+    const int64_t widened = groups * kW8.value_bytes(), row = groups * kQuantGroup;
+    int64_t bytes = round_up(widened, 64) + round_up(row * int64_t(sizeof(float)), 64);
+    for (int64_t size : floats) bytes += round_up(size * int64_t(sizeof(float)), 64);
+    for (int64_t size : halves) bytes += round_up(size * int64_t(sizeof(bf16)), 64);
+    for (int i = 0; i < pool_.size(); i++) {
+        std::byte* at = scratch_memory_.emplace_back(bytes).data();
+        const auto take = [&]<class T>(T*& part, int64_t size) {
+            part = reinterpret_cast<T*>(at);
+            at += round_up(size * int64_t(sizeof(T)), 64);
+        };
+        Scratch& scratch = scratch_.emplace_back();
+        take(scratch.sums, floats[0]);
+        take(scratch.scores, floats[1]);
+        take(scratch.part_sums, floats[2]);
+        take(scratch.sums_so_far, floats[3]);
+        take(scratch.queries, halves[0]);
+        take(scratch.shares, halves[1]);
+        take(scratch.kv, halves[2]);
+        take(scratch.row, row);
+        take(scratch.widened, widened);
+        sampler_scratch_.emplace_back(int32_t(logits_width_));
+    }
+}
+
+void Program::finish(int logits) {
+    require(instructions_.empty(), "a program is finished once");
+    const Buffer& result = buffers_.at(logits);
+    require(result.sampled && result.element == Element::f32, "logits are float, of the sampled rows");
+    logits_width_ = result.width;
+    record({.op = Op::sample}, logits, 0, Element::f32);
+    lay_out_arena();
+    lay_out_weights();
+    make_scratch();
+    plans_.resize(instructions_.size());
+    for (int i = int(plans_.size()) - 1, next = -1; i >= 0; i--) {
+        plans_[i].next_linear = next;
+        if (instructions_[i].op == Op::linear) next = i;
+    }
+    counters_ = std::vector<Counter>(instructions_.size() * pool_.size());
+}
+
+}  // namespace octavo

@@ -1,0 +1,1 @@
+"""Tiers: stores of KV pages below the pool, in host memory or on disk."""

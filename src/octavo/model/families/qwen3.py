@@ -1,0 +1,21 @@
+"""Qwen3: Qwen2 with a norm on each head's queries and keys in place of their biases."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from octavo.model.config_values import integer
+from octavo.model.spec import DecoderSpec
+
+from . import llama
+from .llama import WEIGHTS
+from .qwen2 import windows
+
+__all__ = ["ARCHITECTURE", "MODEL_TYPE", "WEIGHTS", "spec"]
+ARCHITECTURE, MODEL_TYPE = "Qwen3ForCausalLM", "qwen3"
+
+
+def spec(config: Mapping[str, Any]) -> DecoderSpec:
+    """Raises DamagedWeights or UnsupportedModel."""
+    base = llama.spec({**config, "head_dim": integer(config, "head_dim", 128)})
+    return replace(base, windows=windows(config, base.num_layers), qk_norm=True, mlp_bias=False)

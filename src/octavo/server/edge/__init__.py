@@ -1,0 +1,1 @@
+"""Where connections and bodies meet the server: limits, disconnects, draining."""

@@ -1,0 +1,1 @@
+"""OpenAI's routes: completions, chat completions, models, and Octavo's KV states."""

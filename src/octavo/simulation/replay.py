@@ -1,0 +1,162 @@
+"""A trace, replayed through an engine: in virtual time if its backend is simulated, or a real one in real time."""
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from octavo.config import EngineConfig, parse_size
+from octavo.engine.engine import Engine
+from octavo.engine.loading import assemble
+from octavo.engine.messages import EngineRequest, TokenOutput
+from octavo.params import SamplingParams
+from octavo.simulation import CostModel, SimulatedBackend, VirtualClock
+
+from .tier import SimulatedTransfers
+from .trace import Prompts, TraceRequest
+
+
+@dataclass(slots=True)
+class Served:
+    """What became of a request. Times are in seconds from the start; `problem`: why it did not get all its tokens."""
+
+    request: TraceRequest
+    first: float | None = None  # token
+    last: float = 0.0
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    cached_tokens: int = 0
+    problem: str | None = None
+
+    def take(self, output: TokenOutput, now: float) -> None:
+        self.cached_tokens = output.cached_tokens
+        if output.token >= 0:
+            self.first = now if self.first is None else self.first
+            self.last = now
+            self.output_tokens += 1
+        if output.finish_reason and output.finish_reason != "length":
+            self.problem = output.message or output.finish_reason
+
+
+@dataclass(slots=True)
+class Gauge:
+    """A quantity over time."""
+
+    peak: int = 0
+    integral: float = 0.0
+
+    def hold(self, value: int, seconds: float) -> None:
+        self.peak = max(self.peak, value)
+        self.integral += value * seconds
+
+
+@dataclass(slots=True)
+class Replay:
+    """A trace and how it was served, in `seconds`, in `busy` of which a step was under way."""
+
+    served: list[Served] = field(default_factory=list)
+    seconds: float = 0.0
+    busy: float = 0.0
+    pages: Gauge = field(default_factory=Gauge)  # held by sequences
+    running: Gauge = field(default_factory=Gauge)
+    waiting: Gauge = field(default_factory=Gauge)
+    num_pages: int = 0
+    steps: int = 0
+    preemptions: int = 0
+    pages_fetched: int = 0
+
+    def note(self, engine: Engine, seconds: float) -> None:
+        """How it has been for so many seconds."""
+        pool, scheduler = engine.kv.pool, engine.scheduler
+        self.pages.hold(pool.num_pages - pool.num_available, seconds)
+        self.running.hold(len(scheduler.running), seconds)
+        self.waiting.hold(scheduler.num_waiting, seconds)
+
+
+def simulate(
+    trace: Sequence[TraceRequest],
+    config: EngineConfig,
+    costs: CostModel,
+    num_pages: int,
+    advance: Callable[[int], None] = lambda finished: None,
+) -> Replay:
+    """Replay the trace in virtual time, on the engine that `config` describes and `costs` times."""
+    clock = VirtualClock()
+    backend = SimulatedBackend(costs, clock)
+    below = _bytes_below(config) // costs.page_bytes
+    engine = assemble(
+        config,
+        backend,
+        num_pages=num_pages,
+        max_model_len=config.max_model_len or costs.max_model_len,
+        transfers=SimulatedTransfers(backend, clock, below, costs.seconds_per_page) if below else None,
+        clock=clock,
+    )
+    return replay(trace, engine, clock.advance, config.max_batch_size + config.max_queue, advance)
+
+
+def _bytes_below(config: EngineConfig) -> int:
+    """Room for pages below the pool."""
+    host = 0 if config.kv_host_memory is None else parse_size(config.kv_host_memory, "kv_host_memory")
+    return host + (0 if config.kv_disk is None else parse_size(config.kv_disk_size, "kv_disk_size"))
+
+
+def replay(
+    trace: Sequence[TraceRequest],
+    engine: Engine,
+    wait: Callable[[float], None],
+    max_live: int,
+    advance: Callable[[int], None] = lambda finished: None,
+) -> Replay:
+    """Give the engine the requests of `trace` (in order of arrival) when their time comes, and step it to the end.
+
+    `wait` lets so many seconds of the engine's clock pass. Beyond `max_live` requests new ones are refused, as a server
+    does. `advance` is told of requests as they are done with.
+    """
+    done, prompts = Replay(), Prompts()
+    before, start = engine.stats(), engine.clock()
+    arrivals, live = deque(trace), dict[str, Served]()
+    while arrivals or engine.has_work:
+        now = engine.clock() - start
+        while arrivals and arrivals[0].at <= now:
+            request = arrivals.popleft()
+            prompt, id = prompts.tokens(request), str(len(done.served))
+            served = Served(request, prompt_tokens=len(prompt))
+            done.served.append(served)
+            if len(live) < max_live:
+                live[id] = served
+                engine.add(_engine_request(request, id, prompt, start))
+            else:
+                served.problem = "the queue is full"
+                advance(1)
+        if not engine.has_work:
+            if arrivals:
+                wait(max(0.0, arrivals[0].at - now))
+            continue
+        outputs = engine.step()
+        ended = engine.clock() - start
+        done.note(engine, ended - now)
+        done.busy += ended - now if outputs or engine.scheduler.running else 0.0  # or pages are waited for
+        unfinished = len(live)
+        for output in outputs:
+            live[output.id].take(output, ended)
+            if output.finish_reason:
+                del live[output.id]
+        advance(unfinished - len(live))
+    after = engine.stats()
+    done.seconds, done.num_pages = engine.clock() - start, after.num_pages
+    done.steps, done.preemptions = after.steps - before.steps, after.preemptions - before.preemptions
+    done.pages_fetched = after.pages_fetched - before.pages_fetched
+    return done
+
+
+def _engine_request(request: TraceRequest, id: str, prompt: list[int], start: float) -> EngineRequest:
+    return EngineRequest(
+        id=id,
+        prompt=prompt,
+        params=SamplingParams(temperature=0, max_tokens=request.output_tokens, ignore_eos=True, seed=0),
+        arrival=start + request.at,
+        tenant=request.tenant,
+        priority=request.priority,
+        ttft_target=request.ttft_target,
+        timeout=request.timeout,
+    )

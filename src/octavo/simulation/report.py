@@ -1,0 +1,202 @@
+"""What a replay showed: figures under the names of the JSON report, tables for people, and a verdict."""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from octavo.simulation import CostModel
+
+from .replay import Gauge, Replay, Served
+
+PERCENTILES = ("mean", "p50", "p95", "p99")
+NOISY = 0.03  # median error of a cost model; on a machine with nothing else to do it is about 1 %
+SPREADS = {  # JSON key -> heading
+    "time_to_first_token_ms": "To first token (ms)",
+    "time_per_output_token_ms": "Per output token (ms)",
+    "request_latency_ms": "Whole request (ms)",
+}
+
+
+def summarize(replay: Replay) -> dict[str, Any]:
+    """The replay as figures. A request that did not get all its tokens counts in `failed` and nowhere else."""
+    done = [served for served in replay.served if not served.problem]
+    input_tokens, output_tokens = sum(s.prompt_tokens for s in done), sum(s.output_tokens for s in done)
+    seconds = replay.seconds or math.inf
+    targets = [(served, target) for served in done if (target := served.request.ttft_target) is not None]
+    tenants = sorted({served.request.tenant for served in replay.served})
+    return {
+        "requests": len(replay.served),
+        "completed": len(done),
+        "failed": dict(Counter(served.problem for served in replay.served if served.problem)),
+        "duration_seconds": replay.seconds,
+        "requests_per_second": len(done) / seconds,
+        "output_tokens_per_second": output_tokens / seconds,
+        "total_tokens_per_second": (input_tokens + output_tokens) / seconds,
+        **_spreads(done),
+        "targets_met": sum(_to_first(s) <= target for s, target in targets) / len(targets) if targets else None,
+        "tenants": {name: _tenant([s for s in replay.served if s.request.tenant == name]) for name in tenants},
+        "num_pages": replay.num_pages,
+        "pages_held": _gauge(replay.pages, seconds),
+        "running": _gauge(replay.running, seconds),
+        "waiting": _gauge(replay.waiting, seconds),
+        "prefix_hit_rate": sum(s.cached_tokens for s in done) / input_tokens if input_tokens else 0.0,
+        "preemptions": replay.preemptions,
+        "pages_fetched": replay.pages_fetched,
+        "steps": replay.steps,
+        "utilization": replay.busy / seconds,
+        "offered_per_second": _offered(replay),
+    }
+
+
+def print_report(summary: dict[str, Any]) -> None:
+    figures = Table("", "", show_header=False)
+    figures.columns[1].justify = "right"
+    pages, held = summary["num_pages"], summary["pages_held"]
+    for heading, text in (
+        ("Requests", f"{summary['requests']:,}"),
+        ("Completed", f"{summary['completed']:,}"),
+        ("Duration (s)", f"{summary['duration_seconds']:,.1f}"),
+        ("Requests per minute", f"{60 * summary['requests_per_second']:,.0f}"),
+        ("Output tokens per second", f"{summary['output_tokens_per_second']:,.0f}"),
+        ("Pages held, mean", f"{held['mean']:,.0f} of {pages:,} ({held['mean'] / pages:.0%})"),
+        ("Pages held, peak", f"{held['peak']:,} of {pages:,} ({held['peak'] / pages:.0%})"),
+        ("Running, mean and peak", f"{summary['running']['mean']:,.1f}, {summary['running']['peak']:,}"),
+        ("Waiting, mean and peak", f"{summary['waiting']['mean']:,.1f}, {summary['waiting']['peak']:,}"),
+        ("Prompt tokens found cached", f"{summary['prefix_hit_rate']:.1%}"),
+        ("Preemptions", f"{summary['preemptions']:,}"),
+        ("Steps", f"{summary['steps']:,}"),
+        ("Time with a step under way", f"{summary['utilization']:.0%}"),
+    ):
+        figures.add_row(heading, text)
+    if summary["pages_fetched"]:
+        figures.add_row("Pages fetched from below", f"{summary['pages_fetched']:,}")
+    if summary["targets_met"] is not None:
+        figures.add_row("First tokens in time", f"{summary['targets_met']:.1%}")
+    console = Console()
+    console.print(figures, _spreads_table(summary))
+    if len(summary["tenants"]) > 1:
+        console.print(_tenants_table(summary["tenants"]))
+    for problem, count in summary["failed"].items():
+        console.print(f"{count:,} failed: {problem}")
+    console.print(verdict(summary), soft_wrap=True)
+
+
+def verdict(summary: dict[str, Any]) -> str:
+    """Whether the engine keeps up with the trace; `sustained_per_second` is what it was found to manage at most."""
+    offered, sustained = summary["offered_per_second"], summary["sustained_per_second"]
+    if not sustained:
+        return "No request was completed."
+    most = f"{60 * sustained:,.0f} a minute"
+    if offered is None:
+        return f"All requests came at once, and were served at {most}."
+    came = f"Requests came at {60 * offered:,.0f} a minute"
+    if offered <= sustained:
+        return f"{came}, {offered / sustained:.0%} of what this engine sustains ({most}): it keeps up."
+    growth, engines = 60 * (offered - sustained), math.ceil(offered / sustained)
+    return (
+        f"{came}, and this engine sustains {most}: the queue grows by {growth:,.0f} a minute. "
+        f"It takes {engines} such engines."
+    )
+
+
+def print_sweep(rows: Sequence[tuple[dict[str, str], dict[str, Any]]]) -> None:
+    """A row for each of several simulations: (what was set, summary). Times are in seconds."""
+    headings = ("Sustains\n/min", "First\ntoken", "p95", "Whole\nrequest", "p95", "Pages,\npeak", "Queue,\nmean")
+    names = [name.replace("_", "\n") for name in rows[0][0]]
+    table = Table(*names, *headings, "Pre-\nempted", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+    for column in table.columns[len(names) :]:
+        column.justify = "right"
+    for settings, summary in rows:
+        times = [summary[key] or {} for key in ("time_to_first_token_ms", "request_latency_ms")]
+        table.add_row(
+            *settings.values(),
+            f"{60 * summary['sustained_per_second']:,.0f}",
+            *(f"{spread[name] / 1000:,.2f}" if spread else "" for spread in times for name in ("mean", "p95")),
+            f"{summary['pages_held']['peak']:,}",
+            f"{summary['waiting']['mean']:,.0f}",
+            f"{summary['preemptions']:,}",
+        )
+    Console().print(table)
+
+
+def print_costs(costs: CostModel, ratios: Sequence[float]) -> None:
+    """The curves and rates; `ratios`: modeled / measured time of each step that was timed."""
+    curves = Table("Rows", "Linear layers (ms)", "If sampled (ms)")
+    for column in curves.columns:
+        column.justify = "right"
+    sampled = dict(costs.sampled_ms)
+    for count, ms in costs.rows_ms:
+        curves.add_row(f"{count:,}", f"{ms:.2f}", f"{sampled[count]:.2f}" if count in sampled else "")
+    console = Console()
+    console.print(curves)
+    console.print(
+        f"Attention: {1000 * costs.kv_token_us:,.1f} ns per K/V token, {1000 * costs.pair_us:,.1f} per pair. "
+        f"Host: {1000 * costs.step_ms:,.0f} µs a step, {costs.sequence_us:,.2f} a sequence, {costs.row_us:,.2f} a row.",
+        soft_wrap=True,
+    )
+    errors = np.abs(np.array(ratios) - 1)
+    console.print(f"Off by {np.median(errors):.1%} in the median of the steps timed, {errors.max():.1%} at most.")
+    if np.median(errors) > NOISY:
+        console.print("The machine seems to have had other work: measure once more when it has none.")
+
+
+def _tenant(served: Sequence[Served]) -> dict[str, Any]:
+    done = [s for s in served if not s.problem]
+    return {"requests": len(served), "completed": len(done), **_spreads(done)}
+
+
+def _spreads(done: Sequence[Served]) -> dict[str, dict[str, float] | None]:
+    seconds = (
+        [_to_first(s) for s in done],
+        [(s.last - s.first) / (s.output_tokens - 1) for s in done if s.first is not None and s.output_tokens > 1],
+        [s.last - s.request.at for s in done],
+    )
+    return {key: _spread(1000 * np.array(values)) for key, values in zip(SPREADS, seconds, strict=True)}
+
+
+def _spread(values: np.ndarray) -> dict[str, float] | None:
+    if not len(values):
+        return None
+    return dict(zip(PERCENTILES, [float(values.mean()), *np.percentile(values, [50, 95, 99]).tolist()], strict=True))
+
+
+def _to_first(served: Served) -> float:
+    assert served.first is not None
+    return served.first - served.request.at
+
+
+def _gauge(gauge: Gauge, seconds: float) -> dict[str, float]:
+    return {"mean": gauge.integral / seconds, "peak": gauge.peak}
+
+
+def _offered(replay: Replay) -> float | None:
+    """Requests a second that came; None if all of them came at once."""
+    span = replay.served[-1].request.at - replay.served[0].request.at
+    return (len(replay.served) - 1) / span if span else None
+
+
+def _spreads_table(summary: dict[str, Any]) -> Table:
+    table = Table("", *PERCENTILES)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for key, heading in SPREADS.items():
+        if spread := summary[key]:
+            table.add_row(heading, *(f"{spread[name]:,.1f}" for name in PERCENTILES))
+    return table
+
+
+def _tenants_table(tenants: dict[str, Any]) -> Table:
+    table = Table("Tenant", "Requests", "Completed", *SPREADS.values(), title="Mean and p95", title_justify="left")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for name, tenant in tenants.items():
+        spreads = [tenant[key] for key in SPREADS]
+        times = (f"{spread['mean']:,.1f}, {spread['p95']:,.1f}" if spread else "" for spread in spreads)
+        table.add_row(name or "(none)", f"{tenant['requests']:,}", f"{tenant['completed']:,}", *times)
+    return table

@@ -1,0 +1,132 @@
+"""Traces: when requests arrive and how long they are. A file of JSON lines, or arrivals at random moments."""
+
+import random
+import re
+from collections.abc import Sequence
+from itertools import count
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+
+from octavo.bench.report import Run
+from octavo.errors import ConfigError
+from octavo.simulation import text
+
+Positive = Annotated[float, msgspec.Meta(gt=0)]
+Length = Annotated[int, msgspec.Meta(ge=1, le=10**7)]
+Token = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
+Name = Annotated[str, msgspec.Meta(min_length=1)]
+_SECONDS = {"s": 1, "sec": 1, "second": 1, "min": 60, "minute": 60, "h": 3600, "hour": 3600}
+
+
+class TraceRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """One line. The prompt is `prompt_tokens` long, or `prompt`, token ids; exactly one of them is given.
+
+    Requests of the same `prefix` have its first `prefix_tokens` tokens in common. Those of one `conversation` go on
+    with each other: the prompt begins with what prompts and outputs of it have been so far, as long as it is.
+    Without the two, prompts that are not spelled out have nothing in common.
+    """
+
+    at: Annotated[float, msgspec.Meta(ge=0)]  # seconds from the start
+    output_tokens: Length
+    prompt_tokens: Length | None = None
+    prompt: Annotated[list[Token], msgspec.Meta(min_length=1)] | None = None
+    tenant: str = ""
+    priority: int = 0
+    ttft_target: Positive | None = None  # seconds, as `timeout`
+    timeout: Positive | None = None
+    prefix: Name | None = None
+    prefix_tokens: Length | None = None
+    conversation: Name | None = None
+
+    def __post_init__(self) -> None:
+        if (self.prompt is None) == (self.prompt_tokens is None):
+            raise ValueError("give prompt_tokens, or prompt, and not both")
+        if (self.prefix is None) != (self.prefix_tokens is None):
+            raise ValueError("prefix and prefix_tokens go together")
+        if self.prompt is not None and (self.prefix or self.conversation):
+            raise ValueError("a prompt that is spelled out has no prefix or conversation: its tokens say it all")
+
+
+class Prompts:
+    """The token ids of a trace's prompts: the same ones every time that the same requests are asked for."""
+
+    def __init__(self) -> None:
+        self._numbers = count()
+        self._named: dict[tuple[str, str], int] = {}
+
+    def tokens(self, request: TraceRequest) -> list[int]:
+        if request.prompt is not None:
+            return request.prompt
+        length, shared = request.prompt_tokens or 0, request.prefix_tokens or 0
+        tokens: list[int] = text(self._number("conversation", request.conversation), length).tolist()
+        if request.prefix:
+            tokens[:shared] = text(self._number("prefix", request.prefix), min(shared, length)).tolist()
+        return tokens
+
+    def _number(self, kind: str, name: str | None) -> int:
+        """Of a text: of its own for what has no name."""
+        if name is None:
+            return next(self._numbers)
+        if (kind, name) not in self._named:
+            self._named[kind, name] = next(self._numbers)
+        return self._named[kind, name]
+
+
+def read_trace(path: Path) -> list[TraceRequest]:
+    """The requests in order of arrival. Raises ConfigError, with the number of the line that is wrong."""
+    requests = []
+    try:
+        with path.open("rb") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    requests.append(_parse(line, f"{path}, line {number}"))
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from None
+    if not requests:
+        raise ConfigError(f"{path} has no requests: it must have a JSON object on each line")
+    return sorted(requests, key=lambda request: request.at)
+
+
+def write_trace(path: Path, requests: Sequence[TraceRequest]) -> None:
+    """Raises ConfigError if that cannot be."""
+    try:
+        path.write_bytes(b"".join(msgspec.json.encode(request) + b"\n" for request in requests))
+    except OSError as error:
+        raise ConfigError(f"cannot write {path}: {error.strerror}") from None
+
+
+def poisson_trace(rate: float | None, requests: int, input_len: int, output_len: int, seed: int) -> list[TraceRequest]:
+    """`requests` alike, at random moments, `rate` a second on average; all at once if that is None."""
+    rng = random.Random(seed)
+    at, trace = 0.0, []
+    for _ in range(requests):
+        trace.append(TraceRequest(at=at, prompt_tokens=input_len, output_tokens=output_len))
+        at += rng.expovariate(rate) if rate else 0.0
+    return trace
+
+
+def trace_of(run: Run) -> list[TraceRequest]:
+    """What was asked of an engine in a benchmark, and when; without the requests that failed."""
+    done = [request for request in run.requests if request.output_tokens]
+    start = min((request.sent for request in done), default=0.0)
+    return [
+        TraceRequest(at=request.sent - start, prompt_tokens=request.input_tokens, output_tokens=request.output_tokens)
+        for request in sorted(done, key=lambda request: request.sent)
+    ]
+
+
+def parse_rate(value: str) -> float:
+    """Requests a second, of a text such as 10000/min, 20/s or 0.5. Raises ConfigError."""
+    match = re.fullmatch(r"(\d+(?:\.\d*)?)(?:/([a-z]+))?", value.strip())
+    if not match or float(match[1]) <= 0 or (match[2] or "s") not in _SECONDS:
+        raise ConfigError(f"rate must be such as 10000/min, 20/s or 0.5 (requests a second), not {value!r}")
+    return float(match[1]) / _SECONDS[match[2] or "s"]
+
+
+def _parse(line: bytes, where: str) -> TraceRequest:
+    try:
+        return msgspec.json.decode(line, type=TraceRequest)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{where}: {error}") from None

@@ -1,0 +1,192 @@
+"""StateBook: which KV states exist, whose they are, and how much each tenant holds.
+
+A state is its tokens. Their keys and values are in the engine's cache, where the state pins them; what the engine loses
+is computed again when the state is continued. The frontend keeps the book, so a crash of the engine does not reach it.
+"""
+
+import secrets
+import time
+from array import array
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from octavo.errors import InvalidKVState, InvalidRequest, QuotaExceeded
+
+from .handle import KVState, Segment, StateOwner
+
+MAX_REMEMBERED = 4_000_000  # tokens of finished requests
+MIN_REMEMBERED = 256  # tokens that a finished request counts as at least
+
+
+class StatePins(StateOwner, Protocol):
+    """What the book asks of the frontend: have the engine keep a state's pages, or give them up."""
+
+    def pin_state(self, state: KVState) -> None: ...
+
+    def unpin_state(self, state: KVState) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedRequest:
+    """A finished request, from which a state can be made: one segment for each of its completions."""
+
+    tenant: str
+    salt: str
+    outputs: list[Segment]
+    cost: int  # tokens
+
+
+class StateBook:
+    """The states that users hold, and the recently finished requests that states can be made of. Not thread-safe.
+
+    Args:
+        pins: told of states whose pages the engine should keep or release.
+        fingerprint: of the engine (EngineInfo.fingerprint).
+        quota: tokens that one tenant's states may have together; a common beginning counts once.
+        ttl: seconds after which an unused state is dropped.
+        clock: in seconds, monotonic.
+    """
+
+    def __init__(
+        self,
+        pins: StatePins,
+        fingerprint: str,
+        quota: int,
+        ttl: float,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self._pins, self._fingerprint, self._quota, self._ttl, self._clock = pins, fingerprint, quota, ttl, clock
+        self._states: OrderedDict[str, KVState] = OrderedDict()  # least recently used first
+        self._charges: dict[str, int] = {}  # tokens by tenant
+        self._finished: OrderedDict[str, FinishedRequest] = OrderedDict()  # oldest first
+        self._remembered = 0  # tokens of finished requests
+
+    def loaded(self) -> list[KVState]:
+        """Return the states that came from files; a new engine must open those files."""
+        return [state for state in self._states.values() if state.file]
+
+    def remember(
+        self,
+        request_id: str,
+        tenant: str,
+        salt: str,
+        prompt: list[int],
+        outputs: Sequence[list[int]],
+        continued: KVState | None,
+    ) -> None:
+        """Take note of a finished request, so that `keep` can make a state of it.
+
+        Args:
+            prompt: all prompt tokens, those of `continued` included.
+            outputs: the tokens of each completion.
+            continued: the state that the request continued; it counts as used, and its pages are pinned again.
+        """
+        before = continued._segment if continued else None
+        new = prompt[before.num_tokens :] if before else prompt
+        segments = [Segment(array("i", new + output), before) for output in outputs]
+        self._forget(request_id)
+        cost = sum(max(segment.num_tokens, MIN_REMEMBERED) for segment in segments)
+        self._finished[request_id] = FinishedRequest(tenant, salt, segments, cost)
+        self._remembered += cost
+        while self._remembered > MAX_REMEMBERED:
+            self._forget(next(iter(self._finished)))
+        if continued and continued.id in self._states:
+            self._touch(continued)
+            self._pins.pin_state(continued)
+
+    def keep(self, request_id: str, index: int = 0) -> KVState:
+        """Make a state of completion number `index` of a finished request. Raises InvalidRequest, QuotaExceeded."""
+        if (finished := self._finished.get(request_id)) is None:
+            known = f"only the latest, of {MAX_REMEMBERED:,} tokens together, are remembered"
+            raise InvalidRequest(f"there is no finished request {request_id!r}: {known}", "request_id")
+        if not 0 <= index < len(finished.outputs):
+            raise InvalidRequest(f"index must be from 0 to {len(finished.outputs) - 1}, not {index}", "index")
+        return self._open(finished.outputs[index], finished.tenant, finished.salt)
+
+    def adopt(self, file: Path, tokens: list[int], tenant: str, salt: str) -> KVState:
+        """Make a state of the tokens of a saved file. Raises QuotaExceeded."""
+        return self._open(Segment(array("i", tokens)), tenant, salt, file)
+
+    def use(self, state: KVState, tenant: str, salt: str) -> list[int]:
+        """Return the tokens of a state that `tenant` continues with `salt`. Raises InvalidKVState."""
+        if state.fingerprint != self._fingerprint:
+            raise InvalidKVState("this KV state is of another model, quantization or layout of the KV cache")
+        if (state.tenant, state.salt) != (tenant, salt):
+            raise InvalidKVState("this KV state is of another tenant or cache_salt: name those that it was made with")
+        self._drop_expired()
+        if self._states.get(state.id) is not state:
+            raise InvalidKVState("this KV state was dropped, has expired (see kv_state_ttl), or is another engine's")
+        self._touch(state)
+        return state.token_ids
+
+    def find(self, id: str, tenant: str) -> KVState | None:
+        """Return the tenant's state of that id, or None. This counts as a use of it."""
+        self._drop_expired()
+        state = self._states.get(id)
+        if state is None or state.tenant != tenant:
+            return None
+        self._touch(state)
+        return state
+
+    def check_quota(self, tenant: str, tokens: int) -> None:
+        """Raise QuotaExceeded if `tenant` may not hold `tokens` more."""
+        self._drop_expired()
+        held = self._charges.get(tenant, 0)
+        if held + tokens > self._quota:
+            raise QuotaExceeded(
+                f"a KV state of {tokens:,} more tokens would exceed the quota of {self._quota:,} (kv_state_quota), "
+                f"{held:,} of which are in use: drop states that are not needed any more"
+            )
+
+    def drop(self, state: KVState) -> None:
+        """Forget a state; do nothing if it is already gone."""
+        if self._states.get(state.id) is not state:
+            return
+        del self._states[state.id]
+        for segment in state._segment.back():
+            segment.references -= 1
+            if segment.references:
+                break
+            self._charges[state.tenant] -= segment.charge
+        if not self._charges[state.tenant]:
+            del self._charges[state.tenant]
+        self._pins.unpin_state(state)
+
+    def _open(self, segment: Segment, tenant: str, salt: str, file: Path | None = None) -> KVState:
+        self.check_quota(tenant, sum(part.charge for part in segment.back() if not part.references))
+        self._charges.setdefault(tenant, 0)
+        for part in segment.back():
+            part.references += 1
+            if part.references > 1:
+                break
+            self._charges[tenant] += part.charge
+        state = KVState(
+            id=f"kv-{secrets.token_hex(16)}",
+            tenant=tenant,
+            salt=salt,
+            fingerprint=self._fingerprint,
+            created_at=time.time(),
+            file=file,
+            _segment=segment,
+            _owner=self._pins,
+            _deadline=self._clock() + self._ttl,
+        )
+        self._states[state.id] = state
+        self._pins.pin_state(state)
+        return state
+
+    def _touch(self, state: KVState) -> None:
+        state._deadline = self._clock() + self._ttl
+        self._states.move_to_end(state.id)
+
+    def _drop_expired(self) -> None:
+        now = self._clock()
+        while self._states and (oldest := next(iter(self._states.values())))._deadline <= now:
+            self.drop(oldest)
+
+    def _forget(self, request_id: str) -> None:
+        if finished := self._finished.pop(request_id, None):
+            self._remembered -= finished.cost

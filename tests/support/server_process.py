@@ -1,0 +1,125 @@
+"""Real servers on a port that the kernel chose: `octavo serve` in a process of its own, or on the loop of the test."""
+
+import asyncio
+import contextlib
+import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any, Self
+
+import httpx
+
+from octavo import AsyncLLM
+from octavo.server.app import create_app
+from octavo.server.edge.draining import DrainingServer
+
+COMPLETIONS = "/v1/completions"
+
+
+class ServerProcess:
+    """Serves `model` for a `with` block, at the end of which it must drain and have printed no traceback."""
+
+    def __init__(self, model: Path | str, *flags: str):
+        self.banner = ""
+        self.url = ""
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed with this object)
+        command = [sys.executable, "-m", "octavo.entrypoints.openai.api_server", "--model", str(model), "--port", "0"]
+        self.process = subprocess.Popen(
+            [*command, "--served-model-name", "tiny", *flags], stdout=subprocess.PIPE, stderr=self._errors, text=True
+        )
+
+    def __enter__(self) -> Self:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.banner += line
+            if line.startswith("curl"):
+                break
+        else:
+            raise AssertionError(f"the server did not start: {self.stderr()}")
+        match = re.search(r"http://[\w.:]+", self.banner)
+        assert match
+        self.url = match[0]
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.signal(signal.SIGTERM)
+        code = self.process.wait(timeout=30)
+        stderr = self.stderr()
+        if kind is None:
+            assert code == 0, stderr
+            assert "Traceback" not in stderr, stderr
+
+    def signal(self, number: signal.Signals) -> None:
+        self.process.send_signal(number)
+
+    def stderr(self) -> str:
+        self._errors.seek(0)
+        return self._errors.read()
+
+    @property
+    def address(self) -> tuple[str, int]:
+        url = httpx.URL(self.url)
+        assert url.port is not None
+        return url.host, url.port
+
+    def wait_until_closed(self) -> None:
+        """Until new connections are refused."""
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline:
+            try:
+                socket.create_connection(self.address, timeout=10).close()
+            except OSError:
+                return
+        raise AssertionError("the server still accepts connections")
+
+    def engine_pid(self, other_than: int | None = None) -> int:
+        """Of the engine process, the only child of the server; waits for another one than `other_than`."""
+        pid = self.process.pid
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline:
+            children = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+            if children and children != [other_than]:
+                [child] = children
+                return child
+        raise AssertionError("no engine process was started")
+
+
+@contextlib.asynccontextmanager
+async def serving(model: Path, **settings: Any) -> AsyncIterator[tuple[AsyncLLM, DrainingServer, Any]]:
+    """A server on the loop of the test, which can ask its engine what it runs; and its address."""
+    async with AsyncLLM(str(model), **settings) as llm, asyncio.timeout(60):
+        listener = socket.create_server(("127.0.0.1", 0))
+        address = listener.getsockname()
+        server = DrainingServer(create_app(llm), on_ready=lambda: None)
+        task = asyncio.ensure_future(server.serve([listener]))
+        yield llm, server, address
+        server.should_exit = True
+        await task
+
+
+async def post(
+    address: Any, body: Any, path: str = COMPLETIONS, *headers: str
+) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    reader, writer = await asyncio.open_connection(*address)
+    writer.write(_http_post(path, body, *headers))
+    return reader, writer
+
+
+def _http_post(path: str, body: Any, *headers: str) -> bytes:
+    content = json.dumps(body).encode()
+    lines = [
+        f"POST {path} HTTP/1.1",
+        "Host: x",
+        "Connection: close",
+        "Content-Type: application/json",
+        f"Content-Length: {len(content)}",
+        *headers,
+    ]
+    return "\r\n".join(lines).encode() + b"\r\n\r\n" + content
