@@ -184,7 +184,7 @@ WRITER = """
 import sys
 from pathlib import Path
 from test_disk_tier import PAGE_BYTES, page_of
-from octavo.kv.disk_tier import DiskTier
+from octavo.kv.tiers.disk import DiskTier
 tier = DiskTier(Path(sys.argv[1]), 10**9, 100 * PAGE_BYTES)
 print("begin", flush=True)
 for number in range(10**6):
@@ -196,7 +196,7 @@ for number in range(10**6):
 
 def test_killed_at_any_instant(tmp_path: Path) -> None:
     """Every page that was reported as written is there, every page that is there is right, and half ones go."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(["src", "tests", *sys.path])}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(["src", *sys.path])}
     for delay in (0.02, 0.06, 0.1):
         folder = tmp_path / str(delay)
         command = [sys.executable, "-c", WRITER, str(folder)]
