@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ConfigError
+from .machine import available_cores
 
 DTYPES = {"auto": "auto", "bf16": "bfloat16", "bfloat16": "bfloat16", "float32": "float32", "fp32": "float32"}
 KV_CACHE_DTYPES = {"auto": "bf16", "bf16": "bf16", "bfloat16": "bf16", "int8": "int8"}
@@ -154,7 +155,7 @@ class EngineConfig:
 
     @property
     def num_threads(self) -> int:
-        return self.threads or len(os.sched_getaffinity(0))
+        return self.threads or available_cores()
 
     @classmethod
     def from_keywords(cls, **keywords: Any) -> "EngineConfig":

@@ -271,6 +271,30 @@ def test_threads_come_and_go_and_leave_the_caller_alone() -> None:
     assert threads() == before
 
 
+@pytest.mark.skipif(len(AFFINITY) < 2, reason="needs two processors")
+@pytest.mark.parametrize("threads, pinned", [(len(AFFINITY) - 1, False), (len(AFFINITY), True)])
+def test_threads_are_pinned_only_if_they_take_every_processor(threads: int, pinned: bool) -> None:
+    """Else two engines that share a machine would be pinned to the same processors."""
+    backend, batch = load(PLAIN, threads=threads), step_batch([(TOKENS, 0, PAGES)])
+    stop = threading.Event()
+
+    def run_steps() -> None:
+        while not stop.is_set():
+            backend.step(batch)
+
+    stepping = threading.Thread(target=run_steps)
+    stepping.start()
+    sizes: set[int] = set()  # of the affinity masks seen while steps run
+    for _ in range(2000):
+        sizes |= {len(os.sched_getaffinity(int(task.name))) for task in Path("/proc/self/task").iterdir()}
+        if 1 in sizes:
+            break
+    stop.set()
+    stepping.join()
+    backend.close()
+    assert (1 in sizes) == pinned
+
+
 def test_a_forked_child_can_go_on() -> None:
     """In a process of its own: PyTorch, imported here, has threads that do not survive a fork."""
     script = (
