@@ -31,7 +31,17 @@ class LLM:
     """
 
     def __init__(self, model: str = "smollm2", **settings: Any):
-        self.config = EngineConfig.from_keywords(model=model, **settings)
+        self._set_up(EngineConfig.from_keywords(model=model, **settings))
+
+    @classmethod
+    def from_config(cls, config: EngineConfig) -> "LLM":
+        """Return an LLM with these settings, whatever the environment says."""
+        llm = cls.__new__(cls)
+        llm._set_up(config)
+        return llm
+
+    def _set_up(self, config: EngineConfig) -> None:
+        self.config = config
         path: Path = resolve(self.config.model, self.config.revision)
         self.tokenizer = Tokenizer.load(path)
         with loading_bar() as progress:
