@@ -34,6 +34,7 @@ from .vllm_settings import PAGE_TOKENS, VLLM
 
 DTYPES = {"auto": "auto", "bf16": "bfloat16", "bfloat16": "bfloat16", "float32": "float32", "fp32": "float32"}
 KV_CACHE_DTYPES = {"auto": "bf16", "bf16": "bf16", "bfloat16": "bf16", "int8": "int8"}
+QUANTIZATIONS = ("auto", "none", "8bit", "4bit")
 POLICIES = ("fcfs", "priority", "fair", "deadline")
 _NAME = Rule("the name of a model", bool)
 _DEVICE = Rule("auto, cpu or cuda", lambda value: re.fullmatch(r"auto|cpu|cuda(:\d+)?", value) is not None)
@@ -64,7 +65,7 @@ class EngineConfig(Settings):
     quantization: str = setting(
         "none",
         "Weights in arithmetic: bf16 (none), the file's own integers (auto), or quantized at load to 8bit or 4bit.",
-        one_of("auto", "none", "8bit", "4bit"),
+        one_of(*QUANTIZATIONS),
     )
     max_model_len: int | None = setting(
         None, "Tokens of prompt and output together; by default the model's own limit.", at_least(2)

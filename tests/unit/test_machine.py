@@ -61,7 +61,7 @@ def test_cores(membership: str, files: dict[str, str], cores: float, tmp_path: P
         ("0::/a/b\n", {"a/memory.max": str(GIB), "a/memory.current": "0", "a/b/memory.max": "max"}, GIB),
         ("9:memory:/d\n", {"memory/d/memory.limit_in_bytes": str(GIB), "memory/d/memory.usage_in_bytes": "0"}, GIB),
         ("9:memory:/d\n", {"memory/memory.limit_in_bytes": str(GIB), "memory/memory.usage_in_bytes": "0"}, GIB),
-        ("9:memory:/\n", {"memory/memory.limit_in_bytes": f"{2**63 - 1}", "memory/memory.usage_in_bytes": "0"}, 8 * GIB),
+        ("9:memory:/\n", {"memory/memory.limit_in_bytes": str(2**63), "memory/memory.usage_in_bytes": "0"}, 8 * GIB),
         ("", {}, 8 * GIB),
     ],
 )  # fmt: skip

@@ -3,6 +3,7 @@
 import io
 import os
 import sys
+from collections.abc import Sequence
 from importlib import import_module
 from typing import Annotated, Any, NoReturn, TextIO
 
@@ -16,7 +17,7 @@ _COMMANDS = ("serve", "generate", "chat", "top", "config", "pull", "quantize", "
 _USAGE, _INTERRUPTED = 2, 130
 
 
-def _app() -> typer.Typer:
+def _app(commands: Sequence[str]) -> typer.Typer:
     app = typer.Typer(
         help="Octavo: high-throughput LLM serving. The same request gives the same tokens, every time.",
         add_completion=False,
@@ -27,7 +28,7 @@ def _app() -> typer.Typer:
         },
     )
     app.callback(invoke_without_command=True)(_root)
-    for name in _COMMANDS:
+    for name in commands:
         import_module(f"{__name__}.{name}").register(app)
     return app
 
@@ -50,7 +51,9 @@ def main() -> NoReturn:
     _set_errors(sys.stdin, "surrogateescape")  # a prompt that is not valid text becomes an InvalidRequest
     _set_errors(sys.stdout, "replace")  # a model may write characters that the terminal's encoding lacks
     try:
-        code: Any = _app()(prog_name="octavo", standalone_mode=False)
+        # Only the command that is run, if it is named: the flags of all of them take a while to make.
+        commands = [name for name in sys.argv[1:2] if name in _COMMANDS] or _COMMANDS
+        code: Any = _app(commands)(prog_name="octavo", standalone_mode=False)
         sys.stdout.flush()
     except OctavoError as error:
         _fail(str(error))

@@ -4,7 +4,8 @@ import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_args
+from types import NoneType
+from typing import Annotated, Any, TypeVar, get_args, get_origin
 
 import msgspec
 import typer
@@ -14,7 +15,7 @@ from octavo.config import EngineConfig, resolve_flags
 from octavo.errors import ConfigError
 from octavo.params import SamplingParams
 from octavo.server.config import ServerConfig
-from octavo.settings import Resolved, convert, default_of, format_value, is_boolean, metavar, settings_of
+from octavo.settings import Resolved, default_of, format_value, is_boolean, metavar, settings_of
 from octavo.terminal import printable
 from octavo.vllm_settings import VLLM
 
@@ -49,14 +50,14 @@ def settings_flags(
     """
     flags = [*([_model_argument()] if model_argument else []), _config_flag(), _context()]
     for kind in classes:
-        flags += [_setting_flag(kind, name) for name in settings_of(kind)]
+        flags += _flags_of(kind)
     return lambda command: _expand(command, "settings", flags, _resolve)
 
 
 def engine_flags(command: Callable[..., Result]) -> Callable[..., Result]:
     """Replace the parameter `config: EngineConfig` of a command by MODEL, --config and the engine's flags."""
     flags = [_model_argument(), _config_flag(), _context()]
-    flags += [_setting_flag(EngineConfig, name) for name in settings_of(EngineConfig)]
+    flags += _flags_of(EngineConfig)
     return _expand(command, "config", flags, lambda values: _resolve(values).build(EngineConfig))
 
 
@@ -67,13 +68,13 @@ def sampling_flags(max_tokens: int | None) -> Callable[[Callable[..., Result]], 
         max_tokens: The default of --max-tokens; None: until the context is full.
     """
     defaults: dict[str, Any] = {"temperature": 0.7, "max_tokens": max_tokens}
-    fields = {f.name: f for f in msgspec.structs.fields(SamplingParams) if f.name not in _NOT_FLAGS}
+    fields = [f for f in msgspec.structs.fields(SamplingParams) if f.name not in _NOT_FLAGS]
 
     def build(values: Mapping[str, Any]) -> SamplingParams:
         given = {name: value for name, value in values.items() if value not in (None, [])}
-        return SamplingParams(**defaults | {name: _sampling_value(fields[name], given[name]) for name in given})
+        return SamplingParams(**defaults | given)
 
-    flags = [_sampling_flag(f, defaults.get(f.name, f.default)) for f in fields.values()]
+    flags = [_sampling_flag(f, defaults.get(f.name, f.default)) for f in fields]
     return lambda command: _expand(command, "params", flags, build)
 
 
@@ -134,6 +135,11 @@ def _config_flag() -> inspect.Parameter:
     )
 
 
+@functools.cache
+def _flags_of(kind: type) -> list[inspect.Parameter]:
+    return [_setting_flag(kind, name) for name in settings_of(kind)]
+
+
 def _setting_flag(kind: type, name: str) -> inspect.Parameter:
     spelling = "--" + name.replace("_", "-")
     default = format_value(kind, name, default_of(kind, name))
@@ -145,31 +151,16 @@ def _setting_flag(kind: type, name: str) -> inspect.Parameter:
 
 
 def _sampling_flag(f: msgspec.structs.FieldInfo, default: Any) -> inspect.Parameter:
-    kind, about = get_args(f.type)
-    spelling = "--" + f.name.replace("_", "-")
-    option = {"help": about.description, "rich_help_panel": "Sampling"}
-    option["show_default"] = False if default in (None, False) else str(default)
-    if kind is bool:
-        return _parameter(f.name, bool, typer.Option(spelling, **option))
-    if f.name in ("stop", "stop_token_ids"):
-        option["help"] += " May be given several times."
-        return _parameter(
-            f.name, list[str], typer.Option(spelling, metavar="TEXT" if f.name == "stop" else "ID", **option)
-        )
-    spellings = (spelling, _TOKENS_PER_REQUEST) if f.name == "max_tokens" else (spelling,)
-    option["metavar"] = "NUMBER" if kind is float else "INTEGER"
-    return _parameter(f.name, str, typer.Option(*spellings, **option))
-
-
-def _sampling_value(f: msgspec.structs.FieldInfo, value: Any) -> Any:
-    """Return a flag's text as the parameter's type, or as it is: SamplingParams says what is wrong."""
-    kind, _ = get_args(f.type)
-    if f.name == "stop" or isinstance(value, bool):
-        return value
-    try:
-        return convert(value, kind)
-    except ValueError:
-        return value
+    hint, about = get_args(f.type)
+    kind = next(kind for kind in get_args(hint) or (hint,) if kind is not NoneType)  # int | None: int
+    spellings = ["--" + f.name.replace("_", "-")]
+    help = about.description
+    if f.name == "max_tokens":
+        spellings.append(_TOKENS_PER_REQUEST)
+    if get_origin(kind) is list:
+        help += " May be given several times."
+    shown = False if default is None or default is False else str(default)
+    return _parameter(f.name, kind, typer.Option(*spellings, help=help, show_default=shown, rich_help_panel="Sampling"))
 
 
 def _parameter(name: str, kind: Any, option: Any) -> inspect.Parameter:

@@ -88,7 +88,7 @@ def _measure(config: EngineConfig, path: Path) -> None:
     from octavo.weights import resolve
 
     if not path.absolute().parent.is_dir():
-        raise ConfigError(f"cannot write {path}: its folder does not exist")
+        raise ConfigError(f"cannot write {path}: there is no such folder")
     with loading_bar() as loaded:
         engine = load_engine(config, resolve(config.model, config.revision), loaded)
     try:
@@ -112,7 +112,7 @@ def _arrivals(
 
     if trace:
         if rate or write_to:
-            raise ConfigError("--rate and --write-trace are for a generated trace: leave them out, or the trace file")
+            raise ConfigError("--rate and --write-trace are for a generated trace: leave out the trace file, or both")
         return read_trace(trace)
     generated = poisson_trace(parse_rate(rate) if rate else None, requests, input_len, output_len, seed)
     if write_to:
