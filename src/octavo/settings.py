@@ -30,6 +30,7 @@ NOT_SETTINGS = frozenset({"OCTAVO_ISA"})  # environment variables that are read 
 _BOOLEANS = dict.fromkeys(("1", "true", "yes", "on"), True) | dict.fromkeys(("0", "false", "no", "off"), False)
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 _COUNTS = {"k": 10**3, "m": 10**6, "g": 10**9, "K": 2**10, "M": 2**20, "G": 2**30}  # 32k and 32K, as with vLLM
+_LARGEST = 2**63 - 1
 _SHOWN = 120  # characters of a wrong value in an error message
 
 
@@ -251,22 +252,29 @@ def convert(value: Any, hint: Any) -> Any:
     base = _base(hint)
     if base is Size:
         return parse_size(value)
+    if base is bool and type(value) is int:
+        value = str(value)
     if isinstance(value, str):
         value = _from_text(value, base)
-    elif isinstance(value, bool) != (base is bool) and isinstance(value, bool | int) and base in (bool, int, float):
+    elif isinstance(value, bool) and base in (int, float):
         raise ValueError("a boolean is no number")
+    elif base is int and isinstance(value, float) and value.is_integer():
+        value = int(value)
     converted = msgspec.convert(value, base, strict=not isinstance(value, str | dict | list))
     if isinstance(converted, float) and math.isnan(converted):
         raise ValueError("not a number")
+    if isinstance(converted, int) and abs(converted) > _LARGEST:
+        raise ValueError("too large for a message")
     return converted
 
 
 def parse_size(value: str | int, name: str = "size") -> int:
     """Return the bytes of "4GiB", "500MB", "1.5G" or a plain number. Raises ConfigError."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?", str(value).strip().upper(), re.ASCII)
-    if isinstance(value, bool) or not match or match[2] not in _UNITS or float(match[1]) <= 0:
+    size = int(float(match[1]) * _UNITS[match[2]]) if match and match[2] in _UNITS and len(match[1]) < 20 else 0
+    if isinstance(value, bool) or not 0 < size <= _LARGEST:
         raise ConfigError(f"{name} must be a size such as 4GiB or 500MB, not {_shown(value)}")
-    return int(float(match[1]) * _UNITS[match[2]])
+    return size
 
 
 def format_value(kind: type, name: str, value: Any) -> str:
