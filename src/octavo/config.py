@@ -38,8 +38,8 @@ QUANTIZATIONS = ("auto", "none", "8bit", "4bit")
 POLICIES = ("fcfs", "priority", "fair", "deadline")
 _NAME = Rule("the name of a model", bool)
 _DEVICE = Rule("auto, cpu or cuda", lambda value: re.fullmatch(r"auto|cpu|cuda(:\d+)?", value) is not None)
-_DTYPE = Rule("auto, bfloat16 or float32", DTYPES.__contains__, ("auto", "bfloat16", "float32"))
-_KV_CACHE_DTYPE = Rule("bf16 or int8", KV_CACHE_DTYPES.__contains__, ("bf16", "int8"))
+_DTYPE = Rule("auto, bfloat16 or float32", DTYPES.__contains__)
+_KV_CACHE_DTYPE = Rule("bf16 or int8", KV_CACHE_DTYPES.__contains__)
 _PAGE_SIZE = Rule(f"a multiple of {PAGE_TOKENS}", lambda value: value > 0 and value % PAGE_TOKENS == 0)
 _POLICY = Rule(
     "fcfs, priority, fair, deadline, or package.module:ClassName",

@@ -39,14 +39,16 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         float, Meta(description="Drop tokens less likely than this fraction of the most likely token's probability.")
     ] = 0.0
     max_tokens: Annotated[
-        int | None, Meta(description="Tokens to generate at most; None: until the context is full.")
+        int | None, Meta(description="Tokens to generate at most; if unset, until the context is full.")
     ] = 16
     min_tokens: Annotated[int, Meta(description="Tokens to generate before end-of-sequence or a stop can end it.")] = 0
     stop: Annotated[
         list[str] | str | None, Meta(description="End before this string (up to 16), which is left out of the output.")
     ] = None
     stop_token_ids: Annotated[list[int] | None, Meta(description="End at this token id (up to 1,024).")] = None
-    seed: Annotated[int | None, Meta(description="The same seed gives the same text; None: a new one is drawn.")] = None
+    seed: Annotated[
+        int | None, Meta(description="The same seed gives the same text; if unset, a new one is drawn.")
+    ] = None
     logprobs: Annotated[
         int | None, Meta(description="Return log-probabilities of this many most likely tokens (up to 20).")
     ] = None
@@ -65,9 +67,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     ignore_eos: Annotated[bool, Meta(description="Continue after the end-of-sequence token.")] = False
     speculative_tokens: Annotated[
         int | None,
-        Meta(
-            description="Draft tokens per step for this request; None: the engine's setting. The tokens do not change."
-        ),
+        Meta(description="Draft tokens per step; if unset, the engine's setting. They do not change the output."),
     ] = None
 
     def __post_init__(self) -> None:
@@ -141,7 +141,7 @@ class ServiceTerms(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     ] = None
     timeout: Annotated[
         float | None,
-        Meta(description="Seconds from arrival to a RequestTimeout, at most a day; None: as request_timeout is set."),
+        Meta(description="Seconds until the request fails, at most a day; if unset, the engine's request_timeout."),
     ] = None
     cache_salt: Annotated[
         str | None, Meta(description="Share cached prefixes only with the same salt, 1 to 256 printable characters.")

@@ -39,8 +39,7 @@ class Rule:
     """What a setting must be. An error says "{name} must be {what}"."""
 
     what: str
-    holds: Callable[[Any], bool] = lambda value: True
-    choices: tuple[str, ...] = ()
+    holds: Callable[[Any], bool]
 
 
 def at_least(low: int) -> Rule:
@@ -52,7 +51,7 @@ def positive(unit: str) -> Rule:
 
 
 def one_of(*choices: str) -> Rule:
-    return Rule(_listed(choices), lambda value: value in choices, choices)
+    return Rule(_listed(choices), lambda value: value in choices)
 
 
 def setting(default: Any, help: str, rule: Rule | None = None) -> Any:
@@ -295,12 +294,9 @@ def format_value(kind: type, name: str, value: Any) -> str:
 
 def metavar(kind: type, name: str) -> str:
     """Return what a flag's help shows in place of its value."""
-    rule = settings_of(kind)[name].metadata.get("rule")
-    if rule and rule.choices:
-        return "|".join(rule.choices)
     base = _base(_type_of(kind, name))
     names = {int: "INTEGER", float: "NUMBER", Size: "SIZE", str: "TEXT"}
-    return names.get(base, "NAME=NUMBER,..." if get_origin(base) is dict else "A,B,...")
+    return names.get(base, "TEXT")
 
 
 def is_boolean(kind: type, name: str) -> bool:

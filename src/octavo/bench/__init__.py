@@ -1,1 +1,1 @@
-"""Measurements behind `octavo bench`: the engine's speed, its limits, and any OpenAI-compatible server's speed."""
+"""Benchmarks of the engine, of the machine's limits, and of any OpenAI-compatible server (`octavo bench`)."""

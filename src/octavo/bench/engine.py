@@ -1,4 +1,4 @@
-"""Benchmarks of the engine by itself, stepped in this process: token ids in, token ids out."""
+"""Benchmarks of the engine alone, stepped in this process: token ids in, token ids out."""
 
 import random
 import time
@@ -20,7 +20,7 @@ from .report import RequestTimes, Run, progress
 
 @dataclass(frozen=True)
 class Load:
-    """`batches` times, `batch_size` prompts at once: for each, `input_len` random tokens in and `output_len` out."""
+    """Batches of `batch_size` prompts, each with `input_len` random tokens and `output_len` tokens of output."""
 
     batches: int
     batch_size: int
@@ -30,7 +30,11 @@ class Load:
 
 
 def run_batches(config: EngineConfig, load: Load) -> tuple[list[Run], float]:
-    """Load an engine, warm it up, and run every batch: the runs, and the seconds that loading took."""
+    """Load an engine, warm it up and run every batch.
+
+    Returns:
+        The runs, and the seconds that loading took.
+    """
     path = resolve(config.model, config.revision)
     started = time.perf_counter()
     tokenizer = Tokenizer.load(path)
@@ -49,7 +53,7 @@ def run_batches(config: EngineConfig, load: Load) -> tuple[list[Run], float]:
 
 
 def random_prompts(tokenizer: Tokenizer, count: int, length: int, seed: int) -> list[list[int]]:
-    """`count` prompts of `length` ordinary tokens, none of them special: the same ones for the same seed."""
+    """Return `count` prompts of `length` random tokens, none of them special. The same seed gives the same prompts."""
     rng = random.Random(seed)
     tokens: list[int] = []
     while len(tokens) < count * length:
@@ -60,9 +64,13 @@ def random_prompts(tokenizer: Tokenizer, count: int, length: int, seed: int) -> 
 
 
 def run_batch(engine: Engine, prompts: list[list[int]], output_len: int, advance: Callable[[int], None]) -> Run:
-    """Give the engine every prompt at once and step it until each has `output_len` greedy tokens.
+    """Add every prompt to the engine and step it until each has `output_len` greedy tokens.
 
-    Raises PromptTooLong if that cannot fit in the model's context.
+    Args:
+        advance: Called after each step with the number of new tokens.
+
+    Raises:
+        PromptTooLong: Prompt and output do not fit in the model's context.
     """
     longest = max(map(len, prompts)) + output_len
     if longest > engine.info.max_model_len:
@@ -78,7 +86,7 @@ def run_batch(engine: Engine, prompts: list[list[int]], output_len: int, advance
         now = time.perf_counter()
         for output in outputs:
             if output.finish_reason == "error":
-                raise OctavoError(f"the engine gave up on a request: {output.message}")
+                raise OctavoError(f"a request failed in the engine: {output.message}")
             request = requests[output.id]
             request.arrivals.append(now)
             request.output_tokens += 1

@@ -1,7 +1,7 @@
-"""A load generator for any OpenAI-compatible server: many streamed requests at once, each token's arrival timed.
+"""A load generator for any OpenAI-compatible server: many streamed requests, and when each token arrives.
 
-At hundreds of streams the client shares the server's cores, so it must cost little: an asyncio.Protocol feeds the
-httptools parser on uvloop. (An httpx stream takes several times the processor time for the same tokens.)
+The client often shares its cores with the server, so it must use little processor time: an asyncio.Protocol feeds the
+httptools parser on uvloop. (An httpx stream uses several times as much for the same tokens.)
 """
 
 import asyncio
@@ -21,7 +21,7 @@ from octavo.errors import ConfigError
 
 from .report import RequestTimes, Run
 
-# Words that are one token each in nearly every vocabulary; `usage` in the answers says how many there really were.
+# Words that are one token each in nearly every vocabulary; the exact counts come from `usage` in the answers.
 WORDS = (
     "time year people way day man thing woman life child world school state family student group country problem hand "
     "part place case week company system program question work government number night point home water room mother "
@@ -33,9 +33,13 @@ WORDS = (
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where requests go. `path` is "/completions" or "/chat/completions", below `base_url`, which ends in /v1.
+    """The address of one API of a server.
 
-    `ignore_eos`: ask for all of the output, a field that Octavo, vLLM and llama.cpp understand and OpenAI refuses.
+    Attributes:
+        base_url: Ends in /v1.
+        path: "/completions" or "/chat/completions", below `base_url`.
+        ignore_eos: Whether requests have the field `ignore_eos`, which Octavo, vLLM and llama.cpp understand and OpenAI
+            refuses.
     """
 
     base_url: str
@@ -45,6 +49,7 @@ class Endpoint:
     ignore_eos: bool
 
     def body(self, prompt: str, output_len: int) -> bytes:
+        """Return the JSON of a greedy, streamed request."""
         chat = self.path == "/chat/completions"
         request: dict[str, Any] = {"messages": [{"role": "user", "content": prompt}]} if chat else {"prompt": prompt}
         request |= {"model": self.model, "max_tokens": output_len, "temperature": 0}
@@ -55,7 +60,7 @@ class Endpoint:
 
 
 def find_endpoint(base_url: str, path: str, model: str | None, api_key: str | None, ignore_eos: bool) -> Endpoint:
-    """Ask the server for its models; the first is used unless `model` is given. Raises ConfigError."""
+    """Return the endpoint for `model`, or for the first model that the server lists. Raises ConfigError."""
     root = base_url.rstrip("/")
     root = root if root.endswith("/v1") else root + "/v1"
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
@@ -64,14 +69,14 @@ def find_endpoint(base_url: str, path: str, model: str | None, api_key: str | No
         answer.raise_for_status()
         models = [entry["id"] for entry in answer.json()["data"]]
     except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{root}/models does not answer as an OpenAI-compatible server: {error}") from None
+        raise ConfigError(f"{root}/models did not answer like an OpenAI-compatible server: {error}") from None
     if model is None and not models:
-        raise ConfigError(f"{root}/models names no model: give one with --model")
+        raise ConfigError(f"{root}/models lists no models: name one with --model")
     return Endpoint(root, path, model or models[0], headers, ignore_eos)
 
 
 def random_prompts(count: int, length: int, seed: int) -> list[str]:
-    """Texts of `length` random words, about as many tokens."""
+    """Return `count` texts of `length` random words, which are about as many tokens."""
     rng = random.Random(seed)
     words = WORDS.split()
     return [" ".join(rng.choices(words, k=length)) for _ in range(count)]
@@ -86,13 +91,19 @@ async def measure(
     seed: int,
     advance: Callable[[int], None],
 ) -> Run:
-    """Send every prompt, at most `concurrency` at a time; with `request_rate`, as a Poisson process of that rate.
+    """Send every prompt, after one unmeasured request that warms the server up.
 
-    One request goes ahead unmeasured, to warm the server up. Raises ConfigError if it fails.
+    Args:
+        concurrency: Requests in flight at the same time, at most.
+        request_rate: Arrivals per second, as a Poisson process; None: all at once.
+        advance: Called with 1 when a request has finished.
+
+    Raises:
+        ConfigError: The warm-up request failed.
     """
     warm_up = await send(endpoint, endpoint.body(prompts[-1][::-1], min(output_len, 4)), input_tokens=0)
     if warm_up.error:
-        raise ConfigError(f"{endpoint.base_url}{endpoint.path} fails: {warm_up.error}")
+        raise ConfigError(f"a request to {endpoint.base_url}{endpoint.path} failed: {warm_up.error}")
     rng = random.Random(seed)
     gate = asyncio.Semaphore(concurrency)
 
@@ -113,7 +124,7 @@ async def measure(
 
 
 async def send(endpoint: Endpoint, body: bytes, input_tokens: int) -> RequestTimes:
-    """One streamed request, from connecting to its last byte. A failure is in the result's `error`."""
+    """Send one streamed request and return its times, from connecting to the last byte. Failures are in `error`."""
     url = urlsplit(endpoint.base_url)
     secure = url.scheme == "https"
     times = RequestTimes(time.perf_counter(), input_tokens)
@@ -163,7 +174,7 @@ class _Usage(msgspec.Struct):
 
 
 class _Chunk(msgspec.Struct):
-    """What the load generator reads of a streamed chunk; everything else is skipped undecoded."""
+    """The fields of a streamed chunk that are needed; msgspec skips the others without decoding them."""
 
     choices: list[_Choice] = []
     usage: _Usage | None = None
@@ -174,7 +185,7 @@ _decode_chunk = msgspec.json.Decoder(_Chunk).decode
 
 
 class _Exchange(asyncio.Protocol):
-    """The answer to one request: its stream of server-sent events, written down in `times`."""
+    """Receives the answer to one request, a stream of server-sent events, and records it in `times`."""
 
     def __init__(self, times: RequestTimes):
         self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -196,7 +207,7 @@ class _Exchange(asyncio.Protocol):
     def on_body(self, body: bytes) -> None:
         self._rest += body
         if self._parser.get_status_code() != 200:
-            return  # an error message, whole at the end
+            return  # an error message, which is read at the end
         *lines, self._rest = self._rest.split(b"\n")
         for line in lines:
             if line.startswith(b"data:") and b"[DONE]" not in line:
@@ -212,7 +223,7 @@ class _Exchange(asyncio.Protocol):
         try:
             chunk = _decode_chunk(event)
         except msgspec.MsgspecError as error:
-            self._times.error = f"the server sent an event that is no completion chunk: {error}"
+            self._times.error = f"the server sent an event that is not a completion chunk: {error}"
             return
         if chunk.error:
             self._times.error = f"the server reports {chunk.error}"

@@ -1,4 +1,4 @@
-"""The picture of a roofline report: throughput against batch size, and cost per token against context."""
+"""Plots of a roofline report: throughput by batch size, and cost per token by context."""
 
 import importlib.util
 from pathlib import Path
@@ -10,7 +10,7 @@ SUFFIXES = (".png", ".svg")
 
 
 def check_plot(file: Path) -> None:
-    """Raises ConfigError if no picture can be drawn to `file`: before the time is spent on measuring."""
+    """Raise ConfigError if `file` cannot be plotted to. Called before anything is measured."""
     if importlib.util.find_spec("matplotlib") is None:
         raise ConfigError("--plot needs matplotlib: pip install 'octavo[plot]'")
     if file.suffix not in SUFFIXES:

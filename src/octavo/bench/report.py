@@ -1,4 +1,4 @@
-"""What a benchmark measured, and how it is shown: a table for people, JSON for programs, a progress bar meanwhile."""
+"""Results of benchmarks as tables and as JSON, and the progress bar while they run."""
 
 import json
 import sys
@@ -15,11 +15,12 @@ from rich.progress import Progress
 from rich.table import Table
 
 from octavo.errors import ConfigError
+from octavo.terminal import console as plain_console
 from octavo.version import __version__
 
-REFRESH_SECONDS = 0.5  # drawing costs what is being measured
+REFRESH_SECONDS = 0.5  # between redraws of a progress bar, which take time from what is being measured
 
-# JSON key -> heading, for everything that is given as a mean and percentiles over requests or tokens
+# JSON key -> heading, for figures with a mean and percentiles over requests or tokens
 SPREADS = {
     "time_to_first_token_ms": "Time to first token (ms)",
     "inter_token_latency_ms": "Between tokens (ms)",
@@ -43,9 +44,11 @@ FIGURES = {
 
 @dataclass(slots=True)
 class RequestTimes:
-    """One request: when it was sent, when its tokens came (over HTTP: the chunks that hold them), and how many.
+    """One request. Times are in seconds of time.perf_counter().
 
-    Times are in seconds of time.perf_counter(). `error` is why it failed, if it did.
+    Attributes:
+        arrivals: When each token arrived; over HTTP, each chunk with text.
+        error: Why it failed; None if it did not.
     """
 
     sent: float
@@ -57,7 +60,11 @@ class RequestTimes:
 
 @dataclass(frozen=True)
 class Run:
-    """Requests that ran together for `seconds`. `python_share`: of the engine's steps, the part outside the backend."""
+    """Requests that ran together, and for how many seconds.
+
+    Attributes:
+        python_share: Fraction of the time in engine steps that was spent outside the backend; None if unknown.
+    """
 
     requests: Sequence[RequestTimes]
     seconds: float
@@ -65,7 +72,7 @@ class Run:
 
 
 def summarize(run: Run) -> dict[str, Any]:
-    """The run as figures under the JSON report's names. A failed request counts in `failed` and nowhere else."""
+    """Return the run's figures by their names in the JSON report. A failed request counts in `failed` only."""
     done = [r for r in run.requests if r.error is None and r.arrivals]
     output_tokens = sum(r.output_tokens for r in done)
     input_tokens = sum(r.input_tokens for r in done)
@@ -94,14 +101,14 @@ def summarize(run: Run) -> dict[str, Any]:
 
 
 def joined(runs: Sequence[Run]) -> Run:
-    """Runs that followed one another, as one."""
+    """Return consecutive runs as one."""
     seconds = sum(run.seconds for run in runs)
     python_seconds = sum((run.python_share or 0) * run.seconds for run in runs)
     return Run([request for run in runs for request in run.requests], seconds, python_seconds / seconds)
 
 
 def median_run(runs: Sequence[Run]) -> dict[str, Any]:
-    """The summary of the run with the median output rate; of several runs, `repeats` holds every run's rate."""
+    """Return the summary of the run with the median output rate. With several runs, `repeats` has the rate of each."""
     summaries = sorted(map(summarize, runs), key=lambda summary: float(summary["output_tokens_per_second"]))
     chosen = summaries[(len(summaries) - 1) // 2]
     if len(runs) > 1:
@@ -110,16 +117,16 @@ def median_run(runs: Sequence[Run]) -> dict[str, Any]:
 
 
 def show(title: str, settings: dict[str, Any], summary: dict[str, Any], output_json: Path | None) -> None:
-    """Print the table and, if asked, write `summary` with `settings` as JSON. Raises ConfigError if that cannot be."""
+    """Print tables of `summary`, and write it with `settings` to a JSON file if one is named. Raises ConfigError."""
     write_json(title, settings, summary, output_json)
-    console = Console()
+    console = plain_console()
     console.print(_figures_table(title, summary), _spreads_table(summary))
     if "repeats" in summary:
         console.print("Output tokens per second of each run:", " ".join(f"{rate:,.0f}" for rate in summary["repeats"]))
 
 
 def write_json(title: str, settings: dict[str, Any], summary: dict[str, Any], output_json: Path | None) -> None:
-    """Write the report, if there is a file to write it to. Raises ConfigError if that cannot be."""
+    """Write a report to a JSON file; do nothing without one. Raises ConfigError if the file cannot be written."""
     if output_json is None:
         return
     report = {"octavo_version": __version__, "benchmark": title, "settings": settings, **summary}
@@ -131,7 +138,7 @@ def write_json(title: str, settings: dict[str, Any], summary: dict[str, Any], ou
 
 @contextmanager
 def progress(label: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar on a terminal, nothing elsewhere. Gives the function that says how much more is done."""
+    """Show a progress bar if stderr is a terminal. Yields a function to call with the amount of further progress."""
     bar = Progress(console=Console(stderr=True), auto_refresh=False, transient=True, disable=not sys.stderr.isatty())
     task = bar.add_task(label, total=total)
     drawn = 0.0

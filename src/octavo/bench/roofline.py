@@ -1,7 +1,8 @@
-"""octavo bench roofline: what steps take beside what this machine could do at best, and where their time goes.
+"""octavo bench roofline: the time of steps, the least time that this machine could take, and where the time goes.
 
-The model of Williams, Waterman and Patterson ("Roofline", 2009): a step cannot be faster than its bytes at the rate of
-memory, nor than its operations at the rate of arithmetic; the later of the two is its floor.
+The model is the roofline of Williams, Waterman and Patterson (Communications of the ACM, 2009): a step takes at least
+
+    floor = max(bytes / memory bandwidth, operations / peak operations per second)
 """
 
 import dataclasses
@@ -12,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from octavo.backends.cpu.backend import CpuBackend
@@ -23,6 +23,7 @@ from octavo.engine.messages import EngineRequest
 from octavo.errors import ConfigError, OctavoError
 from octavo.frontend.progress import loading_bar
 from octavo.params import SamplingParams
+from octavo.terminal import console
 from octavo.weights import resolve
 
 from .report import progress
@@ -31,35 +32,35 @@ BATCH_SIZES, CONTEXT, PREFILLS = (1, 8, 64, 256), 128, (512, 2048)
 MORE_BATCH_SIZES, MORE_CONTEXTS = (2, 4, 16, 32, 128), (512, 1024, 2048, 4096, 7500)  # for the plot
 WARM_UP, STEPS = 2, 12  # of decode, for each figure
 PREFILL_RUNS = 3
-# Where time goes: name -> ops of the native program. What is left of them is row-wise, what is left of the step host.
+# Parts of a step's time -> ops of the native program. The other ops are "row_wise"; time outside the program is "host".
 PARTS = {"linear": ("linear",), "attention": ("attention",), "head": ("head",), "sampling": ("sample",)}
 SHARES = (*PARTS, "row_wise", "host")
 
 
 @dataclass(frozen=True)
 class Ceilings:
-    """The most that `threads` threads get out of this machine, with the kernels of instruction set `isa`."""
+    """Peak rates of this machine with `threads` threads and the kernels of instruction set `isa`."""
 
     isa: str
     threads: int
-    bytes_per_second: float  # read from memory
-    operations_per_second: float  # of bf16 dot products; a multiplication and an addition are two
-    integer_operations_per_second: float  # of int8 ones
+    bytes_per_second: float  # reading memory
+    operations_per_second: float  # in bf16 dot products, where a multiplication and an addition count as two
+    integer_operations_per_second: float  # in int8 dot products
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a step cannot do without: bytes to and from memory, operations."""
+    """The least work of a step: bytes read from memory, and operations by kind."""
 
     weight_bytes: float
     kv_bytes: float
     linear: float
     attention: float
     head: float
-    integers: float = 0  # of the operations, so many are on int8
+    integers: float = 0  # operations, of those above, that are on int8
 
     def floor(self, ceilings: Ceilings) -> tuple[float, str]:
-        """Seconds that it takes at least, and what by."""
+        """Return the least seconds that the work takes, and what limits it: "memory" or "compute"."""
         memory = (self.weight_bytes + self.kv_bytes) / ceilings.bytes_per_second
         floats = self.linear + self.attention + self.head - self.integers
         arithmetic = floats / ceilings.operations_per_second + self.integers / ceilings.integer_operations_per_second
@@ -68,9 +69,13 @@ class Work:
 
 @dataclass(frozen=True)
 class Measured:
-    """Seconds (the median) of a decode step, or of a whole prefill with all its steps; `work` is that of each step.
+    """A measured decode step, or a whole prefill with all its steps.
 
-    `context` is how many tokens each sequence has at the end; `shares` are parts of all the time, and add up to 1.
+    Attributes:
+        context: Tokens of each sequence at the end.
+        seconds: The median.
+        work: The work of each step.
+        shares: Fractions of the time by part; they add up to 1.
     """
 
     phase: str
@@ -82,7 +87,7 @@ class Measured:
     shares: dict[str, float]
 
     def report(self, ceilings: Ceilings) -> dict[str, Any]:
-        """As in the JSON report."""
+        """Return its entry in the JSON report."""
         floors = [work.floor(ceilings) for work in self.work]
         floor, limit = sum(seconds for seconds, _ in floors), max(floors)[1]
         return {
@@ -101,11 +106,15 @@ class Measured:
 
 
 def measure(config: EngineConfig, seed: int, for_plot: bool) -> tuple[Ceilings, list[dict[str, Any]]]:
-    """Load the model and measure: the ceilings, and a report of every step. `for_plot`: of more batches and contexts.
+    """Load the model and measure. Steps beyond max_batch_size, max_model_len or the KV pool are left out.
 
-    Leaves out what max_batch_size, max_model_len or the KV pool has no room for.
+    Args:
+        for_plot: Whether to measure more batch sizes and contexts.
+
+    Returns:
+        The machine's peak rates, and a report of every step.
     """
-    # On, because it lets many sequences have a context without waiting for it; no step that is timed profits.
+    # Prefix caching gives many sequences a context at once. It does not shorten the steps that are timed.
     config = dataclasses.replace(config, enable_prefix_caching=True)
     if config.backend == "torch":
         raise ConfigError("bench roofline measures the native kernels: leave out backend torch")
@@ -124,7 +133,7 @@ def measure(config: EngineConfig, seed: int, for_plot: bool) -> tuple[Ceilings, 
             for length in prefills:
                 measured.append(bench.prefill(length, config.max_batch_tokens))
                 advance(1)
-        # Another program may have been in the way: what was reached once can be reached.
+        # Other programs may have taken time in one of the two measurements: the better one is nearer to the peak.
         best = map(max, before, engine.backend.ceilings())
         ceilings = Ceilings(engine.backend.isa, config.num_threads, *best)
         return ceilings, [each.report(ceilings) for each in measured]
@@ -133,7 +142,7 @@ def measure(config: EngineConfig, seed: int, for_plot: bool) -> tuple[Ceilings, 
 
 
 def _decodes(engine: Engine, for_plot: bool) -> Iterator[tuple[int, int]]:
-    """Batch sizes and contexts (a whole number of pages) of the decode steps to measure."""
+    """Yield (batch size, context) of the decode steps to measure. Contexts are whole pages."""
     page = engine.kv.page_size
     after = 1 + WARM_UP + STEPS
     longest = (engine.max_model_len - 1 - after) // page * page
@@ -157,19 +166,19 @@ def _prefills(engine: Engine) -> list[int]:
 
 @dataclass(frozen=True)
 class Bench:
-    """Steps an engine that has nothing else to do."""
+    """Measures steps of an idle engine."""
 
     engine: Engine
     backend: CpuBackend
     random: np.random.Generator
 
     def decode(self, batch_size: int, context: int) -> Measured:
-        """Steps of so many sequences with `context` tokens (whole pages), and a few more with every step."""
+        """Measure decode steps of `batch_size` sequences with `context` tokens each, which grow by one per step."""
         prompts = [self._prompt(context + 1) for _ in range(batch_size)]
         self._add(prompts, max_tokens=1)
         while self.engine.has_work:
             self._step()
-        # All their pages are in the cache now, so every sequence starts in the same step.
+        # The prefix cache now has all their pages, so every sequence starts in the same step.
         self._add(prompts, max_tokens=1 + WARM_UP + STEPS)
         for _ in range(1 + WARM_UP):
             self._step()
@@ -183,7 +192,7 @@ class Bench:
         return Measured("decode", batch_size, middle + 1, batch_size, statistics.median(seconds), [work], shares)
 
     def prefill(self, length: int, chunk: int) -> Measured:
-        """One prompt of so many tokens, `chunk` a step; its first token comes with it."""
+        """Measure the prefill of one prompt, `chunk` tokens per step, up to its first token of output."""
         runs = []
         for run in range(1 + PREFILL_RUNS):
             if run == 1:  # the first is to warm up
@@ -208,17 +217,17 @@ class Bench:
             self.engine.add(EngineRequest(id=str(i), prompt=prompt, params=params, arrival=time.time()))
 
     def _step(self) -> float:
-        """The seconds it took."""
+        """Run one engine step and return its seconds."""
         started = time.perf_counter()
         outputs = self.engine.step()
         seconds = time.perf_counter() - started
         for output in outputs:
             if output.finish_reason == "error":
-                raise OctavoError(f"the engine gave up on a request: {output.message}")
+                raise OctavoError(f"a request failed in the engine: {output.message}")
         return seconds
 
     def _shares(self, seconds: float) -> dict[str, float]:
-        """What of `seconds` went where; ends the profile."""
+        """End the profile, and return the fractions of `seconds` by part."""
         times = self.backend.times()
         self.backend.profile(False)
         shares = {part: sum(times.pop(op) for op in ops) / seconds for part, ops in PARTS.items()}
@@ -226,7 +235,7 @@ class Bench:
         return shares | {"row_wise": row_wise, "host": 1 - row_wise - sum(shares.values())}
 
     def _work(self, sequences: int, before: int, new: int, sampled: bool) -> Work:
-        """Of a step with the next `new` tokens of so many sequences that have `before` each, the last one sampled."""
+        """Return the work of a step that computes `new` tokens of each sequence, after `before` computed ones."""
         spec, backend = self.backend.spec, self.backend
         seen = np.arange(before + 1, before + new + 1)  # by each new token, itself included
         pairs = kept = 0
@@ -247,16 +256,16 @@ class Bench:
 
 
 def print_tables(ceilings: Ceilings, steps: list[dict[str, Any]]) -> None:
-    """A step's name is its phase, sequences × context. Work is in millions of bytes and 10⁹ operations."""
+    """Print the report as tables. Steps are named by phase, sequences × context."""
     machine = Table("", "", title="roofline", title_justify="left", show_header=False)
     machine.add_row("Memory, read (GB/s)", f"{ceilings.bytes_per_second / 1e9:,.1f}")
     machine.add_row(f"Products in bf16, {ceilings.isa} (GFLOP/s)", f"{ceilings.operations_per_second / 1e9:,.0f}")
     machine.add_row(f"Products in int8, {ceilings.isa} (GOP/s)", f"{ceilings.integer_operations_per_second / 1e9:,.0f}")
     machine.add_row("Threads", str(ceilings.threads))
     work = Table("Step", "Weights MB", "KV MB", "Linear GFLOP", "Attention", "Head")
-    work.title = "What must be done"
-    possible = Table("Step", "ms", "Tokens/s", "Floor (ms)", "Set by", "Achieved")
-    possible.title = "What it takes, and what is possible"
+    work.title = "Least work of a step"
+    possible = Table("Step", "ms", "Tokens/s", "Floor (ms)", "Limit", "Achieved")
+    possible.title = "Time, and the least possible time"
     spent = Table("Step", *(share.replace("_", "-").capitalize() for share in SHARES))
     spent.title = "Where the time goes"
     for step in steps:
@@ -273,4 +282,4 @@ def print_tables(ceilings: Ceilings, steps: list[dict[str, Any]]) -> None:
         table.columns[0].no_wrap = True
         for column in table.columns[1:]:
             column.justify = "right"
-    Console().print(machine, work, possible, spent)
+    console().print(machine, work, possible, spent)

@@ -1,4 +1,4 @@
-"""octavo bench: how fast the engine is (throughput, latency), what limits it (roofline), and any server (serve)."""
+"""octavo bench: the speed of the engine (throughput, latency), its limits (roofline), and the speed of any server."""
 
 import dataclasses
 from collections import Counter
@@ -9,17 +9,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from octavo.config import EngineConfig
+from octavo.terminal import printable
 
 from .flags import Command, engine_flags
 
 if TYPE_CHECKING:
     from octavo.bench.engine import Load
 
-InputLen = Annotated[int, typer.Option(min=1, help="Tokens of each prompt.")]
+InputLen = Annotated[int, typer.Option(min=1, help="Tokens in each prompt.")]
 OutputLen = Annotated[int, typer.Option(min=1, help="Tokens to generate for each prompt.")]
-NumPrompts = Annotated[int, typer.Option(min=1, help="Requests to make.")]
-Seed = Annotated[int, typer.Option(help="The same seed makes the same prompts.")]
-OutputJson = Annotated[Path | None, typer.Option(help="Write the figures to this file too.")]
+NumPrompts = Annotated[int, typer.Option(min=1, help="Number of requests.")]
+Seed = Annotated[int, typer.Option(help="The same seed gives the same prompts.")]
+OutputJson = Annotated[Path | None, typer.Option(help="Also write the figures to this file, as JSON.")]
 
 
 class EndpointKind(StrEnum):
@@ -42,11 +43,13 @@ def throughput(
     input_len: InputLen = 128,
     output_len: OutputLen = 128,
     num_prompts: NumPrompts = 64,
-    repeat: Annotated[int, typer.Option(min=1, help="Runs; the one with the median output rate is shown.")] = 1,
+    repeat: Annotated[
+        int, typer.Option(min=1, help="Number of runs; the one with the median output rate is shown.")
+    ] = 1,
     seed: Seed = 0,
     output_json: OutputJson = None,
 ) -> None:
-    """Give the engine many prompts at once: tokens per second when throughput is all that counts."""
+    """Run many prompts at once in the engine, and report tokens per second."""
     from octavo.bench.engine import Load, run_batches
     from octavo.bench.report import median_run, show
 
@@ -61,12 +64,12 @@ def latency(
     config: EngineConfig,
     input_len: InputLen = 128,
     output_len: OutputLen = 128,
-    batch_size: Annotated[int, typer.Option(min=1, help="Requests that run together.")] = 1,
-    iterations: Annotated[int, typer.Option(min=1, help="Batches to run, one after another.")] = 10,
+    batch_size: Annotated[int, typer.Option(min=1, help="Requests in a batch.")] = 1,
+    iterations: Annotated[int, typer.Option(min=1, help="Number of batches, run one after another.")] = 10,
     seed: Seed = 0,
     output_json: OutputJson = None,
 ) -> None:
-    """Run small batches one after another: the time a request takes when little else runs."""
+    """Run small batches one after another, and report the time that a request takes."""
     from octavo.bench.engine import Load, run_batches
     from octavo.bench.report import joined, show, summarize
 
@@ -82,11 +85,11 @@ def roofline(
     seed: Seed = 0,
     plot: Annotated[
         Path | None,
-        typer.Option(help="Draw throughput by batch size and cost per token by context: a .png or .svg file."),
+        typer.Option(help="Plot throughput by batch size and cost per token by context to this .png or .svg file."),
     ] = None,
     output_json: OutputJson = None,
 ) -> None:
-    """Measure what this machine can do, how near to it decode and prefill steps are, and where their time goes."""
+    """Measure the machine's peak rates, how near decode and prefill steps come to them, and where time goes."""
     from octavo.bench import plot as bench_plot
     from octavo.bench import roofline as bench_roofline
     from octavo.bench.report import write_json
@@ -102,29 +105,31 @@ def roofline(
 
 
 def serve(
-    base_url: Annotated[str, typer.Option(help="The server, such as http://127.0.0.1:8000; /v1 may follow.")],
-    model: Annotated[str | None, typer.Option(help="Model to ask for; the server's first by default.")] = None,
-    endpoint: Annotated[
-        EndpointKind, typer.Option(help="Which of the two kinds of request.")
-    ] = EndpointKind.completions,
+    base_url: Annotated[
+        str, typer.Option(help="Address of the server, such as http://127.0.0.1:8000, with or without /v1.")
+    ],
+    model: Annotated[
+        str | None, typer.Option(help="Model to request; by default the first that the server lists.")
+    ] = None,
+    endpoint: Annotated[EndpointKind, typer.Option(help="API to use.")] = EndpointKind.completions,
     input_len: InputLen = 128,
     output_len: OutputLen = 128,
     num_prompts: NumPrompts = 64,
-    concurrency: Annotated[int, typer.Option(min=1, help="Requests under way at the same time, at most.")] = 64,
+    concurrency: Annotated[int, typer.Option(min=1, help="Requests in flight at the same time, at most.")] = 64,
     request_rate: Annotated[
-        float | None, typer.Option(min=0.001, help="New requests a second, at random moments; all at once by default.")
+        float | None, typer.Option(min=0.001, help="Arrivals per second, at random times; by default all at once.")
     ] = None,
     ignore_eos: Annotated[
-        bool, typer.Option(help="Ask for all of output-len tokens; leave it out where servers refuse the field.")
+        bool, typer.Option(help="Request exactly output-len tokens; turn it off for servers that refuse the field.")
     ] = True,
-    api_key: Annotated[str | None, typer.Option(envvar="OPENAI_API_KEY", help="Key of the server.")] = None,
+    api_key: Annotated[str | None, typer.Option(envvar="OPENAI_API_KEY", help="API key of the server.")] = None,
     seed: Seed = 0,
     write_trace: Annotated[
-        Path | None, typer.Option(help="Write what was sent, and when, for octavo simulate.")
+        Path | None, typer.Option(help="Write the requests and their times to this file, for octavo simulate.")
     ] = None,
     output_json: OutputJson = None,
 ) -> None:
-    """Load an OpenAI-compatible server with streamed requests, and time every token that comes back."""
+    """Send streamed requests to an OpenAI-compatible server, and report throughput and latencies."""
     import uvloop
 
     from octavo.bench.http import find_endpoint, measure, random_prompts
@@ -153,7 +158,7 @@ def serve(
     show("serve", settings, summarize(run), output_json)
     errors = Counter(request.error for request in run.requests if request.error)
     for error, count in errors.most_common(3):
-        typer.echo(f"octavo: {count} failed: {error}", err=True)
+        typer.echo(f"octavo: {count} failed: {printable(error or '', lines=False)}", err=True)
 
 
 def _settings(config: EngineConfig, load: "Load") -> dict[str, Any]:

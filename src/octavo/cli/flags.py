@@ -24,6 +24,7 @@ Result = TypeVar("Result")
 CLASSES = (EngineConfig, ServerConfig)  # a --config file may have settings of both, whichever the command uses
 PANELS = {EngineConfig: "Engine", ServerConfig: "Server"}
 SHORT = {"tensor_parallel_size": ("-tp",)}
+_BOOLEANS = {name for kind in CLASSES for name in settings_of(kind) if is_boolean(kind, name)}
 _FOREIGN = "octavo.vllm_flags"  # key of the context's `meta`
 # Sampling parameters of no use to one stream of text, and one that is a setting of the engine too.
 _NOT_FLAGS = ("n", "logprobs", "logit_bias", "speculative_tokens")
@@ -92,7 +93,7 @@ def _resolve(values: Mapping[str, Any]) -> Resolved:
 
 
 def _take_foreign(args: Sequence[str], own: set[str]) -> tuple[list[str], dict[str, Any]]:
-    """Separate vLLM's flags, by name, from a command's own."""
+    """Separate vLLM's flags, and --no-... of boolean settings, from what typer parses."""
     rest: list[str] = []
     foreign: dict[str, Any] = {}
     waiting = iter(args)
@@ -102,9 +103,11 @@ def _take_foreign(args: Sequence[str], own: set[str]) -> tuple[list[str], dict[s
         spelling, equals, value = arg.partition("=")
         spelling = spelling.replace("_", "-")
         name = spelling.removeprefix("--").replace("-", "_")
-        negated = name.startswith("no_") and name.removeprefix("no_") in VLLM
+        negated = name.startswith("no_") and (name.removeprefix("no_") in VLLM or name.removeprefix("no_") in _BOOLEANS)
         name = name.removeprefix("no_") if negated else name
-        if not spelling.startswith("--") or spelling in own or name not in VLLM:
+        if negated and name in _BOOLEANS and not equals:
+            foreign[name] = False
+        elif not spelling.startswith("--") or spelling in own or name not in VLLM:
             rest.append(arg)
         elif VLLM[name].is_flag and not equals:
             foreign[name] = not negated
@@ -122,14 +125,14 @@ def _context() -> inspect.Parameter:
 def _model_argument() -> inspect.Parameter:
     argument = typer.Argument(
         help=settings_of(EngineConfig)["model"].metadata["help"],
-        metavar="[MODEL]",
-        show_default=default_of(EngineConfig, "model"),
+        metavar="MODEL",
+        show_default=False,
     )
     return _parameter("model_argument", str, argument)
 
 
 def _config_flag() -> inspect.Parameter:
-    help = "YAML file of settings: a line `name: value` for any of these flags."
+    help = "YAML file of settings: lines `name: value`, for any of these flags."
     return _parameter(
         "config_file", Path, typer.Option("--config", metavar="FILE", help=help, rich_help_panel="Engine")
     )
@@ -141,13 +144,21 @@ def _flags_of(kind: type) -> list[inspect.Parameter]:
 
 
 def _setting_flag(kind: type, name: str) -> inspect.Parameter:
-    spelling = "--" + name.replace("_", "-")
-    default = format_value(kind, name, default_of(kind, name))
-    option = {"help": settings_of(kind)[name].metadata["help"], "rich_help_panel": PANELS[kind]}
-    option["show_default"] = default if default not in ("none", "") or name == "quantization" else False
+    spelling, default = "--" + name.replace("_", "-"), format_value(kind, name, default_of(kind, name))
+    help = settings_of(kind)[name].metadata["help"]
     if is_boolean(kind, name):
-        return _parameter(name, bool, typer.Option(f"{spelling}/--no-{spelling.removeprefix('--')}", **option))
-    return _parameter(name, str, typer.Option(spelling, *SHORT.get(name, ()), metavar=metavar(kind, name), **option))
+        other = f"--no-{spelling.removeprefix('--')}"
+        help += f" On by default; {other} turns it off." if default == "true" else " Off by default."
+        return _parameter(name, bool, typer.Option(spelling, help=help, rich_help_panel=PANELS[kind]))
+    help += _default(default if default_of(kind, name) not in (None, {}, "") else None)
+    names = (spelling, *SHORT.get(name, ()))
+    option = typer.Option(*names, help=help, metavar=metavar(kind, name), rich_help_panel=PANELS[kind])
+    return _parameter(name, str, option)
+
+
+def _default(value: Any) -> str:
+    """Return a sentence for a flag's help. Typer would show the default in parentheses, on a line of its own."""
+    return "" if value is None or value is False else f" Default: {value}."
 
 
 def _sampling_flag(f: msgspec.structs.FieldInfo, default: Any) -> inspect.Parameter:
@@ -159,8 +170,8 @@ def _sampling_flag(f: msgspec.structs.FieldInfo, default: Any) -> inspect.Parame
         spellings.append(_TOKENS_PER_REQUEST)
     if get_origin(kind) is list:
         help += " May be given several times."
-    shown = False if default is None or default is False else str(default)
-    return _parameter(f.name, kind, typer.Option(*spellings, help=help, show_default=shown, rich_help_panel="Sampling"))
+    option = typer.Option(*spellings, help=help + _default(default), rich_help_panel="Sampling")
+    return _parameter(f.name, kind, option)
 
 
 def _parameter(name: str, kind: Any, option: Any) -> inspect.Parameter:

@@ -1,9 +1,11 @@
-"""octavo pull: have a model's files on this machine."""
+"""octavo pull: download a model."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from octavo.terminal import printable
 
 
 def register(app: typer.Typer) -> None:
@@ -14,11 +16,11 @@ def pull(
     model: Annotated[str, typer.Argument(help="A hub name, a directory, a .gguf file, or the alias smollm2.")],
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
 ) -> None:
-    """Download a model if it is not here yet; print where it is and its size."""
+    """Download a model, unless it is on this machine already. Prints its path and size."""
     from octavo.weights import resolve
 
     path = resolve(model, revision)
-    typer.echo(f"{path}  {_size(path) / 1e6:,.0f} MB")
+    typer.echo(f"{printable(str(path), lines=False)}  {_size(path) / 1e6:,.0f} MB")
 
 
 def _size(path: Path) -> int:

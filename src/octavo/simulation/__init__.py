@@ -1,4 +1,4 @@
-"""Simulation: the engine's own scheduler on a backend that computes nothing, in virtual time (`octavo simulate`)."""
+"""Simulation of the engine in virtual time: the real scheduler, on a backend that computes nothing."""
 
 from .backend import SimulatedBackend, VirtualClock, text
 from .costs import CostModel, Shape

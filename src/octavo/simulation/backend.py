@@ -1,4 +1,4 @@
-"""A Backend that computes nothing: a step takes the time that a cost model says, on a virtual clock."""
+"""A Backend that computes nothing: a step advances a virtual clock by the time that a cost model gives."""
 
 import numpy as np
 
@@ -7,8 +7,8 @@ from octavo.model.spec import DecoderSpec, RopeSpec
 
 from .costs import CostModel, Shape
 
-# A text is a walk of this generator (a linear congruential one, of full period) over all int32 that are not negative:
-# a token decides the next. So the backend can go on with any text, and equal texts are those that began alike.
+# The tokens of a text are successive states of a linear congruential generator with full period over [0, 2^31). A token
+# determines the next one, so the backend can continue any text, and prefixes are equal exactly where texts are.
 VOCABULARY = 2**31
 _FACTOR, _STEP = 1103515245, 12345
 
@@ -16,9 +16,9 @@ NO_MODEL = "a simulated backend has no K and V, and no logits"
 
 
 def text(number: int, length: int) -> np.ndarray:
-    """The first `length` tokens of text `number`: int64 [length]. No two texts agree at any position."""
-    tokens = np.array([number * 0x9E3779B1 % VOCABULARY], np.int64)  # an odd factor: no two numbers begin alike
-    factor, step = _FACTOR, _STEP  # from a token to the one len(tokens) further on
+    """Return the first `length` tokens of text `number`: int64 [length]. No two texts agree at any position."""
+    tokens = np.array([number * 0x9E3779B1 % VOCABULARY], np.int64)  # the factor is odd, so first tokens differ
+    factor, step = _FACTOR, _STEP  # from a token to the one len(tokens) later
     while len(tokens) < length:
         tokens = np.concatenate([tokens, (tokens * factor + step) % VOCABULARY])
         factor, step = factor * factor % VOCABULARY, (factor * step + step) % VOCABULARY
@@ -26,7 +26,7 @@ def text(number: int, length: int) -> np.ndarray:
 
 
 class VirtualClock:
-    """Seconds since 0 that pass only by `advance`."""
+    """A clock in seconds from 0, which only `advance` moves."""
 
     def __init__(self) -> None:
         self._now = 0.0
@@ -40,7 +40,7 @@ class VirtualClock:
 
 
 class SimulatedBackend:
-    """A Backend (see backends.base). Its tokens go on with a text; give requests no end-of-sequence tokens."""
+    """A Backend (see backends.base) whose output continues a `text`. Requests must have no end-of-sequence tokens."""
 
     arithmetic = "simulated"
 

@@ -1,4 +1,4 @@
-"""What a step costs, by what is in it: a few curves and rates, measured once and kept as JSON."""
+"""The cost model: the time of a step as a function of its shape. Measured once, kept as a JSON file."""
 
 from bisect import bisect_left
 from dataclasses import dataclass
@@ -18,16 +18,17 @@ Curve = Annotated[list[tuple[int, Cost]], msgspec.Meta(min_length=1)]  # (count,
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """What decides how long a step takes."""
+    """The counts that a step's time depends on."""
 
     sequences: int
     rows: int
     sampled: int  # rows
-    kv_tokens: int  # tokens whose K and V are read, once for all rows of their sequence
-    pairs: int  # (row, token that it attends to)
+    kv_tokens: int  # whose keys and values are read: once for all rows of a sequence
+    pairs: int  # of a row and a token that it attends to
 
     @classmethod
     def of(cls, batch: StepBatch) -> "Shape":
+        """Return the shape of a step."""
         last = batch.positions[batch.query_start[1:] - 1]
         return cls(
             sequences=len(last),
@@ -39,27 +40,31 @@ class Shape:
 
 
 class CostModel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The cost of a step is a sum: linear layers by rows, head and sampler by sampled rows, attention, and the host.
+    """The time of a step, in milliseconds:
 
-    Sliding windows are not looked at: attention costs what it did at the contexts that were measured.
+        rows_ms(rows) + sampled_ms(sampled) + step_ms
+        + (kv_token_us * kv_tokens + pair_us * pairs + sequence_us * sequences + row_us * rows) / 1000
+
+    where the two curves are linear between the measured points. Sliding windows are not modeled.
     """
 
-    settings: dict[str, Any]  # of the engine that was measured, by the names of EngineConfig
-    machine: dict[str, Any]  # what it ran on; for people to read
+    settings: dict[str, Any]  # of the measured engine, by their names in EngineConfig
+    machine: dict[str, Any]  # where it was measured; not used
     page_size: Count  # tokens
     page_bytes: Count
-    num_pages: Count  # that it had; a simulation's default
+    num_pages: Count  # of the measured engine: the default of a simulation
     max_model_len: Annotated[int, msgspec.Meta(ge=2)]
-    rows_ms: Curve
-    sampled_ms: Curve
-    kv_token_us: Cost
+    rows_ms: Curve  # linear layers and everything row-wise
+    sampled_ms: Curve  # head and sampler, by sampled rows
+    kv_token_us: Cost  # attention, with the next one
     pair_us: Cost
-    step_ms: Cost  # the host's own, outside the backend, as the next two
+    step_ms: Cost  # Python outside the backend, with the next two
     sequence_us: Cost
     row_us: Cost
-    seconds_per_page: Cost = 0.0  # to bring a page back from the tier below the pool
+    seconds_per_page: Cost = 0.0  # to fetch a page from a lower tier; 0: there was none
 
     def seconds(self, shape: Shape) -> float:
+        """Return the time of a step."""
         milliseconds = interpolate(self.rows_ms, shape.rows) + self.step_ms
         if shape.sampled:
             milliseconds += interpolate(self.sampled_ms, shape.sampled)
@@ -68,7 +73,7 @@ class CostModel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         return milliseconds / 1e3 + (attention + host) / 1e6
 
     def save(self, path: Path) -> None:
-        """Raises ConfigError if that cannot be."""
+        """Write the model to a file. Raises ConfigError."""
         try:
             path.write_bytes(msgspec.json.format(msgspec.json.encode(self), indent=1) + b"\n")
         except OSError as error:
@@ -76,7 +81,7 @@ class CostModel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
     @classmethod
     def load(cls, path: Path) -> "CostModel":
-        """Raises ConfigError, one line, if the file is not what `save` writes."""
+        """Return the model that `save` wrote to a file. Raises ConfigError."""
         try:
             return msgspec.json.decode(path.read_bytes(), type=cls)
         except OSError as error:
@@ -86,7 +91,7 @@ class CostModel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
 
 def interpolate(curve: Curve, count: int) -> float:
-    """Milliseconds at `count`: in a line between two points, and on along the last one beyond the end."""
+    """Return the milliseconds at `count`: linear between points, and extrapolated from the last two beyond the end."""
     i = bisect_left(curve, count, key=lambda point: point[0])
     if i == 0 or len(curve) == 1:
         return curve[0][1]

@@ -1,4 +1,4 @@
-"""Measures a cost model: times steps of chosen shapes on a real engine, and finds the costs that explain them."""
+"""Measurement of a cost model: times steps of chosen shapes on a real engine and fits the costs to them."""
 
 import platform
 import secrets
@@ -22,31 +22,36 @@ from octavo.simulation import CostModel, Shape
 from octavo.simulation.costs import Curve
 from octavo.version import __version__
 
-# Points of the curves, as far as the engine's steps go. Kernels take rows by blocks of 8 or 16: on both sides of one.
+# Row counts of the curves' points, up to the engine's limit. Kernels work on blocks of 8 or 16 rows, so some points lie
+# on either side of a block.
 KNOTS = (1, 2, 4, 8, 9, 16, 17, 24, 32, 33, 48, 64, 96, 128, 256, 512, 1024, 2048, 4096)
 CONTEXTS = (64, 512, 2048)  # of decoding sequences
 BEFORE = (0, 2048)  # tokens before a chunk of a prompt
-MOST_PAGES = 1200  # that a step reads
-ROUNDS = 7  # over all shapes, so that what else the machine does meets them all alike
+MOST_PAGES = 1200  # read by a step
+ROUNDS = 7  # over all shapes, so that other load on the machine affects all of them alike
 HOST_BATCHES, HOST_PROMPT, HOST_OUTPUT = (1, 4, 16, 64, 256), 64, 12
-# Settings that the costs are of: a simulation cannot change them.
+# Settings that the costs depend on; a simulation cannot change them.
 MEASURED = ("model", "revision", "backend", "device", "dtype", "quantization", "kv_cache_page_size", "kv_cache_dtype")
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Of a step: so many sequences with `before` tokens each and `new` ones to compute, the last of them sampled."""
+    """A part of a step: `sequences` with `before` computed tokens each, and `new` ones to compute."""
 
     sequences: int
     new: int
     before: int = 0
-    sampled: bool = True
+    sampled: bool = True  # whether the last of the new tokens is sampled
 
 
 def measure(
     engine: Engine, config: EngineConfig, clock: Callable[[], float] = time.perf_counter
 ) -> tuple[CostModel, list[float]]:
-    """The costs of an engine that has nothing to do; and of each step that was timed, modeled / measured time."""
+    """Measure the costs of an idle engine.
+
+    Returns:
+        The cost model, and the ratio of modeled to measured time of each step that was timed.
+    """
     steps = [_step_batch(engine, pieces) for pieces in _steps(engine)]
     shapes = [Shape.of(batch) for batch in steps]
     _fill_pages(engine, max(int(batch.page_tables.max()) for batch in steps) + 1)
@@ -83,7 +88,7 @@ def measure(
 
 
 def _steps(engine: Engine) -> Iterator[list[Piece]]:
-    """What to time: decoding, prompts, and both together, as far as the engine has room for them."""
+    """Yield the steps to time: decodes, prefills, and both together, up to the engine's limits."""
     scheduler, kv = engine.scheduler, engine.kv
     rows = _knots(scheduler.max_batch_tokens)
     steps = [[Piece(batch, 1, context)] for batch in _knots(scheduler.max_running) for context in CONTEXTS]
@@ -105,7 +110,7 @@ def _knots(most: int) -> list[int]:
 
 
 def _step_batch(engine: Engine, pieces: Sequence[Piece]) -> StepBatch:
-    """A greedy step on the pages from 0 on, each sequence with its own."""
+    """Return a greedy step in which the sequences use pages 0, 1, 2, ... in order."""
     each = [piece for piece in pieces for _ in range(piece.sequences)]
     new = np.array([piece.new for piece in each], np.int32)
     before = np.array([piece.before for piece in each], np.int32)
@@ -128,7 +133,7 @@ def _step_batch(engine: Engine, pieces: Sequence[Piece]) -> StepBatch:
 
 
 def _fill_pages(engine: Engine, num_pages: int) -> None:
-    """Write to these pages: what was never written reads as one page of zeros, which is in every cache."""
+    """Write to pages 0 to num_pages: reads of memory that was never written all hit one cached page of zeros."""
     page_size = engine.kv.page_size
     together = max(1, min(engine.scheduler.max_batch_tokens // page_size, engine.scheduler.max_running))
     chunk = min(page_size, engine.scheduler.max_batch_tokens)
@@ -140,7 +145,7 @@ def _fill_pages(engine: Engine, num_pages: int) -> None:
 
 
 def _backend_costs(shapes: Sequence[Shape], seconds: np.ndarray) -> tuple[Curve, Curve, float, float]:
-    """(rows_ms, sampled_ms, kv_token_us, pair_us) that explain the times best, in relative terms."""
+    """Return the rows_ms, sampled_ms, kv_token_us and pair_us with the least squares of relative errors."""
     rows = sorted({shape.rows for shape in shapes})
     sampled = sorted({shape.sampled for shape in shapes} - {0})
     work = [
@@ -160,7 +165,7 @@ def _backend_costs(shapes: Sequence[Shape], seconds: np.ndarray) -> tuple[Curve,
 
 
 def _host_costs(engine: Engine) -> list[float]:
-    """Seconds outside the backend: of each step, and for each sequence and row in it."""
+    """Return the seconds outside the backend: per step, per sequence in it, and per row."""
     samples: dict[tuple[int, int], list[float]] = {}
     rng = np.random.default_rng(0)
     for batch in HOST_BATCHES:
@@ -184,7 +189,7 @@ def _host_costs(engine: Engine) -> list[float]:
 
 
 def _seconds_per_page(engine: Engine) -> float:
-    """To fetch a page from the tier below the pool, one of many; 0 if there is none."""
+    """Return the seconds to fetch one page of many from the tier below the pool; 0 if there is no such tier."""
     transfers, keys = engine.kv.transfers, [secrets.token_bytes(16) for _ in range(min(64, engine.kv.pool.num_pages))]
     if transfers is None or not all(transfers.save(page, key) for page, key in enumerate(keys)):
         return 0.0
@@ -202,9 +207,10 @@ def _await(transfers: Transfers, count: int) -> None:
 
 
 def nonnegative_fit(work: np.ndarray, times: np.ndarray) -> np.ndarray:
-    """Costs of at least 0 with least squares of `work @ costs - times`, by coordinate descent.
+    """Return the costs >= 0 that minimize |work @ costs - times|², by coordinate descent.
 
-    work: float64 [N, K]; times: float64 [N]; the result: [K].
+    Shapes:
+        work: float64 [N, K]. times: float64 [N]. Result: float64 [K].
     """
     scale = np.linalg.norm(work, axis=0)
     scale[scale == 0] = 1

@@ -1,4 +1,4 @@
-"""A trace, replayed through an engine: in virtual time if its backend is simulated, or a real one in real time."""
+"""Replay of a trace through an engine: in virtual time on a simulated backend, in real time on a real one."""
 
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -17,10 +17,16 @@ from .trace import Prompts, TraceRequest
 
 @dataclass(slots=True)
 class Served:
-    """What became of a request. Times are in seconds from the start; `problem`: why it did not get all its tokens."""
+    """A request and how it was served. Times are in seconds from the start of the replay.
+
+    Attributes:
+        first: When its first token came; None before.
+        last: When its last token came.
+        problem: Why it did not get all its tokens; None if it did.
+    """
 
     request: TraceRequest
-    first: float | None = None  # token
+    first: float | None = None
     last: float = 0.0
     prompt_tokens: int = 0
     output_tokens: int = 0
@@ -28,6 +34,7 @@ class Served:
     problem: str | None = None
 
     def take(self, output: TokenOutput, now: float) -> None:
+        """Record an output of the engine."""
         self.cached_tokens = output.cached_tokens
         if output.token >= 0:
             self.first = now if self.first is None else self.first
@@ -39,19 +46,25 @@ class Served:
 
 @dataclass(slots=True)
 class Gauge:
-    """A quantity over time."""
+    """A quantity over time: its peak, and its integral in seconds."""
 
     peak: int = 0
     integral: float = 0.0
 
     def hold(self, value: int, seconds: float) -> None:
+        """Record that the quantity had `value` for `seconds`."""
         self.peak = max(self.peak, value)
         self.integral += value * seconds
 
 
 @dataclass(slots=True)
 class Replay:
-    """A trace and how it was served, in `seconds`, in `busy` of which a step was under way."""
+    """A trace and how it was served.
+
+    Attributes:
+        seconds: Duration of the replay.
+        busy: Seconds in which a step was running.
+    """
 
     served: list[Served] = field(default_factory=list)
     seconds: float = 0.0
@@ -65,7 +78,7 @@ class Replay:
     pages_fetched: int = 0
 
     def note(self, engine: Engine, seconds: float) -> None:
-        """How it has been for so many seconds."""
+        """Record the engine's state, which lasted for `seconds`."""
         pool, scheduler = engine.kv.pool, engine.scheduler
         self.pages.hold(pool.num_pages - pool.num_available, seconds)
         self.running.hold(len(scheduler.running), seconds)
@@ -79,7 +92,14 @@ def simulate(
     num_pages: int,
     advance: Callable[[int], None] = lambda finished: None,
 ) -> Replay:
-    """Replay the trace in virtual time, on the engine that `config` describes and `costs` times."""
+    """Replay a trace in virtual time.
+
+    Args:
+        config: The engine's settings.
+        costs: The time of its steps.
+        num_pages: Pages of its KV cache.
+        advance: Called with the number of requests that have just finished.
+    """
     clock = VirtualClock()
     backend = SimulatedBackend(costs, clock)
     below = _lower_tier_bytes(config) // costs.page_bytes
@@ -106,10 +126,13 @@ def replay(
     max_live: int,
     advance: Callable[[int], None] = lambda finished: None,
 ) -> Replay:
-    """Give the engine the requests of `trace` (in order of arrival) when their time comes, and step it to the end.
+    """Add each request to the engine at its time of arrival, and step the engine until all have finished.
 
-    `wait` lets so many seconds of the engine's clock pass. Beyond `max_live` requests new ones are refused, as a server
-    does. `advance` is told of requests as they are done with.
+    Args:
+        trace: In order of arrival.
+        wait: Lets some seconds of the engine's clock pass.
+        max_live: Requests that run or wait at the same time; further ones are refused, as by a server.
+        advance: Called with the number of requests that have just finished.
     """
     done, prompts = Replay(), Prompts()
     before, start = engine.stats(), engine.clock()
@@ -134,7 +157,7 @@ def replay(
         outputs = engine.step()
         ended = engine.clock() - start
         done.note(engine, ended - now)
-        done.busy += ended - now if outputs or engine.scheduler.running else 0.0  # or pages are waited for
+        done.busy += ended - now if outputs or engine.scheduler.running else 0.0  # otherwise it waits for pages
         unfinished = len(live)
         for output in outputs:
             live[output.id].take(output, ended)

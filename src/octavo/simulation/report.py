@@ -1,4 +1,4 @@
-"""What a replay showed: figures under the names of the JSON report, tables for people, and a verdict."""
+"""Results of a simulation: figures by their names in the JSON report, tables, and a verdict."""
 
 import math
 from collections import Counter
@@ -7,15 +7,16 @@ from typing import Any
 
 import numpy as np
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from octavo.simulation import CostModel
+from octavo.terminal import console as plain_console
+from octavo.terminal import printable
 
 from .replay import Gauge, Replay, Served
 
 PERCENTILES = ("mean", "p50", "p95", "p99")
-NOISY = 0.03  # median error of a cost model; on a machine with nothing else to do it is about 1 %
+NOISY = 0.03  # median error of a cost model above which a warning is printed; on an idle machine it is about 1 %
 SPREADS = {  # JSON key -> heading
     "time_to_first_token_ms": "To first token (ms)",
     "time_per_output_token_ms": "Per output token (ms)",
@@ -24,7 +25,7 @@ SPREADS = {  # JSON key -> heading
 
 
 def summarize(replay: Replay) -> dict[str, Any]:
-    """The replay as figures. A request that did not get all its tokens counts in `failed` and nowhere else."""
+    """Return the replay's figures. A request that did not get all its tokens counts in `failed` only."""
     done = [served for served in replay.served if not served.problem]
     input_tokens, output_tokens = sum(s.prompt_tokens for s in done), sum(s.output_tokens for s in done)
     seconds = replay.seconds or math.inf
@@ -55,6 +56,7 @@ def summarize(replay: Replay) -> dict[str, Any]:
 
 
 def print_report(summary: dict[str, Any]) -> None:
+    """Print a summary as tables, with the verdict."""
     figures = Table("", "", show_header=False)
     figures.columns[1].justify = "right"
     pages, held = summary["num_pages"], summary["pages_held"]
@@ -68,45 +70,45 @@ def print_report(summary: dict[str, Any]) -> None:
         ("Pages held, peak", f"{held['peak']:,} of {pages:,} ({held['peak'] / pages:.0%})"),
         ("Running, mean and peak", f"{summary['running']['mean']:,.1f}, {summary['running']['peak']:,}"),
         ("Waiting, mean and peak", f"{summary['waiting']['mean']:,.1f}, {summary['waiting']['peak']:,}"),
-        ("Prompt tokens found cached", f"{summary['prefix_hit_rate']:.1%}"),
+        ("Prompt tokens from the cache", f"{summary['prefix_hit_rate']:.1%}"),
         ("Preemptions", f"{summary['preemptions']:,}"),
         ("Steps", f"{summary['steps']:,}"),
-        ("Time with a step under way", f"{summary['utilization']:.0%}"),
+        ("Time with a step running", f"{summary['utilization']:.0%}"),
     ):
         figures.add_row(heading, text)
     if summary["pages_fetched"]:
-        figures.add_row("Pages fetched from below", f"{summary['pages_fetched']:,}")
+        figures.add_row("Pages fetched from lower tiers", f"{summary['pages_fetched']:,}")
     if summary["targets_met"] is not None:
         figures.add_row("First tokens in time", f"{summary['targets_met']:.1%}")
-    console = Console()
+    console = plain_console()
     console.print(figures, _spreads_table(summary))
     if len(summary["tenants"]) > 1:
         console.print(_tenants_table(summary["tenants"]))
     for problem, count in summary["failed"].items():
-        console.print(f"{count:,} failed: {problem}")
+        console.print(f"{count:,} failed: {printable(problem, lines=False)}")
     console.print(verdict(summary), soft_wrap=True)
 
 
 def verdict(summary: dict[str, Any]) -> str:
-    """Whether the engine keeps up with the trace; `sustained_per_second` is what it was found to manage at most."""
+    """Return a sentence on whether the engine keeps up: the arrival rate against `sustained_per_second`."""
     offered, sustained = summary["offered_per_second"], summary["sustained_per_second"]
     if not sustained:
         return "No request was completed."
-    most = f"{60 * sustained:,.0f} a minute"
+    most = f"{60 * sustained:,.0f} per minute"
     if offered is None:
-        return f"All requests came at once, and were served at {most}."
-    came = f"Requests came at {60 * offered:,.0f} a minute"
+        return f"All requests arrived at once and were served at {most}."
+    came = f"Requests arrived at {60 * offered:,.0f} per minute"
     if offered <= sustained:
         return f"{came}, {offered / sustained:.0%} of what this engine sustains ({most}): it keeps up."
     growth, engines = 60 * (offered - sustained), math.ceil(offered / sustained)
     return (
-        f"{came}, and this engine sustains {most}: the queue grows by {growth:,.0f} a minute. "
-        f"It takes {engines} such engines."
+        f"{came}, and this engine sustains {most}: the queue grows by {growth:,.0f} per minute. "
+        f"{engines} such engines would keep up."
     )
 
 
 def print_sweep(rows: Sequence[tuple[dict[str, str], dict[str, Any]]]) -> None:
-    """A row for each of several simulations: (what was set, summary). Times are in seconds."""
+    """Print a table with a row for each simulation: (what was set, summary). Times are in seconds."""
     headings = ("Sustains\n/min", "First\ntoken", "p95", "Whole\nrequest", "p95", "Pages,\npeak", "Queue,\nmean")
     names = [name.replace("_", "\n") for name in rows[0][0]]
     table = Table(*names, *headings, "Pre-\nempted", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
@@ -122,28 +124,31 @@ def print_sweep(rows: Sequence[tuple[dict[str, str], dict[str, Any]]]) -> None:
             f"{summary['waiting']['mean']:,.0f}",
             f"{summary['preemptions']:,}",
         )
-    Console().print(table)
+    plain_console().print(table)
 
 
 def print_costs(costs: CostModel, ratios: Sequence[float]) -> None:
-    """The curves and rates; `ratios`: modeled / measured time of each step that was timed."""
+    """Print a cost model and its errors. `ratios`: modeled / measured time of each step that was timed."""
     curves = Table("Rows", "Linear layers (ms)", "If sampled (ms)")
     for column in curves.columns:
         column.justify = "right"
     sampled = dict(costs.sampled_ms)
     for count, ms in costs.rows_ms:
         curves.add_row(f"{count:,}", f"{ms:.2f}", f"{sampled[count]:.2f}" if count in sampled else "")
-    console = Console()
+    console = plain_console()
     console.print(curves)
     console.print(
-        f"Attention: {1000 * costs.kv_token_us:,.1f} ns per K/V token, {1000 * costs.pair_us:,.1f} per pair. "
-        f"Host: {1000 * costs.step_ms:,.0f} µs a step, {costs.sequence_us:,.2f} a sequence, {costs.row_us:,.2f} a row.",
+        f"Attention: {1000 * costs.kv_token_us:,.1f} ns per KV token, {1000 * costs.pair_us:,.1f} per pair. "
+        f"Python: {1000 * costs.step_ms:,.0f} µs per step, {costs.sequence_us:,.2f} per sequence, "
+        f"{costs.row_us:,.2f} per row.",
         soft_wrap=True,
     )
     errors = np.abs(np.array(ratios) - 1)
-    console.print(f"Off by {np.median(errors):.1%} in the median of the steps timed, {errors.max():.1%} at most.")
+    console.print(
+        f"Error of the model: {np.median(errors):.1%} in the median of the timed steps, {errors.max():.1%} at most."
+    )
     if np.median(errors) > NOISY:
-        console.print("The machine seems to have had other work: measure once more when it has none.")
+        console.print("That is much: the machine seems to have been busy. Measure again when it is idle.")
 
 
 def _tenant(served: Sequence[Served]) -> dict[str, Any]:
@@ -176,7 +181,7 @@ def _gauge(gauge: Gauge, seconds: float) -> dict[str, float]:
 
 
 def _offered(replay: Replay) -> float | None:
-    """Requests a second that came; None if all of them came at once."""
+    """Return the arrivals per second; None if all requests arrived at once."""
     span = replay.served[-1].request.at - replay.served[0].request.at
     return (len(replay.served) - 1) / span if span else None
 
@@ -198,5 +203,7 @@ def _tenants_table(tenants: dict[str, Any]) -> Table:
     for name, tenant in tenants.items():
         spreads = [tenant[key] for key in SPREADS]
         times = (f"{spread['mean']:,.1f}, {spread['p95']:,.1f}" if spread else "" for spread in spreads)
-        table.add_row(name or "(none)", f"{tenant['requests']:,}", f"{tenant['completed']:,}", *times)
+        table.add_row(
+            printable(name, lines=False) or "(none)", f"{tenant['requests']:,}", f"{tenant['completed']:,}", *times
+        )
     return table

@@ -1,4 +1,4 @@
-"""A tier below the pool whose transfers take virtual time."""
+"""A simulated tier below the page pool, whose transfers take virtual time."""
 
 import heapq
 from collections import OrderedDict
@@ -14,13 +14,13 @@ from octavo.simulation import VirtualClock
 
 
 class KeysOnly:
-    """A Tier (see kv.tier) of at most `capacity` pages that have no content."""
+    """A Tier (see kv.tiers.tier) that holds the keys of at most `capacity` pages, and no content."""
 
     name = "simulated"
 
     def __init__(self, capacity: int):
         self._capacity = capacity
-        self._keys: OrderedDict[bytes, None] = OrderedDict()  # the least recently used first
+        self._keys: OrderedDict[bytes, None] = OrderedDict()  # least recently used first
 
     def __contains__(self, key: bytes) -> bool:
         return key in self._keys
@@ -48,7 +48,7 @@ class KeysOnly:
 
 
 class SimulatedTransfers(Transfers):
-    """One fetch after another, each in `seconds_per_page`; saves likewise, beside them. `capacity` pages are kept."""
+    """Transfers that take `seconds_per_page` each: fetches one after another, and saves in parallel to them."""
 
     def __init__(self, backend: Backend, clock: VirtualClock, capacity: int, seconds_per_page: float):
         self._tier = KeysOnly(capacity)
@@ -56,7 +56,7 @@ class SimulatedTransfers(Transfers):
         self.seconds_per_page = seconds_per_page
         self._clock = clock
         self._free_at = {"fetch": 0.0, "save": 0.0}
-        self._moving: list[tuple[float, int, Finished]] = []  # heap by the time when it is over
+        self._moving: list[tuple[float, int, Finished]] = []  # heap by the time of completion
         self._order = count()
 
     def save(self, page: int, key: bytes) -> bool:

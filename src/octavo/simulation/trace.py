@@ -1,4 +1,4 @@
-"""Traces: when requests arrive and how long they are. A file of JSON lines, or arrivals at random moments."""
+"""Traces: when requests arrive and how long they are. Read from a file of JSON lines, or generated."""
 
 import random
 import re
@@ -21,11 +21,11 @@ _SECONDS = {"s": 1, "sec": 1, "second": 1, "min": 60, "minute": 60, "h": 3600, "
 
 
 class TraceRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
-    """One line. The prompt is `prompt_tokens` long, or `prompt`, token ids; exactly one of them is given.
+    """One line of a trace.
 
-    Requests of the same `prefix` have its first `prefix_tokens` tokens in common. Those of one `conversation` go on
-    with each other: the prompt begins with what prompts and outputs of it have been so far, as long as it is.
-    Without the two, prompts that are not spelled out have nothing in common.
+    The prompt is given as its length, `prompt_tokens`, or as token ids, `prompt`. Prompts given by length share
+    no prefix, with two exceptions: requests with the same `prefix` share its first `prefix_tokens` tokens; and prompts of
+    the same `conversation` are beginnings of one text, which their outputs continue.
     """
 
     at: Annotated[float, msgspec.Meta(ge=0)]  # seconds from the start
@@ -34,7 +34,7 @@ class TraceRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     prompt: Annotated[list[Token], msgspec.Meta(min_length=1)] | None = None
     tenant: str = ""
     priority: int = 0
-    ttft_target: Positive | None = None  # seconds, as `timeout`
+    ttft_target: Positive | None = None  # seconds, like `timeout`
     timeout: Positive | None = None
     prefix: Name | None = None
     prefix_tokens: Length | None = None
@@ -42,21 +42,22 @@ class TraceRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     def __post_init__(self) -> None:
         if (self.prompt is None) == (self.prompt_tokens is None):
-            raise ValueError("give prompt_tokens, or prompt, and not both")
+            raise ValueError("give either prompt_tokens or prompt")
         if (self.prefix is None) != (self.prefix_tokens is None):
-            raise ValueError("prefix and prefix_tokens go together")
+            raise ValueError("give both prefix and prefix_tokens, or neither")
         if self.prompt is not None and (self.prefix or self.conversation):
-            raise ValueError("a prompt that is spelled out has no prefix or conversation: its tokens say it all")
+            raise ValueError("prefix and conversation are for prompts given by prompt_tokens")
 
 
 class Prompts:
-    """The token ids of a trace's prompts: the same ones every time that the same requests are asked for."""
+    """Makes the token ids of a trace's prompts. The same sequence of requests gives the same tokens."""
 
     def __init__(self) -> None:
         self._numbers = count()
         self._named: dict[tuple[str, str], int] = {}
 
     def tokens(self, request: TraceRequest) -> list[int]:
+        """Return the tokens of a request's prompt."""
         if request.prompt is not None:
             return request.prompt
         length, shared = request.prompt_tokens or 0, request.prefix_tokens or 0
@@ -66,7 +67,7 @@ class Prompts:
         return tokens
 
     def _number(self, kind: str, name: str | None) -> int:
-        """Of a text: of its own for what has no name."""
+        """Return the number of a named text, or of a new text if `name` is None."""
         if name is None:
             return next(self._numbers)
         if (kind, name) not in self._named:
@@ -75,7 +76,7 @@ class Prompts:
 
 
 def read_trace(path: Path) -> list[TraceRequest]:
-    """The requests in order of arrival. Raises ConfigError, with the number of the line that is wrong."""
+    """Return the requests of a file in order of arrival. Raises ConfigError, with the number of a wrong line."""
     requests = []
     try:
         with path.open("rb") as lines:
@@ -85,12 +86,12 @@ def read_trace(path: Path) -> list[TraceRequest]:
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from None
     if not requests:
-        raise ConfigError(f"{path} has no requests: it must have a JSON object on each line")
+        raise ConfigError(f"{path} is empty: it must have a JSON object on each line")
     return sorted(requests, key=lambda request: request.at)
 
 
 def write_trace(path: Path, requests: Sequence[TraceRequest]) -> None:
-    """Raises ConfigError if that cannot be."""
+    """Write a trace to a file. Raises ConfigError."""
     try:
         path.write_bytes(b"".join(msgspec.json.encode(request) + b"\n" for request in requests))
     except OSError as error:
@@ -98,7 +99,7 @@ def write_trace(path: Path, requests: Sequence[TraceRequest]) -> None:
 
 
 def poisson_trace(rate: float | None, requests: int, input_len: int, output_len: int, seed: int) -> list[TraceRequest]:
-    """`requests` alike, at random moments, `rate` a second on average; all at once if that is None."""
+    """Return equal requests that arrive as a Poisson process of `rate` per second; all at once if it is None."""
     rng = random.Random(seed)
     at, trace = 0.0, []
     for _ in range(requests):
@@ -108,7 +109,7 @@ def poisson_trace(rate: float | None, requests: int, input_len: int, output_len:
 
 
 def trace_of(run: Run) -> list[TraceRequest]:
-    """What was asked of an engine in a benchmark, and when; without the requests that failed."""
+    """Return the requests of a benchmark as a trace, without those that failed."""
     done = [request for request in run.requests if request.output_tokens]
     start = min((request.sent for request in done), default=0.0)
     return [
@@ -118,10 +119,10 @@ def trace_of(run: Run) -> list[TraceRequest]:
 
 
 def parse_rate(value: str) -> float:
-    """Requests a second, of a text such as 10000/min, 20/s or 0.5. Raises ConfigError."""
+    """Return the requests per second of "10000/min", "20/s" or "0.5". Raises ConfigError."""
     match = re.fullmatch(r"(\d+(?:\.\d*)?)(?:/([a-z]+))?", value.strip())
     if not match or float(match[1]) <= 0 or (match[2] or "s") not in _SECONDS:
-        raise ConfigError(f"rate must be such as 10000/min, 20/s or 0.5 (requests a second), not {value!r}")
+        raise ConfigError(f"rate must be such as 10000/min, 20/s or 0.5 (per second), not {value!r}")
     return float(match[1]) / _SECONDS[match[2] or "s"]
 
 
