@@ -23,8 +23,8 @@ _SECONDS = {"s": 1, "sec": 1, "second": 1, "min": 60, "minute": 60, "h": 3600, "
 class TraceRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """One line of a trace.
 
-    The prompt is given as its length, `prompt_tokens`, or as token ids, `prompt`. Prompts given by length share
-    no prefix, with two exceptions: requests with the same `prefix` share its first `prefix_tokens` tokens; and prompts of
+    The prompt is given as its length, `prompt_tokens`, or as token ids, `prompt`. Prompts given by length share no
+    prefix, with two exceptions: requests with the same `prefix` share its first `prefix_tokens` tokens; and prompts of
     the same `conversation` are beginnings of one text, which their outputs continue.
     """
 

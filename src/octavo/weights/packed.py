@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from octavo.errors import DamagedWeights
+from octavo.machine import available_cores
 
 from .safetensors import SINGLE, read_metadata
 from .tensor import BLOCKS, Tensor
@@ -63,7 +64,7 @@ def write_packed(
     entries.sort(key=lambda entry: entry.format != "F32")  # rows of blocks have odd sizes and would misalign floats
     total = sum(entry.nbytes for entry in entries)
     done = 0
-    with (folder / SINGLE).open("wb") as file, ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    with (folder / SINGLE).open("wb") as file, ThreadPoolExecutor(available_cores()) as pool:
         file.write(_header(entries))
         for entry in entries:
             for rows in _encoded(entry, quantize, importances.get(entry.tensor.name), pool):

@@ -1,4 +1,4 @@
-"""vLLM's way to start: `python -m octavo.entrypoints.openai.api_server --model NAME` is `octavo serve NAME`."""
+"""`octavo serve` under vLLM's module name: `python -m octavo.entrypoints.openai.api_server --model NAME`."""
 
 import sys
 from typing import NoReturn
@@ -7,6 +7,7 @@ from octavo.cli import main as octavo
 
 
 def main() -> NoReturn:
+    """Run `octavo serve` with this process's arguments."""
     sys.argv = ["octavo", "serve", *sys.argv[1:]]
     octavo()
 
