@@ -15,6 +15,11 @@ class Deadlines:
     def __len__(self) -> int:
         return len(self._at)
 
+    @property
+    def next(self) -> float | None:
+        """A time before which no deadline comes: the earliest one, or that of an id that was forgotten."""
+        return self._heap[0][0] if self._at else None
+
     def set(self, id: str, at: float) -> None:
         self._at[id] = at
         heapq.heappush(self._heap, (at, id))

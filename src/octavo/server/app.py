@@ -55,7 +55,7 @@ def create_app(llm: AsyncLLM) -> FastAPI:
 
     @app.get("/health")
     async def get_health() -> Response:
-        return Response(status_code=200 if llm.is_alive else 503)
+        return Response(status_code=200)
 
     @app.get("/stats")
     async def get_stats() -> Response:

@@ -21,7 +21,7 @@ MAX_REMEMBERED = 4_000_000  # tokens of finished requests
 MIN_REMEMBERED = 256  # tokens that a finished request counts as at least
 
 
-class StatePins(StateOwner, Protocol):
+class StatePins(Protocol):
     """What the book asks of the frontend: have the engine keep a state's pages, or give them up."""
 
     def pin_state(self, state: KVState) -> None: ...
@@ -44,6 +44,7 @@ class StateBook:
 
     Args:
         pins: told of states whose pages the engine should keep or release.
+        owner: what the methods of a state call.
         fingerprint: of the engine (EngineInfo.fingerprint).
         quota: tokens that one tenant's states may have together; a common beginning counts once.
         ttl: seconds after which an unused state is dropped.
@@ -53,12 +54,14 @@ class StateBook:
     def __init__(
         self,
         pins: StatePins,
+        owner: StateOwner,
         fingerprint: str,
         quota: int,
         ttl: float,
         clock: Callable[[], float] = time.monotonic,
     ):
-        self._pins, self._fingerprint, self._quota, self._ttl, self._clock = pins, fingerprint, quota, ttl, clock
+        self._pins, self._owner, self._fingerprint = pins, owner, fingerprint
+        self._quota, self._ttl, self._clock = quota, ttl, clock
         self._states: OrderedDict[str, KVState] = OrderedDict()  # least recently used first
         self._charges: dict[str, int] = {}  # tokens by tenant
         self._finished: OrderedDict[str, FinishedRequest] = OrderedDict()  # oldest first
@@ -171,7 +174,7 @@ class StateBook:
             created_at=time.time(),
             file=file,
             _segment=segment,
-            _owner=self._pins,
+            _owner=self._owner,
             _deadline=self._clock() + self._ttl,
         )
         self._states[state.id] = state

@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 
 from octavo.async_llm import AsyncLLM, Increment
+from octavo.frontend.requests import Request, make_requests
 from octavo.outputs import RequestOutput
 from octavo.params import SamplingParams
 from octavo.server.errors import ApiError
@@ -52,11 +53,16 @@ class Generation:
         return msgspec.UNSET if self.continuation is None else self.continuation.kept
 
     async def whole(self) -> list[RequestOutput]:
-        return await self.llm.agenerate(self.prompts, self.params, **self.terms)
+        return await self.llm.generate_requests(self._requests())
 
     def increments(self) -> AsyncGenerator[list[Increment], None]:
         """Increments of all prompts as they come. Closing the generator aborts what still runs."""
-        return self.llm.generate_many(self.prompts, self.params, **self.terms)
+        return self.llm.stream_requests(self._requests())
+
+    def _requests(self) -> list[Request]:
+        terms: Any = dict(self.terms)
+        state, priority = terms.pop("kv_cache_state", None), terms.pop("priority", 0)
+        return make_requests(self.prompts, self.params, self.params, priority, terms, state)
 
 
 @dataclass
