@@ -50,9 +50,7 @@ def test_increments_of_many_and_of_a_slow_reader(tiny_llama):
         whole = await llm.agenerate(prompts, [SEEDED, LONG])
         tokens: list[list[int]] = [[], []]
         rounds = 0
-        async for increments in llm.stream_requests(
-            [make_request(*pair) for pair in zip(prompts, [SEEDED, LONG], strict=True)]
-        ):
+        async for increments in llm.stream_requests([make_request("The class", SEEDED), make_request("A list", LONG)]):
             rounds += 1
             for prompt, increment in increments:
                 tokens[prompt] += increment.outputs[0].token_ids
