@@ -32,11 +32,9 @@ class LoopThread:
             self._check()
             assert self._loop is not None
             future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
-        except BaseException as error:
+        except RuntimeError as error:
             coroutine.close()
-            if isinstance(error, RuntimeError):
-                raise EngineDead("the engine was shut down") from None
-            raise
+            raise error if isinstance(error, EngineDead) else EngineDead("the engine was shut down") from None
         while True:
             try:
                 return future.result(LOOK)

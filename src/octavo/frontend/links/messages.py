@@ -99,7 +99,7 @@ class Alive(msgspec.Struct, frozen=True, tag=True):
     """Sent every HEARTBEAT seconds by a thread of an engine process, whatever the engine is doing.
 
     Attributes:
-        step_seconds: how long the present step has taken so far; 0 between steps.
+        step_seconds: how long the present step has taken so far; 0 while there is nothing to do.
         longest_step: the longest step yet, in seconds; 0 before the first has ended.
     """
 
