@@ -29,7 +29,7 @@ MINE = "import octavo.engine.policies\n\nclass Mine(octavo.engine.policies.Polic
 
 
 def sequence(order: int, tenant: str = "", prompt: int = 1) -> Sequence:
-    request = EngineRequest(str(order), [0] * prompt, SamplingParams(), 0.0, tenant=tenant)
+    request = EngineRequest(str(order), [0] * prompt, SamplingParams(), tenant=tenant)
     tokens = array("i", request.prompt)
     seq = Sequence(request, order, frozenset(), tokens, Prefix(root_key("", "", ""), tokens, 4), prompt, prompt + 16)
     seq.place = (0.0, order)
@@ -296,12 +296,14 @@ def test_what_policies_remember_is_bounded() -> None:
 
 def test_a_policy_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_llama: Path) -> None:
     monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "latest.py").write_text(MINE + "def rank(self, request):\n        return -request.arrival\n")
+    (tmp_path / "latest.py").write_text(MINE + "def rank(self, seq):\n        return -seq.arrival\n")
     with LLM(str(tiny_llama), scheduling_policy="latest:Mine", max_batch_size=1) as llm:
         policy = llm._engine._engine.scheduler.policy
         assert (type(policy).__name__, policy.config) == ("Mine", llm.config)
         assert llm.generate([[5, 6], [7, 8]], SamplingParams(max_tokens=3))[1].outputs
-        assert policy.rank(EngineRequest("1", [5], SamplingParams(), 3.0)) == -3.0
+        seq = sequence(0)
+        seq.arrival = 3.0
+        assert policy.rank(seq) == -3.0
 
 
 @pytest.mark.parametrize(
@@ -336,8 +338,8 @@ def test_a_bad_policy_fails_at_the_start_of_an_engine_process(tiny_llama: Path) 
 
 def test_a_policy_that_fails_for_one_request_fails_that_one_only() -> None:
     class Seats(Policy):
-        def rank(self, request: EngineRequest) -> float:
-            return {"a": 1.0, "b": 2.0, "nan": float("nan")}[request.tenant]
+        def rank(self, seq: Sequence) -> float:
+            return {"a": 1.0, "b": 2.0, "nan": float("nan")}[seq.tenant]
 
     engine = Engine(
         PrefixBackend(8, 4),
@@ -348,7 +350,7 @@ def test_a_policy_that_fails_for_one_request_fails_that_one_only() -> None:
         policy=Seats(EngineConfig()),
     )
     for tenant in ("a", "c", "nan", "b"):
-        engine.add(EngineRequest(tenant, [0, 1], SamplingParams(max_tokens=3), 0.0, tenant=tenant))
+        engine.add(EngineRequest(tenant, [0, 1], SamplingParams(max_tokens=3), tenant=tenant))
     outputs = [output for _ in range(4) for output in engine.step()]
     assert {o.id: o.message for o in outputs if o.finish_reason == "error"} == {
         "c": "the scheduling policy failed: KeyError: 'c'",

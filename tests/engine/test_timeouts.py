@@ -71,7 +71,7 @@ class Clocked:
 
     def add(self, id: str, timeout: float | None, max_tokens: int = 30, after: str | None = None) -> None:
         params = SamplingParams(max_tokens=max_tokens)
-        self.engine.add(EngineRequest(id, [0, 1, 2], params, START, after=after, timeout=timeout))
+        self.engine.add(EngineRequest(id, [0, 1, 2], params, self.now - START, after=after, timeout=timeout))
 
     def step(self, seconds: float = 1.0) -> dict[str, TokenOutput]:
         self.now += seconds
@@ -137,7 +137,7 @@ def test_a_timeout_frees_pages_for_those_who_wait() -> None:
     clocked = Clocked(num_pages=8)
     clocked.add("hog", 10, max_tokens=29)
     clocked.step()
-    clocked.engine.add(EngineRequest("next", [1] * 28, SamplingParams(max_tokens=4), START))
+    clocked.engine.add(EngineRequest("next", [1] * 28, SamplingParams(max_tokens=4), 1.0))
     assert clocked.run()["next"] == complete([1] * 28, 4)
 
 

@@ -111,11 +111,11 @@ def _take_in(message: ToEngine, engine: Engine, jobs: StateJobs) -> None:
         case Abort():
             engine.abort(message.ids)
         case Pin():
-            engine.pin(message.id, message.tokens, message.tenant, message.salt)
+            engine.pin(message.id, message.tokens, message.tenant, message.salt, message.origin)
         case Unpin():
             engine.unpin(message.id)
         case SaveState():
-            save = engine.save_state(Path(message.path), message.tokens, message.tenant, message.salt)
+            save = engine.save_state(Path(message.path), message.tokens, message.tenant, message.salt, message.origin)
             jobs.watch(message.id, save)
         case LoadState():
             jobs.watch(message.id, engine.load_state(message.id, Path(message.path)))

@@ -79,6 +79,7 @@ class Ledger:
             sink=sink,
             completions=[],
             metrics=RequestMetrics(arrival_time=arrival),
+            opened=time.monotonic(),
             state=state,
         )
         for index in range(params.n):
@@ -93,7 +94,6 @@ class Ledger:
                     max_tokens=min(params.max_tokens or room, room),
                     min_tokens=min(params.min_tokens, room),
                 ),
-                arrival=arrival,
                 eos=[] if params.ignore_eos else sorted(self._tokenizer.eos_token_ids),
                 after=f"{id}#0" if index else None,
                 tenant=terms.tenant,
@@ -101,6 +101,7 @@ class Ledger:
                 priority=terms.priority,
                 ttft_target=terms.ttft_target,
                 timeout=terms.timeout,
+                origin=state.origin if state else "",
             )
             stops = StopStrings(params.stop_strings)
             live.completions.append(LiveCompletion(request, index, Detokenizer(self._tokenizer), stops))
@@ -165,8 +166,10 @@ class Ledger:
     def owed(self) -> list[EngineRequest]:
         """What to ask of a new engine so that every live request goes on where it was."""
         return [
-            msgspec.structs.replace(completion.request, output=list(completion.token_ids))
-            for _, completion in self._completions.values()
+            msgspec.structs.replace(
+                completion.request, output=list(completion.token_ids), age=time.monotonic() - live.opened
+            )
+            for live, completion in self._completions.values()
         ]
 
     def keep_state(self, request_id: str, index: int) -> KVState:

@@ -62,6 +62,7 @@ class LiveRequest:
     sink: Callable[["LiveRequest", RequestOutput | Exception], None]
     completions: list[LiveCompletion]
     metrics: RequestMetrics
+    opened: float  # on time.monotonic
     state: "KVState | None" = None  # that the prompt begins with
     finished: bool = False
 

@@ -79,14 +79,14 @@ class LocalEngine:
         """Returns when it is written. Raises InvalidKVState, RequestFailed, EngineDead."""
         with self._ledger_lock:
             tokens = self.states.use(state, state.tenant, state.salt)
-        self._await_job(partial(self._engine.save_state, path, tokens, state.tenant, state.salt))
+        self._await_job(partial(self._engine.save_state, path, tokens, state.tenant, state.salt, state.origin))
 
     def drop_state(self, state: KVState) -> None:
         with self._ledger_lock:
             self.states.drop(state)
 
     def pin_state(self, state: KVState) -> None:
-        self._tell(partial(self._engine.pin, state.id, state.token_ids, state.tenant, state.salt))
+        self._tell(partial(self._engine.pin, state.id, state.token_ids, state.tenant, state.salt, state.origin))
 
     def unpin_state(self, state: KVState) -> None:
         self._tell(partial(self._engine.unpin, state.id))

@@ -106,14 +106,14 @@ class RemoteEngine:
         """Returns when it is written. Raises InvalidKVState, RequestFailed, EngineDead."""
         tokens = self.states.use(state, state.tenant, state.salt)
         job = f"save-{uuid.uuid4().hex}"
-        await self._await_job(SaveState(job, str(path.absolute()), tokens, state.tenant, state.salt))
+        await self._await_job(SaveState(job, str(path.absolute()), tokens, state.tenant, state.salt, state.origin))
 
     def drop_state(self, state: KVState) -> None:
         self.states.drop(state)
 
     def pin_state(self, state: KVState) -> None:
         if self._serving:
-            self._serving.send(Pin(state.id, state.token_ids, state.tenant, state.salt))
+            self._serving.send(Pin(state.id, state.token_ids, state.tenant, state.salt, state.origin))
 
     def unpin_state(self, state: KVState) -> None:
         if self._serving:

@@ -29,6 +29,7 @@ class Pin(msgspec.Struct, frozen=True, tag=True):
     tokens: list[int]
     tenant: str
     salt: str
+    origin: str = ""
 
 
 class Unpin(msgspec.Struct, frozen=True, tag=True):
@@ -45,6 +46,7 @@ class SaveState(msgspec.Struct, frozen=True, tag=True):
     tokens: list[int]
     tenant: str
     salt: str
+    origin: str = ""
 
 
 class LoadState(msgspec.Struct, frozen=True, tag=True):
