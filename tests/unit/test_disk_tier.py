@@ -287,6 +287,36 @@ def test_a_folder_that_cannot_be_used(tmp_path: Path) -> None:
         DiskTier(tmp_path, FILE_BYTES - 1, PAGE_BYTES)
 
 
+@pytest.mark.parametrize("mode", [0o770, 0o702, 0o1777])
+@pytest.mark.parametrize("inner", [False, True])
+def test_a_folder_that_others_can_write_to_is_refused(tmp_path: Path, mode: int, inner: bool) -> None:
+    fill(open_tier(tmp_path), KEYS[:1])
+    folder = tmp_path / KEYS[0].hex()[:2] if inner else tmp_path
+    folder.chmod(mode)
+    with pytest.raises(ConfigError, match=r"other users can write to .* of your own") as error:
+        open_tier(tmp_path)
+    assert "\n" not in str(error.value)
+    folder.chmod(0o755)
+    assert holds(open_tier(tmp_path), KEYS[0])
+
+
+def test_pages_that_others_can_write_to_are_not_used(tmp_path: Path) -> None:
+    fill(open_tier(tmp_path), KEYS[:3])
+    page_files(tmp_path)[0].chmod(0o666)
+    tier = open_tier(tmp_path)
+    assert [holds(tier, key) for key in KEYS[:3]] == [False, True, True]
+    fill(tier, KEYS[:1])
+    assert holds(open_tier(tmp_path), KEYS[0])
+
+
+def test_a_folder_of_another_user_is_refused(tmp_path: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("needs to give a folder to another user")
+    os.chown(tmp_path, 12345, -1)
+    with pytest.raises(ConfigError, match="other users can write to"):
+        open_tier(tmp_path)
+
+
 def test_a_host_tier_has_room_for_a_page_or_says_no() -> None:
     assert not HostTier(PAGE_BYTES - 1).write(KEYS[0], page_of(KEYS[0]))
     tier, content = HostTier(PAGE_BYTES), page_of(KEYS[0])
