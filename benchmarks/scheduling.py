@@ -59,6 +59,7 @@ def main() -> None:
 
 def steps(policy: str, args: argparse.Namespace) -> list[tuple[float, float, float]]:
     """Seconds that each step took in each of PHASES."""
+    requests = Requests(args.tenants)
     engine = Engine(
         NoBackend(),
         num_pages=args.running * (MAX_TOKENS // PAGE_SIZE),
@@ -66,8 +67,8 @@ def steps(policy: str, args: argparse.Namespace) -> list[tuple[float, float, flo
         max_batch_size=args.running,
         max_batch_tokens=args.running + 2048,
         policy=load_policy(EngineConfig(scheduling_policy=policy)),
+        clock=requests.clock,
     )
-    requests = Requests(args.tenants)
     while engine.scheduler.num_waiting < args.running + args.waiting:
         engine.add(requests.next())
     taken = []
@@ -97,6 +98,10 @@ class Requests:
         self._tenants = tenants
         self._made = 0
 
+    def clock(self) -> float:
+        """Return the time in seconds: a request arrives every millisecond."""
+        return self._made / 1000
+
     def next(self) -> EngineRequest:
         draw = self._random
         self._made += 1
@@ -104,7 +109,6 @@ class Requests:
             id=str(self._made),
             prompt=[draw.randrange(VOCAB) for _ in range(draw.randint(16, 112))],
             params=SamplingParams(max_tokens=draw.randint(64, 192), seed=self._made),
-            arrival=self._made / 1000,
             eos=[2],
             tenant=str(int(draw.paretovariate(1)) % self._tenants),
             priority=draw.randint(0, 4),

@@ -8,7 +8,7 @@ from rich.text import Text
 
 from octavo.engine.messages import EngineStats
 from octavo.kv.page_map import MOVING, PINNED
-from octavo.kv.page_pool import CACHED, FREE, HELD
+from octavo.kv.page_pool import CACHED, FREE, IN_USE
 from octavo.server.stats import ServerStats
 
 _BAR = 16  # characters
@@ -24,7 +24,7 @@ class Mark:
 
 
 _MARKS = {
-    HELD: Mark("█", "green", "held"),
+    IN_USE: Mark("█", "green", "in use"),
     CACHED: Mark("▒", "blue", "cached"),
     FREE: Mark("·", "bright_black", "free"),
     PINNED: Mark("◆", "yellow", "pinned by KV states"),
@@ -87,7 +87,7 @@ def _requests(now: ServerStats) -> Text:
 
 def _queue(now: ServerStats) -> Text:
     engine, most = now.engine, now.limits.max_queue
-    of_those = (("for their pages", engine.arriving), ("for a fork's prompt", engine.held_back))
+    of_those = (("for their pages", engine.waiting_for_pages), ("for a fork's prompt", engine.waiting_for_prompt))
     return Text.assemble(
         _bar([(engine.waiting, "yellow")], most),
         f" {engine.waiting:,} of {most:,} wait",

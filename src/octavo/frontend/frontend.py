@@ -189,13 +189,14 @@ class Frontend:
         """Write a state to a file. Raises InvalidKVState, RequestFailed, EngineDead."""
         self._living()
         tokens = self.states.use(state, state.tenant, state.salt)
-        await self._job(SaveState(f"save-{uuid.uuid4().hex}", str(path.absolute()), tokens, state.tenant, state.salt))
+        job = f"save-{uuid.uuid4().hex}"
+        await self._job(SaveState(job, str(path.absolute()), tokens, state.tenant, state.salt, state.origin))
 
     def drop_state(self, state: KVState) -> None:
         self.states.drop(state)
 
     def pin_state(self, state: KVState) -> None:
-        self.replica.send(Pin(state.id, state.token_ids, state.tenant, state.salt))
+        self.replica.send(Pin(state.id, state.token_ids, state.tenant, state.salt, state.origin))
 
     def unpin_state(self, state: KVState) -> None:
         self.replica.send(Unpin(state.id))

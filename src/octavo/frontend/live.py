@@ -90,8 +90,9 @@ class LiveRequest:
 
     def owed(self) -> list[EngineRequest]:
         """Return what to send an engine so that each unfinished completion continues where it was."""
+        age = time.monotonic() - self.arrival
         return [
-            msgspec.structs.replace(completion.request, output=list(completion.token_ids))
+            msgspec.structs.replace(completion.request, output=list(completion.token_ids), age=age)
             for completion in self.completions
             if not completion.finish_reason
         ]

@@ -77,11 +77,12 @@ class EngineLoop:
             case Abort():
                 engine.abort(message.ids)
             case Pin():
-                engine.pin(message.id, message.tokens, message.tenant, message.salt)
+                engine.pin(message.id, message.tokens, message.tenant, message.salt, message.origin)
             case Unpin():
                 engine.unpin(message.id)
             case SaveState():
-                save = engine.save_state(Path(message.path), message.tokens, message.tenant, message.salt)
+                state = (message.tokens, message.tenant, message.salt, message.origin)
+                save = engine.save_state(Path(message.path), *state)
                 save.add_done_callback(partial(self._state_job_ended, message.id))
             case LoadState():
                 load = engine.load_state(message.id, Path(message.path))

@@ -39,6 +39,7 @@ class Pin(msgspec.Struct, frozen=True, tag=True):
     tokens: list[int]
     tenant: str
     salt: str
+    origin: str = ""
 
 
 class Unpin(msgspec.Struct, frozen=True, tag=True):
@@ -55,6 +56,7 @@ class SaveState(msgspec.Struct, frozen=True, tag=True):
     tokens: list[int]
     tenant: str
     salt: str
+    origin: str = ""
 
 
 class LoadState(msgspec.Struct, frozen=True, tag=True):
