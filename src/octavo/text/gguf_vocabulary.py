@@ -22,6 +22,8 @@ _TEKKEN = (
     r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
+WORD_REGEXES = frozenset([_LLAMA3, _QWEN2, _TEKKEN])
+
 
 @dataclass(frozen=True)
 class _Style:

@@ -2,19 +2,26 @@
 
 import json
 import re
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import tokenizers
 
-from octavo.errors import DamagedWeights, InvalidRequest, ModelNotFound, UnsupportedModel
+from octavo.errors import DamagedWeights, InvalidRequest, ModelNotFound, PromptTooLong, UnsupportedModel
 from octavo.formats.gguf import read_header
 
-from .gguf_vocabulary import tokenizer_from_metadata
+from .gguf_vocabulary import WORD_REGEXES, tokenizer_from_metadata
+from .token_bound import TokenBound, component_steps
 
 if TYPE_CHECKING:
     from .chat_template import ChatTemplate
+
+PIECE = 1 << 16  # characters; longer texts are tokenized in pieces of about so many
+_LETTER_AND_SPACE = re.compile("[A-Za-z](?= [A-Za-z])")
 
 # GGUF names one end token, sometimes two; these, where a vocabulary has them as control tokens, end a text as well.
 _END_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>")
@@ -51,6 +58,9 @@ class Tokenizer:
         self._bytes: dict[int, bytes] = {}
         self._whole_texts: dict[int, str | None] = {}
         self._byte_level, self._strip_first_space = _decoding(backend)
+        self._cuts_before_spaces = _cuts_before_spaces(backend)
+        backend.no_truncation()  # settings of tokenizer.json for training
+        backend.no_padding()
 
     @classmethod
     def load(cls, path: Path) -> "Tokenizer":
@@ -72,17 +82,49 @@ class Tokenizer:
     def has_chat_template(self) -> bool:
         return self._template is not None
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of `text`. Special tokens spelled out in it count as such.
+    def encode(self, text: str, add_special_tokens: bool = True, max_tokens: int | None = None) -> list[int]:
+        """Return the token ids of `text`. Special tokens that are spelled out in it count as such.
 
-        add_special_tokens: put BOS before it (EOS after it) if the model wants that; not for what `chat` returns,
-        whose template has seen to it. Raises InvalidRequest for text that is not Unicode (lone surrogates).
+        Other threads run meanwhile. Memory is bounded by `max_tokens`, not by the text, wherever the vocabulary allows
+        to tokenize it in pieces.
+
+        Args:
+            add_special_tokens: Put BOS before it (EOS after it) if the model wants that. Not for what `chat` returns,
+                where the template has done so.
+            max_tokens: How many tokens are accepted, special ones included. Default: any number.
+
+        Raises:
+            InvalidRequest: The text is not Unicode (lone surrogates).
+            PromptTooLong: It has more than `max_tokens` tokens.
         """
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise InvalidRequest(f"text is not valid Unicode: a lone surrogate at character {error.start}") from None
-        return list(self.backend.encode(text, add_special_tokens=add_special_tokens).ids)
+        _check_unicode(text)
+        before, after = self._template_ids if add_special_tokens else ((), ())
+        left = sys.maxsize if max_tokens is None else max_tokens - len(before) - len(after)
+        if len(text) > left and self._bound(text, left) > left:
+            raise _too_long(max_tokens)
+        ids = [*before]
+        for piece in self._pieces(text):
+            [encoding] = self.backend.encode_batch_fast([piece], add_special_tokens=False)  # encode() holds the GIL
+            left -= len(encoding)
+            if left < 0:
+                raise _too_long(max_tokens)
+            ids += encoding.ids
+        ids += after
+        return ids
+
+    def min_tokens(self, text: str, enough: int = sys.maxsize) -> int:
+        """Return a number of tokens that `text` has at least, without BOS and EOS, and without tokenizing it.
+
+        Takes about 20 ms per megabyte, and tenths of a second the first time. Zero where nothing is certain.
+
+        Args:
+            enough: Beyond so many tokens, counting may end early.
+
+        Raises:
+            InvalidRequest: The text is not Unicode (lone surrogates).
+        """
+        _check_unicode(text)
+        return self._bound(text, enough)
 
     def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
         """The text of `ids`; bytes that are no UTF-8 come out as U+FFFD, ids outside the vocabulary as nothing."""
@@ -126,6 +168,33 @@ class Tokenizer:
 
         return None if self._template is None else ChatTemplate(self._template)
 
+    @cached_property
+    def threads(self) -> ThreadPoolExecutor:
+        """Threads to tokenize long texts in. Few, so that as few texts take memory at a time."""
+        return ThreadPoolExecutor(2, "octavo-tokenizer")
+
+    @cached_property
+    def _bound(self) -> TokenBound:
+        return TokenBound(self)
+
+    @cached_property
+    def _template_ids(self) -> tuple[list[int], list[int]]:
+        """The special tokens before and after a text."""
+        bare, whole = (self.backend.encode("a", add_special_tokens=special).ids for special in (False, True))
+        at = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), 0)
+        return whole[:at], whole[at + len(bare) :]
+
+    def _pieces(self, text: str) -> Iterator[str]:
+        """Cut a long text where its tokens are those of the pieces, if such places are known: before some spaces."""
+        start = 0
+        while self._cuts_before_spaces and len(text) - start > PIECE:
+            cut = _LETTER_AND_SPACE.search(text, start + PIECE)
+            if cut is None:
+                break
+            yield text[start : cut.start() + 1]
+            start = cut.start() + 1
+        yield text[start:] if start else text
+
     def _spell(self, token: int) -> bytes:
         piece = self.backend.id_to_token(token) if token >= 0 else None
         if piece is None:
@@ -137,6 +206,43 @@ class Tokenizer:
         if byte := re.fullmatch("<0x([0-9A-Fa-f]{2})>", piece):
             return bytes.fromhex(byte[1])
         return piece.replace("▁", " ").encode()
+
+
+def _check_unicode(text: str) -> None:
+    if text.isascii():
+        return
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidRequest(f"text is not valid Unicode: a lone surrogate at character {error.start}") from None
+
+
+def _too_long(max_tokens: int | None) -> PromptTooLong:
+    return PromptTooLong(f"the prompt has more than the {max_tokens} tokens that the model's context leaves", "prompt")
+
+
+def _cuts_before_spaces(backend: tokenizers.Tokenizer) -> bool:
+    """Return whether a letter and a following space are never in one piece of text that is tokenized as a unit.
+
+    Known of the regular expressions that most byte-level vocabularies cut text with; not so for SentencePiece.
+    """
+    steps = component_steps(backend.pre_tokenizer)
+    splits = [step for step in steps if step["type"] == "Split"]
+    rest = [step for step in steps if step["type"] != "Split"]
+    known = (
+        any(step["type"] == "ByteLevel" and not step["add_prefix_space"] for step in rest)
+        and all(step["type"] in ("ByteLevel", "Digits") for step in rest)
+        and (bool(splits) or any(step.get("use_regex") for step in rest))
+        and all(step["pattern"].get("Regex") in WORD_REGEXES for step in splits)
+        and all(step["behavior"] == "Isolated" and not step["invert"] for step in splits)
+        and (backend.normalizer is None or isinstance(backend.normalizer, tokenizers.normalizers.NFC))
+    )
+    return known and not any(
+        token.single_word
+        or _LETTER_AND_SPACE.search(token.content)
+        or (token.rstrip and token.content[-1:].isalpha())
+        for token in backend.get_added_tokens_decoder().values()
+    )
 
 
 def _decoded(spelled: bytes) -> str | None:
