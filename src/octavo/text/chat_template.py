@@ -206,8 +206,8 @@ class _Worker:
                 # -P: the current folder may hold a jinja2.py. A new session: Ctrl-C is not meant for the worker.
                 self._process = subprocess.Popen(
                     [sys.executable, "-P", program],
-                    stdin=theirs,
-                    stdout=theirs,
+                    stdin=theirs.fileno(),
+                    stdout=theirs.fileno(),
                     stderr=subprocess.DEVNULL,
                     start_new_session=True,
                 )

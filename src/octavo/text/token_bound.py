@@ -39,7 +39,9 @@ class TokenBound:
         vocabulary = backend.get_vocab(with_added_tokens=True)
         spellings = self._spellings(tokenizer, vocabulary)
         self._joined = _neighbors(spellings)
-        self._weights = np.where(self._certain(tokenizer, vocabulary, "ByteLevel" in kinds), 1 / _longest(spellings), 0.0)
+        self._weights = np.where(
+            self._certain(tokenizer, vocabulary, "ByteLevel" in kinds), 1 / _longest(spellings), 0.0
+        )
         nothing = self._weights == 0
         self._joined |= nothing[:, None] | nothing[None, :]
 
@@ -58,7 +60,7 @@ class TokenBound:
             sums[0] += begun
             complete += int(_at_least(sums[:-1]).sum())
             begun, before = float(sums[-1]), int(data[-1])
-            if complete > enough:
+            if complete + begun > enough + 1:
                 break
         return complete + int(_at_least(begun))
 
@@ -80,9 +82,7 @@ class TokenBound:
         spellings = [tokenizer.token_bytes(token) for token in vocabulary.values()]
         return [spelling for spelling in spellings + [content.encode() for content in plain] if spelling]
 
-    def _certain(
-        self, tokenizer: "Tokenizer", vocabulary: dict[str, int], byte_level: bool
-    ) -> npt.NDArray[np.bool_]:
+    def _certain(self, tokenizer: "Tokenizer", vocabulary: dict[str, int], byte_level: bool) -> npt.NDArray[np.bool_]:
         """Return for each byte whether it is always part of a token of its own place.
 
         Unknown characters may vanish, or many of them make one token; and a token with `lstrip` or `rstrip` takes any
@@ -150,7 +150,7 @@ def _keeps_text(steps: list[dict[str, Any]], model: Any) -> bool:
 def _keeps(step: dict[str, Any]) -> bool:
     match step:
         case {"type": "Split" | "Punctuation", "behavior": behavior}:
-            return behavior != "Removed"
+            return bool(behavior != "Removed")
         case {"type": "Replace", "pattern": {"String": " "}, "content": content}:
             return bool(content == _SPACE)
         case {"type": "Metaspace", "replacement": replacement}:
