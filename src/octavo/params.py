@@ -8,6 +8,7 @@ import msgspec
 from .errors import InvalidRequest
 
 MAX_LOGPROBS = 20
+MAX_STOP_STRINGS, MAX_STOP_CHARACTERS = 16, 1024
 MAX_PRIORITY = 1000  # either way: waiting makes up for priority, and is to do so within hours
 MAX_SECONDS = 86_400.0  # that a request may ask for
 MAX_NAME = 256  # characters of a tenant's name, or of a salt
@@ -71,11 +72,13 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         limit = self.max_tokens
         need(limit is None or self.min_tokens <= limit, "min_tokens", f"at most max_tokens ({limit})")
         stops = self.stop_strings
-        need(
-            isinstance(stops, list) and all(isinstance(s, str) and s for s in stops) and len(stops) <= 16,
-            "stop",
-            "a non-empty string or a list of at most 16 of them",
-        )
+        if (
+            not isinstance(stops, list)
+            or len(stops) > MAX_STOP_STRINGS
+            or not all(isinstance(stop, str) and 1 <= len(stop) <= MAX_STOP_CHARACTERS for stop in stops)
+        ):
+            limits = f"{MAX_STOP_STRINGS} strings of 1 to {MAX_STOP_CHARACTERS:,} characters"
+            raise InvalidRequest(f"stop must be a string or a list of at most {limits}", "stop")
         ids = self.stop_token_ids or []
         need(
             isinstance(ids, list) and len(ids) <= 1024 and all(isinstance(t, int) and t >= 0 for t in ids),
