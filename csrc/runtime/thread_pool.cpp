@@ -28,6 +28,7 @@ void relax() {
 }
 
 void pin_to(int core) {
+    if (core == ThreadPool::kAnyCore) return;
     cpu_set_t set;
     CPU_ZERO(&set);
     CPU_SET(core, &set);
@@ -127,13 +128,13 @@ void ThreadPool::run(const std::function<void(int)>& work) {
     if (!team_) team_ = std::make_unique<Team>(cores_);
 
     cpu_set_t before;
-    const bool known = pthread_getaffinity_np(pthread_self(), sizeof before, &before) == 0;
-    if (known) pin_to(cores_[0]);
+    const bool pinned = cores_[0] != kAnyCore && pthread_getaffinity_np(pthread_self(), sizeof before, &before) == 0;
+    if (pinned) pin_to(cores_[0]);
     team_->work = &work;
     team_->calls.advance();
     work(0);
     barrier();
-    if (known) pthread_setaffinity_np(pthread_self(), sizeof before, &before);
+    if (pinned) pthread_setaffinity_np(pthread_self(), sizeof before, &before);
 }
 
 void ThreadPool::barrier() { team_->barrier(); }

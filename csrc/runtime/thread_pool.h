@@ -1,4 +1,4 @@
-// Threads that live as long as the program, each on its own core, and the barrier between its instructions.
+// Threads that live as long as the program, and the barrier between its instructions.
 #pragma once
 
 #include <functional>
@@ -9,7 +9,9 @@ namespace octavo {
 
 class ThreadPool {
 public:
-    // One thread per core of `cores`; the caller of run() is the first of them while it runs.
+    static constexpr int kAnyCore = -1;  // in `cores`: a thread that is not pinned
+
+    // One thread per entry of `cores`, pinned to that core; the caller of run() is the first of them while it runs.
     explicit ThreadPool(std::vector<int> cores);
     ~ThreadPool();
     ThreadPool(const ThreadPool&) = delete;

@@ -1,8 +1,8 @@
-"""Errors a user can act on. `str(error)` is one line that says what is wrong and what would be right."""
+"""Errors that a user can act on. `str(error)` is one line: what is wrong, and what would be right."""
 
 
 class OctavoError(Exception):
-    """Base of every error that Octavo raises on purpose. On the command line: one line, exit code 2."""
+    """Base class of every error that Octavo raises on purpose. The command line prints it and exits with code 2."""
 
 
 class ConfigError(OctavoError, ValueError):
@@ -10,7 +10,7 @@ class ConfigError(OctavoError, ValueError):
 
 
 class ModelNotFound(OctavoError, FileNotFoundError):
-    """The model name is no directory, no .gguf file, no alias and no hub repository at hand."""
+    """A model name that is no directory, no .gguf file, no alias and no hub repository."""
 
 
 class UnsupportedModel(OctavoError, ValueError):
@@ -18,15 +18,20 @@ class UnsupportedModel(OctavoError, ValueError):
 
 
 class DamagedWeights(OctavoError, ValueError):
-    """A weight file that is truncated, inconsistent or not what its name says."""
+    """A weight file that is truncated, inconsistent or not in the format that its name says."""
 
 
 class OutOfMemory(OctavoError, MemoryError):
-    """The weights or the KV pool do not fit in the memory at hand."""
+    """Weights or a KV cache that do not fit in the available memory."""
 
 
 class InvalidRequest(OctavoError, ValueError):
-    """A request that can never be served (HTTP 400). `param` names the field at fault, if one is."""
+    """A request that can never be served (HTTP 400).
+
+    Args:
+        message: One line for the user.
+        param: The name of the field at fault, if there is one.
+    """
 
     def __init__(self, message: str, param: str | None = None):
         super().__init__(message)
@@ -34,38 +39,47 @@ class InvalidRequest(OctavoError, ValueError):
 
 
 class PromptTooLong(InvalidRequest):
-    """The prompt leaves no room for a single new token in the model's context."""
+    """A prompt that fills the model's context, so that not one token could be generated."""
 
 
 class InvalidKVState(InvalidRequest):
-    """A KV state that is damaged, dropped or expired, or of another model, recipe or tenant."""
+    """A KV state that is damaged, dropped or expired, or that belongs to another model, quantization or tenant."""
 
     def __init__(self, message: str):
         super().__init__(message, "kv_cache_state")
 
 
 class QuotaExceeded(OctavoError, RuntimeError):
-    """A KV state that would be more than its tenant may hold (HTTP 429)."""
+    """A KV state that would exceed its tenant's quota of tokens (HTTP 429)."""
 
 
 class QueueFull(OctavoError, RuntimeError):
-    """The server has as many requests as it takes (HTTP 503). `retry_after`: seconds until there should be room."""
+    """A request that was refused because the server's queue is full (HTTP 503).
+
+    Args:
+        message: One line for the user.
+        retry_after: Seconds after which a retry should be admitted.
+    """
 
     def __init__(self, message: str, retry_after: int):
         super().__init__(message)
         self.retry_after = retry_after
 
+    def __reduce__(self) -> tuple[type["QueueFull"], tuple[object, ...], dict[str, object]]:
+        # The default would call the constructor with the message alone.
+        return type(self), (*self.args, self.retry_after), self.__dict__
+
 
 class RequestTimeout(OctavoError, TimeoutError):
-    """A request that did not end within its timeout (HTTP 504)."""
+    """A request that did not finish within its timeout (HTTP 504)."""
 
 
 class RequestFailed(OctavoError, RuntimeError):
-    """A sound request that the engine could not go on with (HTTP 500)."""
+    """A valid request that the engine could not finish because of an internal fault (HTTP 500)."""
 
 
 class EngineDead(OctavoError, RuntimeError):
-    """The engine stopped and could not be brought back."""
+    """The engine has stopped, is not ready, or belongs to another process or event loop (HTTP 503)."""
 
 
 def shortened(value: object, limit: int = 200) -> str:

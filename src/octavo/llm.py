@@ -39,7 +39,17 @@ class LLM:
     """
 
     def __init__(self, model: str = "smollm2", **settings: Any):
-        self.config = config = EngineConfig.from_keywords(model=model, **settings)
+        self._set_up(EngineConfig.from_keywords(model=model, **settings))
+
+    @classmethod
+    def from_config(cls, config: EngineConfig) -> "LLM":
+        """Return an LLM with these settings, whatever the environment says."""
+        llm = cls.__new__(cls)
+        llm._set_up(config)
+        return llm
+
+    def _set_up(self, config: EngineConfig) -> None:
+        self.config = config
         path: Path = resolve(config.model, config.revision)
         self.tokenizer = Tokenizer.load(path)
         self.default_sampling_params = SamplingParams()

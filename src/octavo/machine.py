@@ -1,13 +1,118 @@
-"""How much memory is to be had."""
+"""The processors and memory that this process may use: the machine's, or its container's limits if these are lower.
 
+Limits are those of Linux control groups, version 2 or 1, of the group that the process is in and of every group above.
+"""
+
+import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
+CGROUPS = Path("/sys/fs/cgroup")
+MEMBERSHIP = Path("/proc/self/cgroup")
+MEMINFO = Path("/proc/meminfo")
 
-def available_memory() -> int:
-    """Bytes that can be had without swapping."""
+
+def available_cores(cgroups: Path = CGROUPS, membership: Path = MEMBERSHIP) -> int:
+    """Return how many threads can compute at the same time: at least 1.
+
+    It is the number of processors in the affinity mask, or the group's quota of processor time (`docker run --cpus`),
+    rounded up, if that is lower.
+    """
+    quotas = [
+        *(_quota(folder / "cpu.max") for folder in _groups(cgroups, membership, None)),
+        *(
+            _quota(folder / "cpu.cfs_quota_us", folder / "cpu.cfs_period_us")
+            for folder in _groups(cgroups, membership, "cpu")
+        ),
+    ]
+    return max(1, math.ceil(min([len(os.sched_getaffinity(0)), *quotas])))
+
+
+def available_memory(cgroups: Path = CGROUPS, membership: Path = MEMBERSHIP, meminfo: Path = MEMINFO) -> int:
+    """Return the bytes that can be allocated without swapping and within the group's limit: at least 0.
+
+    Page cache that the kernel can drop counts as available.
+    """
+    free = [
+        *(
+            _below_limit(folder, ("memory.max", "memory.high"), "memory.current", "inactive_file")
+            for folder in _groups(cgroups, membership, None)
+        ),
+        *(
+            _below_limit(folder, ("memory.limit_in_bytes",), "memory.usage_in_bytes", "total_inactive_file")
+            for folder in _groups(cgroups, membership, "memory")
+        ),
+    ]
+    return max(0, min([_available_on_machine(meminfo), *(bytes for bytes in free if bytes is not None)]))
+
+
+def _available_on_machine(meminfo: Path) -> int:
+    kilobytes = _field(meminfo, "MemAvailable:")
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if kilobytes is None else kilobytes * 1024
+
+
+def _groups(cgroups: Path, membership: Path, controller: str | None) -> Iterator[Path]:
+    """Yield the folder of this process's group and those above it, for a controller of version 1 or (None) version 2.
+
+    In a container, the kernel may name groups by their path on the host, which does not exist here: then the root of
+    the hierarchy is the container's own group.
+    """
+    mounts = [cgroups / controller] if controller else [cgroups, cgroups / "unified"]
+    path = _path_of_group(membership, controller)
+    for mount in mounts:
+        folder = mount / path
+        if ".." in folder.parts or not folder.is_dir():
+            folder = mount
+        yield folder
+        while folder != mount:
+            folder = folder.parent
+            yield folder
+
+
+def _path_of_group(membership: Path, controller: str | None) -> str:
+    """Return the group's path below its mount, from lines such as `4:memory:/docker/7a1` or, for version 2, `0::/`."""
+    for line in _read(membership).splitlines():
+        _, controllers, path = [*line.split(":", 2), "", ""][:3]
+        if (controller in controllers.split(",")) if controller else controllers == "":
+            return path.strip("/")
+    return ""
+
+
+def _quota(file: Path, period_file: Path | None = None) -> float:
+    """Return the processors that a quota allows; infinity if there is none.
+
+    `file` holds both the quota and the period (version 2: "50000 100000"), or the quota alone, beside `period_file`.
+    """
+    words = _read(file).split() + (_read(period_file).split() if period_file else [])
     try:
-        with Path("/proc/meminfo").open() as lines:
-            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        quota, period = int(words[0]), int(words[1])
+    except (IndexError, ValueError):  # no such file, or "max"
+        return math.inf
+    return quota / period if quota > 0 and period > 0 else math.inf
+
+
+def _below_limit(folder: Path, limits: tuple[str, ...], usage: str, droppable: str) -> int | None:
+    """Return the bytes that a group may still allocate; None if it has no limit."""
+    bounds = [int(text) for name in limits if (text := _read(folder / name).strip()).isdecimal()]
+    used = _read(folder / usage).strip()
+    if not bounds or not used.isdecimal():
+        return None
+    return min(bounds) - int(used) + (_field(folder / "memory.stat", droppable) or 0)
+
+
+def _field(file: Path, name: str) -> int | None:
+    """Return the number after `name` in a file of `name number` lines."""
+    for line in _read(file).splitlines():
+        words = line.split()
+        if len(words) >= 2 and words[0] == name and words[1].isdecimal():
+            return int(words[1])
+    return None
+
+
+def _read(file: Path) -> str:
+    """Return the text of a small file of the kernel's; "" if it cannot be read."""
+    try:
+        return file.read_text()
+    except (OSError, UnicodeDecodeError):
+        return ""

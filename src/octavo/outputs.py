@@ -1,4 +1,4 @@
-"""What a request brings back, with vLLM's names."""
+"""What a request returns, under vLLM's names."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -8,7 +8,13 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 
 @dataclass(frozen=True, slots=True)
 class Logprob:
-    """One token's log-probability in nats, of the model's raw distribution. `rank`: 1 is the likeliest."""
+    """The log-probability of one token at one position.
+
+    Attributes:
+        logprob: In nats, under the model's raw distribution: before temperature, truncation and penalties.
+        rank: 1 is the most likely token of the vocabulary.
+        decoded_token: The token as text.
+    """
 
     logprob: float
     rank: int
@@ -17,11 +23,15 @@ class Logprob:
 
 @dataclass(slots=True)
 class CompletionOutput:
-    """One completion of a prompt. In a stream, `text` and `token_ids` hold the new part only.
+    """One completion of a prompt. In a stream, `text`, `token_ids` and `logprobs` hold only the new part.
 
-    finish_reason: None while running; "stop" (end of sequence, a stop string or token), "length", "abort", "error".
-    stop_reason: the stop string or token id that ended it; None if end-of-sequence did.
-    logprobs: per token, token id -> Logprob, the sampled token first; None if not asked for.
+    Attributes:
+        index: The completion's index among the request's `n`.
+        finish_reason: "stop" (end of sequence, a stop string or a stop token), "length", "abort" or "error"; None while
+            the completion is running.
+        stop_reason: The stop string or token id that ended the completion; None if it was end-of-sequence.
+        logprobs: For each token, a map of token id to Logprob, the sampled token first; None if not requested.
+        cumulative_logprob: The sum of the sampled tokens' log-probabilities; None if not requested.
     """
 
     index: int
@@ -35,7 +45,11 @@ class CompletionOutput:
 
 @dataclass(slots=True)
 class RequestMetrics:
-    """Times in seconds of time.time(), None until it happens. `cached_tokens`: of the prompt, not computed again."""
+    """When a request reached each stage, in seconds since the epoch (`time.time()`); None until it does.
+
+    Attributes:
+        cached_tokens: Tokens of the prompt that were found in the prefix cache.
+    """
 
     arrival_time: float
     first_token_time: float | None = None
@@ -44,12 +58,19 @@ class RequestMetrics:
 
     @property
     def time_to_first_token(self) -> float | None:
+        """Return the seconds from arrival to the first token, or None before there is one."""
         return None if self.first_token_time is None else self.first_token_time - self.arrival_time
 
 
 @dataclass(slots=True)
 class RequestOutput:
-    """A request and what has come of it. `prompt` is None if the prompt was given as token ids."""
+    """A request and its completions.
+
+    Attributes:
+        prompt: The prompt's text; None if the prompt was given as token ids.
+        finished: Whether every completion has ended.
+        seed: The seed that was used: the request's, or the one drawn for it.
+    """
 
     request_id: str
     prompt: str | None
@@ -57,9 +78,9 @@ class RequestOutput:
     outputs: list[CompletionOutput]
     finished: bool
     metrics: RequestMetrics
-    seed: int = field(default=0)  # the one given, or the one drawn
+    seed: int = field(default=0)
 
     @property
     def text(self) -> str:
-        """The text of the first completion."""
+        """Return the text of the first completion."""
         return self.outputs[0].text

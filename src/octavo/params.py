@@ -1,65 +1,79 @@
-"""How to sample (SamplingParams) and how to be served (ServiceTerms), with vLLM's names and defaults."""
+"""How a request is sampled (SamplingParams) and served (ServiceTerms), with vLLM's names and defaults.
+
+These two classes are the only list of request parameters: flags, HTTP fields and keywords derive from their fields. The
+description of a field is its help text.
+"""
 
 import math
-from typing import TypedDict
+from typing import Annotated, Any, TypedDict
 
 import msgspec
+from msgspec import Meta
 
 from .errors import InvalidRequest
 
 MAX_LOGPROBS = 20
 MAX_STOP_STRINGS, MAX_STOP_CHARACTERS = 16, 1024
-MAX_PRIORITY = 1000  # either way: waiting makes up for priority, and is to do so within hours
-MAX_SECONDS = 86_400.0  # that a request may ask for
-MAX_NAME = 256  # characters of a tenant's name, or of a salt
+MAX_PRIORITY = 1000  # in either direction, so that aging makes up for any difference within hours
+MAX_SECONDS = 86_400.0  # of a request's timeout or target
+MAX_NAME = 256  # characters of a tenant's name or of a salt
+_SHOWN = 200  # characters of a wrong value in an error message
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Per-request sampling parameters. Requests with different ones share a batch at no cost.
+    """Sampling parameters of one request. Requests with different parameters share batches at no cost.
 
-    n: completions per prompt. temperature: 0 is greedy. top_p, top_k (0 or -1: all), min_p: truncations, applied in the
-    order top_k, top_p, min_p. max_tokens: new tokens at most; None: up to the model's context. min_tokens: no end
-    before so many. stop: strings that end the output, left out of it. stop_token_ids: tokens that end it.
-    seed: same seed, same text; None: one is drawn and reported. logprobs: so many of the likeliest tokens with each
-    sampled one (at most 20). presence_penalty, frequency_penalty (-2 to 2): over the output; repetition_penalty (> 0):
-    over prompt and output. logit_bias: token id to a bias of -100 to 100. ignore_eos: go on after end-of-sequence.
-    speculative_tokens: guesses a step may try for this request; None: as the engine is set. The tokens stay the same.
+    Logits pass through `logit_bias`, the penalties, `temperature`, `top_k`, `top_p` and `min_p`, in this order. Numbers
+    may be numpy's; they are stored as plain Python numbers.
 
-    Raises InvalidRequest (a ValueError) for a value out of range.
+    Raises:
+        InvalidRequest: A ValueError, for a value of the wrong type or out of range.
     """
 
-    n: int = 1
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    max_tokens: int | None = 16
-    min_tokens: int = 0
-    stop: list[str] | str | None = None
-    stop_token_ids: list[int] | None = None
-    seed: int | None = None
-    logprobs: int | None = None
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    repetition_penalty: float = 1.0
-    logit_bias: dict[int, float] | None = None
-    ignore_eos: bool = False
-    speculative_tokens: int | None = None
+    n: Annotated[int, Meta(description="Completions to generate for each prompt, 1 to 128.")] = 1
+    temperature: Annotated[float, Meta(description="Randomness, 0 to 100; 0 always takes the most likely token.")] = 1.0
+    top_p: Annotated[
+        float, Meta(description="Sample from the smallest set of most likely tokens with at least this probability.")
+    ] = 1.0
+    top_k: Annotated[int, Meta(description="Sample from this many most likely tokens; 0 or -1: from all.")] = 0
+    min_p: Annotated[
+        float, Meta(description="Drop tokens less likely than this fraction of the most likely token's probability.")
+    ] = 0.0
+    max_tokens: Annotated[
+        int | None, Meta(description="Tokens to generate at most; None: until the context is full.")
+    ] = 16
+    min_tokens: Annotated[int, Meta(description="Tokens to generate before end-of-sequence or a stop can end it.")] = 0
+    stop: Annotated[
+        list[str] | str | None, Meta(description="End before this string (up to 16), which is left out of the output.")
+    ] = None
+    stop_token_ids: Annotated[list[int] | None, Meta(description="End at this token id (up to 1,024).")] = None
+    seed: Annotated[int | None, Meta(description="The same seed gives the same text; None: a new one is drawn.")] = None
+    logprobs: Annotated[
+        int | None, Meta(description="Return log-probabilities of this many most likely tokens (up to 20).")
+    ] = None
+    presence_penalty: Annotated[
+        float, Meta(description="Subtract this from the logits of tokens in the output, -2 to 2.")
+    ] = 0.0
+    frequency_penalty: Annotated[
+        float, Meta(description="Subtract this from a token's logit for each time it is in the output, -2 to 2.")
+    ] = 0.0
+    repetition_penalty: Annotated[
+        float, Meta(description="Above 1: make tokens of the prompt and the output less likely.")
+    ] = 1.0
+    logit_bias: Annotated[
+        dict[int, float] | None, Meta(description="Token ids and what is added to their logits, -100 to 100.")
+    ] = None
+    ignore_eos: Annotated[bool, Meta(description="Continue after the end-of-sequence token.")] = False
+    speculative_tokens: Annotated[
+        int | None,
+        Meta(
+            description="Draft tokens per step for this request; None: the engine's setting. The tokens do not change."
+        ),
+    ] = None
 
     def __post_init__(self) -> None:
-        def need(ok: bool, param: str, what: str) -> None:
-            if not ok:
-                raise InvalidRequest(f"{param} must be {what}, not {getattr(self, param)!r}", param)
-
-        def number(param: str, low: float, high: float, what: str) -> None:
-            value = getattr(self, param)
-            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            need(is_number and math.isfinite(value) and low <= value <= high, param, what)
-
-        def integer(param: str, low: int, high: int, what: str) -> None:
-            value = getattr(self, param)
-            need(isinstance(value, int) and not isinstance(value, bool) and low <= value <= high, param, what)
-
+        fields = _Fields(self)
+        need, number, integer = fields.need, fields.number, fields.integer
         integer("n", 1, 128, "an integer from 1 to 128")
         number("temperature", 0.0, 100.0, "a number from 0 (greedy) to 100")
         number("top_p", 0.0, 1.0, "a number above 0 and at most 1")
@@ -71,20 +85,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         integer("min_tokens", 0, 2**31 - 1, "an integer of at least 0")
         limit = self.max_tokens
         need(limit is None or self.min_tokens <= limit, "min_tokens", f"at most max_tokens ({limit})")
-        stops = self.stop_strings
-        if (
-            not isinstance(stops, list)
-            or len(stops) > MAX_STOP_STRINGS
-            or not all(isinstance(stop, str) and 1 <= len(stop) <= MAX_STOP_CHARACTERS for stop in stops)
-        ):
+        if self.stop is not None:
             limits = f"{MAX_STOP_STRINGS} strings of 1 to {MAX_STOP_CHARACTERS:,} characters"
-            raise InvalidRequest(f"stop must be a string or a list of at most {limits}", "stop")
-        ids = self.stop_token_ids or []
-        need(
-            isinstance(ids, list) and len(ids) <= 1024 and all(isinstance(t, int) and t >= 0 for t in ids),
-            "stop_token_ids",
-            "a list of at most 1,024 token ids",
-        )
+            fields.texts("stop", MAX_STOP_STRINGS, MAX_STOP_CHARACTERS, f"a string or a list of at most {limits}")
+        if self.stop_token_ids is not None:
+            fields.token_ids("stop_token_ids", 1024, "a list of at most 1,024 token ids")
         if self.seed is not None:
             integer("seed", -(2**63), 2**64 - 1, "a 64-bit integer")
         if self.logprobs is not None:
@@ -93,25 +98,20 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         number("frequency_penalty", -2.0, 2.0, "a number from -2 to 2")
         number("repetition_penalty", 0.0, 100.0, "a number above 0 and at most 100")
         need(self.repetition_penalty > 0, "repetition_penalty", "a number above 0 and at most 100")
-        bias = self.logit_bias or {}
-        need(
-            isinstance(bias, dict)
-            and len(bias) <= 1024
-            and all(isinstance(t, int) and t >= 0 for t in bias)
-            and all(isinstance(v, (int, float)) and -100 <= v <= 100 for v in bias.values()),
-            "logit_bias",
-            "a map of at most 1,024 token ids to numbers from -100 to 100",
-        )
-        need(isinstance(self.ignore_eos, bool), "ignore_eos", "true or false")
+        if self.logit_bias is not None:
+            fields.biases("logit_bias", 1024, "a map of at most 1,024 token ids to numbers from -100 to 100")
+        fields.flag("ignore_eos")
         if self.speculative_tokens is not None:
             integer("speculative_tokens", 0, 1024, "an integer from 0 to 1,024")
 
     @property
     def stop_strings(self) -> list[str]:
+        """Return `stop` as a list."""
         return [self.stop] if isinstance(self.stop, str) else (self.stop or [])
 
     @property
     def penalized(self) -> bool:
+        """Return whether any penalty is in effect."""
         return self.presence_penalty != 0 or self.frequency_penalty != 0 or self.repetition_penalty != 1
 
 
@@ -125,41 +125,140 @@ class Terms(TypedDict, total=False):
 
 
 class ServiceTerms(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """How a request is to be served. None of it changes a token.
+    """How a request is scheduled and isolated. None of it changes a token.
 
-    priority: -1000 to 1000, lower is sooner, under the policy "priority". tenant: whose request it is, at most 256
-    printable characters; the policy "fair" shares between tenants. ttft_target: seconds from arrival in which the first
-    token is wanted; the policy "deadline" goes by it. timeout: seconds from arrival after which the request ends with
-    RequestTimeout; None: as the engine is set (`request_timeout`). Both are up to a day.
-    cache_salt: 1 to 256 printable characters. Cached prefixes are shared only between requests with the same salt and
-    the same tenant, so that nobody else can tell from the time an answer takes whether a prompt was seen before.
+    Cached prefixes are shared only between requests of the same tenant with the same `cache_salt`, so that nobody else
+    can find out from response times whether a prompt was seen before.
 
-    Raises InvalidRequest (a ValueError) for a value out of range.
+    Raises:
+        InvalidRequest: A ValueError, for a value of the wrong type or out of range.
     """
 
-    priority: int = 0
-    tenant: str = ""
-    ttft_target: float | None = None
-    timeout: float | None = None
-    cache_salt: str | None = None
+    priority: Annotated[int, Meta(description="-1000 to 1000, lower is sooner (scheduling_policy priority).")] = 0
+    tenant: Annotated[
+        str, Meta(description="Who the request is for, at most 256 printable characters (scheduling_policy fair).")
+    ] = ""
+    ttft_target: Annotated[
+        float | None, Meta(description="Seconds to the first token that are aimed at (scheduling_policy deadline).")
+    ] = None
+    timeout: Annotated[
+        float | None,
+        Meta(description="Seconds from arrival to a RequestTimeout, at most a day; None: as request_timeout is set."),
+    ] = None
+    cache_salt: Annotated[
+        str | None, Meta(description="Share cached prefixes only with the same salt, 1 to 256 printable characters.")
+    ] = None
 
     def __post_init__(self) -> None:
-        def need(ok: bool, param: str, what: str) -> None:
-            if not ok:
-                value = getattr(self, param)
-                raise InvalidRequest(f"{param} must be {what}, not {value!r}", param)
-
-        def text(value: object, shortest: int) -> bool:
-            # Printable: names are shown on terminals, and what is printable can be encoded.
-            return isinstance(value, str) and shortest <= len(value) <= MAX_NAME and value.isprintable()
-
-        priority = self.priority
-        whole = isinstance(priority, int) and not isinstance(priority, bool)
-        need(whole and abs(priority) <= MAX_PRIORITY, "priority", f"an integer from -{MAX_PRIORITY} to {MAX_PRIORITY}")
-        need(text(self.tenant, 0), "tenant", f"at most {MAX_NAME} printable characters")
+        fields = _Fields(self)
+        fields.integer("priority", -MAX_PRIORITY, MAX_PRIORITY, f"an integer from -{MAX_PRIORITY} to {MAX_PRIORITY}")
+        fields.name("tenant", 0, f"at most {MAX_NAME} printable characters")
         for param in ("ttft_target", "timeout"):
-            value = getattr(self, param)
-            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            need(value is None or (is_number and 0 < value <= MAX_SECONDS), param, "a number of seconds, at most a day")
-        salt = self.cache_salt
-        need(salt is None or text(salt, 1), "cache_salt", f"1 to {MAX_NAME} printable characters")
+            if getattr(self, param) is not None:
+                fields.number(param, 0.0, MAX_SECONDS, "a number of seconds, at most a day")
+                fields.need(getattr(self, param) > 0, param, "a number of seconds, at most a day")
+        if self.cache_salt is not None:
+            fields.name("cache_salt", 1, f"1 to {MAX_NAME} printable characters")
+
+
+class _Fields:
+    """Checks fields of a frozen Struct, and stores each as the plain Python type that messages can carry.
+
+    Every check raises InvalidRequest: "{param} must be {what}, not {value}".
+    """
+
+    def __init__(self, struct: msgspec.Struct):
+        self._struct = struct
+
+    def need(self, ok: bool, param: str, what: str) -> None:
+        if not ok:
+            shown = repr(getattr(self._struct, param))
+            shown = shown if len(shown) <= _SHOWN else shown[:_SHOWN] + "…"
+            raise InvalidRequest(f"{param} must be {what}, not {shown}", param)
+
+    def number(self, param: str, low: float, high: float, what: str) -> None:
+        given = getattr(self._struct, param)
+        value = _number(given)
+        self.need(value is not None and low <= value <= high, param, what)
+        self._store(param, given, value)
+
+    def integer(self, param: str, low: int, high: int, what: str) -> None:
+        given = getattr(self._struct, param)
+        value = _integer(given)
+        self.need(value is not None and low <= value <= high, param, what)
+        self._store(param, given, value)
+
+    def flag(self, param: str) -> None:
+        given = getattr(self._struct, param)
+        value = _plain(given)
+        self.need(type(value) is bool, param, "true or false")
+        self._store(param, given, value)
+
+    def name(self, param: str, shortest: int, what: str) -> None:
+        # Printable, because names are shown on terminals; and what is printable can be encoded as UTF-8.
+        given = getattr(self._struct, param)
+        ok = isinstance(given, str) and shortest <= len(given) <= MAX_NAME and given.isprintable()
+        self.need(ok, param, what)
+        self._store(param, given, str.__str__(given))
+
+    def texts(self, param: str, most: int, longest: int, what: str) -> None:
+        given = getattr(self._struct, param)
+        values = [given] if isinstance(given, str) else _list(given)
+        self.need(values is not None and len(values) <= most, param, what)
+        self.need(all(isinstance(text, str) and 1 <= len(text) <= longest for text in values or ()), param, what)
+        if isinstance(given, str):
+            return self._store(param, given, str.__str__(given))
+        self._store(param, given, [str.__str__(text) for text in values or ()])
+
+    def token_ids(self, param: str, most: int, what: str) -> None:
+        given = getattr(self._struct, param)
+        values = _list(given)
+        self.need(values is not None and len(values) <= most, param, what)
+        ids = [_integer(value) for value in values or ()]
+        self.need(all(id is not None and id >= 0 for id in ids), param, what)
+        self._store(param, given, ids)
+
+    def biases(self, param: str, most: int, what: str) -> None:
+        given = getattr(self._struct, param)
+        self.need(isinstance(given, dict) and len(given) <= most, param, what)
+        pairs = [(_integer(key), _number(value)) for key, value in given.items()]
+        for key, value in pairs:
+            self.need(key is not None and key >= 0 and value is not None and -100 <= value <= 100, param, what)
+        self._store(param, given, dict(pairs))
+
+    def _store(self, param: str, given: Any, value: Any) -> None:
+        if value is not given:
+            msgspec.structs.force_setattr(self._struct, param, value)
+
+
+def _plain(value: Any) -> Any:
+    """Return a numpy (or PyTorch) number or array as Python's; anything else as it is."""
+    convert = getattr(value, "tolist", None)
+    return value if convert is None else convert()
+
+
+def _integer(value: Any) -> int | None:
+    """Return `value` as an int; None if it is no integer. True is none."""
+    if type(value) is int:
+        return value
+    value = _plain(value)
+    return int(value) if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def _number(value: Any) -> float | None:
+    """Return `value` as a finite float; None if it is no such number. True is none."""
+    if type(value) is not float:
+        value = _plain(value)
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            return None
+        try:
+            value = float(value)
+        except OverflowError:
+            return None
+    return value if math.isfinite(value) else None
+
+
+def _list(value: Any) -> list[Any] | None:
+    """Return a list, a tuple or an array of one dimension as a list; None for anything else."""
+    value = _plain(value)
+    return list(value) if isinstance(value, list | tuple) else None

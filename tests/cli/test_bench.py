@@ -5,7 +5,6 @@ import json
 import random
 import re
 import subprocess
-import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -14,14 +13,13 @@ from typing import Any
 import httpx
 import pytest
 
+from command_line import OCTAVO
 from octavo.bench.engine import random_prompts
 from octavo.bench.http import Endpoint, measure, send
 from octavo.bench.report import SPREADS, RequestTimes, Run, median_run, summarize
 from octavo.simulation.trace import read_trace
 from octavo.text import Tokenizer
 from server_process import ServerProcess
-
-OCTAVO = [sys.executable, "-c", "from octavo.cli import main; main()"]
 
 
 def bench(tmp_path: Path, *arguments: object) -> dict[str, Any]:

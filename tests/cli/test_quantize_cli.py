@@ -11,6 +11,8 @@ from safetensors.numpy import load_file
 
 pytest.importorskip("octavo.backends.cpu._native", reason="the cpu backend's extension is not built")
 
+from command_line import answer, complaint
+from family_models import PAGES, PROMPT, load_backend, relative_error
 from octavo.backends.cpu import quantize
 from octavo.cli.quantize import _appearing
 from octavo.errors import DamagedWeights
@@ -19,8 +21,6 @@ from octavo.weights import Tensor, open_checkpoint
 from octavo.weights.packed import write_packed
 from packed_layers import Format, save_quantized
 from step_batches import run_chunks
-from test_cli import answer, complaint
-from test_families import PAGES, PROMPT, load_backend, relative_error
 from tiny_gguf import write_gguf
 
 TinyModel = Callable[[str], Path]

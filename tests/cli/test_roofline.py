@@ -5,7 +5,6 @@ import importlib.util
 import json
 import re
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,13 +12,14 @@ from typing import Any
 
 import pytest
 
+from command_line import OCTAVO
 from octavo.backends.cpu.backend import CpuBackend
 from octavo.bench.roofline import Ceilings, Measured, Work
 from octavo.config import EngineConfig
 from octavo.engine.loading import load_engine
 from step_batches import step_batch
 
-ROOFLINE = [sys.executable, "-c", "from octavo.cli import main; main()", "bench", "roofline"]
+ROOFLINE = [*OCTAVO, "bench", "roofline"]
 FLAGS = ("--threads", "1", "--max-batch-size", "8", "--max-batch-tokens", "128", "--kv-cache-memory", "16MiB")
 
 

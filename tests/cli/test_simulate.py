@@ -4,7 +4,6 @@ import dataclasses
 import json
 import re
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from command_line import OCTAVO
 from octavo.backends.base import Backend, StepBatch, StepResult
 from octavo.bench.report import RequestTimes, Run
 from octavo.config import POLICIES, EngineConfig
@@ -28,7 +28,7 @@ from octavo.simulation.report import summarize, verdict
 from octavo.simulation.trace import TraceRequest, parse_rate, poisson_trace, read_trace, trace_of, write_trace
 from step_batches import step_batch
 
-COMMAND = [sys.executable, "-c", "from octavo.cli import main; main()", "simulate"]
+COMMAND = [*OCTAVO, "simulate"]
 COSTS = CostModel(
     settings={"model": "smollm2", "quantization": "8bit"},
     machine={},

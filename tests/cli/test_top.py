@@ -13,6 +13,7 @@ import msgspec
 import pytest
 from rich.console import Console
 
+from command_line import Terminal, answer, complaint
 from octavo.cli.top_screen import frame
 from octavo.engine.engine import Engine
 from octavo.engine.messages import EngineRequest, EngineStats
@@ -22,7 +23,6 @@ from octavo.params import SamplingParams
 from octavo.server.stats import ServerStats
 from prefix_backend import PrefixBackend
 from server_process import ServerProcess
-from test_cli import Terminal, answer, complaint
 
 ENDLESS = {"prompt": ["a"] * 8, "n": 128, "max_tokens": 480, "ignore_eos": True, "stream": True}
 
@@ -37,8 +37,8 @@ def test_one_frame(server: ServerProcess) -> None:
     with httpx.stream("POST", f"{server.url}/v1/completions", json=ENDLESS, timeout=60) as running:
         assert running.status_code == 200
         shown = answer("top", "--once", "--url", server.url)
-    queue = r"[1-9]\d* of 10,000 wait, [1-9]\d* for a fork's prompt"
-    for text in ("tiny · fcfs", " 2 of 2 run", queue, "0 refused · 0 timed out", "[12] decode · ", "of 64 rows"):
+    queue = r"[1-9]\d* of 10,000 waiting, [1-9]\d* for the first of n completions"
+    for text in ("tiny · fcfs", " 2 of 2 running", queue, "0 refused · 0 timed out", "[12] decode · ", "of 64 rows"):
         assert re.search(text, shown), shown
     rates = shown[shown.index("steps") : shown.index("prefixes")]
     assert "–" not in rates and " 0 /s" not in rates
@@ -117,7 +117,7 @@ def test_rates() -> None:
     now = look(102.0, steps=30, tokens_generated=3100, prompt_tokens=2000, cached_tokens=900, step_seconds=1.5)
     shown = drawn(now, before)
     assert "1,500 /s out" in shown and "10 /s of 25.0 ms" in shown
-    assert "45% of 2,000 prompt tokens were cached, 80% of the latest" in shown
+    assert "45% of 2,000 prompt tokens were cached, 80% in the last second" in shown
     for first, second in ((now, None), (before, now), (now, now)):  # one look; an engine that began anew; no time
         assert "– /s out" in drawn(first, second)
     assert "·█▒◆↑\n" in shown.replace(" ", "")

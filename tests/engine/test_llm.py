@@ -216,7 +216,7 @@ def test_a_sink_that_fails_ends_its_own_request_only(llm):
         ({"max_batchsize": 3}, ConfigError, "unknown setting 'max_batchsize': did you mean max_batch_size?"),
         ({"max_batch_size": 0}, ConfigError, "max_batch_size must be at least 1, not 0"),
         ({"kv_cache_page_size": 48}, ConfigError, "kv_cache_page_size must be a multiple of 32, not 48"),
-        ({"kv_cache_dtype": "fp8"}, ConfigError, "kv_cache_dtype must be bf16 or int8, not 'fp8'"),
+        ({"kv_cache_dtype": "fp4"}, ConfigError, "kv_cache_dtype must be bf16 or int8, not 'fp4'"),
         ({"backend": "torch", "kv_cache_dtype": "int8"}, ConfigError, "kv_cache_dtype must be bf16 with the torch"),
         ({"kv_cache_memory": "lots"}, ConfigError, "kv_cache_memory must be a size such as 4GiB"),
         ({"kv_cache_memory": "1000TiB"}, OutOfMemory, ""),

@@ -13,14 +13,14 @@ from transformers import AutoModelForCausalLM
 
 native = pytest.importorskip("octavo.backends.cpu._native", reason="the cpu backend's extension is not built")
 
+from command_line import answer  # noqa: E402
+from family_models import PAGES, PROMPT  # noqa: E402
 from octavo.backends.cpu import load, measure_importances  # noqa: E402
 from octavo.backends.cpu.calibration import random_tokens  # noqa: E402
 from octavo.model import describe_model  # noqa: E402
 from octavo.model.spec import DecoderSpec  # noqa: E402
 from octavo.weights import Parameter, open_checkpoint  # noqa: E402
 from step_batches import run_chunks  # noqa: E402
-from test_cli import answer  # noqa: E402
-from test_families import PAGES, PROMPT  # noqa: E402
 from tiny_gguf import write_gguf  # noqa: E402
 
 TinyModel = Callable[[str], Path]

@@ -8,10 +8,10 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from family_models import load_backend
 from octavo.backends.base import Backend
 from octavo.text import Tokenizer
 from step_batches import run_chunks
-from test_families import load_backend
 from tiny_models import real_text
 
 NUM_TOKENS = 1200  # in contexts of CONTEXT tokens, as KV pools of the tests hold no more

@@ -13,8 +13,8 @@ native = pytest.importorskip("octavo.backends.cpu._native", reason="the cpu back
 from octavo.backends.torch import load as load_torch  # noqa: E402
 from octavo.model.spec import DecoderSpec  # noqa: E402
 from octavo.weights.tensor import Parameter, Tensor  # noqa: E402
+from random_model import PAGES, SPECS, TOKENS, load, random_parameters  # noqa: E402
 from step_batches import run_chunks, step_batch  # noqa: E402
-from test_cpu_backend import PAGES, SPECS, TOKENS, load, random_parameters  # noqa: E402
 
 ISAS = native.available_isas()
 VOCAB = 40

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from octavo.backends.torch import load as load_torch
+from random_model import PLAIN, TOKENS, load
 from step_batches import run_chunks, step_batch
-from test_cpu_backend import PLAIN, TOKENS, load
 
 BACKENDS: dict[str, dict[str, Any]] = {
     "cpu": {"quantization": "none"},

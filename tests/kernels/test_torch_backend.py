@@ -10,11 +10,11 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.generation import logits_process
 
+from family_models import load_backend, reference_logits, relative_error
 from octavo.backends.base import Backend, StepBatch, StepResult
 from octavo.backends.torch.sampling import philox4x32, sample
 from octavo.errors import ConfigError, OutOfMemory
 from step_batches import run_chunks, sampling_batch, step_batch
-from test_families import load_backend, reference_logits, relative_error
 
 VOCAB = 50
 

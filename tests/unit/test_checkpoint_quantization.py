@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
+from family_models import PAGES, PROMPT, load_backend, reference_logits, relative_error
 from octavo.errors import DamagedWeights, OctavoError, UnsupportedModel
 from octavo.weights import Tensor, open_checkpoint
 from octavo.weights.awq_gptq import open_quantized
 from packed_layers import Format, change, pack_layer, save_quantized
 from step_batches import run_chunks
-from test_families import PAGES, PROMPT, load_backend, reference_logits, relative_error
 
 AWQ, GPTQ = Format("awq", 4, 128), Format("gptq", 4, 128)
 FORMATS = [

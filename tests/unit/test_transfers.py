@@ -16,8 +16,8 @@ from octavo.kv.tiers.disk import DiskTier
 from octavo.kv.tiers.host import HostTier
 from octavo.kv.transfers import Finished, Transfers
 from octavo.states.file import StateFile, save_state
+from random_model import PLAIN, TOKENS, load
 from step_batches import run_chunks, step_batch
-from test_cpu_backend import PLAIN, TOKENS, load
 
 KEYS = [bytes([k]) * 16 for k in range(10)]
 PAGES = 10

@@ -1,23 +1,25 @@
-"""The command `octavo`. Each command is a module; what it needs is imported when it runs, so that --help is quick."""
+"""The command `octavo`. Each command is a module that imports what it needs when it runs, so that --help is quick."""
 
 import io
 import os
 import sys
+from collections.abc import Sequence
 from importlib import import_module
 from typing import Annotated, Any, NoReturn, TextIO
 
 import typer
 
 from octavo.errors import OctavoError
+from octavo.terminal import printable
 from octavo.version import __version__
 
-_COMMANDS = ("serve", "generate", "chat", "top", "pull", "quantize", "bench", "simulate")
+_COMMANDS = ("serve", "generate", "chat", "top", "config", "pull", "quantize", "bench", "simulate")
 _USAGE, _INTERRUPTED = 2, 130
 
 
-def _app() -> typer.Typer:
+def _app(commands: Sequence[str]) -> typer.Typer:
     app = typer.Typer(
-        help="Octavo: high-throughput LLM serving. The same request, the same tokens, every time.",
+        help="Octavo: high-throughput LLM serving. The same request gives the same tokens, every time.",
         add_completion=False,
         pretty_exceptions_enable=False,
         context_settings={
@@ -26,7 +28,7 @@ def _app() -> typer.Typer:
         },
     )
     app.callback(invoke_without_command=True)(_root)
-    for name in _COMMANDS:
+    for name in commands:
         import_module(f"{__name__}.{name}").register(app)
     return app
 
@@ -42,11 +44,16 @@ def _root(
 
 
 def main() -> NoReturn:
-    """Run the command line. Exit codes: 0; 2 for what the user can put right, told in one line; 130 after Ctrl-C."""
-    _be_lenient(sys.stdin, "surrogateescape")  # what is no text in a prompt becomes an InvalidRequest
-    _be_lenient(sys.stdout, "replace")  # a model may write what an old terminal cannot show
+    """Run the command line and exit.
+
+    Exit codes: 0; 2 after an error that the user can correct, printed as one line; 130 after Ctrl-C.
+    """
+    _set_errors(sys.stdin, "surrogateescape")  # a prompt that is not valid text becomes an InvalidRequest
+    _set_errors(sys.stdout, "replace")  # a model may write characters that the terminal's encoding lacks
     try:
-        code: Any = _app()(prog_name="octavo", standalone_mode=False)
+        # Only the command that is run, if it is named: the flags of all of them take a while to make.
+        commands = [name for name in sys.argv[1:2] if name in _COMMANDS] or _COMMANDS
+        code: Any = _app(commands)(prog_name="octavo", standalone_mode=False)
         sys.stdout.flush()
     except OctavoError as error:
         _fail(str(error))
@@ -56,17 +63,17 @@ def main() -> NoReturn:
         _fail(f"{error.format_message().rstrip('.')}; see {command} --help")
     except (KeyboardInterrupt, typer.Abort):
         code = _INTERRUPTED
-    except BrokenPipeError:  # the reader of a pipe left; say nothing, not even when stdout is closed at exit
+    except BrokenPipeError:  # the reader of a pipe has left; nothing may be written to stdout at exit either
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _be_lenient(stream: TextIO, errors: str) -> None:
+def _set_errors(stream: TextIO, errors: str) -> None:
     if isinstance(stream, io.TextIOWrapper):
         stream.reconfigure(errors=errors)
 
 
 def _fail(message: str) -> NoReturn:
-    print(f"octavo: {' '.join(message.split())}", file=sys.stderr)
+    print(f"octavo: {printable(' '.join(message.split()))}", file=sys.stderr)
     sys.exit(_USAGE)

@@ -10,7 +10,7 @@ import typer
 
 from octavo.config import EngineConfig
 
-from .engine_flags import engine_flags
+from .flags import Command, engine_flags
 
 if TYPE_CHECKING:
     from octavo.bench.engine import Load
@@ -29,9 +29,9 @@ class EndpointKind(StrEnum):
 
 def register(app: typer.Typer) -> None:
     bench = typer.Typer(help="Measure the engine, or any OpenAI-compatible server.")
-    bench.command()(throughput)
-    bench.command()(latency)
-    bench.command()(roofline)
+    bench.command(cls=Command)(throughput)
+    bench.command(cls=Command)(latency)
+    bench.command(cls=Command)(roofline)
     bench.command()(serve)
     app.add_typer(bench, name="bench")
 

@@ -1,6 +1,5 @@
 """octavo chat: a conversation in the terminal. From a pipe, each line of stdin is a message."""
 
-import dataclasses
 import sys
 import time
 from collections.abc import Generator, Iterator
@@ -13,22 +12,22 @@ from octavo.config import EngineConfig
 from octavo.errors import InvalidRequest, PromptTooLong
 from octavo.outputs import CompletionOutput
 from octavo.params import SamplingParams
+from octavo.terminal import console, printable, write_text
 
-from .engine_flags import engine_flags
-from .sampling_flags import sampling_flags
+from .flags import Command, engine_flags, sampling_flags
 
 if TYPE_CHECKING:
     from octavo.llm import LLM
 
 _HELP = """\
-/reset        forget the conversation
-/system TEXT  give the model its instructions, and start again
-/help         this list
-/exit         leave; so does Ctrl-D. Ctrl-C stops an answer."""
+/reset        start a new conversation
+/system TEXT  start a new conversation with these instructions
+/help         print this list
+/exit         leave, as Ctrl-D does; Ctrl-C stops an answer"""
 
 
 def register(app: typer.Typer) -> None:
-    app.command()(chat)
+    app.command(cls=Command)(chat)
 
 
 @engine_flags
@@ -36,26 +35,26 @@ def register(app: typer.Typer) -> None:
 def chat(
     params: SamplingParams,
     config: EngineConfig,
-    system: Annotated[str | None, typer.Option("--system", help="Instructions for the model.")] = None,
+    system: Annotated[
+        str | None, typer.Option("--system", help="Instructions for the model: the system message.")
+    ] = None,
 ) -> None:
-    """Talk with a model in the terminal."""
+    """Chat with a model in the terminal. From a pipe, each line of stdin is a message."""
     from octavo.llm import LLM
 
-    with LLM(**dataclasses.asdict(config)) as llm:
+    with LLM.from_config(config) as llm:
         if not llm.tokenizer.has_chat_template:
             raise InvalidRequest(f"{config.model} has no chat template: try octavo generate")
         _Chat(llm, params, config.model_name, system).run()
 
 
 class _Chat:
-    """The loop of a conversation. `messages` is what the model is shown."""
+    """A conversation: reads lines, runs commands, streams answers. `messages` is the chat so far."""
 
     def __init__(self, llm: "LLM", params: SamplingParams, name: str, system: str | None) -> None:
-        from rich.console import Console
-
         self.llm, self.params, self.name = llm, params, name
-        # Rich would expand tabs and wrap words; the answers themselves go straight to stdout.
-        self.remarks = Console(highlight=False, soft_wrap=True, stderr=True)
+        # Answers do not pass through it: Rich would expand tabs and wrap lines.
+        self.remarks = console(stderr=True, soft_wrap=True)
         self.interactive = sys.stdin.isatty() and sys.stdout.isatty()
         self.restart(system)
 
@@ -72,13 +71,17 @@ class _Chat:
             elif command == "/exit":
                 break
             elif command == "/help":
-                self.remarks.print(_HELP, style="dim", markup=False)
+                self.remarks.print(_HELP, style="dim")
             elif command == "/reset":
                 self.restart(self.system)
                 self.say("new conversation")
             elif command == "/system":
                 self.restart(rest.strip())
-                self.say("new conversation with these instructions" if rest.strip() else "no instructions any more")
+                self.say(
+                    "new conversation with these instructions"
+                    if rest.strip()
+                    else "new conversation without instructions"
+                )
             elif command.startswith("/"):
                 self.complain(f"no command {command}; /help lists them")
             else:
@@ -92,7 +95,7 @@ class _Chat:
 
         while True:
             try:
-                # \1 and \2 tell readline which characters take no room on the line.
+                # \1 and \2 enclose characters that readline must not count as part of the line.
                 yield input("\n\1\033[1;36m\2› \1\033[0m\2").strip()
             except KeyboardInterrupt:
                 self.say("\nCtrl-D leaves")
@@ -101,7 +104,7 @@ class _Chat:
                 return
 
     def answer(self, line: str) -> None:
-        """Stream the model's answer to `line`; what Ctrl-C cuts off stays in the conversation as far as it came."""
+        """Stream the model's answer to `line`. An answer that Ctrl-C stops stays in the conversation."""
         self.messages.append({"role": "user", "content": line})
         text, tokens, start = "", 0, 0.0
         reason: str | None = None
@@ -112,8 +115,7 @@ class _Chat:
                     tokens += len(output.token_ids)
                     reason = output.finish_reason or reason
                     text += output.text
-                    sys.stdout.write(output.text)
-                    sys.stdout.flush()
+                    write_text(output.text)
         except InvalidRequest as error:
             self.messages.pop()
             self.complain(f"{error}; /reset starts again" if isinstance(error, PromptTooLong) else str(error))
@@ -122,8 +124,7 @@ class _Chat:
             if not self.interactive:
                 raise
             reason = "stopped"
-        sys.stdout.write("\n")
-        sys.stdout.flush()
+        write_text("\n")
         self.messages.append({"role": "assistant", "content": text})
         self.report(tokens, time.perf_counter() - start, reason)
 
@@ -132,15 +133,15 @@ class _Chat:
             yield from increment.outputs
 
     def report(self, tokens: int, seconds: float, reason: str | None) -> None:
-        # The clock starts with the first token, which therefore does not count.
+        # The clock starts at the first token, so that token is not counted.
         speed = f" · {(tokens - 1) / seconds:.1f} tokens/s" if tokens > 1 else ""
-        end = {"stopped": " · stopped", "length": " · cut off at the limit of tokens"}.get(reason or "", "")
+        end = {"stopped": " · stopped", "length": " · cut off: token limit reached"}.get(reason or "", "")
         self.say(f"{tokens} tokens{speed}{end}")
 
     def say(self, text: str) -> None:
-        """A remark to a person, dim; nothing when the answers go elsewhere."""
+        """Print a remark in a dim style; nothing unless both stdin and stdout are terminals."""
         if self.interactive:
-            self.remarks.print(text, style="dim", markup=False)
+            self.remarks.print(printable(text), style="dim")
 
     def complain(self, text: str) -> None:
-        self.remarks.print(text, style="red", markup=False)
+        self.remarks.print(printable(text), style="red")

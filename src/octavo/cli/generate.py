@@ -1,6 +1,5 @@
 """octavo generate: complete one prompt, streamed to stdout."""
 
-import dataclasses
 import sys
 from typing import Annotated
 
@@ -8,13 +7,13 @@ import typer
 
 from octavo.config import EngineConfig
 from octavo.params import SamplingParams
+from octavo.terminal import write_text
 
-from .engine_flags import engine_flags
-from .sampling_flags import sampling_flags
+from .flags import Command, engine_flags, sampling_flags
 
 
 def register(app: typer.Typer) -> None:
-    app.command()(generate)
+    app.command(cls=Command)(generate)
 
 
 @engine_flags
@@ -22,17 +21,16 @@ def register(app: typer.Typer) -> None:
 def generate(
     params: SamplingParams,
     config: EngineConfig,
-    prompt: Annotated[str, typer.Argument(help="What to complete; - reads it from stdin.")],
-    chat: Annotated[bool, typer.Option("--chat", help="Take the prompt as a message to answer.")] = False,
+    prompt: Annotated[str, typer.Argument(help="Text to complete; - reads it from stdin.")],
+    chat: Annotated[bool, typer.Option("--chat", help="Treat the prompt as a chat message, and answer it.")] = False,
 ) -> None:
     """Complete a prompt, or answer it with --chat."""
     from octavo.llm import LLM
 
     text = sys.stdin.read() if prompt == "-" else prompt
-    with LLM(**dataclasses.asdict(config)) as llm:
+    with LLM.from_config(config) as llm:
         request = llm.chat_tokens([{"role": "user", "content": text}]) if chat else text
         for increment in llm.stream(request, params):
             for output in increment.outputs:
-                sys.stdout.write(output.text)
-                sys.stdout.flush()
-    sys.stdout.write("\n")
+                write_text(output.text)
+    write_text("\n")

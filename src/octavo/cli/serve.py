@@ -1,25 +1,32 @@
 """octavo serve: an OpenAI-compatible HTTP server."""
 
-from typing import Annotated
+import os
 
 import typer
 
 from octavo.config import EngineConfig
+from octavo.server.config import ServerConfig
+from octavo.settings import Resolved
 
-from .engine_flags import engine_flags
+from .flags import Command, settings_flags
 
 
 def register(app: typer.Typer) -> None:
-    app.command()(serve)
+    app.command(cls=Command)(serve)
 
 
-@engine_flags
-def serve(
-    config: EngineConfig,
-    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for every one.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 8000,
-) -> None:
-    """Serve a model over HTTP, as OpenAI's API does."""
+@settings_flags(EngineConfig, ServerConfig)
+def serve(settings: Resolved) -> None:
+    """Serve a model over HTTP with OpenAI's API.
+
+    Settings are also keys of a --config file and OCTAVO_... environment variables; see octavo config. vLLM's flags
+    are understood too.
+    """
+    engine, server = settings.build(EngineConfig), settings.build(ServerConfig)
+    if os.environ.get("VLLM_API_KEY"):
+        typer.echo(
+            "octavo: VLLM_API_KEY is set, but this version checks no keys: anyone who can connect is served", err=True
+        )
     from octavo.server.run import serve as run
 
-    run(config, host, port)
+    run(engine, server)

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
     from octavo.server.stats import ServerStats
 
-PERIOD = 1.0  # seconds between two looks at the server
-PATIENCE = 5.0  # seconds that an answer may take
+PERIOD = 1.0  # seconds between two frames
+TIMEOUT = 5.0  # seconds for the server to answer
 
 
 def register(app: typer.Typer) -> None:
@@ -26,27 +26,28 @@ def register(app: typer.Typer) -> None:
 
 
 def top(
-    url: Annotated[str, typer.Option(help="The server.")] = "http://127.0.0.1:8000",
-    once: Annotated[bool, typer.Option("--once", help="Print one frame, of two looks a second apart.")] = False,
+    url: Annotated[str, typer.Option(help="Address of the server.")] = "http://127.0.0.1:8000",
+    once: Annotated[bool, typer.Option("--once", help="Print one frame, with rates over a second, and exit.")] = False,
 ) -> None:
-    """Show requests, batches, speed and KV pages of a running server. q or Ctrl-C ends it."""
+    """Show requests, batches, speed and KV pages of a running server, live. q or Ctrl-C quits."""
     import httpx
-    from rich.console import Console
+
+    from octavo.terminal import console
 
     from .top_screen import frame
 
     url = url if "://" in url else f"http://{url}"
-    with httpx.Client(timeout=PATIENCE) as http, suppress(KeyboardInterrupt):
-        before = look(http, url)
+    with httpx.Client(timeout=TIMEOUT) as http, suppress(KeyboardInterrupt):
+        before = fetch_stats(http, url)
         if not once and sys.stdout.isatty() and sys.stdin.isatty():
             watch(http, url, before)
             return
         time.sleep(PERIOD)
-        Console(highlight=False).print(frame(look(http, url), before))
+        console().print(frame(fetch_stats(http, url), before))
 
 
-def look(http: "httpx.Client", url: str) -> "ServerStats":
-    """Raises ConfigError: no server is there, or none of this kind, or its engine is not to be had."""
+def fetch_stats(http: "httpx.Client", url: str) -> "ServerStats":
+    """Return the answer to GET /stats. Raises ConfigError if there is no Octavo server, or its engine is down."""
     import httpx
     import msgspec
 
@@ -56,22 +57,24 @@ def look(http: "httpx.Client", url: str) -> "ServerStats":
     try:
         reply = http.get(f"{url.rstrip('/')}/stats")
     except (httpx.HTTPError, httpx.InvalidURL) as error:
-        hint = "start one with octavo serve, or say with --url where it is"
+        hint = "start one with octavo serve, or give its address with --url"
         raise ConfigError(f"no server answers at {url} ({error}): {hint}") from None
     try:
         if reply.status_code == 200:
             return msgspec.json.decode(reply.content, type=ServerStats)
-        said = msgspec.json.decode(reply.content, type=ErrorReply).error.message
+        cause = msgspec.json.decode(reply.content, type=ErrorReply).error.message
     except msgspec.MsgspecError:
-        said = f"HTTP {reply.status_code} to GET /stats"
-    raise ConfigError(f"what answers at {url} is no Octavo server of this version, or not in order: {said}")
+        cause = f"HTTP {reply.status_code} to GET /stats"
+    raise ConfigError(f"the server at {url} is no Octavo server of this version, or its engine is down: {cause}")
 
 
 def watch(http: "httpx.Client", url: str, before: "ServerStats") -> None:
-    """Draw until q is pressed. A server that goes away may come back: the last frame stays meanwhile."""
+    """Draw frames until q is pressed. While the server does not answer, the last frame stays, below the error."""
     from rich.console import Group
     from rich.live import Live
     from rich.text import Text
+
+    from octavo.terminal import printable
 
     from .top_screen import frame
 
@@ -79,9 +82,9 @@ def watch(http: "httpx.Client", url: str, before: "ServerStats") -> None:
     with _keys() as pressed, Live(shown, screen=True, auto_refresh=False) as live:
         while not pressed("q", PERIOD):
             try:
-                now = look(http, url)
+                now = fetch_stats(http, url)
             except ConfigError as error:
-                live.update(Group(Text(str(error), style="red"), shown), refresh=True)
+                live.update(Group(Text(printable(str(error), lines=False), style="red"), shown), refresh=True)
                 continue
             shown, before = frame(now, before), now
             live.update(shown, refresh=True)
@@ -89,7 +92,7 @@ def watch(http: "httpx.Client", url: str, before: "ServerStats") -> None:
 
 @contextmanager
 def _keys() -> Generator["_Pressed"]:
-    """The terminal without echo, and keys as they are pressed rather than line by line."""
+    """Switch the terminal to deliver single keys without echo, and back at the end."""
     import termios
     import tty
 
@@ -103,11 +106,13 @@ def _keys() -> Generator["_Pressed"]:
 
 
 class _Pressed:
+    """Waits for keys of a terminal."""
+
     def __init__(self, terminal: int) -> None:
         self._terminal = terminal
 
     def __call__(self, key: str, seconds: float) -> bool:
-        """Wait so long for `key`; True too if the terminal is gone."""
+        """Wait up to `seconds` for `key`. Return whether it was pressed, or the terminal has closed."""
         end = time.monotonic() + seconds
         while select.select([self._terminal], [], [], max(0.0, end - time.monotonic()))[0]:
             if os.read(self._terminal, 1) in (key.encode(), b""):

@@ -1,4 +1,4 @@
-"""What octavo top draws: one frame, of two looks at a server."""
+"""What octavo top draws: one frame, from a server's statistics at two moments."""
 
 from dataclasses import dataclass
 
@@ -10,13 +10,14 @@ from octavo.engine.messages import EngineStats
 from octavo.kv.page_map import MOVING, PINNED
 from octavo.kv.page_pool import CACHED, FREE, IN_USE
 from octavo.server.stats import ServerStats
+from octavo.terminal import printable
 
 _BAR = 16  # characters
 
 
 @dataclass(frozen=True)
 class Mark:
-    """How pages of a state are drawn. Marks differ in shape too, for terminals and eyes without color."""
+    """How a page is drawn. Marks differ in shape as well as color."""
 
     glyph: str
     style: str
@@ -28,12 +29,12 @@ _MARKS = {
     CACHED: Mark("▒", "blue", "cached"),
     FREE: Mark("·", "bright_black", "free"),
     PINNED: Mark("◆", "yellow", "pinned by KV states"),
-    MOVING: Mark("↑", "magenta", "coming from a lower tier"),
+    MOVING: Mark("↑", "magenta", "being fetched from a lower tier"),
 }
 
 
 def frame(now: ServerStats, before: ServerStats | None) -> RenderableType:
-    """`before`: the look that rates are measured from; without one they are shown as –."""
+    """Return a frame. Rates are measured from `before` to `now`, and shown as – without it."""
     rates = _Rates(now, before)
     rows = Table.grid(padding=(0, 2))
     rows.add_column(style="bold")
@@ -49,19 +50,20 @@ def frame(now: ServerStats, before: ServerStats | None) -> RenderableType:
         ("swapped", _swapped(now.engine, rates)),
     ):
         rows.add_row(name, text)
-    title = Text.assemble(("octavo top", "bold cyan"), f"  {now.model} · {now.policy} · version {now.version}")
+    names = f"{printable(now.model, lines=False)} · {printable(now.policy, lines=False)}"
+    title = Text.assemble(("octavo top", "bold cyan"), f"  {names} · version {printable(now.version, lines=False)}")
     return Group(title, Text(), rows, Text(), _page_map(now.engine.page_map), _legend())
 
 
 class _Rates:
-    """Counters per second, and shares of one counter in another, between two looks at the same engine."""
+    """Rates and ratios of counters between two statistics of the same engine."""
 
     def __init__(self, now: ServerStats, before: ServerStats | None) -> None:
         same = before is not None and before.time < now.time and before.engine.steps <= now.engine.steps
         self._now, self._before = now, before if same else None
 
     def grown(self, counter: str) -> float | None:
-        """None if it cannot be told: there was one look only, or the engine has started anew."""
+        """Return a counter's growth; None without `before`, or if the engine has restarted since."""
         if self._before is None:
             return None
         return float(getattr(self._now.engine, counter) - getattr(self._before.engine, counter))
@@ -82,15 +84,15 @@ class _Rates:
 
 def _requests(now: ServerStats) -> Text:
     running, most = now.engine.running, now.limits.max_batch_size
-    return Text.assemble(_bar([(running, "green")], most), f" {running:,} of {most:,} run")
+    return Text.assemble(_bar([(running, "green")], most), f" {running:,} of {most:,} running")
 
 
 def _queue(now: ServerStats) -> Text:
     engine, most = now.engine, now.limits.max_queue
-    of_those = (("for their pages", engine.waiting_for_pages), ("for a fork's prompt", engine.waiting_for_prompt))
+    of_those = (("for pages", engine.waiting_for_pages), ("for the first of n completions", engine.waiting_for_prompt))
     return Text.assemble(
         _bar([(engine.waiting, "yellow")], most),
-        f" {engine.waiting:,} of {most:,} wait",
+        f" {engine.waiting:,} of {most:,} waiting",
         *(f", {number:,} {why}" for why, number in of_those if number),
     )
 
@@ -112,7 +114,7 @@ def _batch(now: ServerStats) -> Text:
         _bar(parts, most),
         (f" {engine.decode_rows:,} decode", "green"),
         (f" · {engine.prefill_rows:,} prefill", "cyan"),
-        (f" · {engine.draft_rows:,} guesses", "magenta"),
+        (f" · {engine.draft_rows:,} draft", "magenta"),
         f" of {most:,} rows",
     )
 
@@ -129,7 +131,7 @@ def _tokens(rates: _Rates) -> Text:
 def _prefixes(engine: EngineStats, rates: _Rates) -> Text:
     hits = f"{engine.cached_tokens / engine.prompt_tokens:.0%}" if engine.prompt_tokens else "–"
     latest = rates.share("cached_tokens", "prompt_tokens")
-    return Text(f"{hits} of {engine.prompt_tokens:,} prompt tokens were cached, {latest} of the latest")
+    return Text(f"{hits} of {engine.prompt_tokens:,} prompt tokens were cached, {latest} in the last second")
 
 
 def _pages(engine: EngineStats) -> Text:
@@ -143,17 +145,17 @@ def _pages(engine: EngineStats) -> Text:
 def _swapped(engine: EngineStats, rates: _Rates) -> Text:
     out, into = rates.per_second("pages_saved"), rates.per_second("pages_fetched")
     return Text(
-        f"{out} pages/s out ({engine.pages_saved:,}; {engine.pending_saves:,} to go) · "
-        f"{into} in ({engine.pages_fetched:,}; {engine.num_fetching:,} to come)"
+        f"{out} pages/s out ({engine.pages_saved:,}; {engine.pending_saves:,} pending) · "
+        f"{into} in ({engine.pages_fetched:,}; {engine.num_fetching:,} pending)"
     )
 
 
 def _bar(parts: list[tuple[int, str]], whole: int) -> Text:
-    """`parts` of `whole`, one after the other; a part that is not nothing shows."""
+    """Return a bar of `whole` with one segment per part; a part above 0 has at least one character."""
     bar = Text()
     for part, style in parts:
-        room = _BAR - len(bar)
-        bar.append("█" * min(room, max(round(_BAR * part / max(whole, 1)), part > 0)), style)
+        left = _BAR - len(bar)
+        bar.append("█" * min(left, max(round(_BAR * part / max(whole, 1)), part > 0)), style)
     return bar.append("░" * (_BAR - len(bar)), "bright_black")
 
 

@@ -106,8 +106,9 @@ def tokenize(request: Request, tokenizer: Tokenizer, info: EngineInfo) -> list[i
     _check_params(request.params, info.vocab_size)
     prompt = request.prompt
     if isinstance(prompt, str):
-        tokens = tokenizer.encode(prompt, add_special_tokens=request.state is None)
+        tokens = tokenizer.encode(prompt, request.state is None, max_tokens=info.max_model_len - 1)
     else:
+        check_length(len(prompt), info, has_state=request.state is not None)
         size = info.vocab_size
         tokens = list(prompt)
         if not all(type(token) is int and 0 <= token < size for token in tokens):
@@ -123,7 +124,7 @@ async def tokenize_all(requests: list[Request], tokenizer: Tokenizer, info: Engi
         return [tokenize(request, tokenizer, info) for request in requests]
 
     is_long = sum(len(request.prompt) for request in requests) > LONG_PROMPT
-    return await asyncio.to_thread(work) if is_long else work()
+    return await asyncio.get_running_loop().run_in_executor(tokenizer.threads, work) if is_long else work()
 
 
 def check_length(num_tokens: int, info: EngineInfo, has_state: bool = False) -> None:

@@ -14,16 +14,18 @@ from octavo.config import EngineConfig
 from octavo.errors import ConfigError
 from octavo.version import __version__
 
+from .config import ServerConfig
+
 BACKLOG = 4096  # connections that may wait to be accepted; the kernel's somaxconn may allow fewer
 MAX_FILES = 65_536  # one for each connection
 
 
-def serve(config: EngineConfig, host: str, port: int) -> None:
+def serve(config: EngineConfig, server: ServerConfig) -> None:
     """Serve until SIGTERM or Ctrl-C, drain, and return.
 
     Raises ConfigError if the address cannot be had, and what loading the model raises.
     """
-    with _listen(host, port) as listener:
+    with _listen(server.host, server.port) as listener:
         _allow_many_files()
         uvloop.run(_serve(AsyncLLM.from_config(config), listener))
 

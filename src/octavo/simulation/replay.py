@@ -4,7 +4,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from octavo.config import EngineConfig, parse_size
+from octavo.config import EngineConfig
 from octavo.engine.engine import Engine
 from octavo.engine.loading import assemble
 from octavo.engine.messages import EngineRequest, TokenOutput
@@ -82,7 +82,7 @@ def simulate(
     """Replay the trace in virtual time, on the engine that `config` describes and `costs` times."""
     clock = VirtualClock()
     backend = SimulatedBackend(costs, clock)
-    below = _bytes_below(config) // costs.page_bytes
+    below = _lower_tier_bytes(config) // costs.page_bytes
     engine = assemble(
         config,
         backend,
@@ -94,10 +94,9 @@ def simulate(
     return replay(trace, engine, clock.advance, config.max_batch_size + config.max_queue, advance)
 
 
-def _bytes_below(config: EngineConfig) -> int:
-    """Room for pages below the pool."""
-    host = 0 if config.kv_host_memory is None else parse_size(config.kv_host_memory, "kv_host_memory")
-    return host + (0 if config.kv_disk is None else parse_size(config.kv_disk_size, "kv_disk_size"))
+def _lower_tier_bytes(config: EngineConfig) -> int:
+    """Return the capacity of the tiers below the pool."""
+    return (config.kv_host_memory or 0) + (config.kv_disk_size if config.kv_disk else 0)
 
 
 def replay(

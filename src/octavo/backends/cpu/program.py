@@ -1,7 +1,6 @@
 """A native program for a model: on which kernels and processors, and its weights packed."""
 
 import os
-from pathlib import Path
 
 import numpy as np
 
@@ -10,6 +9,8 @@ from octavo.model.spec import DecoderSpec
 from octavo.weights.tensor import Parameter
 
 from ._native import Program, available_isas
+
+ANY_CORE = -1  # in a list of processors: a thread that the system may move
 
 
 def new_program(
@@ -55,11 +56,9 @@ def choose_isa() -> str:
 
 
 def _choose_cores(threads: int) -> list[int]:
-    """So many of the processors this process may use: of each core one, before any core's second one."""
+    """Return the processor of each thread, or ANY_CORE for all of them.
 
-    def turn(processor: int) -> tuple[int, int]:
-        topology = Path(f"/sys/devices/system/cpu/cpu{processor}/topology/thread_siblings_list")
-        siblings = topology.read_text().strip().replace("-", ",").split(",") if topology.exists() else []
-        return (siblings.index(str(processor)) if str(processor) in siblings else 0, processor)
-
-    return sorted(os.sched_getaffinity(0), key=turn)[:threads]
+    Threads are pinned only if there is one for every processor: fewer, and two engines would choose the same ones.
+    """
+    processors = sorted(os.sched_getaffinity(0))
+    return processors if threads >= len(processors) else [ANY_CORE] * threads

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from operator import attrgetter
 
-from octavo.config import EngineConfig, parse_weights
+from octavo.config import EngineConfig
 from octavo.engine.sequence import Sequence
 
 from .policy import Policy, WaitingQueue
@@ -65,7 +65,7 @@ class Fair(Policy):
 
     def __init__(self, config: EngineConfig):
         super().__init__(config)
-        self._weights = parse_weights(config.tenant_weights or "")
+        self._weights = config.tenant_weights
         self._waiting: dict[str, _Account] = {}
         self._others: OrderedDict[str, _Account] = OrderedDict()  # do not wait; the next to forget first
         self._waiting_weight = 0.0  # of all tenants that wait

@@ -1,0 +1,424 @@
+"""Settings from flags, keywords, a YAML file, environment variables and defaults, with one conversion for all of them.
+
+A class of settings is a frozen dataclass whose fields are made by `setting`, or by `dataclasses.field` with a `help` in
+its metadata. A class that inherits from Settings converts and checks its fields whenever one is constructed.
+"""
+
+import dataclasses
+import difflib
+import json
+import math
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import msgspec
+
+from .errors import ConfigError
+
+S = TypeVar("S")
+Size = Annotated[int, "size"]
+"""Bytes, also written as 4GiB or 500MB."""
+
+PREFIX = "OCTAVO_"
+NOT_SETTINGS = frozenset({"OCTAVO_ISA"})  # environment variables that are read elsewhere
+_BOOLEANS = dict.fromkeys(("1", "true", "yes", "on"), True) | dict.fromkeys(("0", "false", "no", "off"), False)
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+_COUNTS = {"k": 10**3, "m": 10**6, "g": 10**9, "K": 2**10, "M": 2**20, "G": 2**30}  # 32k and 32K, as with vLLM
+_LARGEST = 2**63 - 1
+_SHOWN = 120  # characters of a wrong value in an error message
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What a setting must be. An error says "{name} must be {what}"."""
+
+    what: str
+    holds: Callable[[Any], bool] = lambda value: True
+    choices: tuple[str, ...] = ()
+
+
+def at_least(low: int) -> Rule:
+    return Rule(f"at least {low}", lambda value: value >= low)
+
+
+def positive(unit: str) -> Rule:
+    return Rule(f"a positive number of {unit}", lambda value: 0 < value < math.inf)
+
+
+def one_of(*choices: str) -> Rule:
+    return Rule(_listed(choices), lambda value: value in choices, choices)
+
+
+def setting(default: Any, help: str, rule: Rule | None = None) -> Any:
+    """Declare a field of a class of settings. None passes every rule of an optional field."""
+    if isinstance(default, dict):
+        return field(default_factory=lambda: dict(default), metadata={"help": help, "rule": rule})
+    return field(default=default, metadata={"help": help, "rule": rule})
+
+
+class Settings:
+    """Base class for a frozen dataclass of settings: converts and checks every field.
+
+    Raises:
+        ConfigError: "{name} must be {what}, not {value}".
+    """
+
+    def __post_init__(self) -> None:
+        for f in dataclasses.fields(self):  # type: ignore[arg-type]
+            object.__setattr__(self, f.name, checked(type(self), f.name, getattr(self, f.name)))
+
+    def need(self, ok: bool, name: str, what: str) -> None:
+        """Raise ConfigError unless `ok`: for rules over several settings."""
+        if not ok:
+            raise ConfigError(f"{name} must be {what}, not {_shown(getattr(self, name))}")
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a foreign spelling of a setting means: settings by name, and a note for the user ("" for none).
+
+    `ignored` says that it has no effect here.
+    """
+
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    note: str = ""
+    ignored: bool = False
+
+
+@dataclass(frozen=True)
+class Alias:
+    """A foreign spelling of a setting, such as vLLM's.
+
+    Attributes:
+        read: Returns what a value means; None if the value is Octavo's own spelling. Raises ConfigError for what cannot
+            be honored and must not be ignored.
+        is_flag: Whether it is a flag without a value on the command line.
+    """
+
+    read: Callable[[Any], Reading | None]
+    is_flag: bool = False
+
+
+@dataclass(frozen=True)
+class Source:
+    """Values by name, and how their source spells a name, such as "--max-batch-size" or "OCTAVO_MAX_BATCH_SIZE"."""
+
+    kind: str  # environment, file, flag or keyword
+    values: Mapping[str, Any]
+    spell: Callable[[str, Any], str]  # of a name and its value
+    where: str = ""  # put before an error message
+
+
+@dataclass
+class Resolved:
+    """The settings that any source gave, each from the source of the highest rank.
+
+    Attributes:
+        values: By name, converted; a name that is missing has its default.
+        origins: By name, such as "flag --max-batch-size".
+        warnings: One line each, for the user.
+    """
+
+    values: dict[str, Any] = field(default_factory=dict)
+    origins: dict[str, str] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+    def build(self, kind: type[S]) -> S:
+        """Return an instance of a class of settings. Raises ConfigError."""
+        return kind(**{name: self.values[name] for name in settings_of(kind) if name in self.values})
+
+
+def resolve(
+    classes: Sequence[type], aliases: Mapping[str, Alias], sources: Iterable[Source], hint: bool = True
+) -> Resolved:
+    """Merge sources of settings, those of lower rank first.
+
+    Args:
+        classes: The classes that a name may be a setting of.
+        aliases: Foreign spellings. Where one is also a setting's name, it says what foreign values of it mean.
+        hint: Whether to warn of every environment variable that is no setting, or only of likely typing errors.
+
+    Raises:
+        ConfigError: For an unknown name in a file or keyword, and a value that cannot be converted.
+    """
+    owners = {name: kind for kind in classes for name in settings_of(kind)}
+    resolved, notes = Resolved(), _Notes()
+    for source in sources:
+        given: dict[str, str] = {}  # setting -> how this source spelled it
+        for key, value in source.values.items():
+            name = key.replace("-", "_")
+            reading = aliases[name].read(value) if name in aliases else None
+            if reading is None and name not in owners:
+                _report_unknown(key, source, [*owners, *aliases], resolved.warnings, hint)
+                continue
+            spelling = source.spell(name, value)
+            if reading:
+                notes.add(spelling, value, reading)
+            for setting_name, meant in (reading.settings if reading else {name: value}).items():
+                if (other := given.get(setting_name)) and other != spelling:
+                    raise ConfigError(f"{other} and {spelling} are the same setting: leave one out")
+                given[setting_name] = spelling
+                if setting_name not in owners:
+                    continue  # of the server, where there is only an engine
+                try:
+                    resolved.values[setting_name] = checked(owners[setting_name], setting_name, meant)
+                except ConfigError as error:
+                    raise ConfigError(f"{source.where}{error}") from None
+                resolved.origins[setting_name] = (
+                    f"{source.kind} {spelling}{' (vLLM)' if reading and reading.note else ''}"
+                )
+    resolved.warnings += notes.lines()
+    return resolved
+
+
+def environment_source(variables: Mapping[str, str] = os.environ) -> Source:
+    """Return the settings among environment variables: OCTAVO_MAX_BATCH_SIZE is max_batch_size."""
+    values = {
+        name.removeprefix(PREFIX).lower(): text
+        for name, text in variables.items()
+        if name.startswith(PREFIX) and name not in NOT_SETTINGS
+    }
+    return Source("environment", values, lambda name, value: PREFIX + name.upper(), "in the environment, ")
+
+
+def file_source(file: Path) -> Source:
+    """Return the settings in a YAML file of `name: value` lines. Raises ConfigError."""
+    import yaml
+
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+        raise ConfigError(f"cannot read {file}: {' '.join(str(error).split())}") from None
+    content = {} if content is None else content
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise ConfigError(f"{file} must hold `name: value` lines, such as max_batch_size: 64")
+    return Source("file", content, lambda name, value: f"{name} in {file}", f"{file}: ")
+
+
+def flag_source(flags: Mapping[str, Any]) -> Source:
+    """Return the settings among the flags of a command; a flag that is None was not given."""
+    given = {name: value for name, value in flags.items() if value is not None}
+    return Source("flag", given, _spell_flag)
+
+
+def keyword_source(keywords: Mapping[str, Any]) -> Source:
+    """Return the settings among keyword arguments; None leaves a setting to the other sources."""
+    given = {name: value for name, value in keywords.items() if value is not None}
+    return Source("keyword", given, lambda name, value: name)
+
+
+def checked(kind: type, name: str, value: Any) -> Any:
+    """Return `value`, from whatever source, as the type of a field that obeys the field's rule.
+
+    Raises:
+        ConfigError: "{name} must be {what}, not {value}".
+    """
+    hint, rule = _type_of(kind, name), settings_of(kind)[name].metadata.get("rule")
+    what = rule.what if rule else _describe(hint)
+    try:
+        converted = convert(value, hint)
+    except (ValueError, TypeError):
+        what = f"{_describe(hint)} of {what}" if what.startswith("at least") else what
+        quotes = " (put it in quotes)" if _base(hint) is str and isinstance(value, int | float) else ""
+        raise ConfigError(f"{name} must be {what}, not {_shown(value)}{quotes}") from None
+    if converted is not None and rule and not rule.holds(converted):
+        raise ConfigError(f"{name} must be {what}, not {_shown(value)}")
+    return converted
+
+
+def convert(value: Any, hint: Any) -> Any:
+    """Return `value` as the type `hint`.
+
+    Text becomes a number, true or false (also yes, no, on, off, 1, 0), a size, a list (a,b), a mapping (a=4,b=0.5) or,
+    where a setting may be unset, None ("none" or ""). Numbers may be numpy's, text may be a path. Nothing else is
+    converted: 2024 is no text, and true is no number.
+
+    Raises:
+        ValueError: `value` is of another type.
+    """
+    value = (
+        value.tolist() if hasattr(value, "tolist") else os.fspath(value) if isinstance(value, os.PathLike) else value
+    )
+    if _is_optional(hint) and (
+        value is None or (isinstance(value, str) and value.strip().lower() in ("none", "null", ""))
+    ):
+        return None
+    base = _base(hint)
+    if base is Size:
+        return parse_size(value)
+    if base is bool and type(value) is int:
+        value = str(value)
+    if isinstance(value, str):
+        value = _from_text(value, base)
+    elif isinstance(value, bool) and base in (int, float):
+        raise ValueError("a boolean is no number")
+    elif base is int and isinstance(value, float) and value.is_integer():
+        value = int(value)
+    converted = msgspec.convert(value, base, strict=not isinstance(value, str | dict | list))
+    if isinstance(converted, float) and math.isnan(converted):
+        raise ValueError("not a number")
+    if isinstance(converted, int) and abs(converted) > _LARGEST:
+        raise ValueError("too large for a message")
+    return converted
+
+
+def parse_size(value: str | int, name: str = "size") -> int:
+    """Return the bytes of "4GiB", "500MB", "1.5G" or a plain number. Raises ConfigError."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?", str(value).strip().upper(), re.ASCII)
+    size = int(float(match[1]) * _UNITS[match[2]]) if match and match[2] in _UNITS and len(match[1]) < 20 else 0
+    if isinstance(value, bool) or not 0 < size <= _LARGEST:
+        raise ConfigError(f"{name} must be a size such as 4GiB or 500MB, not {_shown(value)}")
+    return size
+
+
+def format_value(kind: type, name: str, value: Any) -> str:
+    """Return a setting's value as text that `convert` understands."""
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, Mapping):
+        return ",".join(f"{key}={number:g}" for key, number in value.items())
+    if isinstance(value, list | tuple):
+        return ",".join(map(str, value))
+    if _base(_type_of(kind, name)) is Size:
+        unit = next(unit for unit in ("TI", "GI", "MI", "KI", "") if value % _UNITS[unit] == 0)
+        return f"{value // _UNITS[unit]}{unit.replace('I', 'iB')}"
+    return str(value)
+
+
+def metavar(kind: type, name: str) -> str:
+    """Return what a flag's help shows in place of its value."""
+    rule = settings_of(kind)[name].metadata.get("rule")
+    if rule and rule.choices:
+        return "|".join(rule.choices)
+    base = _base(_type_of(kind, name))
+    names = {int: "INTEGER", float: "NUMBER", Size: "SIZE", str: "TEXT"}
+    return names.get(base, "NAME=NUMBER,..." if get_origin(base) is dict else "A,B,...")
+
+
+def is_boolean(kind: type, name: str) -> bool:
+    return _base(_type_of(kind, name)) is bool
+
+
+def default_of(kind: type, name: str) -> Any:
+    f = settings_of(kind)[name]
+    return f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+
+
+def settings_of(kind: Any) -> "Mapping[str, dataclasses.Field[Any]]":
+    """Return the fields of a class of settings by name."""
+    return {f.name: f for f in dataclasses.fields(kind)}
+
+
+class _Notes:
+    """Collects what was made of foreign spellings, for one line."""
+
+    def __init__(self) -> None:
+        self._understood: list[str] = []
+        self._ignored: list[str] = []
+
+    def add(self, spelling: str, value: Any, reading: Reading) -> None:
+        if reading.note:
+            given = spelling if isinstance(value, bool) else f"{spelling} {_shown(value).strip(chr(39))}"
+            (self._ignored if reading.ignored else self._understood).append(f"{given} {reading.note}")
+
+    def lines(self) -> Iterator[str]:
+        parts = [*self._understood]
+        if self._ignored:
+            parts.append("ignored: " + ", ".join(self._ignored))
+        if parts:
+            yield "vLLM's settings: " + "; ".join(parts)
+
+
+def _spell_flag(name: str, value: Any) -> str:
+    return ("--no-" if value is False else "--") + name.replace("_", "-")
+
+
+def _report_unknown(key: str, source: Source, known: Sequence[str], warnings: list[str], hint: bool) -> None:
+    name = key.replace("-", "_")
+    close = difflib.get_close_matches(name, known, 1, cutoff=0.6 if hint else 0.8)
+    if source.kind == "environment":
+        if close:
+            warnings.append(f"{source.spell(name, '')} is no setting; did you mean {source.spell(close[0], '')}?")
+        elif hint:
+            warnings.append(f"{source.spell(name, '')} is no setting; octavo config lists them")
+        return
+    advice = f"did you mean {close[0]}?" if close else "octavo config lists them"
+    raise ConfigError(f"{source.where}unknown setting {key!r}: {advice}")
+
+
+@cache
+def _hints(kind: type) -> Mapping[str, Any]:
+    return get_type_hints(kind, include_extras=True)
+
+
+def _type_of(kind: type, name: str) -> Any:
+    return _hints(kind)[name]
+
+
+def _is_optional(hint: Any) -> bool:
+    return get_origin(hint) in (UnionType, Union) and NoneType in get_args(hint)
+
+
+def _base(hint: Any) -> Any:
+    """Return `X` of `X | None`."""
+    if not _is_optional(hint):
+        return hint
+    [base] = [kind for kind in get_args(hint) if kind is not NoneType]
+    return base
+
+
+def _describe(hint: Any) -> str:
+    base = _base(hint)
+    names = {
+        int: "an integer",
+        float: "a number",
+        bool: "true or false",
+        str: "text",
+        Size: "a size such as 4GiB or 500MB",
+    }
+    return names.get(base, "such as a=1,b=2" if get_origin(base) is dict else "a list such as a,b")
+
+
+def _from_text(text: str, base: Any) -> Any:
+    """Return text as what `msgspec.convert` can make the type `base` of."""
+    if base is str:
+        return text
+    text = text.strip()
+    if base is bool:
+        if text.lower() not in _BOOLEANS:
+            raise ValueError("neither true nor false")
+        return _BOOLEANS[text.lower()]
+    if base is int and (match := re.fullmatch(r"(\d+(?:\.\d+)?)([kmgKMG])", text, re.ASCII)):
+        return int(float(match[1]) * _COUNTS[match[2]])
+    if base is int and re.fullmatch(r".*[bBiI]", text):
+        return parse_size(text)
+    if get_origin(base) not in (dict, list, tuple):
+        return text
+    if text.startswith(("{", "[")):
+        return json.loads(text)
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if get_origin(base) is not dict:
+        return parts
+    pairs = [part.partition("=") for part in parts]
+    if not all(name.strip() and equals for name, equals, _ in pairs):
+        raise ValueError("no name=value")
+    return {name.strip(): value.strip() for name, _, value in pairs}
+
+
+def _listed(words: Sequence[str]) -> str:
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
+
+
+def _shown(value: Any) -> str:
+    text = (
+        {True: "true", False: "false", None: "none"}[value] if value is None or isinstance(value, bool) else repr(value)
+    )
+    return text if len(text) <= _SHOWN else text[:_SHOWN] + "…"

@@ -1,0 +1,104 @@
+"""What `octavo simulate` runs: the simulation of one configuration, or of every combination of a sweep."""
+
+import dataclasses
+from collections.abc import Sequence
+from itertools import product
+from typing import Any
+
+import msgspec
+
+from octavo.bench.report import progress
+from octavo.config import EngineConfig
+from octavo.errors import ConfigError
+from octavo.settings import convert
+
+from .costs import CostModel
+from .replay import Replay, simulate
+from .report import summarize
+from .trace import TraceRequest
+
+PAGES = "pages"  # what a sweep calls the size of the KV cache, which is no setting
+
+
+def sweep(
+    arrivals: Sequence[TraceRequest],
+    config: EngineConfig,
+    costs: CostModel,
+    pages: int | None,
+    axes: Sequence[tuple[str, Sequence[str]]],
+) -> list[tuple[dict[str, str], dict[str, Any]]]:
+    """Simulate every combination of `axes`: settings, or "pages", with the values to try.
+
+    Returns:
+        (What was set, summary) of each combination; one with nothing set if there are no axes.
+
+    Raises:
+        ConfigError: For a setting or value that does not exist, or that the cost model does not cover.
+    """
+    runs = []
+    for values in product(*(values for _, values in axes)):
+        chosen = dict(zip((name for name, _ in axes), values, strict=True))
+        runs.append((chosen, _run(arrivals, config, costs, pages, chosen)))
+    return runs
+
+
+def parse_axis(text: str) -> tuple[str, list[str]]:
+    """Return the name and values of an axis such as pages=500,1000. Raises ConfigError."""
+    name, _, values = text.partition("=")
+    if not name or not all(values.split(",")):
+        raise ConfigError(f"--sweep must be such as pages=500,1000, not {text!r}")
+    return name.strip().replace("-", "_"), values.split(",")
+
+
+def _run(
+    arrivals: Sequence[TraceRequest],
+    config: EngineConfig,
+    costs: CostModel,
+    pages: int | None,
+    chosen: dict[str, str],
+) -> dict[str, Any]:
+    """Return the summary of one simulation, with the throughput that the engine sustains.
+
+    The latter is measured by a second simulation, in which every request arrives at the start and none is refused.
+    """
+    for name, value in chosen.items():
+        if name == PAGES:
+            pages = _parse_pages(value)
+        else:
+            config = config.replaced(name, value)
+    _check(config, costs)
+    if pages is None:
+        pages = costs.num_pages if config.kv_cache_memory is None else config.kv_cache_memory // costs.page_bytes
+    at_once = [msgspec.structs.replace(request, at=0.0, timeout=None) for request in arrivals]
+    patient = dataclasses.replace(config, max_queue=len(arrivals), request_timeout=None)
+    with progress(" ".join(chosen.values()) or "Simulating", 2 * len(arrivals)) as advance:
+
+        def run(requests: Sequence[TraceRequest], settings: EngineConfig) -> Replay:
+            return simulate(requests, settings, costs, pages, advance)
+
+        summary, saturated = summarize(run(arrivals, config)), summarize(run(at_once, patient))
+    return summary | {"sustained_per_second": saturated["requests_per_second"]}
+
+
+def _check(config: EngineConfig, costs: CostModel) -> None:
+    """Raise ConfigError for settings whose effect the cost model does not cover."""
+    defaults = EngineConfig()
+    for name, measured in costs.settings.items():
+        if (value := getattr(config, name, measured)) not in (getattr(defaults, name, None), measured):
+            raise ConfigError(f"the cost model was measured with {name} {measured}: measure again with {value}")
+    if (config.kv_disk or config.kv_host_memory) and not costs.seconds_per_page:
+        raise ConfigError(
+            "the cost model was measured without a lower tier of the KV cache: measure with --kv-disk FOLDER"
+        )
+    if config.speculative_tokens:
+        raise ConfigError("a simulation has no text to draft tokens from: leave out speculative_tokens")
+
+
+def _parse_pages(text: str) -> int:
+    try:
+        pages: int = convert(text, int)
+    except ValueError:
+        pages = 0
+    if pages < 1:
+        raise ConfigError(f"pages must be an integer of at least 1, not {text!r}")
+    return pages

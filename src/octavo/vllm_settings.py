@@ -1,0 +1,214 @@
+"""vLLM's spellings of settings, so that its command lines, configuration files and keywords work as they stand.
+
+What has no effect here and changes neither answers nor safety is ignored, with a note. What would change an answer or
+leave a server less protected than its owner believes is refused.
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from .errors import ConfigError
+from .settings import Alias, Reading, convert
+
+PAGE_TOKENS = 32  # a page holds a multiple of so many tokens
+
+
+def _is_off(value: Any) -> bool:
+    return value is None or value is False or str(value).strip().lower() in ("false", "none", "null", "")
+
+
+def _same(setting: str, quietly: bool = False) -> Alias:
+    return Alias(lambda value: Reading({setting: value}, "" if quietly else f"is {setting}"))
+
+
+def _ignored(why: str, is_flag: bool = False) -> Alias:
+    def read(value: Any) -> Reading:
+        return Reading() if is_flag and _is_off(value) else Reading(note=f"({why})", ignored=True)
+
+    return Alias(read, is_flag)
+
+
+def _refused(name: str, why: str, is_flag: bool = False) -> Alias:
+    def read(value: Any) -> Reading:
+        if _is_off(value):
+            return Reading()
+        raise ConfigError(f"{name} is not supported: {why}")
+
+    return Alias(read, is_flag)
+
+
+def _values(setting: str, meanings: Mapping[str, tuple[str, str]]) -> Alias:
+    """Return the alias of a setting with the same name: vLLM's value -> (Octavo's value, a note)."""
+
+    def read(value: Any) -> Reading | None:
+        if not isinstance(value, str) or value.strip().lower() not in meanings:
+            return None
+        meant, note = meanings[value.strip().lower()]
+        return Reading({setting: meant}, note)
+
+    return Alias(read)
+
+
+def _read_block_size(value: Any) -> Reading:
+    try:
+        tokens = convert(value, int)
+    except (ValueError, TypeError):
+        raise ConfigError(f"block_size must be an integer, not {value!r}") from None
+    rounded = max(1, -(-tokens // PAGE_TOKENS)) * PAGE_TOKENS
+    why = "" if rounded == tokens else f" {rounded}, as a page holds a multiple of {PAGE_TOKENS} tokens"
+    return Reading({"kv_cache_page_size": rounded}, f"is kv_cache_page_size{why}")
+
+
+def _read_max_model_len(value: Any) -> Reading | None:
+    """vLLM's auto and -1 are the model's own limit."""
+    return Reading({"max_model_len": None}) if str(value).strip().lower() in ("auto", "-1") else None
+
+
+def _read_speculative_config(value: Any) -> Reading:
+    try:
+        config = json.loads(value) if isinstance(value, str) else value
+        method, tokens = config.get("method"), config.get("num_speculative_tokens", 0)
+    except (ValueError, AttributeError, RecursionError):
+        example = '{"method": "ngram", "num_speculative_tokens": 4}'
+        raise ConfigError(f"speculative_config must be JSON such as {example}, not {value!r}") from None
+    if method in ("ngram", "ngram_gpu", "suffix"):
+        return Reading({"speculative_tokens": tokens}, f"is speculative_tokens {tokens}")
+    why = "drafts come from the text only, with speculative_tokens; the output is the same without"
+    return Reading(note=f"({why})", ignored=True)
+
+
+def _read_allowed_origins(value: Any) -> Reading:
+    try:
+        origins = json.loads(value) if isinstance(value, str) and value.strip().startswith("[") else value
+    except ValueError:
+        raise ConfigError(f'allowed_origins must be JSON such as ["https://example.org"], not {value!r}') from None
+    origins = ",".join(map(str, origins)) if isinstance(origins, list) else origins
+    return Reading({"cors_origins": origins}, "is cors_origins")
+
+
+def _read_no_access_log(value: Any) -> Reading:
+    return Reading() if _is_off(value) else Reading({"access_log": "none"}, "is access_log none")
+
+
+_OWN_INTEGERS = ("auto", "is quantization auto: the file's own integers")
+_EIGHT_BITS_KV = ("int8", "is kv_cache_dtype int8: 8 bits, with scales")
+_HALF = ("auto", "is computed in bfloat16")
+_NO_TLS = "this server speaks plain HTTP only; put a proxy with TLS before it"
+_LOCAL = "one device, one process"
+_NO_TOOLS = "tool calls are not parsed yet; requests with tools are refused"
+_LOGGING = "see access_log"
+_OTHER_ANSWERS = "it would change answers"
+
+_VALUES: dict[str, Alias] = {
+    "max_num_seqs": _same("max_batch_size"),
+    "max_num_batched_tokens": _same("max_batch_tokens"),
+    "block_size": Alias(_read_block_size),
+    "priority_ageing": _same("priority_aging", quietly=True),  # Octavo's own older spelling
+    "max_model_len": Alias(_read_max_model_len),
+    "dtype": _values("dtype", {"half": _HALF, "float16": _HALF, "fp16": _HALF, "float": ("float32", "")}),
+    "kv_cache_dtype": _values(
+        "kv_cache_dtype", dict.fromkeys(("fp8", "fp8_e4m3", "fp8_e5m2", "fp8_inc"), _EIGHT_BITS_KV)
+    ),
+    "quantization": _values(
+        "quantization",
+        dict.fromkeys(("awq", "gptq", "awq_marlin", "gptq_marlin", "auto-gptq", "auto_gptq", "gguf"), _OWN_INTEGERS)
+        | dict.fromkeys(("compressed-tensors", "auto-round"), _OWN_INTEGERS)
+        | {
+            "bitsandbytes": ("4bit", "is quantization 4bit"),
+            "fp8": ("8bit", "is quantization 8bit, of integers"),
+            "int8": ("8bit", ""),
+            "int4": ("4bit", ""),
+        },
+    ),
+    "speculative_config": Alias(_read_speculative_config),
+    "allowed_origins": Alias(_read_allowed_origins),
+    "gpu_memory_utilization": _ignored("kv_cache_memory sets the size of the KV cache"),
+    "num_gpu_blocks_override": _ignored("kv_cache_memory sets the size of the KV cache"),
+    "swap_space": _ignored("see kv_disk and kv_host_memory"),
+    "cpu_offload_gb": _ignored("weights are not offloaded"),
+    "kv_offloading_size": _ignored("see kv_disk and kv_host_memory"),
+    "kv_offloading_backend": _ignored("see kv_disk and kv_host_memory"),
+    "tool_call_parser": _ignored(_NO_TOOLS),
+    "reasoning_parser": _ignored("reasoning is not parsed yet; it stays in the text of the answer"),
+    "seed": _ignored("give each request its own seed; without one, a new seed is drawn and reported"),
+    "load_format": _ignored("found from the model's files"),
+    "download_dir": _ignored("HF_HOME is the folder of downloads"),
+    "tokenizer_mode": _ignored("there is one tokenizer"),
+    "distributed_executor_backend": _ignored(_LOCAL),
+    "pipeline_parallel_size": _ignored(_LOCAL),
+    "data_parallel_size": _ignored(_LOCAL),
+    "api_server_count": _ignored(_LOCAL),
+    "limit_mm_per_prompt": _ignored("text only"),
+    "mm_processor_kwargs": _ignored("text only"),
+    "mm_processor_cache_gb": _ignored("text only"),
+    "compilation_config": _ignored("nothing is compiled at run time"),
+    "optimization_level": _ignored("nothing is compiled at run time"),
+    "attention_backend": _ignored("there is one"),
+    "max_seq_len_to_capture": _ignored("there are no CUDA graphs"),
+    "max_num_partial_prefills": _ignored("max_batch_tokens bounds a step"),
+    "max_long_partial_prefills": _ignored("max_batch_tokens bounds a step"),
+    "long_prefill_token_threshold": _ignored("max_batch_tokens bounds a step"),
+    "prefix_caching_hash_algo": _ignored("there is one"),
+    "max_logprobs": _ignored("requests may ask for 20"),
+    "uvicorn_log_level": _ignored(_LOGGING),
+    "max_log_len": _ignored(_LOGGING),
+    "task": _ignored("models generate text"),
+    "runner": _ignored("models generate text"),
+    "model_impl": _ignored("there is one"),
+    "api_key": _refused(
+        "api_key", "this version checks no keys, so anyone would be served; put a proxy that checks them before it"
+    ),
+    "ssl_keyfile": _refused("ssl_keyfile", _NO_TLS),
+    "ssl_certfile": _refused("ssl_certfile", _NO_TLS),
+    "ssl_ca_certs": _refused("ssl_ca_certs", _NO_TLS),
+    "ssl_cert_reqs": _refused("ssl_cert_reqs", _NO_TLS),
+    "middleware": _refused("middleware", "it could be what checks who calls; put it into a proxy"),
+    "max_new_tokens": _refused(
+        "max_new_tokens", "the output of a request is limited by its max_tokens and max_model_len"
+    ),
+    "hf_token": _refused("hf_token", "set the environment variable HF_TOKEN"),
+    "chat_template": _refused(
+        "chat_template", _OTHER_ANSWERS + "; put it into the model's folder as chat_template.jinja"
+    ),
+    "tokenizer": _refused("tokenizer", _OTHER_ANSWERS + "; a model's folder holds its tokenizer"),
+    "tokenizer_revision": _refused("tokenizer_revision", _OTHER_ANSWERS),
+    "hf_overrides": _refused("hf_overrides", _OTHER_ANSWERS + "; edit the model's config.json"),
+    "hf_config_path": _refused("hf_config_path", _OTHER_ANSWERS),
+    "rope_scaling": _refused("rope_scaling", _OTHER_ANSWERS + "; edit the model's config.json"),
+    "rope_theta": _refused("rope_theta", _OTHER_ANSWERS + "; edit the model's config.json"),
+    "override_generation_config": _refused("override_generation_config", _OTHER_ANSWERS + "; set them in requests"),
+    "lora_modules": _refused("lora_modules", _OTHER_ANSWERS),
+    "logits_processors": _refused("logits_processors", _OTHER_ANSWERS),
+    "response_role": _ignored("answers have the role assistant"),
+}
+
+_FLAGS: dict[str, Alias] = {
+    "enforce_eager": _ignored("there are no CUDA graphs", is_flag=True),
+    "trust_remote_code": _ignored("code that comes with a model is never run", is_flag=True),
+    "enable_chunked_prefill": Alias(
+        lambda value: (
+            Reading(note="(prompts are always cut into chunks)", ignored=True) if _is_off(value) else Reading()
+        ),
+        is_flag=True,
+    ),
+    "enable_auto_tool_choice": _ignored(_NO_TOOLS, is_flag=True),
+    "async_scheduling": _ignored("always", is_flag=True),
+    "enable_expert_parallel": _ignored(_LOCAL, is_flag=True),
+    "disable_custom_all_reduce": _ignored(_LOCAL, is_flag=True),
+    "disable_frontend_multiprocessing": _ignored("the engine of a server is always a process of its own", is_flag=True),
+    "disable_log_stats": _ignored(_LOGGING, is_flag=True),
+    "disable_log_requests": _ignored(_LOGGING, is_flag=True),
+    "enable_log_requests": _ignored(_LOGGING, is_flag=True),
+    "disable_uvicorn_access_log": Alias(_read_no_access_log, is_flag=True),
+    "disable_fastapi_docs": _ignored("there are none", is_flag=True),
+    "enable_server_load_tracking": _ignored("see /stats", is_flag=True),
+    "enable_request_id_headers": _ignored("always", is_flag=True),
+    "enable_prompt_tokens_details": _ignored("always", is_flag=True),
+    "enable_lora": _refused("enable_lora", _OTHER_ANSWERS, is_flag=True),
+    "disable_sliding_window": _refused("disable_sliding_window", _OTHER_ANSWERS, is_flag=True),
+    "allow_credentials": _refused("allow_credentials", "pages may not send cookies to this server", is_flag=True),
+}
+
+VLLM: Mapping[str, Alias] = _VALUES | _FLAGS
+"""By vLLM's name. Where it is also Octavo's name of a setting: what vLLM's values of it mean."""
