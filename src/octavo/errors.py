@@ -66,3 +66,10 @@ class RequestFailed(OctavoError, RuntimeError):
 
 class EngineDead(OctavoError, RuntimeError):
     """The engine stopped and could not be brought back."""
+
+
+def shortened(value: object, limit: int = 200) -> str:
+    """Return `value` as text on one line for an error message, its middle left out beyond `limit` characters."""
+    text = " ".join(str(value).split())
+    half = limit // 2
+    return text if len(text) <= limit else f"{text[:half]} ... {text[-half:]}"
