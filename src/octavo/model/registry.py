@@ -47,12 +47,12 @@ def describe_model(
     family = find_family(checkpoint_config)
     spec = family.spec(checkpoint_config)
     spec, tensors = _resolve_tie(spec, family, tensors)
-    parameters = {}
+    parameters, used = {}, set[str]()
     for name, shapes in parameter_shapes(spec).items():
         layer = name.split(".")[1] if name.startswith("layers.") else ""
         names = [n.replace("{i}", layer) for n in family.WEIGHTS[name.replace(f".{layer}.", ".{i}.", 1)]]
         parameters[name] = Parameter(tuple(_fitting(tensors, *part) for part in zip(names, shapes, strict=True)))
-    used = {part.name for parameter in parameters.values() for part in parameter.parts}
+        used.update(names)
     if unused := [name for name in tensors if name not in used and not _UNUSED.fullmatch(name)]:
         found = shortened(repr(unused[0]))
         raise UnsupportedModel(f"the checkpoint has a tensor {found} that a model of its config does not use")

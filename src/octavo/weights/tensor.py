@@ -143,10 +143,12 @@ def _dequantize(rows: np.ndarray, format: str) -> np.ndarray:
     from gguf import GGMLQuantizationType
     from gguf.quants import dequantize
 
-    values: np.ndarray = dequantize(rows, GGMLQuantizationType[format])
+    with np.errstate(all="ignore"):  # damaged scales may be NaN or infinite: require_finite reports them
+        values: np.ndarray = dequantize(rows, GGMLQuantizationType[format])
     return values
 
 
 def _scaled(blocks: np.ndarray, q: np.ndarray) -> np.ndarray:
-    values: np.ndarray = blocks["scale"][..., None] * q + blocks["min"][..., None]
+    with np.errstate(all="ignore"):
+        values: np.ndarray = blocks["scale"][..., None] * q + blocks["min"][..., None]
     return values.reshape(len(blocks), -1)
