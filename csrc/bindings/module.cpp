@@ -118,8 +118,9 @@ void copy_page(Program& program, int64_t source, int64_t target) {
     std::memmove(program.page(target), program.page(source), program.page_bytes());
 }
 
-// Parts of a weight, one after another by rows: (data, format, row_order or None) as Tensor has them.
-void pack(Program& program, int weight, nb::list parts, int64_t rows, int64_t columns,
+// Parts of a weight, stacked by rows: (data, format, row_order or None) as Tensor has them. Returns -1, or the index of a
+// part with a value that cannot be stored, such as NaN.
+int pack(Program& program, int weight, nb::list parts, int64_t rows, int64_t columns,
           std::optional<Array<float>> importance) {
     std::vector<Part> native;
     int64_t total = 0;
@@ -144,7 +145,7 @@ void pack(Program& program, int weight, nb::list parts, int64_t rows, int64_t co
     if (importance && int64_t(importance->size()) != columns)
         throw nb::value_error("importance must have one entry per column");
     nb::gil_scoped_release release;
-    program.pack(weight, native, importance ? importance->data() : nullptr);
+    return program.pack(weight, native, importance ? importance->data() : nullptr);
 }
 
 nb::tuple linears(const LinearWeights& weights) {

@@ -57,7 +57,7 @@ Program::Program(const std::string& isa, std::vector<int> cores, const Sizes& si
     recorded_.push_back({{.op = Op::rotary}, -1, -1, -1});
 }
 
-void Program::pack(int weight, const std::vector<Part>& parts, const float* importance) {
+int Program::pack(int weight, const std::vector<Part>& parts, const float* importance) {
     const Weight& w = weights_.at(weight);
     require(w.data, "a weight is packed when the program is finished");
     for (const Part& part : parts)
@@ -67,10 +67,15 @@ void Program::pack(int weight, const std::vector<Part>& parts, const float* impo
     const std::vector<float> weights = column_weights(importance, w.columns);
     std::vector<std::vector<float>> scratch(pool_.size(), std::vector<float>((1 + kBlock) * (w.columns + kRotated)));
     std::atomic<int64_t> next_block = 0;
+    std::atomic<int> damaged = -1;
     pool_.run([&](int thread) {
-        for (int64_t block; (block = next_block.fetch_add(1)) < w.blocks;)
-            pack_block(w, parts, weights.data(), kernels_.quantize_to_4, block, scratch[thread].data());
+        for (int64_t block; (block = next_block.fetch_add(1)) < w.blocks;) {
+            const int part =
+                pack_block(w, parts, weights.data(), kernels_.quantize_to_4, block, scratch[thread].data());
+            if (part >= 0) damaged = part;
+        }
     });
+    return damaged;
 }
 
 int64_t Program::page_bytes() const {

@@ -73,7 +73,8 @@ public:
     void finish(int logits);  // lays out the memory
 
     int64_t weight_bytes() const { return weight_bytes_; }
-    void pack(int weight, const std::vector<Part>& parts, const float* importance);  // of its columns; may be null
+    // `importance` is of the columns, and may be null. Returns as pack_block.
+    int pack(int weight, const std::vector<Part>& parts, const float* importance);
 
     int64_t page_bytes() const;
     void allocate_kv(int64_t pages);

@@ -25,6 +25,7 @@ from octavo.weights import Checkpoint, fingerprint, open_checkpoint
 from .engine import Engine
 from .policies import Policy
 from .policies.loading import load_policy
+from .self_test import self_test
 from .speculation import FREE_ROWS
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ def load_engine(config: EngineConfig, path: Path, progress: Progress | None = No
     )
     num_pages = _num_pages(config, spec, backend.page_bytes, max_model_len)
     backend.allocate_kv(num_pages)
+    self_test(backend, config.max_batch_tokens)
     return assemble(
         config,
         backend,

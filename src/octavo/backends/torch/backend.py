@@ -11,7 +11,7 @@ from octavo.errors import ConfigError, OutOfMemory
 from octavo.machine import available_memory
 from octavo.model.decoder import describe
 from octavo.model.spec import DecoderSpec
-from octavo.weights.tensor import Parameter
+from octavo.weights.tensor import Parameter, require_finite
 
 from .ops import KvPool, TorchOps
 from .sampling import sample
@@ -111,7 +111,7 @@ def load(
     done, weights = 0, {}
     for name, parameter in parameters.items():
         try:
-            stacked = np.concatenate([part.float32() for part in parameter.parts])
+            stacked = np.concatenate([require_finite(part.name, part.float32()) for part in parameter.parts])
             weights[name] = torch.from_numpy(stacked).to(torch_dtype).to(torch_device)
         except (torch.OutOfMemoryError, MemoryError):
             raise OutOfMemory(f"the weights do not fit in the memory of {torch_device}; use a smaller model") from None
