@@ -21,6 +21,19 @@ OCTAVO_INLINE void mix_blocks(float* row, int64_t n) {
             }
 }
 
+// v with lanes i and i ^ bit exchanged; `lane` holds 0, 1, 2 ...
+template <class F, class I>
+OCTAVO_INLINE F swap_lanes(F v, I lane, int bit) {
+#ifdef __clang__  // has no shuffle by a vector of indices, but compiles this loop to one
+    F swapped = v;
+#pragma GCC unroll 16
+    for (int i = 0; i < int(sizeof(F) / sizeof(float)); i++) swapped[i] = v[lane[i] ^ bit];
+    return swapped;
+#else
+    return __builtin_shuffle(v, lane ^ bit);
+#endif
+}
+
 // The same within a block. I: integers in the shape of F.
 template <class F, class I>
 OCTAVO_INLINE void mix_block(float* block) {
@@ -36,7 +49,7 @@ OCTAVO_INLINE void mix_block(float* block) {
     for (int bit = 1; bit < kLanes; bit *= 2) {
         const F sign = (lane & bit) == 0 ? F{} + 1.0f : F{} - 1.0f;
 #pragma GCC unroll 16
-        for (int i = 0; i < kVectors; i++) v[i] = v[i] * sign + __builtin_shuffle(v[i], lane ^ bit);
+        for (int i = 0; i < kVectors; i++) v[i] = v[i] * sign + swap_lanes<F, I>(v[i], lane, bit);
     }
 #pragma GCC unroll 4
     for (int step = 1; step < kVectors; step *= 2)
