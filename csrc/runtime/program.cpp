@@ -57,8 +57,9 @@ Program::Program(const std::string& isa, std::vector<int> cores, const Sizes& si
     recorded_.push_back({{.op = Op::rotary}, -1, -1, -1});
 }
 
-void Program::pack(int weight, const std::vector<Part>& parts, const float* importance) {
+void Program::pack(int weight, const std::vector<Part>& parts, int64_t rows, int64_t columns, const float* importance) {
     const Weight& w = weights_.at(weight);
+    require(rows == w.rows && columns == w.columns, "a weight is packed in the shape that it was recorded with");
     require(w.data, "a weight is packed when the program is finished");
     for (const Part& part : parts)
         require(!w.encoding.is_integer() || w.encoding == kW8 || w.encoding == kW4 ||
@@ -78,14 +79,17 @@ int64_t Program::page_bytes() const {
 }
 
 void Program::allocate_kv(int64_t pages) {
-    kv_ = Memory();  // the old pool goes first
-    kv_ = Memory(pages * page_bytes());
+    require(pages >= 0, "the number of pages must not be negative");
+    const std::lock_guard not_in_a_step(running_);
+    pages_ = 0;
+    kv_ = nullptr;  // free the old pool first: the memory may not suffice for both
+    kv_ = std::make_shared<const Memory>(pages * page_bytes());
     pages_ = pages;
 }
 
 std::byte* Program::page(int64_t page) const {
     require(page >= 0 && page < pages_, "a page is not in the KV pool");
-    return kv_.data() + page * page_bytes();
+    return kv_->data() + page * page_bytes();
 }
 
 void Program::validate(const Batch& batch) const {
@@ -159,7 +163,7 @@ void Program::prepare(const Batch& batch) {
     }
     step_ = {.shape = &shape_, .rows = batch.rows, .sampled = batch.sampled, .tokens = batch.tokens,
              .positions = batch.positions, .sample_rows = batch.sample_rows, .page_tables = batch.page_tables,
-             .pages_per_sequence = batch.pages_per_sequence, .kv = kv_.data(), .page_bytes = page_bytes(),
+             .pages_per_sequence = batch.pages_per_sequence, .kv = kv_ ? kv_->data() : nullptr, .page_bytes = page_bytes(),
              .rotary = rotary_, .cache_tiles = cache_tiles_.data(), .attention_tiles = attention_tiles_.data(),
              .part_sums = reinterpret_cast<float*>(part_sums_.data()), .parts_done = parts_done_.data(),
              .rows_per_tile = std::clamp<int64_t>(batch.rows / (4 * pool_.size()), 1, 16)};

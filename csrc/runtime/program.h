@@ -7,6 +7,7 @@
 #include <deque>
 #include <functional>
 #include <map>
+#include <memory>
 #include <mutex>
 #include <stdexcept>
 #include <string>
@@ -73,10 +74,11 @@ public:
     void finish(int logits);  // lays out the memory
 
     int64_t weight_bytes() const { return weight_bytes_; }
-    void pack(int weight, const std::vector<Part>& parts, const float* importance);  // of its columns; may be null
+    void pack(int weight, const std::vector<Part>& parts, int64_t rows, int64_t columns, const float* importance);
 
     int64_t page_bytes() const;
     void allocate_kv(int64_t pages);
+    std::shared_ptr<const Memory> kv_memory() const { return kv_; }
     std::byte* page(int64_t page) const;  // its page_bytes(); throws std::invalid_argument if there is no such page
 
     // Both throw std::invalid_argument for a batch that would reach outside of any array.
@@ -145,7 +147,8 @@ private:
     std::vector<Recorded> recorded_;
     std::vector<Instruction> instructions_;
     int64_t logits_width_ = 0, weight_bytes_ = 0;
-    Memory weight_memory_, arena_, kv_;
+    Memory weight_memory_, arena_;
+    std::shared_ptr<const Memory> kv_;  // shared with the pages that Python has exported
     int64_t pages_ = 0;
     float* rotary_ = nullptr;
 

@@ -23,6 +23,7 @@ const float* Program::values_of(int vector, int64_t length) const {
 }
 
 int Program::weight(int64_t rows, int64_t columns, Encoding encoding) {
+    require(rows > 0 && columns > 0, "a weight must have rows and columns");
     weights_.push_back({.rows = rows, .columns = columns, .encoding = encoding});
     return int(weights_.size()) - 1;
 }
@@ -40,6 +41,7 @@ int Program::record(Instruction instruction, int x, int64_t width, Element eleme
 
 int Program::embed(int weight) {
     const Weight& w = weights_.at(weight);
+    require(w.rows >= sizes_.vocab, "an embedding must have a row per token of the vocabulary");
     return record({.op = Op::embed, .weight = &w, .width = w.columns}, -1, w.columns, Element::f32);
 }
 
