@@ -1,4 +1,4 @@
-// Python's view of sampler.h.
+// Python bindings of kernels/sampler.h.
 #include "bind_sampler.h"
 
 #include <nanobind/ndarray.h>
@@ -23,7 +23,7 @@ using Matrix = nb::ndarray<T, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 
 std::string name_of(const char* field) { return std::string("SamplingBatch.") + field; }
 
-// Samples the rows of `logits` [R, vocab], which are overwritten, into arrays laid out as those of StepResult.
+// Sample each row of `logits` [R, vocab], which is overwritten, into arrays shaped like those of StepResult.
 void sample(const std::string& isa, Matrix<float> logits, nb::handle python_batch, Vector<int32_t> tokens,
             Vector<float> logprobs, Vector<int32_t> ranks, Matrix<int32_t> top_tokens, Matrix<float> top_logprobs) {
     const Scan& scan = kernels_for(isa).scan;
@@ -39,9 +39,9 @@ void sample(const std::string& isa, Matrix<float> logits, nb::handle python_batc
     nb::gil_scoped_release release;
     SamplerScratch scratch(static_cast<int32_t>(vocab));
     for (size_t r = 0; r < rows; ++r) {
-        const auto sampled = sample_row(logits.data() + r * vocab, static_cast<int32_t>(vocab),
-                                        batch.row(static_cast<int32_t>(r)), scan, scratch, top_tokens.data() + r * top,
-                                        top_logprobs.data() + r * top, static_cast<int32_t>(top));
+        const auto sampled =
+            sample_row(logits.data() + r * vocab, static_cast<int32_t>(vocab), batch.row(static_cast<int32_t>(r)), scan,
+                       scratch, top_tokens.data() + r * top, top_logprobs.data() + r * top, static_cast<int32_t>(top));
         tokens.data()[r] = sampled.token;
         logprobs.data()[r] = sampled.logprob;
         ranks.data()[r] = sampled.rank;
@@ -67,7 +67,7 @@ const T* SamplingArrays::per_row(nb::handle batch, const char* field) {
     return values.data();
 }
 
-// rows + 1 ascending offsets into an array of `length` entries.
+// Return rows + 1 ascending offsets into an array of `length` entries.
 const int32_t* SamplingArrays::offsets(nb::handle batch, const char* field, size_t length) {
     const auto values = array<int32_t>(batch, field);
     const int32_t* start = values.data();

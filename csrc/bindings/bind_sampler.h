@@ -1,4 +1,4 @@
-// Python's SamplingBatch as the native one, and the sampler for tests.
+// Python bindings of kernels/sampler.h: reading a SamplingBatch, and the sampler by itself, for tests.
 #pragma once
 
 #include <nanobind/nanobind.h>
@@ -10,11 +10,12 @@
 
 namespace octavo {
 
-// The arrays of a Python SamplingBatch, which it holds references to: another thread may replace the fields of the Python
-// object while a step runs without the GIL.
+// The arrays of a Python SamplingBatch, which it holds references to: another thread may replace the fields of the
+// Python object while a step runs without the GIL.
 class SamplingArrays {
 public:
-    // Throws TypeError for a wrong dtype or a strided array, ValueError for lengths or offsets that do not fit together.
+    // Throws TypeError for a wrong dtype or a strided array, ValueError for lengths or offsets that do not fit
+    // together.
     explicit SamplingArrays(nanobind::handle batch);
 
     const SamplingBatch& batch() const { return batch_; }

@@ -14,8 +14,8 @@
 
 #include "bind_quants.h"
 #include "bind_sampler.h"
-#include "runtime/program.h"
 #include "formats/quants.h"
+#include "runtime/program.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -53,9 +53,15 @@ public:
     }
 
     Batch batch() const {
-        return {int64_t(tokens_.shape(0)), int64_t(page_tables_.shape(0)), int64_t(page_tables_.shape(1)),
-                int64_t(sample_rows_.shape(0)), tokens_.data(), positions_.data(), query_start_.data(),
-                page_tables_.data(), sample_rows_.data()};
+        return {int64_t(tokens_.shape(0)),
+                int64_t(page_tables_.shape(0)),
+                int64_t(page_tables_.shape(1)),
+                int64_t(sample_rows_.shape(0)),
+                tokens_.data(),
+                positions_.data(),
+                query_start_.data(),
+                page_tables_.data(),
+                sample_rows_.data()};
     }
 
 private:
@@ -64,7 +70,7 @@ private:
     Array<int32_t> sample_rows_;
 };
 
-// A new numpy array, and where its values are.
+// Return a new numpy array, and a pointer to its values.
 template <class T, class... Shape>
 std::pair<nb::object, T*> new_array(Shape... shape) {
     size_t size = (size_t(shape) * ... * 1);
@@ -73,7 +79,7 @@ std::pair<nb::object, T*> new_array(Shape... shape) {
     return {nb::cast(nb::ndarray<nb::numpy, T>(data, {size_t(shape)...}, owner)), data};
 }
 
-// (tokens, logprobs, ranks, top_tokens, top_logprobs) of StepResult.
+// Run a step; return the fields of StepResult: (tokens, logprobs, ranks, top_tokens, top_logprobs).
 nb::tuple step(Program& program, nb::handle python_batch) {
     const BatchArrays arrays(python_batch);
     const Batch batch = arrays.batch();
@@ -118,12 +124,13 @@ nb::object squares(const Program& program, int observed) {
     return array;
 }
 
-// Return a page of the KV pool, uint8 [page_bytes], without a copy. The array keeps the pool's memory, and only that: it
-// outlives the program, and the pool that allocate_kv replaces.
+// Return a page of the KV pool, uint8 [page_bytes], without a copy. The array keeps the pool's memory, and only that:
+// it outlives the program, and the pool that allocate_kv replaces.
 nb::object export_page(const Program& program, int64_t page) {
     const std::byte* data = program.page(page);
     auto pool = std::make_unique<std::shared_ptr<const Memory>>(program.kv_memory());
-    const nb::capsule owner(pool.get(), [](void* p) noexcept { delete static_cast<std::shared_ptr<const Memory>*>(p); });
+    const nb::capsule owner(pool.get(),
+                            [](void* p) noexcept { delete static_cast<std::shared_ptr<const Memory>*>(p); });
     (void)pool.release();
     return nb::cast(nb::ndarray<nb::numpy, const uint8_t>(data, {size_t(program.page_bytes())}, owner));
 }
@@ -135,7 +142,7 @@ void import_page(Program& program, int64_t page, Array<uint8_t> content) {
     std::memmove(target, content.data(), content.size());  // the content may be this page
 }
 
-// Keeps the GIL: that takes 50 us, and to get it back from another thread can take 100 times as long.
+// Keeps the GIL: a copy takes 50 us, while reacquiring the GIL from a busy thread can take 5 ms.
 void copy_page(Program& program, int64_t source, int64_t target) {
     std::memmove(program.page(target), program.page(source), program.page_bytes());
 }
@@ -149,7 +156,8 @@ struct PartArrays {
 
     PartArrays(nb::handle item, int64_t columns) {
         const auto [stored, format, order] = nb::cast<std::tuple<nb::object, std::string, nb::object>>(item);
-        if (!is_uint8(stored) || !nb::try_cast(stored, data)) throw nb::type_error("a part must be uint8 [rows, bytes]");
+        if (!is_uint8(stored) || !nb::try_cast(stored, data))
+            throw nb::type_error("the data of a part must be uint8 [rows, bytes per row]");
         const int number = format_named(format);
         if (number < 0 || row_bytes(number, columns) != data.shape(1))
             throw nb::value_error("the bytes per row do not fit the format and the number of columns");
@@ -189,6 +197,7 @@ void pack(Program& program, int weight, nb::list parts, int64_t rows, int64_t co
     program.pack(weight, native, rows, columns, importance ? importance->data() : nullptr);
 }
 
+// Return (bytes, share of the values that are stored as integers).
 nb::tuple linears(const LinearWeights& weights) {
     return nb::make_tuple(weights.bytes, double(weights.integers) / double(std::max<int64_t>(weights.values, 1)));
 }
@@ -210,8 +219,8 @@ NB_MODULE(_native, module) {
             [](Program* self, const std::string& isa, std::vector<int> cores, int64_t vocab, int64_t heads,
                int64_t kv_heads, int64_t head_dim, int64_t layers, double norm_eps, int64_t page_size, int64_t max_rows,
                int64_t max_sampled, std::vector<double> frequencies, bool int8_kv) {
-                const Sizes sizes{vocab, heads, kv_heads, head_dim, layers, norm_eps, page_size, max_rows,
-                                  max_sampled, int8_kv};
+                const Sizes sizes{vocab,    heads,     kv_heads, head_dim,    layers,
+                                  norm_eps, page_size, max_rows, max_sampled, int8_kv};
                 new (self) Program(isa, std::move(cores), sizes, std::move(frequencies));
             },
             nb::kw_only(), "isa"_a, "cores"_a, "vocab"_a, "heads"_a, "kv_heads"_a, "head_dim"_a, "layers"_a,
