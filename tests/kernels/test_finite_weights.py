@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 
 pytest.importorskip("octavo.backends.cpu._native", reason="the cpu backend's extension is not built")
 
+from test_cli import complaint
+
 from octavo.backends.cpu import quantize
 from octavo.config import EngineConfig
 from octavo.engine.loading import load_engine
@@ -21,7 +23,6 @@ from octavo.formats.gguf import read_header
 from octavo.weights import open_checkpoint
 from octavo.weights.packed import write_packed
 from packed_layers import Format, change, save_quantized
-from test_cli import complaint
 from tiny_gguf import K_QUANTS, QUANTISABLE, write_gguf
 
 TinyModel = Callable[[str], Path]

@@ -8,10 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from test_cli import complaint
 
 from octavo.errors import DamagedWeights, ModelNotFound, OctavoError, UnsupportedModel
 from octavo.weights import generation_defaults, open_checkpoint, resolve
-from test_cli import complaint
 
 INDEX = "model.safetensors.index.json"
 

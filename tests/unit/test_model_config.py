@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from test_families import PAGES, PROMPT, load_backend, reference_logits, relative_error
 from transformers import AutoConfig
 
 from octavo.config import EngineConfig
@@ -19,7 +20,6 @@ from octavo.model import DecoderSpec, describe_model
 from octavo.model.registry import find_family
 from octavo.weights import open_checkpoint
 from step_batches import run_chunks
-from test_families import PAGES, PROMPT, load_backend, reference_logits, relative_error
 from tiny_models import SHARDED
 
 TinyModel = Callable[[str], Path]
