@@ -1,9 +1,9 @@
 """The gain from the prefix cache and its lower tiers: python benchmarks/hierarchy.py contexts|restart|dialogue [MODEL]
 
 contexts: throughput of many conversations of two turns at once, on a pool that holds a tenth of them, with a disk tier,
-compared with a pool that holds them all. restart: time to first token of a long prompt in an engine that has just started,
-with the prompt on its disk and without. dialogue: time to first token of each turn, with the prefix cache and without.
-Each run is a process of its own.
+compared with a pool that holds them all. restart: time to first token of a long prompt in an engine that has just
+started, with the prompt on its disk and without. dialogue: time to first token of each turn, with the prefix cache and
+without. Each run is a process of its own.
 """
 
 import argparse

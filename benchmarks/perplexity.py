@@ -3,9 +3,9 @@
 The text is half English, half code, from Python's standard library. The cost of a setting is the mean difference to
 bfloat16 token by token, which is far more exact than the perplexities themselves.
 
-SmolLM2's file has 4-bit weights, so quantizing it to 4 bits again finds the same grid and costs nothing. --shuffled permutes
-its channels consistently: the same function, but every block of 32 is a new mixture, and the quantizer sees ordinary
-floats.
+SmolLM2's file has 4-bit weights, so quantizing it to 4 bits again finds the same grid and costs nothing. --shuffled
+permutes its channels consistently: the same function, but every block of 32 is a new mixture, and the quantizer sees
+ordinary floats.
 """
 
 import argparse

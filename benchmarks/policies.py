@@ -1,9 +1,9 @@
 """Latencies of a quiet tenant beside a flood, by scheduling policy: python benchmarks/policies.py [--plot FILE]
 
 In every round the quiet tenant sends a few requests at once: alone; beside a tenant that sends as many, so that each
-has half the batch (an equal share); and beside one that sends 50 times as many. The quiet tenant's requests are marked as
-urgent, which `priority` and `deadline` take into account. A real engine on SmolLM2; latencies from arrival, means and
-95th percentiles.
+has half the batch (an equal share); and beside one that sends 50 times as many. The quiet tenant's requests are marked
+as urgent, which `priority` and `deadline` take into account. A real engine on SmolLM2; latencies from arrival, means
+and 95th percentiles.
 """
 
 import argparse

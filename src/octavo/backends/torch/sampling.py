@@ -1,7 +1,7 @@
 """Sampling row by row in numpy: the plain implementation of what SamplingBatch describes.
 
-It draws as the native sampler (csrc/kernels/sampler.cpp) does: among the tokens left after truncation, in order of token
-id, the first whose cumulative weight exceeds u times the total. So both pick the same token, up to rounding.
+It draws as the native sampler (csrc/kernels/sampler.cpp) does: among the tokens left after truncation, in order of
+token id, the first whose cumulative weight exceeds u times the total. So both pick the same token, up to rounding.
 """
 
 import numpy as np
@@ -82,7 +82,7 @@ def _uniform(sampling: SamplingBatch, r: int) -> float:
 
 
 def philox4x32(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tuple[int, int, int, int]:
-    """Return four random 32-bit words: Philox4x32-10 (Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3, 2011)."""
+    """Return four random 32-bit words of Philox4x32-10 (Salmon et al., Parallel Random Numbers, 2011)."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(10):
