@@ -1,7 +1,7 @@
-"""What a step costs beside the model, by policy: python benchmarks/scheduling.py [--running 2000] [--waiting 10000]
+"""Python's time per step, by policy: python benchmarks/scheduling.py [--running 2000] [--waiting 10000]
 
-A real engine on a backend that computes nothing: schedule (with the policy's accounts), build (the arrays of the step)
-and advance (booking its tokens). Requests end and others are admitted all the time. Medians, and 95th percentiles.
+A real engine on a backend that computes nothing: schedule (with the policy), build (the arrays of the step) and advance
+(recording its tokens). Requests end and others are admitted all the time. Medians, and 95th percentiles.
 """
 
 import argparse
@@ -26,7 +26,7 @@ PHASES = ("schedule", "build", "advance")
 
 
 class NoBackend:
-    """Every token is 7, at once."""
+    """A Backend that computes nothing: every token is 7."""
 
     page_size, page_bytes = PAGE_SIZE, 0
     spec = SimpleNamespace(vocab_size=VOCAB)
@@ -58,7 +58,7 @@ def main() -> None:
 
 
 def steps(policy: str, args: argparse.Namespace) -> list[tuple[float, float, float]]:
-    """Seconds that each step took in each of PHASES."""
+    """Return the seconds of each step in each of PHASES."""
     requests = Requests(args.tenants)
     engine = Engine(
         NoBackend(),
@@ -91,7 +91,7 @@ def steps(policy: str, args: argparse.Namespace) -> list[tuple[float, float, flo
 
 
 class Requests:
-    """Any number of requests, the same ones every time; a few tenants make most of them."""
+    """An endless series of requests, the same in every run; most come from a few tenants."""
 
     def __init__(self, tenants: int):
         self._random = random.Random(0)
