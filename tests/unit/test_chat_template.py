@@ -69,7 +69,14 @@ def test_templates_that_fill_the_memory_are_ended(source: str) -> None:
 def test_a_rendering_that_hangs_delays_no_other() -> None:
     """Another process renders meanwhile. The slow one has nearly unlimited time here, so nobody waits for its end."""
     with made(SWITCHED, seconds=100) as template:
-        slow = threading.Thread(target=lambda: pytest.raises(InvalidRequest, template.render, HELLO, slow=True))
+        errors: list[str] = []
+
+        def hang() -> None:
+            with pytest.raises(InvalidRequest) as caught:
+                template.render(HELLO, slow=True)
+            errors.append(str(caught.value))
+
+        slow = threading.Thread(target=hang)
         template.render(HELLO)
         [worker] = template._workers._idle
         slow.start()
@@ -78,6 +85,7 @@ def test_a_rendering_that_hangs_delays_no_other() -> None:
         assert template.render(HELLO) == "hello"
         os.kill(worker._process.pid, signal.SIGKILL)
         slow.join()
+        assert errors == ["the chat template crashed while it rendered the messages"]
         assert template.render(HELLO) == "hello"
 
 
@@ -124,7 +132,8 @@ def test_the_process_ends_with_its_parent_and_ignores_the_current_folder(tmp_pat
         import os, signal
         from octavo.text.chat_template import ChatTemplate
         template = ChatTemplate("{{ messages[0].content }}")
-        print(template.render([{"role": "user", "content": "hello"}]), template._workers._idle[0]._process.pid, flush=True)
+        answer = template.render([{"role": "user", "content": "hello"}])
+        print(answer, template._workers._idle[0]._process.pid, flush=True)
         os.kill(os.getpid(), signal.SIGKILL)
     """)
     done = subprocess.run([sys.executable, "-P", "-c", parent], cwd=tmp_path, stdout=subprocess.PIPE, timeout=60)

@@ -424,7 +424,9 @@ def _read_json(file: Path) -> dict[str, Any]:
     if not file.exists():
         return {}
     try:
-        content = json.loads(_read_text(file))
+        content = json.loads(text := _read_text(file))
+        if "\\u" in text:
+            json.dumps(content, ensure_ascii=False).encode()  # raises for lone surrogates, which no text can hold
     except (ValueError, RecursionError) as error:
         raise DamagedWeights(f"{file} is damaged: {shortened(error)}") from None
     if not isinstance(content, dict):
