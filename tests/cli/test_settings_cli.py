@@ -1,0 +1,88 @@
+"""Settings as a user gives them: octavo config, mistakes in files and variables, and command lines pasted from vLLM."""
+
+import json
+from pathlib import Path
+
+import httpx
+import pytest
+
+from command_line import Terminal, answer, complaint, octavo
+from octavo import EngineConfig
+from octavo.server.config import ServerConfig
+from octavo.settings import settings_of
+from server_process import ServerProcess
+
+# What vLLM's recipes are made of.
+RECIPE = (
+    *("--trust-remote-code", "--enable-auto-tool-choice", "--enforce-eager", "--enable-chunked-prefill"),
+    *("--enable-prefix-caching", "--no-enable-log-requests", "--async-scheduling"),
+    *("--tensor-parallel-size", "1", "--tool-call-parser", "hermes", "--reasoning-parser=qwen3"),
+    *("--max-model-len", "128", "--gpu-memory-utilization", "0.90", "--max-num-batched-tokens", "64"),
+    *("--max-num-seqs", "4", "--kv-cache-dtype", "auto", "--block-size", "16", "--dtype", "half", "--seed", "0"),
+    *("--swap-space", "4", "--speculative-config", '{"method": "ngram", "num_speculative_tokens": 3}'),
+)
+
+
+def test_every_setting_its_value_and_its_origin(tmp_path: Path) -> None:
+    file = tmp_path / "octavo.yaml"
+    file.write_text("tenant_weights: {premium: 4}\n")
+    arguments = ("config", "some/model", "--config", file, "--no-enable-prefix-caching", "--port", "9000")
+    lines = answer(*arguments, OCTAVO_MAX_QUEUE="5", COLUMNS="300").splitlines()
+    table = {words[0]: words[1:] for line in lines if (words := line.split())}
+    assert set(table) >= {*settings_of(EngineConfig), *settings_of(ServerConfig)}
+    assert table["model"] == ["some/model", "flag", "--model"]
+    assert table["tenant_weights"] == ["premium=4", "file", "tenant_weights", "in", str(file)]
+    assert table["enable_prefix_caching"] == ["false", "flag", "--no-enable-prefix-caching"]
+    assert table["max_queue"] == ["5", "environment", "OCTAVO_MAX_QUEUE"]
+    assert table["port"] == ["9000", "flag", "--port"]
+    assert table["kv_disk_size"] == ["20GiB", "default"]
+    entries = json.loads(answer(*arguments, "--json", OCTAVO_MAX_QUEUE="5"))
+    assert list(entries) == [*settings_of(EngineConfig), *settings_of(ServerConfig)]
+    assert entries["tenant_weights"]["value"] == {"premium": 4.0}
+    assert entries["max_queue"]["from"] == "environment OCTAVO_MAX_QUEUE"
+
+
+def test_a_mistake_in_the_environment() -> None:
+    assert "max_batch_size must be an integer of at least 1, not 'x'" in complaint("config", OCTAVO_MAX_BATCH_SIZE="x")
+    done = octavo("config", OCTAVO_MAX_BATCHSIZE="4")
+    assert (done.returncode, done.stderr.count("\n")) == (0, 1)
+    assert "OCTAVO_MAX_BATCHSIZE is no setting; did you mean OCTAVO_MAX_BATCH_SIZE?" in done.stderr
+
+
+def test_a_mistake_in_a_file_of_the_server(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("kv_disk: true\n")
+    assert "kv_disk must be text, not true" in complaint("serve", "--config", tmp_path / "a.yaml")
+
+
+def test_an_api_key_is_refused_and_not_shown() -> None:
+    for flags in (["--api-key", "secret"], ["--api_key=secret"]):
+        assert "secret" not in complaint("serve", *flags)
+
+
+def test_a_recipe_of_vllm_serves(tiny_llama: Path) -> None:
+    with ServerProcess(tiny_llama, *RECIPE) as server:
+        stats = httpx.get(f"{server.url}/stats").json()
+        assert (stats["limits"]["max_batch_size"], stats["limits"]["page_size"]) == (4, 32)
+        [line] = [line for line in server.stderr().splitlines() if line.startswith("octavo:")]
+    for text in (
+        "--max-num-seqs 4 is max_batch_size",
+        "kv_cache_page_size 32",
+        "ignored: ",
+        "--reasoning-parser qwen3",
+        "--trust-remote-code",
+    ):
+        assert text in line
+
+
+@pytest.mark.parametrize("name", ["\x1b]0;x\x07[/red]m", "\u202em"])
+def test_a_model_s_name_does_not_control_the_terminal(tiny_llama: Path, name: str) -> None:
+    terminal = Terminal("chat", str(tiny_llama), "--served-model-name", name, "--threads", "1")
+    try:
+        terminal.wait_for(r"lists the commands")
+        assert b"\\x1b]0;x" in terminal.shown or b"\\u202em" in terminal.shown
+    finally:
+        terminal.close()
+
+
+def test_an_error_message_does_not_control_the_terminal() -> None:
+    assert "\\x1b[31m" in complaint("generate", "no/such\x1b[31m/model.gguf", "hi")
