@@ -149,7 +149,9 @@ void integer_tile_16(const Matrix& a, int64_t row, const Weight& weight, int64_t
         const F32 scale = load_scale<kEncoding>(scales, 0, 0);
         F32 minimum = {};
         if constexpr (kEncoding.minimum) minimum = load_scale<kEncoding>(scales, 1, 0);
-    OCTAVO_UNROLL for (int r = 0; r < kTileHeight; r++) {
+    // clang-format off: it would unindent this line
+        OCTAVO_UNROLL for (int r = 0; r < kTileHeight; r++) {
+            // clang-format on
             const auto& group = reinterpret_cast<const ActivationGroup*>(rows + r * row_bytes + a.stride)[g];
             const I32 dot = load_as<I32>(dots[g % 2] + r * kLanes) + first_sum<kEncoding>(group, 0);
             sums[r] = add_scaled<kEncoding>(sums[r], dot, group, 0, scale, minimum);

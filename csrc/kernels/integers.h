@@ -71,7 +71,9 @@ void integer_tile(const Matrix& a, int64_t row, const Weight& weight, int64_t bl
         const auto group = [&](int r) -> const ActivationGroup& {
             return reinterpret_cast<const ActivationGroup*>(rows + r * row_bytes + a.stride)[g];
         };
-    OCTAVO_UNROLL for (int part = 0; part < kParts; part++) {
+    // clang-format off: it would unindent this line
+        OCTAVO_UNROLL for (int part = 0; part < kParts; part++) {
+            // clang-format on
             I32 dots[kRows][kColumns];
             OCTAVO_UNROLL for (int r = 0; r < kRows; r++)
                 OCTAVO_UNROLL for (int j = 0; j < kColumns; j++) dots[r][j] = first_sum<kEncoding>(group(r), part);
