@@ -23,6 +23,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 import octavo
 from octavo.engine.messages import EngineStats
+from octavo.server.config import ServerConfig
 from server_process import ServerProcess, post, serving
 
 HELLO = [{"role": "user", "content": "Say hello to the modules"}]
@@ -346,7 +347,7 @@ def test_a_client_that_leaves_frees_its_request(tiny_llama: Path, options: dict[
 
 def test_a_queued_stream_is_kept_alive(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """While another request has the only place, comments come; then the events."""
-    monkeypatch.setattr("octavo.server.edge.connection.PING_SECONDS", 0.02)
+    monkeypatch.setattr("octavo.server.openai.events.PING_SECONDS", 0.02)
 
     async def wait() -> bytes:
         async with serving(tiny_llama, max_batch_size=1) as (llm, _, address):
@@ -362,11 +363,9 @@ def test_a_queued_stream_is_kept_alive(tiny_llama: Path, monkeypatch: pytest.Mon
     assert b"data: [DONE]" in got
 
 
-def test_patience_in_draining_ends(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("octavo.server.edge.draining.DRAIN_SECONDS", 0.1)
-
+def test_the_drain_timeout_ends_requests(tiny_llama: Path) -> None:
     async def drain() -> list[bytes]:
-        async with serving(tiny_llama, max_batch_size=1) as (llm, server, address):
+        async with serving(tiny_llama, ServerConfig(drain_timeout=0.1), max_batch_size=1) as (llm, server, address):
             body = {"prompt": "Endless", "max_tokens": 480, "n": 50, "ignore_eos": True}
             connections = [await post(address, body | {"stream": stream}) for stream in (True, False)]
             while (await llm.stats()).tokens_generated < 2:

@@ -10,10 +10,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from octavo.server.edge.body import MAX_BODY
+from octavo.server.config import ServerConfig
 from octavo.server.openai.protocol import ChatRequest, CompletionRequest
 from server_process import ServerProcess
 
+MAX_BODY = ServerConfig().max_body_bytes
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 JSON = {"content-type": "application/json"}
 USER = [{"role": "user", "content": "Hello"}]
