@@ -191,7 +191,8 @@ def main() -> None:
             passed = {title: "pass" if check(candidate) else "fail" for title, check in CHECKS.items()}
             candidate.stop()
         rounds = " ".join(f"{figure:.1f}" for figure in figures[name])
-        print(f"{name.partition('=')[0]}: median {statistics.median(figures[name]):.1f} µs per token ({rounds}) {passed}")
+        median = statistics.median(figures[name])
+        print(f"{name.partition('=')[0]}: median {median:.1f} µs per token ({rounds}) {passed}")
 
 
 if __name__ == "__main__":

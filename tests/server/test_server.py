@@ -404,7 +404,7 @@ def test_a_second_signal_ends_at_once(tiny_llama: Path) -> None:
 
 
 def test_a_crash_of_the_engine_and_its_death(tiny_llama: Path) -> None:
-    """After a crash a stream goes on. An engine that cannot be brought back is dead: streams and /health say so."""
+    """After a crash a stream goes on. An engine that cannot be brought back is dead: streams and /ready say so."""
     with ServerProcess(tiny_llama) as server:
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
         expected = complete(client, max_tokens=400).choices[0].text
@@ -421,7 +421,9 @@ def test_a_crash_of_the_engine_and_its_death(tiny_llama: Path) -> None:
         os.kill(server.engine_pid(other_than=killed), signal.SIGKILL)  # while it loads
         with pytest.raises(openai.APIError, match="engine"):
             list(stream)
-        assert httpx.get(f"{server.url}/health").status_code == 503
+        assert httpx.get(f"{server.url}/health").status_code == 200
+        not_ready = httpx.get(f"{server.url}/ready")
+        assert not_ready.status_code == 503 and not_ready.json()["reason"]
         with pytest.raises(openai.InternalServerError) as error:
             complete(client)
         assert (error.value.status_code, error.value.code) == (503, "engine_dead")

@@ -1,6 +1,7 @@
 """Every failure as OpenAI's {"error": {"message", "type", "param", "code"}}, with a message of one line."""
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping
 
 from pydantic import ValidationError
@@ -48,7 +49,7 @@ class ServerStopping(ApiError):
 
 
 def error_reply(error: Exception) -> tuple[int, ErrorReply]:
-    """Return HTTP status and body for any exception. Those that are not raised on purpose become 500 without details."""
+    """Return HTTP status and body for any exception; 500 without details for one that is a bug."""
     match error:
         case ApiError():
             return error.status, _reply(error.status, str(error), error.param, error.code)
@@ -108,12 +109,11 @@ def invalid_body(error: ValidationError) -> ApiError:
     path = _path(first)
     if first["type"] == "missing":
         return ApiError(400, f"{path} is missing", path)
-    # pydantic's messages begin "Input should be ...": the path takes the place of "Input".
-    return ApiError(400, f"{path or 'the body'} {first['msg'].removeprefix('Input ')}", path or None)
+    return ApiError(400, f"{path or 'the body'} {_in_json_terms(first['msg'])}", path or None)
 
 
 def unknown_field(path: str, name: str, known: Iterable[str]) -> ApiError:
-    """Return the error for a field `name`, at `path`, that nobody knows; with a hint if it is one of `known` misspelt."""
+    """Return the error for an unknown field `name` at `path`, with a hint if it is one of `known` misspelt."""
     near = misspelt(name, known)
     hint = f"; did you mean {near}?" if near else ""
     return ApiError(400, f"unknown field {path[:100]}{hint}", path[:100], "unknown_field")
@@ -136,6 +136,12 @@ def _reply(status: int, message: str, param: str | None, code: str | None) -> Er
     line = " ".join(message.split())
     line = line if len(line) <= MAX_MESSAGE else line[: MAX_MESSAGE - 1] + "…"
     return ErrorReply(ErrorBody(line, kind, param, code))
+
+
+def _in_json_terms(message: str) -> str:
+    """Input should be a valid dictionary or instance of Message -> should be an object"""
+    message = re.sub(r"a valid dictionary( or instance of \w+)?", "an object", message.removeprefix("Input "))
+    return message.replace("a valid list", "an array")
 
 
 def _path(error: ErrorDetails) -> str:

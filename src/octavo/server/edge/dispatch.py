@@ -63,8 +63,10 @@ class Dispatcher:
         except Exception as error:
             await self._answer(error, record, scope, receive, send)
 
-    async def _answer(self, error: Exception, record: RequestRecord, scope: Scope, receive: Receive, send: Send) -> None:
-        if isinstance(error, HTTPException):  # from the router: 404, or 405 with a header that has what is allowed
+    async def _answer(
+        self, error: Exception, record: RequestRecord, scope: Scope, receive: Receive, send: Send
+    ) -> None:
+        if isinstance(error, HTTPException):  # from the router: 404, or 405
             error.detail = f"{error.detail}: {scope['method']} {scope['path']}"
         elif not is_expected(error):
             log.error("a request failed", exc_info=error)
@@ -76,5 +78,3 @@ def note_error(record: RequestRecord, error: Exception) -> None:
     """Give the access log the code of an error, or its kind if it has no code."""
     body: Any = error_reply(error)[1].error
     record.error = body.code or body.type
-
-

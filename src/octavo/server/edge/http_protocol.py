@@ -3,14 +3,14 @@
 - A request to upgrade to another protocol, such as h2c, is served as if it did not ask, its body included (RFC 9110,
   section 7.8). httptools stops at such a header and loses the body.
 - A response to HTTP/1.0 is never chunked (RFC 9112, section 6.1); its end is the end of the connection.
-- A client that has sent its request and closed its sending side gets its response. See `_probe` for how it is told
-  from one that has gone.
+- A client that has sent its request and closed its sending side gets its response; `_probe` detects one that has left.
 - The application's task is cancelled when its client disconnects.
 - Errors are OpenAI's JSON, those of malformed HTTP too.
 """
 
 import asyncio
 import logging
+import math
 import socket
 import urllib.parse
 from collections.abc import Callable, Iterable
@@ -30,6 +30,7 @@ from .limits import ConnectionLimit
 
 MIN_BODY_RATE = 65_536  # bytes per second by which a body extends its own timeout
 LINGER_SECONDS = 2.0  # a refused client may go on sending so long, lest a reset destroy the response on its way
+MAX_DISCARDED = 65_536  # bytes of a body that a response did not need and that are read, to keep the connection
 STATUS_START = b"HTTP/1.1 "  # how every response begins
 PROBE_SECONDS = (0.02, 0.1, 0.5, 2.0)  # between looks at a half-closed connection; the last one repeats
 TCP = socket.IPPROTO_TCP
@@ -97,8 +98,8 @@ class HttpProtocol(HttpToolsProtocol):
         else:
             self._running.keep_alive = False
 
-    def eof_received(self) -> bool:
-        """Return whether to keep the connection: it is half-closed, and a complete request waits for its response."""
+    def eof_received(self) -> bool:  # type: ignore[override]
+        """Return whether to keep the half-closed connection, since a complete request waits for its response."""
         if self._lingering or self._running is None or self.cycle.more_body:
             return False
         self._half_closed = True
@@ -142,7 +143,8 @@ class HttpProtocol(HttpToolsProtocol):
         if remaining > 0:
             self._set_timer(remaining, self._body_late)
         else:
-            self._refuse(ApiError(408, f"the request's body did not arrive within {allowed:.0f} s", code="body_timeout"))
+            message = f"the request's body did not arrive within {allowed:.0f} s"
+            self._refuse(ApiError(408, message, code="body_timeout"))
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -164,8 +166,8 @@ class HttpProtocol(HttpToolsProtocol):
         try:
             self._feed(data)
         except httptools.HttpParserError as error:
-            refusal = self._refusal or ApiError(400, f"this is not valid HTTP/1.1: {error}", code="invalid_http")
-            self._refuse(refusal)
+            malformed = ApiError(400, f"this is not valid HTTP/1.1: {error}", code="invalid_http")
+            self._refuse(self._refusal or malformed)
             return
         if self._in_header and self._header_received > self._settings.max_header_bytes:
             self._refuse(self._header_too_long())
@@ -185,7 +187,9 @@ class HttpProtocol(HttpToolsProtocol):
         for name, value in self.headers:
             if name == b"connection":
                 options = [option.strip() for option in value.split(b",")]
-                value = b", ".join(option for option in options if option.lower() not in (b"upgrade", b"http2-settings"))
+                value = b", ".join(
+                    option for option in options if option.lower() not in (b"upgrade", b"http2-settings")
+                )
             if name not in (b"upgrade", b"http2-settings"):
                 lines.append(b"%b: %b" % (name, value))
         self._upgrading = False
@@ -217,7 +221,8 @@ class HttpProtocol(HttpToolsProtocol):
 
     def _header_too_long(self) -> ApiError:
         size, count = self._settings.max_header_bytes, self._settings.max_header_count
-        return ApiError(431, f"the request's header has more than {size} bytes or {count} fields", code="header_too_long")
+        message = f"the request's header has more than {size} bytes or {count} fields"
+        return ApiError(431, message, code="header_too_long")
 
     def on_headers_complete(self) -> None:
         self._in_header = False
@@ -227,16 +232,12 @@ class HttpProtocol(HttpToolsProtocol):
         version = self.parser.get_http_version()
         url = httptools.parse_url(self.url)
         path = url.path.decode("ascii")
-        self.scope.update(
-            method=self.parser.get_method().decode("ascii"),
-            http_version=version,
-            path=urllib.parse.unquote(path) if "%" in path else path,
-            raw_path=url.path,
-            query_string=url.query or b"",
-        )
-        record = RequestRecord(
-            request_id(self.headers), self.scope["method"], self.scope["path"], self._client_host
-        )
+        self.scope["method"] = self.parser.get_method().decode("ascii")
+        self.scope["http_version"] = version
+        self.scope["path"] = urllib.parse.unquote(path) if "%" in path else path
+        self.scope["raw_path"] = url.path
+        self.scope["query_string"] = url.query or b""
+        record = RequestRecord(request_id(self.headers), self.scope["method"], self.scope["path"], self._client_host)
         self.scope["octavo.record"] = record  # type: ignore[typeddict-unknown-key]
         self.cycle = cycle = Cycle(self, record, version != "1.0" and self.parser.should_keep_alive())
         if self._running is None:
@@ -254,6 +255,8 @@ class HttpProtocol(HttpToolsProtocol):
         if not self._upgrading:
             if self.cycle is self._running:
                 self._set_timer(None)
+            elif self._running is None:  # the rest of a body that the response did not need
+                self._set_timer(self._settings.idle_timeout, self.transport.close)
             self.cycle.more_body = False
             self.cycle.message_event.set()
 
@@ -272,7 +275,7 @@ class HttpProtocol(HttpToolsProtocol):
         self._running = None
         if self.transport.is_closing():
             return
-        if self._lingering or cycle.more_body:  # `more_body`: the request was refused before it was read
+        if self._lingering or (cycle.more_body and not cycle.keep_alive):
             self._linger()
         elif self.pipeline:
             self.flow.resume_reading()
@@ -282,7 +285,8 @@ class HttpProtocol(HttpToolsProtocol):
         else:
             self.flow.resume_reading()
             self.edge.connections.set_idle(self)
-            self._set_timer(self._settings.idle_timeout, self.transport.close)
+            timeout = self._settings.body_timeout if cycle.more_body else self._settings.idle_timeout
+            self._set_timer(timeout, self.transport.close)
 
     def _refuse(self, error: ApiError) -> None:
         """Answer with an error what cannot be parsed or arrives too slowly, and end the connection."""
@@ -299,7 +303,8 @@ class HttpProtocol(HttpToolsProtocol):
             (b"content-length", b"%d" % len(body)),
             (b"connection", b"close"),
         ]
-        self.transport.write(header(status, [*self.server_state.default_headers, *record.start_headers(), *headers]) + body)
+        headers = [*self.server_state.default_headers, *record.start_headers(), *headers]
+        self.transport.write(header(status, headers) + body)
         if running is None:
             self.edge.access_log.write(record)
         else:
@@ -414,7 +419,13 @@ class Cycle(RequestResponseCycle):
                 every.append((b"transfer-encoding", b"chunked"))
             else:
                 self.keep_alive = False
+        if self.more_body and self._declared_body() > MAX_DISCARDED:
+            self.keep_alive = False
         if not self.keep_alive:
             every.append((b"connection", b"close"))
         start = header(status, every)
         return start[len(STATUS_START) :] if self._begun else start
+
+    def _declared_body(self) -> float:
+        """Return the bytes of the request's body; infinity if it is chunked."""
+        return next((float(value) for name, value in self.scope["headers"] if name == b"content-length"), math.inf)

@@ -79,7 +79,7 @@ class _Choices:
     def __init__(self, generation: Generation, echoed: list[str]):
         self._generation = generation
         self._echoed = echoed
-        self._offsets: dict[tuple[int, int], int] = {}  # (prompt, completion) -> where in its text the next token starts
+        self._offsets: dict[tuple[int, int], int] = {}  # of (prompt, completion): where the next token starts
 
     def __call__(self, prompt: int, new: CompletionOutput) -> Iterator[replies.CompletionChoice]:
         key = (prompt, new.index)
@@ -127,7 +127,7 @@ def _logprobs(new: CompletionOutput, offset: int, with_top: bool) -> replies.Com
 
 
 def _by_text(entries: dict[int, Logprob]) -> dict[str, float]:
-    """Return logprobs by text. Tokens of the same text, such as parts of characters, share a key; the likeliest wins."""
+    """Return logprobs by text. Of tokens with the same text, such as parts of characters, the likeliest wins."""
     return {entry.decoded_token: entry.logprob for entry in sorted(entries.values(), key=lambda entry: -entry.rank)}
 
 

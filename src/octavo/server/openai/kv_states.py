@@ -1,7 +1,7 @@
 """The extension `kv_cache_state`: the KV state after an answer is kept, and later requests continue it.
 
-In a request, `true` keeps the state after the answer. The handle of a state continues that state, and keeps the new one.
-So a conversation sends only what is new, and so does each of its branches.
+In a request, `true` keeps the state after the answer. The handle of a state continues that state and keeps the new one.
+A conversation sends only what is new, and so does each of its branches.
 """
 
 import contextlib

@@ -32,7 +32,7 @@ def _whole_number(value: Any) -> Any:
 
 
 def _prompts(value: Any) -> list[str | list[int]]:
-    """Return one entry per prompt, for any of the four shapes of `prompt`. A union of types would report four errors."""
+    """Return one entry per prompt, for any of the four shapes of `prompt`. (A union would report four errors.)"""
     if isinstance(value, str):
         prompts: Any = [value]
     elif isinstance(value, list) and value and isinstance(value[0], (int, float)):
@@ -116,11 +116,11 @@ class GenerationRequest(Strict):
     ttft_target: float | None = None
     timeout: float | None = None
     cache_salt: str | None = None
-    kv_cache_state: bool | str | None = None  # true: keep the state; a handle: continue that state, and keep the new one
+    kv_cache_state: bool | str | None = None  # true: keep the state; a handle: continue that one too
 
     @classmethod
     def from_json(cls, body: Any, config: ServerConfig) -> Self:
-        """Return a parsed body as a request. Raises ApiError 400 for a body that is too large in counts, or not valid."""
+        """Return a parsed body as a request. Raises ApiError 400 if it is not valid, or has too many entries."""
         if isinstance(body, dict):
             if len(body) > MAX_DETAILS:
                 raise ApiError(400, f"the body has {len(body)} fields", code="invalid_body")
@@ -195,9 +195,9 @@ class CompletionRequest(GenerationRequest):
     @classmethod
     def _limited(cls, body: dict[str, Any], config: ServerConfig) -> dict[str, Any]:
         prompt, n = body.get("prompt"), body.get("n")
-        many = isinstance(prompt, list) and prompt and isinstance(prompt[0], (str, list))
-        completions = (len(prompt) if many else 1) * (n if isinstance(n, int) else 1)
-        if completions > config.max_completions and many:
+        many = isinstance(prompt, list) and len(prompt) > 0 and isinstance(prompt[0], (str, list))
+        prompts = len(prompt) if isinstance(prompt, list) and many else 1
+        if many and prompts * (n if isinstance(n, int) else 1) > config.max_completions:
             raise ApiError(400, f"prompt asks for more than {config.max_completions} completions", "prompt")
         return super()._limited(body, config)
 
