@@ -378,13 +378,14 @@ def test_the_drain_timeout_ends_requests(tiny_llama: Path) -> None:
     assert b'"code":"server_stopping"' in stream and b'"code":"server_stopping"' in whole
 
 
-def test_draining(tiny_llama: Path) -> None:
-    """After SIGTERM a running stream ends as it would have, nobody new is let in, and the exit code is 0."""
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_draining(tiny_llama: Path, number: signal.Signals) -> None:
+    """After the signal a running stream ends as it would have, nobody new is let in, and the exit code is 0."""
     with ServerProcess(tiny_llama) as server:
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
         stream = complete(client, stream=True, max_tokens=450, stream_options={"include_usage": True})
         next(stream)
-        server.signal(signal.SIGTERM)
+        server.signal(number)
         server.wait_until_closed()
         assert list(stream)[-1].usage.completion_tokens == 450
         assert server.process.wait(timeout=30) == 0

@@ -95,15 +95,15 @@ class ServerProcess:
 
 @contextlib.asynccontextmanager
 async def serving(
-    model: Path, config: ServerConfig | None = None, **settings: Any
+    model: Path, config: ServerConfig | None = None, access_log: AccessLog | None = None, **settings: Any
 ) -> AsyncIterator[tuple[AsyncLLM, DrainingServer, Any]]:
     """A server on the loop of the test, which can ask its engine what it runs; and its address."""
     async with AsyncLLM(str(model), **settings) as llm, asyncio.timeout(60):
         listener = socket.create_server(("127.0.0.1", 0))
         address = listener.getsockname()
         config = config or ServerConfig()
-        access_log = AccessLog("none", None)
-        server = DrainingServer(create_app(llm, config), config, access_log, on_ready=lambda: None)
+        app = create_app(llm, config, draining=lambda: server.should_exit)
+        server = DrainingServer(app, config, access_log or AccessLog("none", None), on_ready=lambda: None)
         task = asyncio.ensure_future(server.serve([listener]))
         yield llm, server, address
         server.should_exit = True

@@ -68,7 +68,7 @@ class Ledger:
         tokens = self._tokens(ask)
         self._check_tokens(params)
         room = self._info.max_model_len - len(tokens)
-        seed = secrets.randbits(63) if params.seed is None else params.seed % 2**64
+        seed = secrets.randbits(53) if params.seed is None else params.seed % 2**64
         live = LiveRequest(
             id=id,
             prompt=prompt if isinstance(prompt, str) else None,

@@ -1,6 +1,6 @@
 """Fields of other servers' APIs that Octavo does not implement, with the values at which they change nothing.
 
-Clients send them unasked: SillyTavern, guidellm, sglang-router and vllm-router add their own to every body. At a neutral
+Clients send them unasked: SillyTavern, guidellm, sglang-router and vllm-router add their own to any body. At a neutral
 value such a field is accepted; at any other it is refused by name, since to ignore it would change the answer.
 A field that is not listed is accepted if it is null, false, zero or empty.
 """
