@@ -140,7 +140,7 @@ def _open_standard_streams() -> None:
     Otherwise the next file or socket gets the number of a standard stream, and what is printed.
     """
     while (descriptor := os.open(os.devnull, os.O_RDWR)) < 3:
-        pass
+        os.set_inheritable(descriptor, True)  # for the engine's process
     os.close(descriptor)
     sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115
     sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
