@@ -65,6 +65,7 @@ class AsyncLLM:
     async def start(self) -> None:
         """Wait until the engine is ready. Raises what loading raised."""
         self.info = await self._frontend.start(self._link)
+        self.tokenizer.threads.submit(self.tokenizer.prepare)  # meanwhile the first requests can come
 
     def generate(
         self,

@@ -96,8 +96,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
             integer("logprobs", 0, MAX_LOGPROBS, f"an integer from 0 to {MAX_LOGPROBS}")
         number("presence_penalty", -2.0, 2.0, "a number from -2 to 2")
         number("frequency_penalty", -2.0, 2.0, "a number from -2 to 2")
-        number("repetition_penalty", 0.0, 100.0, "a number above 0 and at most 100")
-        need(self.repetition_penalty > 0, "repetition_penalty", "a number above 0 and at most 100")
+        # At least 1e-30: logits are divided by it in float32.
+        number("repetition_penalty", 1e-30, 100.0, "a number above 0 (at least 1e-30) and at most 100")
         if self.logit_bias is not None:
             fields.biases("logit_bias", 1024, "a map of at most 1,024 token ids to numbers from -100 to 100")
         fields.flag("ignore_eos")

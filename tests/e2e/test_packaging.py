@@ -14,7 +14,7 @@ import pytest
 import octavo
 
 ROOT = Path(__file__).parents[2]
-HEAVY = ("torch", "transformers", "fastapi", "numpy", "tokenizers", "typer", "zmq")
+HEAVY = ("torch", "transformers", "starlette", "numpy", "tokenizers", "typer", "zmq")
 
 
 def run(*command: object, **environment: str) -> str:
