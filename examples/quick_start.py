@@ -1,4 +1,4 @@
-"""One prompt, one text. Run: python examples/quick_start.py"""
+"""Generate a text from a prompt. Run: python examples/quick_start.py"""
 
 from octavo import LLM, SamplingParams
 
@@ -18,6 +18,6 @@ def generate(prompt: str) -> str:
 # Example usage
 print(generate("Explain the difference between TCP and UDP in 2 sentences."))
 
-# `generate` goes on where the prompt ends, which a chat model may take for the end of the text. To ask it, use `chat`:
+# `generate` continues the prompt, which a chat model may consider complete. To ask a chat model, use `chat`:
 question = {"role": "user", "content": "Explain the difference between TCP and UDP in 2 sentences."}
 print(llm.chat([question], sampling_params)[0].text)

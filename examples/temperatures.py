@@ -1,4 +1,4 @@
-"""A temperature for each request. Run: python examples/temperatures.py"""
+"""Use different sampling parameters for each request. Run: python examples/temperatures.py"""
 
 from octavo import LLM, SamplingParams
 

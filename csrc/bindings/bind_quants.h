@@ -1,4 +1,4 @@
-// The dequantizer for tests.
+// Python bindings of formats/: quantize, dequantize and the encodings of weights.
 #pragma once
 
 #include <nanobind/nanobind.h>

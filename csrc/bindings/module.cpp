@@ -5,14 +5,17 @@
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include <cstring>
+#include <memory>
+#include <tuple>
 
 #include "bind_quants.h"
 #include "bind_sampler.h"
-#include "runtime/program.h"
 #include "formats/quants.h"
+#include "runtime/program.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -33,22 +36,41 @@ A read_field(nb::handle batch, const char* field) {
     return array;
 }
 
-// Points into the arrays of a StepBatch, which must outlive it.
-Batch read_batch(nb::handle batch) {
-    const auto tokens = read_field<Array<int32_t>>(batch, "tokens");
-    const auto positions = read_field<Array<int32_t>>(batch, "positions");
-    const auto query_start = read_field<Array<int32_t>>(batch, "query_start");
-    const auto page_tables = read_field<Table<int32_t>>(batch, "page_tables");
-    const auto sample_rows = read_field<Array<int32_t>>(batch, "sample_rows");
-    if (tokens.shape(0) != positions.shape(0)) throw nb::value_error("tokens and positions must be as many");
-    if (query_start.shape(0) != page_tables.shape(0) + 1)
-        throw nb::value_error("query_start must have one entry more than page_tables has rows");
-    return {int64_t(tokens.shape(0)), int64_t(page_tables.shape(0)), int64_t(page_tables.shape(1)),
-            int64_t(sample_rows.shape(0)), tokens.data(), positions.data(), query_start.data(), page_tables.data(),
-            sample_rows.data()};
-}
+// The arrays of a Python StepBatch. Holds references to them: another thread may replace the fields of `batch` while a
+// step runs without the GIL.
+class BatchArrays {
+public:
+    explicit BatchArrays(nb::handle batch)
+        : tokens_(read_field<Array<int32_t>>(batch, "tokens")),
+          positions_(read_field<Array<int32_t>>(batch, "positions")),
+          query_start_(read_field<Array<int32_t>>(batch, "query_start")),
+          page_tables_(read_field<Table<int32_t>>(batch, "page_tables")),
+          sample_rows_(read_field<Array<int32_t>>(batch, "sample_rows")) {
+        if (tokens_.shape(0) != positions_.shape(0))
+            throw nb::value_error("StepBatch.positions must have one entry per token");
+        if (query_start_.shape(0) != page_tables_.shape(0) + 1)
+            throw nb::value_error("StepBatch.query_start must have one entry more than page_tables has rows");
+    }
 
-// A new numpy array, and where its values are.
+    Batch batch() const {
+        return {int64_t(tokens_.shape(0)),
+                int64_t(page_tables_.shape(0)),
+                int64_t(page_tables_.shape(1)),
+                int64_t(sample_rows_.shape(0)),
+                tokens_.data(),
+                positions_.data(),
+                query_start_.data(),
+                page_tables_.data(),
+                sample_rows_.data()};
+    }
+
+private:
+    Array<int32_t> tokens_, positions_, query_start_;
+    Table<int32_t> page_tables_;
+    Array<int32_t> sample_rows_;
+};
+
+// Return a new numpy array, and a pointer to its values.
 template <class T, class... Shape>
 std::pair<nb::object, T*> new_array(Shape... shape) {
     size_t size = (size_t(shape) * ... * 1);
@@ -57,11 +79,12 @@ std::pair<nb::object, T*> new_array(Shape... shape) {
     return {nb::cast(nb::ndarray<nb::numpy, T>(data, {size_t(shape)...}, owner)), data};
 }
 
-// (tokens, logprobs, ranks, top_tokens, top_logprobs) of StepResult.
+// Run a step; return the fields of StepResult: (tokens, logprobs, ranks, top_tokens, top_logprobs).
 nb::tuple step(Program& program, nb::handle python_batch) {
-    const Batch batch = read_batch(python_batch);
-    const nb::object python_sampling = python_batch.attr("sampling");
-    const SamplingBatch sampling = read_sampling_batch(python_sampling);
+    const BatchArrays arrays(python_batch);
+    const Batch batch = arrays.batch();
+    const SamplingArrays sampling_arrays(python_batch.attr("sampling"));
+    const SamplingBatch& sampling = sampling_arrays.batch();
     const int64_t rows = batch.sampled;
     bool wanted = false;
     for (int64_t r = 0; r < sampling.rows; r++) wanted |= sampling.num_logprobs[r] >= 0;
@@ -84,7 +107,8 @@ nb::tuple step(Program& program, nb::handle python_batch) {
 }
 
 nb::object logits(Program& program, nb::handle python_batch) {
-    const Batch batch = read_batch(python_batch);
+    const BatchArrays arrays(python_batch);
+    const Batch batch = arrays.batch();
     auto [array, data] = new_array<float>(batch.sampled, program.logits_width());
     {
         nb::gil_scoped_release release;
@@ -100,53 +124,81 @@ nb::object squares(const Program& program, int observed) {
     return array;
 }
 
-// A view of a page of the KV pool, which keeps the program alive.
-nb::ndarray<nb::numpy, const uint8_t, nb::ndim<1>> export_page(nb::handle self, int64_t page) {
-    const Program& program = nb::cast<const Program&>(self);
-    return {program.page(page), {size_t(program.page_bytes())}, self};
+// Return a page of the KV pool, uint8 [page_bytes], without a copy. The array keeps the pool's memory, and only that:
+// it outlives the program, and the pool that allocate_kv replaces.
+nb::object export_page(const Program& program, int64_t page) {
+    const std::byte* data = program.page(page);
+    auto pool = std::make_unique<std::shared_ptr<const Memory>>(program.kv_memory());
+    const nb::capsule owner(pool.get(),
+                            [](void* p) noexcept { delete static_cast<std::shared_ptr<const Memory>*>(p); });
+    (void)pool.release();
+    return nb::cast(nb::ndarray<nb::numpy, const uint8_t>(data, {size_t(program.page_bytes())}, owner));
 }
 
 void import_page(Program& program, int64_t page, Array<uint8_t> content) {
     std::byte* target = program.page(page);
     if (int64_t(content.size()) != program.page_bytes()) throw nb::value_error("content must have page_bytes bytes");
     nb::gil_scoped_release release;
-    std::memcpy(target, content.data(), content.size());
+    std::memmove(target, content.data(), content.size());  // the content may be this page
 }
 
-// Keeps the GIL: that takes 50 us, and to get it back from another thread can take 100 times as long.
+// Keeps the GIL: a copy takes 50 us, while reacquiring the GIL from a busy thread can take 5 ms.
 void copy_page(Program& program, int64_t source, int64_t target) {
     std::memmove(program.page(target), program.page(source), program.page_bytes());
 }
 
-// Parts of a weight, one after another by rows: (data, format, row_order or None) as Tensor has them.
-void pack(Program& program, int weight, nb::list parts, int64_t rows, int64_t columns,
+// One part of a weight, from Python's (data, format, row_order or None), as the fields of Tensor. Holds the arrays that
+// `part` points into: they may be copies, made here of arrays with another layout.
+struct PartArrays {
+    Table<uint8_t> data;
+    std::optional<Array<int64_t>> row_order;
+    Part part;
+
+    PartArrays(nb::handle item, int64_t columns) {
+        const auto [stored, format, order] = nb::cast<std::tuple<nb::object, std::string, nb::object>>(item);
+        if (!is_uint8(stored) || !nb::try_cast(stored, data))
+            throw nb::type_error("the data of a part must be uint8 [rows, bytes per row]");
+        const int number = format_named(format);
+        if (number < 0 || row_bytes(number, columns) != data.shape(1))
+            throw nb::value_error("the bytes per row do not fit the format and the number of columns");
+        part = {data.data(), int64_t(data.shape(0)), int64_t(data.shape(1)), number, nullptr};
+        if (!order.is_none()) read_order(order);
+    }
+
+private:
+    void read_order(nb::handle order) {
+        Array<int64_t> rows;
+        if (!nb::try_cast(order, rows)) throw nb::type_error("row_order must be int64 [rows]");
+        if (rows.shape(0) != data.shape(0)) throw nb::value_error("row_order must have one entry per row");
+        for (size_t i = 0; i < rows.shape(0); i++)
+            if (rows(i) < 0 || rows(i) >= part.rows) throw nb::value_error("row_order must name rows of the tensor");
+        part.row_order = rows.data();
+        row_order = std::move(rows);
+    }
+
+    // A copy may change the layout of stored bytes, but must not convert other values to them.
+    static bool is_uint8(nb::handle array) { return nb::isinstance<nb::ndarray<const uint8_t, nb::ro>>(array); }
+};
+
+// Write a weight [rows, columns] that is stored in `parts`, each with some of its rows, in order. Return -1, or the index
+// of a part with a value that cannot be stored, such as NaN.
+int pack(Program& program, int weight, nb::list parts, int64_t rows, int64_t columns,
           std::optional<Array<float>> importance) {
+    std::vector<PartArrays> arrays;
     std::vector<Part> native;
     int64_t total = 0;
     for (nb::handle item : parts) {
-        const auto part = nb::cast<nb::tuple>(item);
-        const auto data = nb::cast<Table<uint8_t>>(part[0]);
-        const int format = format_named(nb::cast<std::string>(part[1]));
-        if (format < 0 || row_bytes(format, columns) != data.shape(1))
-            throw nb::value_error("the bytes per row do not fit the format and the number of columns");
-        Part p{data.data(), int64_t(data.shape(0)), int64_t(data.shape(1)), format, nullptr};
-        if (!part[2].is_none()) {
-            const auto order = nb::cast<Array<int64_t>>(part[2]);
-            if (order.shape(0) != data.shape(0)) throw nb::value_error("row_order must have one entry per row");
-            for (size_t i = 0; i < order.shape(0); i++)
-                if (order(i) < 0 || order(i) >= p.rows) throw nb::value_error("row_order must name rows of the tensor");
-            p.row_order = order.data();
-        }
-        total += p.rows;
-        native.push_back(p);
+        native.push_back(arrays.emplace_back(item, columns).part);
+        total += native.back().rows;
     }
     if (total != rows) throw nb::value_error("the parts must have as many rows as the weight");
     if (importance && int64_t(importance->size()) != columns)
         throw nb::value_error("importance must have one entry per column");
     nb::gil_scoped_release release;
-    program.pack(weight, native, importance ? importance->data() : nullptr);
+    return program.pack(weight, native, rows, columns, importance ? importance->data() : nullptr);
 }
 
+// Return (bytes, share of the values that are stored as integers).
 nb::tuple linears(const LinearWeights& weights) {
     return nb::make_tuple(weights.bytes, double(weights.integers) / double(std::max<int64_t>(weights.values, 1)));
 }
@@ -168,8 +220,8 @@ NB_MODULE(_native, module) {
             [](Program* self, const std::string& isa, std::vector<int> cores, int64_t vocab, int64_t heads,
                int64_t kv_heads, int64_t head_dim, int64_t layers, double norm_eps, int64_t page_size, int64_t max_rows,
                int64_t max_sampled, std::vector<double> frequencies, bool int8_kv) {
-                const Sizes sizes{vocab, heads, kv_heads, head_dim, layers, norm_eps, page_size, max_rows,
-                                  max_sampled, int8_kv};
+                const Sizes sizes{vocab,    heads,     kv_heads, head_dim,    layers,
+                                  norm_eps, page_size, max_rows, max_sampled, int8_kv};
                 new (self) Program(isa, std::move(cores), sizes, std::move(frequencies));
             },
             nb::kw_only(), "isa"_a, "cores"_a, "vocab"_a, "heads"_a, "kv_heads"_a, "head_dim"_a, "layers"_a,

@@ -1,4 +1,4 @@
-// The search for the scale, the minimum and the integers of 4 bits that come closest to a group's values.
+// The search for the scale, the minimum and the 4-bit integers that approximate a group of values best.
 #pragma once
 
 #include "kernels/simd.h"
@@ -7,7 +7,7 @@ namespace octavo::OCTAVO_ISA {
 
 typedef uint8_t Bytes __attribute__((vector_size(kLanes)));
 
-// To the nearest float that half precision can hold, ties to even; at most 65504.
+// Rounds to half precision, ties to even; saturates at 65504.
 OCTAVO_INLINE F32 round_to_half(F32 x) {
     x = x < 65504 ? x : splat(65504);
     x = x > -65504 ? x : splat(-65504);
@@ -17,21 +17,21 @@ OCTAVO_INLINE F32 round_to_half(F32 x) {
     return select(max(x, -x) < 0x1p-14f, subnormal, normal);
 }
 
-// To the nearest of 0 .. 15; NaN to 0.
+// Rounds to the nearest of 0 ... 15, and NaN to 0.
 OCTAVO_INLINE F32 nearest_of_16(F32 x) {
     x = x > 0 ? x : zero();
     x = x < 15 ? x : splat(15);
     return (x + 0x1.8p23f) - 0x1.8p23f;
 }
 
-// Where a search begins: 0 and 15 as fractions of the way from the lowest to the highest value.
+// The ranges that a search starts from: which values q = 0 and q = 15 stand for, as fractions of the way from the
+// group's lowest value to its highest.
 constexpr float kRanges[][2] = {{0, 1}, {0, 0.97f}, {0.03f, 1}, {-0.07f, 1}, {-0.07f, 1.07f}};
-constexpr int kTurns = 3;
+constexpr int kIterations = 3;
 
-// The least of sum(importance * (value - scale * q - minimum)^2) that turns lead to from each of several ranges. In a
-// turn, q is the nearest to (value - minimum) / scale, and then linear least squares give scale and minimum for it.
-//
-// Each row has a lane of its own, so that no sum depends on the width of a vector.
+// Minimizes sum(importance * (value - scale * q - minimum)^2) over q, scale and minimum, by alternating from each range:
+// q = round((value - minimum) / scale), then scale and minimum by linear least squares for these q. Keeps the best of all
+// iterations. Each row is computed in a lane of its own, so that no sum depends on the width of a vector.
 void quantize_to_4(const float (*x)[kBlock], const float* importance, FourBits& result) {
     float whole = 0;
     for (int i = 0; i < kQuantGroup; i++) whole += importance[i];
@@ -47,7 +47,7 @@ void quantize_to_4(const float (*x)[kBlock], const float* importance, FourBits& 
         F32 least = splat(__builtin_inff()), best_scale = zero(), best_minimum = zero();
         for (const auto& [from, to] : kRanges) {
             F32 scale = (highest - lowest) * ((to - from) / 15), minimum = lowest + (highest - lowest) * from;
-            for (int turn = 0; turn < kTurns; turn++) {
+            for (int iteration = 0; iteration < kIterations; iteration++) {
                 scale = round_to_half(scale), minimum = round_to_half(minimum);
                 const F32 back = select(scale == 0, zero(), splat(1) / scale);
                 F32 error = zero(), sum_q = zero(), sum_qq = zero(), sum_qx = zero();

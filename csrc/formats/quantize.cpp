@@ -10,12 +10,12 @@
 namespace octavo {
 namespace {
 
-// Vectors that every machine has, spelled out: a compiler does not reorder float sums by itself.
+// Vectors of a size that every processor has. Written out, because compilers do not vectorize sums of floats.
 typedef float Floats __attribute__((vector_size(16)));
 typedef int32_t Ints __attribute__((vector_size(16)));
 constexpr int kSize = int(kQuantGroup), kLanes = 4, kVectors = kSize / kLanes;
 
-// An input that was still while its importance was measured may yet matter a little.
+// Of columns without importance: their inputs were zero while it was measured, but need not stay so.
 constexpr float kLeastWeight = 0.01f;
 
 struct Values {
@@ -24,7 +24,7 @@ struct Values {
 
 float rounded_to_half(float value) { return from_half(to_half(value)); }
 
-// (x - minimum) / scale, to the nearest of 0 .. top.
+// q = (x - minimum) / scale, rounded to the nearest of 0 ... top.
 Values assign(const Values& x, float scale, float minimum, float top) {
     const float back = scale != 0 ? 1 / scale : 0;
     Values q;
@@ -49,7 +49,7 @@ float largest_magnitude(const float* x, int64_t n) {
     return largest;
 }
 
-// Symmetric.
+// Symmetric: the minimum is -128 * scale.
 void quantize_to_8(const Values& x, float scale, Group& group) {
     store(assign(x, scale, -128 * scale, 255), scale, -128 * scale, group);
 }

@@ -24,6 +24,8 @@ void read_floats(const uint8_t* src, float* dst, int64_t n) {
     for (int64_t i = 0; i < n; ++i) dst[i] = value(src + i * bytes);
 }
 
+// Each of the following functions reads one block of a format.
+
 void set_scale(Group& group, float scale) { group.scale[0] = group.scale[1] = scale; }
 
 void set_minimum(Group& group, float minimum) { group.minimum[0] = group.minimum[1] = minimum; }
@@ -33,7 +35,7 @@ void q8_0(const uint8_t* block, Group* group) {
     for (int i = 0; i < 32; ++i) group->q[i] = block[2 + i] ^ 0x80;  // + 128
 }
 
-// The low nibbles are the first 16 values, the high ones the last 16.
+// Low nibbles are values 0 ... 15, high nibbles 16 ... 31.
 void read_nibbles(const uint8_t* packed, uint8_t* q) {
     for (int i = 0; i < 16; ++i) {
         q[i] = packed[i] & 15;
@@ -63,7 +65,7 @@ void w4g32(const uint8_t* block, Group* group) {
     read_nibbles(block + 8, group->q);
 }
 
-// Signed, so that its minimum moves: by a multiple of the scale, as it is one itself.
+// The integers are signed: adding 128 to make them unsigned moves the minimum by -128 * scale.
 void w8g32(const uint8_t* block, Group* group) {
     const float scale = f32(block);
     set_scale(*group, scale);
@@ -109,7 +111,7 @@ void q3_k(const uint8_t* block, Group* groups) {
     }
 }
 
-// The scale and minimum of group 0..7 of Q4_K and Q5_K: of d and dmin, and 6 bits each, in 12 bytes.
+// Scale and minimum of group 0 ... 7 of Q4_K and Q5_K: d and dmin, times integers of 6 bits that are packed in 12 bytes.
 void read_scale(const uint8_t* block, int group, Group* to) {
     const uint8_t* packed = block + 4;
     int scale = packed[group % 4], minimum = packed[group % 4 + 4];
@@ -153,33 +155,45 @@ void q6_k(const uint8_t* block, Group* groups) {
     }
 }
 
-struct Layout {
-    int format;
-    int64_t values, bytes;  // of a block
+// How to read a format. `zero`: see read_groups.
+struct Reader {
     Encoding encoding;
-    int zero;  // see read_groups
-    void (*read)(const uint8_t* block, Group* groups);
-    void (*read_floats)(const uint8_t* src, float* dst, int64_t n);
+    int zero;
+    void (*read)(const uint8_t* block, Group* groups);                // of a format of integers
+    void (*read_floats)(const uint8_t* src, float* dst, int64_t n);  // of a format of floats
 };
 
-constexpr Encoding kSixteens{8, 2, false, true};  // each group of 32 has two scales
+constexpr Encoding kTwoScales{8, 2, false, true};
+
+// By the names of block_formats.def.
+namespace readers {
+constexpr Reader F32{{}, 0, nullptr, read_floats<f32, 4>};
+constexpr Reader F16{{}, 0, nullptr, read_floats<half, 2>};
+constexpr Reader BF16{{}, 0, nullptr, read_floats<bf16, 2>};
+constexpr Reader Q4_0{{4}, 8, q4_0, nullptr};
+constexpr Reader Q4_1{{4, 1, true}, 0, q4_1, nullptr};
+constexpr Reader Q5_0{{8}, 16, q5_0, nullptr};
+constexpr Reader Q5_1{{8, 1, true}, 0, q5_1, nullptr};
+constexpr Reader Q8_0{{8}, 128, q8_0, nullptr};
+constexpr Reader Q2_K{{8, 2, true, true}, 0, q2_k, nullptr};
+constexpr Reader Q3_K{kTwoScales, 4, q3_k, nullptr};
+constexpr Reader Q4_K{{4, 1, true, true}, 0, q4_k, nullptr};
+constexpr Reader Q5_K{{8, 1, true, true}, 0, q5_k, nullptr};
+constexpr Reader Q6_K{kTwoScales, 32, q6_k, nullptr};
+constexpr Reader W4G32{{4, 1, true, true}, 0, w4g32, nullptr};
+constexpr Reader W8G32{{8, 1, true, true}, 0, w8g32, nullptr};
+}  // namespace readers
+
+struct Layout : Reader {
+    const char* name;
+    int format;
+    int64_t values, bytes;  // of a block
+};
 
 constexpr Layout kLayouts[] = {
-    {GGML_F32, 1, 4, {}, 0, nullptr, read_floats<f32, 4>},
-    {GGML_F16, 1, 2, {}, 0, nullptr, read_floats<half, 2>},
-    {GGML_BF16, 1, 2, {}, 0, nullptr, read_floats<bf16, 2>},
-    {GGML_Q8_0, 32, 34, {8}, 128, q8_0, nullptr},
-    {GGML_Q4_0, 32, 18, {4}, 8, q4_0, nullptr},
-    {GGML_Q4_1, 32, 20, {4, 1, true}, 0, q4_1, nullptr},
-    {GGML_Q5_0, 32, 22, {8}, 16, q5_0, nullptr},
-    {GGML_Q5_1, 32, 24, {8, 1, true}, 0, q5_1, nullptr},
-    {GGML_Q2_K, kSuper, 84, {8, 2, true, true}, 0, q2_k, nullptr},
-    {GGML_Q3_K, kSuper, 110, kSixteens, 4, q3_k, nullptr},
-    {GGML_Q4_K, kSuper, 144, {4, 1, true, true}, 0, q4_k, nullptr},
-    {GGML_Q5_K, kSuper, 176, {8, 1, true, true}, 0, q5_k, nullptr},
-    {GGML_Q6_K, kSuper, 210, kSixteens, 32, q6_k, nullptr},
-    {W4G32, 32, 24, {4, 1, true, true}, 0, w4g32, nullptr},
-    {W8G32, 32, 40, {8, 1, true, true}, 0, w8g32, nullptr},
+#define OCTAVO_FORMAT(name, number, values, bytes) {readers::name, #name, number, values, bytes},
+#include "../../src/octavo/formats/block_formats.def"
+#undef OCTAVO_FORMAT
 };
 
 const Layout* find_layout(int format) {
@@ -189,6 +203,12 @@ const Layout* find_layout(int format) {
 }
 
 }  // namespace
+
+int format_named(const std::string& name) {
+    for (const Layout& layout : kLayouts)
+        if (name == layout.name) return layout.format;
+    return -1;
+}
 
 size_t row_bytes(int format, int64_t n) {
     const Layout* layout = find_layout(format);
@@ -226,6 +246,13 @@ bool dequantize_row(int format, const void* src, float* dst, int64_t n) {
         }
     }
     return true;
+}
+
+bool all_within(const float* values, int64_t n, float limit) {
+    const auto most = std::bit_cast<int32_t>(limit);  // magnitudes are in the order of their bits; NaN is above infinity
+    int32_t above = 0;
+    for (int64_t i = 0; i < n; ++i) above |= (std::bit_cast<int32_t>(values[i]) & 0x7fffffff) > most;
+    return !above;
 }
 
 float from_half(uint16_t h) {

@@ -1,5 +1,8 @@
-// Writing the rows that linears read: as bf16; as int8 in groups of 32 that have a scale each; or as int8 with one
-// scale for the row, after a rotation.
+// Writing a row x [columns] of activations in the form that the next linear reads (Element):
+//
+//   bf16       round(x)
+//   i8_groups  for each group of 32 columns: s = max|x| / 127, q = round(x / s)
+//   i8_rows    y = rotate(x) (rotation.h); s = max|y| / 127 over the row, q = round(y / s)
 #pragma once
 
 #include "rotation.h"
@@ -9,7 +12,8 @@ namespace octavo::OCTAVO_ISA {
 
 constexpr int kGroupVectors = int(kQuantGroup) / kLanes;
 
-// The bits of the largest magnitudes. As an integer, NaN is larger than anything else, and so becomes the scale.
+// Return max(|values|, so_far) by lane, as bits. Compared as integers, NaN is larger than any number, so it becomes the
+// scale and is not lost.
 OCTAVO_INLINE I32 magnitude_bits(F32 values, I32 so_far) {
     const I32 magnitude = (I32)values & 0x7fffffff;
     return so_far > magnitude ? so_far : magnitude;
@@ -26,7 +30,7 @@ struct Int8Scale {
     }
 };
 
-// To the nearest of -127 ... 127; returns the integers too.
+// Store round(values * back), which is in -127 ... 127; return it as well.
 OCTAVO_INLINE I32 store_int8(F32 values, float back, int8_t* to) {
     typedef int8_t I8 __attribute__((vector_size(kLanes)));
     const F32 magic = splat(12582912.0f);  // as in exp2
@@ -35,6 +39,7 @@ OCTAVO_INLINE I32 store_int8(F32 values, float back, int8_t* to) {
     return q;
 }
 
+// Write 32 values as int8, with the scale and the sums of their group.
 OCTAVO_INLINE void quantize_group(const F32* values, int8_t* to, ActivationGroup& group) {
     I32 bits = {}, halves[2] = {};
     OCTAVO_UNROLL for (int i = 0; i < kGroupVectors; i++) bits = magnitude_bits(values[i], bits);
@@ -45,7 +50,7 @@ OCTAVO_INLINE void quantize_group(const F32* values, int8_t* to, ActivationGroup
     group = {s.scale, s.scale * float(total), -128 * total, -128 * first};
 }
 
-// 32 values of a row, from a column that is a multiple of 32 on.
+// Write 32 values of a row as bf16 or as a group of int8, from `column`, a multiple of 32, on.
 OCTAVO_INLINE void store_group(const Matrix& out, int64_t row, int64_t column, const F32* values) {
     if (out.element == Element::i8_groups)
         return quantize_group(values, out.i8(row) + column, out.groups(row)[column / kQuantGroup]);
@@ -53,7 +58,7 @@ OCTAVO_INLINE void store_group(const Matrix& out, int64_t row, int64_t column, c
         store_bf16(out.b16(row) + column + i * kLanes, values[i]);
 }
 
-// From `values`, which is overwritten.
+// Write a row as i8_rows. Overwrites `values`, which has out.stride floats.
 OCTAVO_INLINE void store_rotated(const Matrix& out, int64_t row, float* values) {
     rotate<F32, I32>(values, out.stride);
     I32 bits = {}, total = {};
@@ -64,7 +69,7 @@ OCTAVO_INLINE void store_rotated(const Matrix& out, int64_t row, float* values) 
     out.row_scale(row) = {s.scale, -128 * sum(total)};
 }
 
-// A row in whatever `out` holds. `value_at(column)` gives a vector of it; `scratch` is for the whole row.
+// Write a row in the form of `out`. value_at(column) returns a vector of values; `scratch` has room for the row.
 template <class Values>
 OCTAVO_INLINE void write_row(const Matrix& out, int64_t row, Values value_at, float* scratch) {
     if (out.element == Element::i8_rows) {

@@ -1,8 +1,8 @@
-// Products on AMX tiles: 32 rows times 32 columns in four tiles of sums, 64 bytes of k at a time; with integers that are
-// scaled in groups, 16 rows times 16 columns.
+// The products of product.h and integers.h on AMX tiles: 32 rows times 32 columns in four tiles of sums, 64 bytes of k
+// at a time; with integers that are scaled in groups, 16 rows times 16 columns.
 //
-// Inline assembly, because GCC 12's intrinsics are unsafe: its _tile_loadconfig is declared to read 8 bytes of the 64,
-// and its _tile_loadd does not order against earlier stores.
+// This is inline assembly because GCC 12's intrinsics are unsafe: _tile_loadconfig is declared to read 8 of its 64
+// bytes, and _tile_loadd is not ordered after earlier stores.
 #pragma once
 
 #include <type_traits>
@@ -14,8 +14,8 @@ namespace octavo::OCTAVO_ISA {
 
 constexpr int64_t kGroupRows = 32, kIntegerGroupRows = 32;
 
-// All eight tiles are 16 rows of 64 bytes. Rows past the ones in use hold anything: a row of a product does not depend
-// on its neighbors.
+// All eight tiles have 16 rows of 64 bytes. Rows past the ones in use may hold anything: rows of a product are
+// independent.
 struct TileConfig {
     uint8_t palette = 1, start_row = 0, reserved[14] = {};
     uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
@@ -44,7 +44,7 @@ OCTAVO_INLINE void tile_zero() {
     asm volatile("tilezero %%tmm%c0" ::"i"(kTile));
 }
 
-// bf16 times bf16 if Sum is F32; int8 times uint8 if it is I32.
+// Multiply bf16 by bf16 if Sum is F32, int8 by uint8 if it is I32, and add to tile kSums.
 template <class Sum, int kSums, int kA, int kB>
 OCTAVO_INLINE void tile_multiply() {
     if constexpr (std::is_same_v<Sum, F32>)
@@ -53,7 +53,7 @@ OCTAVO_INLINE void tile_multiply() {
         asm volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kSums), "i"(kA), "i"(kB));
 }
 
-// Up to 2 x 2 tiles of sums: tile 2 i + j is rows 16 i ..., columns 16 j ...
+// Compute up to 2 x 2 tiles of sums; tile 2 i + j has rows 16 i ..., columns 16 j ...
 template <class Sum, int kRowTiles, int kColumnTiles>
 void tile_product(Rows a, Columns b, int64_t tiles, float* c, int64_t c_stride, Ahead ahead, int64_t ahead_rate) {
     const auto* rows = static_cast<const std::byte*>(a.data);
@@ -82,7 +82,8 @@ void tile_product(Rows a, Columns b, int64_t tiles, float* c, int64_t c_stride, 
     if constexpr (kRowTiles > 1 && kColumnTiles > 1) tile_store<3>(c + 16 * c_stride + 16, c_stride * 4);
 }
 
-// As product, but of whole tiles: reads rows of `a`, and without `add` writes rows of `c`, up to a multiple of 16.
+// As product, but on whole tiles: reads rows of `a` up to a multiple of 16, and without `add` writes as many rows of
+// `c`.
 template <class Sum>
 OCTAVO_INLINE void product_on_tiles(Rows a, int64_t rows, Columns b, int64_t blocks, int64_t words, bool add, float* c,
                                     int64_t c_stride, Ahead ahead) {
@@ -95,7 +96,7 @@ OCTAVO_INLINE void product_on_tiles(Rows a, int64_t rows, Columns b, int64_t blo
                                                : (two_blocks ? tile_product<Sum, 1, 2> : tile_product<Sum, 1, 1>);
             const Ahead part = ahead.part(index, parts);
             const int64_t rate = ((part.end - part.at) / 64 + steps - 1) / steps;
-            alignas(64) float sums[32 * 2 * kBlock];  // what is added to `c` must leave the rows past the last alone
+            alignas(64) float sums[32 * 2 * kBlock];  // with `add`, rows of `c` past the last one must not change
             float *to = c + r * c_stride + j * kBlock, *result = add ? sums : to;
             product(a.from(r), b.from(j), steps, result, add ? 2 * kBlock : c_stride, part, rate);
             if (!add) continue;
@@ -107,12 +108,14 @@ OCTAVO_INLINE void product_on_tiles(Rows a, int64_t rows, Columns b, int64_t blo
         }
 }
 
-// For a group of integers: activations of 16 rows of 32 bytes in tiles 4 and 5, and 8 words of the weight in 6 and 7.
+// For groups of integers: tiles 4 and 5 hold activations, 16 rows of 32 bytes; tiles 6 and 7 hold 8 words of the
+// weight.
 constexpr TileConfig kIntegerConfig = {.row_bytes = {64, 64, 64, 64, 32, 32, 64, 64},
                                        .rows = {16, 16, 16, 16, 16, 16, 8, 8}};
 
 constexpr int kTileHeight = 16;
 
+// dots [16 rows][16 columns] = the integer sums of one group. Turns 0 and 1 use different tiles, so that they overlap.
 template <int kTurn>
 OCTAVO_INLINE void integer_dots(const int8_t* rows, int64_t row_bytes, const std::byte* values, int32_t* dots) {
     tile_zero<kTurn>();
@@ -122,8 +125,8 @@ OCTAVO_INLINE void integer_dots(const int8_t* rows, int64_t row_bytes, const std
     tile_store<kTurn>(dots, 64);
 }
 
-// 16 rows times a block whose integers are `values`, a byte each. While the tiles multiply a group, the vectors scale
-// the one before: by the same operations as in integer_tile, so that the bits are the same.
+// Compute 16 rows times a block whose integers are `values`, one byte each. While the tiles multiply a group, the
+// vector units scale the group before it, by the same operations as in integer_tile, so the bits are the same.
 template <Encoding kEncoding>
 void integer_tile_16(const Matrix& a, int64_t row, const Weight& weight, int64_t block, const std::byte* values,
                      float* c, int64_t c_stride, Ahead ahead, int64_t ahead_rate) {
@@ -146,7 +149,9 @@ void integer_tile_16(const Matrix& a, int64_t row, const Weight& weight, int64_t
         const F32 scale = load_scale<kEncoding>(scales, 0, 0);
         F32 minimum = {};
         if constexpr (kEncoding.minimum) minimum = load_scale<kEncoding>(scales, 1, 0);
+    // clang-format off: it would unindent this line
         OCTAVO_UNROLL for (int r = 0; r < kTileHeight; r++) {
+            // clang-format on
             const auto& group = reinterpret_cast<const ActivationGroup*>(rows + r * row_bytes + a.stride)[g];
             const I32 dot = load_as<I32>(dots[g % 2] + r * kLanes) + first_sum<kEncoding>(group, 0);
             sums[r] = add_scaled<kEncoding>(sums[r], dot, group, 0, scale, minimum);
@@ -156,7 +161,7 @@ void integer_tile_16(const Matrix& a, int64_t row, const Weight& weight, int64_t
     OCTAVO_UNROLL for (int r = 0; r < kTileHeight; r++) store(c + r * c_stride, sums[r]);
 }
 
-// The 4-bit integers of a block, a byte each.
+// Expand the 4-bit integers of a block to one byte each.
 OCTAVO_INLINE void widen(const Weight& weight, int64_t block, std::byte* to) {
     const std::byte* from = weight.block(block);
     for (int64_t g = 0; g < weight.groups; g++, to += kW8.value_bytes(), from += kW4.value_bytes())
@@ -186,9 +191,9 @@ constexpr IntegerTile16Table make_integer_tiles_16(std::integer_sequence<int, kN
 }
 
 constexpr IntegerTile16Table kIntegerTiles16 = make_integer_tiles_16(std::make_integer_sequence<int, kEncodings>());
-constexpr int64_t kFewRows = 8;  // for which vectors are faster
+constexpr int64_t kFewRows = 8;  // with fewer rows than this, vectors are faster
 
-// As integer_product, of which it makes use for few rows, and where groups have two parts.
+// As integer_product, which it calls for few rows, and for encodings with two scales in a group.
 OCTAVO_INLINE void integer_product_on_tiles(const Matrix& a, int64_t row, int64_t rows, const Weight& weight,
                                             int64_t block, int64_t blocks, float* c, int64_t c_stride, Ahead ahead,
                                             std::byte* widened) {

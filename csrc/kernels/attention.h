@@ -1,8 +1,12 @@
-// Attention over the KV cache, whose layout is told in rope_and_cache.h.
+// Attention over the KV cache (its layout is in rope_and_cache.h). For a query q of a row at position p, over the
+// positions i that it sees, max(0, p - window + 1) <= i <= p:
 //
-// The context is summed up in parts, cut at fixed positions, and the parts are merged in order of position: always, and
-// for every row. So a row comes out the same whether a thread walks through all of its parts (which is best where there
-// are many rows) or each part is a tile of its own (so that a single long context occupies all threads).
+//   out = sum over i of 2^(q . K[i]) V[i]  /  sum over i of 2^(q . K[i])        q is scaled by log2(e) / sqrt(head_dim)
+//
+// The sums are computed in blocks of 32 positions with a running maximum (online softmax: Milakov and Gimelshein,
+// 2018), in parts of 512 positions, cut at fixed positions. The parts are always merged in order of position. So a row
+// has the same bits whether one thread computes all parts (best for many rows) or each part is a tile of its own (so
+// that all threads share a single long context).
 #pragma once
 
 #include "activations.h"
@@ -13,11 +17,11 @@
 
 namespace octavo::OCTAVO_ISA {
 
-constexpr float kHeadroom = 8;  // powers of two by which a weight may exceed 1: to rescale the sums is not cheap
+constexpr float kHeadroom = 8;  // weights may reach 2^8 before the sums are rescaled to a new maximum
 constexpr int64_t kPartBlocks = kPart / kSpan, kBlocksAhead = 2;
 
-// What has been summed up for a query: the values, weighted [head_dim]; the weights, by lane [kBlock]; and the highest
-// score so far, which both are relative to.
+// The running sums of a query: `values` [head_dim], sum of 2^(score - maximum) V; `weights` [kBlock], sum of 2^(score -
+// maximum) by lane; and the maximum that both are relative to.
 struct Sums {
     float *values, *weights, *maximum;
 
@@ -29,7 +33,7 @@ OCTAVO_INLINE void clear(Sums sums, int64_t dim) {
     *sums.maximum = -__builtin_inff();
 }
 
-// Adds what `part` has to `sums`, which may be empty.
+// sums += part, relative to the larger of both maxima. `sums` may be empty.
 OCTAVO_INLINE void merge(Sums part, int64_t dim, Sums sums) {
     const bool rises = *part.maximum > *sums.maximum;
     const Sums low = rises ? sums : part, high = rises ? part : sums;
@@ -39,10 +43,11 @@ OCTAVO_INLINE void merge(Sums part, int64_t dim, Sums sums) {
     *sums.maximum = *high.maximum;
 }
 
-// Online softmax (Milakov and Gimelshein, 2018) of one query over one block, in two steps. The first finds the highest
-// score, and rescales what has been summed up so far if it rises. Positions outside begin:end of the block get a score
-// of -inf, whatever they hold. `scales` are those of K, or null.
-OCTAVO_INLINE void raise_maximum(float* scores, const float* scales, int64_t begin, int64_t end, int64_t dim, Sums sums) {
+// Online softmax of one query over one block, step 1 of 2: raise the maximum to the block's highest score, and rescale
+// the sums to it. Positions of the block outside begin:end get a score of -inf, whatever they hold. `scales`: of K, or
+// null.
+OCTAVO_INLINE void raise_maximum(float* scores, const float* scales, int64_t begin, int64_t end, int64_t dim,
+                                 Sums sums) {
     F32 highest = splat(*sums.maximum);
     const bool partial = begin > 0 || end < kSpan;
     OCTAVO_UNROLL for (int i = 0; i < kSpan; i += kLanes) {
@@ -59,7 +64,8 @@ OCTAVO_INLINE void raise_maximum(float* scores, const float* scales, int64_t beg
     *sums.maximum = top;
 }
 
-// The second turns the scores into weights, and those times the scales of V, if it has any, into shares.
+// Step 2: weight[i] = 2^(score[i] - maximum) is added to the sums of weights; shares[i] = weight[i], times the scale of
+// V[i] if it has one.
 OCTAVO_INLINE void weigh(const float* scores, const float* scales, Sums sums, bf16* shares) {
     F32 total = load(sums.weights);
     const F32 top = splat(*sums.maximum);
@@ -72,18 +78,18 @@ OCTAVO_INLINE void weigh(const float* scores, const float* scales, Sums sums, bf
     store(sums.weights, total);
 }
 
-// The first position that a row at `position` sees.
+// Return the first position that a row at `position` sees. Window 0: no window.
 OCTAVO_INLINE int64_t first_seen(int64_t position, int64_t window) {
     return window && position >= window ? position - window + 1 : 0;
 }
 
-// K or V of a block, as products read them: values, and what they are to be multiplied by at each position, or null.
+// K or V of a block as a right operand of products, and a scale for each position, or null.
 struct Operand {
     const bf16* values;
     const float* scales;
 };
 
-// As it is stored; int8 is widened first, into `widened`.
+// Return K or V as stored; int8 is converted to bf16 first, exactly, into `widened`.
 OCTAVO_INLINE Operand operand(const std::byte* stored, const Shape& shape, bf16* widened) {
     if (!shape.int8_kv) return {reinterpret_cast<const bf16*>(stored), nullptr};
     const auto* bytes = reinterpret_cast<const int8_t*>(stored);
@@ -92,7 +98,7 @@ OCTAVO_INLINE Operand operand(const std::byte* stored, const Shape& shape, bf16*
     return {widened, reinterpret_cast<const float*>(bytes + shape.block_elements())};
 }
 
-// Where the K and V of one head in one block are.
+// The memory of K and V of one head in one block.
 struct Block {
     const std::byte *k, *v;
     Ahead k_memory, v_memory;
@@ -107,13 +113,14 @@ struct Block {
     }
 };
 
-// Neighboring rows of a sequence times the query heads of one kv head, so that K and V are read once for all of them.
+// The queries of a tile: consecutive rows of a sequence, times the query heads that share a kv head. K and V are read
+// once for all of them.
 struct Queries {
     const Instruction& op;
     const Step& step;
     const AttentionTile& tile;
     const int64_t kv_head, group, dim, first, last;  // positions of the rows
-    const int64_t begin, end;                        // blocks that they see
+    const int64_t begin, end;                        // blocks that at least one row sees
 
     OCTAVO_INLINE Queries(const Instruction& op, const Step& step, int64_t index)
         : op(op), step(step), tile(step.attention_tiles[index / step.shape->kv_heads]),
@@ -128,7 +135,7 @@ struct Queries {
     OCTAVO_INLINE int64_t tile_begin() const { return tile.part < 0 ? begin : part_begin(tile.part); }
     OCTAVO_INLINE int64_t tile_end() const { return tile.part < 0 ? end : part_end(tile.part); }
 
-    // What to fetch when this block is read, so that it comes in time: a block of this tile, or of the next.
+    // Return the block to prefetch while block `index` is computed: kBlocksAhead later, in this tile or the next.
     OCTAVO_INLINE Block ahead_of(int64_t index, const Queries& next) const {
         const int64_t ahead = index + kBlocksAhead, past = ahead - tile_end();
         if (past < 0 || &next == this) return block(smaller(ahead, end - 1));
@@ -146,7 +153,7 @@ struct Queries {
         return {of_all + query * step.shape->sums_stride(), dim};
     }
 
-    // What a part of a tile that is cut into parts has summed up.
+    // Return the sums of a part of a tile that is cut into parts.
     OCTAVO_INLINE float* part_sums(int64_t part) const {
         const int64_t before = tile.part_sums + (part * step.shape->kv_heads + kv_head) * count();
         return step.part_sums + before * step.shape->sums_stride();
@@ -156,7 +163,8 @@ struct Queries {
     OCTAVO_INLINE static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 };
 
-// As product. Tiles are for every number of rows or none, as their order of sums is their own: here, for whole ones.
+// As product. AMX tiles sum in another order than vectors, so they are used for every number of rows, or (if the sum is
+// not over whole tiles) for none.
 OCTAVO_INLINE void attention_product(Rows a, int64_t rows, Columns b, int64_t blocks, int64_t words, bool add, float* c,
                                      int64_t c_stride, Ahead ahead) {
 #ifdef OCTAVO_AMX
@@ -165,7 +173,7 @@ OCTAVO_INLINE void attention_product(Rows a, int64_t rows, Columns b, int64_t bl
     product<F32>(a, rows, b, blocks, words, add, c, c_stride, ahead);
 }
 
-// Of all queries over one part. `next` is the thread's next tile, or `q` again if there is none.
+// Compute the sums of all queries over one part. `next`: the thread's next tile, or `q` itself if there is none.
 void attend_part(const Queries& q, int64_t part, const Queries& next, Scratch& scratch, float* sums) {
     const int64_t dim = q.dim, group = q.group, stride = q.step.shape->sums_stride();
     for (int64_t i = 0; i < q.count(); i++) clear(q.sums(sums, i), dim);
@@ -212,7 +220,7 @@ OCTAVO_INLINE void write_values(const Queries& q, float* sums) {
     }
 }
 
-// `next_tile`, or -1, is the one whose first blocks are fetched at the end.
+// Compute one tile. Its last blocks prefetch the first blocks of `next_tile`, unless that is -1.
 void attention(const Instruction& op, const Step& step, int64_t tile, int64_t next_tile, Scratch& scratch) {
     const Queries q(op, step, tile), q_of_next(op, step, next_tile < 0 ? tile : next_tile);
     const Queries& next = next_tile < 0 ? q : q_of_next;
@@ -232,7 +240,7 @@ void attention(const Instruction& op, const Step& step, int64_t tile, int64_t ne
     attend_part(q, q.tile.part, next, scratch, q.part_sums(q.tile.part));
     int32_t* done = step.parts_done + q.tile.split * step.shape->kv_heads + q.kv_head;
     if (__atomic_add_fetch(done, 1, __ATOMIC_ACQ_REL) <= last_part) return;
-    *done = 0;  // for the next layer; the last one to be done merges
+    *done = 0;  // for the next layer. The thread that finishes the last part merges them all.
     for (int64_t part = first_part + 1; part <= last_part; part++)
         merge_part(q, part, q.part_sums(part), q.part_sums(first_part));
     write_values(q, q.part_sums(first_part));

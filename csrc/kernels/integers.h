@@ -1,8 +1,14 @@
-// The product of int8 activations and a weight of 8-bit or 4-bit integers, both scaled in groups.
+// The product of int8 activations x and a weight w of 8-bit or 4-bit integers, both scaled in groups g of 32 columns:
 //
-// A group of 32 values is summed up exactly, in integers, and scaled into a float accumulator, of which each element of
-// the result has one. It takes the groups in ascending order, however many rows are worked on together, so a row comes
-// out the same, to the bit, in any batch.
+//   x[r, k] = s[r, g] * p[r, k]              p: int8
+//   w[j, k] = t[j, g] * q[j, k] + m[j, g]    q: uint8 or 4 bits; without minima, m = -zero * t
+//   c[r, j] = sum over g of  t[j, g] * s[r, g] * (sum over k in g of p[r, k] * q[j, k])
+//                            + m[j, g] * s[r, g] * (sum over k in g of p[r, k])
+//
+// The sum within a group is exact, in int32. Each c[r, j] has one float accumulator, which takes the groups in
+// ascending order whatever the number of rows computed together. So a row has the same bits in any batch. Where the
+// halves of a group have scales of their own (Encoding::scales is 2), each half, or "part", is summed and scaled
+// separately.
 #pragma once
 
 #include <utility>
@@ -11,7 +17,7 @@
 
 namespace octavo::OCTAVO_ISA {
 
-// Vector `index` of a line.
+// Load vector `index` of a line: 16 scales, or 16 minima.
 template <Encoding kEncoding>
 OCTAVO_INLINE F32 load_scale(const std::byte* lines, int line, int index) {
     lines += line * kEncoding.line_bytes();
@@ -19,7 +25,8 @@ OCTAVO_INLINE F32 load_scale(const std::byte* lines, int line, int index) {
     return from_half(reinterpret_cast<const uint16_t*>(lines) + index * kLanes);
 }
 
-// What an integer sum begins with, in every lane, so that it is as if a weight without minima were signed.
+// Return the initial value of an integer sum: -zero * sum(p) for a weight without minima, as if its q were signed; else
+// 0.
 template <Encoding kEncoding>
 OCTAVO_INLINE I32 first_sum(const ActivationGroup& group, int part) {
     if constexpr (kEncoding.minimum) return I32{};
@@ -29,6 +36,7 @@ OCTAVO_INLINE I32 first_sum(const ActivationGroup& group, int part) {
     return kEncoding.bits == 8 ? offset - I32{} : (offset - I32{}) >> 4;
 }
 
+// Return s * sum(p) of a group's part.
 template <Encoding kEncoding>
 OCTAVO_INLINE float scaled_sum(const ActivationGroup& group, int part) {
     if constexpr (kEncoding.parts() == 1) return group.scaled_sum;
@@ -36,7 +44,7 @@ OCTAVO_INLINE float scaled_sum(const ActivationGroup& group, int part) {
     return group.scale * (float(offset) * -0x1p-7f);
 }
 
-// sum + a group's part, of which `dots` is the integer sum.
+// Return sum + the scaled contribution of a group's part; `dots` is its integer sum.
 template <Encoding kEncoding>
 OCTAVO_INLINE F32 add_scaled(F32 sum, I32 dots, const ActivationGroup& group, int part, F32 scale, F32 minimum) {
     sum = fma(to_float(dots), scale * splat(group.scale), sum);
@@ -46,7 +54,7 @@ OCTAVO_INLINE F32 add_scaled(F32 sum, I32 dots, const ActivationGroup& group, in
 using IntegerTile = void (*)(const Matrix& a, int64_t row, const Weight& weight, int64_t block, float* c,
                              int64_t c_stride, Ahead ahead, int64_t ahead_rate);
 
-// Some rows times some blocks of the weight.
+// Compute a tile of c: kRows rows times kBlocks blocks of the weight.
 template <Encoding kEncoding, int kRows, int kBlocks>
 void integer_tile(const Matrix& a, int64_t row, const Weight& weight, int64_t block, float* c, int64_t c_stride,
                   Ahead ahead, int64_t ahead_rate) {
@@ -63,7 +71,9 @@ void integer_tile(const Matrix& a, int64_t row, const Weight& weight, int64_t bl
         const auto group = [&](int r) -> const ActivationGroup& {
             return reinterpret_cast<const ActivationGroup*>(rows + r * row_bytes + a.stride)[g];
         };
+    // clang-format off: it would unindent this line
         OCTAVO_UNROLL for (int part = 0; part < kParts; part++) {
+            // clang-format on
             I32 dots[kRows][kColumns];
             OCTAVO_UNROLL for (int r = 0; r < kRows; r++)
                 OCTAVO_UNROLL for (int j = 0; j < kColumns; j++) dots[r][j] = first_sum<kEncoding>(group(r), part);
@@ -101,7 +111,7 @@ void integer_tile(const Matrix& a, int64_t row, const Weight& weight, int64_t bl
         OCTAVO_UNROLL for (int r = 0; r < kRows; r++) store(c + r * c_stride + j * kLanes, sums[r][j]);
 }
 
-// Tiles of up to kIntegerRows rows and kIntegerBlocks blocks, as far as the registers hold two sums of each.
+// The largest tile. Registers hold two sums, the integer one and the float one, for each row and vector of columns.
 #if defined(OCTAVO_AVX512)
 constexpr int kIntegerRows = 6, kIntegerBlocks = 2;
 #elif defined(OCTAVO_AVX2)
@@ -111,7 +121,7 @@ constexpr int kIntegerRows = 2, kIntegerBlocks = 1;
 #endif
 constexpr int kIntegerShapes = kIntegerRows * kIntegerBlocks;
 
-constexpr int kEncodings = 16;  // in groups
+constexpr int kEncodings = 16;  // encodings in groups, by number_of()
 
 constexpr int number_of(Encoding e) { return (e.bits == 8) * 8 + (e.scales - 1) * 4 + e.minimum * 2 + e.wide; }
 
@@ -139,11 +149,12 @@ constexpr IntegerTileTable make_integer_tiles(std::integer_sequence<int, kIndex.
 constexpr IntegerTileTable kIntegerTiles =
     make_integer_tiles(std::make_integer_sequence<int, kEncodings * kIntegerShapes>());
 
-// c [rows, 16 blocks] = a [rows ...] times blocks of the weight, from `row` and `block` on.
+// c [rows, 16 * blocks] = a[row : row + rows] * weight[block : block + blocks] transposed. The stride of c is in
+// elements.
 OCTAVO_INLINE void integer_product(const Matrix& a, int64_t row, int64_t rows, const Weight& weight, int64_t block,
                                    int64_t blocks, float* c, int64_t c_stride, Ahead ahead) {
     const IntegerTile* tiles = kIntegerTiles.tile + number_of(weight.encoding) * kIntegerShapes;
-    const int64_t widest = rows == 1 ? 1 : kIntegerBlocks;  // alone, a row reads the weight in order
+    const int64_t widest = rows == 1 ? 1 : kIntegerBlocks;  // one row: reads the weight sequentially
     const int64_t count = (blocks + widest - 1) / widest * ((rows + kIntegerRows - 1) / kIntegerRows);
     const int64_t rate = ((ahead.end - ahead.at) / 64 + count * weight.groups - 1) / (count * weight.groups);
     for (int64_t j = 0, width; j < blocks; j += width) {
@@ -157,7 +168,7 @@ OCTAVO_INLINE void integer_product(const Matrix& a, int64_t row, int64_t rows, c
     }
 }
 
-// A group of the weight's row 16 * block + lane, as 32 floats.
+// Decode one group of the weight's row 16 * block + lane into 32 floats.
 OCTAVO_INLINE void read_weight_group(const Weight& weight, int64_t block, int64_t lane, int64_t group, float* to) {
     const Encoding& e = weight.encoding;
     const std::byte* values = weight.block(block) + group * e.value_bytes();

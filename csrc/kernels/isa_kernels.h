@@ -1,4 +1,4 @@
-// The table of one instruction set, from the headers that hold the kernels. Included by isa_*.cpp alone.
+// The table of kernels of one instruction set. Only isa_*.cpp include this file.
 #pragma once
 
 #include "attention.h"

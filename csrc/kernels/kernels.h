@@ -1,11 +1,12 @@
-// What the program tells the kernels, and the table of kernels that each instruction set fills in.
+// The interface between a program and the kernels: plain data, and a table of kernels for each instruction set.
 //
-// A step runs the program's instructions one after another. Each is cut into tiles; any thread may run any tile, at any
-// time between the two barriers around the instruction, and the cut never changes a bit of the result.
+// A step runs the program's instructions one after another, with a barrier between any two. Each instruction is cut
+// into tiles, which any thread may run in any order; how it is cut never changes a bit of the result.
 //
-// These headers are compiled once per instruction set, with its compiler flags. A function of the standard library that
-// such a file leaves behind could be the copy that the linker keeps for everybody, and crash an older machine; so what
-// they include is plain data and functions that are always inlined.
+// The kernels' headers are compiled once per instruction set, each time with its compiler flags. They must not
+// instantiate inline functions of the standard library: the linker keeps one copy of such a function for the whole
+// module, and if that is the AVX-512 copy, it crashes older machines. So these headers include only plain data and
+// always-inlined functions.
 #pragma once
 
 #include <cstddef>
@@ -22,33 +23,34 @@ using bf16 = uint16_t;
 
 constexpr int64_t kBlock = 16;          // output columns in a block of a packed weight
 constexpr int64_t kSpan = 32;           // positions in a block of the KV cache, the unit in which attention walks
-constexpr int64_t kMaxPanel = 6;        // blocks in a tile of a linear, at most
-constexpr int64_t kGroup = 32;          // rows that a linear sums up before it writes them out, at most
-constexpr int64_t kPart = 512;          // positions that attention sums up before it merges them with those before
-constexpr int64_t kPeakFloats = 512;   // that peak_products writes, at most
-constexpr int64_t kAttentionRows = 48;  // (position, query head) pairs in a tile of attention, where one position fits
+constexpr int64_t kMaxPanel = 6;        // most blocks in a tile of a linear
+constexpr int64_t kGroup = 32;          // most rows whose sums a linear keeps before it writes them out
+constexpr int64_t kPart = 512;          // positions that attention sums separately, and then merges in order
+constexpr int64_t kPeakFloats = 512;    // most floats that peak_products writes
+constexpr int64_t kAttentionRows = 48;  // most (position, query head) pairs in a tile of attention, but >= 1 position
 
 enum class Activation { none, silu, gelu_tanh };
 
-// What makes int8 activations whole again, for each group of kQuantGroup. The sums are of the int8, exact.
+// For each group of kQuantGroup int8 activations q: x = scale * q. The sums are over the group's q, and exact.
 struct ActivationGroup {
     float scale;
-    float scaled_sum;    // scale * their sum, for the minima of a weight
-    int32_t offset;      // -128 * their sum, for weights without minima
-    int32_t half_offset; // the same of the first half
+    float scaled_sum;     // scale * sum(q): is multiplied by the minimum of a weight's group
+    int32_t offset;       // -128 * sum(q): corrects for weights that are stored unsigned, with a zero of 128
+    int32_t half_offset;  // -128 * sum(q) over the first half of the group
 };
 
-// The same for a whole row.
+// The same for a whole row of int8 activations.
 struct RowScale {
     float scale;
-    int32_t offset;  // -128 * their sum
+    int32_t offset;  // -128 * sum(q)
 };
 
-// How activations are held: after int8 come the row's ActivationGroups, or its RowScale.
+// How a row of activations is stored. i8_groups: int8 and then an ActivationGroup per group; i8_rows: int8 and then a
+// RowScale.
 enum class Element { f32, bf16, i8_groups, i8_rows };
 
-// Activations. Rows and columns past the ones in use exist (up to multiples of 64), so that kernels work on whole
-// vectors and tiles; the columns hold zeros.
+// Activations [rows, stride]. Rows and columns are padded to multiples of 64, so that kernels work on whole vectors and
+// tiles; the padding columns hold zeros, the padding rows anything.
 struct Matrix {
     void* data = nullptr;
     int64_t stride = 0;  // elements
@@ -59,7 +61,9 @@ struct Matrix {
     OCTAVO_INLINE float* f32(int64_t r) const { return reinterpret_cast<float*>(row(r)); }
     OCTAVO_INLINE bf16* b16(int64_t r) const { return reinterpret_cast<bf16*>(row(r)); }
     OCTAVO_INLINE int8_t* i8(int64_t r) const { return reinterpret_cast<int8_t*>(row(r)); }
-    OCTAVO_INLINE ActivationGroup* groups(int64_t r) const { return reinterpret_cast<ActivationGroup*>(i8(r) + stride); }
+    OCTAVO_INLINE ActivationGroup* groups(int64_t r) const {
+        return reinterpret_cast<ActivationGroup*>(i8(r) + stride);
+    }
     OCTAVO_INLINE RowScale& row_scale(int64_t r) const { return *reinterpret_cast<RowScale*>(i8(r) + stride); }
 };
 
@@ -68,18 +72,21 @@ constexpr int64_t bytes_of_row(Element element, int64_t stride) {
         case Element::f32: return stride * int64_t(sizeof(float));
         case Element::bf16: return stride * int64_t(sizeof(bf16));
         case Element::i8_groups: return stride + stride / kQuantGroup * int64_t(sizeof(ActivationGroup));
-        case Element::i8_rows: return stride + 64;  // rows of whole cache lines, as AMX likes them
+        case Element::i8_rows: return stride + 64;  // whole cache lines, which AMX loads fastest
     }
     return 0;
 }
 
 // A weight [rows, columns], packed in blocks of 16 rows, padded with zeros. If `gated`, blocks of the upper half of the
-// rows (up) alternate with those of the lower half (gate), so that a tile has both and can combine them.
+// rows (up) alternate with those of the lower half (gate), so that a tile has both and can compute activation(gate) *
+// up.
 //
-// In bf16, a block is [pairs of columns][16][2]: a pair is one vector operand of vdpbf16ps, 16 pairs are one AMX tile.
-// With integers, it is [groups][8][16][4] of 8 bits: 4 columns of 16 rows are one vector operand of vpdpbusd, a group
-// is half an AMX tile; or [groups][4][16][4] of 2 x 4 bits, the low ones from the group's first half. After the integers
-// come the scales of each group, [scales][16], and its minima; or, if they are per row, the 16 scales.
+// Layout of a block, by encoding:
+//   bf16    [pairs of columns][16 rows][2]: a pair is one vector operand of vdpbf16ps, 16 pairs are one AMX tile
+//   8 bits  [groups][8][16 rows][4 columns]: 4 columns are one vector operand of vpdpbusd, a group is half an AMX tile
+//   4 bits  [groups][4][16 rows][4 columns], two columns a byte: the low bits are from the group's first half
+// The integers are followed by the scales and then the minima of each group, [groups][scales][16]; or by 16 scales, if
+// there is one per row.
 struct Weight {
     int64_t rows = 0, columns = 0;
     Encoding encoding = {};
@@ -88,7 +95,7 @@ struct Weight {
     int64_t block_bytes = 0;
     std::byte* data = nullptr;
 
-    OCTAVO_INLINE int64_t words() const { return groups * kQuantGroup * encoding.bits / 32; }  // of 4 bytes, in a row
+    OCTAVO_INLINE int64_t words() const { return groups * kQuantGroup * encoding.bits / 32; }  // 4-byte words in a row
     OCTAVO_INLINE std::byte* block(int64_t index) const { return data + index * block_bytes; }
     OCTAVO_INLINE bf16* b16_block(int64_t index) const { return reinterpret_cast<bf16*>(block(index)); }
 };
@@ -99,11 +106,12 @@ struct Shape {
     float norm_eps;
     bool int8_kv;
 
-    OCTAVO_INLINE int64_t block_elements() const { return kSpan * head_dim; }  // of K, or of V, of one head in a block
-    OCTAVO_INLINE int64_t kv_bytes() const {  // of that
+    // Elements, and bytes, of the K (or the V) of one head in a block.
+    OCTAVO_INLINE int64_t block_elements() const { return kSpan * head_dim; }
+    OCTAVO_INLINE int64_t kv_bytes() const {
         return int8_kv ? block_elements() + kSpan * int64_t(sizeof(float)) : block_elements() * int64_t(sizeof(bf16));
     }
-    OCTAVO_INLINE int64_t sums_stride() const { return head_dim + 2 * kBlock; }   // floats, of attention's sums
+    OCTAVO_INLINE int64_t sums_stride() const { return head_dim + 2 * kBlock; }  // floats; see Sums
     OCTAVO_INLINE int64_t blocks_per_page() const { return page_size / kSpan; }
 };
 
@@ -116,37 +124,37 @@ struct Instruction {
     const float* vector = nullptr;   // norm: its weight; linear: the bias or null; rope_and_cache: q_norm or null
     const float* vector2 = nullptr;  // rope_and_cache: k_norm or null
     double* squares = nullptr;       // observe: a sum per column
-    int64_t width = 0;               // columns of x, of embed: of out
+    int64_t width = 0;               // columns of x; embed: of out
     int64_t layer = 0, window = 0;
     Activation activation = Activation::none;
-    bool sampled = false;  // on the sampled rows only
+    bool sampled = false;  // runs on the sampled rows only
 };
 
-// Rows of one sequence, one after another.
+// Consecutive rows of one sequence.
 struct RowTile {
     int32_t sequence, first, count;
 };
 
-// Rows, times a kv head, times a part of their context or all of it.
+// A tile of attention (for each kv head): some rows, and all of their context or one part of it.
 struct AttentionTile {
     RowTile rows;
-    int32_t part;      // or -1: all of them
-    int32_t split;     // how many `rows` before these are cut into parts
-    int64_t part_sums; // how many queries of parts before these have their sums in Step::part_sums
+    int32_t part;       // number of the part; -1: the whole context
+    int32_t split;      // index into Step::parts_done: the number of row tiles before this one that are cut into parts
+    int64_t part_sums;  // index of the tile's first query in Step::part_sums
 };
 
-// How this step cuts a linear: into panels of the weight, and each of those by rows.
+// How this step cuts a linear into tiles: into panels of the weight, times ranges of rows.
 struct Cut {
     int64_t panel;  // blocks
     int64_t rows;   // a multiple of kGroup
     int64_t row_tiles;
 };
 
-// Memory that will be wanted soon, to be fetched into the second-level cache on the way.
+// Memory that is needed soon: kernels prefetch it into the second-level cache as they compute.
 struct Ahead {
     const char *at = nullptr, *end = nullptr;
 
-    // The `index`-th of `parts` even parts.
+    // Return part number `index` of `parts` equal parts.
     OCTAVO_INLINE Ahead part(int64_t index, int64_t parts) const {
         const int64_t lines = (end - at) / 64;
         return {at + index * lines / parts * 64, at + (index + 1) * lines / parts * 64};
@@ -161,14 +169,14 @@ struct Step {
     int64_t pages_per_sequence;
     std::byte* kv;
     int64_t page_bytes;
-    const float* rotary;             // [rows][2][head_dim / 2]: cosines, then sines
-    const RowTile* cache_tiles;      // rows that fall into one block of the KV cache
-    const AttentionTile* attention_tiles;  // each for every kv head
-    float* part_sums;     // [of parts: queries][sums_stride]
-    int32_t* parts_done;  // [rows that are cut into parts][kv_heads]
-    int64_t rows_per_tile;           // of row-wise instructions
+    const float* rotary;         // [rows][2][head_dim / 2]: cosines, then sines
+    const RowTile* cache_tiles;  // rows that fall into one block of the KV cache
+    const AttentionTile* attention_tiles;
+    float* part_sums;       // [queries of tiles that are parts][sums_stride]
+    int32_t* parts_done;    // [row tiles that are cut into parts][kv_heads]: how many parts are done
+    int64_t rows_per_tile;  // of instructions that work on single rows
 
-    // K of block `block` (positions 32 block ... 32 block + 31) of a sequence; V follows it.
+    // Return the K of a sequence's block (positions 32 block ... 32 block + 31); the V lies behind it.
     OCTAVO_INLINE std::byte* kv_block(int64_t sequence, int64_t block, int64_t layer, int64_t kv_head) const {
         const int64_t per_page = shape->blocks_per_page();
         const int64_t page = page_tables[sequence * pages_per_sequence + block / per_page];
@@ -177,7 +185,8 @@ struct Step {
     }
 };
 
-// A group of columns of 16 rows in 4 bits: q * scale + minimum. The floats are exact in half precision.
+// A group of 32 columns of 16 rows in 4 bits: x[i][row] = q[i][row] * scale[row] + minimum[row]. Scales and minima are
+// exact in half precision.
 struct FourBits {
     uint8_t q[kQuantGroup][kBlock];
     float scale[kBlock], minimum[kBlock];
@@ -185,15 +194,15 @@ struct FourBits {
 
 // A thread's own working memory.
 struct Scratch {
-    float* sums;     // [kGroup][kMaxPanel * kBlock]
-    float* scores;   // [attention rows][kSpan]
-    float* part_sums;    // [attention rows][sums_stride]: of one part
-    float* sums_so_far;  // [attention rows][sums_stride]: of all parts
-    bf16* queries;   // [attention rows][head_dim]
-    bf16* shares;    // [attention rows][kSpan], the softmax's weights
-    bf16* kv;        // [block_elements], K or V of a block, if the cache holds int8
-    float* row;          // of activations
-    std::byte* widened;  // the integers of a block, a byte each
+    float* sums;         // [kGroup][kMaxPanel * kBlock]
+    float* scores;       // [attention rows][kSpan]
+    float* part_sums;    // [attention rows][sums_stride]: of the current part
+    float* sums_so_far;  // [attention rows][sums_stride]: of all parts before it
+    bf16* queries;       // [attention rows][head_dim]
+    bf16* shares;        // [attention rows][kSpan], the softmax's weights
+    bf16* kv;            // [block_elements], K or V of a block, if the cache holds int8
+    float* row;          // a row of activations
+    std::byte* widened;  // the integers of a block of 4 bits, one byte each
 };
 
 using RowKernel = void (*)(const Instruction&, const Step&, int64_t begin, int64_t end, Scratch&);
@@ -209,8 +218,8 @@ struct Kernels {
     CacheKernel rope_and_cache;
     AttentionKernel attention;
     LinearKernel linear;
-    FourBitsKernel quantize_to_4;  // x: [kQuantGroup][kBlock]; importance: of its columns
-    int64_t (*peak_products)(float* out);  // for the ceilings, see peak.h
+    FourBitsKernel quantize_to_4;          // x [kQuantGroup][kBlock], importance [kQuantGroup]; see four_bits.h
+    int64_t (*peak_products)(float* out);  // see peak.h
     int64_t (*peak_integer_products)(float* out);
     Scan scan;
 };

@@ -1,4 +1,9 @@
-// Linears: a tile of the product, then everything that follows it elementwise while the sums are in the cache.
+// Linear layers. With x [rows, k], weight [n, k], bias [n] or none, residual [rows, n] or none:
+//
+//   out [rows, n] = x * weight^T + bias + residual                                  float
+//   out [rows, n / 2] = activation(gate) * up, [gate, up] = x * weight^T + bias     bf16 or int8; with an activation
+//
+// The elementwise part is applied to each tile while its sums are in the cache.
 #pragma once
 
 #include "integers.h"
@@ -11,6 +16,7 @@ namespace octavo::OCTAVO_ISA {
 
 OCTAVO_INLINE F32 sigmoid(F32 x) { return splat(1.0f) / (splat(1.0f) + exp2(x * splat(-kLog2E))); }
 
+// silu(x) = x sigmoid(x), or gelu_tanh.
 OCTAVO_INLINE F32 activate(F32 x, Activation activation) {
     if (activation == Activation::silu) return x * sigmoid(x);
     // gelu_tanh (Hendrycks and Gimpel, 2016): 0.5 x (1 + tanh(u)) = x sigmoid(2u)
@@ -18,7 +24,7 @@ OCTAVO_INLINE F32 activate(F32 x, Activation activation) {
     return x * sigmoid(u + u);
 }
 
-// out = sums + bias + residual, float.
+// out = sums + bias + residual.
 OCTAVO_INLINE void write_sums(const Instruction& op, int64_t row, int64_t rows, int64_t block, int64_t blocks,
                               const float* sums) {
     for (int64_t r = 0; r < rows; r++) {
@@ -35,8 +41,8 @@ OCTAVO_INLINE void write_sums(const Instruction& op, int64_t row, int64_t rows, 
     }
 }
 
-// out = activation(gate + its bias) * (up + its bias), bf16 or int8; gate and up are neighboring blocks of the sums,
-// whose place the result takes on the way. A tile with int8 has whole groups of it, but for the last one.
+// out = activation(gate + bias) * (up + bias). Gate and up are alternating blocks of the sums, which are overwritten.
+// With int8, a tile has whole groups of the result, except at the end of a row.
 OCTAVO_INLINE void write_gated(const Instruction& op, int64_t row, int64_t rows, int64_t block, int64_t blocks,
                                float* sums) {
     const float* gate_bias = op.vector ? op.vector + block / 2 * kBlock : nullptr;
@@ -62,7 +68,8 @@ OCTAVO_INLINE void write_gated(const Instruction& op, int64_t row, int64_t rows,
     }
 }
 
-// From sums of integers, where each row of x and each row of the weight has a scale.
+// sums[r, j] = float(sums[r, j] - 128 * sum(p[r])) * s[r] * t[j], in place: from the int32 sums of p * q, where x[r] =
+// s[r] * p[r] and weight[j] = t[j] * (q[j] - 128).
 OCTAVO_INLINE void scale_sums(const Instruction& op, int64_t row, int64_t rows, int64_t block, int64_t blocks,
                               float* sums) {
     const Weight& w = *op.weight;
@@ -93,6 +100,7 @@ OCTAVO_INLINE void weight_product(const Instruction& op, int64_t row, int64_t ro
 }
 #endif
 
+// Compute one tile of the instruction.
 void linear(const Instruction& op, const Cut& cut, int64_t rows, int64_t tile, Ahead ahead, Scratch& scratch) {
     const int64_t block = tile / cut.row_tiles * cut.panel;
     const int64_t blocks = op.weight->blocks - block < cut.panel ? op.weight->blocks - block : cut.panel;

@@ -1,4 +1,4 @@
-// The ceiling of arithmetic: the inner loop of a linear on operands that never leave the first-level cache.
+// The arithmetic ceiling: the inner loop of a linear, on operands that stay in the first-level cache.
 #pragma once
 
 #include <type_traits>
@@ -10,12 +10,12 @@
 
 namespace octavo::OCTAVO_ISA {
 
-// With a word of 4 bytes: a multiplication and an addition for each of its values.
+// Operations per 4-byte word: a multiplication and an addition for each of its values.
 template <class Sum>
 constexpr int64_t kOperations = std::is_same_v<Sum, F32> ? 4 : 8;
 
-// Some microseconds of dot products, of bf16 or (Sum is I32) of int8; returns how many operations they were. `out` has
-// room for kPeakFloats.
+// Compute dot products for a few microseconds, of bf16 (Sum is F32) or of int8 (I32); return the number of operations.
+// `out` has room for kPeakFloats.
 #ifdef OCTAVO_AMX
 template <class Sum>
 int64_t peak_products(float* out) {
@@ -38,8 +38,8 @@ int64_t peak_products(float* out) {
     constexpr int kWide = kTileArea / kTileRows;
     alignas(64) std::byte row[4 * kWords] = {}, columns[kWide * 4 * kBlock] = {};
     static_assert(kTileRows * kWide * kBlock <= kPeakFloats);
-    int64_t stride = 0;      // every row and every word is the same one,
-    asm("" : "+r"(stride));  // which the compiler must not know, or it would compute it once
+    int64_t stride = 0;      // all rows and words are the same memory. The compiler must not know it,
+    asm("" : "+r"(stride));  // or it would compute one product only
     product_tile<Sum, kTileRows, kWide>({row, stride}, {columns, stride, 4 * kBlock}, kWords, false, out,
                                         kWide * kBlock, {}, 0);
     return kWords * kTileRows * kWide * kBlock * kOperations<Sum>;

@@ -1,10 +1,12 @@
-// The one inner loop of linears and of attention: rows times a matrix, both in words of 4 bytes, along which it sums:
-// pairs of bf16, summed in float, or four bytes, int8 times uint8, summed exactly.
+// The inner loop of linears and of attention:
 //
-// Each element of the result has one accumulator, which takes the words in ascending order. It does not matter how many
-// rows and columns are worked on together, so a row comes out the same, to the bit, in any batch.
+//   c[r, j] = sum over k of a[r, k] * b[k, j]
 //
-// What keeps a product from waiting for its operands is that they were fetched, as `ahead`, during the one before.
+// Both operands are read in 4-byte words along k: two bf16, summed in float, or four bytes (int8 times uint8), summed
+// exactly in int32. Each c[r, j] has one accumulator, which takes the words in ascending order, whatever the number of
+// rows and columns computed together. So a row has the same bits in any batch.
+//
+// To hide the latency of memory, each product prefetches the operands of the next one (`ahead`).
 #pragma once
 
 #include <utility>
@@ -26,7 +28,7 @@ struct Rows {
     }
 };
 
-// The right operand: word w of block j's 16 columns is at data + w * word + j * block (in bytes).
+// The right operand: word w of the 16 columns of block j is at data + w * word + j * block, in bytes.
 struct Columns {
     const void* data;
     int64_t word, block;
@@ -41,7 +43,9 @@ struct Columns {
 OCTAVO_INLINE F32 dot(F32 sum, U32 row, U32 column) { return dot2(sum, row, column); }
 OCTAVO_INLINE I32 dot(I32 sum, U32 row, U32 column) { return dot4(sum, column, row); }
 
-template <class Sum>  // F32 or I32, of whose lanes `c` is made
+// A kernel for one size of tile. Sum: F32 or I32, the type of c. `add`: c += the product. The stride of c is in
+// elements; `ahead_rate` cache lines of `ahead` are prefetched per word.
+template <class Sum>
 using Tile = void (*)(Rows a, Columns b, int64_t words, bool add, void* c, int64_t c_stride, Ahead ahead,
                       int64_t ahead_rate);
 
@@ -67,7 +71,8 @@ void product_tile(Rows a, Columns b, int64_t words, bool add, void* c, int64_t c
         OCTAVO_UNROLL for (int j = 0; j < kColumns; j++) store_as<Sum>(at(r, j), sums[r][j]);
 }
 
-// Tiles of up to kTileRows rows or kMaxPanel blocks, as far as the registers hold their sums.
+// Tiles have up to kTileRows rows and kMaxPanel blocks, and at most kTileArea sums of a row and a block: what fits
+// registers.
 #if defined(OCTAVO_AVX512)
 constexpr int kTileRows = 8, kTileArea = 24;
 #else
@@ -93,12 +98,12 @@ constexpr TileTable<Sum> make_tiles(std::integer_sequence<int, kIndex...>) {
 template <class Sum>
 constexpr TileTable<Sum> kTiles = make_tiles<Sum>(std::make_integer_sequence<int, kTileRows * kMaxPanel>());
 
-// c [rows, 16 blocks] = a [rows, words] b, or += if `add`; c's stride is in elements.
+// c [rows, 16 * blocks] = a [rows, words] * b [words, 16 * blocks]; += if `add`. The stride of c is in elements.
 template <class Sum>
 OCTAVO_INLINE void product(Rows a, int64_t rows, Columns b, int64_t blocks, int64_t words, bool add, float* c,
                            int64_t c_stride, Ahead ahead) {
     const int64_t tallest = rows < kTileRows ? rows : kTileRows, fit = kTileArea / tallest;
-    const bool alone = rows == 1 && b.word == 4 * kBlock;  // a row alone reads a weight in order
+    const bool alone = rows == 1 && b.word == 4 * kBlock;  // block by block, a single row reads a weight sequentially
     const int64_t widest = alone ? 1 : fit < kMaxPanel ? fit : kMaxPanel;
     const int64_t tiles = (blocks + widest - 1) / widest * ((rows + tallest - 1) / tallest);
     const int64_t rate = ((ahead.end - ahead.at) / 64 + tiles * words - 1) / (tiles * words);

@@ -1,15 +1,20 @@
-// Rotary embedding, with the write to the KV cache.
+// Split qkv [rows, heads + 2 kv_heads, head_dim] into q, k and v; apply the optional norm and the rotary embedding to q
+// and k; write q to the output, and k and v to the KV cache:
 //
-// The cache of a (sequence, layer, kv head) is blocks of 32 positions, each K [head_dim / 2][32][2] and then
-// V [16][head_dim][2]: the right operands, in pairs, of q K^T and of (softmax) V. They are bf16; or int8, each with the
-// scales of the 32 positions after it.
+//   h' = h / sqrt(mean(h^2) + eps) * weight         if there is a norm (Qwen3)
+//   rope(h')[i] = h'[i] cos_i - h'[i + d/2] sin_i,  rope(h')[i + d/2] = h'[i + d/2] cos_i + h'[i] sin_i
+//   out = bf16(rope(q) * log2(e) / sqrt(head_dim))  so that attention computes 2^(q . k)
+//
+// The cache of a (sequence, layer, kv head) is in blocks of 32 positions: K [head_dim / 2][32][2], then V
+// [16][head_dim][2], which are right operands, in pairs along k, of the products q K^T and softmax V. Values are bf16;
+// or int8, K and V each followed by a scale for each of the 32 positions: max|h| / 127.
 #pragma once
 
 #include "activations.h"
 
 namespace octavo::OCTAVO_ISA {
 
-// One head: normed (Qwen3) if there is a weight, then rotated in pairs (i, i + dim / 2), into `to`.
+// to = rope(x), one head; normed first if there is a `weight`.
 OCTAVO_INLINE void rotate_head(const float* x, const float* weight, const Step& step, const float* rotary, float* to) {
     const int64_t dim = step.shape->head_dim, half = dim / 2;
     F32 scale = splat(1.0f);
@@ -33,7 +38,7 @@ OCTAVO_INLINE void rotate_head(const float* x, const float* weight, const Step& 
     }
 }
 
-// To int8; returns the scale.
+// Write a head as int8; return its scale.
 OCTAVO_INLINE float quantize_head(const float* from, int64_t dim, int8_t* to) {
     I32 bits = {};
     for (int64_t i = 0; i < dim; i += kLanes) bits = magnitude_bits(load(from + i), bits);
@@ -42,13 +47,13 @@ OCTAVO_INLINE float quantize_head(const float* from, int64_t dim, int8_t* to) {
     return s.scale;
 }
 
-// Into position `slot` of a block of K: pairs of dimensions, a line apart.
+// Write a head to position `slot` of a block of K: pairs of dimensions, kSpan pairs apart.
 template <typename T>
 OCTAVO_INLINE void write_k(const T* from, int64_t slot, int64_t dim, T* k) {
     for (int64_t i = 0; i < dim; i += 2) std::memcpy(k + i * kSpan + slot * 2, from + i, 2 * sizeof(T));
 }
 
-// Into position `slot` of a block of V: one half of a pair of positions, in a row.
+// Write a head to position `slot` of a block of V: each value is one half of a pair of positions.
 template <typename Pair, typename T>
 OCTAVO_INLINE void write_v(const T* from, int64_t slot, int64_t dim, T* v) {
     typedef T Values __attribute__((vector_size(kLanes * sizeof(T))));
@@ -62,12 +67,12 @@ OCTAVO_INLINE void write_v(const T* from, int64_t slot, int64_t dim, T* v) {
     }
 }
 
-// K and V of a head, as floats, into position `slot` of the block that is at `k`.
+// Write K and V of a head to position `slot` of the block at `k`.
 OCTAVO_INLINE void write_position(const float* k_from, const float* v_from, int64_t slot, const Shape& shape,
                                   std::byte* k, Scratch& scratch) {
     const int64_t dim = shape.head_dim;
     std::byte* v = k + shape.kv_bytes();
-    // What an earlier owner left behind may be NaN, and attention multiplies the rows it must not see by 0.
+    // Attention multiplies positions it does not see by 0, and an earlier use of the page may have left NaN there.
     if (slot == 0) std::memset(v, 0, shape.kv_bytes());
     if (shape.int8_kv) {
         auto* bytes = reinterpret_cast<uint8_t*>(scratch.queries);
@@ -87,7 +92,7 @@ OCTAVO_INLINE void write_position(const float* k_from, const float* v_from, int6
     }
 }
 
-// A tile is the rows that fall into one block of the cache: a block has one writer, which goes in order of position.
+// Compute one tile: the rows that fall into one block of the cache. So a block has one writer, in order of position.
 void rope_and_cache(const Instruction& op, const Step& step, int64_t tile, Scratch& scratch) {
     const Shape& shape = *step.shape;
     const RowTile rows = step.cache_tiles[tile];

@@ -1,11 +1,12 @@
-// What is done to each row by itself: embed, norm, pick the rows that sample.
+// Kernels that work on single rows, `begin` to `end` - 1 of the step.
 #pragma once
 
 #include "integers.h"
 
 namespace octavo::OCTAVO_ISA {
 
-// The row of the packed weight that is the token's embedding: in its block, lane token % 16 of every pair or group.
+// out[r, :] = weight[tokens[r], :], float. In the packed weight, a row is lane token % 16 of every pair (or group) of
+// columns of block token / 16.
 void embed(const Instruction& op, const Step& step, int64_t begin, int64_t end, Scratch&) {
     for (int64_t r = begin; r < end; r++) {
         const int64_t token = step.tokens[r];
@@ -27,7 +28,7 @@ void embed(const Instruction& op, const Step& step, int64_t begin, int64_t end, 
     }
 }
 
-// RMS norm (Zhang and Sennrich, 2019): x / sqrt(mean(x^2) + eps) * weight.
+// out[r, :] = x[r, :] / sqrt(mean(x[r, :]^2) + eps) * weight: RMS norm (Zhang and Sennrich, 2019).
 void norm(const Instruction& op, const Step& step, int64_t begin, int64_t end, Scratch& scratch) {
     for (int64_t r = begin; r < end; r++) {
         const float* x = op.x.f32(r);
@@ -45,12 +46,13 @@ void norm(const Instruction& op, const Step& step, int64_t begin, int64_t end, S
     }
 }
 
-// bf16 to int8.
+// out[r, :] = int8 of x[r, :], bf16 (see activations.h).
 void quantize(const Instruction& op, const Step&, int64_t begin, int64_t end, Scratch& scratch) {
     for (int64_t r = begin; r < end; r++)
         write_row(op.out, r, [&](int64_t i) { return from_bf16(op.x.b16(r) + i); }, scratch.row);
 }
 
+// out[r, :] = x[sample_rows[r], :].
 void sampled_rows(const Instruction& op, const Step& step, int64_t begin, int64_t end, Scratch&) {
     for (int64_t r = begin; r < end; r++)
         std::memcpy(op.out.f32(r), op.x.f32(step.sample_rows[r]), op.x.stride * sizeof(float));

@@ -1,8 +1,11 @@
-// How a row is sampled. The draw inverts the cumulative distribution of the surviving tokens in order of token id: one
-// random number per row, no pass of logarithms as Gumbel-max needs, no sort. Truncation needs no sort either. A bound
-// gathers the few tokens that can survive: for top_k, the k-th largest of many disjoint groups' maxima, which is no
-// larger than the k-th largest logit; for top_p, the weight (1 - top_p) * total / vocab, since tokens that weigh less
-// than that weigh less than (1 - top_p) * total together. Among the few, bisection finds the logit at which the set ends.
+// How a row is sampled. A draw inverts the cumulative distribution over the tokens that are left, in order of token id:
+// that takes one random number per row, and neither the logarithms of the Gumbel-max method nor a sort.
+//
+// Truncation (top_k, top_p, min_p) does not sort either. First a lower bound selects the few tokens that can be in the
+// set:
+//   top_k  the k-th largest of the maxima of many disjoint groups of logits, which is at most the k-th largest logit;
+//   top_p  a weight of (1 - top_p) * total / vocab: all tokens below it weigh less than (1 - top_p) * total together.
+// Then bisection over floats finds, among those few, the smallest logit of the set.
 #include "sampler.h"
 
 #include <algorithm>
@@ -18,7 +21,8 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kLog2e = 1.44269504088896341f;
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 
-// Floats in order, as integers: neighbors differ by 1. (-0 and 0 are two, which a comparison takes for the same.)
+// Map floats to integers in the same order, adjacent floats to adjacent integers. (-0 and 0 differ as integers, not as
+// floats.)
 int32_t key_of(float x) {
     const int32_t bits = std::bit_cast<int32_t>(x);
     return bits < 0 ? bits ^ 0x7fffffff : bits;
@@ -26,7 +30,7 @@ int32_t key_of(float x) {
 
 float float_of(int32_t key) { return std::bit_cast<float>(key < 0 ? key ^ 0x7fffffff : key); }
 
-// The largest float t in [low, high] with holds(t). It holds for low, and not past some t.
+// Return the largest float t in [low, high] with holds(t), which is true up to some t >= low and false above.
 template <class Holds>
 float last_true(float low, float high, Holds holds) {
     int64_t first = key_of(low), last = key_of(high);
@@ -40,7 +44,7 @@ float last_true(float low, float high, Holds holds) {
     return float_of(static_cast<int32_t>(first));
 }
 
-// Output number `position` of a request has one uniform number in [0, 1), of 53 bits.
+// Return the random number for output token `position` of a request: uniform in [0, 1), of 53 bits.
 double uniform(uint64_t seed, int64_t position) {
     const auto word = [](uint64_t x, int32_t i) { return static_cast<uint32_t>(x >> (32 * i)); };
     const auto counter = static_cast<uint64_t>(position);
@@ -50,8 +54,8 @@ double uniform(uint64_t seed, int64_t position) {
 
 }  // namespace
 
-// The sampling of one row, step by step as SamplingBatch says. The candidates are the tokens that may be drawn, in
-// order of id: `count_` entries of the scratch's values, weights and tokens. To drop one is to set its weight to 0.
+// Samples one row in the steps that SamplingBatch defines. The candidates are the tokens that may be drawn, in order of
+// id: `count_` entries of the scratch's values, weights and tokens. A candidate is dropped by setting its weight to 0.
 class RowSampler {
 public:
     RowSampler(float* logits, int32_t vocab, const SamplingRow& row, const Scan& scan, SamplerScratch& scratch)
@@ -87,7 +91,8 @@ private:
 
     void change(int32_t token) { scratch_.changes.push_back({token, logits_[token]}); }
 
-    // Bias, then penalties as vLLM defines them: repetition over all of the history, the others over the output.
+    // Add biases, then apply penalties as vLLM defines them: repetition over the whole history, the others over the
+    // output.
     void adjust() {
         scratch_.changes.clear();
         const auto exists = [&](int32_t token) { return token >= 0 && token < vocab_; };
@@ -98,7 +103,7 @@ private:
             logits_[token] += row_.bias_values[i];
         }
         const size_t first = scratch_.changes.size();
-        std::vector<int32_t>& seen = scratch_.seen;  // all 0 between calls; else 1 + occurrences in the output
+        std::vector<int32_t>& seen = scratch_.seen;  // 1 + occurrences in the output; 0 between calls
         for (int32_t i = 0; i < row_.history_length; ++i) {
             const int32_t token = row_.history[i];
             if (!exists(token)) continue;
@@ -134,7 +139,7 @@ private:
         return last_true(-kInfinity, kInfinity, [&](float t) { return scan_.count_from(x, n, t) >= k; });
     }
 
-    // A value that at least k logits reach, and as few more as is known from `maxima`.
+    // Return a lower bound of the k-th largest logit: the k-th largest of the groups' maxima.
     float bound_of(int32_t k) {
         const auto groups = static_cast<int32_t>(scratch_.lane_maxima.size());
         return k > groups ? -kInfinity : kth_largest(maxima(), groups, k);
@@ -164,7 +169,7 @@ private:
             double least = row_.top_p < 1 ? (1.0 - row_.top_p) * total / vocab_ : 0;
             least = std::max(least, static_cast<double>(row_.min_p));
             if (!(least > 0)) return pick(total, vocab_);
-            bound = static_cast<float>(max + std::log2(least / 2) / scale);  // half: beyond any rounding
+            bound = static_cast<float>(max + std::log2(least / 2) / scale);  // halved, to be safe from rounding
         }
         count_ = scan_.gather(logits_, vocab_, bound, values(), tokens());
         scan_.weigh(values(), count_, max, scale, weights(), chunk_sums());
@@ -177,7 +182,7 @@ private:
         return tokens()[pick(scan_.sum_chunks(weights(), count_, chunk_sums()), count_)];
     }
 
-    // Drops the candidates below `threshold`, and of those that equal it all but the first `ties`.
+    // Drop the candidates below `threshold`, and all but the first `ties` of those equal to it.
     void keep_from(float threshold, int32_t ties) {
         scan_.drop_below(values(), count_, threshold, weights());
         const int32_t above = scan_.count_above(values(), count_, threshold);
@@ -191,7 +196,7 @@ private:
         keep_from(last, k - scan_.count_above(values(), count_, last));
     }
 
-    // The fewest of the largest that weigh `target` together; all, if they do not.
+    // Keep the fewest of the largest candidates that together weigh at least `target`; all of them if they weigh less.
     void keep_weight(double target, float low, float high) {
         const auto enough = [&](float t) { return scan_.weight_from(values(), weights(), count_, t) >= target; };
         if (!enough(low)) return;
@@ -201,7 +206,8 @@ private:
         keep_from(last, std::max(1, static_cast<int32_t>(std::ceil((target - above) / weight))));
     }
 
-    // The entry of `weights` [n] at which their running sum passes a random part of `total`; `chunk_sums` are theirs.
+    // Return the first index of `weights` [n] at which the running sum exceeds u * total, for the row's random number
+    // u.
     int32_t pick(double total, int32_t n) {
         double rest = uniform(row_.seed, row_.position) * total;
         int32_t chunk = 0, last = 0;
@@ -210,7 +216,7 @@ private:
             if (rest < chunk_sums()[c]) break;
             rest -= chunk_sums()[c];
         }
-        // Rounding may leave a rest at the end: then it is the last token that has any weight.
+        // If rounding leaves a remainder at the end, the last token with any weight is drawn.
         for (int32_t i = chunk * kScanChunk; i < std::min(n, (chunk + 1) * kScanChunk); ++i) {
             if (weights()[i] > 0) last = i;
             if (rest < weights()[i]) break;
@@ -232,18 +238,30 @@ SamplerScratch::SamplerScratch(int32_t vocab)
       lane_maxima((vocab + kScanChunk - 1) / kScanChunk * kScanLanes),
       chunk_sums((vocab + kScanChunk - 1) / kScanChunk) {}
 
-SampledToken sample_row(float* logits, int32_t vocab, const SamplingRow& row, const Scan& scan,
-                        SamplerScratch& scratch, int32_t* top_tokens, float* top_logprobs, int32_t top) {
+SampledToken sample_row(float* logits, int32_t vocab, const SamplingRow& row, const Scan& scan, SamplerScratch& scratch,
+                        int32_t* top_tokens, float* top_logprobs, int32_t top) {
     std::fill_n(top_tokens, top, -1);
     std::fill_n(top_logprobs, top, kNaN);
     return RowSampler(logits, vocab, row, scan, scratch).sample(top_tokens, top_logprobs);
 }
 
 SamplingRow SamplingBatch::row(int32_t r) const {
-    return {temperature[r], top_k[r], top_p[r], min_p[r], seeds[r], positions[r], num_logprobs[r],
-            repetition[r], presence[r], frequency[r],
-            history + history_start[r], history_start[r + 1] - history_start[r], history_outputs[r],
-            bias_tokens + bias_start[r], bias_values + bias_start[r], bias_start[r + 1] - bias_start[r]};
+    return {temperature[r],
+            top_k[r],
+            top_p[r],
+            min_p[r],
+            seeds[r],
+            positions[r],
+            num_logprobs[r],
+            repetition[r],
+            presence[r],
+            frequency[r],
+            history + history_start[r],
+            history_start[r + 1] - history_start[r],
+            history_outputs[r],
+            bias_tokens + bias_start[r],
+            bias_values + bias_start[r],
+            bias_start[r + 1] - bias_start[r]};
 }
 
 int32_t SamplingBatch::max_logprobs() const {

@@ -1,5 +1,5 @@
-// Sampling: from one row of raw logits to the next token. What is computed is the contract of SamplingBatch in
-// src/octavo/backends/base.py; how is told in sampler.cpp.
+// Sampling: from one row of raw logits to the next token. SamplingBatch in src/octavo/backends/base.py defines what is
+// computed; sampler.cpp explains how.
 #pragma once
 
 #include <array>
@@ -51,18 +51,18 @@ struct SamplingBatch {
     const int32_t* bias_start;
 
     SamplingRow row(int32_t r) const;
-    int32_t max_logprobs() const;  // K of StepResult; 0 or less: no row wants the likeliest tokens
+    int32_t max_logprobs() const;  // K of StepResult; 0 or less if no row wants the likeliest tokens
 };
 
-// `token` is -1 if there is none to draw: a logit is NaN or +inf, or every token is banned. The engine then fails that
-// request; logprob is NaN, rank 0. `logprob` is NaN and `rank` 0 too where num_logprobs is -1.
+// `token` is -1 if none can be drawn: a logit is NaN or +inf, or every token is banned. The engine then fails that
+// request. `logprob` is NaN and `rank` 0 if there is no token, and if num_logprobs is -1.
 struct SampledToken {
     int32_t token;
     float logprob;
     int32_t rank;
 };
 
-// A thread's working memory, made once for the vocabulary: about 16 bytes per token of it.
+// A thread's working memory, allocated once: about 16 bytes per token of the vocabulary.
 class SamplerScratch {
 public:
     explicit SamplerScratch(int32_t vocab);
@@ -71,7 +71,7 @@ private:
     friend class RowSampler;
     struct Change {
         int32_t token;
-        float logit;  // before it
+        float logit;  // before the change
     };
     std::vector<float> values;
     std::vector<float> weights;
@@ -82,13 +82,13 @@ private:
     std::vector<Change> changes;
 };
 
-// Samples one row. `logits` [vocab] are the raw ones and are overwritten. `top_tokens` and `top_logprobs` take `top`
-// entries, likeliest first: row.num_logprobs of them, then -1 and NaN; both may be null if `top` is 0.
-// Rows may be sampled by any thread in any order: the result depends on the arguments alone.
-SampledToken sample_row(float* logits, int32_t vocab, const SamplingRow& row, const Scan& scan,
-                        SamplerScratch& scratch, int32_t* top_tokens, float* top_logprobs, int32_t top);
+// Sample one row. `logits` [vocab] are raw, and are overwritten. `top_tokens` and `top_logprobs` [top] receive the
+// likeliest row.num_logprobs tokens in descending order, then -1 and NaN; both may be null if `top` is 0. The result
+// depends only on the arguments, so any thread may sample any row, in any order.
+SampledToken sample_row(float* logits, int32_t vocab, const SamplingRow& row, const Scan& scan, SamplerScratch& scratch,
+                        int32_t* top_tokens, float* top_logprobs, int32_t top);
 
-// Philox4x32-10 (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", 2011).
+// The random number generator Philox4x32-10 (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", 2011).
 std::array<uint32_t, 4> philox4x32(std::array<uint32_t, 4> counter, std::array<uint32_t, 2> key);
 
 }  // namespace octavo

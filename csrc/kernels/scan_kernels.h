@@ -1,5 +1,5 @@
-// The passes of scan.h for the instruction set that includes this. The lanes are as many vectors of the machine as it
-// takes, so that a sum has one order.
+// The passes of scan.h. kScanLanes partial sums are kept in as many vector registers as that takes, and are added in
+// one order, so that the result does not depend on the instruction set.
 #pragma once
 
 #include "scan.h"
@@ -10,7 +10,8 @@ namespace octavo::OCTAVO_ISA {
 constexpr int32_t kParts = kScanLanes / kLanes;
 constexpr float kInfinity = __builtin_inff();
 
-// Where the kScanLanes values from x[i] on are: there, or past the end n filled up with `fill` in `padded`.
+// Return a pointer to the kScanLanes values from x[i] on; if they reach past the end n, to a copy in `padded` whose
+// other values are `fill`.
 OCTAVO_INLINE const float* stretch(const float* x, int32_t i, int32_t n, float fill, float* padded) {
     if (__builtin_expect(i + kScanLanes <= n, true)) return x + i;
     for (int32_t lane = 0; lane < kScanLanes; lane++) padded[lane] = i + lane < n ? x[i + lane] : fill;
@@ -19,7 +20,7 @@ OCTAVO_INLINE const float* stretch(const float* x, int32_t i, int32_t n, float f
 
 OCTAVO_INLINE int32_t end_of_chunk(int32_t start, int32_t n) { return n - start < kScanChunk ? n : start + kScanChunk; }
 
-// The sum of the lanes, always added in the same order.
+// Return the sum of the lanes, added in one order.
 OCTAVO_INLINE float sum_lanes(const F32* sums) {
     float lane[kScanLanes];
     std::memcpy(lane, sums, sizeof lane);
@@ -116,8 +117,7 @@ inline double weight_from(const float* x, const float* w, int32_t n, float thres
 
 inline void drop_below(const float* x, int32_t n, float threshold, float* w) {
     int32_t i = 0;
-    for (; i + kLanes <= n; i += kLanes)
-        store(w + i, (F32)((I32)load(w + i) & (I32)(load(x + i) >= splat(threshold))));
+    for (; i + kLanes <= n; i += kLanes) store(w + i, (F32)((I32)load(w + i) & (I32)(load(x + i) >= splat(threshold))));
     for (; i < n; i++) w[i] = x[i] >= threshold ? w[i] : 0;
 }
 
@@ -140,7 +140,7 @@ inline int32_t count_above(const float* x, int32_t n, float threshold) {
     return count(x, n, [&](F32 v) -> I32 { return v > splat(threshold); });
 }
 
-// Whether any of kScanLanes values is >= threshold.
+// Return whether any of kScanLanes values is >= threshold.
 OCTAVO_INLINE bool any_from(const float* x, float threshold) {
     I32 any{};
     for (int32_t p = 0; p < kParts; p++) any |= load(x + p * kLanes) >= splat(threshold);

@@ -1,7 +1,7 @@
-// A vector of floats as wide as the instruction set's registers, and the few operations that the kernels need of it.
-// The including file defines OCTAVO_ISA (the namespace) and OCTAVO_AVX512 or OCTAVO_AVX2, or neither.
+// A vector of floats as wide as the instruction set's registers, and the operations on it that the kernels need. The
+// including file defines OCTAVO_ISA (the namespace), and OCTAVO_AVX512 or OCTAVO_AVX2 or neither.
 //
-// Arithmetic is elementwise and compiled with -ffp-contract=off: a lane's result depends on nothing but its operands.
+// Arithmetic is elementwise and compiled with -ffp-contract=off, so a lane's result depends only on its operands.
 #pragma once
 
 #if defined(OCTAVO_AVX512) || defined(OCTAVO_AVX2)
@@ -22,7 +22,7 @@ constexpr int kLanes = 16;
 #elif defined(OCTAVO_AVX2)
 constexpr int kLanes = 8;
 #else
-constexpr int kLanes = 4;  // SSE2; GCC 12 does wider vectors than the machine has one lane at a time
+constexpr int kLanes = 4;  // SSE2 or NEON; GCC 12 splits vectors that are wider than the machine's into scalars
 #endif
 constexpr float kLog2E = 1.44269504088896341f;
 constexpr int kVectors = kBlock / kLanes;  // in a block of 16 columns
@@ -32,7 +32,7 @@ typedef int32_t I32 __attribute__((vector_size(kLanes * 4)));
 typedef uint32_t U32 __attribute__((vector_size(kLanes * 4)));
 typedef uint16_t U16 __attribute__((vector_size(kLanes * 2)));
 
-// A vector anywhere in memory. (GCC 12 keeps what is copied by memcpy from registers.)
+// A vector at any address. (With memcpy instead, GCC 12 keeps the vectors in memory, not in registers.)
 template <typename V>
 struct Unaligned {
     typedef V Type __attribute__((aligned(1), may_alias));
@@ -55,17 +55,18 @@ OCTAVO_INLINE F32 zero() { return F32{}; }
 OCTAVO_INLINE F32 select(I32 mask, F32 yes, F32 no) { return mask ? yes : no; }
 OCTAVO_INLINE F32 max(F32 a, F32 b) { return a > b ? a : b; }
 
-// Fetches `bytes` from `from` on into the first-level cache. What another core has just written is far away.
+// Prefetch `bytes` from `from` on into the first-level cache: memory that another core has just written takes long to
+// load.
 OCTAVO_INLINE void prefetch(const void* from, int64_t bytes) {
     for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(from) + i);
 }
 
-// The next step of a walk through `left` in steps of at most `limit`, the last two alike.
+// Return the size of the next step, at most `limit`, of a walk through `left`; the last two steps are about equal.
 OCTAVO_INLINE int64_t even_step(int64_t left, int64_t limit) {
     return left <= limit ? left : left < 2 * limit ? (left + 1) / 2 : limit;
 }
 
-// Which of the lanes, numbered from `first` on, are in begin:end.
+// Return a mask of the lanes, numbered from `first` on, that are in begin:end.
 OCTAVO_INLINE I32 in_range(int64_t first, int64_t begin, int64_t end) {
     I32 lane;
     OCTAVO_UNROLL for (int i = 0; i < kLanes; i++) lane[i] = i;
@@ -82,7 +83,7 @@ OCTAVO_INLINE F32 fma(F32 a, F32 b, F32 c) {
 #endif
 }
 
-// The sum of the lanes, always added in the same order.
+// Return the sum of the lanes, added in one order.
 OCTAVO_INLINE float sum(F32 v) {
 #ifdef OCTAVO_AVX512
     return _mm512_reduce_add_ps((__m512)v);
@@ -127,7 +128,7 @@ OCTAVO_INLINE int32_t maximum(I32 v) {
 #endif
 }
 
-// To bf16, to nearest, ties to even; in the low half of each lane.
+// Round to bf16, to nearest, ties to even; the result is in the low half of each lane.
 OCTAVO_INLINE U32 to_bf16(F32 v) {
 #ifdef OCTAVO_AVX512
     return __builtin_convertvector((U16)_mm512_cvtneps_pbh((__m512)v), U32);
@@ -145,7 +146,7 @@ OCTAVO_INLINE void store_bf16(bf16* to, F32 v) {
 #endif
 }
 
-// Two vectors, one after the other.
+// Store two vectors, one after the other.
 OCTAVO_INLINE void store_bf16(bf16* to, F32 a, F32 b) {
 #ifdef OCTAVO_AVX512
     store_as<__m512i>(to, (__m512i)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a));
@@ -155,7 +156,8 @@ OCTAVO_INLINE void store_bf16(bf16* to, F32 a, F32 b) {
 #endif
 }
 
-// sum + a.even b.even + a.odd b.odd, where each lane of `a` and `b` is a pair of bf16, the even one in its low half.
+// Return sum + a.even * b.even + a.odd * b.odd, where each lane of a and b is a pair of bf16, the even one in the low
+// half.
 OCTAVO_INLINE F32 dot2(F32 sum, U32 a, U32 b) {
 #ifdef OCTAVO_AVX512
     return (F32)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
@@ -165,7 +167,7 @@ OCTAVO_INLINE F32 dot2(F32 sum, U32 a, U32 b) {
 #endif
 }
 
-// Two bf16, or four bytes, in every lane.
+// Return the word at `from` (two bf16, or four bytes) in every lane.
 template <typename T>
 OCTAVO_INLINE U32 splat_word(const T* from) {
     uint32_t word;
@@ -177,7 +179,7 @@ OCTAVO_INLINE F32 from_bf16(const bf16* from) {
     return (F32)(__builtin_convertvector(load_as<U16>(from), U32) << 16);
 }
 
-// Half precision, finite.
+// Convert half precision, which must be finite.
 OCTAVO_INLINE F32 from_half(const uint16_t* from) {
 #if defined(OCTAVO_AVX512)
     return (F32)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)from));
@@ -190,7 +192,7 @@ OCTAVO_INLINE F32 from_half(const uint16_t* from) {
 #endif
 }
 
-// sum + the products of four bytes of `a`, unsigned, with four of `b`, signed and not -128. Exact.
+// Return sum + the four products of unsigned bytes of a with signed bytes of b (not -128) in each lane. Exact.
 OCTAVO_INLINE I32 dot4(I32 sum, U32 a, U32 b) {
 #if defined(OCTAVO_AVX512)
     return (I32)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
@@ -221,10 +223,10 @@ OCTAVO_INLINE F32 from_int8(const int8_t* from) {
 #endif
 }
 
-// 2^x, to 2e-7; exactly 1 at 0; 2^-126 for anything below, 2^127 times something for anything above.
+// Return 2^x with a relative error of 2e-7; exactly 1 at 0. x is clamped to -126 ... 127.
 OCTAVO_INLINE F32 exp2(F32 x) {
     const F32 magic = splat(12582912.0f);  // 1.5 x 2^23: adding it rounds to an integer, held in the low bits
-    x = max(x, splat(-126.0f));            // (an x that is NaN becomes -126 here; the caller keeps NaN, if it must)
+    x = max(x, splat(-126.0f));            // NaN becomes -126 here; callers that must keep NaN do so themselves
     x = x < splat(127.0f) ? x : splat(127.0f);
     const F32 shifted = x + magic;
     const F32 f = x - (shifted - magic);  // in [-0.5, 0.5]
@@ -238,7 +240,7 @@ OCTAVO_INLINE F32 exp2(F32 x) {
     return (F32)((I32)p + ((I32)shifted << 23));
 }
 
-// 2^x for the softmax: x is at most a few, and -inf gives 0.
+// Return 2^x for the softmax: x is at most kHeadroom; 0 for x < -126.
 OCTAVO_INLINE F32 exp2_or_zero(F32 x) {
 #ifdef OCTAVO_AVX512
     const F32 f = (F32)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);  // x - floor(x)

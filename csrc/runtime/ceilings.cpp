@@ -14,7 +14,7 @@ namespace {
 using Clock = std::chrono::steady_clock;
 
 constexpr int kTries = 12;
-constexpr int64_t kLine = 64, kBytes = int64_t{512} << 20;  // more than any cache that a thread has to itself
+constexpr int64_t kLine = 64, kBytes = int64_t{512} << 20;  // larger than the caches
 constexpr std::chrono::milliseconds kProductTime{15};
 
 double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
@@ -29,7 +29,7 @@ void read(const std::byte* from, const std::byte* end) {
         for (int i = 0; i < 4; i++) sums[i] += line[i];
     }
     const Vector sum = sums[0] + sums[1] + sums[2] + sums[3];
-    asm volatile("" ::"r"(sum[0] + sum[1]));  // wanted, as far as the compiler knows
+    asm volatile("" ::"r"(sum[0] + sum[1]));  // uses the result, so that the compiler keeps the loop
 }
 
 double read_rate(ThreadPool& pool) {

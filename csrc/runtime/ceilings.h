@@ -1,4 +1,4 @@
-// What this machine can do at best, to set beside what a step takes.
+// The machine's roofline: how fast it can read memory and multiply at best.
 #pragma once
 
 #include "kernels/kernels.h"
@@ -7,12 +7,14 @@
 namespace octavo {
 
 struct Ceilings {
-    double bytes_per_second;       // read from memory, all threads together
-    double operations_per_second;  // of bf16 dot products; a multiplication and an addition are two
-    double integer_operations_per_second;  // of int8 ones
+    // Of all threads together. A multiplication and an addition count as two operations.
+    double bytes_per_second;               // read from memory
+    double operations_per_second;          // bf16 dot products
+    double integer_operations_per_second;  // int8 dot products
 };
 
-// The best of several short tries, as other programs may be in the way: half a second, and 512 MiB for as long.
+// Measure the ceilings: the best of several short runs, since other programs may use the machine too. Takes half a
+// second and 512 MiB of memory.
 Ceilings measure_ceilings(const Kernels& kernels, ThreadPool& pool);
 
 }  // namespace octavo

@@ -28,8 +28,8 @@ extern const Kernels kernels;
 
 namespace {
 
-// The kernel gives AMX's 8 KiB of registers only to a process that asks for them (ARCH_REQ_XCOMP_PERM, XTILEDATA), and
-// says no where there are none. It alone is asked, so that tests can put an emulator in its place.
+// Linux lets a process use the 8 KiB of AMX registers only after it requests them (ARCH_REQ_XCOMP_PERM, XTILEDATA), and
+// refuses on a processor without AMX. CPUID is not consulted, so that tests can substitute an emulator.
 bool may_use_amx() {
     static const bool granted = syscall(SYS_arch_prctl, 0x1023, 18) == 0;
     return granted;
@@ -45,7 +45,7 @@ Registers cpuid(unsigned leaf, unsigned subleaf) {
     return r;
 }
 
-// Which registers the operating system saves: bits 1 and 2 for AVX, and 5 to 7 for AVX-512.
+// Return the register sets that the operating system saves (XCR0): bits 1 and 2 for AVX, 5 to 7 for AVX-512.
 unsigned saved_registers() {
     constexpr unsigned osxsave = 1u << 27;
     if (!(cpuid(1, 0).ecx & osxsave)) return 0;
@@ -86,7 +86,7 @@ std::vector<std::string> available_isas() {
 const Kernels& kernels_for(const std::string& isa) {
     const auto isas = available_isas();
     if (std::find(isas.begin(), isas.end(), isa) == isas.end())
-        throw std::invalid_argument("this machine has no " + isa);
+        throw std::invalid_argument("this machine cannot run the kernels for " + isa);
 #if defined(__x86_64__)
     if (isa == "amx") return amx::kernels;
     if (isa == "avx512") return avx512::kernels;

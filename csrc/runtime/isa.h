@@ -1,4 +1,4 @@
-// Which instruction sets this machine has.
+// Which instruction sets this machine has, and the kernels for each.
 #pragma once
 
 #include <string>
@@ -8,10 +8,11 @@
 
 namespace octavo {
 
-// Those of amx, avx512, avx2 and portable that can run here, the fastest first. Asks the kernel for leave to use AMX.
+// Return those of amx, avx512, avx2 and portable that this machine can run, fastest first. Requests the operating
+// system's permission to use AMX.
 std::vector<std::string> available_isas();
 
-// The kernels of one of them. Throws std::invalid_argument for any other name.
+// Return the kernels of an available instruction set. Throws std::invalid_argument for any other name.
 const Kernels& kernels_for(const std::string& isa);
 
 }  // namespace octavo

@@ -13,7 +13,7 @@ constexpr size_t kHugePage = size_t{2} << 20;
 }
 
 Memory::Memory(size_t bytes) : size_(bytes) {
-    mapped_ = (bytes + kHugePage - 1) / kHugePage * kHugePage + kHugePage;  // one more, to align in
+    mapped_ = (bytes + kHugePage - 1) / kHugePage * kHugePage + kHugePage;  // one more, to align within
     mapping_ = mmap(nullptr, mapped_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (mapping_ == MAP_FAILED) {
         mapping_ = nullptr;
@@ -22,7 +22,7 @@ Memory::Memory(size_t bytes) : size_(bytes) {
     const auto address = (reinterpret_cast<uintptr_t>(mapping_) + kHugePage - 1) / kHugePage * kHugePage;
     data_ = reinterpret_cast<std::byte*>(address);
 #ifdef MADV_HUGEPAGE
-    madvise(data_, mapped_ - kHugePage, MADV_HUGEPAGE);  // fewer TLB misses; a system without them says no, no matter
+    madvise(data_, mapped_ - kHugePage, MADV_HUGEPAGE);  // fewer TLB misses; may fail, which does no harm
 #endif
 }
 

@@ -1,4 +1,4 @@
-// Anonymous memory straight from the kernel: zeroed, aligned to 2 MiB, in huge pages where the system has them.
+// Anonymous memory mapped from the operating system: zeroed, aligned to 2 MiB, in huge pages where they are available.
 #pragma once
 
 #include <cstddef>
@@ -8,7 +8,7 @@ namespace octavo {
 class Memory {
 public:
     Memory() = default;
-    explicit Memory(size_t bytes);  // throws std::bad_alloc; costs nothing until it is touched
+    explicit Memory(size_t bytes);  // throws std::bad_alloc; a page takes physical memory once it is written
     Memory(Memory&& other) noexcept;
     Memory& operator=(Memory&& other) noexcept;
     ~Memory();

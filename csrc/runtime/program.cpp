@@ -1,4 +1,4 @@
-// Running a program. How it is recorded: recording.cpp.
+// Running a program. Recording is in recording.cpp.
 #include "program.h"
 
 #include <algorithm>
@@ -14,12 +14,13 @@ namespace octavo {
 
 namespace {
 
-constexpr int64_t kTilesPerThread = 8;  // of attention, where that takes cutting a long context into parts
+constexpr int64_t kTilesPerThread = 8;  // attention: a tile larger than 1 / (8 threads) of the work is cut into parts
 
 using Clock = std::chrono::steady_clock;
 
-constexpr int64_t kObserved = 64;  // columns in a tile
+constexpr int64_t kObserved = 64;  // columns in a tile of the op `observe`
 
+// Return the seconds since `since`, and set `since` to now.
 double lap(Clock::time_point& since) {
     const auto before = std::exchange(since, Clock::now());
     return std::chrono::duration<double>(since - before).count();
@@ -57,8 +58,9 @@ Program::Program(const std::string& isa, std::vector<int> cores, const Sizes& si
     recorded_.push_back({{.op = Op::rotary}, -1, -1, -1});
 }
 
-void Program::pack(int weight, const std::vector<Part>& parts, const float* importance) {
+int Program::pack(int weight, const std::vector<Part>& parts, int64_t rows, int64_t columns, const float* importance) {
     const Weight& w = weights_.at(weight);
+    require(rows == w.rows && columns == w.columns, "a weight is packed in the shape that it was recorded with");
     require(w.data, "a weight is packed when the program is finished");
     for (const Part& part : parts)
         require(!w.encoding.is_integer() || w.encoding == kW8 || w.encoding == kW4 ||
@@ -67,10 +69,15 @@ void Program::pack(int weight, const std::vector<Part>& parts, const float* impo
     const std::vector<float> weights = column_weights(importance, w.columns);
     std::vector<std::vector<float>> scratch(pool_.size(), std::vector<float>((1 + kBlock) * (w.columns + kRotated)));
     std::atomic<int64_t> next_block = 0;
+    std::atomic<int> damaged = -1;
     pool_.run([&](int thread) {
-        for (int64_t block; (block = next_block.fetch_add(1)) < w.blocks;)
-            pack_block(w, parts, weights.data(), kernels_.quantize_to_4, block, scratch[thread].data());
+        for (int64_t block; (block = next_block.fetch_add(1)) < w.blocks;) {
+            const int part =
+                pack_block(w, parts, weights.data(), kernels_.quantize_to_4, block, scratch[thread].data());
+            if (part >= 0) damaged = part;
+        }
     });
+    return damaged;
 }
 
 int64_t Program::page_bytes() const {
@@ -78,14 +85,17 @@ int64_t Program::page_bytes() const {
 }
 
 void Program::allocate_kv(int64_t pages) {
-    kv_ = Memory();  // the old pool goes first
-    kv_ = Memory(pages * page_bytes());
+    require(pages >= 0, "the number of pages must not be negative");
+    const std::lock_guard not_in_a_step(running_);
+    pages_ = 0;
+    kv_ = nullptr;  // free the old pool first: the memory may not suffice for both
+    kv_ = std::make_shared<const Memory>(pages * page_bytes());
     pages_ = pages;
 }
 
 std::byte* Program::page(int64_t page) const {
     require(page >= 0 && page < pages_, "a page is not in the KV pool");
-    return kv_.data() + page * page_bytes();
+    return kv_->data() + page * page_bytes();
 }
 
 void Program::validate(const Batch& batch) const {
@@ -113,12 +123,13 @@ void Program::validate(const Batch& batch) const {
     }
 }
 
-// Cuts the sequences' rows into tiles of attention; those that would take long while other threads are done into parts.
+// Cut the sequences' rows into tiles of attention. A tile that would still run when the other threads are done is cut
+// further, into parts of its context.
 void Program::cut_attention(const Batch& batch) {
     const int64_t group = sizes_.heads / sizes_.kv_heads, span = std::max<int64_t>(1, kAttentionRows / group);
     const auto seen = [&](const RowTile& rows) { return int64_t(batch.positions[rows.first + rows.count - 1]) + 1; };
     std::vector<RowTile> tiles;
-    int64_t work = 0;  // for each kv head
+    int64_t work = 0;  // (row, visible position) pairs per kv head
     for (int64_t s = 0; s < batch.sequences; s++) {
         const int32_t end = batch.query_start[s + 1];
         for (int32_t row = batch.query_start[s], count; row < end; row += count) {
@@ -129,7 +140,7 @@ void Program::cut_attention(const Batch& batch) {
     }
     attention_tiles_.clear();
     int32_t split = 0;
-    int64_t queries = 0;  // of parts
+    int64_t queries = 0;  // that have sums in part_sums_
     for (const RowTile& rows : tiles) {
         const int64_t parts = (seen(rows) + kPart - 1) / kPart;
         const bool long_one = rows.count * seen(rows) * kTilesPerThread * pool_.size() > work * sizes_.kv_heads;
@@ -146,7 +157,7 @@ void Program::cut_attention(const Batch& batch) {
     if (counters > parts_done_.size()) parts_done_.resize(counters);
 }
 
-// Cuts the sequences' rows into tiles for the KV cache and for attention, and each instruction into its tiles.
+// Cut the step's rows into tiles for the KV cache and for attention, and each instruction into its tiles.
 void Program::prepare(const Batch& batch) {
     cut_attention(batch);
     cache_tiles_.clear();
@@ -157,11 +168,21 @@ void Program::prepare(const Batch& batch) {
             cache_tiles_.push_back({int32_t(s), row, count});
         }
     }
-    step_ = {.shape = &shape_, .rows = batch.rows, .sampled = batch.sampled, .tokens = batch.tokens,
-             .positions = batch.positions, .sample_rows = batch.sample_rows, .page_tables = batch.page_tables,
-             .pages_per_sequence = batch.pages_per_sequence, .kv = kv_.data(), .page_bytes = page_bytes(),
-             .rotary = rotary_, .cache_tiles = cache_tiles_.data(), .attention_tiles = attention_tiles_.data(),
-             .part_sums = reinterpret_cast<float*>(part_sums_.data()), .parts_done = parts_done_.data(),
+    step_ = {.shape = &shape_,
+             .rows = batch.rows,
+             .sampled = batch.sampled,
+             .tokens = batch.tokens,
+             .positions = batch.positions,
+             .sample_rows = batch.sample_rows,
+             .page_tables = batch.page_tables,
+             .pages_per_sequence = batch.pages_per_sequence,
+             .kv = kv_ ? kv_->data() : nullptr,
+             .page_bytes = page_bytes(),
+             .rotary = rotary_,
+             .cache_tiles = cache_tiles_.data(),
+             .attention_tiles = attention_tiles_.data(),
+             .part_sums = reinterpret_cast<float*>(part_sums_.data()),
+             .parts_done = parts_done_.data(),
              .rows_per_tile = std::clamp<int64_t>(batch.rows / (4 * pool_.size()), 1, 16)};
     for (size_t i = 0; i < plans_.size(); i++) {
         if (instructions_[i].op == Op::linear) plans_[i].cut = cut_linear(instructions_[i]);
@@ -174,12 +195,12 @@ int64_t Program::rows_of(const Instruction& instruction) const {
     return instruction.sampled ? step_.sampled : step_.rows;
 }
 
-// Wide tiles as long as every thread gets several; then narrower ones.
+// Choose the width of a linear's tiles: the widest that still gives every thread several.
 Cut Program::cut_linear(const Instruction& instruction) const {
     const int64_t rows = rows_of(instruction), blocks = instruction.weight->blocks, wanted = 4 * pool_.size();
     const int64_t tile_rows = std::clamp<int64_t>(round_up(rows, kGroup), kGroup, 128);
     const int64_t row_tiles = (rows + tile_rows - 1) / tile_rows;
-    if (instruction.out.element == Element::i8_groups) return {4, tile_rows, row_tiles};  // whole groups of the result
+    if (instruction.out.element == Element::i8_groups) return {4, tile_rows, row_tiles};  // whole groups of 32
     int64_t panel = kMaxPanel;
     while (panel > 2 && (blocks + panel - 1) / panel * row_tiles < wanted)
         panel = instruction.weight->gated ? panel - 2 : panel / 2;
@@ -197,7 +218,8 @@ int64_t Program::count_tiles(const Instruction& instruction, const Cut& cut) con
     }
 }
 
-// A tile has some columns of all rows, so that each sum is always in the same order.
+// squares[i] += sum over rows r of x[r, i]^2, for the columns i of a tile: a tile has all rows, so that the order of
+// the sum is fixed.
 void Program::add_squares(const Instruction& instruction, int64_t tile) {
     const int64_t begin = tile * kObserved, end = std::min(instruction.width, begin + kObserved);
     for (int64_t row = 0; row < rows_of(instruction); row++)
@@ -207,6 +229,7 @@ void Program::add_squares(const Instruction& instruction, int64_t tile) {
         }
 }
 
+// rotary[r] = (cos, sin) of positions[r] * frequencies, for rows begin ... end - 1 (RoPE: Su et al., 2021).
 void Program::compute_rotary(int64_t begin, int64_t end) {
     const int64_t half = sizes_.head_dim / 2;
     for (int64_t r = begin; r < end; r++)
@@ -217,7 +240,7 @@ void Program::compute_rotary(int64_t begin, int64_t end) {
         }
 }
 
-// The part of the weight that a tile of a linear reads.
+// Return the part of the weight that a tile of a linear reads.
 Ahead Program::panel_memory(int instruction, int64_t tile) const {
     const Cut& cut = plans_[instruction].cut;
     const Weight& weight = *instructions_[instruction].weight;
@@ -226,7 +249,7 @@ Ahead Program::panel_memory(int instruction, int64_t tile) const {
             reinterpret_cast<const char*>(weight.block(std::min(weight.blocks, block + cut.panel)))};
 }
 
-// `more`: the thread goes on with the next tile.
+// Run a tile of instruction `index`. `more`: the thread will run the next tile too, so that may be prefetched.
 void Program::run_tile(int index, int64_t tile, bool more, int thread) {
     const Instruction& instruction = instructions_[index];
     const Plan& plan = plans_[index];
@@ -254,8 +277,8 @@ void Program::run_tile(int index, int64_t tile, bool more, int thread) {
     }
 }
 
-// Each thread has a share of the tiles, in a row: so it knows what to fetch ahead, and finds much of what it needs in
-// its own cache. When it is done with its share it helps with what is left of the others'.
+// Run instruction `index`. Each thread owns a contiguous range of tiles, so it knows what to prefetch and finds much of
+// its input in its own cache. A thread that has finished its range takes tiles from the others'.
 void Program::run_tiles(int index, int thread) {
     const int64_t tiles = plans_[index].tiles;
     const int threads = pool_.size();

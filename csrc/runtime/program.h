@@ -1,4 +1,7 @@
-// A model's forward pass as a flat list of instructions, recorded once and run in one call per step.
+// A model's forward pass as a flat list of instructions: recorded once, then run in one call per step.
+//
+// Life of a program: record ops (vector() to finish()), pack() the weights, allocate_kv(), then step() any number of
+// times.
 #pragma once
 
 #include <atomic>
@@ -7,16 +10,17 @@
 #include <deque>
 #include <functional>
 #include <map>
+#include <memory>
 #include <mutex>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "ceilings.h"
-#include "isa.h"
-#include "memory.h"
 #include "formats/pack.h"
+#include "isa.h"
 #include "kernels/sampler.h"
+#include "memory.h"
 #include "thread_pool.h"
 
 namespace octavo {
@@ -34,13 +38,15 @@ struct Sizes {
     bool int8_kv;
 };
 
-// StepBatch of src/octavo/backends/base.py. The arrays are the caller's.
+// The arrays of StepBatch (src/octavo/backends/base.py), borrowed from the caller: tokens and positions [rows],
+// query_start [sequences + 1], page_tables [sequences, pages_per_sequence], sample_rows [sampled].
 struct Batch {
     int64_t rows, sequences, pages_per_sequence, sampled;
     const int32_t *tokens, *positions, *query_start, *page_tables, *sample_rows;
 };
 
-// Where StepResult goes; without logprobs, `top` is 0 and all but `tokens` are null.
+// Where the arrays of StepResult are written: tokens, logprobs and ranks [sampled], top_* [sampled, top]. If no row
+// wants logprobs, `top` is 0 and all pointers but `tokens` are null.
 struct Sampled {
     int32_t* tokens;
     float* logprobs;
@@ -50,59 +56,65 @@ struct Sampled {
     float* top_logprobs;
 };
 
-// The weights of some linears.
+// The total size of the weights of some linear layers.
 struct LinearWeights {
-    int64_t bytes = 0, values = 0, integers = 0;  // `integers` of the values are held so
+    int64_t bytes = 0, values = 0, integers = 0;  // integers: how many of the values are stored as 8 or 4 bits
 };
 
 class Program {
 public:
     Program(const std::string& isa, std::vector<int> cores, const Sizes& sizes, std::vector<double> frequencies);
 
-    // Recording. Ints are handles: of vectors (norm weights and biases), weights, and buffers of activations.
+    // Recording. Ints are handles: of vectors (norm weights and biases), of weights, and of buffers of activations.
+    // Each op returns the buffer that it writes. What an op computes is in src/octavo/model/ops.py and beside its
+    // kernel.
     int vector(const float* values, int64_t length);
     int weight(int64_t rows, int64_t columns, Encoding encoding);
     int embed(int weight);
     int norm(int x, int vector);
-    int linear(int x, int weight, int bias, int residual);  // bias, residual: -1 if there is none
+    int linear(int x, int weight, int bias, int residual);  // -1: no bias, no residual
     int rope_and_cache(int qkv, int layer, int q_norm, int k_norm);
     int attention(int q, int layer, int64_t window);
-    int gated(int gate_up, Activation activation);  // becomes part of the linear before it
+    int gated(int gate_up, Activation activation);  // fused into the linear before it
     int sampled_rows(int x);
-    int observe(int x);  // a handle for squares()
-    void finish(int logits);  // lays out the memory
+    int observe(int x);       // returns a handle for squares()
+    void finish(int logits);  // lay out the memory; `logits` is the buffer to sample from
 
     int64_t weight_bytes() const { return weight_bytes_; }
-    void pack(int weight, const std::vector<Part>& parts, const float* importance);  // of its columns; may be null
+    // Write a weight that is stored in `parts`, which have its rows in order. `importance` [columns] or null: how much
+    // the square of an error counts in each column, for what is rounded to 4 bits. Returns as pack_block.
+    int pack(int weight, const std::vector<Part>& parts, int64_t rows, int64_t columns, const float* importance);
 
     int64_t page_bytes() const;
     void allocate_kv(int64_t pages);
-    std::byte* page(int64_t page) const;  // its page_bytes(); throws std::invalid_argument if there is no such page
+    std::shared_ptr<const Memory> kv_memory() const { return kv_; }
+    std::byte* page(int64_t page) const;  // [page_bytes]; throws std::invalid_argument if there is no such page
 
-    // Both throw std::invalid_argument for a batch that would reach outside of any array.
+    // Run the forward pass; then sample, or copy the logits out. Both throw std::invalid_argument for a batch that
+    // would index outside of an array, or if another thread is running a step.
     void step(const Batch& batch, const SamplingBatch& sampling, const Sampled& result);
     void logits(const Batch& batch, float* result);  // [sampled, logits_width]
     int64_t logits_width() const { return logits_width_; }
 
-    // Of an observed buffer of bf16: the sum of the squares of each column, over all rows of all steps.
+    // Return, for an observed buffer, the sum of the squares of each column over all rows of all steps.
     const std::vector<double>& squares(int observed) const { return squares_.at(observed); }
 
-    // What a step reads: of the layers, or of the head.
+    // Return the size of the weights that a step reads: those of the layers, or those of the head.
     LinearWeights linears(bool head) const;
     Ceilings ceilings() { return measure_ceilings(kernels_, pool_); }
-    void profile(bool on);                       // from here on, or no more
-    std::map<std::string, double> times() const;  // seconds since then: by kind of instruction, and "head"
+    void profile(bool on);                        // start measuring from zero, or stop
+    std::map<std::string, double> times() const;  // seconds by kind of instruction; "head" is the last linear
 
 private:
     struct Vector {
         int64_t length;
-        std::vector<float> values;  // and zeros
+        std::vector<float> values;  // padded with zeros
     };
     struct Buffer {
         int64_t width;
         Element element;
-        bool sampled;       // a row per sampled row, else per token
-        Element finest = Element::bf16;  // what its writer can write, of bf16, i8_groups and i8_rows
+        bool sampled;                    // one row per sampled row, else one per token
+        Element finest = Element::bf16;  // the last of bf16, i8_groups, i8_rows that its writer can produce
         int64_t last_use = -1;
         int storage = -1;
     };
@@ -145,30 +157,31 @@ private:
     std::vector<Recorded> recorded_;
     std::vector<Instruction> instructions_;
     int64_t logits_width_ = 0, weight_bytes_ = 0;
-    Memory weight_memory_, arena_, kv_;
+    Memory weight_memory_, arena_;
+    std::shared_ptr<const Memory> kv_;  // shared with the pages that Python has exported
     int64_t pages_ = 0;
     float* rotary_ = nullptr;
 
-    std::vector<double> seconds_;  // of each instruction since profile(true); empty if it is off
+    std::vector<double> seconds_;  // of each instruction since profile(true); empty if profiling is off
 
-    // Of the step being run.
+    // State of the step that is running.
     mutable std::mutex running_;
     Step step_{};
     const Work* finish_row_ = nullptr;
     std::vector<RowTile> cache_tiles_;
     std::vector<AttentionTile> attention_tiles_;
-    Memory part_sums_;                 // of attention's tiles that are parts; as large as a step has needed so far
-    std::vector<int32_t> parts_done_;  // all 0 between instructions
+    Memory part_sums_;                 // Step::part_sums; grows to what a step needs
+    std::vector<int32_t> parts_done_;  // Step::parts_done; all 0 between instructions
     struct Plan {
         int64_t tiles;
-        Cut cut;          // of a linear
-        int next_linear;  // the next instruction that is one, or -1
+        Cut cut;          // if it is a linear
+        int next_linear;  // index of the next linear, or -1
     };
     std::vector<Plan> plans_;  // of each instruction
     struct alignas(64) Counter {
         std::atomic<int64_t> taken;
     };
-    std::vector<Counter> counters_;  // [instructions][threads]: of the thread's own tiles
+    std::vector<Counter> counters_;  // [instructions][threads]: how many of the thread's own tiles are taken
     std::vector<Memory> scratch_memory_;
     std::vector<Scratch> scratch_;
     std::vector<SamplerScratch> sampler_scratch_;

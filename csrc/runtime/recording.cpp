@@ -1,4 +1,4 @@
-// Recording a program, and laying out its memory when it is complete.
+// Recording a program, and laying out its memory once all ops are recorded.
 #include "program.h"
 
 #include <algorithm>
@@ -6,7 +6,7 @@
 namespace octavo {
 
 namespace {
-constexpr int64_t kPad = 64;  // rows and columns of activations come in multiples of this
+constexpr int64_t kPad = 64;  // rows and columns of activations are allocated in multiples of this
 }
 
 int Program::vector(const float* values, int64_t length) {
@@ -15,7 +15,7 @@ int Program::vector(const float* values, int64_t length) {
     return int(vectors_.size()) - 1;
 }
 
-// The values of a vector that must be of this length; null for handle -1.
+// Return the values of a vector, which must have this length; null for handle -1.
 const float* Program::values_of(int vector, int64_t length) const {
     if (vector < 0) return nullptr;
     require(vectors_.at(vector).length == length, "a norm or bias has the wrong length");
@@ -23,11 +23,12 @@ const float* Program::values_of(int vector, int64_t length) const {
 }
 
 int Program::weight(int64_t rows, int64_t columns, Encoding encoding) {
+    require(rows > 0 && columns > 0, "a weight must have rows and columns");
     weights_.push_back({.rows = rows, .columns = columns, .encoding = encoding});
     return int(weights_.size()) - 1;
 }
 
-// Appends an instruction that reads buffers x and residual, and writes a new one: the result.
+// Append an instruction that reads buffers x and residual and writes a new buffer; return that buffer.
 int Program::record(Instruction instruction, int x, int64_t width, Element element, int residual) {
     const bool sampled = instruction.op == Op::sampled_rows || (x >= 0 && buffers_.at(x).sampled);
     instruction.sampled = sampled;
@@ -40,6 +41,7 @@ int Program::record(Instruction instruction, int x, int64_t width, Element eleme
 
 int Program::embed(int weight) {
     const Weight& w = weights_.at(weight);
+    require(w.rows >= sizes_.vocab, "an embedding must have a row per token of the vocabulary");
     return record({.op = Op::embed, .weight = &w, .width = w.columns}, -1, w.columns, Element::f32);
 }
 
@@ -64,7 +66,8 @@ int Program::linear(int x, int weight, int bias, int residual) {
                   residual);
 }
 
-// Buffer x in int8: written so in the first place, if nothing reads it as bf16 and its writer can.
+// Return buffer x as int8: x itself, written as int8 by its writer, if that is possible and nothing reads x as bf16;
+// else a new buffer that an extra instruction fills.
 int Program::quantized(int x, Element element) {
     Buffer& buffer = buffers_.at(x);
     if (buffer.element == Element::bf16 && buffer.finest >= element && buffer.last_use < 0) buffer.element = element;
@@ -97,7 +100,7 @@ int Program::gated(int gate_up, Activation activation) {
             "gated must follow the linear that it reads");
     last.instruction.activation = activation;
     for (Weight& weight : weights_)
-        if (&weight == last.instruction.weight) weight.gated = true;  // it is not packed yet
+        if (&weight == last.instruction.weight) weight.gated = true;  // weights are packed after recording
     buffers_.back() = {buffers_.back().width / 2, Element::bf16, buffers_.back().sampled, Element::i8_groups};
     return gate_up;
 }
@@ -106,14 +109,14 @@ int Program::sampled_rows(int x) { return record({.op = Op::sampled_rows}, x, bu
 
 int Program::observe(int x) {
     const Buffer& buffer = buffers_.at(x);
-    require(buffer.element == Element::bf16, "what is observed is bf16");
+    require(buffer.element == Element::bf16, "only a buffer of bf16 can be observed");
     squares_.emplace_back(buffer.width);
     record({.op = Op::observe, .squares = squares_.back().data(), .width = buffer.width}, x, 0, Element::f32);
     return int(squares_.size()) - 1;
 }
 
-// Gives each buffer a place that no other one needs while it is in use; returns the places. Only buffers of the same
-// shape share one, so that the columns past the width stay zero.
+// Assign each buffer a place in the arena that no other buffer uses at the same time; return the places. Only buffers
+// of the same shape share a place, so that the columns past the width stay zero.
 std::vector<Program::Buffer> Program::assign_storage() {
     std::vector<Buffer> places;
     std::vector<int> free;
@@ -140,7 +143,7 @@ std::vector<Program::Buffer> Program::assign_storage() {
     return places;
 }
 
-// Buffers, then the rotations of the step's positions.
+// The arena holds the buffers, then the table of rotary embeddings of the step's positions.
 void Program::lay_out_arena() {
     const std::vector<Buffer> places = assign_storage();
     const auto stride = [](const Buffer& b) { return round_up(b.width, kPad); };
@@ -158,7 +161,8 @@ void Program::lay_out_arena() {
         if (buffer < 0) return {};
         const int index = buffers_[buffer].storage;
         const Buffer& place = places[index];
-        return {arena_.data() + offsets[index], stride(place), place.element, bytes_of_row(place.element, stride(place))};
+        return {arena_.data() + offsets[index], stride(place), place.element,
+                bytes_of_row(place.element, stride(place))};
     };
     for (const auto& [instruction, x, out, residual] : recorded_) {
         instructions_.push_back(instruction);
@@ -185,7 +189,7 @@ void Program::lay_out_weights() {
 }
 
 void Program::make_scratch() {
-    // Rows of a tile of attention; with some more, as AMX reads and writes them 16 at a time.
+    // Rows of a tile of attention, and 16 more, since AMX reads and writes 16 rows at a time.
     const int64_t pairs = std::max(kAttentionRows, sizes_.heads / sizes_.kv_heads) + 16;
     const int64_t sums = pairs * shape_.sums_stride();
     const int64_t floats[] = {kGroup * kMaxPanel * kBlock, pairs * kSpan, sums, sums};

@@ -16,7 +16,7 @@ namespace {
 
 using std::chrono::microseconds;
 
-// How long a thread looks before it goes to sleep. A step's barriers are some microseconds apart, steps some hundred.
+// How long a thread spins before it sleeps. Barriers within a step are a few microseconds apart, steps a few hundred.
 constexpr microseconds kBarrierPatience{50}, kStepPatience{100};
 
 void relax() {
@@ -32,20 +32,23 @@ void pin_to(int core) {
     cpu_set_t set;
     CPU_ZERO(&set);
     CPU_SET(core, &set);
-    pthread_setaffinity_np(pthread_self(), sizeof set, &set);  // refused: it runs where the system puts it
+    pthread_setaffinity_np(pthread_self(), sizeof set, &set);  // if it fails, the scheduler chooses the core
 }
 
-// A number that goes up, and can be waited for: for a while by looking, which sees it within a cache miss, then asleep,
-// which leaves the core to others. (GCC 12's std::atomic::wait can miss a notification.)
+// A counter that threads can wait on: first by spinning, which notices a change within a cache miss, then asleep, which
+// leaves the core to other programs. (std::atomic::wait of GCC 12 can miss a notification.)
 class Signal {
 public:
     uint32_t value() const { return value_.load(std::memory_order_acquire); }
 
     void advance() {
-        // Both orders are sequentially consistent here and in wait(): either this sees the sleeper, or it the value.
+        // Sequential consistency here and in wait_past(): either this reads the new sleeper, or the sleeper the new
+        // value.
         value_.fetch_add(1);
         if (sleepers_.load() == 0) return;
-        { std::lock_guard lock(mutex_); }
+        {
+            std::lock_guard lock(mutex_);
+        }
         changed_.notify_all();
     }
 
@@ -73,7 +76,7 @@ private:
 
 }  // namespace
 
-// The threads of one process, but for the caller of run().
+// The threads of one process, other than the caller of run().
 class ThreadPool::Team {
 public:
     explicit Team(const std::vector<int>& cores) : size(cores.size()) {
@@ -99,8 +102,8 @@ public:
     const pid_t process = getpid();
     const size_t size;
     const std::function<void(int)>* work = nullptr;
-    Signal calls;   // of run
-    Signal passed;  // barriers
+    Signal calls;   // number of calls of run()
+    Signal passed;  // number of barriers that all threads have reached
     alignas(64) std::atomic<uint32_t> arrived{0};
     std::vector<std::thread> threads;
 
@@ -123,7 +126,7 @@ ThreadPool::~ThreadPool() {
 }
 
 void ThreadPool::run(const std::function<void(int)>& work) {
-    // A forked child has a team in name only, in whatever state it was: neither to be joined nor to be freed.
+    // Threads do not survive a fork: in a child, the team's threads are gone and its locks may be held. Leak it.
     if (team_ && team_->process != getpid()) (void)team_.release();
     if (!team_) team_ = std::make_unique<Team>(cores_);
 

@@ -1,4 +1,4 @@
-// Threads that live as long as the program, and the barrier between its instructions.
+// A pool of threads and the barrier between the instructions of a program. Each thread may be pinned to a core.
 #pragma once
 
 #include <functional>
@@ -11,7 +11,7 @@ class ThreadPool {
 public:
     static constexpr int kAnyCore = -1;  // in `cores`: a thread that is not pinned
 
-    // One thread per entry of `cores`, pinned to that core; the caller of run() is the first of them while it runs.
+    // One thread per entry of `cores`. The thread that calls run() is thread 0, pinned to cores[0] for that time.
     explicit ThreadPool(std::vector<int> cores);
     ~ThreadPool();
     ThreadPool(const ThreadPool&) = delete;
@@ -19,10 +19,10 @@ public:
 
     int size() const { return int(cores_.size()); }
 
-    // Calls work(thread) on every thread at the same time, and returns when all have. `work` must not throw.
+    // Call work(thread) on every thread at the same time; return when all calls have returned. `work` must not throw.
     void run(const std::function<void(int)>& work);
 
-    // Within run(): waits for every thread to get here. What they wrote before is seen by all after.
+    // Within run(): wait until every thread has called barrier(). Writes before it are visible to all threads after it.
     void barrier();
 
 private:

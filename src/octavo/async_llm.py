@@ -1,6 +1,7 @@
 """AsyncLLM: generate text from asyncio, with the engine in a process of its own."""
 
-from collections.abc import AsyncGenerator, Sequence
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Generator, Sequence
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any, Unpack
@@ -8,27 +9,33 @@ from typing import Any, Unpack
 from .config import EngineConfig
 from .engine.messages import EngineInfo, EngineStats
 from .frontend.admission import FrontendStats
+from .frontend.chat import Conversation, conversations
+from .frontend.frontend import Frontend
 from .frontend.inbox import Inbox
+from .frontend.links import ProcessLink
 from .frontend.live import LiveRequest
-from .frontend.prompts import Ask, Prompt, ask, asks
-from .frontend.remote_engine import RemoteEngine
+from .frontend.requests import Prompt, Request, make_request, make_requests, tokenize_all
 from .outputs import RequestOutput
 from .params import SamplingParams, Terms
 from .states import KVState, StateBook
 from .text import Tokenizer
 from .weights import resolve
 
-Increment = tuple[int, RequestOutput]  # the prompt's index, and what is new of it
+STATS_PATIENCE = 1.0  # seconds to wait for the engine's figures
+
+Increment = tuple[int, RequestOutput]
+"""The index of a prompt, and an increment of its output."""
 
 
 class AsyncLLM:
     """A model served by an engine process that loads from the constructor on. Keywords are the fields of EngineConfig.
 
         async with AsyncLLM("smollm2") as llm:
-            async for increment in llm.generate("Once upon", SamplingParams(max_tokens=64)):
+            async for increment in llm.stream("Once upon a time", SamplingParams(max_tokens=64)):
                 print(increment.text, end="")
 
-    For one event loop. If the engine crashes, every request goes on where it was.
+    It belongs to the event loop that starts it. If the engine crashes, a new one continues every request where it was.
+    `LLM` has the same methods.
     """
 
     info: EngineInfo  # from `start` on
@@ -38,75 +45,115 @@ class AsyncLLM:
 
     @classmethod
     def from_config(cls, config: EngineConfig) -> "AsyncLLM":
+        """Make an AsyncLLM of settings that are complete."""
         llm = cls.__new__(cls)
         llm._set_up(config)
         return llm
 
     def _set_up(self, config: EngineConfig) -> None:
         self.config = config
+        self.default_sampling_params = SamplingParams()
         path = resolve(config.model, config.revision)
-        self._engine = RemoteEngine(config, path)
+        self._link = ProcessLink(config, path)  # loads while this process does the rest
         try:
             self.tokenizer = Tokenizer.load(path)
         except BaseException:
-            self._engine.end_process()
+            self._link.discard()
             raise
+        self._frontend = Frontend(config, self.tokenizer, lambda: ProcessLink(config, path), has_queue_limit=True)
 
     async def start(self) -> None:
         """Wait until the engine is ready. Raises what loading raised."""
-        self.info = await self._engine.start(self.tokenizer)
+        self.info = await self._frontend.start(self._link)
+        self.tokenizer.threads.submit(self.tokenizer.prepare)  # meanwhile the first requests can come
 
-    async def generate(
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        request_id: str | None = None,
+        *,
+        kv_cache_state: KVState | Sequence[KVState] | None = None,
+        priority: int | Sequence[int] = 0,
+        **terms: Unpack[Terms],
+    ) -> "Generation":
+        """Complete prompts: `await` the result for whole outputs, or iterate over it, as with vLLM, for increments.
+
+        Args:
+            prompts: one prompt or several, each as text, as token ids, or as a PromptDict.
+            sampling_params: for all prompts, or one each; `default_sampling_params` by default.
+            request_id: names the request for `abort` and `get_kv_cache_state`; for one prompt only.
+            kv_cache_state: the state that the prompts continue, one for all or one each; what it covers is not computed
+                again.
+            priority: for all prompts, or one each.
+            terms: tenant, ttft_target, timeout and cache_salt, as of ServiceTerms.
+
+        Awaiting raises QueueFull, InvalidRequest, PromptTooLong or InvalidKVState before anything is computed, and
+        RequestTimeout, RequestFailed or EngineDead at any time. All prompts are taken, or none.
+        """
+
+        def requests() -> list[Request]:
+            return make_requests(
+                prompts, sampling_params, self.default_sampling_params, priority, terms, kv_cache_state
+            )
+
+        return Generation(self, requests, request_id)
+
+    async def agenerate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        kv_cache_state: KVState | Sequence[KVState] | None = None,
+        priority: int | Sequence[int] = 0,
+        **terms: Unpack[Terms],
+    ) -> list[RequestOutput]:
+        """Return one whole RequestOutput for each prompt, in order; see `generate`."""
+        return await self.generate(prompts, sampling_params, kv_cache_state=kv_cache_state, priority=priority, **terms)
+
+    async def chat(
+        self,
+        messages: Conversation | Sequence[Conversation],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        priority: int | Sequence[int] = 0,
+        **terms: Unpack[Terms],
+    ) -> list[RequestOutput]:
+        """Answer one conversation, or each of several. The other arguments are those of `generate`.
+
+        Args:
+            messages: a list of {"role": ..., "content": ...}, or a list of such lists.
+        """
+        prompts: list[Prompt] = [await asyncio.to_thread(self.chat_tokens, one) for one in conversations(messages)]
+        return await self.agenerate(prompts, sampling_params, priority=priority, **terms)
+
+    def chat_tokens(self, messages: Conversation) -> list[int]:
+        """Return the token ids of the prompt that the model's chat template makes of a conversation."""
+        return self.tokenizer.encode(self.tokenizer.chat(messages), add_special_tokens=False)
+
+    async def stream(
         self,
         prompt: Prompt,
-        params: SamplingParams | None = None,
+        sampling_params: SamplingParams | None = None,
         request_id: str | None = None,
         *,
         kv_cache_state: KVState | None = None,
         priority: int = 0,
         **terms: Unpack[Terms],
     ) -> AsyncGenerator[RequestOutput, None]:
-        """Increments as they come: of each, `outputs` has what is new. To stop iterating is to abort the request.
+        """Yield increments of one request as they come: the `outputs` of each hold what is new.
 
-        kv_cache_state: what the prompt goes on from.
-        priority, terms (tenant, ttft_target, timeout, cache_salt): as of ServiceTerms.
-        Raises QueueFull, InvalidRequest or PromptTooLong before the first one, RequestTimeout, RequestFailed or
-        EngineDead at any time.
+        The request is aborted when the generator is closed. The arguments, and what is raised, are those of `generate`.
         """
-        asked = ask(prompt, params, priority, terms, kv_cache_state)
-        async with aclosing(self._stream([asked], request_id)) as stream:
-            async for increments in stream:
+        params = sampling_params or self.default_sampling_params
+        request = make_request(prompt, params, priority, terms, kv_cache_state)
+        async with aclosing(self.stream_requests([request], request_id)) as steps:
+            async for increments in steps:
                 for _, increment in increments:
                     yield increment
 
-    def generate_many(
-        self,
-        prompts: Sequence[Prompt],
-        params: SamplingParams | Sequence[SamplingParams] | None = None,
-        *,
-        kv_cache_state: KVState | Sequence[KVState] | None = None,
-        priority: int | Sequence[int] = 0,
-        **terms: Unpack[Terms],
-    ) -> AsyncGenerator[list[Increment], None]:
-        """`generate` for several prompts: each time, the increments that have come since the last time.
-
-        params, priority: for all prompts, or one each.
-        """
-        return self._stream(asks(prompts, params, priority, terms, kv_cache_state))
-
-    async def agenerate(
-        self,
-        prompts: Prompt | Sequence[Prompt],
-        params: SamplingParams | Sequence[SamplingParams] | None = None,
-        *,
-        kv_cache_state: KVState | Sequence[KVState] | None = None,
-        priority: int | Sequence[int] = 0,
-        **terms: Unpack[Terms],
-    ) -> list[RequestOutput]:
-        """Complete prompts, given as text, as token ids, or as a PromptDict: one whole RequestOutput each, in order.
-
-        params, priority: for all prompts, or one each. terms and what is raised: see `generate`; all or none are taken.
-        """
+    async def generate_requests(self, requests: list[Request], request_id: str | None = None) -> list[RequestOutput]:
+        """Return one whole RequestOutput for each request; see `generate`."""
         done: Inbox[LiveRequest] = Inbox()
 
         def sink(live: LiveRequest, output: RequestOutput | Exception) -> None:
@@ -115,59 +162,20 @@ class AsyncLLM:
             elif output.finished:
                 done.put(live)
 
-        lives = self._engine.submit(asks(prompts, params, priority, terms, kv_cache_state), sink)
+        lives = await self._submit(requests, sink, request_id)
         try:
             running = len(lives)
             while running:
                 running -= len(await done.take())
         except BaseException:
-            self._engine.abort([live.id for live in lives])
+            self._frontend.abort(lives)
             raise
         return [live.whole() for live in lives]
 
-    def check_capacity(self, completions: int) -> None:
-        """Raises what `generate` would for so many completions, whatever their prompts: QueueFull, InvalidRequest."""
-        self._engine.check_capacity(completions)
-
-    async def abort(self, request_id: str) -> None:
-        """End a request: its iterator gets a last increment with finish_reason "abort"."""
-        self._engine.abort([request_id], say_so=True)
-
-    async def get_kv_cache_state(self, request_id: str, index: int = 0) -> KVState:
-        """See LLM.get_kv_cache_state. Of these states, `save` is a coroutine."""
-        return self._engine.keep_state(request_id, index)
-
-    async def load_kv_cache_state(
-        self, path: str | Path, *, tenant: str = "", cache_salt: str | None = None
-    ) -> KVState:
-        """See LLM.load_kv_cache_state."""
-        return await self._engine.load_state(Path(path).absolute(), tenant, cache_salt or "")
-
-    @property
-    def kv_cache_states(self) -> StateBook:
-        """All that are held, to be found by their handles. From `start` on."""
-        return self._engine.states
-
-    async def stats(self) -> EngineStats:
-        return await self._engine.stats()
-
-    def frontend_stats(self) -> FrontendStats:
-        """Raises EngineDead."""
-        return self._engine.frontend_stats()
-
-    @property
-    def is_alive(self) -> bool:
-        return not self._engine.dead.is_set()
-
-    async def wait_dead(self) -> None:
-        """Returns when the engine is dead and could not be brought back."""
-        await self._engine.dead.wait()
-
-    async def close(self) -> None:
-        """End the engine process. Live requests get EngineDead."""
-        await self._engine.close()
-
-    async def _stream(self, asked: list[Ask], request_id: str | None = None) -> AsyncGenerator[list[Increment], None]:
+    async def stream_requests(
+        self, requests: list[Request], request_id: str | None = None
+    ) -> AsyncGenerator[list[Increment], None]:
+        """Yield, each time, the increments of all requests that have come since the last time; see `stream`."""
         inbox: Inbox[RequestOutput] = Inbox()
 
         def sink(_: LiveRequest, increment: RequestOutput | Exception) -> None:
@@ -176,7 +184,7 @@ class AsyncLLM:
             else:
                 inbox.put(increment)
 
-        lives = self._engine.submit(asked, sink, request_id)
+        lives = await self._submit(requests, sink, request_id)
         index = {live.id: i for i, live in enumerate(lives)}
         try:
             running = len(lives)
@@ -185,7 +193,52 @@ class AsyncLLM:
                 running -= sum(increment.finished for increment in increments)
                 yield [(index[increment.request_id], increment) for increment in increments]
         finally:
-            self._engine.abort(index)
+            self._frontend.abort(lives)
+
+    def check_capacity(self, completions: int) -> None:
+        """Raise what `generate` would for so many completions, whatever their prompts: QueueFull, InvalidRequest."""
+        self._frontend.check_capacity(completions)
+
+    async def abort(self, request_id: str) -> None:
+        """End a request: its iterator gets a last increment, with finish_reason "abort"."""
+        if live := self._frontend.find(request_id):
+            self._frontend.abort([live], notify=True)
+
+    async def get_kv_cache_state(self, request_id: str, index: int = 0) -> KVState:
+        """Do what LLM.get_kv_cache_state does. The `save` of these states is a coroutine."""
+        return self._frontend.keep_state(request_id, index)
+
+    async def load_kv_cache_state(
+        self, path: str | Path, *, tenant: str = "", cache_salt: str | None = None
+    ) -> KVState:
+        """Do what LLM.load_kv_cache_state does."""
+        return await self._frontend.load_state(Path(path).absolute(), tenant, cache_salt or "")
+
+    @property
+    def kv_cache_states(self) -> StateBook:
+        """All KV states that are held, to be found by their handles. From `start` on."""
+        return self._frontend.states
+
+    async def stats(self) -> EngineStats:
+        """Return the engine's figures, between two steps. Raises EngineDead if there are none within a second."""
+        return await self._frontend.engine_stats(STATS_PATIENCE)
+
+    def frontend_stats(self) -> FrontendStats:
+        """Return the frontend's figures. Raises EngineDead after `close`."""
+        return self._frontend.stats()
+
+    def readiness(self) -> tuple[bool, str]:
+        """Return whether an engine is ready to serve, and how it is, for people: "the engine is ready"."""
+        return self._frontend.readiness()
+
+    async def close(self) -> None:
+        """End the engine process. Live requests get EngineDead."""
+        await self._frontend.close()
+        self._link.discard()
+
+    async def shutdown(self) -> None:
+        """Do what `close` does, under the name that it has in LLM."""
+        await self.close()
 
     async def __aenter__(self) -> "AsyncLLM":
         await self.start()
@@ -193,3 +246,38 @@ class AsyncLLM:
 
     async def __aexit__(self, *_: object) -> None:
         await self.close()
+
+    async def _submit(
+        self, requests: list[Request], sink: Callable[[LiveRequest, RequestOutput | Exception], None], id: str | None
+    ) -> list[LiveRequest]:
+        """Tokenize and start requests."""
+        self._frontend.check_capacity(sum(request.params.n for request in requests))
+        tokens = await tokenize_all(requests, self.tokenizer, self.info)
+        return self._frontend.submit(requests, tokens, sink, id)
+
+
+class Generation:
+    """Prompts being completed: await it for the whole outputs, or iterate over it for increments; once."""
+
+    def __init__(self, llm: AsyncLLM, requests: Callable[[], list[Request]], request_id: str | None):
+        self._llm, self._requests, self._request_id = llm, requests, request_id
+        self._increments = self._iterate()
+
+    def __await__(self) -> Generator[Any, None, list[RequestOutput]]:
+        return self._llm.generate_requests(self._requests(), self._request_id).__await__()
+
+    def __aiter__(self) -> "Generation":
+        return self
+
+    async def __anext__(self) -> RequestOutput:
+        return await anext(self._increments)
+
+    async def aclose(self) -> None:
+        """Abort what still runs."""
+        await self._increments.aclose()
+
+    async def _iterate(self) -> AsyncGenerator[RequestOutput, None]:
+        async with aclosing(self._llm.stream_requests(self._requests(), self._request_id)) as steps:
+            async for increments in steps:
+                for _, increment in increments:
+                    yield increment

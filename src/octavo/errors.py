@@ -79,4 +79,11 @@ class RequestFailed(OctavoError, RuntimeError):
 
 
 class EngineDead(OctavoError, RuntimeError):
-    """The engine has stopped and could not be restarted."""
+    """The engine has stopped, is not ready, or belongs to another process or event loop (HTTP 503)."""
+
+
+def shortened(value: object, limit: int = 200) -> str:
+    """Return `value` as text on one line for an error message, its middle left out beyond `limit` characters."""
+    text = " ".join(str(value).split())
+    half = limit // 2
+    return text if len(text) <= limit else f"{text[:half]} ... {text[-half:]}"

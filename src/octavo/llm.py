@@ -1,33 +1,41 @@
 """LLM: generate text from Python, with the engine in this process."""
 
 import asyncio
+import threading
 import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any, Unpack, cast
+from typing import Any, Unpack
 
 from .config import EngineConfig
-from .engine.loading import load_engine
 from .engine.messages import EngineStats
-from .frontend.live import LiveRequest
-from .frontend.local_engine import LocalEngine
-from .frontend.progress import generation_bar, loading_bar
-from .frontend.prompts import Prompt, ask, asks
+from .frontend.chat import Conversation, conversations
+from .frontend.frontend import Frontend
+from .frontend.links import ThreadLink
+from .frontend.live import LiveRequest, Sink
+from .frontend.loop_thread import LoopThread
+from .frontend.progress import generation_bar
+from .frontend.requests import Prompt, Request, make_request, make_requests, tokenize, tokenize_all
 from .outputs import RequestOutput
 from .params import SamplingParams, Terms
 from .states import KVState
 from .text import Tokenizer
 from .weights import resolve
 
-Message = dict[str, Any]
+CLOSE_PATIENCE = 15.0  # seconds for the engine to end its step and write its pages
 
 
 class LLM:
     """A model, ready to generate. Keywords are the fields of EngineConfig.
 
-    Any number of threads and asyncio tasks may call it at the same time; their requests share batches. Same request,
-    same tokens: whatever else runs. Raises OctavoError subclasses from errors.py.
+        llm = LLM("smollm2", max_model_len=4096)
+        print(llm.generate("Once upon a time", SamplingParams(max_tokens=64))[0].text)
+
+    Any number of threads and asyncio tasks may call it at the same time; their requests share batches, which changes no
+    token of any of them. `AsyncLLM` has the same methods.
+
+    Raises subclasses of OctavoError, see errors.py.
     """
 
     def __init__(self, model: str = "smollm2", **settings: Any):
@@ -42,12 +50,20 @@ class LLM:
 
     def _set_up(self, config: EngineConfig) -> None:
         self.config = config
-        path: Path = resolve(self.config.model, self.config.revision)
+        path: Path = resolve(config.model, config.revision)
         self.tokenizer = Tokenizer.load(path)
-        with loading_bar() as progress:
-            engine = load_engine(self.config, path, progress)
-        self._engine = LocalEngine(engine, self.tokenizer, self.config)
-        self._finalizer = weakref.finalize(self, self._engine.close)
+        self.default_sampling_params = SamplingParams()
+        self._thread = LoopThread()
+        owner = _StateOwner(self._thread)
+        self._frontend = owner.frontend = Frontend(
+            config, self.tokenizer, lambda: ThreadLink(config, path), has_queue_limit=False, state_owner=owner
+        )
+        self._finalizer = weakref.finalize(self, _shut_down, self._thread, self._frontend)
+        try:
+            self.info = self._thread.run(self._frontend.start(ThreadLink(config, path)))
+        except BaseException:
+            self.shutdown()
+            raise
 
     def generate(
         self,
@@ -59,13 +75,22 @@ class LLM:
         priority: int | Sequence[int] = 0,
         **terms: Unpack[Terms],
     ) -> list[RequestOutput]:
-        """Complete prompts, given as text, as token ids, or as a PromptDict: one RequestOutput each, in order.
+        """Complete prompts. Return one RequestOutput each, in order.
 
-        sampling_params: for all prompts, or one each; default SamplingParams(). use_tqdm: a progress bar on a terminal.
-        kv_cache_state: what the prompts go on from, one for all or one each; of it, nothing is computed again.
-        priority: for all prompts, or one each. terms: tenant, ttft_target, timeout, cache_salt, as of ServiceTerms.
+        Args:
+            prompts: one prompt or several, each as text, as token ids, or as a PromptDict.
+            sampling_params: for all prompts, or one each; `default_sampling_params` by default.
+            use_tqdm: whether to show a progress bar on a terminal.
+            kv_cache_state: the state that the prompts continue, one for all or one each; what it covers is not computed
+                again.
+            priority: for all prompts, or one each.
+            terms: tenant, ttft_target, timeout and cache_salt, as of ServiceTerms.
+
+        Raises InvalidRequest, PromptTooLong, InvalidKVState, RequestTimeout, RequestFailed, EngineDead.
         """
-        requests = asks(prompts, sampling_params, priority, terms, kv_cache_state)
+        requests = make_requests(
+            prompts, sampling_params, self.default_sampling_params, priority, terms, kv_cache_state
+        )
         done: SimpleQueue[LiveRequest | Exception] = SimpleQueue()
 
         def sink(live: LiveRequest, output: RequestOutput | Exception) -> None:
@@ -74,7 +99,7 @@ class LLM:
             elif output.finished:
                 done.put(live)
 
-        lives = self._engine.submit(requests, sink)
+        lives = self._submit(requests, sink)
         try:
             with generation_bar(len(lives), enabled=use_tqdm) as advance:
                 for _ in lives:
@@ -83,27 +108,29 @@ class LLM:
                         raise live
                     advance(live.num_tokens)
         except BaseException:
-            self._engine.abort([live.id for live in lives])
+            self._thread.post(self._frontend.abort, lives)
             raise
         return [live.whole() for live in lives]
 
     def chat(
         self,
-        messages: list[Message] | Sequence[list[Message]],
+        messages: Conversation | Sequence[Conversation],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: bool = True,
         *,
         priority: int | Sequence[int] = 0,
         **terms: Unpack[Terms],
     ) -> list[RequestOutput]:
-        """Answer one conversation, or each of several: lists of {"role": ..., "content": ...}."""
-        several = bool(messages) and isinstance(messages[0], list)
-        conversations = cast("list[list[Message]]", messages if several else [messages])
-        prompts = [self.chat_tokens(one) for one in conversations]
+        """Answer one conversation, or each of several. The other arguments are those of `generate`.
+
+        Args:
+            messages: a list of {"role": ..., "content": ...}, or a list of such lists.
+        """
+        prompts: list[Prompt] = [self.chat_tokens(one) for one in conversations(messages)]
         return self.generate(prompts, sampling_params, use_tqdm, priority=priority, **terms)
 
-    def chat_tokens(self, messages: list[Message]) -> list[int]:
-        """The prompt that a conversation becomes."""
+    def chat_tokens(self, messages: Conversation) -> list[int]:
+        """Return the token ids of the prompt that the model's chat template makes of a conversation."""
         return self.tokenizer.encode(self.tokenizer.chat(messages), add_special_tokens=False)
 
     async def agenerate(
@@ -115,8 +142,10 @@ class LLM:
         priority: int | Sequence[int] = 0,
         **terms: Unpack[Terms],
     ) -> list[RequestOutput]:
-        """`generate` for asyncio: other tasks run meanwhile, and their prompts join the batch."""
-        requests = asks(prompts, sampling_params, priority, terms, kv_cache_state)
+        """Do what `generate` does, for asyncio: other tasks run meanwhile, and their prompts join the batch."""
+        requests = make_requests(
+            prompts, sampling_params, self.default_sampling_params, priority, terms, kv_cache_state
+        )
         loop = asyncio.get_running_loop()
         done: asyncio.Queue[LiveRequest | Exception] = asyncio.Queue()
 
@@ -126,14 +155,15 @@ class LLM:
             elif output.finished:
                 loop.call_soon_threadsafe(done.put_nowait, live)
 
-        lives = self._engine.submit(requests, sink)
+        tokens = await tokenize_all(requests, self.tokenizer, self.info)
+        lives = self._thread.call(self._frontend.submit, requests, tokens, sink)
         try:
             for _ in lives:
                 live = await done.get()
                 if isinstance(live, Exception):
                     raise live
         except BaseException:
-            self._engine.abort([live.id for live in lives])
+            self._thread.post(self._frontend.abort, lives)
             raise
         return [live.whole() for live in lives]
 
@@ -146,10 +176,14 @@ class LLM:
         priority: int = 0,
         **terms: Unpack[Terms],
     ) -> Iterator[RequestOutput]:
-        """Increments of one request as they come; to stop iterating is to abort it."""
-        asked = ask(prompt, sampling_params, priority, terms, kv_cache_state)
+        """Yield increments of one request as they come: the `outputs` of each hold what is new.
+
+        The request is aborted when the iterator is closed. The arguments are those of `generate`.
+        """
+        params = sampling_params or self.default_sampling_params
+        request = make_request(prompt, params, priority, terms, kv_cache_state)
         increments: SimpleQueue[RequestOutput | Exception] = SimpleQueue()
-        lives = self._engine.submit([asked], lambda _, new: increments.put(new))
+        lives = self._submit([request], lambda _, output: increments.put(output))
         try:
             while True:
                 increment = increments.get()
@@ -159,33 +193,70 @@ class LLM:
                 if increment.finished:
                     return
         finally:
-            self._engine.abort([live.id for live in lives])
+            self._thread.post(self._frontend.abort, lives)
 
     def get_kv_cache_state(self, request_id: str, index: int = 0) -> KVState:
-        """A handle on all the tokens of a request that has finished, its output included, to continue from.
+        """Return a handle on all tokens of a finished request, output included, to continue from.
 
-        index: of its `n` completions, which. What it has is kept for kv_state_ttl seconds since its last use.
-        Raises InvalidRequest for a request that is unknown, still runs, or was too long ago, QuotaExceeded.
+        Args:
+            index: which of the request's `n` completions.
+
+        The state is kept until kv_state_ttl seconds after its last use. Raises InvalidRequest for a request that is
+        unknown, still runs, or ended too long ago; QuotaExceeded; EngineDead.
         """
-        return self._engine.keep_state(request_id, index)
+        return self._thread.call(self._frontend.keep_state, request_id, index)
 
     def load_kv_cache_state(self, path: str | Path, *, tenant: str = "", cache_salt: str | None = None) -> KVState:
-        """A state that `KVState.save` wrote, here or elsewhere, on the same kind of machine with the same model.
+        """Return the state in a file that `KVState.save` wrote, on the same kind of machine with the same model.
 
-        Load only what you trust: whoever wrote the file decides what the model will take its text to have been.
-        Raises InvalidKVState if it is damaged, or of another model, recipe or tenant; QuotaExceeded.
+        Load only files that you trust: whoever wrote one decides what the model takes its text to have been.
+        Raises InvalidKVState if the file is damaged, or of another model, recipe or tenant; QuotaExceeded; EngineDead.
         """
-        return self._engine.load_state(Path(path).absolute(), tenant, cache_salt or "")
+        return self._thread.run(self._frontend.load_state(Path(path).absolute(), tenant, cache_salt or ""))
 
     def stats(self) -> EngineStats:
-        return self._engine.stats()
+        """Return the engine's figures, between two steps. Raises EngineDead."""
+        return self._thread.run(self._frontend.engine_stats())
 
     def shutdown(self) -> None:
         """Free threads and memory now, not when the object is collected. Live requests get EngineDead."""
-        self._finalizer()
+        if self._finalizer.detach():
+            _shut_down(self._thread, self._frontend, wait=True)
 
     def __enter__(self) -> "LLM":
         return self
 
     def __exit__(self, *_: object) -> None:
         self.shutdown()
+
+    def _submit(self, requests: list[Request], sink: Sink) -> list[LiveRequest]:
+        tokens = [tokenize(request, self.tokenizer, self.info) for request in requests]
+        return self._thread.call(self._frontend.submit, requests, tokens, sink)
+
+
+class _StateOwner:
+    """What the methods of an LLM's KV states call, from any thread."""
+
+    frontend: Frontend
+
+    def __init__(self, thread: LoopThread):
+        self._thread = thread
+
+    def drop_state(self, state: KVState) -> None:
+        self._thread.post(self.frontend.drop_state, state)  # nothing to do if the engine is gone
+
+    def save_state(self, state: KVState, path: Path) -> None:
+        self._thread.run(self.frontend.save_state(state, path))
+
+
+def _shut_down(thread: LoopThread, frontend: Frontend, wait: bool = False) -> None:
+    """End the engine. The garbage collector may call this in any thread, of which only the main one may wait."""
+
+    async def close() -> None:
+        await frontend.close()
+        thread.close()
+
+    tasks = []  # keeps a reference to the task
+    thread.post(lambda: tasks.append(asyncio.ensure_future(close())))
+    if wait or threading.current_thread() is threading.main_thread():
+        thread.join(CLOSE_PATIENCE)

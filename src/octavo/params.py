@@ -13,6 +13,7 @@ from msgspec import Meta
 from .errors import InvalidRequest
 
 MAX_LOGPROBS = 20
+MAX_STOP_STRINGS, MAX_STOP_CHARACTERS = 16, 1024
 MAX_PRIORITY = 1000  # in either direction, so that aging makes up for any difference within hours
 MAX_SECONDS = 86_400.0  # of a request's timeout or target
 MAX_NAME = 256  # characters of a tenant's name or of a salt
@@ -85,7 +86,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         limit = self.max_tokens
         need(limit is None or self.min_tokens <= limit, "min_tokens", f"at most max_tokens ({limit})")
         if self.stop is not None:
-            fields.texts("stop", 16, "a non-empty string or a list of at most 16 of them")
+            limits = f"{MAX_STOP_STRINGS} strings of 1 to {MAX_STOP_CHARACTERS:,} characters"
+            fields.texts("stop", MAX_STOP_STRINGS, MAX_STOP_CHARACTERS, f"a string or a list of at most {limits}")
         if self.stop_token_ids is not None:
             fields.token_ids("stop_token_ids", 1024, "a list of at most 1,024 token ids")
         if self.seed is not None:
@@ -94,8 +96,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
             integer("logprobs", 0, MAX_LOGPROBS, f"an integer from 0 to {MAX_LOGPROBS}")
         number("presence_penalty", -2.0, 2.0, "a number from -2 to 2")
         number("frequency_penalty", -2.0, 2.0, "a number from -2 to 2")
-        number("repetition_penalty", 0.0, 100.0, "a number above 0 and at most 100")
-        need(self.repetition_penalty > 0, "repetition_penalty", "a number above 0 and at most 100")
+        # At least 1e-30: logits are divided by it in float32.
+        number("repetition_penalty", 1e-30, 100.0, "a number above 0 (at least 1e-30) and at most 100")
         if self.logit_bias is not None:
             fields.biases("logit_bias", 1024, "a map of at most 1,024 token ids to numbers from -100 to 100")
         fields.flag("ignore_eos")
@@ -199,17 +201,13 @@ class _Fields:
         self.need(ok, param, what)
         self._store(param, given, str.__str__(given))
 
-    def texts(self, param: str, most: int, what: str) -> None:
+    def texts(self, param: str, most: int, longest: int, what: str) -> None:
         given = getattr(self._struct, param)
+        values = [given] if isinstance(given, str) else _list(given)
+        self.need(values is not None and len(values) <= most, param, what)
+        self.need(all(isinstance(text, str) and 1 <= len(text) <= longest for text in values or ()), param, what)
         if isinstance(given, str):
-            self.need(bool(given), param, what)
             return self._store(param, given, str.__str__(given))
-        values = _list(given)
-        self.need(
-            values is not None and len(values) <= most and all(isinstance(text, str) and text for text in values),
-            param,
-            what,
-        )
         self._store(param, given, [str.__str__(text) for text in values or ()])
 
     def token_ids(self, param: str, most: int, what: str) -> None:

@@ -17,7 +17,7 @@ from command_line import OCTAVO
 from octavo.backends.base import Backend, StepBatch, StepResult
 from octavo.bench.report import RequestTimes, Run
 from octavo.config import POLICIES, EngineConfig
-from octavo.engine.engine import PATIENCE
+from octavo.engine.engine import MAX_IDLE
 from octavo.engine.loading import assemble, load_engine
 from octavo.errors import ConfigError
 from octavo.simulation import CostModel, Shape, SimulatedBackend, VirtualClock, text
@@ -285,7 +285,7 @@ def test_pages_come_back_from_a_tier_below() -> None:
     # 304 tokens of the first turn are computed when the second one comes: 9 pages of 32.
     assert [fetched for fetched, _ in runs] == [40 * 9, 40 * 9, 0]
     assert runs[0][1] + 9 * 0.0029 == pytest.approx(runs[1][1], abs=1e-9)
-    assert runs[1][1] < runs[2][1] == pytest.approx(without, abs=PATIENCE)
+    assert runs[1][1] < runs[2][1] == pytest.approx(without, abs=MAX_IDLE)
     small = dataclasses.replace(config, kv_disk_size=COSTS.page_bytes * 20)
     assert simulate(trace, small, msgspec.structs.replace(COSTS, seconds_per_page=0.001), 40).pages_fetched == 0
 

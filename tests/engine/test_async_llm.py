@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from octavo import AsyncLLM, RequestOutput, SamplingParams
-from octavo.errors import DamagedWeights, EngineDead, InvalidRequest, OutOfMemory, PromptTooLong
+from octavo.errors import DamagedWeights, InvalidRequest, OutOfMemory, PromptTooLong
+from octavo.frontend.requests import make_request
 
 SEEDED = SamplingParams(seed=1, max_tokens=30, ignore_eos=True)
 LONG = SamplingParams(seed=1, max_tokens=400, ignore_eos=True)
@@ -49,7 +50,7 @@ def test_increments_of_many_and_of_a_slow_reader(tiny_llama):
         whole = await llm.agenerate(prompts, [SEEDED, LONG])
         tokens: list[list[int]] = [[], []]
         rounds = 0
-        async for increments in llm.generate_many(prompts, [SEEDED, LONG]):
+        async for increments in llm.stream_requests([make_request("The class", SEEDED), make_request("A list", LONG)]):
             rounds += 1
             for prompt, increment in increments:
                 tokens[prompt] += increment.outputs[0].token_ids
@@ -105,24 +106,28 @@ def test_a_killed_engine_loses_nothing(tiny_llama):
 
         async def kill() -> None:
             await under_way.wait()
-            os.kill(llm._engine._process.pid, signal.SIGKILL)
+            os.kill(llm._frontend.replica.link.pid, signal.SIGKILL)
 
         *disturbed, _ = await asyncio.gather(*map(watched, prompts), kill())
         assert disturbed == undisturbed
-        assert llm.is_alive
+        assert llm.readiness()[0]
 
     run(tiny_llama, scenario)
 
 
-def test_an_engine_that_keeps_crashing_is_given_up(tiny_llama):
+def test_an_engine_that_is_killed_again_and_again_loses_nothing(tiny_llama):
     async def scenario(llm: AsyncLLM) -> None:
-        with pytest.raises(EngineDead, match="crashed 4 times"):
-            async for _ in llm.generate("a", SamplingParams(max_tokens=500, ignore_eos=True)):
+        (undisturbed,) = await llm.agenerate("a", SEEDED)
+        killed: set[int] = set()
+        tokens: list[int] = []
+        async for increment in llm.generate("a", SEEDED):
+            tokens += increment.outputs[0].token_ids
+            pid = llm._frontend.replica.link.pid
+            if len(killed) < 5 and pid not in killed:
+                killed.add(pid)
                 with contextlib.suppress(ProcessLookupError):  # a token that came before its end
-                    os.kill(llm._engine._process.pid, signal.SIGKILL)
-        await llm.wait_dead()
-        with pytest.raises(EngineDead):
-            await llm.agenerate("a")
+                    os.kill(pid, signal.SIGKILL)
+        assert tokens == undisturbed.outputs[0].token_ids and len(killed) == 5
 
     run(tiny_llama, scenario)
 
@@ -143,7 +148,7 @@ def test_bad_requests_harm_nobody(tiny_llama):
 
 def test_the_engine_ends_with_its_frontend(tiny_llama):
     async def scenario(llm: AsyncLLM) -> None:
-        pids.append(llm._engine._process.pid)
+        pids.append(llm._frontend.replica.link.pid)
 
     pids: list[int] = []
     run(tiny_llama, scenario)

@@ -166,4 +166,4 @@ def test_as_one_of_n(model, alone):
 def pool_of(model: dict[str, str], pages: int) -> int:
     """Bytes of a KV pool of so many pages of 32 tokens."""
     with LLM(**model, max_model_len=32) as llm:
-        return pages * llm._engine._engine.backend.page_bytes
+        return pages * llm._frontend.replica.link.engine.backend.page_bytes

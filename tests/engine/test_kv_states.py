@@ -160,12 +160,12 @@ def test_states_of_another_engine_are_refused(llm: LLM, tiny_llama: Path) -> Non
 def test_a_state_expires_after_its_last_use(tiny_llama: Path) -> None:
     with LLM(str(tiny_llama), kv_state_ttl=60) as llm:
         now = 1000.0
-        llm._engine.states.clock = lambda: now
+        llm._frontend.states._clock = lambda: now
         used, unused = first_turn(llm), first_turn(llm)
-        assert used.expires_at == 1060.0
+        assert used._deadline == 1060.0
         now = 1059.0
         llm.generate("x", GREEDY, kv_cache_state=used)
-        assert used.expires_at == 1119.0
+        assert used._deadline == 1119.0
         now = 1060.0
         llm.generate("x", GREEDY, kv_cache_state=used)
         with pytest.raises(InvalidKVState, match="has expired"):
@@ -175,7 +175,7 @@ def test_a_state_expires_after_its_last_use(tiny_llama: Path) -> None:
 def test_the_quota_of_a_tenant(tiny_llama: Path) -> None:
     with LLM(str(tiny_llama), kv_state_quota=100, kv_state_ttl=60) as llm:
         now = 0.0
-        llm._engine.states.clock = lambda: now
+        llm._frontend.states._clock = lambda: now
         request = llm.generate([[5] * 30], GREEDY, tenant="ann")[0].request_id
         state = llm.get_kv_cache_state(request)  # 50 tokens
         again = llm.get_kv_cache_state(request)  # the same 50
@@ -256,7 +256,7 @@ def test_any_traffic_of_states(operations: list[tuple[Any, ...]]) -> None:
 
 def run_traffic(operations: list[tuple[Any, ...]]) -> None:
     pins, now = Pins(), 0
-    states_book = StateBook(pins, "", QUOTA, TTL, clock=lambda: now)
+    states_book = StateBook(pins, pins, "", QUOTA, TTL, clock=lambda: now)
     requests: list[tuple[str, list[int], dict[int, int]]] = []  # tenant, all tokens, request -> its own tokens
     states: list[tuple[KVState, int]] = []  # and the request that each is of
     last_use: dict[str, int] = {}
@@ -333,7 +333,7 @@ def test_states_outlive_a_crash_of_the_engine(tiny_llama: Path) -> None:
             state = await llm.get_kv_cache_state(first.request_id)
             [expected] = await llm.agenerate(" more", GREEDY, kv_cache_state=state)
             assert expected.metrics.cached_tokens == state.num_tokens - 1
-            os.kill(llm._engine._process.pid, signal.SIGKILL)
+            os.kill(llm._frontend.replica.link.pid, signal.SIGKILL)
             [output] = await llm.agenerate(" more", GREEDY, kv_cache_state=state)
             assert output.outputs == expected.outputs
             [output] = await llm.agenerate(" more", GREEDY, kv_cache_state=state)

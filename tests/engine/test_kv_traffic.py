@@ -40,18 +40,16 @@ class Traffic:
         self.done: list[tuple[list[int], str, str]] = []  # conversations that ended, with tenant and salt
         self.states: list[str] = []
         self.ids = map(str, count())
-        self.now = 0.0
 
     def add(self, prompt: list[int], max_tokens: int, tenant: str, salt: str, copies: int = 1) -> None:
         leader = None
         for _ in range(copies):
             id = next(self.ids)
-            self.now += 0.1
             request = EngineRequest(
                 id,
                 prompt,
                 SamplingParams(max_tokens=max_tokens),
-                self.now,
+                0.0,
                 after=leader,
                 tenant=tenant,
                 salt=salt,

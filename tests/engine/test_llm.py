@@ -7,7 +7,7 @@ import pytest
 
 from octavo import LLM, SamplingParams
 from octavo.errors import ConfigError, EngineDead, InvalidRequest, ModelNotFound, OutOfMemory, PromptTooLong
-from octavo.frontend.prompts import asks
+from octavo.frontend.requests import make_request
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 
@@ -193,18 +193,20 @@ def test_shutdown_ends_what_runs(tiny_llama):
         llm.generate("a")
 
 
-def test_a_failure_on_the_way_out_leaves_nobody_waiting(tiny_llama):
+def test_a_sink_that_fails_ends_its_own_request_only(llm):
+    called = threading.Event()
+
     def sink(*_: object) -> None:
+        called.set()
         raise ZeroDivisionError("a sink that fails")
 
-    with LLM(str(tiny_llama)) as llm:
-        stream = llm.stream("a", SamplingParams(max_tokens=500, ignore_eos=True))
-        next(stream)
-        llm._engine.submit(asks("b", GREEDY, 0, {}), sink)
-        with pytest.raises(EngineDead, match="a sink that fails"):
-            list(stream)
-        with pytest.raises(EngineDead):
-            llm.generate("a")
+    stream = llm.stream("a", SamplingParams(max_tokens=100, ignore_eos=True))
+    next(stream)
+    llm._submit([make_request("b", SamplingParams(max_tokens=400, ignore_eos=True))], sink)
+    assert sum(len(increment.outputs[0].token_ids) for increment in stream) == 99
+    assert called.is_set()
+    llm.generate("c", SamplingParams(max_tokens=1))
+    assert llm.stats().running == 0
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,11 @@
 import asyncio
 import itertools
 import random
+import subprocess
+import sys
 from array import array
 from collections import defaultdict
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,7 @@ from octavo.config import POLICIES, EngineConfig
 from octavo.engine.engine import Engine
 from octavo.engine.loading import load_policy
 from octavo.engine.messages import EngineRequest
-from octavo.engine.policies import DEFAULT_TTFT_TARGET, Policy
+from octavo.engine.policies import DEFAULT_TTFT_TARGET, Policy, Priority
 from octavo.engine.policies.fair import OUTPUT_TOKEN, PROMPT_TOKEN, REMEMBERED, Fair
 from octavo.engine.sequence import Sequence
 from octavo.errors import ConfigError
@@ -29,7 +32,7 @@ MINE = "import octavo.engine.policies\n\nclass Mine(octavo.engine.policies.Polic
 
 
 def sequence(order: int, tenant: str = "", prompt: int = 1) -> Sequence:
-    request = EngineRequest(str(order), [0] * prompt, SamplingParams(), 0.0, tenant=tenant)
+    request = EngineRequest(str(order), [0] * prompt, SamplingParams(), tenant=tenant)
     tokens = array("i", request.prompt)
     seq = Sequence(request, order, frozenset(), tokens, Prefix(root_key("", "", ""), tokens, 4), prompt, prompt + 16)
     seq.place = (0.0, order)
@@ -296,12 +299,14 @@ def test_what_policies_remember_is_bounded() -> None:
 
 def test_a_policy_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_llama: Path) -> None:
     monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "latest.py").write_text(MINE + "def rank(self, request):\n        return -request.arrival\n")
+    (tmp_path / "latest.py").write_text(MINE + "def rank(self, seq):\n        return -seq.arrival\n")
     with LLM(str(tiny_llama), scheduling_policy="latest:Mine", max_batch_size=1) as llm:
-        policy = llm._engine._engine.scheduler.policy
+        policy = llm._frontend.replica.link.engine.scheduler.policy
         assert (type(policy).__name__, policy.config) == ("Mine", llm.config)
         assert llm.generate([[5, 6], [7, 8]], SamplingParams(max_tokens=3))[1].outputs
-        assert policy.rank(EngineRequest("1", [5], SamplingParams(), 3.0)) == -3.0
+        seq = sequence(0)
+        seq.arrival = 3.0
+        assert policy.rank(seq) == -3.0
 
 
 @pytest.mark.parametrize(
@@ -336,8 +341,8 @@ def test_a_bad_policy_fails_at_the_start_of_an_engine_process(tiny_llama: Path) 
 
 def test_a_policy_that_fails_for_one_request_fails_that_one_only() -> None:
     class Seats(Policy):
-        def rank(self, request: EngineRequest) -> float:
-            return {"a": 1.0, "b": 2.0, "nan": float("nan")}[request.tenant]
+        def rank(self, seq: Sequence) -> float:
+            return {"a": 1.0, "b": 2.0, "nan": float("nan")}[seq.tenant]
 
     engine = Engine(
         PrefixBackend(8, 4),
@@ -348,7 +353,7 @@ def test_a_policy_that_fails_for_one_request_fails_that_one_only() -> None:
         policy=Seats(EngineConfig()),
     )
     for tenant in ("a", "c", "nan", "b"):
-        engine.add(EngineRequest(tenant, [0, 1], SamplingParams(max_tokens=3), 0.0, tenant=tenant))
+        engine.add(EngineRequest(tenant, [0, 1], SamplingParams(max_tokens=3), tenant=tenant))
     outputs = [output for _ in range(4) for output in engine.step()]
     assert {o.id: o.message for o in outputs if o.finish_reason == "error"} == {
         "c": "the scheduling policy failed: KeyError: 'c'",
@@ -356,3 +361,142 @@ def test_a_policy_that_fails_for_one_request_fails_that_one_only() -> None:
     }
     assert [o.token for o in outputs if o.id == "b"] == complete([0, 1], 3)
     assert not engine.has_work
+
+
+METHODS = ("rank", "key", "add", "peek", "pop", "remove", "charge", "victim", "preempt_for")
+NONSENSE = {
+    "rank": [None, "soon", float("inf"), [0.0]],
+    "key": [None, "first", 3, (None, None)],
+    "peek": [7, [], object()],
+    "victim": [None, 7, []],
+    "preempt_for": [7, [], object()],
+}
+
+
+class Poisoned(Priority):
+    """A policy that fails in one method, whenever that has to do with a sequence of the tenant "poison"."""
+
+    method = ""
+    answer: Any = None  # in place of raising
+
+    def about(self, method: str, seq: Sequence | None) -> bool:
+        hit = method == self.method and seq is not None and seq.tenant == "poison"
+        if hit and self.answer is None:
+            raise KeyError("a seat that is not there")
+        return hit
+
+    def rank(self, seq: Sequence) -> float:
+        return self.answer[0] if self.about("rank", seq) else super().rank(seq)
+
+    def key(self, seq: Sequence) -> tuple[float, int]:
+        return self.answer[0] if self.about("key", seq) else super().key(seq)
+
+    def add(self, seq: Sequence) -> None:
+        super().add(seq)
+        self.about("add", seq)
+
+    def peek(self) -> Sequence | None:
+        seq = super().peek()
+        return self.answer[0] if self.about("peek", seq) else seq
+
+    def pop(self) -> None:
+        seq = super().peek()
+        self.about("pop", seq)
+        super().pop()
+
+    def remove(self, seq: Sequence) -> None:
+        self.about("remove", seq)
+        super().remove(seq)
+
+    def charge(self, decoding: Iterable[Sequence]) -> None:
+        for seq in decoding:
+            self.about("charge", seq)
+
+    def victim(self, running: Collection[Sequence]) -> Sequence:
+        poison = next((seq for seq in running if seq.tenant == "poison"), None)
+        return self.answer[0] if self.about("victim", poison) else super().victim(running)
+
+    def preempt_for(self, waiting: Sequence, running: Collection[Sequence]) -> Sequence | None:
+        return self.answer[0] if self.about("preempt_for", waiting) else super().preempt_for(waiting, running)
+
+
+def serve(policy: Policy, tenants: list[str], abort: str = "") -> dict[str, str | list[int]]:
+    """The tokens of a request of each tenant, or its error, from an engine with too few slots and pages for all."""
+    engine = Engine(
+        PrefixBackend(14, 4), num_pages=14, max_model_len=40, max_batch_size=4, max_batch_tokens=12, policy=policy
+    )
+    served: dict[str, str | list[int]] = {}
+    for i, tenant in enumerate(tenants):
+        prompt = [i % 3] * (5 + i)
+        id = f"{tenant} {i}"
+        engine.add(EngineRequest(id, prompt, SamplingParams(max_tokens=16), tenant=tenant, priority=i % 3))
+        served[id] = []
+    for step in itertools.count():
+        if step == 2:
+            engine.abort([abort])
+        for output in engine.step():
+            tokens = served[output.id]
+            assert isinstance(tokens, list), "an output after the last one"
+            if output.finish_reason == "error":
+                assert output.message and "\n" not in output.message
+                served[output.id] = output.message
+            else:
+                tokens.append(output.token)
+        if not engine.has_work:
+            break
+        assert step < 2000, "a request is never served"
+    stats = engine.stats()
+    assert (stats.running, stats.waiting, stats.free_pages + stats.cached_pages) == (0, 0, stats.num_pages)
+    assert not engine._live and not len(engine._deadlines)
+    return served
+
+
+CASES = [(method, None) for method in METHODS]
+CASES += [(method, (answer,)) for method, answers in NONSENSE.items() for answer in answers]
+
+
+@pytest.mark.parametrize(("method", "answer"), CASES)
+def test_a_policy_that_fails_in_a_method_fails_the_request_at_fault_alone(method: str, answer: Any) -> None:
+    policy = Poisoned(EngineConfig())
+    policy.method, policy.answer = method, answer
+    tenants = ["a", "poison", "b", "c", "poison", "d", "e", "f"]
+    for id, tokens in serve(policy, tenants, abort="poison 4").items():
+        i = int(id.split()[1])
+        if id.startswith("poison"):
+            assert isinstance(tokens, str) or i == 4 or tokens == complete([i % 3] * (5 + i), 16)
+        else:
+            assert tokens == complete([i % 3] * (5 + i), 16)
+
+
+@pytest.mark.parametrize("method", ["rank", "key", "add", "peek", "pop", "charge"])
+def test_the_request_at_fault_is_told_why(method: str) -> None:
+    policy = Poisoned(EngineConfig())
+    policy.method = method
+    poison = serve(policy, ["a", "poison", "b", "c", "d"])["poison 1"]
+    assert poison == "the scheduling policy failed: KeyError: 'a seat that is not there'"
+
+
+@pytest.mark.parametrize(("method", "answer"), CASES)
+def test_a_policy_that_always_fails_does_not_end_the_engine(method: str, answer: Any) -> None:
+    policy = Poisoned(EngineConfig())
+    policy.method, policy.answer = method, answer
+    for tokens in serve(policy, ["poison"] * 8, abort="poison 6").values():
+        assert isinstance(tokens, (str, list))
+
+
+def test_a_policy_of_the_current_folder_shadows_nothing(tmp_path: Path) -> None:
+    """As in an engine process, which is started with -P: modules of the folder are found after all others."""
+    (tmp_path / "random.py").write_text("raise SystemExit('shadowed')")
+    (tmp_path / "seats.py").write_text("SEATS = 3\n")
+    (tmp_path / "mine.py").write_text(MINE + "def rank(self, seq):\n        import seats\n        return seats.SEATS\n")
+    code = """
+import random, sys
+from octavo.config import EngineConfig
+from octavo.engine.policies.loading import load_policy
+policy = load_policy(EngineConfig(scheduling_policy="mine:Mine"))
+import secrets
+print(policy.rank(None), random.__file__)
+"""
+    done = subprocess.run([sys.executable, "-P", "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    rank, module = done.stdout.split()
+    assert rank == "3" and not module.startswith(str(tmp_path)), done.stderr

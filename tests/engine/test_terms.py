@@ -47,8 +47,9 @@ def test_the_ends_of_the_ranges_are_in_them() -> None:
 def test_keywords_of_llm_arrive(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[EngineRequest] = []
     with LLM(str(tiny_llama)) as llm:
-        add = llm._engine._engine.add
-        monkeypatch.setattr(llm._engine._engine, "add", lambda request: asked.append(request) or add(request))
+        engine = llm._frontend.replica.link.engine
+        add = engine.add
+        monkeypatch.setattr(engine, "add", lambda request: asked.append(request) or add(request))
         llm.generate(["a", "b"], SHORT, priority=[3, -1], **ALL)
         llm.generate([5, 6], SamplingParams(max_tokens=1, n=2), priority=2)
         llm.chat([{"role": "user", "content": "a"}], SHORT, priority=4, **ALL)
@@ -65,7 +66,7 @@ def test_keywords_of_llm_arrive(tiny_llama: Path, monkeypatch: pytest.MonkeyPatc
         assert [request.salt for request in asked] == ["mine", "mine", "ours", ""]
         assert asked[0].prompt == llm.tokenizer.encode("a") and asked[3].prompt == [5, 6]
         for wrong, said in (
-            ({"prompt": "a", "salt": "x"}, "no salt"),
+            ({"prompt": "a", "salt": "x"}, "cannot have salt"),
             ({"cache_salt": "x"}, "string or"),
             (5.5, "string"),
         ):
@@ -89,7 +90,7 @@ def test_keywords_of_async_llm_arrive(tiny_llama: Path) -> None:
             async for _ in llm.generate("a", LONG, "mine", priority=7, **ALL):
                 batch = asyncio.ensure_future(llm.agenerate(["a", "b"], LONG, priority=[8, 9], tenant="bob"))
                 await asyncio.sleep(0)
-                asked = llm._engine._ledger.owed()
+                asked = [request for live in llm._frontend._ledger for request in live.owed()]
                 batch.cancel()
                 return asked
         raise AssertionError
@@ -118,7 +119,7 @@ def test_fields_and_header_arrive(tiny_llama: Path, path: str) -> None:
                 for names in ([], ["carl"], [""])
             ]
             open_ones.append(await post(address, {**body, **dict.fromkeys(FIELDS)}, path))
-            while len(asked := llm._engine._ledger.owed()) < 4:
+            while len(asked := [request for live in llm._frontend._ledger for request in live.owed()]) < 4:
                 await asyncio.sleep(0)
             reader, _ = await post(address, body, path, f"{TENANT_HEADER}: a", f"{TENANT_HEADER}: b")
             return asked, await reader.read()

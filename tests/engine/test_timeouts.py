@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -71,7 +72,7 @@ class Clocked:
 
     def add(self, id: str, timeout: float | None, max_tokens: int = 30, after: str | None = None) -> None:
         params = SamplingParams(max_tokens=max_tokens)
-        self.engine.add(EngineRequest(id, [0, 1, 2], params, START, after=after, timeout=timeout))
+        self.engine.add(EngineRequest(id, [0, 1, 2], params, self.now - START, after=after, timeout=timeout))
 
     def step(self, seconds: float = 1.0) -> dict[str, TokenOutput]:
         self.now += seconds
@@ -137,7 +138,7 @@ def test_a_timeout_frees_pages_for_those_who_wait() -> None:
     clocked = Clocked(num_pages=8)
     clocked.add("hog", 10, max_tokens=29)
     clocked.step()
-    clocked.engine.add(EngineRequest("next", [1] * 28, SamplingParams(max_tokens=4), START))
+    clocked.engine.add(EngineRequest("next", [1] * 28, SamplingParams(max_tokens=4), 1.0))
     assert clocked.run()["next"] == complete([1] * 28, 4)
 
 
@@ -152,6 +153,21 @@ def test_python(tiny_llama: Path) -> None:
             list(llm.stream("a", ENDLESS, timeout=0.05))
         assert llm.generate("a", SamplingParams(max_tokens=4), use_tqdm=False, timeout=60)[0].finished
         assert llm.stats().running == 0
+
+
+@pytest.mark.parametrize("hours", [-2, 2])
+def test_the_wall_clock_may_jump(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, hours: int) -> None:
+    """Neither do live requests time out, nor do KV states expire."""
+    real = time.time
+    with LLM(str(tiny_llama), kv_state_ttl=60) as llm:
+        first = llm.generate("a", SamplingParams(max_tokens=4), use_tqdm=False)[0]
+        state = llm.get_kv_cache_state(first.request_id)
+        increments = llm.stream("a", SamplingParams(max_tokens=100, ignore_eos=True), timeout=60)
+        next(increments)
+        monkeypatch.setattr(time, "time", lambda: real() + 3600 * hours)
+        assert sum(len(increment.outputs[0].token_ids) for increment in increments) > 90
+        [output] = llm.generate("b", SamplingParams(max_tokens=4), use_tqdm=False, timeout=60, kv_cache_state=state)
+        assert output.finished
 
 
 def test_async_llm(tiny_llama: Path) -> None:

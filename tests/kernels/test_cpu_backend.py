@@ -134,7 +134,7 @@ BAD = {
     "sampled row": {"sample_rows": np.array([3], np.int32)},
     "run from 0": {"query_start": np.array([0, 2], np.int32)},
     "one entry per sampled row": {"sampling": sampling_batch(2)},
-    "as many": {"tokens": np.array([1, 2], np.int32)},
+    "one entry per token": {"tokens": np.array([1, 2], np.int32)},
 }
 
 

@@ -14,7 +14,7 @@ from octavo.text import Tokenizer
 from step_batches import run_chunks
 from tiny_models import real_text
 
-NUM_TOKENS = 1200  # in contexts of CONTEXT tokens, as KV pools of the tests hold no more
+NUM_TOKENS = 480  # in contexts of CONTEXT tokens, as KV pools of the tests hold no more
 CONTEXT = 240
 PAGES = list(range(8))
 
@@ -45,10 +45,11 @@ def mean_kl(reference: list[np.ndarray], other: list[np.ndarray]) -> float:
 
 
 def test_bfloat16_fidelity(smollm2: Path, smollm2_in_transformers: PreTrainedModel, texts: list[list[int]]) -> None:
+    texts = texts[:2]  # transformers takes a minute where the processor has no bfloat16
     reference = of_transformers(smollm2_in_transformers, texts)
     ours = mean_kl(reference, of_backend(load_backend("cpu", smollm2), texts))
     theirs = mean_kl(reference, of_transformers(copy.deepcopy(smollm2_in_transformers).bfloat16(), texts))
-    print(f"mean KL from float32 over {NUM_TOKENS} tokens: octavo {ours:.3g}, transformers bfloat16 {theirs:.3g}")
+    print(f"mean KL from float32 over {2 * CONTEXT} tokens: octavo {ours:.3g}, transformers bfloat16 {theirs:.3g}")
     assert 0 < ours <= 1.5 * theirs
 
 

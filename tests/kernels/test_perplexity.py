@@ -9,7 +9,7 @@ pytest.importorskip("octavo.backends.cpu._native", reason="the cpu backend's ext
 
 from perplexity import Model, cost, losses, open_model
 
-WINDOWS = 10  # of 512 tokens: 5,110 are scored
+WINDOWS = 6  # of 512 tokens: 3,066 are scored
 
 
 def assert_costs_at_most(limit: float, of: np.ndarray, reference: np.ndarray) -> None:
@@ -27,7 +27,7 @@ def model(smollm2: Path) -> Model:
 @pytest.fixture(scope="module")
 def in_bfloat16(model: Model) -> np.ndarray:
     reference = losses(model, "none")
-    assert len(reference) >= 5000
+    assert len(reference) >= 3000
     assert 2 < reference.mean() < 3  # nats: a real model on real text
     return reference
 

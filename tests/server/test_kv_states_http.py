@@ -3,6 +3,7 @@
 import asyncio
 import os
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -193,14 +194,15 @@ def test_a_handle_expires(tiny_llama: Path) -> None:
             serving(tiny_llama, kv_state_ttl=60) as (llm, _, (host, port)),
             httpx.AsyncClient(base_url=f"http://{host}:{port}/v1", timeout=60) as client,
         ):
-            now = 1000.0
-            llm.kv_cache_states.clock = lambda: now
+            late = 0.0
+            llm.kv_cache_states._clock = lambda: time.monotonic() + late
             body = {"prompt": QUESTION, "kv_cache_state": True}
             state = (await client.post("/completions", json=body)).json()["kv_cache_state"]
-            assert state["expires_at"] == 1060
-            now = 1050.0
-            assert (await client.get(f"/kv_cache_states/{state['id']}")).json()["expires_at"] == 1110
-            now = 1110.0
+            assert abs(state["expires_at"] - time.time() - 60) < 30
+            late = 50.0
+            put_off = (await client.get(f"/kv_cache_states/{state['id']}")).json()["expires_at"]
+            assert abs(put_off - state["expires_at"] - 50) < 30
+            late = 115.0
             reply = await client.post("/completions", json={"prompt": "x", "kv_cache_state": state["id"]})
             assert reply.status_code == 404
 

@@ -23,6 +23,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 import octavo
 from octavo.engine.messages import EngineStats
+from octavo.server.config import ServerConfig
 from server_process import ServerProcess, post, serving
 
 HELLO = [{"role": "user", "content": "Say hello to the modules"}]
@@ -346,7 +347,7 @@ def test_a_client_that_leaves_frees_its_request(tiny_llama: Path, options: dict[
 
 def test_a_queued_stream_is_kept_alive(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """While another request has the only place, comments come; then the events."""
-    monkeypatch.setattr("octavo.server.edge.connection.PING_SECONDS", 0.02)
+    monkeypatch.setattr("octavo.server.openai.events.PING_SECONDS", 0.02)
 
     async def wait() -> bytes:
         async with serving(tiny_llama, max_batch_size=1) as (llm, _, address):
@@ -362,11 +363,9 @@ def test_a_queued_stream_is_kept_alive(tiny_llama: Path, monkeypatch: pytest.Mon
     assert b"data: [DONE]" in got
 
 
-def test_patience_in_draining_ends(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("octavo.server.edge.draining.DRAIN_SECONDS", 0.1)
-
+def test_the_drain_timeout_ends_requests(tiny_llama: Path) -> None:
     async def drain() -> list[bytes]:
-        async with serving(tiny_llama, max_batch_size=1) as (llm, server, address):
+        async with serving(tiny_llama, ServerConfig(drain_timeout=0.1), max_batch_size=1) as (llm, server, address):
             body = {"prompt": "Endless", "max_tokens": 480, "n": 50, "ignore_eos": True}
             connections = [await post(address, body | {"stream": stream}) for stream in (True, False)]
             while (await llm.stats()).tokens_generated < 2:
@@ -379,13 +378,14 @@ def test_patience_in_draining_ends(tiny_llama: Path, monkeypatch: pytest.MonkeyP
     assert b'"code":"server_stopping"' in stream and b'"code":"server_stopping"' in whole
 
 
-def test_draining(tiny_llama: Path) -> None:
-    """After SIGTERM a running stream ends as it would have, nobody new is let in, and the exit code is 0."""
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_draining(tiny_llama: Path, number: signal.Signals) -> None:
+    """After the signal a running stream ends as it would have, nobody new is let in, and the exit code is 0."""
     with ServerProcess(tiny_llama) as server:
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
         stream = complete(client, stream=True, max_tokens=450, stream_options={"include_usage": True})
         next(stream)
-        server.signal(signal.SIGTERM)
+        server.signal(number)
         server.wait_until_closed()
         assert list(stream)[-1].usage.completion_tokens == 450
         assert server.process.wait(timeout=30) == 0
@@ -405,7 +405,7 @@ def test_a_second_signal_ends_at_once(tiny_llama: Path) -> None:
 
 
 def test_a_crash_of_the_engine_and_its_death(tiny_llama: Path) -> None:
-    """After a crash a stream goes on. An engine that cannot be brought back is dead: streams and /health say so."""
+    """After a crash a stream goes on. An engine that cannot be brought back is dead: streams and /ready say so."""
     with ServerProcess(tiny_llama) as server:
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
         expected = complete(client, max_tokens=400).choices[0].text
@@ -422,7 +422,9 @@ def test_a_crash_of_the_engine_and_its_death(tiny_llama: Path) -> None:
         os.kill(server.engine_pid(other_than=killed), signal.SIGKILL)  # while it loads
         with pytest.raises(openai.APIError, match="engine"):
             list(stream)
-        assert httpx.get(f"{server.url}/health").status_code == 503
+        assert httpx.get(f"{server.url}/health").status_code == 200
+        not_ready = httpx.get(f"{server.url}/ready")
+        assert not_ready.status_code == 503 and not_ready.json()["reason"]
         with pytest.raises(openai.InternalServerError) as error:
             complete(client)
         assert (error.value.status_code, error.value.code) == (503, "engine_dead")

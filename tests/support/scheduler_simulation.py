@@ -29,7 +29,9 @@ class Simulation:
     ):
         self.kv = KVCache(num_pages, PAGE, prefix_caching, self.copy_page)
         self.policy = load_policy(EngineConfig(scheduling_policy=policy, **settings))
-        self.scheduler = Scheduler(self.kv, self.policy, Recovery("auto", PAGE), max_batch_size, max_batch_tokens)
+        self.scheduler = Scheduler(
+            self.kv, self.policy, Recovery("auto", PAGE), max_batch_size, max_batch_tokens, self.fail
+        )
         self.max_batch_size, self.max_batch_tokens = max_batch_size, max_batch_tokens
         self.memory: list[list[tuple[int, ...] | None]] = [[None] * PAGE for _ in range(num_pages)]
         self.live: dict[str, Sequence] = {}
@@ -40,10 +42,11 @@ class Simulation:
     def add(self, prompt: list[int], max_tokens: int, after: str | None = None, **terms: Any) -> str:
         """`terms`: tenant, priority, ttft_target."""
         params = SamplingParams(max_tokens=max_tokens)
-        request = EngineRequest(str(self.arrivals), prompt, params, self.now, after=after, **terms)
+        request = EngineRequest(str(self.arrivals), prompt, params, after=after, **terms)
         tokens = array("i", prompt)
         prefix = Prefix(root_key("", "", ""), tokens, PAGE)
         seq = Sequence(request, self.arrivals, frozenset(), tokens, prefix, len(prompt), len(prompt) + max_tokens)
+        seq.arrival = self.now
         self.arrivals += 1
         self.live[seq.id] = seq
         self.scheduler.add(seq, after=self.live.get(after or ""))
@@ -51,6 +54,9 @@ class Simulation:
 
     def copy_page(self, source: int, target: int) -> None:
         self.memory[target] = list(self.memory[source])
+
+    def fail(self, seq: Sequence, reason: str) -> None:
+        raise AssertionError(reason)
 
     def abort(self, id: str) -> None:
         self.scheduler.abort(self.live.pop(id))
@@ -61,18 +67,18 @@ class Simulation:
         self.check(plan)
         for seq, chunk in zip(plan.sequences, plan.chunks, strict=True):  # every row writes, then every row reads
             for position in range(seq.num_computed, seq.num_computed + chunk):
-                page = seq.held.pages[position // PAGE]
+                page = seq.page_table.pages[position // PAGE]
                 self.memory[page][position % PAGE] = tuple(seq.tokens[: position + 1])
         for seq, chunk in zip(plan.sequences, plan.chunks, strict=True):
             for position in range(seq.num_computed + chunk):
-                seen = self.memory[seq.held.pages[position // PAGE]][position % PAGE]
+                seen = self.memory[seq.page_table.pages[position // PAGE]][position % PAGE]
                 assert seen == tuple(seq.tokens[: position + 1]), "a sequence reads K and V that are not its own"
         for seq, chunk in zip(plan.sequences, plan.chunks, strict=True):
             sampled = chunk == seq.num_uncomputed
             if seq.num_computed < seq.num_prompt <= seq.num_computed + chunk:
                 self.scheduler.end_prompt(seq)
             seq.num_computed += chunk
-            self.kv.commit(seq.held, seq.num_computed)
+            self.kv.commit(seq.page_table, seq.num_computed)
             if sampled:
                 seq.tokens.append(sum(seq.tokens) % 3)  # a model whose next token depends on all before it
                 if len(seq.tokens) == seq.max_tokens:

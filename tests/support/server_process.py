@@ -18,6 +18,8 @@ import httpx
 
 from octavo import AsyncLLM
 from octavo.server.app import create_app
+from octavo.server.config import ServerConfig
+from octavo.server.edge.access_log import AccessLog
 from octavo.server.edge.draining import DrainingServer
 
 COMPLETIONS = "/v1/completions"
@@ -92,12 +94,16 @@ class ServerProcess:
 
 
 @contextlib.asynccontextmanager
-async def serving(model: Path, **settings: Any) -> AsyncIterator[tuple[AsyncLLM, DrainingServer, Any]]:
+async def serving(
+    model: Path, config: ServerConfig | None = None, access_log: AccessLog | None = None, **settings: Any
+) -> AsyncIterator[tuple[AsyncLLM, DrainingServer, Any]]:
     """A server on the loop of the test, which can ask its engine what it runs; and its address."""
     async with AsyncLLM(str(model), **settings) as llm, asyncio.timeout(60):
         listener = socket.create_server(("127.0.0.1", 0))
         address = listener.getsockname()
-        server = DrainingServer(create_app(llm), on_ready=lambda: None)
+        config = config or ServerConfig()
+        app = create_app(llm, config, draining=lambda: server.should_exit)
+        server = DrainingServer(app, config, access_log or AccessLog("none", None), on_ready=lambda: None)
         task = asyncio.ensure_future(server.serve([listener]))
         yield llm, server, address
         server.should_exit = True

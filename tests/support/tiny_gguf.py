@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import gguf
@@ -13,8 +14,13 @@ QUANTISABLE = ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"]
 K_QUANTS = ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"]  # which the gguf package can read but not make
 
 
-def write_gguf(source: Path, target: Path, format: str = "F32") -> dict[str, np.ndarray]:
-    """Matrices in `format`, the rest in F32. Returns what was written: Hugging Face names and order, dequantized."""
+def write_gguf(
+    source: Path, target: Path, format: str = "F32", edit: Callable[[gguf.GGUFWriter], None] = lambda writer: None
+) -> dict[str, np.ndarray]:
+    """Write matrices in `format`, the rest in F32; `edit` may change the keys before the file is written.
+
+    Returns what was written: Hugging Face names and order, dequantized.
+    """
     config = json.loads((source / "config.json").read_text())
     arch = "llama" if config["model_type"] == "mistral" else config["model_type"]
     rope = config["rope_parameters"]
@@ -54,6 +60,7 @@ def write_gguf(source: Path, target: Path, format: str = "F32") -> dict[str, np.
             if arch == "llama" and (match := re.search(r"self_attn\.([qk])_proj", name)):
                 data = _interleave_pairs(data, heads[match[1]])
             writer.add_tensor(names.get_name(name, try_suffixes=(".weight", ".bias")), data, raw_dtype=kind)
+    edit(writer)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -197,20 +197,21 @@ for number in range(10**6):
 def test_killed_at_any_instant(tmp_path: Path) -> None:
     """Every page that was reported as written is there, every page that is there is right, and half ones go."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(["src", *sys.path])}
-    for delay in (0.02, 0.06, 0.1):
-        folder = tmp_path / str(delay)
+    for pages in (1, 20, 100):
+        folder = tmp_path / str(pages)
         command = [sys.executable, "-c", WRITER, str(folder)]
         with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as writer:
             assert writer.stdout is not None
             assert writer.stdout.readline() == "begin\n"
-            timer = threading.Timer(delay, writer.kill)
-            timer.start()
-            written = writer.stdout.read().count("\n")
+            for _ in range(pages):
+                assert writer.stdout.readline()
+            writer.kill()
+            written = pages + writer.stdout.read().count("\n")
         for half in folder.rglob("*.tmp"):
             os.utime(half, (0, 0))
         tier = DiskTier(folder, 10**9, 100 * PAGE_BYTES)
         names = [bytes.fromhex(path.stem) for path in page_files(folder)]
-        assert written > 0 and {number.to_bytes(16, "little") for number in range(written)} <= set(names)
+        assert {number.to_bytes(16, "little") for number in range(written)} <= set(names)
         for key in names:
             content = tier.read(key)
             assert content is not None and np.array_equal(content, page_of(key, 100 * PAGE_BYTES))
@@ -247,7 +248,7 @@ def test_a_disk_without_space(tmp_path: Path) -> None:
     """On a file system of 64 KiB, where the tests may make one."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)]
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k,mode=700", "tmpfs", str(disk)]
     if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode != 0:
         pytest.skip("needs to mount a file system")
     try:
@@ -285,6 +286,36 @@ def test_a_folder_that_cannot_be_used(tmp_path: Path) -> None:
         assert "\n" not in str(error.value)
     with pytest.raises(ConfigError, match="kv_disk_size must be at least"):
         DiskTier(tmp_path, FILE_BYTES - 1, PAGE_BYTES)
+
+
+@pytest.mark.parametrize("mode", [0o770, 0o702, 0o1777])
+@pytest.mark.parametrize("inner", [False, True])
+def test_a_folder_that_others_can_write_to_is_refused(tmp_path: Path, mode: int, inner: bool) -> None:
+    fill(open_tier(tmp_path), KEYS[:1])
+    folder = tmp_path / KEYS[0].hex()[:2] if inner else tmp_path
+    folder.chmod(mode)
+    with pytest.raises(ConfigError, match=r"other users can write to .* of your own") as error:
+        open_tier(tmp_path)
+    assert "\n" not in str(error.value)
+    folder.chmod(0o755)
+    assert holds(open_tier(tmp_path), KEYS[0])
+
+
+def test_pages_that_others_can_write_to_are_not_used(tmp_path: Path) -> None:
+    fill(open_tier(tmp_path), KEYS[:3])
+    page_files(tmp_path)[0].chmod(0o666)
+    tier = open_tier(tmp_path)
+    assert [holds(tier, key) for key in KEYS[:3]] == [False, True, True]
+    fill(tier, KEYS[:1])
+    assert holds(open_tier(tmp_path), KEYS[0])
+
+
+def test_a_folder_of_another_user_is_refused(tmp_path: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("needs to give a folder to another user")
+    os.chown(tmp_path, 12345, -1)
+    with pytest.raises(ConfigError, match="other users can write to"):
+        open_tier(tmp_path)
 
 
 def test_a_host_tier_has_room_for_a_page_or_says_no() -> None:

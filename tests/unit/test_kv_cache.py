@@ -27,7 +27,7 @@ class Client:
     def ask(self, prompt: list[int], max_tokens: int = 3, tenant: str = "", salt: str = "") -> tuple[list[int], int]:
         """The output, and how many tokens of the prompt were found in the cache."""
         params = SamplingParams(max_tokens=max_tokens)
-        self.engine.add(EngineRequest(str(next(self.ids)), prompt, params, 0.0, tenant=tenant, salt=salt))
+        self.engine.add(EngineRequest(str(next(self.ids)), prompt, params, tenant=tenant, salt=salt))
         outputs: list[TokenOutput] = []
         while self.engine.has_work:
             outputs += self.engine.step()

@@ -1,5 +1,6 @@
 """Page files and saved states: what was written comes back, or nothing does, whatever happened to the file."""
 
+from array import array
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ from hypothesis import strategies as st
 
 from octavo.errors import InvalidKVState
 from octavo.formats.page_file import BadPageFile, PageFile, page_file_bytes, write_page_file
-from octavo.states.file import StateFile, save_state
+from octavo.kv import Prefix, root_key
+from octavo.states.file import StateFile, read_saved_tokens, save_state
 
 PAGE_BYTES = 200
 KEYS = [bytes([k]) * 16 for k in range(3)]
@@ -125,15 +127,23 @@ def test_a_page_under_the_name_of_another_is_noticed(tmp_path: Path) -> None:
 
 
 def test_a_state_comes_back(tmp_path: Path) -> None:
-    metadata = {"tenant": "a"}
-    pages = ((key, page_of(key)) for key in KEYS[:2])
+    root = root_key("f", "a", "")
+    saved, loaded = (Prefix(root_key("f", "a", "", origin), array("i", range(7)), 2) for origin in ("", "kv-1"))
+    keys = [saved.key(0), saved.key(1), KEYS[0]]  # the last is not that of any of its tokens
     path = tmp_path / "state"
-    save_state(path, tokens=[5, 6], fingerprint="f", metadata=metadata, page_bytes=PAGE_BYTES, pages=pages)
-    state = StateFile(path)
-    assert (state.tokens, state.fingerprint, state.metadata) == ([5, 6], "f", metadata)
-    assert (state.page_bytes, state.keys) == (PAGE_BYTES, KEYS[:2])
-    assert [key in state for key in KEYS] == [True, True, False]
-    read = state.read(KEYS[1])
+    save_state(
+        path,
+        tokens=range(7),
+        fingerprint="f",
+        metadata={"root": root.hex()},
+        page_bytes=PAGE_BYTES,
+        pages=zip(keys, map(page_of, KEYS), strict=True),
+    )
+    assert read_saved_tokens(path, "f", 7, "a", "") == list(range(7))
+    state = StateFile(path, "kv-1", 2, PAGE_BYTES)
+    assert [loaded.key(i) in state for i in range(3)] == [True, True, False]
+    assert not any(key in state for key in keys), "pages are found by those who continue the state, and nobody else"
+    read = state.read(loaded.key(1))
     assert read is not None and np.array_equal(read, page_of(KEYS[1]))
     assert not state.write(KEYS[2], page_of(KEYS[2]))
 
@@ -141,10 +151,10 @@ def test_a_state_comes_back(tmp_path: Path) -> None:
     with path.open("r+b") as file:  # damage to a page is found when it is asked for, and the rest is still of use
         file.seek(content.index(page_of(KEYS[0]).tobytes()))
         file.write(b"damage")
-    assert state.read(KEYS[0]) is None
-    assert [key in state for key in KEYS] == [False, True, False]
+    assert state.read(loaded.key(0)) is None
+    assert [loaded.key(i) in state for i in range(3)] == [False, True, False]
     state.close()
-    assert state.read(KEYS[1]) is None
+    assert state.read(loaded.key(1)) is None
 
 
 def test_what_is_no_state_is_refused_in_one_line(tmp_path: Path) -> None:
@@ -158,8 +168,8 @@ def test_what_is_no_state_is_refused_in_one_line(tmp_path: Path) -> None:
     for message, content in damages.items():
         (tmp_path / "bad").write_bytes(content)
         with pytest.raises(InvalidKVState, match=message) as error:
-            StateFile(tmp_path / "bad")
+            StateFile(tmp_path / "bad", "kv-1", 2, PAGE_BYTES)
         assert "\n" not in str(error.value)
     for path in (tmp_path / "none", tmp_path):
         with pytest.raises(InvalidKVState, match="cannot read the KV state"):
-            StateFile(path)
+            StateFile(path, "kv-1", 2, PAGE_BYTES)

@@ -23,9 +23,9 @@ class PoolAgainstModel(RuleBasedStateMachine):
 
     @precondition(lambda self: self.available() > 0)
     @rule()
-    def take(self) -> None:
+    def allocate(self) -> None:
         blank = self.available() - len(self.last_use)
-        page = self.pool.take()
+        page = self.pool.allocate()
         assert page not in self.held, "a page was given to two owners"
         if blank:
             assert page not in self.last_use, "content was forgotten although a free page was there"
@@ -35,11 +35,11 @@ class PoolAgainstModel(RuleBasedStateMachine):
         self.held.append(page)
 
     @rule(key=KEYS)
-    def find_and_hold(self, key: bytes) -> None:
+    def find_and_acquire(self, key: bytes) -> None:
         page = self.pool.find(key)
         assert page == next((p for p, k in self.content.items() if k == key), None)
         if page is not None:
-            self.pool.hold(page)
+            self.pool.acquire(page)
             self.held.append(page)
             if page in self.last_use:
                 self.last_use.remove(page)

@@ -53,7 +53,7 @@ def test_paths(tiny_llama: Path, tmp_path: Path) -> None:
     (tmp_path / "b.gguf").touch()
     with pytest.raises(ModelNotFound, match="several"):
         resolve(str(tmp_path))
-    with pytest.raises(UnsupportedModel, match=r"no \.gguf"):
+    with pytest.raises(UnsupportedModel, match=r"not a \.gguf"):
         resolve(__file__)
 
 

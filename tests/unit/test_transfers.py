@@ -2,6 +2,7 @@
 
 import threading
 import time
+from array import array
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 
 from octavo.backends.base import Backend
 from octavo.formats.page_file import page_file_bytes
+from octavo.kv import Prefix, root_key
 from octavo.kv.tiers.disk import DiskTier
 from octavo.kv.tiers.host import HostTier
 from octavo.kv.transfers import Finished, Transfers
@@ -104,7 +106,7 @@ def test_a_page_goes_to_every_tier_and_comes_from_the_first(backend: Backend, tm
     assert {(event.kind, event.page, event.key, event.ok) for event in collect(transfers, 4)} == {
         ("save", page, KEYS[page], True) for page in range(4)
     }
-    held = [transfers.holds(key) for key in KEYS[:5]]
+    held = [transfers.tier_of(key) for key in KEYS[:5]]
     assert sorted(map(str, [tier.name for tier in held if tier])) == ["disk", "disk", "host", "host"]
     assert held[4] is None
     again = next(key for key in KEYS[:4] if key in host)
@@ -126,7 +128,7 @@ def test_pages_used_in_the_pool_stay_below_the_first_longest(backend: Backend, t
     transfers = Transfers(backend, tiers, threads=1)
     for page in range(4):
         assert transfers.save(page, KEYS[page])
-    transfers.use(KEYS[:2])
+    transfers.touch(KEYS[:2])
     for page in range(4, 7):
         assert transfers.save(page, KEYS[page])
     collect(transfers, 7)
@@ -148,7 +150,7 @@ def test_lost_and_damaged_pages(backend: Backend, tmp_path: Path) -> None:
     assert {(event.page, event.ok) for event in collect(transfers, 2)} == {(0, False), (1, True)}
     assert backend.export_page(1)[0] == 4, "the next tier stands in"
     assert backend.export_page(0)[0] == 0, "a page that was not fetched is not touched"
-    assert transfers.holds(KEYS[0]) is None
+    assert transfers.tier_of(KEYS[0]) is None
     assert transfers.failures == 1
     transfers.close()
 
@@ -201,27 +203,35 @@ def test_jobs_and_saved_states(backend: Backend, tmp_path: Path) -> None:
     disk = DiskTier(tmp_path / "tier", 10**9, backend.page_bytes)
     transfers = Transfers(backend, [disk])
 
+    tokens = array("i", range(2 * backend.page_size))
+    saved, loaded = (Prefix(root_key("", "", "", origin), tokens, backend.page_size) for origin in ("", "kv-1"))
+
     def export() -> str:
-        pages = ((KEYS[page], backend.export_page(page)) for page in (3, 4))
+        pages = ((saved.key(i), backend.export_page(page)) for i, page in enumerate((3, 4)))
         save_state(
-            tmp_path / "state", tokens=[1], fingerprint="", metadata={}, page_bytes=backend.page_bytes, pages=pages
+            tmp_path / "state",
+            tokens=saved.tokens,
+            fingerprint="",
+            metadata={"root": saved.parent(0).hex()},
+            page_bytes=backend.page_bytes,
+            pages=pages,
         )
         return "done"
 
     assert transfers.run(export).result(30) == "done"
     with pytest.raises(ZeroDivisionError):
         transfers.run(lambda: 1 // 0).result(30)
-    state = StateFile(tmp_path / "state")
+    state = StateFile(tmp_path / "state", "kv-1", backend.page_size, backend.page_bytes)
     transfers.add_tier(state)
-    assert transfers.holds(KEYS[4]) is state
-    assert transfers.fetch(8, KEYS[4])
+    assert transfers.tier_of(loaded.key(1)) is state and transfers.tier_of(saved.key(1)) is None
+    assert transfers.fetch(8, loaded.key(1))
     collect(transfers, 1)
     assert backend.export_page(8)[0] == 4
-    assert transfers.save(8, KEYS[4]), "a state is no tier to save to"
+    assert transfers.save(8, loaded.key(1)), "a state is no tier to save to"
     collect(transfers, 1)
-    assert KEYS[4] in disk
+    assert loaded.key(1) in disk
     transfers.remove_tier(state)
-    assert transfers.holds(KEYS[3]) is None
+    assert transfers.tier_of(loaded.key(0)) is None
     transfers.close()
     transfers.close()
 

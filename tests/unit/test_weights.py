@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from octavo.errors import DamagedWeights, ModelNotFound, OctavoError, UnsupportedModel
-from octavo.formats.gguf import GGUF_FORMATS, read_header
+from octavo.formats.blocks import BLOCK_FORMATS, GGML_TYPES
+from octavo.formats.gguf import read_header
 from octavo.model import describe_model
 from octavo.weights import Checkpoint, Tensor, open_checkpoint
-from octavo.weights.tensor import FORMATS
 from tiny_gguf import K_QUANTS, QUANTISABLE, write_gguf
 from tiny_models import CONFIGS, SHARDED, save_tiny_model
 
@@ -87,12 +87,13 @@ def test_every_gguf_format(format: str, tiny_model: TinyModel, tmp_path: Path) -
 
 def test_all_supported_formats_are_tested() -> None:
     tested_elsewhere = {"W4G32", "W8G32"}  # in test_checkpoint_quantization
-    assert set(QUANTISABLE + K_QUANTS) | tested_elsewhere == set(FORMATS)
+    assert set(QUANTISABLE + K_QUANTS) | tested_elsewhere == set(BLOCK_FORMATS)
 
 
 def test_format_sizes_are_those_of_the_gguf_package() -> None:
-    published = {int(kind): (kind.name, *sizes) for kind, sizes in gguf.GGML_QUANT_SIZES.items()}
-    assert {kind: published[kind] for kind in GGUF_FORMATS} == GGUF_FORMATS
+    for kind, format in GGML_TYPES.items():
+        ggml = gguf.GGMLQuantizationType(kind)
+        assert (format.name, (format.values, format.nbytes)) == (ggml.name, gguf.GGML_QUANT_SIZES[ggml])
 
 
 def test_smollm2_opens_at_once(smollm2: Path) -> None:
@@ -280,7 +281,7 @@ def check_opens_or_refuses(path: Path) -> None:
         return
     for tensor in tensors.values():
         assert 0 not in tensor.shape and tensor.data.size > 0
-        if tensor.format in FORMATS and len(tensor.shape) <= 2:
+        if tensor.format in BLOCK_FORMATS and len(tensor.shape) <= 2:
             with np.errstate(all="ignore"):
                 assert tensor.float32().shape == tensor.shape
 
@@ -390,10 +391,10 @@ def test_tensors_must_fit_the_config(tiny_model: TinyModel) -> None:
         describe_model(checkpoint.config, without(checkpoint.tensors))
     one_line(error)
     with pytest.raises(
-        DamagedWeights, match=r"gate_proj.weight' has shape \[160, 96\]; its config asks for \[192, 96\]"
+        DamagedWeights, match=r"gate_proj.weight' has shape \[160, 96\]; its config requires \[192, 96\]"
     ):
         describe_model(checkpoint.config | {"intermediate_size": 192}, checkpoint.tensors)
-    with pytest.raises(UnsupportedModel, match=r"q_norm\.weight' that a model of its config has no use for"):
+    with pytest.raises(UnsupportedModel, match=r"q_norm\.weight' that a model of its config does not use"):
         extra = Tensor("model.layers.0.self_attn.q_norm.weight", (32,), "F32", np.zeros((1, 128), np.uint8))
         describe_model(checkpoint.config, {**checkpoint.tensors, extra.name: extra})
     strange = Tensor(name, (96, 160), "F8_E4M3", np.zeros((96, 160), np.uint8))

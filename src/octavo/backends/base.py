@@ -1,4 +1,4 @@
-"""The door to hardware: the batch of one step, and what a backend must do with it."""
+"""Backend: the interface to the hardware. The batch of one step, and what a backend must compute from it."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -9,12 +9,12 @@ import numpy as np
 from octavo.model.spec import DecoderSpec
 from octavo.weights.tensor import Parameter
 
-Progress = Callable[[int, int], None]  # told of work as it is done: progress(done bytes, total bytes)
+Progress = Callable[[int, int], None]  # called as work is done: progress(done bytes, total bytes)
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingBatch:
-    """How to sample each of R rows. Row r gives output number `positions[r]` of its request.
+    """How to sample each of R rows. Row r is output number `positions[r]` of its request.
 
     logits → + bias, repetition / presence / frequency penalties over `history` → greedy if temperature is 0, else
     / temperature → top_k → top_p → min_p → draw with Philox4x32-10 (Salmon et al., 2011), key = `seeds[r]`,
@@ -31,16 +31,16 @@ class SamplingBatch:
     repetition: np.ndarray  # float32 [R], 1: none; over prompt and output
     presence: np.ndarray  # float32 [R], 0: none; over output
     frequency: np.ndarray  # float32 [R], 0: none; over output
-    history: np.ndarray  # int32 [H], prompts and outputs of the rows that have a penalty, one after another
+    history: np.ndarray  # int32 [H], prompts and outputs of the rows that have a penalty, concatenated
     history_start: np.ndarray  # int32 [R + 1]; row r's history is history[start[r]:start[r + 1]], empty if no penalty
     history_outputs: np.ndarray  # int32 [R], how many of its last tokens are outputs
-    bias_tokens: np.ndarray  # int32 [B], tokens of logit_bias and of bans, one row's after another's
+    bias_tokens: np.ndarray  # int32 [B], tokens of logit_bias and of bans, concatenated by row
     bias_values: np.ndarray  # float32 [B]; -inf bans
     bias_start: np.ndarray  # int32 [R + 1]
 
     @classmethod
     def greedy(cls, rows: int) -> "SamplingBatch":
-        """The likeliest token of each of `rows` rows, and nothing else."""
+        """Return parameters that take the likeliest token of each of `rows` rows, without logprobs."""
         return cls(
             temperature=np.zeros(rows, np.float32),
             top_k=np.zeros(rows, np.int32),
@@ -63,7 +63,7 @@ class SamplingBatch:
 
 @dataclass(frozen=True, slots=True)
 class StepBatch:
-    """One step: N rows (tokens) of S sequences, each sequence's rows in order of position, one after another.
+    """One step: N rows (tokens) of S sequences, concatenated by sequence, each sequence's rows in order of position.
 
     Sequence s has rows query_start[s]:query_start[s + 1]; the row at position p reads and writes the page
     page_tables[s, p // page_size] at slot p % page_size. Entries of a page table past a sequence's end are ignored.
@@ -79,9 +79,10 @@ class StepBatch:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What a step brings back, per sampled row. `top_*` are None if no row of the batch wants logprobs.
+    """The result of a step, for each of its R sampled rows.
 
-    They have K = max(num_logprobs) columns, likeliest first; a row that wants fewer reads its first ones.
+    The logprobs, ranks and top_* are None if no row wants logprobs. top_* have K = max(num_logprobs) columns, likeliest
+    first; a row that wants fewer uses the first of them.
     """
 
     tokens: np.ndarray  # int32 [R]
@@ -92,56 +93,60 @@ class StepResult:
 
 
 class Backend(Protocol):
-    """One model on one device. Calls come from one thread at a time, but for export_page and import_page.
+    """One model on one device. One thread at a time calls its methods, except export_page and import_page.
 
-    None but `step` and `logits` may be slow.
+    Only `step` and `logits` may take long.
 
-    Every row's result is bitwise the same whatever else is in the batch, however its prompt was cut into chunks, and
-    whichever pages it was given. (The plain torch backend is an oracle and exempt.)
+    A row's result must be bitwise the same whatever else is in the batch, however its prompt was cut into chunks, and
+    whichever pages were allocated for it. (The torch backend is an oracle for tests and exempt.)
+
+    Attributes:
+        page_size: tokens per KV page.
+        page_bytes: bytes of one KV page, all layers together.
+        arithmetic: names all that decides a page's bits beside weights and page size: kernels, instruction set, recipe,
+            dtypes.
     """
 
     spec: DecoderSpec
-    page_size: int  # tokens a KV page holds
-    page_bytes: int  # bytes of one KV page, all layers
-    arithmetic: (
-        str  # what besides weights and page size decides a page's bits: kernels, instruction set, recipe, dtypes
-    )
+    page_size: int
+    page_bytes: int
+    arithmetic: str
 
     def allocate_kv(self, num_pages: int) -> None:
-        """Make the KV pool. Raises OutOfMemory with what would fit."""
+        """Allocate the KV pool. Raises OutOfMemory, which says how many pages would fit."""
         ...
 
     def export_page(self, page: int) -> np.ndarray:
-        """A page's content, uint8 [page_bytes], read-only: a view of the pool if the backend can, else a copy.
+        """Return a page's content, uint8 [page_bytes], read-only: a view of the pool if possible, else a copy.
 
-        From any thread, as import_page, while somebody holds the page and no step writes it. What the bytes mean is the
-        backend's; an engine of the same fingerprint may import them. Raises ValueError if there is no such page.
+        Any thread may call this, while the page is referenced and no step writes it. The layout of the bytes is the
+        backend's own; an engine of the same fingerprint may import them. Raises ValueError if there is no such page.
         """
         ...
 
     def import_page(self, page: int, content: np.ndarray) -> None:
-        """Put what `export_page` gave into a page that no step reads yet. Raises ValueError."""
+        """Write content from `export_page` into a page that no step reads yet. From any thread. Raises ValueError."""
         ...
 
     def copy_page(self, source: int, target: int) -> None:
-        """Between two steps, from the thread that steps. Raises ValueError."""
+        """Copy the content of one page into another, between two steps. Raises ValueError."""
         ...
 
     def step(self, batch: StepBatch) -> StepResult:
-        """Forward pass and sampling in one call; the GIL is released all through the heavy part."""
+        """Compute the forward pass and sample, in one call with the GIL released."""
         ...
 
     def logits(self, batch: StepBatch) -> np.ndarray:
-        """The same forward pass, the raw logits of `sample_rows` instead of tokens: float32 [R, vocab]. For tests."""
+        """Compute the same forward pass and return the raw logits of `sample_rows`, float32 [R, vocab]. For tests."""
         ...
 
     def close(self) -> None:
-        """Free threads and memory. The backend is of no use after it."""
+        """Free threads and memory. No method may be called afterwards."""
         ...
 
 
 class BackendFactory(Protocol):
-    """What a backend package exports as `load`."""
+    """The function that a backend package exports as `load`."""
 
     def __call__(
         self,
@@ -159,9 +164,17 @@ class BackendFactory(Protocol):
         progress: Progress,
         kv_cache_dtype: str = "bf16",
     ) -> Backend:
-        """Pack `parameters` (canonical names of model/decoder.py) and compile `spec`; each is read once.
+        """Pack `parameters`, compile `spec` and return the backend; allocate_kv must follow.
 
-        quantization: how weights are held, "auto", "none", "8bit" or "4bit" (see EngineConfig).
-        kv_cache_dtype: how keys and values are held, "bf16" or "int8".
+        Args:
+            parameters: by the canonical names of model/decoder.py; each is read once.
+            page_size: tokens per KV page.
+            max_batch_tokens: rows of a step at most.
+            max_batch_size: sampled rows of a step at most.
+            quantization: how weights are held: "auto", "none", "8bit" or "4bit" (see EngineConfig).
+            kv_cache_dtype: how keys and values are held: "bf16" or "int8".
+
+        Raises:
+            ConfigError, OutOfMemory
         """
         ...

@@ -80,7 +80,7 @@ def run_batch(engine: Engine, prompts: list[list[int]], output_len: int, advance
     started = time.perf_counter()
     requests = {str(i): RequestTimes(started, len(prompt)) for i, prompt in enumerate(prompts)}
     for id, prompt in zip(requests, prompts, strict=True):
-        engine.add(EngineRequest(id=id, prompt=prompt, params=params, arrival=time.time()))
+        engine.add(EngineRequest(id=id, prompt=prompt, params=params))
     while engine.has_work:
         outputs = engine.step()
         now = time.perf_counter()

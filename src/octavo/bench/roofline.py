@@ -214,7 +214,7 @@ class Bench:
     def _add(self, prompts: list[list[int]], max_tokens: int) -> None:
         params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, seed=0)
         for i, prompt in enumerate(prompts):
-            self.engine.add(EngineRequest(id=str(i), prompt=prompt, params=params, arrival=time.time()))
+            self.engine.add(EngineRequest(id=str(i), prompt=prompt, params=params))
 
     def _step(self) -> float:
         """Run one engine step and return its seconds."""

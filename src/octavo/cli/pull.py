@@ -1,5 +1,6 @@
-"""octavo pull: download a model."""
+"""octavo pull: download a model's files."""
 
+import contextlib
 from pathlib import Path
 from typing import Annotated
 
@@ -9,6 +10,7 @@ from octavo.terminal import printable
 
 
 def register(app: typer.Typer) -> None:
+    """Add the command to the command line."""
     app.command()(pull)
 
 
@@ -16,7 +18,7 @@ def pull(
     model: Annotated[str, typer.Argument(help="A hub name, a directory, a .gguf file, or the alias smollm2.")],
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
 ) -> None:
-    """Download a model, unless it is on this machine already. Prints its path and size."""
+    """Download a model unless it is on this machine already; print its path and size."""
     from octavo.weights import resolve
 
     path = resolve(model, revision)
@@ -24,5 +26,10 @@ def pull(
 
 
 def _size(path: Path) -> int:
-    files = path.rglob("*") if path.is_dir() else [path]
-    return sum(file.stat().st_size for file in files if file.is_file())
+    """Return the bytes of the file, or of all files in the directory, that can be read."""
+    total = 0
+    for file in path.rglob("*") if path.is_dir() else [path]:
+        with contextlib.suppress(OSError):
+            if file.is_file():
+                total += file.stat().st_size
+    return total

@@ -1,4 +1,4 @@
-"""octavo quantize: a model's weights in 8 or 4 bits, written as a checkpoint that loads without quantizing again."""
+"""octavo quantize: quantize a model to 8 or 4 bits and write it as a checkpoint that loads without quantizing again."""
 
 import contextlib
 import os
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from octavo.errors import ConfigError, OctavoError
+from octavo.errors import ConfigError, OctavoError, shortened
 
 if TYPE_CHECKING:
     import numpy as np
@@ -19,17 +19,22 @@ if TYPE_CHECKING:
 
 
 def register(app: typer.Typer) -> None:
+    """Add the command to the command line."""
     app.command()(quantize)
 
 
 def quantize(
     source: Annotated[str, typer.Argument(help="A hub name, a directory, a .gguf file, or the alias smollm2.")],
     target: Annotated[Path, typer.Argument(help="The directory to write.")],
-    bits: Annotated[int, typer.Option(help="8, or 4 (8 for embedding, head and last layer).")] = 8,
-    force: Annotated[bool, typer.Option("--force", help="Replace a model that octavo quantize wrote before.")] = False,
+    bits: Annotated[
+        int, typer.Option(help="8; or 4, which keeps 8 for the embedding, the head and the last layer.")
+    ] = 8,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace a directory that octavo quantize wrote earlier.")
+    ] = False,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
 ) -> None:
-    """Quantize a model once: writes a directory that every command takes as a model."""
+    """Quantize a model and write it to a directory, which every command accepts as a model."""
     from octavo.backends.cpu import quantize
     from octavo.frontend.progress import loading_bar
     from octavo.model import describe_model
@@ -39,6 +44,7 @@ def quantize(
 
     if bits not in (8, 4):
         raise ConfigError(f"bits must be 8 or 4, not {bits}")
+    target = _target(target)
     path = resolve(source, revision)
     checkpoint = open_checkpoint(path)
     spec, parameters = describe_model(checkpoint.config, checkpoint.tensors)
@@ -46,7 +52,7 @@ def quantize(
     tensors = {part.name: part for _, part in named_parts}
     bits_of = {part.name: 8 if needs_8_bits(spec, name) else bits for name, part in named_parts}
     _check_target(target, path, force)
-    with _appearing(target) as folder:
+    with _complete_or_absent(target) as folder:
         _write_tokenizer(path, folder)
         importances = _importances(spec, parameters) if bits == 4 else {}
         with loading_bar("quantizing") as progress:
@@ -55,7 +61,7 @@ def quantize(
 
 
 def _importances(spec: "DecoderSpec", parameters: "Mapping[str, Parameter]") -> "dict[str, np.ndarray]":
-    """How much the errors of each column count, by tensor."""
+    """Return the importance of each column of the tensors, by tensor (see octavo.weights.packed)."""
     from octavo.backends.cpu import measure_importances
     from octavo.config import EngineConfig
     from octavo.frontend.progress import loading_bar
@@ -70,7 +76,23 @@ def _importances(spec: "DecoderSpec", parameters: "Mapping[str, Parameter]") -> 
     return importances
 
 
+def _target(path: Path) -> Path:
+    """Return the absolute path of the directory to write. Raises ConfigError for one that cannot be a directory."""
+    try:
+        target = path.expanduser().absolute()
+        target.exists()
+        if target.name in ("", ".."):
+            target = target.resolve()
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"cannot write {shortened(path)}: {shortened(reason)}") from None
+    if not target.name:
+        raise ConfigError(f"{shortened(path)} cannot be replaced; choose another directory")
+    return target
+
+
 def _check_target(target: Path, source: Path, force: bool) -> None:
+    """Raise ConfigError if `target` exists and may not be replaced."""
     from octavo.weights.packed import METHOD
     from octavo.weights.safetensors import read_config
 
@@ -85,12 +107,15 @@ def _check_target(target: Path, source: Path, force: bool) -> None:
     except OctavoError:
         settings = None
     if not isinstance(settings, dict) or settings.get("quant_method") != METHOD:
-        raise ConfigError(f"{target} is nothing that octavo quantize wrote: --force does not replace it")
+        raise ConfigError(f"{target} was not written by octavo quantize: --force does not replace it")
 
 
 @contextlib.contextmanager
-def _appearing(target: Path) -> Iterator[Path]:
-    """A directory to fill, which becomes `target` when it is complete and vanishes if it never is."""
+def _complete_or_absent(target: Path) -> Iterator[Path]:
+    """Yield a directory to fill, which is renamed to `target` at the end, or deleted if there is an error.
+
+    Raises ConfigError if it cannot be written.
+    """
     folder = target.with_name(f".{target.name}.{os.getpid()}")
     replaced = folder.with_suffix(".replaced")
     try:
@@ -100,6 +125,8 @@ def _appearing(target: Path) -> Iterator[Path]:
         if target.exists():
             target.rename(replaced)
         folder.rename(target)
+    except OctavoError:
+        raise
     except OSError as error:
         raise ConfigError(f"cannot write {target}: {error.strerror or error}") from None
     finally:
@@ -108,10 +135,10 @@ def _appearing(target: Path) -> Iterator[Path]:
 
 
 def _write_tokenizer(source: Path, folder: Path) -> None:
-    """The files beside the weights: copied from a directory, made from the metadata of a .gguf file."""
+    """Write the tokenizer's files: copied from a directory, or converted from the metadata of a .gguf file."""
     from octavo.text import Tokenizer
 
-    tokenizer = Tokenizer.load(source)  # which also refuses a source that could not be used
+    tokenizer = Tokenizer.load(source)  # also checks that the source has a tokenizer that works
     if source.is_file():
         tokenizer.save(folder)
         return

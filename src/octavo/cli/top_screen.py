@@ -8,7 +8,7 @@ from rich.text import Text
 
 from octavo.engine.messages import EngineStats
 from octavo.kv.page_map import MOVING, PINNED
-from octavo.kv.page_pool import CACHED, FREE, HELD
+from octavo.kv.page_pool import CACHED, FREE, IN_USE
 from octavo.server.stats import ServerStats
 from octavo.terminal import printable
 
@@ -25,7 +25,7 @@ class Mark:
 
 
 _MARKS = {
-    HELD: Mark("█", "green", "held"),
+    IN_USE: Mark("█", "green", "in use"),
     CACHED: Mark("▒", "blue", "cached"),
     FREE: Mark("·", "bright_black", "free"),
     PINNED: Mark("◆", "yellow", "pinned by KV states"),
@@ -89,7 +89,7 @@ def _requests(now: ServerStats) -> Text:
 
 def _queue(now: ServerStats) -> Text:
     engine, most = now.engine, now.limits.max_queue
-    of_those = (("for pages", engine.arriving), ("for the first of n completions", engine.held_back))
+    of_those = (("for pages", engine.waiting_for_pages), ("for the first of n completions", engine.waiting_for_prompt))
     return Text.assemble(
         _bar([(engine.waiting, "yellow")], most),
         f" {engine.waiting:,} of {most:,} waiting",

@@ -1,9 +1,8 @@
-"""Turns a StepPlan into the flat arrays of a StepBatch.
+"""BatchBuilder: turns a StepPlan into the flat arrays of a StepBatch.
 
-What does not change from step to step lives in columns, a row per running sequence (its slot), so that a step gathers
-with a few numpy calls instead of touching every parameter of every sequence in Python; and a step of the same sequences
-as the last one does not even that. Of a sequence that decodes, Python reads three things: its slot, how much of it is
-computed, and its last token.
+What does not change from step to step lies in columns, a row per running sequence (its slot). So a step gathers with a
+few numpy calls, and a step of the same sequences as the last one gathers no parameters at all. For a decoding sequence,
+Python reads three things: its slot, num_computed and its last token.
 """
 
 import math
@@ -14,12 +13,12 @@ from typing import Any
 import numpy as np
 
 from octavo.backends.base import SamplingBatch, StepBatch
-from octavo.kv import SequencePages
+from octavo.kv import PageTable
 
 from .scheduler import StepPlan
 from .sequence import Sequence
 
-_NOTHING: "array[int]" = array("i")
+_EMPTY: "array[int]" = array("i")
 _NO_BIAS: dict[int, float] = {}
 _NO_TOKENS, _NO_VALUES = np.zeros(0, np.int32), np.zeros(0, np.float32)
 
@@ -27,12 +26,18 @@ _slot, _num_computed = attrgetter("slot"), attrgetter("num_computed")
 
 
 class BatchBuilder:
-    """Columns for `max_running` slots and page tables of `max_pages` entries each; pages of `page_size` tokens."""
+    """Builds the batches of an engine.
+
+    Args:
+        max_running: sequences that may run at a time: the number of slots.
+        max_pages: pages that a sequence may have.
+        page_size: tokens per page.
+    """
 
     def __init__(self, max_running: int, max_pages: int, page_size: int):
         n = max_running
         self._page_size = page_size
-        self._owner: list[SequencePages | None] = [None] * n
+        self._table_of: list[PageTable | None] = [None] * n  # whose columns are filled in
         self._num_pages = np.zeros(n, np.int32)  # entries of the page table that are filled in
         self._page_tables = np.zeros((n, max_pages), np.int32)
         self._num_prompt = np.zeros(n, np.int32)
@@ -48,27 +53,28 @@ class BatchBuilder:
             "frequency": np.zeros(n, np.float32),
         }
         self._penalized = np.zeros(n, bool)
-        self._biased_until = np.zeros(n, np.int32)  # outputs until which something is added to its logits
-        self._gathered: dict[str, np.ndarray] = {}  # parameters of the last step's rows,
-        self._gathered_slots: np.ndarray | None = None  # which had these slots
+        self._biased_until = np.zeros(n, np.int32)  # number of outputs until which its logits are biased
+        self._gathered: dict[str, np.ndarray] = {}  # parameters of the last step's rows
+        self._gathered_slots: np.ndarray | None = None  # the slots of those rows
 
     def build(self, plan: StepPlan) -> StepBatch:
+        """Return the batch of a plan, which must have sequences."""
         count = len(plan.sequences)
-        for seq in plan.sequences[plan.num_decoding :]:  # in its first step a sequence is never among the decoding
-            self._move_in(seq)
+        for seq in plan.sequences[plan.num_decoding :]:  # a sequence is not decoding in its first step
+            self._fill_columns(seq)
         slots = np.fromiter(map(_slot, plan.sequences), np.intp, count)
         computed = np.fromiter(map(_num_computed, plan.sequences), np.int32, count)
         chunks = np.array(plan.chunks, np.int32)
-        guesses = np.zeros(count, np.int32)
-        for i, guessed in plan.drafts.items():
-            guesses[i] = len(guessed)
-        rows = chunks + guesses
+        num_drafts = np.zeros(count, np.int32)
+        for i, draft in plan.drafts.items():
+            num_drafts[i] = len(draft)
+        rows = chunks + num_drafts
         query_start = np.zeros(count + 1, np.int32)
         np.cumsum(rows, out=query_start[1:])
         num_pages = -(-(computed + rows) // self._page_size)
         for i in np.flatnonzero(num_pages > self._num_pages[slots]).tolist():
-            self._enter_pages(plan.sequences[i])
-        owner, ahead = _sampled_rows(plan, guesses)
+            self._extend_page_table(plan.sequences[i])
+        owner, ahead = _sampled_rows(plan, num_drafts)
         ends = computed + chunks
         return StepBatch(
             tokens=_gather_tokens(plan),
@@ -81,12 +87,12 @@ class BatchBuilder:
             ),
         )
 
-    def _move_in(self, seq: Sequence) -> None:
-        """Set the columns of the sequence's slot, unless it has had it before."""
+    def _fill_columns(self, seq: Sequence) -> None:
+        """Set the columns of a sequence's slot, unless they are its own already."""
         slot, params, column = seq.slot, seq.request.params, self._parameters
-        if self._owner[slot] is seq.held:  # a new object with every admission
+        if self._table_of[slot] is seq.page_table:  # a new object with every admission
             return
-        self._owner[slot] = seq.held
+        self._table_of[slot] = seq.page_table
         self._num_pages[slot] = 0
         self._num_prompt[slot] = seq.num_prompt
         column["temperature"][slot] = params.temperature
@@ -102,16 +108,16 @@ class BatchBuilder:
         self._biased_until[slot] = 2**31 - 1 if params.logit_bias else params.min_tokens
         self._gathered_slots = None
 
-    def _enter_pages(self, seq: Sequence) -> None:
-        """Write the pages that the sequence got since the last time into its page table."""
-        filled, pages = self._num_pages[seq.slot], seq.held.pages
+    def _extend_page_table(self, seq: Sequence) -> None:
+        """Copy the pages that a sequence got since the last step into its row of page tables."""
+        filled, pages = self._num_pages[seq.slot], seq.page_table.pages
         self._page_tables[seq.slot, filled : len(pages)] = pages[filled:]
         self._num_pages[seq.slot] = len(pages)
 
     def _sampling(
         self, sequences: list[Sequence], owner: np.ndarray, slots: np.ndarray, outputs: np.ndarray
     ) -> SamplingBatch:
-        """How to sample each row: for sequences[owner[r]], in slots[r], its output at position outputs[r]."""
+        """Return how to sample each row: row r is output number outputs[r] of sequences[owner[r]], in slots[r]."""
         if self._gathered_slots is None or not np.array_equal(slots, self._gathered_slots):
             self._gathered = {name: column[slots] for name, column in self._parameters.items()}
             self._gathered_slots = slots
@@ -123,34 +129,34 @@ class BatchBuilder:
         )
 
 
-def _sampled_rows(plan: StepPlan, guesses: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Of each row to be sampled: which sequence it belongs to, and how many guesses come before it."""
-    samples = guesses + 1
+def _sampled_rows(plan: StepPlan, num_drafts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return, for each row to be sampled, the index of its sequence and how many draft tokens come before it."""
+    samples = num_drafts + 1
     for i in range(plan.num_decoding, len(plan.sequences)):
-        if not plan.ends(i):
+        if not plan.completes(i):
             samples[i] = 0
     owner = np.repeat(np.arange(len(samples)), samples)
     return owner, np.arange(len(owner)) - np.repeat(np.cumsum(samples) - samples, samples)
 
 
 def _gather_tokens(plan: StepPlan) -> np.ndarray:
-    alone = 0 if plan.drafts else plan.num_decoding  # so many have one token and nothing else
-    tokens = array("i", [seq.tokens[-1] for seq in plan.sequences[:alone]])
-    for i in range(alone, len(plan.sequences)):
+    single = 0 if plan.drafts else plan.num_decoding  # so many sequences have one token to compute and no draft
+    tokens = array("i", [seq.tokens[-1] for seq in plan.sequences[:single]])
+    for i in range(single, len(plan.sequences)):
         seq = plan.sequences[i]
         tokens += seq.tokens[seq.num_computed : seq.num_computed + plan.chunks[i]]
-        tokens += plan.drafts.get(i, _NOTHING)
+        tokens += plan.drafts.get(i, _EMPTY)
     return np.frombuffer(tokens, np.int32)
 
 
 def _histories(
     sequences: list[Sequence], owner: np.ndarray, penalized: np.ndarray, outputs: np.ndarray
 ) -> dict[str, np.ndarray]:
-    """What penalties look back at, if any row has one: fields of SamplingBatch."""
+    """Return the fields of SamplingBatch that penalties need: the tokens so far of the rows that have one."""
     if not penalized.any():
         zeros = np.zeros(len(owner) + 1, np.int32)
         return {"history": _NO_TOKENS, "history_start": zeros, "history_outputs": zeros[1:]}
-    histories = [sequences[i].tokens if wanted else _NOTHING for i, wanted in zip(owner, penalized, strict=True)]
+    histories = [sequences[i].tokens if wanted else _EMPTY for i, wanted in zip(owner, penalized, strict=True)]
     return {
         "history": np.frombuffer(b"".join(histories), np.int32),
         "history_start": _starts(histories),
@@ -159,7 +165,7 @@ def _histories(
 
 
 def _biases(sequences: list[Sequence], owner: np.ndarray, biased: np.ndarray) -> dict[str, np.ndarray]:
-    """What is added to logits, if any row wants that: fields of SamplingBatch."""
+    """Return the fields of SamplingBatch with what is added to the logits of the rows that want it."""
     if not biased.any():
         return {"bias_tokens": _NO_TOKENS, "bias_values": _NO_VALUES, "bias_start": np.zeros(len(owner) + 1, np.int32)}
     biases = [_bias(sequences[i]) if wanted else _NO_BIAS for i, wanted in zip(owner, biased, strict=True)]
@@ -171,7 +177,7 @@ def _biases(sequences: list[Sequence], owner: np.ndarray, biased: np.ndarray) ->
 
 
 def _bias(seq: Sequence) -> dict[int, float]:
-    """What is added to the next token's logits: logit_bias, and a ban on ending before min_tokens."""
+    """Return what is added to a sequence's next logits: logit_bias, and -inf for stop tokens before min_tokens."""
     params = seq.request.params
     bias = dict(params.logit_bias or {})
     if seq.num_outputs < params.min_tokens:
@@ -180,7 +186,7 @@ def _bias(seq: Sequence) -> dict[int, float]:
 
 
 def _starts(rows: list[Any]) -> np.ndarray:
-    """Where each of the rows begins, and the last one ends, when they lie one after another."""
+    """Return where each of the rows begins, and the last one ends, if they are concatenated: int32 [len(rows) + 1]."""
     starts = np.zeros(len(rows) + 1, np.int32)
     np.cumsum([len(row) for row in rows], out=starts[1:])
     return starts

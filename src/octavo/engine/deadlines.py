@@ -1,4 +1,4 @@
-"""When whose time is up."""
+"""Deadlines of requests."""
 
 import heapq
 
@@ -6,28 +6,34 @@ _SLACK = 64
 
 
 class Deadlines:
-    """A deadline for each of some ids. Every operation takes O(log n), amortized; times are of any one clock."""
+    """A deadline for each of a set of ids, in seconds of any one clock. Operations take O(log n), amortized."""
 
     def __init__(self) -> None:
         self._at: dict[str, float] = {}
-        self._heap: list[tuple[float, str]] = []  # those of forgotten ids stay until they surface or outnumber the rest
+        self._heap: list[tuple[float, str]] = []  # removed ids stay until they surface or outnumber the others
 
     def __len__(self) -> int:
         return len(self._at)
 
+    @property
+    def next(self) -> float | None:
+        """A time before which no deadline comes: the earliest one, or that of an id that was forgotten."""
+        return self._heap[0][0] if self._at else None
+
     def set(self, id: str, at: float) -> None:
+        """Set the deadline of an id that has none."""
         self._at[id] = at
         heapq.heappush(self._heap, (at, id))
 
     def forget(self, id: str) -> None:
-        """Its deadline, if it has one, is none of our business any more."""
+        """Remove the deadline of an id, if it has one."""
         self._at.pop(id, None)
         if len(self._heap) > 2 * len(self._at) + _SLACK:
             self._heap = [(at, id) for id, at in self._at.items()]
             heapq.heapify(self._heap)
 
     def passed(self, now: float) -> list[str]:
-        """The ids whose deadline has come, the earliest first. They are forgotten."""
+        """Remove and return the ids whose deadline is not after `now`, the earliest first."""
         ids = []
         while self._heap and self._heap[0][0] <= now:
             at, id = heapq.heappop(self._heap)

@@ -21,20 +21,27 @@ from .recovery import Recovery
 from .scheduler import Scheduler, StepPlan
 from .sequence import Sequence
 
-PATIENCE = 0.002  # seconds that a step without work waits for pages on the move; a new request may wait as long
-SECONDS_TO_CLOSE = 3.0  # a process that does not end in 5 is killed
+MAX_IDLE = 0.002  # seconds that a step without work waits for a transfer; a new request may wait as long
+SECONDS_TO_CLOSE = 3.0  # the frontend kills an engine process that does not end in 5
 
 
 class Engine:
-    """Generates tokens for many requests at once, on one backend whose KV pool of `num_pages` is allocated.
+    """Generates tokens for many requests at once on one backend, whose KV pool of `num_pages` pages is allocated.
 
-    Not thread-safe: whoever steps it also adds and aborts. It holds nothing that cannot be rebuilt from the requests
-    and the tokens it has given out.
+    Not thread-safe: all calls must come from one thread, except where a method says so. The engine holds nothing that
+    cannot be rebuilt from the requests and from the tokens it has returned.
 
-    policy: who is served next; first come, first served by default. transfers: to the tiers below the pool; none by
-    default. preemption: see Recovery. fingerprint: names all that decides a page's bits; only engines of the same one
-    use each other's pages. request_timeout: seconds, for requests that name none. clock: the time that arrivals are
-    in, in seconds; a simulation's is virtual.
+    Args:
+        max_model_len: tokens of prompt and output together.
+        max_batch_size: sequences that run at a time.
+        max_batch_tokens: tokens that a step computes.
+        policy: the order in which requests are served; first come, first served by default.
+        transfers: to the tiers below the pool; there are none by default.
+        preemption: see Recovery.
+        fingerprint: names all that decides the bits of a page; engines share pages only if theirs are equal.
+        speculative_tokens: draft tokens per sequence and step, for requests that name no number.
+        request_timeout: in seconds, for requests that name none; None: none.
+        clock: in seconds, monotonic; a simulation's is virtual.
     """
 
     def __init__(
@@ -52,7 +59,7 @@ class Engine:
         fingerprint: str = "",
         speculative_tokens: int = 0,
         request_timeout: float | None = None,
-        clock: Callable[[], float] = time.time,
+        clock: Callable[[], float] = time.monotonic,
     ):
         self.backend, self.fingerprint, self.clock = backend, fingerprint, clock
         self._transfers = transfers or Transfers(backend, ())
@@ -64,16 +71,17 @@ class Engine:
             Recovery(preemption, backend.page_size),
             max_batch_size,
             max_batch_tokens,
+            self._fail,
         )
         self.max_model_len = min(max_model_len, num_pages * backend.page_size)
         max_pages = self.kv.pages_for(self.max_model_len)
         self._builder = BatchBuilder(self.scheduler.max_running, max_pages, backend.page_size)
         self._live: dict[str, Sequence] = {}
-        self._rejected: list[TokenOutput] = []
+        self._failures: list[TokenOutput] = []  # to be returned by the next step
         self._deadlines = Deadlines()
         self._request_timeout = request_timeout
         self._speculative_tokens = speculative_tokens
-        self._arrivals = 0
+        self._num_added = 0
         self._plan = StepPlan([], [])  # of the last step
         self._steps = self._tokens_computed = self._tokens_generated = 0
         self._prompt_tokens = self._cached_tokens = 0
@@ -82,7 +90,8 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work or bool(self._rejected) or self.kv.is_moving
+        """Whether `step` has anything to do."""
+        return self.scheduler.has_work or bool(self._failures) or self.kv.is_moving
 
     @property
     def info(self) -> EngineInfo:
@@ -95,65 +104,77 @@ class Engine:
         )
 
     def add(self, request: EngineRequest) -> None:
-        """Queue a request. One that can never be served comes back from the next step with an error."""
+        """Queue a request. If it can never be served, the next step returns an error for it."""
         if problem := self._problem(request):
-            self._rejected.append(TokenOutput(request.id, -1, "error", message=problem))
+            self._failures.append(TokenOutput(request.id, -1, "error", message=problem))
             return
         params, tokens = request.params, array("i", request.prompt + request.output)
+        after = self._live.get(request.after or "")
         seq = Sequence(
             request=request,
-            order=self._arrivals,
+            order=self._num_added,
             stop_tokens=frozenset(request.eos).union(params.stop_token_ids or ()),
             tokens=tokens,
-            prefix=self._prefix(tokens, request.tenant, request.salt),
+            prefix=self._prefix(tokens, request.tenant, request.salt, request.origin),
             num_prompt=len(request.prompt),
             max_tokens=min(len(request.prompt) + (params.max_tokens or self.max_model_len), self.max_model_len),
             draft_limit=self._speculative_tokens if params.speculative_tokens is None else params.speculative_tokens,
+            arrival=self.clock() - request.age,
         )
-        try:
-            self.scheduler.add(seq, after=self._live.get(request.after or ""))
-        except Exception as error:  # a user's policy may raise anything, and only this request is to suffer
-            message = f"the scheduling policy failed: {type(error).__name__}: {error}"
-            self._rejected.append(TokenOutput(request.id, -1, "error", message=message))
-            return
-        self._arrivals += 1
+        self._num_added += 1
         self._live[request.id] = seq
         if (timeout := self._timeout(request)) is not None:
-            self._deadlines.set(request.id, request.arrival + timeout)
+            self._deadlines.set(request.id, seq.arrival + timeout)
+        self.scheduler.add(seq, after)
 
     def abort(self, ids: Iterable[str]) -> None:
-        """Drop requests and free their pages at once. Unknown or finished ids are none of our business."""
+        """Drop requests and release their pages at once. Unknown and finished ids are ignored."""
         for id in ids:
             if seq := self._live.pop(id, None):
                 self._deadlines.forget(id)
                 self.scheduler.abort(seq)
 
-    def pin(self, id: str, tokens: Iterable[int], tenant: str = "", salt: str = "") -> None:
-        """Keep the pages of a KV state's tokens, which were computed before, until `unpin` or until room is needed."""
-        self.kv.pin(id, self._prefix(array("i", tokens), tenant, salt))
+    def pin(self, id: str, tokens: Iterable[int], tenant: str = "", salt: str = "", origin: str = "") -> None:
+        """Keep what is computed of a KV state's tokens until `unpin`, or until sequences need the pages.
+
+        Args:
+            id: of the state.
+            tenant, salt, origin: of the state, as in EngineRequest.
+        """
+        self.kv.pin(id, self._prefix(array("i", tokens), tenant, salt, origin))
 
     def unpin(self, id: str) -> None:
-        """Let go of them, and of the file that `load_state` opened."""
+        """Release the pages of a KV state, and close the file that `load_state` opened."""
         self.kv.unpin(id)
-        self._state_files.forget(id)
+        self._state_files.close(id)
 
-    def save_state(self, path: Path, tokens: Iterable[int], tenant: str, salt: str) -> "Future[None]":
-        """Write a KV state to a file while steps go on. When it is done, `end_saves`. It raises RequestFailed."""
-        prefix = self._prefix(array("i", tokens), tenant, salt)
-        return self._state_files.save(path, prefix, self.fingerprint, {"root": prefix.parent(0).hex()})
+    def save_state(self, path: Path, tokens: Iterable[int], tenant: str, salt: str, origin: str = "") -> "Future[None]":
+        """Write a KV state to a file while steps go on. Call `end_saves` when the future is done.
+
+        The future raises RequestFailed if the file cannot be written.
+        """
+        state = array("i", tokens)
+        prefix, saved = self._prefix(state, tenant, salt, origin), self._prefix(state, tenant, salt, "")
+        return self._state_files.save(path, prefix, saved, self.fingerprint)
 
     def end_saves(self) -> None:
-        """Let go of the pages of states that have been saved."""
+        """Release the pages of KV states that have been written."""
         self._state_files.end_saves()
 
     def load_state(self, id: str, path: Path) -> "Future[StateFile]":
-        """Find pages in a KV state's file, too, from when it is done until `unpin`. It raises InvalidKVState."""
+        """Find pages in a KV state's file, for requests with the origin `id`, until `unpin`.
+
+        The future is done when the file is open; it raises InvalidKVState.
+        """
         return self._state_files.load(id, path)
 
     def step(self) -> list[TokenOutput]:
-        """Compute one batch: a new token for each sequence that got to the end of its chunk. [] if there is no work."""
+        """Compute one batch and return the new tokens, as well as requests that failed or timed out.
+
+        Without a batch to compute it waits for transfers, for MAX_IDLE seconds at most.
+        """
         started = time.perf_counter()
-        outputs, self._rejected = self._rejected + self._time_out(), []
+        outputs, self._failures = self._failures + self._time_out(), []
         self.kv.collect()
         self._plan = plan = self.scheduler.schedule()
         if plan.sequences:
@@ -161,22 +182,23 @@ class Engine:
             execution, before = time.perf_counter(), self.clock()
             result = self.backend.step(batch)
             self._backend_seconds += time.perf_counter() - execution
-            self.scheduler.recovery.computed(len(batch.tokens), self.clock() - before)
+            self.scheduler.recovery.record_step(len(batch.tokens), self.clock() - before)
             outputs += self._advance(plan, result)
             self._steps += 1
             self._step_seconds += time.perf_counter() - started
         elif not outputs:
-            self.kv.wait(PATIENCE)
+            self.kv.wait(MAX_IDLE)
         return outputs
 
     def stats(self) -> EngineStats:
+        """Return figures of the present state. From any thread."""
         pool, transfers = self.kv.pool, self.kv.transfers
         plan = self._plan if self.has_work else StepPlan([], [])
         return EngineStats(
             running=len(self.scheduler.running),
             waiting=self.scheduler.num_waiting,
-            arriving=self.scheduler.num_arriving,
-            held_back=self.scheduler.num_held_back,
+            waiting_for_pages=self.scheduler.num_waiting_for_pages,
+            waiting_for_prompt=self.scheduler.num_waiting_for_prompt,
             free_pages=pool.num_available - pool.num_cached,
             cached_pages=pool.num_cached,
             num_pages=pool.num_pages,
@@ -202,23 +224,23 @@ class Engine:
         )
 
     def end_transfers(self) -> None:
-        """End the saves of pages that are under way, within seconds. From any thread; nothing is saved from then on."""
+        """Finish the transfers that are under way, within SECONDS_TO_CLOSE, and begin no more. From any thread."""
         self._transfers.close(SECONDS_TO_CLOSE)
 
     def close(self) -> None:
-        """Save the pages that are being saved, within seconds, and free the backend."""
+        """Save the full pages that are not saved yet, within SECONDS_TO_CLOSE, and free the backend."""
         self.kv.flush(SECONDS_TO_CLOSE)
         self.end_transfers()
         self.backend.close()
 
-    def _prefix(self, tokens: "array[int]", tenant: str, salt: str) -> Prefix:
-        return Prefix(root_key(self.fingerprint, tenant, salt), tokens, self.kv.page_size)
+    def _prefix(self, tokens: "array[int]", tenant: str, salt: str, origin: str) -> Prefix:
+        return Prefix(root_key(self.fingerprint, tenant, salt, origin), tokens, self.kv.page_size)
 
     def _timeout(self, request: EngineRequest) -> float | None:
         return self._request_timeout if request.timeout is None else request.timeout
 
     def _time_out(self) -> list[TokenOutput]:
-        """Drop the requests whose time is up, running or waiting, and free their pages."""
+        """Drop the requests whose deadline has passed, running or waiting, and return an output for each."""
         outputs = []
         for id in self._deadlines.passed(self.clock()):
             seq = self._live.pop(id)
@@ -228,7 +250,7 @@ class Engine:
         return outputs
 
     def _problem(self, request: EngineRequest) -> str | None:
-        """Why a request cannot be served; the frontend has checked all this, and the engine does not take its word."""
+        """Return why a request cannot be served, or None. The frontend has checked this before."""
         if request.id in self._live:
             return f"there is a live request with the id {request.id!r}"
         if not 0 < len(request.prompt) + len(request.output) < self.max_model_len:
@@ -238,7 +260,7 @@ class Engine:
         return None
 
     def _advance(self, plan: StepPlan, result: StepResult) -> list[TokenOutput]:
-        """Book what the step computed, append the sampled tokens, end what has ended."""
+        """Record what the step computed, append the sampled tokens, and end finished sequences."""
         outputs: list[TokenOutput] = []
         tokens, page_size = result.tokens.tolist(), self.kv.page_size
         row = 0
@@ -246,7 +268,7 @@ class Engine:
             before = seq.num_computed
             seq.num_computed = computed = before + chunk
             if before // page_size < computed // page_size:
-                self.kv.commit(seq.held, computed)
+                self.kv.commit(seq.page_table, computed)
             if before < seq.num_prompt <= computed:
                 self._end_prompt(seq)
             if computed < len(seq.tokens):
@@ -260,36 +282,39 @@ class Engine:
         self._tokens_generated += len(outputs)
         return outputs
 
-    def _append_accepted(self, seq: Sequence, guesses: "array[int]", result: StepResult, row: int) -> list[TokenOutput]:
-        """What was sampled after each guess, in rows of `result` from `row` on, as long as the guesses are right."""
+    def _append_accepted(self, seq: Sequence, draft: "array[int]", result: StepResult, row: int) -> list[TokenOutput]:
+        """Append the tokens sampled after accepted draft tokens, in rows of `result` from `row` on.
+
+        A draft token is accepted if it is the sequence's last token, and all those before it were accepted.
+        """
         outputs: list[TokenOutput] = []
-        for guessed in guesses:
-            if seq.slot < 0 or guessed != seq.tokens[-1]:  # it has ended, or goes on differently
+        for token in draft:
+            if seq.slot < 0 or token != seq.tokens[-1]:
                 break
             seq.num_computed += 1
-            self.kv.commit(seq.held, seq.num_computed)
+            self.kv.commit(seq.page_table, seq.num_computed)
             outputs.append(self._append(seq, int(result.tokens[row]), _logprobs(seq, result, row)))
             row += 1
-        self._draft_tokens += len(guesses)
+        self._draft_tokens += len(draft)
         self._accepted_tokens += len(outputs)
         return outputs
 
     def _end_prompt(self, seq: Sequence) -> None:
-        """The prompt is computed: for the first time, or once more."""
+        """Record that a prompt is computed, for the first time or after a preemption."""
         if not seq.num_outputs:
             self._prompt_tokens += seq.num_prompt
             self._cached_tokens += seq.cached_tokens
         self.scheduler.end_prompt(seq)
 
     def _append(self, seq: Sequence, token: int, logprobs: TokenLogprobs | None) -> TokenOutput:
-        """The sequence's next token, and with it perhaps its end."""
+        """Append the sequence's next token and return its output. The sequence may end with it."""
         seq.tokens.append(token)
         if token < 0 or token in seq.stop_tokens or len(seq.tokens) >= seq.max_tokens:
             return self._end(seq, token, logprobs)
         return TokenOutput(seq.request.id, token, None, None, logprobs, seq.cached_tokens)
 
     def _end(self, seq: Sequence, token: int, logprobs: TokenLogprobs | None) -> TokenOutput:
-        """The output for the sequence's last token, unless min_tokens forbids it to stop there."""
+        """Return the output of a token that may end the sequence, and end it unless min_tokens forbids that."""
         reason = message = stop_token = None
         if token < 0:
             reason, message = "error", "the model gave logits that are not numbers"
@@ -302,6 +327,12 @@ class Engine:
             self._deadlines.forget(seq.id)
             self.scheduler.finish(seq)
         return TokenOutput(seq.id, token, reason, stop_token, logprobs, seq.cached_tokens, message)
+
+    def _fail(self, seq: Sequence, reason: str) -> None:
+        """Let the next step return an error for a sequence that the scheduler has removed."""
+        del self._live[seq.id]
+        self._deadlines.forget(seq.id)
+        self._failures.append(TokenOutput(seq.id, -1, "error", message=reason))
 
 
 def _logprobs(seq: Sequence, result: StepResult, row: int) -> TokenLogprobs | None:

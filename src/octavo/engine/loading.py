@@ -1,6 +1,8 @@
-"""From an EngineConfig to an engine that is ready to step."""
+"""From an EngineConfig to an engine that is ready to step.
 
-import importlib
+`load_engine` opens the checkpoint and loads the backend; `assemble` makes the engine around a backend.
+"""
+
 import importlib.util
 import time
 from collections.abc import Callable
@@ -21,7 +23,9 @@ from octavo.version import __version__
 from octavo.weights import Checkpoint, fingerprint, open_checkpoint
 
 from .engine import Engine
-from .policies import Deadline, Fair, Policy, Priority
+from .policies import Policy
+from .policies.loading import load_policy
+from .self_test import self_test
 from .speculation import FREE_ROWS
 
 if TYPE_CHECKING:
@@ -29,11 +33,15 @@ if TYPE_CHECKING:
 
 
 def load_engine(config: EngineConfig, path: Path, progress: Progress | None = None) -> Engine:
-    """Open the checkpoint at `path`, compile the model on its backend, allocate the KV pool.
+    """Open the checkpoint at `path`, compile the model on the configured backend and allocate the KV pool.
 
-    Raises DamagedWeights, UnsupportedModel, ConfigError, OutOfMemory.
+    Args:
+        progress: called while weights are read, progress(done bytes, total bytes).
+
+    Raises:
+        ConfigError, DamagedWeights, UnsupportedModel, OutOfMemory
     """
-    policy = load_policy(config)  # first, for a mistake in it is known at once
+    policy = load_policy(config)  # first, so that a mistake in it is reported before weights are read
     checkpoint = open_checkpoint(path)
     spec, parameters = describe_model(checkpoint.config, checkpoint.tensors)
     if config.max_model_len and config.max_model_len > spec.max_positions:
@@ -44,7 +52,7 @@ def load_engine(config: EngineConfig, path: Path, progress: Progress | None = No
         parameters,
         page_size=config.kv_cache_page_size,
         max_batch_tokens=config.max_batch_tokens,
-        max_batch_size=max(config.max_batch_size, FREE_ROWS),  # guesses are sampled too
+        max_batch_size=max(config.max_batch_size, FREE_ROWS),  # draft tokens are sampled too
         max_model_len=max_model_len,
         threads=config.num_threads,
         dtype=DTYPES[config.dtype],
@@ -55,6 +63,7 @@ def load_engine(config: EngineConfig, path: Path, progress: Progress | None = No
     )
     num_pages = _num_pages(config, spec, backend.page_bytes, max_model_len)
     backend.allocate_kv(num_pages)
+    self_test(backend, config.max_batch_tokens)
     return assemble(
         config,
         backend,
@@ -74,11 +83,17 @@ def assemble(
     policy: Policy | None = None,
     fingerprint: str = "",
     transfers: Transfers | None = None,
-    clock: Callable[[], float] = time.time,
+    clock: Callable[[], float] = time.monotonic,
 ) -> Engine:
-    """An engine as `config` has it, on a backend whose pool of `num_pages` is allocated. Raises ConfigError.
+    """Return an engine with the settings of `config`, on a backend whose pool of `num_pages` pages is allocated.
 
-    `transfers`: to other tiers than those that `config` names.
+    Args:
+        policy: in place of the one that `config` names.
+        fingerprint, clock: see Engine.
+        transfers: to other tiers than those that `config` names.
+
+    Raises:
+        ConfigError: the policy or the folder of kv_disk cannot be used.
     """
     return Engine(
         backend,
@@ -98,7 +113,7 @@ def assemble(
 
 
 def _transfers(config: EngineConfig, backend: Backend) -> Transfers:
-    """To the tiers that `config` names. Raises ConfigError for a folder that cannot be had."""
+    """Return transfers to the tiers that `config` names. Raises ConfigError."""
     tiers: list[Tier] = []
     if config.kv_host_memory is not None:
         tiers.append(HostTier(parse_size(config.kv_host_memory, "kv_host_memory")))
@@ -106,33 +121,6 @@ def _transfers(config: EngineConfig, backend: Backend) -> Transfers:
         size = parse_size(config.kv_disk_size, "kv_disk_size")
         tiers.append(DiskTier(Path(config.kv_disk), size, backend.page_bytes))
     return Transfers(backend, tiers)
-
-
-def load_policy(config: EngineConfig) -> Policy:
-    """The policy that `scheduling_policy` names. Raises ConfigError."""
-    ours: dict[str, type[Policy]] = {"fcfs": Policy, "priority": Priority, "deadline": Deadline, "fair": Fair}
-    name = config.scheduling_policy
-    policy = ours.get(name) or _import_policy(name)
-    try:
-        return policy(config)
-    except Exception as error:  # a user's constructor may raise anything
-        raise ConfigError(f"scheduling_policy {name} does not start: {type(error).__name__}: {error}") from error
-
-
-def _import_policy(name: str) -> type[Policy]:
-    """The class that package.module:ClassName names."""
-    module_name, class_name = name.split(":")
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:  # a user's module may raise anything
-        hint = "; is its folder in PYTHONPATH?" if isinstance(error, ModuleNotFoundError) else ""
-        cause = f"{type(error).__name__}: {error}{hint}"
-        raise ConfigError(f"scheduling_policy {name}: cannot import {module_name}: {cause}") from error
-    policy = getattr(module, class_name, None)
-    if not (isinstance(policy, type) and issubclass(policy, Policy)):
-        what = f"has no {class_name}" if policy is None else f"has {class_name}, which is not a subclass of Policy"
-        raise ConfigError(f"scheduling_policy {name}: {module_name} {what} (octavo.engine.policies.Policy)")
-    return policy
 
 
 def _backend_factory(config: EngineConfig) -> BackendFactory:
@@ -148,23 +136,26 @@ def _backend_factory(config: EngineConfig) -> BackendFactory:
 
 
 def _page_fingerprint(checkpoint: Checkpoint, backend: Backend) -> str:
-    """Names all that decides the bits of a page of given tokens: an engine with another one must not use ours."""
+    """Return a hash of all that decides the bits of a page's K and V, given its tokens."""
     parts = (__version__, fingerprint(checkpoint), backend.arithmetic, backend.page_size)
     return blake2b(repr(parts).encode(), digest_size=16).hexdigest()
 
 
 def _num_pages(config: EngineConfig, spec: "DecoderSpec", page_bytes: int, max_model_len: int) -> int:
-    """Pages of the KV pool: as asked for, else for a full batch of long sequences, within half the free memory."""
+    """Return the size of the KV pool: kv_cache_memory, else a full batch of long sequences, in half the free memory.
+
+    Raises ConfigError, and OutOfMemory if the pool is too small for one page, or for an explicit max_model_len.
+    """
     page_size = config.kv_cache_page_size
     pages_per_sequence = -(-max_model_len // page_size)
     if config.kv_cache_memory is None:
         num_pages = min(config.max_batch_size * pages_per_sequence, available_memory() // 2 // page_bytes)
     else:
         num_pages = parse_size(config.kv_cache_memory, "kv_cache_memory") // page_bytes
-    needed = pages_per_sequence if config.max_model_len else 1  # an explicit length is a promise
+    needed = pages_per_sequence if config.max_model_len else 1
     if num_pages < needed:
         raise OutOfMemory(
-            f"the KV cache has room for {num_pages * page_size} tokens, less than {needed * page_size}: "
+            f"the KV cache holds {num_pages * page_size} tokens, less than {needed * page_size}: "
             f"set kv_cache_memory to at least {needed * page_bytes / 2**20:.0f}MiB, or a smaller max_model_len"
         )
     return num_pages

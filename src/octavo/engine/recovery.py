@@ -1,16 +1,20 @@
-"""Whether pages that a lower tier has are fetched or computed again: the tokens are the same, so what is quicker."""
+"""Recovery: decides whether pages in a lower tier are fetched or recomputed. The tokens are the same either way."""
 
 from .sequence import Sequence
 
-FULL_STEP = 64  # rows; what a token costs in a smaller step says little about a prompt's
-MEMORY = 0.9  # of the average of steps so far, in the next one
+FULL_STEP = 64  # rows; the cost of a token in a smaller step says little about a prompt's
+SMOOTHING = 0.1  # weight of the latest step in the average
 
 
 class Recovery:
-    """`preemption`: how a sequence that lost its pages gets them back, swap (fetch), recompute, or auto.
+    """Compares the measured time to fetch a page with the measured time to compute its tokens.
 
-    New prompts, and preempted sequences under auto, go by the measured time of a page: to fetch it, or to compute its
-    tokens. Until a full step has been measured, it is fetched.
+    Until a step of at least FULL_STEP rows has been measured, pages are fetched.
+
+    Args:
+        preemption: how preempted sequences get their pages back: "swap" (always fetch), "recompute" or "auto"
+            (whichever is faster). New prompts always go by the faster way.
+        page_size: tokens per page.
     """
 
     def __init__(self, preemption: str, page_size: int):
@@ -18,15 +22,15 @@ class Recovery:
         self._page_size = page_size
         self._seconds_per_token: float | None = None
 
-    def computed(self, tokens: int, seconds: float) -> None:
-        """A step took so long."""
-        if tokens >= FULL_STEP:
-            latest = seconds / tokens
+    def record_step(self, rows: int, seconds: float) -> None:
+        """Take the duration of a step into account."""
+        if rows >= FULL_STEP:
+            latest = seconds / rows
             before = latest if self._seconds_per_token is None else self._seconds_per_token
-            self._seconds_per_token = MEMORY * before + (1 - MEMORY) * latest
+            self._seconds_per_token = (1 - SMOOTHING) * before + SMOOTHING * latest
 
-    def fetches(self, seq: Sequence, seconds_per_page: float) -> bool:
-        """Whether what a lower tier has of `seq` is to be fetched."""
+    def should_fetch(self, seq: Sequence, seconds_per_page: float) -> bool:
+        """Return whether the pages of `seq` that a lower tier has are to be fetched."""
         if seq.num_outputs and self._preemption != "auto":
             return self._preemption == "swap"
         if self._seconds_per_token is None:

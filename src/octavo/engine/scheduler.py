@@ -1,25 +1,28 @@
-"""Decides what each step computes. There are no phases: a step is a list of (sequence, number of new tokens)."""
+"""Scheduler: decides what each step computes: a list of (sequence, number of new tokens), without phases."""
 
-import math
 from array import array
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from octavo.kv import KVCache
 
 from .policies import Policy
+from .policies.guard import PolicyGuard
 from .recovery import Recovery
 from .sequence import Sequence
 from .speculation import FREE_ROWS, propose_draft
 
-AHEAD = 16  # sequences that may wait for their pages to be fetched, or for a slot when they are there
+MAX_FETCHING = 16  # sequences that may wait for their pages to be fetched, or for a slot once they are
 
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """`chunks[i]`: how many tokens of `sequences[i]` this step computes, from its num_computed on.
+    """What one step computes.
 
-    The first `num_decoding` sequences have one token to compute, and so end with this step's chunk of 1.
-    `drafts[i]`: tokens to compute after them, in case they come next; only for a sequence whose chunk ends it.
+    Attributes:
+        sequences: the first `num_decoding` have one token to compute each.
+        chunks: chunks[i] tokens of sequences[i] are computed, from its num_computed on.
+        drafts: drafts[i] are draft tokens computed after them; only for a sequence that its chunk completes.
     """
 
     sequences: list[Sequence]
@@ -27,124 +30,137 @@ class StepPlan:
     num_decoding: int = 0
     drafts: dict[int, "array[int]"] = field(default_factory=dict)
 
-    def ends(self, i: int) -> bool:
-        """Whether sequence i will be computed to its end, so that its next token can be sampled."""
+    def completes(self, i: int) -> bool:
+        """Return whether all tokens of sequence i will be computed, so that its next token can be sampled."""
         return i < self.num_decoding or self.chunks[i] == self.sequences[i].num_uncomputed
 
 
 class Scheduler:
-    """Running sequences first, then waiting ones as far as tokens, pages and slots last, in the policy's order.
+    """Plans steps of at most `max_batch_tokens` tokens of at most `max_batch_size` sequences.
 
-    Each running sequence is sure of a token in every step. What is left of the step's tokens goes to prompts, those of
-    running and of waiting sequences alike, in the policy's order.
+    Every running sequence gets a token in every step. The remaining tokens go to prompts, of running and of waiting
+    sequences alike, in the policy's order. A sequence that needs a page when none is available gets one from the
+    policy's victim, which waits again and is recomputed later; nobody is admitted in such a step.
 
-    A sequence that needs a page when there is none takes it from the policy's victim, which waits again and is
-    recomputed later, to the same tokens. Nobody is admitted in a step that had to do this. The policy sees to it that
-    some sequence always advances to its end (see Policy), and since every request fits into the pool alone,
-    everybody is served.
+    The next few waiting sequences whose pages are in a lower tier leave the queue while those are fetched. They release
+    the pages again if running sequences, or the first of them, need them. docs/scheduling.md says why every request
+    is served in the end.
 
-    Those next in the queue of which a lower tier has pages leave it to wait for these, while others go on; they give
-    the pages up again if those that run, or the first of them, need the room.
+    Args:
+        kv: allocates pages.
+        policy: orders waiting sequences and names victims; its faults fail the requests that caused them.
+        recovery: decides between fetching and recomputing pages.
+        on_failure: called with a sequence that failed, after it was removed, and with the reason.
     """
 
-    def __init__(self, kv: KVCache, policy: Policy, recovery: Recovery, max_batch_size: int, max_batch_tokens: int):
+    def __init__(
+        self,
+        kv: KVCache,
+        policy: Policy,
+        recovery: Recovery,
+        max_batch_size: int,
+        max_batch_tokens: int,
+        on_failure: Callable[[Sequence, str], None],
+    ):
         self.kv = kv
-        self.policy = policy
         self.recovery = recovery
         self.max_batch_tokens = max_batch_tokens
         self.max_running = min(max_batch_size, max_batch_tokens)  # so that a step has a token for each
-        self.running: dict[Sequence, None] = {}  # insertion order is order of admission
+        self.running: dict[Sequence, None] = {}  # in order of admission
         self.preemptions = 0
-        self._num_waiting = 0
-        self._arriving: list[Sequence] = []  # their pages are on the way, or there; in the order of the queue
-        self._blocked = False  # in the last step somebody waited for pages
-        self._held_back: dict[str, list[Sequence]] = {}  # by the id of the request they come after
+        self._policy = PolicyGuard(policy, self._fail)
+        self._on_failure = on_failure
+        self._fetching: list[Sequence] = []  # their pages are being fetched, or have been; in the order of the queue
+        self._followers: dict[str, list[Sequence]] = {}  # by the id of the request whose prompt they wait for
+        self._short_of_pages = False  # a sequence could not be admitted in the last step
         self._slots = list(range(self.max_running - 1, -1, -1))
 
     @property
+    def policy(self) -> Policy:
+        return self._policy.policy
+
+    @property
     def num_waiting(self) -> int:
-        return self._num_waiting
+        """The number of sequences that wait for whatever reason."""
+        return len(self._policy) + self.num_waiting_for_pages + self.num_waiting_for_prompt
 
     @property
-    def num_arriving(self) -> int:
-        """Of those that wait: whose pages are on the way from a lower tier, or there already."""
-        return len(self._arriving)
+    def num_waiting_for_pages(self) -> int:
+        """The number of sequences whose pages are being fetched from a lower tier, or have been."""
+        return len(self._fetching)
 
     @property
-    def num_held_back(self) -> int:
-        """Of those that wait: who waits for the prompt of another."""
-        return sum(map(len, list(self._held_back.values())))
+    def num_waiting_for_prompt(self) -> int:
+        """The number of sequences that wait for another completion's prompt."""
+        return sum(map(len, list(self._followers.values())))
 
     @property
     def has_work(self) -> bool:
-        return bool(self.running) or self._num_waiting > 0
+        return bool(self.running or self._policy or self._fetching or self._followers)
 
     def add(self, seq: Sequence, after: Sequence | None = None) -> None:
-        """Queue a sequence; behind the prompt of `after`, if that is yet to be computed.
-
-        Raises what the policy raises, and nothing is queued then.
-        """
-        rank = self.policy.rank(seq.request)
-        if not math.isfinite(rank):
-            raise ValueError(f"the rank must be a number of seconds, not {rank}")
-        seq.place = (rank, seq.order)
+        """Queue a sequence; if the prompt of `after` is still to be computed, only then."""
+        if not self._policy.set_place(seq):
+            return
         if after is not None and after.num_computed < after.num_prompt:
-            self._held_back.setdefault(after.id, []).append(seq)
+            self._followers.setdefault(after.id, []).append(seq)
         else:
-            self.policy.add(seq)
-        self._num_waiting += 1
+            self._policy.add(seq)
 
     def end_prompt(self, seq: Sequence) -> None:
-        """The prompt of `seq` is computed, or never will be: queue those that waited for it."""
-        for follower in self._held_back.pop(seq.id, ()):
-            self.policy.add(follower)
+        """Queue the sequences that waited for the prompt of `seq`: it is computed, or never will be."""
+        for follower in self._followers.pop(seq.id, ()):
+            self._policy.add(follower)
 
     def finish(self, seq: Sequence) -> None:
-        """Take a running sequence out and free its pages and its slot."""
-        self._vacate(seq)
+        """Remove a running sequence."""
+        self._stop(seq)
         self.end_prompt(seq)
 
     def abort(self, seq: Sequence) -> None:
-        """Take a sequence out, running or waiting."""
+        """Remove a sequence, running or waiting."""
         seq.aborted = True
         if seq.slot >= 0:
-            self._vacate(seq)
-        else:
-            self._num_waiting -= 1
-            held_back = self._held_back.get(seq.request.after or "", [])
-            if seq in held_back:
-                held_back.remove(seq)
-            elif seq.prefetch:
-                self._end_prefetch(seq)
-            else:
-                self.policy.remove(seq)
+            self._stop(seq)
+        if seq.prefetch:
+            self._end_prefetch(seq)
+        if seq in self._policy:
+            self._policy.remove(seq)
+        leader = seq.request.after or ""
+        if seq in (followers := self._followers.get(leader, [])):
+            followers.remove(seq)
+            if not followers:
+                del self._followers[leader]
         self.end_prompt(seq)
 
     def schedule(self) -> StepPlan:
-        self._make_way()
+        """Plan the next step. Its sequences have pages for all tokens that it computes."""
+        self._preempt_for_waiting()
         decoding, prompts, preempted = self._continue_running()
-        self.policy.charge(decoding)
+        if not self._policy.charge(decoding):
+            decoding = [seq for seq in decoding if not seq.aborted]
         plan = StepPlan(decoding, [1] * len(decoding), len(decoding))
         self._plan_prompts(plan, prompts, may_admit=not preempted)
-        if not preempted:  # pages are short: what is freed belongs to those that run
+        if not preempted:  # pages are scarce: those that become free are for running sequences
             self._add_drafts(plan)
         return plan
 
-    def _make_way(self) -> None:
-        """Preempt whom the policy names for the sake of the next that waits, if that lacks a slot or pages."""
+    def _preempt_for_waiting(self) -> None:
+        """Preempt the sequence that the policy names, if the next waiting one lacks a slot or pages."""
         waiting = self._next_waiting()
-        short = self._blocked or not self._slots
-        if waiting and short and len(self.running) > 1 and (victim := self.policy.makes_way(waiting, self.running)):
-            self._preempt(victim)
+        if waiting and (self._short_of_pages or not self._slots) and len(self.running) > 1:
+            victim = self._policy.preempt_for(waiting, self.running.keys())
+            if victim:
+                self._preempt(victim)
 
     def _continue_running(self) -> tuple[list[Sequence], list[Sequence], bool]:
-        """Running sequences with one token to compute, those with more, and whether one had to be preempted for pages.
+        """Return the running sequences with one token to compute, those with more, and whether pages ran short.
 
-        A sequence has pages for all of its tokens since it was admitted, so only the former may need one.
+        Since a sequence is admitted with pages for all of its tokens, only the former may need a page.
         """
         decoding: list[Sequence] = []
         prompts: list[Sequence] = []
-        short: list[Sequence] = []
+        need_page: list[Sequence] = []
         page_size = self.kv.page_size
         for seq in self.running:
             length = len(seq.tokens)
@@ -152,123 +168,133 @@ class Scheduler:
                 prompts.append(seq)
             else:
                 decoding.append(seq)
-                if length > len(seq.held.pages) * page_size:
-                    short.append(seq)
-        preemptions = self.preemptions
-        for seq in short:
-            while seq.slot >= 0 and not self.kv.grow(seq.held, len(seq.tokens)):
-                if not self._give_up_fetching():
-                    self._preempt(self.policy.victim(self.running))
-        if self.preemptions == preemptions:
+                if length > len(seq.page_table.pages) * page_size:
+                    need_page.append(seq)
+        running = len(self.running)
+        for seq in need_page:
+            while seq.slot >= 0 and not self.kv.extend(seq.page_table, len(seq.tokens)):
+                if not self._give_up_fetching() and (victim := self._policy.victim(self.running.keys())):
+                    self._preempt(victim)
+        if len(self.running) == running:
             return decoding, prompts, False
         return [seq for seq in decoding if seq.slot >= 0], [seq for seq in prompts if seq.slot >= 0], True
 
     def _plan_prompts(self, plan: StepPlan, prompts: list[Sequence], may_admit: bool) -> None:
-        """Give what decoding leaves of the step's tokens to `prompts`, which run, and to waiting sequences."""
-        key = self.policy.key
-        prompts.sort(key=key, reverse=True)  # the last is the next
-        spare = self.max_batch_tokens - len(self.running)  # each of them is sure of one
+        """Give the tokens that decoding leaves to `prompts`, which run, and to waiting sequences."""
+        self._policy.sort(prompts)
+        spare = self.max_batch_tokens - len(self.running)  # each running sequence is sure of one
         waiting = self._next_waiting() if may_admit and self._slots else None
-        self._blocked = False
+        self._short_of_pages = False
         while prompts or (waiting and spare > 0):
-            if waiting and spare > 0 and not (prompts and key(prompts[-1]) < key(waiting)):
-                seq = waiting
-                if not self._admit(seq):
-                    self._blocked, waiting = True, None
+            if waiting is None or spare <= 0:
+                seq = prompts.pop()
+            elif prompts and (prompt_first := self._policy.goes_before(prompts[-1], waiting)) is not False:
+                if prompt_first is None:  # one of the two failed
+                    prompts = [seq for seq in prompts if not seq.aborted]
+                    waiting = self._next_waiting()
                     continue
+                seq = prompts.pop()
+            elif self._admit(seq := waiting):
                 spare -= 1
                 waiting = self._next_waiting() if self._slots else None
             else:
-                seq = prompts.pop()
+                self._short_of_pages = not seq.aborted
+                waiting = self._next_waiting() if seq.aborted else None
+                continue
             chunk = min(seq.num_uncomputed, 1 + spare)
             plan.sequences.append(seq)
             plan.chunks.append(chunk)
             spare -= chunk - 1
 
     def _admit(self, seq: Sequence) -> bool:
-        """Let a waiting sequence run, if its pages are to be had. Needs a free slot."""
-        # A spare page for each that runs, or the newcomer would soon be preempted for them.
-        admitted = self.kv.admit(seq.prefix, spare=len(self.running))
-        while admitted is None:
+        """Let a waiting sequence run, which needs a free slot. Return False if it lacks pages or failed."""
+        # A page is reserved for each running sequence, or this one would soon be preempted for them.
+        allocated = self.kv.allocate(seq.prefix, reserve=len(self.running))
+        while allocated is None:
             if not seq.prefetch or not self._give_up_fetching(behind=seq):
                 return False
-            admitted = self.kv.admit(seq.prefix, spare=len(self.running))
-        seq.held, seq.num_computed = admitted
-        if not seq.num_outputs:
-            seq.cached_tokens = seq.num_computed
+            allocated = self.kv.allocate(seq.prefix, reserve=len(self.running))
+        seq.page_table, seq.num_computed = allocated
         if seq.prefetch:
             self._end_prefetch(seq)
-        else:
-            self.policy.pop()
-        self._num_waiting -= 1
+        elif not self._policy.pop(seq):
+            self.kv.release(seq.page_table)
+            return False
+        if not seq.num_outputs:
+            seq.cached_tokens = seq.num_computed
         seq.admitted = True
         seq.slot = self._slots.pop()
         self.running[seq] = None
         return True
 
     def _next_waiting(self) -> Sequence | None:
-        """Who is to be admitted next: the first whose pages have arrived, or whom the policy names."""
-        for seq in self._arriving:
+        """Return the sequence to be admitted next: the first whose pages have been fetched, or the policy's next."""
+        for seq in self._fetching:
             if seq.prefetch and not seq.prefetch.pending:
                 return seq
         self._fetch_ahead()
-        return self.policy.peek() if len(self._arriving) < AHEAD else None
+        return self._policy.peek() if len(self._fetching) < MAX_FETCHING else None
 
     def _fetch_ahead(self) -> None:
-        """Begin to fetch what lower tiers have of the next in the queue, as far as pages for it are to be had."""
-        while len(self._arriving) < AHEAD and (seq := self.policy.peek()):
-            if not self.recovery.fetches(seq, self.kv.seconds_per_page):
+        """Begin to fetch the pages of the next waiting sequences from lower tiers, as far as pages are available."""
+        while len(self._fetching) < MAX_FETCHING and (seq := self._policy.peek()):
+            if not self.recovery.should_fetch(seq, self.kv.seconds_per_page):
                 return
-            seq.prefetch = self.kv.prefetch(seq.prefix, spare=len(self.running))
+            seq.prefetch = self.kv.prefetch(seq.prefix, reserve=len(self.running))
             if seq.prefetch is None:
                 return
+            self._fetching.append(seq)
             seq.num_computed = len(seq.prefetch.pages) * self.kv.page_size  # as far as the policy is concerned
-            self.policy.pop()
-            seq.num_computed, seq.admitted = 0, True
-            self._arriving.append(seq)
+            if self._policy.pop(seq):
+                seq.admitted = True
+            seq.num_computed = 0
 
     def _give_up_fetching(self, behind: Sequence | None = None) -> bool:
-        """Let the last of those whose pages arrive wait in the queue again, without them.
+        """Return the last of the sequences whose pages are fetched to the queue, without its pages.
 
-        False: there is none, or none `behind` a sequence that is one of them.
+        Returns False if there is none, or if it is `behind` itself.
         """
-        if not self._arriving or self._arriving[-1] is behind:
+        if not self._fetching or self._fetching[-1] is behind:
             return False
-        seq = self._arriving[-1]
+        seq = self._fetching[-1]
         self._end_prefetch(seq)
-        self.policy.add(seq)
+        self._policy.add(seq)
         return True
 
     def _end_prefetch(self, seq: Sequence) -> None:
         assert seq.prefetch is not None
         self.kv.end_prefetch(seq.prefetch)
         seq.prefetch = None
-        self._arriving.remove(seq)
+        self._fetching.remove(seq)
 
     def _add_drafts(self, plan: StepPlan) -> None:
-        """Fill what the step has of free rows with guesses, for decoding sequences that are to have them."""
+        """Fill the free rows of the step with draft tokens."""
         free = min(FREE_ROWS, self.max_batch_tokens) - sum(plan.chunks)
         for i, seq in enumerate(plan.sequences):
             if free <= 0:
                 return
-            if not seq.num_draft_tokens or not plan.ends(i):
+            if not seq.num_draft_tokens or not plan.completes(i):
                 continue
-            room = min(free, seq.num_draft_tokens, seq.max_tokens - len(seq.tokens) - 1)
-            guesses = propose_draft(seq.tokens, room) if room > 0 else None
-            if guesses and self.kv.grow(seq.held, len(seq.tokens) + len(guesses)):
-                plan.drafts[i] = guesses
-                free -= len(guesses)
+            limit = min(free, seq.num_draft_tokens, seq.max_tokens - len(seq.tokens) - 1)
+            draft = propose_draft(seq.tokens, limit) if limit > 0 else None
+            if draft and self.kv.extend(seq.page_table, len(seq.tokens) + len(draft)):
+                plan.drafts[i] = draft
+                free -= len(draft)
 
     def _preempt(self, seq: Sequence) -> None:
-        """Take a running sequence's pages; it returns to its place in the queue."""
-        self._vacate(seq)
+        """Return a running sequence to the queue, without its pages."""
+        self._stop(seq)
         self.preemptions += 1
-        self._num_waiting += 1
-        self.policy.add(seq)
+        self._policy.add(seq)
 
-    def _vacate(self, seq: Sequence) -> None:
+    def _stop(self, seq: Sequence) -> None:
+        """Release the pages and the slot of a running sequence."""
         del self.running[seq]
-        self.kv.release(seq.held, seq.num_computed)
+        self.kv.release(seq.page_table, seq.num_computed)
         seq.num_computed = 0
         self._slots.append(seq.slot)
         seq.slot = -1
+
+    def _fail(self, seq: Sequence, reason: str) -> None:
+        self.abort(seq)
+        self._on_failure(seq, reason)

@@ -1,8 +1,10 @@
 """The header of a GGUF file: metadata and the table of tensors.
 
-The gguf package's GGUFReader makes several numpy views for every string: 1.9 s for SmolLM2's vocabulary, more than all
-the rest of a start together, and it believes every count it reads. This reader takes 0.03 s, and checks every size
-against the file. Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md (versions 2 and 3, little-endian).
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md (versions 2 and 3, little-endian).
+
+The gguf package's GGUFReader creates several numpy views for every string, which takes 1.9 s for the vocabulary of
+SmolLM2, more than the rest of a start together, and it trusts every count that it reads. This reader takes 0.03 s and
+checks every size against the file.
 """
 
 import math
@@ -14,44 +16,43 @@ from typing import Any
 
 import numpy as np
 
-from octavo.errors import DamagedWeights, ModelNotFound, UnsupportedModel
+from octavo.errors import DamagedWeights, UnsupportedModel, shortened
+
+from .blocks import GGML_TYPES
+from .files import map_file
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
-# GGML type -> its name, and elements and bytes of a block. The gguf package has it too, but takes 0.1 s to import.
-GGUF_FORMATS = {
-    0: ("F32", 1, 4),
-    1: ("F16", 1, 2),
-    30: ("BF16", 1, 2),
-    2: ("Q4_0", 32, 18),
-    3: ("Q4_1", 32, 20),
-    6: ("Q5_0", 32, 22),
-    7: ("Q5_1", 32, 24),
-    8: ("Q8_0", 32, 34),
-    10: ("Q2_K", 256, 84),
-    11: ("Q3_K", 256, 110),
-    12: ("Q4_K", 256, 144),
-    13: ("Q5_K", 256, 176),
-    14: ("Q6_K", 256, 210),
-}
-_LONGEST_ARRAY = 10_000_000  # a vocabulary has a few hundred thousand entries
 _U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
+
+# Limits on what is read into memory, since a sparse file may claim any size. The largest vocabularies have a header of
+# some 20 MB, and 1.5 million tokens, scores, types and merges.
+_MAX_HEADER_BYTES = 128 << 20
+_MAX_ARRAY_VALUES = 4_000_000  # of all arrays together
+_MAX_KEYS, _MAX_TENSORS = 10_000, 100_000
 
 
 @dataclass(frozen=True)
 class GgufTensor:
-    """`shape` is (rows, columns) or (n,), GGUF's order reversed. Its bytes are start:stop of the file."""
+    """An entry of the table of tensors.
+
+    `shape` is (rows, columns) or (n,), which is GGUF's order reversed. `format` is a name in BLOCK_FORMATS. The
+    tensor's bytes are start:stop of the file.
+    """
 
     name: str
     shape: tuple[int, ...]
-    format: str  # "F32", "Q4_K", ...
+    format: str
     start: int
     stop: int
 
 
 @dataclass(frozen=True)
 class GgufHeader:
-    """`metadata`: numbers, booleans, strings and lists of them, by key. `mapped`: the whole file, read-only."""
+    """What the header of a GGUF file holds.
+
+    `metadata`: numbers, booleans, strings and lists of these, by key. `mapped`: the whole file, read-only.
+    """
 
     metadata: dict[str, Any]
     tensors: list[GgufTensor]
@@ -59,31 +60,33 @@ class GgufHeader:
 
 
 def read_header(path: Path) -> GgufHeader:
-    """Map `path` and parse its header. Raises ModelNotFound, DamagedWeights or UnsupportedModel."""
-    try:
-        with path.open("rb") as file:
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except OSError as error:
-        raise ModelNotFound(f"cannot read {path}: {error.strerror}") from None
-    except ValueError:  # what mmap says of an empty file
-        raise DamagedWeights(f"{path} is empty; download it again") from None
+    """Map the file at `path` and parse its header.
+
+    Raises:
+        ModelNotFound: There is no such regular file, or it may not be read.
+        DamagedWeights: It is not a GGUF file, is truncated or contradicts itself.
+        UnsupportedModel: Its version, or the format of one of its tensors, is not supported.
+    """
+    mapped = map_file(path)
     try:
         return _Parser(mapped).header()
     except (_Malformed, struct.error, UnicodeDecodeError, OverflowError) as error:
-        raise DamagedWeights(f"{path} is no GGUF file or is damaged ({error}); download it again") from None
+        reason = shortened(error)
+        raise DamagedWeights(f"{path} is not a GGUF file or is damaged ({reason}); download it again") from None
     except UnsupportedModel as error:
         raise UnsupportedModel(f"{path}: {error}") from None
 
 
 class _Malformed(Exception):
-    """What is wrong with the file, in a few words."""
+    """A file that breaks the format's rules; the message says which, in a few words."""
 
 
 class _Parser:
-    """Reads on from `at`. Reads past the end of the file end in struct.error or _Malformed."""
+    """Reads values one after another, from offset `at` on. Raises struct.error or _Malformed at the end of the file."""
 
     def __init__(self, mapped: mmap.mmap):
-        self.mapped, self.size, self.at = mapped, len(mapped), 0
+        self.mapped, self.size, self.at = mapped, min(len(mapped), _MAX_HEADER_BYTES), 0
+        self.array_values = 0  # read so far
 
     def header(self) -> GgufHeader:
         if self.mapped[:4] != b"GGUF":
@@ -91,7 +94,8 @@ class _Parser:
         self.at = 4
         if (version := self.u32()) not in (2, 3):
             raise UnsupportedModel(f"GGUF version {version} is not supported; convert it to version 3")
-        num_tensors, num_keys = self.count(smallest=24), self.count(smallest=12)
+        num_tensors = self.count(smallest=24, limit=_MAX_TENSORS)
+        num_keys = self.count(smallest=12, limit=_MAX_KEYS)
         metadata: dict[str, Any] = {}
         for _ in range(num_keys):
             key = self.string()
@@ -102,10 +106,24 @@ class _Parser:
         if len({name for name, *_ in infos}) < num_tensors:
             raise _Malformed("two tensors of one name")
         alignment = metadata.get("general.alignment", 32)
-        if not isinstance(alignment, int) or alignment <= 0:
-            raise _Malformed(f"alignment {alignment!r}")
+        if not isinstance(alignment, int) or alignment <= 0 or alignment & (alignment - 1):
+            raise _Malformed(f"alignment {alignment!r} is not a power of two")
+        return GgufHeader(metadata, self.lay_out(infos, alignment), self.mapped)
+
+    def lay_out(self, infos: list[tuple[str, tuple[int, ...], int, int]], alignment: int) -> list[GgufTensor]:
+        """Locate the tensors. As in llama.cpp, each begins at the aligned end of the one before it."""
         data = -(-self.at // alignment) * alignment
-        return GgufHeader(metadata, [self.tensor(data, *info) for info in infos], self.mapped)
+        tensors: list[GgufTensor] = []
+        expected = 0
+        for name, shape, kind, offset in infos:
+            tensor = self.tensor(data, name, shape, kind, offset)
+            if offset != expected:
+                raise _Malformed(
+                    f"tensor {name!r} is at offset {offset}, but the one before it ends at {expected}, aligned"
+                )
+            expected = -(-(tensor.stop - data) // alignment) * alignment
+            tensors.append(tensor)
+        return tensors
 
     def u32(self) -> int:
         (value,) = _U32.unpack_from(self.mapped, self.at)
@@ -117,18 +135,20 @@ class _Parser:
         self.at += 8
         return int(value)
 
-    def count(self, smallest: int) -> int:
-        """A number of things of at least `smallest` bytes each, all of which must still fit in the file."""
+    def count(self, smallest: int, limit: int) -> int:
+        """Read a count of items that take at least `smallest` bytes each."""
         count = self.u64()
         if count * smallest > self.size - self.at:
             raise _Malformed(f"a count of {count} does not fit in the file")
+        if count > limit:
+            raise _Malformed(f"a count of {count}, where at most {limit} are supported")
         return count
 
     def string(self) -> str:
         return self.strings(1)[0]
 
     def strings(self, count: int) -> list[str]:
-        mapped, unpack, at, size = self.mapped, _U64.unpack_from, self.at, self.size  # locals: this is the hot loop
+        mapped, unpack, at, size = self.mapped, _U64.unpack_from, self.at, self.size  # local names are faster
         strings = []
         for _ in range(count):
             start = at + 8
@@ -147,9 +167,8 @@ class _Parser:
         return self.scalars(kind, 1)[0]
 
     def array(self, kind: int) -> list[Any]:
-        count = self.count(smallest=8 if kind == _STRING else 1)
-        if count > _LONGEST_ARRAY:
-            raise _Malformed(f"an array of {count} values")
+        count = self.count(smallest=8 if kind == _STRING else 1, limit=_MAX_ARRAY_VALUES - self.array_values)
+        self.array_values += count
         return self.strings(count) if kind == _STRING else self.scalars(kind, count)
 
     def scalars(self, kind: int, count: int) -> list[Any]:
@@ -170,16 +189,18 @@ class _Parser:
         return name, dims[::-1], self.u32(), self.u64()
 
     def tensor(self, data: int, name: str, shape: tuple[int, ...], kind: int, offset: int) -> GgufTensor:
-        if kind not in GGUF_FORMATS:
-            supported = ", ".join(format for format, _, _ in GGUF_FORMATS.values())
-            raise UnsupportedModel(f"tensor {name!r} is stored as {_type_name(kind)}; supported are {supported}")
-        format, block_elements, block_bytes = GGUF_FORMATS[kind]
+        format = GGML_TYPES.get(kind)
+        if format is None:
+            supported = ", ".join(format.name for format in GGML_TYPES.values())
+            raise UnsupportedModel(
+                f"tensor {shortened(repr(name))} is stored as {_type_name(kind)}; supported are {supported}"
+            )
         elements = math.prod(shape)
         start = data + offset
-        stop = start + elements // block_elements * block_bytes
-        if elements == 0 or shape[-1] % block_elements or stop > self.size:
+        stop = start + elements // format.values * format.nbytes
+        if elements == 0 or shape[-1] % format.values or stop > len(self.mapped):
             raise _Malformed(f"tensor {name!r} of shape {list(shape)} does not fit in the file")
-        return GgufTensor(name, shape, format, start, stop)
+        return GgufTensor(name, shape, format.name, start, stop)
 
 
 def _type_name(kind: int) -> str:

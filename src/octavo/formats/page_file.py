@@ -1,15 +1,16 @@
-"""Pages of the KV cache in a file: one, as the disk tier keeps them, or many, which with their tokens are a KV state.
+"""Files of KV pages: a single page, as the disk tier keeps it, or many, which with their tokens are a saved KV state.
 
-    64 bytes    magic, version, where the header begins, its length and checksum; zeros
+    64 bytes    magic, version, offset, length and checksum of the header; zeros
     pages       page_bytes each
     header      MessagePack, see Header
 
-The header comes last, so that pages can be written as they come. A file gets its name when it is complete; what the
-system nevertheless loses or damages (a power failure may do both) is found by checksums, XXH3 of 128 bits.
+The header comes last, so that pages can be written one at a time. A file gets its name when it is complete. Whatever
+the system still loses or damages, for instance in a power failure, is detected by checksums: XXH3, 128 bits.
 """
 
 import os
 import secrets
+import stat
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -20,8 +21,9 @@ from xxhash import xxh3_128_digest
 
 _MAGIC, _VERSION = b"OctavoKV", 1
 _PREAMBLE = struct.Struct("<8sIQQ16s")
-_START = 64  # of the pages
-TEMPORARY = r"\.[0-9a-f]{16}\.tmp"  # what a file's name ends with until it is complete
+_START = 64  # offset of the first page
+_MAX_HEADER = 2**26  # bytes; millions of tokens
+TEMPORARY = r"\.[0-9a-f]{16}\.tmp"  # suffix of a file's name until it is complete
 
 
 class BadPageFile(ValueError):
@@ -29,7 +31,14 @@ class BadPageFile(ValueError):
 
 
 class Header(msgspec.Struct, frozen=True):
-    """`checksums`: of each page. `fingerprint`, `tokens` and `metadata` are the writer's."""
+    """What a page file contains.
+
+    Attributes:
+        page_bytes: size of each page.
+        keys: of the pages, in order of position in the file.
+        checksums: XXH3 of each page, 16 bytes.
+        fingerprint, tokens, metadata: as passed to `write_page_file`.
+    """
 
     page_bytes: int
     keys: list[bytes]
@@ -49,9 +58,15 @@ def write_page_file(
     metadata: Mapping[str, str] | None = None,
     durable: bool = False,
 ) -> None:
-    """Write keys and contents (uint8 [page_bytes] each) to `path`, all or nothing. Only its owner may read it.
+    """Write pages to `path`, all or nothing, readable by the owner only.
 
-    `durable`: it outlives a power failure, too, at the price of waiting for the disk. Raises OSError.
+    Args:
+        pages: key and content (uint8 [page_bytes]) of each.
+        fingerprint, tokens, metadata: stored as they are.
+        durable: wait until the file would survive a power failure.
+
+    Raises:
+        OSError
     """
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
     keys, checksums = [], []
@@ -79,16 +94,16 @@ def write_page_file(
 
 
 def page_file_bytes(page_bytes: int) -> int:
-    """Size of a page file of a single page, whose key has 16 bytes."""
+    """Return the size of a file of one page with a key of 16 bytes."""
     header = Header(page_bytes, [bytes(16)], [bytes(16)])
     return _START + page_bytes + len(msgspec.msgpack.encode(header))
 
 
 class PageFile:
-    """A page file open for reading, by several threads at once. Raises OSError or BadPageFile."""
+    """A page file open for reading. Thread-safe. Raises OSError or BadPageFile."""
 
     def __init__(self, path: Path):
-        self._file = path.open("rb", buffering=0)
+        self._file = open(path, "rb", buffering=0, opener=_without_blocking)  # noqa: SIM115
         try:
             self.header = self._read_header()
         except BaseException:
@@ -106,7 +121,7 @@ class PageFile:
         return key in self._index
 
     def read(self, key: bytes) -> np.ndarray:
-        """The page's content, as it was written: uint8 [page_bytes]. Raises OSError or BadPageFile."""
+        """Return the content of a page, uint8 [page_bytes]. Raises OSError; BadPageFile if it is missing or damaged."""
         if (index := self._index.get(key)) is None:
             raise BadPageFile("it does not have this page")
         content = np.empty(self.header.page_bytes, np.uint8)
@@ -120,14 +135,19 @@ class PageFile:
 
     def _read_header(self) -> Header:
         descriptor = self._file.fileno()
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise BadPageFile("it is no regular file")
         preamble = os.pread(descriptor, _PREAMBLE.size, 0)
         if len(preamble) < _PREAMBLE.size or not preamble.startswith(_MAGIC):
             raise BadPageFile("it is no file of KV pages")
         _, version, start, length, checksum = _PREAMBLE.unpack(preamble)
         if version != _VERSION:
             raise BadPageFile(f"it is of format {version}, and this version of Octavo reads format {_VERSION}")
-        if start + length != os.fstat(descriptor).st_size:
+        if start + length != status.st_size:
             raise BadPageFile("it is incomplete")
+        if length > _MAX_HEADER:
+            raise BadPageFile("its header is too long")
         encoded = os.pread(descriptor, length, start)
         if xxh3_128_digest(encoded) != checksum:
             raise BadPageFile("its header is damaged")
@@ -142,3 +162,8 @@ class PageFile:
 
 def _private(path: str, flags: int) -> int:
     return os.open(path, flags, 0o600)
+
+
+def _without_blocking(path: str, flags: int) -> int:
+    """Open a file; a named pipe without a writer does not block, and is refused afterwards."""
+    return os.open(path, flags | os.O_NONBLOCK)

@@ -1,203 +1,142 @@
-"""The ledger: every live request with all that is needed to continue it on another engine."""
+"""Ledger: every live request, with all that is needed to continue it on another engine."""
 
+import itertools
 import secrets
 import time
 import uuid
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Iterator
 
 import msgspec
 
-from octavo.engine.messages import EngineInfo, EngineRequest, TokenOutput
-from octavo.errors import InvalidRequest, OctavoError, PromptTooLong, RequestFailed, RequestTimeout
-from octavo.outputs import RequestMetrics, RequestOutput
-from octavo.params import SamplingParams
-from octavo.states import KVState, StateBook
+from octavo.engine.deadlines import Deadlines
+from octavo.engine.messages import EngineInfo, EngineRequest
+from octavo.errors import InvalidRequest
+from octavo.outputs import RequestMetrics
 from octavo.text import Detokenizer, Tokenizer
 from octavo.text.stop_strings import StopStrings
 
-from .live import LiveCompletion, LiveRequest
-from .prompts import Ask
+from .live import LiveCompletion, LiveRequest, Sink
+from .requests import Request, check_id
 
-Sink = Callable[[LiveRequest, RequestOutput | Exception], None]
-
-_FAILURES: dict[str | None, type[OctavoError]] = {"error": RequestFailed, "timeout": RequestTimeout}
+SEED_BITS = 53  # what JavaScript, and so many a JSON parser, keeps of an integer
 
 
 class Ledger:
-    """Opens requests, hands their tokens to whom they belong, and knows what is still owed. Not thread-safe."""
+    """The live requests by their users' ids, their completions by the engine's, and their deadlines. Not thread-safe.
 
-    def __init__(self, tokenizer: Tokenizer, info: EngineInfo, states: StateBook):
-        self._tokenizer = tokenizer
-        self._info = info
-        self._states = states
+    Args:
+        request_timeout: seconds, for requests that name none; None for no limit.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, info: EngineInfo, request_timeout: float | None):
+        self._tokenizer, self._info, self._request_timeout = tokenizer, info, request_timeout
+        self._eos = sorted(tokenizer.eos_token_ids)
         self._live: dict[str, LiveRequest] = {}
         self._completions: dict[str, tuple[LiveRequest, LiveCompletion]] = {}  # by the engine's id
-        self.timed_out = 0  # requests, since the start
+        self._engine_ids = itertools.count()
+        self._deadlines = Deadlines()  # in time.monotonic()
 
     def __len__(self) -> int:
         return len(self._live)
 
+    def __iter__(self) -> Iterator[LiveRequest]:
+        return iter(list(self._live.values()))
+
+    def __contains__(self, id: str) -> bool:
+        return id in self._live
+
     @property
     def num_completions(self) -> int:
+        """The number of unfinished completions."""
         return len(self._completions)
 
-    def open(
-        self, asks: list[Ask], sink: Sink, request_id: str | None = None
-    ) -> tuple[list[LiveRequest], list[EngineRequest]]:
-        """New requests, and what to ask of the engine for them: all or none.
+    def find(self, engine_id: str) -> tuple[LiveRequest, LiveCompletion] | None:
+        """Return the unfinished completion that the engine calls `engine_id`."""
+        return self._completions.get(engine_id)
 
-        Raises InvalidRequest, PromptTooLong, InvalidKVState.
-        """
-        lives: list[LiveRequest] = []
-        try:
-            for ask in asks:
-                lives.append(self._open(ask, sink, request_id))
-        except BaseException:
-            for live in lives:
-                self.close(live.id)
-            raise
-        return lives, [completion.request for live in lives for completion in live.completions]
+    def open(self, request: Request, tokens: list[int], sink: Sink, id: str | None = None) -> LiveRequest:
+        """Enter a request whose prompt has become `tokens`, those of its KV state included. Raises InvalidRequest."""
+        if id is not None:
+            check_id(id)
+        live = self._live_request(request, tokens, sink, id or f"req-{uuid.uuid4().hex}")
+        if live.id in self._live:
+            raise InvalidRequest(f"a request with the id {live.id!r} is running", "request_id")
+        self._live[live.id] = live
+        self._completions.update({completion.request.id: (live, completion) for completion in live.completions})
+        if live.timeout is not None:
+            self._deadlines.set(live.id, live.arrival + live.timeout)
+        return live
 
-    def _open(self, ask: Ask, sink: Sink, request_id: str | None) -> LiveRequest:
-        prompt, params, terms, state = ask
-        arrival = time.time()
-        id = request_id or f"req-{uuid.uuid4().hex}"
-        if id in self._live:
-            raise InvalidRequest(f"a request with the id {id!r} is running", "request_id")
-        tokens = self._tokens(ask)
-        self._check_tokens(params)
-        room = self._info.max_model_len - len(tokens)
-        seed = secrets.randbits(63) if params.seed is None else params.seed % 2**64
+    def finish(self, completion: LiveCompletion) -> None:
+        """Note that a completion has ended; with the last one, its request leaves the ledger."""
+        live, _ = self._completions.pop(completion.request.id)
+        if live.finished:
+            del self._live[live.id]
+            self._deadlines.forget(live.id)
+
+    def close(self, live: LiveRequest) -> list[str]:
+        """Remove a request that has not ended. Return the engine's ids of what is unfinished; [] if it is not here."""
+        if self._live.get(live.id) is not live:
+            return []
+        del self._live[live.id]
+        self._deadlines.forget(live.id)
+        unfinished = [each.request.id for each in live.completions if not each.finish_reason]
+        for engine_id in unfinished:
+            del self._completions[engine_id]
+        return unfinished
+
+    def get(self, id: str) -> LiveRequest | None:
+        return self._live.get(id)
+
+    def overdue(self) -> list[LiveRequest]:
+        """Return the requests whose time is up, each once."""
+        return [self._live[id] for id in self._deadlines.passed(time.monotonic())]
+
+    @property
+    def next_deadline(self) -> float | None:
+        """The earliest deadline, in seconds of time.monotonic()."""
+        return self._deadlines.next
+
+    def _live_request(self, request: Request, tokens: list[int], sink: Sink, id: str) -> LiveRequest:
+        params, terms = request.params, request.terms
         live = LiveRequest(
             id=id,
-            prompt=prompt if isinstance(prompt, str) else None,
+            prompt=request.prompt if isinstance(request.prompt, str) else None,
             prompt_token_ids=tokens,
             params=params,
-            seed=seed,
+            seed=secrets.randbits(SEED_BITS) if params.seed is None else params.seed % 2**64,
             tokenizer=self._tokenizer,
             sink=sink,
             completions=[],
-            metrics=RequestMetrics(arrival_time=arrival),
-            state=state,
+            metrics=RequestMetrics(arrival_time=time.time()),
+            arrival=time.monotonic(),
+            timeout=self._request_timeout if terms.timeout is None else terms.timeout,
+            state=request.state,
         )
+        capacity = self._info.max_model_len - len(tokens)
+        first: str | None = None
         for index in range(params.n):
-            request = EngineRequest(
-                id=id if params.n == 1 else f"{id}#{index}",
+            engine_request = EngineRequest(
+                id=str(next(self._engine_ids)),
                 prompt=tokens,
                 params=msgspec.structs.replace(
                     params,
                     n=1,
                     stop=None,
-                    seed=(seed + index) % 2**64,
-                    max_tokens=min(params.max_tokens or room, room),
-                    min_tokens=min(params.min_tokens, room),
+                    seed=(live.seed + index) % 2**64,
+                    max_tokens=min(params.max_tokens or capacity, capacity),
+                    min_tokens=min(params.min_tokens, capacity),
                 ),
-                arrival=arrival,
-                eos=[] if params.ignore_eos else sorted(self._tokenizer.eos_token_ids),
-                after=f"{id}#0" if index else None,
+                eos=[] if params.ignore_eos else self._eos,
+                after=first,
                 tenant=terms.tenant,
                 salt=terms.cache_salt or "",
+                origin=request.state.origin if request.state else "",
                 priority=terms.priority,
                 ttft_target=terms.ttft_target,
-                timeout=terms.timeout,
+                timeout=live.timeout,
             )
+            first = first or engine_request.id
             stops = StopStrings(params.stop_strings)
-            live.completions.append(LiveCompletion(request, index, Detokenizer(self._tokenizer), stops))
-        self._live[id] = live
-        self._completions.update({c.request.id: (live, c) for c in live.completions})
+            live.completions.append(LiveCompletion(engine_request, index, Detokenizer(self._tokenizer), stops))
         return live
-
-    def deliver(self, outputs: Iterable[TokenOutput]) -> list[str]:
-        """Pass tokens on to the sinks. The engine ids that a stop string ended, to be aborted there."""
-        stopped = []
-        for output in outputs:
-            live, completion = self._completions.get(output.id, (None, None))
-            if live is None or completion is None:
-                continue  # aborted meanwhile
-            if failure := _FAILURES.get(output.finish_reason):
-                stopped += self.close(live.id)
-                self.timed_out += failure is RequestTimeout
-                live.sink(live, failure(output.message or "the engine could not go on with this request"))
-                continue
-            increment = live.advance(completion, output)
-            if completion.finish_reason:
-                del self._completions[output.id]
-                if not output.finish_reason:
-                    stopped.append(output.id)
-            if increment.finished:
-                del self._live[live.id]
-                self._states.remember(
-                    live.id,
-                    live.completions[0].request.tenant,
-                    live.completions[0].request.salt,
-                    live.prompt_token_ids,
-                    [completion.token_ids for completion in live.completions],
-                    live.state,
-                )
-            live.sink(live, increment)
-        return stopped
-
-    def close(self, id: str, say_so: bool = False) -> list[str]:
-        """Forget a request, its user being gone. The engine ids to be aborted; none if it is not live.
-
-        `say_so`: its sink gets a last increment with finish_reason "abort".
-        """
-        live = self._live.pop(id, None)
-        if live is None:
-            return []
-        unfinished = [completion for completion in live.completions if not completion.finish_reason]
-        for completion in unfinished:
-            del self._completions[completion.request.id]
-        if say_so:
-            live.sink(live, live.abort())
-        return [completion.request.id for completion in unfinished]
-
-    def fail(self, error: Exception) -> None:
-        """Nobody will continue the live requests: tell their sinks."""
-        lives = list(self._live.values())
-        self._live.clear()
-        self._completions.clear()
-        for live in lives:
-            with suppress(Exception):  # a sink that fails keeps no other from hearing of it
-                live.sink(live, error)
-
-    def owed(self) -> list[EngineRequest]:
-        """What to ask of a new engine so that every live request goes on where it was."""
-        return [
-            msgspec.structs.replace(completion.request, output=list(completion.token_ids))
-            for _, completion in self._completions.values()
-        ]
-
-    def keep_state(self, request_id: str, index: int) -> KVState:
-        """A state of a finished request. Raises InvalidRequest, QuotaExceeded."""
-        if request_id in self._live:
-            raise InvalidRequest(f"the request {request_id!r} still runs: it has no state before its end", "request_id")
-        return self._states.keep(request_id, index)
-
-    def _tokens(self, ask: Ask) -> list[int]:
-        prompt, state = ask.prompt, ask.state
-        if isinstance(prompt, str):
-            tokens = self._tokenizer.encode(prompt, add_special_tokens=state is None)
-        else:
-            tokens = list(prompt)
-            size = self._info.vocab_size
-            if not all(isinstance(token, int) and 0 <= token < size for token in tokens):
-                raise InvalidRequest(f"prompt token ids must be integers from 0 to {size - 1}", "prompt")
-        if state is not None:
-            tokens = self._states.use(state, ask.terms.tenant, ask.terms.cache_salt or "") + tokens
-        if not tokens:
-            raise InvalidRequest("the prompt is empty", "prompt")
-        limit = self._info.max_model_len
-        if len(tokens) >= limit:
-            raise PromptTooLong(
-                f"the prompt has {len(tokens)} tokens; the model's context of {limit} has room for at most {limit - 1}",
-                "prompt",
-            )
-        return tokens
-
-    def _check_tokens(self, params: SamplingParams) -> None:
-        size = self._info.vocab_size
-        for param, tokens in (("stop_token_ids", params.stop_token_ids), ("logit_bias", params.logit_bias)):
-            if any(token >= size for token in tokens or ()):
-                raise InvalidRequest(f"{param} names tokens beyond the vocabulary of {size}", param)

@@ -1,9 +1,11 @@
-"""A live request as its user sees it: text, stop strings, logprobs, metrics, made of an engine's token outputs."""
+"""A live request as its user sees it: text, stop strings, logprobs and metrics, made of the engine's token outputs."""
 
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
+
+import msgspec
 
 from octavo.engine.messages import EngineRequest, TokenLogprobs, TokenOutput
 from octavo.outputs import CompletionOutput, FinishReason, Logprob, RequestMetrics, RequestOutput
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class LiveCompletion:
-    """One completion of a request: what the engine was asked for it, and all that has come of it."""
+    """One completion of a request: what the engine was sent for it, and everything that it has returned."""
 
     request: EngineRequest
     index: int
@@ -31,11 +33,11 @@ class LiveCompletion:
     stop_reason: str | int | None = None
 
     def output(self) -> CompletionOutput:
-        """All of it."""
+        """Return everything so far."""
         return self.increment("".join(self.text), self.token_ids, self.logprobs)
 
     def increment(self, text: str, tokens: list[int], logprobs: list[dict[int, Logprob]]) -> CompletionOutput:
-        """What is new, and how things stand."""
+        """Return a new part of the completion, with its present status."""
         wanted = self.request.params.logprobs is not None
         return CompletionOutput(
             self.index,
@@ -48,10 +50,21 @@ class LiveCompletion:
         )
 
 
-@dataclass(slots=True)
+Sink = Callable[["LiveRequest", RequestOutput | Exception], None]
+
+
+@dataclass(slots=True, eq=False)
 class LiveRequest:
-    """A request until its last token. `sink` is called with an increment for every step that brought something,
-    or with the error that ended the request."""
+    """A request until its last token.
+
+    Attributes:
+        sink: called with an increment for every step that computed a token of it, or with the error that ended it.
+        arrival: time.monotonic() in seconds.
+        state: the KV state that the prompt begins with.
+        sent: whether the present engine has been sent it.
+        progressed: whether the present engine has computed a token of it.
+        crashes: how many engines have failed while they served it.
+    """
 
     id: str
     prompt: str | None
@@ -59,25 +72,39 @@ class LiveRequest:
     params: SamplingParams
     seed: int
     tokenizer: Tokenizer
-    sink: Callable[["LiveRequest", RequestOutput | Exception], None]
+    sink: Sink
     completions: list[LiveCompletion]
     metrics: RequestMetrics
-    state: "KVState | None" = None  # that the prompt begins with
+    arrival: float
+    timeout: float | None = None
+    state: "KVState | None" = None
     finished: bool = False
+    sent: bool = False
+    progressed: bool = False
+    crashes: int = 0
 
     @property
     def num_tokens(self) -> int:
-        """Output tokens so far."""
+        """The number of output tokens so far."""
         return sum(len(completion.token_ids) for completion in self.completions)
 
+    def owed(self) -> list[EngineRequest]:
+        """Return what to send an engine so that each unfinished completion continues where it was."""
+        age = time.monotonic() - self.arrival
+        return [
+            msgspec.structs.replace(completion.request, output=list(completion.token_ids), age=age)
+            for completion in self.completions
+            if not completion.finish_reason
+        ]
+
     def whole(self) -> RequestOutput:
-        """Everything so far."""
+        """Return everything so far."""
         return self._output([completion.output() for completion in self.completions])
 
     def advance(self, completion: LiveCompletion, output: TokenOutput) -> RequestOutput:
-        """Take in one token: the increment it makes. A stop string may end the completion before the engine does."""
+        """Take in one token and return the increment. A stop string may end the completion before the engine does."""
         if self.metrics.first_token_time is None:
-            self.metrics.first_token_time = time.time()
+            self.metrics.first_token_time = self._wall_time()
             self.metrics.cached_tokens = output.cached_tokens
         text, tokens, logprobs = "", [], []
         if output.token >= 0:
@@ -96,7 +123,7 @@ class LiveRequest:
         return self._output([completion.increment(text, tokens, logprobs)])
 
     def abort(self) -> RequestOutput:
-        """End what is unfinished: the increment that says so."""
+        """End what is unfinished, and return the increment that says so."""
         unfinished = [completion for completion in self.completions if not completion.finish_reason]
         for completion in unfinished:
             self._finish(completion, "abort", None)
@@ -106,10 +133,14 @@ class LiveRequest:
         completion.finish_reason, completion.stop_reason = reason, stop  # type: ignore[assignment]
         self.finished = all(completion.finish_reason for completion in self.completions)
         if self.finished:
-            self.metrics.finished_time = time.time()
+            self.metrics.finished_time = self._wall_time()
+
+    def _wall_time(self) -> float:
+        """Return the arrival's wall-clock time plus what has passed since: clocks may be set meanwhile."""
+        return self.metrics.arrival_time + time.monotonic() - self.arrival
 
     def _text(self, completion: LiveCompletion, output: TokenOutput) -> str:
-        """The text that is certain with one more token."""
+        """Return the text that has become certain with one more token."""
         if output.finish_reason == "stop":
             return ""  # the end-of-sequence or stop token is no part of the text
         text = completion.detokenizer.push(output.token)

@@ -3,12 +3,13 @@
 import contextlib
 import sys
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 
 
 @contextlib.contextmanager
 def loading_bar(label: str = "loading weights") -> Iterator[Callable[[int, int], None]]:
     """A `Progress` for the loading, or other work, of weights. The bar appears with the first report of work."""
-    if not sys.stderr.isatty():
+    if not sys.stderr.isatty() or not find_spec("rich"):
         yield lambda done, total: None
         return
     from rich.console import Console
@@ -23,7 +24,7 @@ def loading_bar(label: str = "loading weights") -> Iterator[Callable[[int, int],
 @contextlib.contextmanager
 def generation_bar(num_requests: int, enabled: bool) -> Iterator[Callable[[int], None]]:
     """To be told of each finished request's output tokens: counts requests, and tokens per second."""
-    if not enabled or not sys.stderr.isatty():
+    if not enabled or not sys.stderr.isatty() or not find_spec("rich"):
         yield lambda tokens: None
         return
     from rich.console import Console

@@ -1,8 +1,8 @@
-"""Paged KV cache: pool, page tables, prefix index, tiers below the pool."""
+"""The paged KV cache: page pool, page tables, prefix index, and tiers below the pool."""
 
-from .cache import KVCache, Prefetch, SequencePages
+from .cache import KVCache, PageTable, Prefetch
 from .page_pool import PagePool
 from .prefix import Prefix, root_key
 from .transfers import Transfers
 
-__all__ = ["KVCache", "PagePool", "Prefetch", "Prefix", "SequencePages", "Transfers", "root_key"]
+__all__ = ["KVCache", "PagePool", "PageTable", "Prefetch", "Prefix", "Transfers", "root_key"]

@@ -1,7 +1,7 @@
-"""Gives sequences their pages, and finds what is already computed: the prefix cache.
+"""KVCache: page tables of sequences over one PagePool, and the prefix cache.
 
-Because a token's K and V are bitwise the same however they came about, a page found is as good as a page computed, and
-a page lost costs time only; a fork is just a sequence whose prefix is found.
+A token's K and V are bitwise the same however they were computed. So a page that is found is as good as a computed one,
+a lost page costs time only, and a fork is a sequence whose prefix is found.
 """
 
 import math
@@ -15,12 +15,12 @@ from .partial_pages import PartialPages
 from .prefix import Prefix
 from .transfers import Finished, Transfers
 
-SAVING_SHARE = 8  # at most one page in so many is held only because it is being saved
+SAVING_SHARE = 8  # at most one page in so many is referenced for saving alone
 
 
 @dataclass(slots=True)
-class SequencePages:
-    """The pages of one sequence, in order of position; the first `num_full` are full, computed and published."""
+class PageTable:
+    """The pages of one sequence, in order of position. The first `num_full` are full, computed and published."""
 
     prefix: Prefix
     pages: list[int] = field(default_factory=list)
@@ -29,16 +29,22 @@ class SequencePages:
 
 @dataclass(slots=True)
 class Prefetch:
-    """Pages of a waiting sequence that are held for it while `pending` of them are on their way from a lower tier."""
+    """The referenced pages of a waiting sequence, `pending` of which are still being filled from a lower tier."""
 
     pages: list[int]
     pending: int = 0
 
 
 class KVCache:
-    """Page tables over one PagePool, and over the tiers that `transfers` reaches. `page_size` is in tokens.
+    """Allocates and finds the pages of sequences. Not thread-safe, except where a method says so.
 
-    `copy_page(source, target)` copies a page on the device; without it, partial pages are not kept.
+    Args:
+        num_pages: pages of the pool.
+        page_size: tokens that a page holds.
+        prefix_caching: whether computed pages are kept and found by later sequences.
+        copy_page: copies the content of one page into another on the device, copy_page(source, target); without it,
+            partial pages are not kept.
+        transfers: to the tiers below the pool; None: there are none.
     """
 
     def __init__(
@@ -63,81 +69,91 @@ class KVCache:
         self._fetching: dict[int, Prefetch] = {}  # by page
 
     def pages_for(self, num_tokens: int) -> int:
+        """Return how many pages hold `num_tokens` tokens."""
         return -(-num_tokens // self.page_size)
 
-    def admit(self, prefix: Prefix, spare: int = 0) -> tuple[SequencePages, int] | None:
-        """Pages for a new sequence of these tokens, and how many tokens of it are already computed.
+    def allocate(self, prefix: Prefix, reserve: int = 0) -> tuple[PageTable, int] | None:
+        """Allocate pages for all tokens of a sequence, reusing those that are cached.
 
-        At least the last token is left to compute: its logits are wanted. None, and nothing held, if the pages that
-        all of the tokens need are not to be had now with `spare` pages to remain.
+        At least the last token is left to compute, since its logits are wanted.
+
+        Args:
+            reserve: pages that must remain available.
+
+        Returns:
+            The page table, and how many tokens of it are already computed; None if too few pages are available.
         """
-        held = self._hold_prefix(prefix)
-        missing = self.pages_for(len(prefix.tokens)) - held.num_full + spare
-        tail, tail_length = self._find_tail(held)
-        if tail is not None:
-            self.pool.hold(tail)
-            if not self._make_room(missing):  # without it there may be
-                self.pool.release(tail)
-                tail, tail_length = None, 0
-        if not self._make_room(missing):
-            self._drop(held.pages)
+        table = self._match_prefix(prefix)
+        missing = self.pages_for(len(prefix.tokens)) - table.num_full + reserve
+        partial, partial_length = self._match_partial(table)
+        if partial is not None:
+            self.pool.acquire(partial)
+            if not self._reclaim(missing):  # it may suffice without the reference to the partial page
+                self.pool.release(partial)
+                partial, partial_length = None, 0
+        if not self._reclaim(missing):
+            self._release_all(table.pages)
             return None
-        self.grow(held, len(prefix.tokens))
-        if tail is not None and self._copy_page is not None:
-            self._copy_page(tail, held.pages[held.num_full])  # the original stays, for other forks
-            self.pool.release(tail)
+        self.extend(table, len(prefix.tokens))
+        if partial is not None and self._copy_page is not None:
+            self._copy_page(partial, table.pages[table.num_full])  # the original stays, for other forks
+            self.pool.release(partial)
         if self.transfers is not None and self._saves:
-            self.transfers.use([prefix.key(i) for i in range(held.num_full)])
-        return held, held.num_full * self.page_size + tail_length
+            self.transfers.touch([prefix.key(i) for i in range(table.num_full)])
+        return table, table.num_full * self.page_size + partial_length
 
-    def grow(self, held: SequencePages, num_tokens: int) -> bool:
-        """Take pages until `num_tokens` tokens have room. False, and nothing taken, if too few are to be had."""
-        missing = self.pages_for(num_tokens) - len(held.pages)
+    def extend(self, table: PageTable, num_tokens: int) -> bool:
+        """Allocate pages until the table holds `num_tokens` tokens.
+
+        Returns False, and allocates nothing, if too few pages are available.
+        """
+        missing = self.pages_for(num_tokens) - len(table.pages)
         if missing > 0:
-            if not self._make_room(missing):
+            if not self._reclaim(missing):
                 return False
-            held.pages.extend(self.pool.take() for _ in range(missing))
+            table.pages.extend(self.pool.allocate() for _ in range(missing))
         return True
 
-    def commit(self, held: SequencePages, num_computed: int) -> None:
-        """K and V of the first `num_computed` tokens are in the pages now: publish those that became full."""
+    def commit(self, table: PageTable, num_computed: int) -> None:
+        """Publish the pages that became full, K and V of the first `num_computed` tokens being computed."""
         if not self.prefix_caching:
             return
-        while held.num_full < num_computed // self.page_size:
-            page, key = held.pages[held.num_full], held.prefix.key(held.num_full)
+        while table.num_full < num_computed // self.page_size:
+            page, key = table.pages[table.num_full], table.prefix.key(table.num_full)
             self.pool.publish(page, key)
-            held.num_full += 1
+            table.num_full += 1
             if self._saves:
                 self._unsaved.append((page, key))
 
-    def release(self, held: SequencePages, num_computed: int = 0) -> None:
-        """Let go of all pages. If K and V of `num_computed` tokens are in them, a partial last page is cached too."""
-        self.commit(held, num_computed)
-        start = held.num_full * self.page_size
+    def release(self, table: PageTable, num_computed: int = 0) -> None:
+        """Release all pages of a sequence. If `num_computed` tokens end within a page, that page is cached too."""
+        self.commit(table, num_computed)
+        start = table.num_full * self.page_size
         if self.prefix_caching and self._copy_page is not None and start < num_computed:
-            parent = held.prefix.parent(held.num_full)
-            self._partial.add(held.pages[held.num_full], parent, held.prefix.tokens[start:num_computed])
-        self._drop(held.pages)
-        held.pages.clear()
-        held.num_full = 0
+            parent = table.prefix.parent(table.num_full)
+            self._partial.add(table.pages[table.num_full], parent, table.prefix.tokens[start:num_computed])
+        self._release_all(table.pages)
+        table.pages.clear()
+        table.num_full = 0
 
     def pin(self, id: str, prefix: Prefix) -> None:
-        """Keep what is computed of a KV state's tokens until `unpin`, or until running sequences need the room."""
+        """Keep what is computed of the tokens of KV state `id`, until `unpin` or until sequences need the pages."""
         self.unpin(id)
-        held = self._hold_prefix(prefix)
-        tail, _ = self._find_tail(held)
-        if tail is not None:
-            self.pool.hold(tail)
-            held.pages.append(tail)
-        self._pins[id] = held.pages
+        table = self._match_prefix(prefix)
+        partial, _ = self._match_partial(table)
+        if partial is not None:
+            self.pool.acquire(partial)
+            table.pages.append(partial)
+        self._pins[id] = table.pages
 
     def unpin(self, id: str) -> None:
-        self._drop(self._pins.pop(id, []))
+        """Release the pages of KV state `id`, if there are any."""
+        self._release_all(self._pins.pop(id, []))
 
-    def prefetch(self, prefix: Prefix, spare: int = 0) -> Prefetch | None:
-        """Start to bring in what lower tiers have of these tokens, and hold it; None if there is nothing to bring.
+    def prefetch(self, prefix: Prefix, reserve: int = 0) -> Prefetch | None:
+        """Begin to fetch the pages of these tokens that only lower tiers have, and reference them.
 
-        None too if the pages for it are not to be had with `spare` to remain.
+        Returns None if there is nothing to fetch, or if fewer than `reserve` pages would remain available.
         """
         if self.transfers is None:
             return None
@@ -146,39 +162,39 @@ class KVCache:
         for i in range((len(prefix.tokens) - 1) // self.page_size):
             key = prefix.key(i)
             if (page := self.pool.find(key)) is not None:
-                self.pool.hold(page)
+                self.pool.acquire(page)
                 pages.append(page)
-            elif self.transfers.holds(key):
+            elif self.transfers.tier_of(key):
                 missing.append(key)
             else:
                 break
-        if not missing or not self._make_room(len(missing) + spare):
-            self._drop(pages)
+        if not missing or not self._reclaim(len(missing) + reserve):
+            self._release_all(pages)
             return None
         prefetch = Prefetch(pages)
         for key in missing:
-            page = self.pool.take()  # held by the transfer too, since the sequence may be gone before that ends
+            page = self.pool.allocate()  # this reference is the transfer's: the sequence may be gone before it ends
             if self.transfers.fetch(page, key):
-                self.pool.hold(page)
+                self.pool.acquire(page)
                 pages.append(page)
                 prefetch.pending += 1
                 self._fetching[page] = prefetch
-            else:  # lost meanwhile
+            else:  # the tier has lost it meanwhile
                 self.pool.release(page)
         return prefetch
 
     def end_prefetch(self, prefetch: Prefetch) -> None:
-        """Its sequence is admitted or gone."""
-        self._drop(prefetch.pages)
+        """Release the pages of a sequence that is admitted, or waits no more."""
+        self._release_all(prefetch.pages)
         prefetch.pages.clear()
 
     def collect(self) -> None:
-        """Take in what transfers have done, and hand them what there is to save."""
+        """Take over the results of finished transfers, and begin to save pages that became full."""
         if self.transfers is None:
             return
         for done in self.transfers.finished():
             if prefetch := self._fetching.pop(done.page, None):
-                self._arrived(done, prefetch)
+                self._finish_fetch(done, prefetch)
             else:
                 self._num_saving -= 1
             self.pool.release(done.page)
@@ -186,19 +202,19 @@ class KVCache:
         while self._unsaved and self._num_saving < most:
             page, key = self._unsaved.popleft()
             if self.pool.find(key) == page:
-                self.pool.hold(page)
+                self.pool.acquire(page)
                 if self.transfers.save(page, key):
                     self._num_saving += 1
                 else:  # the tiers have it
                     self.pool.release(page)
 
     def wait(self, timeout: float) -> None:
-        """Until a page on the move has arrived, at most `timeout` seconds."""
+        """Wait until a transfer finishes, for at most `timeout` seconds; return at once if there is none."""
         if self.transfers is not None and self.is_moving:
             self.transfers.wait(timeout)
 
     def flush(self, timeout: float) -> None:
-        """Save what there is to save, for at most `timeout` seconds."""
+        """Save all full pages that are not saved yet, for at most `timeout` seconds."""
         deadline = time.monotonic() + timeout
         while self.is_moving and time.monotonic() < deadline:
             self.wait(0.05)
@@ -206,61 +222,64 @@ class KVCache:
 
     @property
     def seconds_per_page(self) -> float:
-        """Measured, of fetches from lower tiers."""
+        """The measured time to fetch a page from a lower tier."""
         return self.transfers.seconds_per_page if self.transfers is not None else math.inf
 
-    def _arrived(self, done: Finished, prefetch: Prefetch) -> None:
-        prefetch.pending -= 1
-        if done.ok:
-            self.pool.publish(done.page, done.key)
-        if self.pool.find(done.key) != done.page and done.page in prefetch.pages:  # of no use, and others need room
-            prefetch.pages.remove(done.page)
-            self.pool.release(done.page)
-
     def is_fetching(self, page: int) -> bool:
+        """Return whether the page is being filled from a lower tier."""
         return page in self._fetching
 
     def pinned_pages(self) -> set[int]:
-        """Of KV states. From any thread."""
+        """Return the pages that KV states reference. From any thread."""
         return {page for pages in list(self._pins.values()) for page in pages}
 
     @property
     def num_fetching(self) -> int:
+        """The number of pages being filled from a lower tier."""
         return len(self._fetching)
 
     @property
     def is_moving(self) -> bool:
-        """Whether pages are on their way from or to a lower tier, or waiting to be."""
+        """Whether pages are being fetched or saved, or wait to be saved."""
         return bool(self._fetching or self._unsaved or self._num_saving)
 
-    def _hold_prefix(self, prefix: Prefix) -> SequencePages:
-        """Hold the pages of the pool that begin these tokens, all but the last token."""
-        held = SequencePages(prefix)
+    def _finish_fetch(self, done: Finished, prefetch: Prefetch) -> None:
+        prefetch.pending -= 1
+        if done.ok:
+            self.pool.publish(done.page, done.key)
+        # A failed page is of no use, nor is one whose content another page got meanwhile.
+        if self.pool.find(done.key) != done.page and done.page in prefetch.pages:
+            prefetch.pages.remove(done.page)
+            self.pool.release(done.page)
+
+    def _match_prefix(self, prefix: Prefix) -> PageTable:
+        """Acquire the pages of the pool that begin these tokens; the last token is never among them."""
+        table = PageTable(prefix)
         if self.prefix_caching:
-            while (held.num_full + 1) * self.page_size < len(prefix.tokens):
-                page = self.pool.find(prefix.key(held.num_full))
+            while (table.num_full + 1) * self.page_size < len(prefix.tokens):
+                page = self.pool.find(prefix.key(table.num_full))
                 if page is None:
                     break
-                self.pool.hold(page)
-                held.pages.append(page)
-                held.num_full += 1
-        return held
+                self.pool.acquire(page)
+                table.pages.append(page)
+                table.num_full += 1
+        return table
 
-    def _find_tail(self, held: SequencePages) -> tuple[int | None, int]:
-        """A partial page that goes on where the full pages of `held` end, and how many tokens it has of the prefix."""
+    def _match_partial(self, table: PageTable) -> tuple[int | None, int]:
+        """Return a partial page that continues the full pages of `table`, and how many tokens they have in common."""
         if not self.prefix_caching or self._copy_page is None:
             return None, 0
-        tokens, start = held.prefix.tokens, held.num_full * self.page_size
+        tokens, start = table.prefix.tokens, table.num_full * self.page_size
         end = min(start + self.page_size, len(tokens) - 1)
-        return self._partial.find(held.prefix.parent(held.num_full), tokens[start:end])
+        return self._partial.find(table.prefix.parent(table.num_full), tokens[start:end])
 
-    def _make_room(self, pages: int) -> bool:
-        """Whether so many pages can be taken, pins being given up for it, the least recently used first."""
+    def _reclaim(self, pages: int) -> bool:
+        """Return whether `pages` pages are available, after unpinning KV states for them, least recently used first."""
         while self.pool.num_available < pages and self._pins:
-            self._drop(self._pins.popitem(last=False)[1])
+            self._release_all(self._pins.popitem(last=False)[1])
         return self.pool.num_available >= pages
 
-    def _drop(self, pages: list[int]) -> None:
-        """The last goes first, so that a prefix outlives what followed it."""
+    def _release_all(self, pages: list[int]) -> None:
+        """Release pages, the last one first, so that a prefix is evicted after what follows it."""
         for page in reversed(pages):
             self.pool.release(page)

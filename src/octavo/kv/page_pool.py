@@ -1,29 +1,29 @@
-"""The pool of KV pages: who holds which page, and which unheld pages still have content worth keeping.
+"""PagePool: which KV pages are in use, and which unused ones still have content worth keeping.
 
-A page is in one of three states: free (no content), held (by one or more sequences), or cached (held by nobody, its
-content known by a key, first to be forgotten when it was used least recently). Every operation is O(1).
+A page is free (no content), in use (referenced by one or more sequences, states or transfers), or cached (unreferenced,
+with content that a key finds). Cached pages are evicted least recently used first. Every operation is O(1).
 """
 
 from collections import OrderedDict
 
-FREE, HELD, CACHED = ".", "h", "c"
+FREE, IN_USE, CACHED = ".", "h", "c"  # as GET /stats shows them
 
 
 class PagePool:
-    """Pages 0 .. num_pages - 1. Pure bookkeeping: the memory is the backend's."""
+    """The bookkeeping of pages 0 .. num_pages - 1; their memory is the backend's."""
 
     def __init__(self, num_pages: int):
         self.num_pages = num_pages
-        self._holders = [0] * num_pages
+        self._references = [0] * num_pages
         self._key: list[bytes | None] = [None] * num_pages
-        self._free = [*reversed(range(num_pages))]  # the last is taken first: its memory is warm
-        # In order of last use. (A plain dict would walk over all that went before, each time its first is taken.)
+        self._free = [*reversed(range(num_pages))]  # the last is allocated first: its memory is warm
+        # In order of last use. (A plain dict would skip over all deleted entries each time that its first is popped.)
         self._cached: OrderedDict[int, None] = OrderedDict()
         self._page_of: dict[bytes, int] = {}
 
     @property
     def num_available(self) -> int:
-        """Pages that `take` can give: the free and the cached ones."""
+        """The number of pages that can be allocated: the free and the cached ones."""
         return len(self._free) + len(self._cached)
 
     @property
@@ -31,51 +31,54 @@ class PagePool:
         return len(self._cached)
 
     def state(self, page: int) -> str:
-        """FREE, HELD or CACHED."""
-        return HELD if self._holders[page] else FREE if self._key[page] is None else CACHED
+        """Return FREE, IN_USE or CACHED."""
+        return IN_USE if self._references[page] else FREE if self._key[page] is None else CACHED
 
-    def take(self) -> int:
-        """A page of one's own, content undefined; if none is free, a cached one. Needs num_available > 0."""
+    def allocate(self) -> int:
+        """Return a page with one reference and undefined content. If none is free, a cached page is evicted for it.
+
+        Needs num_available > 0.
+        """
         if self._free:
             page = self._free.pop()
         else:
             page, _ = self._cached.popitem(last=False)
-            self._forget(page)
-        self._holders[page] = 1
+            self._forget_key(page)
+        self._references[page] = 1
         return page
 
     def find(self, key: bytes) -> int | None:
-        """The page with that content, held or cached."""
+        """Return the page with the content of `key`, in use or cached; None if there is none."""
         return self._page_of.get(key)
 
-    def hold(self, page: int) -> None:
-        """One more holder of a page that `find` gave."""
+    def acquire(self, page: int) -> None:
+        """Add a reference to a page that `find` returned."""
         self._cached.pop(page, None)
-        self._holders[page] += 1
+        self._references[page] += 1
 
     def publish(self, page: int, key: bytes) -> None:
-        """The content of the held page is what `key` says. The first page of a content is the one found."""
+        """Let `find` return a page in use for `key`, unless another page already has that content."""
         if key not in self._page_of:
             self._page_of[key] = page
             self._key[page] = key
 
-    def forget(self, page: int) -> None:
-        """A page that `find` gives is not to be found any more; if nobody holds it, it is free."""
-        self._forget(page)
+    def evict(self, page: int) -> None:
+        """Let `find` return a published page no more. If it is unreferenced, it is free then."""
+        self._forget_key(page)
         if page in self._cached:
             del self._cached[page]
             self._free.append(page)
 
     def release(self, page: int) -> None:
-        """One holder less. Without holders a published page is cached, any other is free."""
-        self._holders[page] -= 1
-        if self._holders[page] == 0:
+        """Drop one reference. An unreferenced page is cached if it was published, else free."""
+        self._references[page] -= 1
+        if self._references[page] == 0:
             if self._key[page] is None:
                 self._free.append(page)
             else:
                 self._cached[page] = None
 
-    def _forget(self, page: int) -> None:
+    def _forget_key(self, page: int) -> None:
         key = self._key[page]
         assert key is not None
         del self._page_of[key]

@@ -1,55 +1,59 @@
-"""The partial last pages of sequences that have ended: where the next turns of their conversations go on."""
+"""The partial last pages of finished sequences, from which the next turns of their conversations are copied."""
 
 from array import array
 from itertools import takewhile
 
 from .page_pool import PagePool
 
-MOST = 32  # after the same full page: each is compared with what is looked for
+MAX_SIBLINGS = 32  # partial pages kept after the same full page; a look-up compares with each of them
 
 
 class PartialPages:
-    """Pages by the key of the full page before them (or the root), and the tokens in them; the latest MOST of each.
+    """An index of partial pages by the key of the full page before them (or the root) and by their tokens.
 
-    They are pages of `pool` as others are, unheld and forgotten when nobody has used them for long. So one is good only
-    as long as the pool finds it under the key that it had from here.
+    The pages are cached pages of `pool`, each published under a key made from its parent's and its own number, so that
+    an evicted one is known by the pool not finding it. The latest MAX_SIBLINGS of each parent are kept.
     """
 
     def __init__(self, pool: PagePool):
         self._pool = pool
         self._after: dict[bytes, dict[int, array[int]]] = {}
-        self._parent: dict[int, bytes] = {}  # of each page in there
+        self._parent: dict[int, bytes] = {}  # of each page in the index
 
     def add(self, page: int, parent: bytes, tokens: "array[int]") -> None:
-        """The held `page` begins with K and V of `tokens`, which come after those of `parent`."""
+        """Index a page in use that begins with the K and V of `tokens`, which follow those of `parent`.
+
+        Siblings that are a prefix of it are evicted; if it is a prefix of a sibling, it is not indexed.
+        """
         self._remove(page)
-        others = self._after.get(parent, {})
-        for other, its_tokens in list(others.items()):
-            if not self._is_good(other) or its_tokens == tokens[: len(its_tokens)]:  # the new one serves for both
-                self._forget(other)
+        siblings = self._after.get(parent, {})
+        for other, its_tokens in list(siblings.items()):
+            if not self._is_valid(other) or its_tokens == tokens[: len(its_tokens)]:
+                self._evict(other)
             elif its_tokens[: len(tokens)] == tokens:
                 return
-        if len(others) >= MOST:
-            self._forget(next(iter(others)))
+        if len(siblings) >= MAX_SIBLINGS:
+            self._evict(next(iter(siblings)))
         self._after.setdefault(parent, {})[page] = tokens
         self._parent[page] = parent
         self._pool.publish(page, _key(parent, page))
 
     def find(self, parent: bytes, tokens: "array[int]") -> tuple[int | None, int]:
-        """The page with the most of `tokens` after those of `parent`, and how many they are."""
+        """Return the page after `parent` that agrees with the most of `tokens`, and with how many; None, 0 if none."""
         best, most = None, 0
         for page, its_tokens in self._after.get(parent, {}).items():
             common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(its_tokens, tokens, strict=False)))
-            if common > most and self._is_good(page):
+            if common > most and self._is_valid(page):
                 best, most = page, common
         return best, most
 
-    def _is_good(self, page: int) -> bool:
+    def _is_valid(self, page: int) -> bool:
+        """Return whether the pool has not evicted the page."""
         return self._pool.find(_key(self._parent[page], page)) == page
 
-    def _forget(self, page: int) -> None:
-        if self._is_good(page):
-            self._pool.forget(page)
+    def _evict(self, page: int) -> None:
+        if self._is_valid(page):
+            self._pool.evict(page)
         self._remove(page)
 
     def _remove(self, page: int) -> None:
@@ -60,5 +64,5 @@ class PartialPages:
 
 
 def _key(parent: bytes, page: int) -> bytes:
-    """Longer than that of a full page, so no such page has it."""
+    """Return the key of a partial page; it is longer than that of a full page, so the two never collide."""
     return parent + page.to_bytes(4, "little")

@@ -1,8 +1,9 @@
-"""The keys of a sequence's full pages: what the prefix cache and the tiers below it know content by.
+"""Keys of pages: by these the prefix cache and the tiers below it know the content of a page.
 
-A page's key is a hash of its tokens and of the key of the page before it; the first page's comes after a root, which
-stands for the model, the tenant and the salt. So equal keys mean equal prefixes of one tenant on one model, and nobody
-can find, or time, a page without the tenant and the salt that it was computed under.
+    key[i] = BLAKE2b(tokens of page i, keyed with key[i - 1]),  key[-1] = root
+
+The root stands for the model, the tenant, the salt and the origin. So equal keys mean equal prefixes, and a request can
+neither find nor time a page that was computed under another root.
 """
 
 from array import array
@@ -13,13 +14,25 @@ import msgspec
 KEY_BYTES = 16
 
 
-def root_key(fingerprint: str, tenant: str, salt: str) -> bytes:
-    """What the first page of a prompt comes after."""
-    return blake2b(msgspec.msgpack.encode((fingerprint, tenant, salt)), digest_size=KEY_BYTES).digest()
+def root_key(fingerprint: str, tenant: str, salt: str, origin: str = "") -> bytes:
+    """Return the key that the first page of a prompt is chained to.
+
+    Args:
+        fingerprint: names all that decides the bits of a page (EngineInfo.fingerprint).
+        tenant, salt: of the request.
+        origin: the id of the loaded KV state that the request continues; "" if it continues none.
+    """
+    root = blake2b(msgspec.msgpack.encode((fingerprint, tenant, salt)), digest_size=KEY_BYTES).digest()
+    return origin_root(root, origin) if origin else root
+
+
+def origin_root(root: bytes, origin: str) -> bytes:
+    """Return the root of sequences that continue the loaded KV state `origin`, from the root of all others."""
+    return blake2b(origin.encode(), key=root, person=b"octavo-origin", digest_size=KEY_BYTES).digest()
 
 
 class Prefix:
-    """Keys of the full pages of `tokens`, which may grow; each is computed once, when it is first asked for."""
+    """The keys of the full pages of `tokens`. Tokens may be appended; each key is computed once, when it is needed."""
 
     __slots__ = ("_keys", "_page_size", "tokens")
 
@@ -29,7 +42,7 @@ class Prefix:
         self._keys = [root]
 
     def parent(self, page: int) -> bytes:
-        """The key that page number `page` comes after; all pages before it must be full."""
+        """Return the key that page number `page` is chained to. All pages before it must be full."""
         keys, size = self._keys, self._page_size
         while len(keys) <= page:
             start = (len(keys) - 1) * size
@@ -39,5 +52,5 @@ class Prefix:
         return keys[page]
 
     def key(self, page: int) -> bytes:
-        """The key of page number `page`, from 0; it must be full."""
+        """Return the key of page number `page`, counted from 0, which must be full."""
         return self.parent(page + 1)

@@ -1,4 +1,4 @@
-"""What a model is: its spec, its parameters, and the forward pass described once."""
+"""Models: the description of their architecture, their parameters, and the forward pass, written once."""
 
 from .registry import describe_model
 from .spec import DecoderSpec

@@ -1,9 +1,9 @@
-"""The forward pass of every decoder-only model, written once over the op vocabulary of ops.py."""
+"""The forward pass of all supported decoder-only models, written once in terms of the operations in ops.py."""
 
 from .ops import Ops, T
 from .spec import DecoderSpec
 
-# Parameters, by canonical name; weights are [outputs, inputs], "{i}" is a layer:
+# Parameters by canonical name and shape. Weights are [outputs, inputs], "{i}" is a layer:
 #   embed                      [vocab, hidden]
 #   layers.{i}.attn_norm       [hidden]
 #   layers.{i}.qkv (.bias)     [q + k + v, hidden]: query, key and value projections, stacked
@@ -13,11 +13,11 @@ from .spec import DecoderSpec
 #   layers.{i}.gate_up (.bias) [2 * intermediate, hidden]: gate over up, stacked
 #   layers.{i}.down (.bias)    [hidden, intermediate]
 #   norm                       [hidden]
-#   head                       [vocab, hidden]; absent if spec.tied_embeddings: `embed` serves
+#   head                       [vocab, hidden]; absent if spec.tied_embeddings, where `embed` is used instead
 
 
 def describe(spec: DecoderSpec, ops: Ops[T]) -> T:
-    """Run the forward pass through `ops`; the result is the logits of the rows that sample."""
+    """Run the forward pass through `ops`. Returns the logits of the rows that are sampled."""
     x = ops.embed("embed")
     for i in range(spec.num_layers):
         x = describe_layer(spec, i, ops, x)
@@ -25,7 +25,7 @@ def describe(spec: DecoderSpec, ops: Ops[T]) -> T:
 
 
 def describe_layer(spec: DecoderSpec, i: int, ops: Ops[T], x: T) -> T:
-    """Layer `i` on the residual stream `x`."""
+    """Run layer `i` on the residual stream `x`. Returns the residual stream after it."""
     layer = f"layers.{i}."
     qkv = ops.linear(ops.norm(x, layer + "attn_norm"), layer + "qkv", bias=spec.qkv_bias)
     q_norm, k_norm = (layer + "q_norm", layer + "k_norm") if spec.qk_norm else (None, None)
@@ -36,5 +36,8 @@ def describe_layer(spec: DecoderSpec, i: int, ops: Ops[T], x: T) -> T:
 
 
 def needs_8_bits(spec: DecoderSpec, weight: str) -> bool:
-    """Whether a weight keeps 8 bits where others get 4. Errors of the last layer go into the logits as they are."""
+    """Return whether a weight keeps 8 bits when the model is quantized to 4.
+
+    So do the embedding, the head and the last layer, whose errors reach the logits directly.
+    """
     return weight in ("embed", "head") or weight.startswith(f"layers.{spec.num_layers - 1}.")

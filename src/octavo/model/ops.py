@@ -1,4 +1,4 @@
-"""The op vocabulary: what a decoder is described in, and what a backend must know how to do."""
+"""The operations that a decoder is written in and that every backend implements."""
 
 from typing import Generic, Literal, Protocol, TypeVar
 
@@ -6,39 +6,45 @@ T = TypeVar("T")
 
 
 class Ops(Protocol, Generic[T]):
-    """The op vocabulary. T is a backend's handle of an activation: [rows, width], one row per token of the step.
+    """The operations of a decoder. T is a backend's handle of an activation [rows, width], a row per token of the step.
 
-    The residual stream and everything not named otherwise is float32; a recipe decides what a linear multiplies.
+    Activations are float32 unless said otherwise. The types that a linear multiplies depend on the quantization.
     """
 
     def embed(self, weight: str) -> T:
-        """The embedding of each row's token: [rows, hidden]."""
+        """Return the embedding of each row's token: [rows, hidden]."""
         ...
 
     def norm(self, x: T, weight: str) -> T:
-        """RMS norm (Zhang and Sennrich, 2019) with `spec.norm_eps`, times the weight."""
+        """Return x / sqrt(mean(x²) + spec.norm_eps) * weight (RMS norm, Zhang and Sennrich, 2019), row by row."""
         ...
 
     def linear(self, x: T, weight: str, bias: bool = False, residual: T | None = None) -> T:
-        """x Wᵀ, plus the parameter `weight + ".bias"` if `bias`, plus `residual`, which it may overwrite."""
+        """Return x Wᵀ, plus the parameter `weight + ".bias"` if `bias`, plus `residual`, which may be overwritten."""
         ...
 
     def rope_and_cache(self, qkv: T, layer: int, q_norm: str | None, k_norm: str | None) -> T:
-        """Split `qkv`, norm each head of q and k if asked, rotate both, write k and v to the KV pages: the queries."""
+        """Split `qkv` into q, k and v; norm each head of q and k where a norm is given; rotate q and k by position.
+
+        Writes k and v to the KV cache of `layer` and returns q: [rows, q_size].
+        """
         ...
 
     def attention(self, q: T, layer: int, window: int) -> T:
-        """Causal attention of each row over its sequence, itself included; over the latest `window` tokens if > 0."""
+        """Return causal attention of each row over its sequence, up to and including itself: [rows, q_size].
+
+        With `window` > 0, only over the latest `window` tokens.
+        """
         ...
 
     def gated(self, gate_up: T, activation: Literal["silu", "gelu_tanh"]) -> T:
-        """activation(gate) * up, the halves of `gate_up`: [rows, intermediate]."""
+        """Return activation(gate) * up, where gate and up are the halves of `gate_up`: [rows, intermediate]."""
         ...
 
     def sampled_rows(self, x: T) -> T:
-        """Only the rows named by the batch's `sample_rows`."""
+        """Return the rows that the batch's `sample_rows` lists."""
         ...
 
     def logits(self, x: T, weight: str) -> T:
-        """x Wᵀ over the vocabulary."""
+        """Return x Wᵀ over the vocabulary: [rows, vocab]."""
         ...

@@ -1,63 +1,77 @@
-"""From a checkpoint to a DecoderSpec and its parameters: which family it is, and whether every tensor fits."""
+"""Finding the family of a checkpoint, its DecoderSpec and its parameters, and checking that every tensor fits."""
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Protocol
 
-from octavo.errors import DamagedWeights, UnsupportedModel
-from octavo.weights.tensor import FORMATS, Parameter, Tensor
+import numpy as np
+
+from octavo.errors import DamagedWeights, UnsupportedModel, shortened
+from octavo.formats.blocks import BLOCK_FORMATS
+from octavo.weights.tensor import Parameter, Tensor
 
 from .families import llama, mistral, qwen2, qwen3
 from .spec import DecoderSpec
 
 
 class Family(Protocol):
-    """What a family's file exports."""
+    """The interface of the modules in families/."""
 
-    ARCHITECTURE: str  # in config.json's `architectures`
-    MODEL_TYPE: str  # its `model_type`
-    WEIGHTS: dict[str, tuple[str, ...]]  # canonical name -> the tensors stacked in it; "{i}" is a layer
+    ARCHITECTURE: str  # in `architectures` of config.json
+    MODEL_TYPE: str  # `model_type` in config.json
+    WEIGHTS: dict[str, tuple[str, ...]]  # canonical name: the tensors stacked in it; "{i}" is a layer
 
-    def spec(self, config: Mapping[str, Any]) -> DecoderSpec: ...
+    def spec(self, config: Mapping[str, Any]) -> DecoderSpec:
+        """Return the DecoderSpec of a config.json. Raises DamagedWeights or UnsupportedModel."""
+        ...
 
 
-# What checkpoints may have beside the parameters: copies of tied embeddings, and tables that follow from the config.
+# Tensors that are not parameters: a head that equals the tied embedding, and tables that follow from the config.
 _UNUSED = re.compile(r"lm_head\.weight|rope_freqs\.weight|.*\.rotary_emb\.inv_freq")
+_COMPARED_ROWS = 1024  # at a time
 FAMILIES: tuple[Family, ...] = (llama, mistral, qwen2, qwen3)
 
 
 def describe_model(
     checkpoint_config: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> tuple[DecoderSpec, dict[str, Parameter]]:
-    """The model's spec, and its parameters under the canonical names of decoder.py, still mapped.
+    """Return the model's spec, and its parameters by the canonical names of decoder.py, not read yet.
 
-    Raises UnsupportedModel (family, variant or tensor format) or DamagedWeights (config or tensors that do not fit).
+    A head that differs from the embedding is used, even if the config says that they are tied, as transformers does.
+
+    Raises:
+        UnsupportedModel: The family, a variant of it or the format of a tensor is not supported.
+        DamagedWeights: The config makes no sense, or a tensor is missing or does not fit it.
     """
     family = find_family(checkpoint_config)
     spec = family.spec(checkpoint_config)
-    parameters = {}
+    spec, tensors = _resolve_tie(spec, family, tensors)
+    parameters, used = {}, set[str]()
     for name, shapes in parameter_shapes(spec).items():
         layer = name.split(".")[1] if name.startswith("layers.") else ""
         names = [n.replace("{i}", layer) for n in family.WEIGHTS[name.replace(f".{layer}.", ".{i}.", 1)]]
         parameters[name] = Parameter(tuple(_fitting(tensors, *part) for part in zip(names, shapes, strict=True)))
-    used = {part.name for parameter in parameters.values() for part in parameter.parts}
+        used.update(names)
     if unused := [name for name in tensors if name not in used and not _UNUSED.fullmatch(name)]:
-        raise UnsupportedModel(f"the checkpoint has a tensor {unused[0]!r} that a model of its config has no use for")
+        found = shortened(repr(unused[0]))
+        raise UnsupportedModel(f"the checkpoint has a tensor {found} that a model of its config does not use")
     return spec, parameters
 
 
 def find_family(config: Mapping[str, Any]) -> Family:
-    """The family that `architectures` names, or else `model_type`. Raises UnsupportedModel."""
+    """Return the family that `architectures` names or, without it, `model_type`. Raises UnsupportedModel."""
     architectures, model_type = config.get("architectures"), config.get("model_type")
     for family in FAMILIES:
         if architectures == [family.ARCHITECTURE] if architectures else model_type == family.MODEL_TYPE:
             return family
     supported = ", ".join(family.ARCHITECTURE for family in FAMILIES)
-    raise UnsupportedModel(f"architecture {architectures or model_type!r} is not supported; supported are {supported}")
+    found = shortened(repr(architectures or model_type))
+    raise UnsupportedModel(f"architecture {found} is not supported; supported are {supported}")
 
 
 def parameter_shapes(spec: DecoderSpec) -> dict[str, tuple[tuple[int, ...], ...]]:
-    """Every parameter that `spec` needs, and the shapes of the tensors stacked in it."""
+    """Return the parameters that `spec` needs by canonical name, with the shapes of the tensors stacked in each."""
     hidden, ffn = spec.hidden_size, spec.intermediate_size
     qkv = (spec.q_size, spec.kv_size, spec.kv_size)
     layer: dict[str, tuple[tuple[int, ...], ...]] = {
@@ -85,12 +99,46 @@ def parameter_shapes(spec: DecoderSpec) -> dict[str, tuple[tuple[int, ...], ...]
     return shapes
 
 
+def _resolve_tie(
+    spec: DecoderSpec, family: Family, tensors: Mapping[str, Tensor]
+) -> tuple[DecoderSpec, Mapping[str, Tensor]]:
+    """Decide whether embedding and head are tied by the tensors that there are.
+
+    Where the config ties them: if the checkpoint has both and they differ, they are not tied; if it only has the head,
+    that is the embedding too.
+    """
+    (embed_name,), (head_name,) = family.WEIGHTS["embed"], family.WEIGHTS["head"]
+    embed, head = tensors.get(embed_name), tensors.get(head_name)
+    if not spec.tied_embeddings or head is None:
+        return spec, tensors
+    if embed is None:
+        return spec, {**tensors, embed_name: head}
+    return replace(spec, tied_embeddings=_equal(embed, head)), tensors
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    """Return whether two tensors have the same values. Reads only as far as they do."""
+    if one.shape != other.shape or any(tensor.format not in BLOCK_FORMATS for tensor in (one, other)):
+        return False
+    stored = one.format == other.format and one.row_order is None and other.row_order is None
+    a, b = one.data, other.data
+    for start in range(0, one.shape[0], _COMPARED_ROWS):
+        rows = slice(start, start + _COMPARED_ROWS)
+        pair = (a[rows], b[rows]) if stored else (one.float32(start, rows.stop), other.float32(start, rows.stop))
+        if not np.array_equal(*pair):
+            return False
+    other.release()
+    return True
+
+
 def _fitting(tensors: Mapping[str, Tensor], name: str, shape: tuple[int, ...]) -> Tensor:
+    """Return the tensor `name` if it has this shape and a format that backends read."""
     if name not in tensors:
         raise DamagedWeights(f"the checkpoint has no tensor {name!r}; download it again")
     tensor = tensors[name]
     if tensor.shape != shape:
-        raise DamagedWeights(f"tensor {name!r} has shape {list(tensor.shape)}; its config asks for {list(shape)}")
-    if tensor.format not in FORMATS:
-        raise UnsupportedModel(f"tensor {name!r} is stored as {tensor.format}; supported are {', '.join(FORMATS)}")
+        raise DamagedWeights(f"tensor {name!r} has shape {list(tensor.shape)}; its config requires {list(shape)}")
+    if tensor.format not in BLOCK_FORMATS:
+        supported = ", ".join(BLOCK_FORMATS)
+        raise UnsupportedModel(f"tensor {name!r} is stored as {tensor.format}; supported are {supported}")
     return tensor

@@ -1,4 +1,4 @@
-"""config.json's rotary embedding, of any age and scaling, as a RopeSpec."""
+"""Reading the rotary embedding of a config.json of any version, with the context that its scaling makes usable."""
 
 import math
 from collections.abc import Mapping
@@ -6,57 +6,95 @@ from typing import Any
 
 import numpy as np
 
-from octavo.errors import DamagedWeights, UnsupportedModel
+from octavo.errors import DamagedWeights, UnsupportedModel, shortened
 
-from .config_values import number, table
+from .config_values import MAX_INT32, integer, number, table
 from .spec import RopeSpec
 
 
 def rope_spec(config: Mapping[str, Any], head_dim: int) -> RopeSpec:
-    """Read `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before). Raises UnsupportedModel.
+    """Read `rope_parameters` (transformers 5), or `rope_theta` and `rope_scaling` (earlier versions).
 
-    rope_type "factors", with the list `factors`, is Octavo's own: what a GGUF file holds.
+    The rope_type "factors", with a list `factors` of head_dim / 2 divisors, is Octavo's own: .gguf files have them.
+    Raises UnsupportedModel for other scalings than linear and llama3, DamagedWeights for values that make no sense.
     """
-    values = {
-        "rope_theta": config.get("rope_theta"),
-        **table(config, "rope_scaling"),
-        **table(config, "rope_parameters"),
-    }
+    values = _values(config)
     theta = number(values, "rope_theta", 10000.0)
-    kind = values.get("rope_type", values.get("type", "default"))
-    if values.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)) != 1.0:
-        raise UnsupportedModel("a rotary embedding of part of each head (partial_rotary_factor) is not supported")
-    match kind:
-        case "default" | "none":
+    match kind := _kind(values):
+        case "default":
             factors: tuple[float, ...] = ()
         case "linear":
             factors = (number(values, "factor"),) * (head_dim // 2)
         case "llama3":
-            factors = _llama3_factors(values, RopeSpec(theta).frequencies(head_dim))
+            factors = _llama3_factors(config, values, RopeSpec(theta).frequencies(head_dim))
         case "factors":
             factors = _given_factors(values)
         case _:
-            raise UnsupportedModel(f"rope scaling {kind!r} is not supported; supported are linear and llama3")
+            found = shortened(repr(kind))
+            raise UnsupportedModel(f"rope scaling {found} is not supported; supported are linear and llama3")
     if factors and len(factors) != head_dim // 2:
         raise DamagedWeights(f"the model has {len(factors)} rope factors; heads of {head_dim} need {head_dim // 2}")
     return RopeSpec(theta, factors)
 
 
+def max_positions(config: Mapping[str, Any], default: int) -> int:
+    """Return how many tokens a sequence may have: max_position_embeddings, times the factor of linear scaling.
+
+    As vLLM does. Other scalings either extend no further than max_position_embeddings (llama3) or are not supported.
+    Raises DamagedWeights.
+    """
+    positions = integer(config, "max_position_embeddings", default)
+    values = _values(config)
+    if _kind(values) != "linear":
+        return positions
+    return max(1, min(int(positions * number(values, "factor")), MAX_INT32))
+
+
+def _values(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of the rotary embedding, wherever the config has them. Raises UnsupportedModel."""
+    values = {
+        "rope_theta": config.get("rope_theta"),
+        **table(config, "rope_scaling"),
+        **table(config, "rope_parameters"),
+    }
+    if nested := [key for key, value in values.items() if isinstance(value, Mapping)]:
+        raise UnsupportedModel(
+            f"a rotary embedding that differs from layer to layer ({shortened(nested[0])}) is not supported"
+        )
+    if values.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)) not in (None, 1.0):
+        raise UnsupportedModel("a rotary embedding of part of each head (partial_rotary_factor) is not supported")
+    return values
+
+
+def _kind(values: Mapping[str, Any]) -> Any:
+    """Return the type of scaling. Raises DamagedWeights for a factor without a type: it could mean any scaling."""
+    kind = values.get("rope_type", values.get("type"))
+    if kind is None and values.get("factor", 1.0) != 1.0:
+        raise DamagedWeights("the model's rope_scaling has a factor but no rope_type; add one, such as linear")
+    return "default" if kind is None else kind
+
+
 def _given_factors(values: Mapping[str, Any]) -> tuple[float, ...]:
     factors = values.get("factors")
     if not isinstance(factors, list):
-        raise DamagedWeights(f"the model has rope factors {factors!r}; they must be a list of numbers")
+        found = shortened(repr(factors))
+        raise DamagedWeights(f"the model has rope factors {found}; they must be a list of numbers")
     return tuple(number({"rope factor": factor}, "rope factor") for factor in factors)
 
 
-def _llama3_factors(values: Mapping[str, Any], frequencies: np.ndarray) -> tuple[float, ...]:
-    """Llama 3.1's scaling: divide frequencies that turn less than `low_freq_factor` times in the original context by
-    `factor`, leave those that turn more than `high_freq_factor` times, and blend between the two."""
+def _llama3_factors(config: Mapping[str, Any], values: Mapping[str, Any], frequencies: np.ndarray) -> tuple[float, ...]:
+    """Return the divisors of Llama 3.1's scaling.
+
+    With t = turns of a pair in the original context, low = low_freq_factor and high = high_freq_factor:
+    1 / divisor = kept + (1 - kept) / factor, where kept = (t - low) / (high - low), clipped to 0 ... 1.
+    """
     factor, low, high = (number(values, key) for key in ("factor", "low_freq_factor", "high_freq_factor"))
     if high <= low:
         raise DamagedWeights(
             f"the model's config has high_freq_factor = {high}; it must be above low_freq_factor = {low}"
         )
-    turns = number(values, "original_max_position_embeddings") * frequencies.astype(np.float64) / (2 * math.pi)
+    key = "original_max_position_embeddings"
+    context = number({key: config.get(key, values.get(key, config.get("max_position_embeddings")))}, key)
+    turns = context * frequencies.astype(np.float64) / (2 * math.pi)
     kept = np.clip((turns - low) / (high - low), 0.0, 1.0)
     return tuple((1.0 / (kept + (1.0 - kept) / factor)).tolist())

@@ -1,4 +1,4 @@
-"""What a decoder-only transformer looks like, as plain data. A family file produces it; backends compile it."""
+"""The description of a decoder-only transformer as plain data. A family creates it; backends compile it."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -8,24 +8,28 @@ import numpy as np
 
 @dataclass(frozen=True)
 class RopeSpec:
-    """Rotary embedding (Su et al., 2021), on pairs (i, i + dim/2) as in Hugging Face models.
+    """Rotary position embedding (Su et al., 2021), on pairs (i, i + dim / 2) as in Hugging Face models.
 
-    Pair i turns by theta ** (-2i / dim) / factors[i] radians a position; no factors: all 1. Every kind of scaling
-    (linear, llama3, ...) is spelled out as such factors, so that no backend has to know the kinds.
+    Pair i is rotated by theta ** (-2i / dim) / factors[i] radians per position. No factors means that all are 1.
+    Every kind of scaling (linear, llama3, ...) is converted to such factors, so backends do not know the kinds.
     """
 
     theta: float = 10000.0
     factors: tuple[float, ...] = ()
 
     def frequencies(self, dim: int) -> np.ndarray:
-        """Radians per position of each pair: float32 [dim / 2]."""
+        """Return the radians per position of each pair: float32 [dim / 2]."""
         frequencies: np.ndarray = self.theta ** (-np.arange(0, dim, 2) / dim) / np.array(self.factors or 1.0)
         return frequencies.astype(np.float32)
 
 
 @dataclass(frozen=True)
 class DecoderSpec:
-    """Sizes in elements. `windows[i]` is how many latest positions layer i attends to (0: all of them)."""
+    """A variant of the decoder in decoder.py. Sizes are in elements.
+
+    `windows[i]` is the number of latest positions that layer i attends to, 0 for all. `max_positions` is the largest
+    number of tokens in a sequence.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -47,12 +51,15 @@ class DecoderSpec:
 
     @property
     def q_size(self) -> int:
+        """Width of the queries of all heads."""
         return self.num_heads * self.head_dim
 
     @property
     def kv_size(self) -> int:
+        """Width of the keys of all heads, and of the values."""
         return self.num_kv_heads * self.head_dim
 
     @property
     def qkv_size(self) -> int:
+        """Width of queries, keys and values together."""
         return self.q_size + 2 * self.kv_size

@@ -39,9 +39,7 @@ class ServerConfig:
         30.0, "Seconds in which the body of a request must arrive, plus one for every 64 KiB received."
     )
     idle_timeout: float = _setting(75.0, "Seconds that a connection is kept open between two requests.")
-    send_timeout: float = _setting(
-        60.0, "Seconds after which a client that does not read its response is disconnected."
-    )
+    send_timeout: float = _setting(60.0, "Seconds after which a client that does not read its response is cut off.")
     max_connections: int = _setting(
         8192, "Open connections. Beyond them the longest idle one is closed, or else new ones are answered 503."
     )

@@ -1,10 +1,10 @@
-"""Every failure as OpenAI's {"error": {"message", "type", "param", "code"}}, its message one line."""
+"""Every failure as OpenAI's {"error": {"message", "type", "param", "code"}}, with a message of one line."""
 
 import difflib
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 
-from fastapi import FastAPI, Request
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 from starlette.exceptions import HTTPException
 
@@ -21,13 +21,18 @@ from octavo.errors import (
 
 from .openai.replies import ErrorBody, ErrorReply, Json
 
-CLIENT_LEFT = 499  # nginx's status for it; nobody is there to read it
 MAX_MESSAGE = 400  # characters: an error may quote what the client sent, and that may be megabytes
-MAX_DETAILS = 1000  # errors in a body: pydantic takes microseconds to tell each, and a body may hold millions
+MAX_DETAILS = 1000  # errors in a body: each takes pydantic microseconds to describe, and a body may hold many
+MIN_HINTED = 5  # letters: shorter names are near to too many others
 
 
 class ApiError(Exception):
-    """A request refused with an HTTP status. `param` names the field at fault; `code` is for programs."""
+    """A request refused with an HTTP status.
+
+    Args:
+        param: the field at fault.
+        code: for programs to tell errors apart.
+    """
 
     def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None):
         super().__init__(message)
@@ -37,14 +42,14 @@ class ApiError(Exception):
 
 
 class ServerStopping(ApiError):
-    """The server ends, and its patience for running requests with it."""
+    """The server is shutting down and the time for running requests is over."""
 
     def __init__(self) -> None:
         super().__init__(503, "the server is shutting down", code="server_stopping")
 
 
 def error_reply(error: Exception) -> tuple[int, ErrorReply]:
-    """HTTP status and body for any exception; one that nobody expected is told as 500, without details."""
+    """Return HTTP status and body for any exception; 500 without details for one that is a bug."""
     match error:
         case ApiError():
             return error.status, _reply(error.status, str(error), error.param, error.code)
@@ -69,14 +74,15 @@ def error_reply(error: Exception) -> tuple[int, ErrorReply]:
 
 
 def error_headers(error: Exception) -> Mapping[str, str] | None:
-    """What programs go by beside the status."""
+    """Return the header fields that tell programs what to do about `error`."""
     match error:
         case QueueFull():
             return {"retry-after": str(error.retry_after)}
+        case ApiError() if error.status == 503:
+            return {"retry-after": "1"}
         case RequestTimeout():
-            # OpenAI's clients repeat a request after any status from 500 on, unless this header says not to. One that
-            # took too long would only take room from others again, and its user has waited as long as he wanted to.
-            # (408 would suit no better: it blames the client for sending slowly, and browsers repeat it unasked.)
+            # OpenAI's clients repeat a request after any status from 500 on, unless this header forbids it. A request
+            # that took too long would only take time from others again. (408 would not help: browsers repeat it.)
             return {"x-should-retry": "false"}
         case HTTPException():
             return error.headers
@@ -84,41 +90,45 @@ def error_headers(error: Exception) -> Mapping[str, str] | None:
             return None
 
 
-def expected(error: Exception) -> bool:
-    """Whether it was raised on purpose, for a client to read: any other is a bug, and belongs into the log."""
+def error_response(error: Exception) -> Json:
+    """Return the HTTP response for any exception."""
+    status, body = error_reply(error)
+    return Json(body, status, error_headers(error))
+
+
+def is_expected(error: Exception) -> bool:
+    """Return whether `error` was raised on purpose, for a client to read. Any other is a bug and belongs in the log."""
     return isinstance(error, (ApiError, OctavoError, HTTPException))
 
 
-def invalid_body(error: ValidationError, model: type[BaseModel]) -> ApiError:
-    """The first thing wrong with a body, as one line with the field's path."""
+def invalid_body(error: ValidationError) -> ApiError:
+    """Return the first thing wrong with a body, as one line with the field's path."""
     if error.error_count() > MAX_DETAILS:
-        return ApiError(400, f"the body has {error.error_count()} unknown fields or wrong values", code="invalid_body")
+        return ApiError(400, f"the body has {error.error_count()} wrong values", code="invalid_body")
     first = error.errors(include_url=False, include_input=False)[0]
     path = _path(first)
-    if first["type"] == "json_invalid":
-        return ApiError(400, f"the body is not valid JSON: {first['ctx']['error']}", code="invalid_json")
-    if first["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(path, model.model_fields, n=1) if len(path) < 40 else []
-        hint = f"; did you mean {near[0]}?" if near else ""
-        return ApiError(400, f"unknown field {path[:100]}{hint}", path[:100], "unknown_field")
     if first["type"] == "missing":
         return ApiError(400, f"{path} is missing", path)
-    # pydantic's messages begin "Input should be ...": the path takes the place of "Input".
-    return ApiError(400, f"{path or 'the body'} {first['msg'].removeprefix('Input ')}", path or None)
+    return ApiError(400, f"{path or 'the body'} {_in_json_terms(first['msg'])}", path or None)
 
 
-def install(app: FastAPI) -> None:
-    """Answer all errors of `app` in OpenAI's schema."""
+def unknown_field(path: str, name: str, known: Iterable[str]) -> ApiError:
+    """Return the error for an unknown field `name` at `path`, with a hint if it is one of `known` misspelt."""
+    near = misspelt(name, known)
+    hint = f"; did you mean {near}?" if near else ""
+    return ApiError(400, f"unknown field {path[:100]}{hint}", path[:100], "unknown_field")
 
-    async def answer(request: Request, error: Exception) -> Json:
-        status, body = error_reply(error)
-        if isinstance(error, HTTPException):  # from the router: 404 or 405, which has a header with what is allowed
-            route = f"{request.method} {request.scope['path']}"
-            body = _reply(status, f"{error.detail}: {route}", None, None)
-        return Json(body, status, error_headers(error))
 
-    for kind in (ApiError, OctavoError, HTTPException, Exception):
-        app.add_exception_handler(kind, answer)
+def misspelt(name: str, known: Iterable[str]) -> str | None:
+    """Return the one name of `known` that `name` is a slip of, or None.
+
+    A slip is a letter or two left out, doubled or swapped: names of other meanings, such as length_penalty beside
+    presence_penalty, top_a beside top_p or min_tokens beside max_tokens, are further from each other than that.
+    """
+    if not MIN_HINTED <= len(name) <= 40:
+        return None
+    near = difflib.get_close_matches(name, list(known), n=2, cutoff=0.88)
+    return near[0] if len(near) == 1 else None
 
 
 def _reply(status: int, message: str, param: str | None, code: str | None) -> ErrorReply:
@@ -128,8 +138,14 @@ def _reply(status: int, message: str, param: str | None, code: str | None) -> Er
     return ErrorReply(ErrorBody(line, kind, param, code))
 
 
+def _in_json_terms(message: str) -> str:
+    """Input should be a valid dictionary or instance of Message -> should be an object"""
+    message = re.sub(r"a valid dictionary( or instance of \w+)?", "an object", message.removeprefix("Input "))
+    return message.replace("a valid list", "an array")
+
+
 def _path(error: ErrorDetails) -> str:
-    """messages[0].content, for ("messages", 0, "content")."""
+    """("messages", 0, "content") -> messages[0].content"""
     path = ""
     for part in error["loc"]:
         path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else part

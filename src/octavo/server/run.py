@@ -1,10 +1,18 @@
-"""The server process: listen, start the engine, say that it is ready, serve, drain."""
+"""The server process: listen, start the engine, announce the address, serve, drain."""
 
+import asyncio
+import contextlib
+import dataclasses
 import errno
 import json
+import os
 import resource
 import shlex
+import signal
 import socket
+import sys
+from collections.abc import Generator
+from typing import TYPE_CHECKING, NoReturn
 
 import typer
 import uvloop
@@ -16,48 +24,142 @@ from octavo.version import __version__
 
 from .config import ServerConfig
 
+if TYPE_CHECKING:
+    from .edge.draining import DrainingServer
+
 BACKLOG = 4096  # connections that may wait to be accepted; the kernel's somaxconn may allow fewer
-MAX_FILES = 65_536  # one for each connection
+MAX_FILES = 65_536  # open files, one for each connection
+OTHER_FILES = 256  # that the process needs beside its connections
+ALL_ADDRESSES = {"": ("::", "0.0.0.0"), "::": ("::", "0.0.0.0")}
 
 
-def serve(config: EngineConfig, server: ServerConfig) -> None:
-    """Serve until SIGTERM or Ctrl-C, drain, and return.
+def serve(engine: EngineConfig, config: ServerConfig) -> None:
+    """Serve until SIGTERM, SIGHUP or Ctrl-C; drain; return. A second signal, or one while loading, ends it at once.
 
-    Raises ConfigError if the address cannot be had, and what loading the model raises.
+    Raises ConfigError if it cannot listen on the address, and what loading the model raises.
     """
-    with _listen(server.host, server.port) as listener:
-        _allow_many_files()
-        uvloop.run(_serve(AsyncLLM.from_config(config), listener))
+    _open_standard_streams()
+    with _exit_on_signals(), contextlib.ExitStack() as stack:
+        listeners = [stack.enter_context(listener) for listener in listen(config.host, config.port)]
+        connections = min(config.max_connections, _raise_file_limit() - OTHER_FILES)
+        config = dataclasses.replace(config, max_connections=max(connections, 1))
+        llm = AsyncLLM.from_config(engine)  # loading begins, in the engine's process
+        uvloop.run(_run(llm, config, listeners))
 
 
-async def _serve(llm: AsyncLLM, listener: socket.socket) -> None:
+async def _run(llm: AsyncLLM, config: ServerConfig, listeners: list[socket.socket]) -> None:
+    """Serve in a task of its own, which signals stop: by draining once it serves, by cancelling it before or again."""
+    from .edge.draining import on_signals  # imported here, as the engine process loads weights meanwhile
+
+    servers: list[DrainingServer] = []
+    serving = asyncio.ensure_future(_serve(llm, config, listeners, servers))
+
+    def stop() -> None:
+        if servers and not servers[0].should_exit:
+            servers[0].stop()
+        else:
+            serving.cancel()
+
+    with on_signals(stop), contextlib.suppress(asyncio.CancelledError):
+        await serving
+
+
+async def _serve(
+    llm: AsyncLLM, config: ServerConfig, listeners: list[socket.socket], servers: "list[DrainingServer]"
+) -> None:
+    """Load, then serve. `servers` gets the server when it starts."""
+    from .app import create_app
+    from .edge.access_log import AccessLog
+    from .edge.draining import DrainingServer
+
+    access_log = AccessLog(config.access_log, sys.stdout, config.access_log_prompts)
     try:
-        # Imported here, as the engine process loads weights meanwhile.
-        from .app import create_app
-        from .edge.draining import DrainingServer
-
         await llm.start()
-        await DrainingServer(create_app(llm), on_ready=lambda: _announce(llm, listener)).serve([listener])
+        app = create_app(llm, config, draining=lambda: servers[0].should_exit)
+        server = DrainingServer(app, config, access_log, on_ready=lambda: _announce(llm, listeners[0]))
+        servers.append(server)
+        await server.serve(listeners)
     finally:
         await llm.close()
+        access_log.close()
 
 
-def _listen(host: str, port: int) -> socket.socket:
-    """A listening socket; port 0 takes a free one. Clients that come before the engine is ready wait for it."""
-    try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        return socket.create_server(address, family=family, backlog=BACKLOG)
-    except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            raise ConfigError(f"port {port} on {host} is taken: end what uses it, or choose another --port") from None
-        raise ConfigError(f"cannot listen on {host} port {port}: {error.strerror or error}") from None
+def listen(host: str, port: int) -> list[socket.socket]:
+    """Return listening sockets, all on one port: for every address that `host` has; 0 takes a free port.
+
+    An empty host and :: stand for all addresses of IPv4 and IPv6, those of a family that the machine lacks excepted.
+    Clients that connect before the engine is ready wait for it. Raises ConfigError.
+    """
+    addresses = _addresses(host, port)
+    listeners: list[socket.socket] = []
+    failure: OSError | None = None
+    for family, address in addresses:
+        bound = (address[0], listeners[0].getsockname()[1], *address[2:]) if listeners else address
+        try:
+            listeners.append(socket.create_server(bound, family=family, backlog=BACKLOG))
+        except OSError as error:
+            failure = error
+            if error.errno not in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):
+                break
+    if listeners and (failure is None or failure.errno != errno.EADDRINUSE):
+        return listeners
+    for listener in listeners:
+        listener.close()
+    assert failure is not None
+    if failure.errno == errno.EADDRINUSE:
+        message = f"port {port} on {host or 'all addresses'} is taken: end what uses it, or choose another --port"
+        raise ConfigError(message) from None
+    raise ConfigError(f"cannot listen on {host} port {port}: {failure.strerror or failure}") from None
 
 
-def _allow_many_files() -> None:
+def _addresses(host: str, port: int) -> list[tuple[int, tuple[str, int]]]:
+    """Return the families and addresses that `host` stands for, each once."""
+    found: dict[tuple[int, tuple[str, int]], None] = {}
+    for name in ALL_ADDRESSES.get(host, (host,)):
+        try:
+            results = socket.getaddrinfo(name, port, type=socket.SOCK_STREAM)
+        except OSError as error:
+            raise ConfigError(f"cannot listen on {host} port {port}: {error.strerror or error}") from None
+        found.update({(family, address): None for family, _, _, _, address in results})  # type: ignore[misc]
+    return list(found)
+
+
+def _raise_file_limit() -> int:
+    """Allow as many open files as the machine lets this process, up to MAX_FILES. Return how many."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = MAX_FILES if hard == resource.RLIM_INFINITY else min(MAX_FILES, hard)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        return wanted
+    return MAX_FILES if soft == resource.RLIM_INFINITY else soft
+
+
+def _open_standard_streams() -> None:
+    """Open those of standard input, output and error that are closed onto /dev/null.
+
+    Otherwise the next file or socket gets the number of a standard stream, and what is printed.
+    """
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) < 3:
+        os.set_inheritable(descriptor, True)  # for the engine's process
+    os.close(descriptor)
+    sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
+
+
+@contextlib.contextmanager
+def _exit_on_signals() -> Generator[None, None, None]:
+    """Let SIGTERM and SIGHUP raise SystemExit in this block: the kernel ignores them for PID 1 without a handler."""
+
+    def leave(number: int, _: object) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    signals = [each for each in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(each) is not signal.SIG_IGN]
+    before = {each: signal.signal(each, leave) for each in signals}
+    try:
+        yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
 
 
 def _announce(llm: AsyncLLM, listener: socket.socket) -> None:
@@ -70,4 +172,7 @@ def _announce(llm: AsyncLLM, listener: socket.socket) -> None:
     else:
         route, body = "completions", {"model": model, "prompt": "Once upon a time"}
     curl = shlex.join(["curl", f"{url}/v1/{route}", "-H", "Content-Type: application/json", "-d", json.dumps(body)])
-    typer.echo(f"\nOctavo {__version__} serves {model} on {url}; Ctrl-C ends it. Try it:\n\n{curl}\n")
+    try:
+        typer.echo(f"\nOctavo {__version__} serves {model} on {url}; Ctrl-C ends it. Try it:\n\n{curl}\n")
+    except OSError:  # nobody can read it: a full disk, a closed pipe. Nor what would be flushed at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

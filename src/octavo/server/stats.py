@@ -1,4 +1,4 @@
-"""GET /stats: how the server and its engine are doing, for `octavo top` and for scripts."""
+"""The answer to GET /stats, which `octavo top` shows."""
 
 import time
 from typing import TYPE_CHECKING
@@ -9,20 +9,25 @@ from octavo.engine.messages import EngineStats
 from octavo.frontend.admission import FrontendStats
 from octavo.version import __version__
 
-if TYPE_CHECKING:  # octavo top needs the structs alone
+if TYPE_CHECKING:  # `octavo top` imports this file for the structs alone
     from octavo.async_llm import AsyncLLM
 
 
 class Limits(msgspec.Struct, kw_only=True):
+    """Settings that bound the figures; all but the first and third are in tokens."""
+
     max_batch_size: int
     max_batch_tokens: int
     max_queue: int
     max_model_len: int
-    page_size: int  # tokens
+    page_size: int
 
 
 class ServerStats(msgspec.Struct, kw_only=True):
-    """`time`: of the look, in seconds since 1970. Rates are differences of counters over differences of time."""
+    """A snapshot of the server and its engine, at `time` (Unix time, in seconds).
+
+    Counters only grow: a rate is the difference of two snapshots' counters over that of their times.
+    """
 
     time: float
     version: str
@@ -34,7 +39,7 @@ class ServerStats(msgspec.Struct, kw_only=True):
 
 
 async def server_stats(llm: "AsyncLLM") -> ServerStats:
-    """Raises EngineDead."""
+    """Return a snapshot. Raises EngineDead."""
     config = llm.config
     engine = await llm.stats()
     return ServerStats(

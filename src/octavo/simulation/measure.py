@@ -172,7 +172,7 @@ def _host_costs(engine: Engine) -> list[float]:
         for i in range(min(batch, engine.scheduler.max_running)):
             prompt: list[int] = rng.integers(0, engine.backend.spec.vocab_size, HOST_PROMPT).tolist()
             params = SamplingParams(temperature=0, max_tokens=HOST_OUTPUT, ignore_eos=True, seed=0)
-            engine.add(EngineRequest(id=str(i), prompt=prompt, params=params, arrival=engine.clock()))
+            engine.add(EngineRequest(id=str(i), prompt=prompt, params=params))
         while engine.has_work:
             before = engine.stats()
             engine.step()

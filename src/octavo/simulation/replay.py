@@ -146,7 +146,7 @@ def replay(
             done.served.append(served)
             if len(live) < max_live:
                 live[id] = served
-                engine.add(_engine_request(request, id, prompt, start))
+                engine.add(_engine_request(request, id, prompt, now))
             else:
                 served.problem = "the queue is full"
                 advance(1)
@@ -171,12 +171,12 @@ def replay(
     return done
 
 
-def _engine_request(request: TraceRequest, id: str, prompt: list[int], start: float) -> EngineRequest:
+def _engine_request(request: TraceRequest, id: str, prompt: list[int], now: float) -> EngineRequest:
     return EngineRequest(
         id=id,
         prompt=prompt,
         params=SamplingParams(temperature=0, max_tokens=request.output_tokens, ignore_eos=True, seed=0),
-        arrival=start + request.at,
+        age=now - request.at,
         tenant=request.tenant,
         priority=request.priority,
         ttft_target=request.ttft_target,

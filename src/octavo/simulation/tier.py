@@ -72,7 +72,7 @@ class SimulatedTransfers(Transfers):
         self._begin(Finished("fetch", page, key, ok=True))
         return True
 
-    def use(self, keys: Sequence[bytes]) -> None:
+    def touch(self, keys: Sequence[bytes]) -> None:
         for key in reversed(keys):
             self._tier.touch(key)
 

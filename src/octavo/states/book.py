@@ -21,8 +21,8 @@ MAX_REMEMBERED = 4_000_000  # tokens of finished requests
 MIN_REMEMBERED = 256  # tokens that a finished request counts as at least
 
 
-class StatePins(StateOwner, Protocol):
-    """What the book asks of the frontend: have the engine keep a state's pages, or give them up."""
+class StatePins(Protocol):
+    """The frontend's methods that the book calls: let the engine keep a state's pages, or release them."""
 
     def pin_state(self, state: KVState) -> None: ...
 
@@ -35,6 +35,7 @@ class FinishedRequest:
 
     tenant: str
     salt: str
+    origin: str  # of the state that it continued, see KVState
     outputs: list[Segment]
     cost: int  # tokens
 
@@ -44,6 +45,7 @@ class StateBook:
 
     Args:
         pins: told of states whose pages the engine should keep or release.
+        owner: what the methods of a state call.
         fingerprint: of the engine (EngineInfo.fingerprint).
         quota: tokens that one tenant's states may have together; a common beginning counts once.
         ttl: seconds after which an unused state is dropped.
@@ -53,12 +55,14 @@ class StateBook:
     def __init__(
         self,
         pins: StatePins,
+        owner: StateOwner,
         fingerprint: str,
         quota: int,
         ttl: float,
         clock: Callable[[], float] = time.monotonic,
     ):
-        self._pins, self._fingerprint, self._quota, self._ttl, self._clock = pins, fingerprint, quota, ttl, clock
+        self._pins, self._owner, self._fingerprint = pins, owner, fingerprint
+        self._quota, self._ttl, self._clock = quota, ttl, clock
         self._states: OrderedDict[str, KVState] = OrderedDict()  # least recently used first
         self._charges: dict[str, int] = {}  # tokens by tenant
         self._finished: OrderedDict[str, FinishedRequest] = OrderedDict()  # oldest first
@@ -89,7 +93,8 @@ class StateBook:
         segments = [Segment(array("i", new + output), before) for output in outputs]
         self._forget(request_id)
         cost = sum(max(segment.num_tokens, MIN_REMEMBERED) for segment in segments)
-        self._finished[request_id] = FinishedRequest(tenant, salt, segments, cost)
+        origin = continued.origin if continued else ""
+        self._finished[request_id] = FinishedRequest(tenant, salt, origin, segments, cost)
         self._remembered += cost
         while self._remembered > MAX_REMEMBERED:
             self._forget(next(iter(self._finished)))
@@ -104,11 +109,11 @@ class StateBook:
             raise InvalidRequest(f"there is no finished request {request_id!r}: {known}", "request_id")
         if not 0 <= index < len(finished.outputs):
             raise InvalidRequest(f"index must be from 0 to {len(finished.outputs) - 1}, not {index}", "index")
-        return self._open(finished.outputs[index], finished.tenant, finished.salt)
+        return self._open(finished.outputs[index], finished.tenant, finished.salt, finished.origin)
 
     def adopt(self, file: Path, tokens: list[int], tenant: str, salt: str) -> KVState:
-        """Make a state of the tokens of a saved file. Raises QuotaExceeded."""
-        return self._open(Segment(array("i", tokens)), tenant, salt, file)
+        """Make a state of the tokens of a saved file. Its origin is its own id. Raises QuotaExceeded."""
+        return self._open(Segment(array("i", tokens)), tenant, salt, file=file)
 
     def use(self, state: KVState, tenant: str, salt: str) -> list[int]:
         """Return the tokens of a state that `tenant` continues with `salt`. Raises InvalidKVState."""
@@ -155,7 +160,7 @@ class StateBook:
             del self._charges[state.tenant]
         self._pins.unpin_state(state)
 
-    def _open(self, segment: Segment, tenant: str, salt: str, file: Path | None = None) -> KVState:
+    def _open(self, segment: Segment, tenant: str, salt: str, origin: str = "", file: Path | None = None) -> KVState:
         self.check_quota(tenant, sum(part.charge for part in segment.back() if not part.references))
         self._charges.setdefault(tenant, 0)
         for part in segment.back():
@@ -163,15 +168,17 @@ class StateBook:
             if part.references > 1:
                 break
             self._charges[tenant] += part.charge
+        id = f"kv-{secrets.token_hex(16)}"
         state = KVState(
-            id=f"kv-{secrets.token_hex(16)}",
+            id=id,
             tenant=tenant,
             salt=salt,
+            origin=id if file else origin,
             fingerprint=self._fingerprint,
             created_at=time.time(),
             file=file,
             _segment=segment,
-            _owner=self._pins,
+            _owner=self._owner,
             _deadline=self._clock() + self._ttl,
         )
         self._states[state.id] = state

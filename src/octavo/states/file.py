@@ -1,5 +1,6 @@
-"""A KV state saved to a file: its tokens, and what pages of them were at hand."""
+"""Saved KV states: a page file of the state's tokens and of those pages that were available when it was saved."""
 
+from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -7,7 +8,8 @@ import numpy as np
 
 from octavo.errors import InvalidKVState
 from octavo.formats.page_file import BadPageFile, PageFile, write_page_file
-from octavo.kv import root_key
+from octavo.kv import Prefix, root_key
+from octavo.kv.prefix import origin_root
 
 
 def save_state(
@@ -19,43 +21,57 @@ def save_state(
     page_bytes: int,
     pages: Iterable[tuple[bytes, np.ndarray]],
 ) -> None:
-    """Write a state, all or nothing. Pages (key, uint8 [page_bytes]) are asked for one at a time.
+    """Write a state, all or nothing.
 
-    Pages may be missing: they are computed when the state is continued. Raises OSError.
+    Args:
+        pages: key and content, uint8 [page_bytes], of each page, consumed one at a time. Pages may be missing: they are
+            recomputed when the state is continued. Keys are those of sequences without an origin, see `root_key`.
+
+    Raises:
+        OSError
     """
     write_page_file(path, page_bytes, pages, fingerprint=fingerprint, tokens=tokens, metadata=metadata, durable=True)
 
 
 class StateFile:
-    """A saved state, and a Tier of its pages that cannot be written. Raises InvalidKVState if it cannot be read.
+    """The pages of a saved state: a read-only Tier, for sequences that continue the loaded state and for no others.
 
-    Checksums find accidents, not intent: whoever wrote the file decides what a model with these pages will say.
+    Checksums find accidents, not intent: whoever wrote the file chose what its pages make a model say. So its pages are
+    found under the keys of `origin` alone, and only where the file's own keys follow from its tokens.
+
+    Args:
+        origin: the id of the loaded state.
+        page_size: tokens per page.
+        page_bytes: size of a page in this engine.
+
+    Raises:
+        InvalidKVState: the file cannot be read, or its pages are not of this engine's size.
     """
 
     name = "state"
 
-    def __init__(self, path: Path):
-        try:
-            self._file = PageFile(path)
-        except OSError as error:
-            raise InvalidKVState(
-                f"cannot read the KV state {path} ({error.strerror}); give a file that was saved"
-            ) from None
-        except BadPageFile as error:
-            raise InvalidKVState(f"{path} is no usable KV state: {error}; save it again") from None
+    def __init__(self, path: Path, origin: str, page_size: int, page_bytes: int):
+        self._file = _open(path)
         header = self._file.header
-        self.tokens, self.fingerprint, self.metadata = header.tokens, header.fingerprint, header.metadata
-        self.page_bytes, self.keys = header.page_bytes, header.keys
-        self._lost: set[bytes] = set()
+        try:
+            if header.page_bytes != page_bytes:
+                raise ValueError
+            tokens, root = array("i", header.tokens), bytes.fromhex(header.metadata.get("root", ""))
+            saved, loaded = (Prefix(first, tokens, page_size) for first in (root, origin_root(root, origin)))
+            pages = [(loaded.key(i), saved.key(i)) for i in range(len(tokens) // page_size)]
+        except (ValueError, OverflowError):
+            self._file.close()
+            raise InvalidKVState(f"{path} is no usable KV state: it contradicts itself; save it again") from None
+        self._saved_key = {key: saved_key for key, saved_key in pages if saved_key in self._file}
 
     def __contains__(self, key: bytes) -> bool:
-        return key in self._file and key not in self._lost
+        return key in self._saved_key
 
     def read(self, key: bytes) -> np.ndarray | None:
         try:
-            return self._file.read(key)
-        except (OSError, ValueError):  # the latter also if it has been closed
-            self._lost.add(key)
+            return self._file.read(self._saved_key[key])
+        except (OSError, ValueError, KeyError):  # ValueError also if it has been closed
+            self._saved_key.pop(key, None)
             return None
 
     def write(self, key: bytes, content: np.ndarray) -> bool:
@@ -70,12 +86,24 @@ class StateFile:
 
 def read_saved_tokens(path: Path, fingerprint: str, vocab_size: int, tenant: str, salt: str) -> list[int]:
     """Return the tokens of a saved state. Raises InvalidKVState unless it fits this engine, tenant and salt."""
-    file = StateFile(path)
-    file.close()
-    if file.fingerprint != fingerprint:
+    with _open(path) as file:
+        header = file.header
+    if header.fingerprint != fingerprint:
         raise InvalidKVState(f"{path} is of another model, quantization or layout of the KV cache, or machine")
-    if file.metadata.get("root") != root_key(fingerprint, tenant, salt).hex():
+    if header.metadata.get("root") != root_key(fingerprint, tenant, salt).hex():
         raise InvalidKVState(f"{path} is of another tenant or cache_salt: name those that it was saved with")
-    if not file.tokens or not all(0 <= token < vocab_size for token in file.tokens):
+    if not header.tokens or not all(0 <= token < vocab_size for token in header.tokens):
         raise InvalidKVState(f"{path} is no usable KV state: it has tokens that this model has not")
-    return file.tokens
+    return header.tokens
+
+
+def _open(path: Path) -> PageFile:
+    """Open a state's file. Raises InvalidKVState."""
+    try:
+        return PageFile(path)
+    except OSError as error:
+        raise InvalidKVState(
+            f"cannot read the KV state {path} ({error.strerror}); give a file that was saved"
+        ) from None
+    except BadPageFile as error:
+        raise InvalidKVState(f"{path} is no usable KV state: {error}; save it again") from None

@@ -56,6 +56,8 @@ class KVState:
         tenant, salt: whose it is; requests with another tenant or cache_salt cannot use it.
         fingerprint: names the model, the quantization and the layout of the KV cache (EngineInfo.fingerprint).
         created_at: Unix time in seconds.
+        origin: the id of the loaded state that it is, or that the conversation once continued; "" if it comes from no
+            file. Pages are shared between requests and states of one origin only, since a file's pages may be forged.
         file: the path that it was loaded from, or None.
         messages: the conversation in OpenAI's format, where a chat server keeps it, or None.
     """
@@ -65,6 +67,7 @@ class KVState:
     salt: str = field(repr=False)
     fingerprint: str = field(repr=False)
     created_at: float
+    origin: str = field(default="", repr=False)
     file: Path | None = None
     messages: list[dict[str, Any]] | None = field(default=None, repr=False)
     _segment: Segment = field(repr=False)

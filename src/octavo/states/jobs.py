@@ -1,4 +1,4 @@
-"""KV states in files: written while the engine goes on, and read from as one more tier."""
+"""The engine's part in saving and loading KV states: files are written and read while steps go on."""
 
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -14,24 +14,32 @@ from octavo.states.file import StateFile, save_state
 
 
 class StateFiles:
-    """All calls come from the engine's thread and return at once: files are the business of `transfers`' threads."""
+    """Saves and loads states in the threads of `transfers`. Its methods return at once; call them from one thread."""
 
     def __init__(self, kv: KVCache, backend: Backend, transfers: Transfers):
         self._kv, self._backend, self._transfers = kv, backend, transfers
-        self._saves: list[tuple[Future[None], list[int]]] = []  # with the pages that are held for it
+        self._saves: list[tuple[Future[None], list[int]]] = []  # with the pages acquired for it
         self._files: dict[str, Future[StateFile]] = {}  # by the state's id
 
-    def save(self, path: Path, prefix: Prefix, fingerprint: str, metadata: dict[str, str]) -> "Future[None]":
-        """Write the tokens of `prefix` and what there is of its full pages. The future raises RequestFailed."""
-        sources: list[tuple[bytes, int | None]] = []  # no page: a tier has it
+    def save(self, path: Path, prefix: Prefix, saved: Prefix, fingerprint: str) -> "Future[None]":
+        """Write the tokens of a state and its full pages, as far as they are available.
+
+        Args:
+            prefix: the state's tokens, with the keys that its pages are found under.
+            saved: the same tokens, with the keys that its pages get in the file.
+
+        Returns:
+            A future that raises RequestFailed if the file cannot be written.
+        """
+        sources: list[tuple[bytes, bytes, int | None]] = []  # key in the file, key here, page; None: a tier has it
         for i in range(len(prefix.tokens) // self._kv.page_size):
             key = prefix.key(i)
             page = self._kv.pool.find(key)
             if page is not None:
-                self._kv.pool.hold(page)
-            elif self._transfers.holds(key) is None:
+                self._kv.pool.acquire(page)
+            elif self._transfers.tier_of(key) is None:
                 break
-            sources.append((key, page))
+            sources.append((saved.key(i), key, page))
 
         def write() -> None:
             try:
@@ -39,7 +47,7 @@ class StateFiles:
                     path,
                     tokens=prefix.tokens.tolist(),
                     fingerprint=fingerprint,
-                    metadata=metadata,
+                    metadata={"root": saved.parent(0).hex()},
                     page_bytes=self._backend.page_bytes,
                     pages=self._contents(sources),
                 )
@@ -47,11 +55,11 @@ class StateFiles:
                 raise RequestFailed(f"cannot write the KV state {path} ({error.strerror or error})") from None
 
         future = self._transfers.run(write)
-        self._saves.append((future, [page for _, page in sources if page is not None]))
+        self._saves.append((future, [page for _, _, page in sources if page is not None]))
         return future
 
     def end_saves(self) -> None:
-        """Let go of the pages of saves that have ended."""
+        """Release the pages of saves that have ended."""
         for future, pages in self._saves:
             if future.done():
                 for page in reversed(pages):
@@ -59,17 +67,22 @@ class StateFiles:
         self._saves = [save for save in self._saves if not save[0].done()]
 
     def load(self, id: str, path: Path) -> "Future[StateFile]":
-        """Find pages in a state's file, from when the future is done until `forget`. It raises InvalidKVState."""
+        """Find pages in a state's file, for sequences whose origin is `id`, until `close`.
+
+        Returns:
+            A future that is done when the file is open; it raises InvalidKVState.
+        """
 
         def open_file() -> StateFile:
-            file = StateFile(path)
+            file = StateFile(path, id, self._kv.page_size, self._backend.page_bytes)
             self._transfers.add_tier(file)
             return file
 
         self._files[id] = future = self._transfers.run(open_file)
         return future
 
-    def forget(self, id: str) -> None:
+    def close(self, id: str) -> None:
+        """Close the file of state `id`, if `load` opened one."""
         if future := self._files.pop(id, None):
             future.add_done_callback(self._close)
 
@@ -78,9 +91,9 @@ class StateFiles:
             self._transfers.remove_tier(future.result())
             future.result().close()
 
-    def _contents(self, sources: list[tuple[bytes, int | None]]) -> Iterator[tuple[bytes, np.ndarray]]:
-        for key, page in sources:
+    def _contents(self, sources: list[tuple[bytes, bytes, int | None]]) -> Iterator[tuple[bytes, np.ndarray]]:
+        for saved_key, key, page in sources:
             if page is not None:
-                yield key, self._backend.export_page(page)
-            elif (tier := self._transfers.holds(key)) and (content := tier.read(key)) is not None:
-                yield key, content
+                yield saved_key, self._backend.export_page(page)
+            elif (tier := self._transfers.tier_of(key)) and (content := tier.read(key)) is not None:
+                yield saved_key, content

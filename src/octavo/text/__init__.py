@@ -1,4 +1,4 @@
-"""Text: tokenizer, chat template, incremental detokenizer."""
+"""Text: tokenizer, chat template, incremental detokenizer, stop strings."""
 
 from .detokenizer import Detokenizer
 from .tokenizer import Tokenizer

@@ -1,96 +1,277 @@
-"""A model's chat template: Jinja, sandboxed, with the conventions of Hugging Face's apply_chat_template."""
+"""Chat templates: a conversation as a prompt, rendered by worker processes within limits of time and memory."""
 
-import json
-from datetime import datetime
+import asyncio
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
-import jinja2
-from jinja2 import nodes
-from jinja2.ext import Extension, loopcontrols
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+import msgspec
 
 from octavo.errors import InvalidRequest
 
+MAX_MESSAGES = 10_000  # of a conversation
+MAX_INPUT_BYTES = 16 << 20  # of a conversation as JSON, with tools and all other variables
+MAX_PROMPT_BYTES = 64 << 20
+RENDER_SECONDS = 0.75  # of processor time; of wall-clock time twice as much
+RENDER_MEMORY = 80 << 20  # bytes, beside what the process has when it is idle; more for large inputs
+MAX_WORKERS = 4  # processes per template
+
+_START_SECONDS = 20.0  # for Python to start, import jinja2 and compile the template
+_PATIENCE = 0.3  # seconds that a request waits for a busy worker before another one is started
+
+_RENDERED, _OUT_OF_MEMORY = b"+", b"m"  # as in template_worker.py, which takes long to import
+
 
 class ChatTemplate:
-    """A compiled template. Templates come with the model, never with a request.
+    """A model's chat template, a Jinja program with the conventions of Hugging Face's apply_chat_template.
 
-    Conventions: https://huggingface.co/docs/transformers/chat_templating_writing
+    A rendering that takes too long or too much is refused; meanwhile, others are done by other processes. The
+    first process starts with the first rendering, in 0.15 s, or with `start`.
     """
 
-    def __init__(self, source: str) -> None:
-        """Raises InvalidRequest if `source` is no valid template: such a model still completes plain prompts."""
-        try:
-            self._template = _environment().from_string(source)
-        except jinja2.TemplateError as error:
-            raise InvalidRequest(f"this model's chat template is broken: {_one_line(error)}", "messages") from None
+    def __init__(self, source: str, *, seconds: float = RENDER_SECONDS, memory: int = RENDER_MEMORY) -> None:
+        """Make a template of `source`, which is compiled with the first rendering.
 
-    def render(self, messages: list[dict[str, Any]], **variables: Any) -> str:
-        """The prompt of a conversation. Raises InvalidRequest, with the template's own complaint if it has one."""
-        variables = {"add_generation_prompt": True, "tools": None, "documents": None} | variables
+        Args:
+            seconds: Processor time that a rendering may take.
+            memory: Bytes that a rendering may allocate, beside eight times the size of its input.
+        """
+        self._seconds = seconds
+        self._setup = msgspec.json.encode({"source": source, "memory": memory, "seconds": seconds})
+        self._workers = _Workers(self._setup)
+
+    def render(
+        self,
+        messages: list[dict[str, Any]],
+        *,
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool | str = False,
+        **variables: Any,
+    ) -> str:
+        """Return the prompt of a conversation.
+
+        Args:
+            messages: Objects with a "role" and a "content": a string, a list of {"type": "text", "text": ...}, or None.
+                Parts go to the template as they are if it loops over them itself; else they are joined with newlines.
+            add_generation_prompt: End with the header of the assistant's answer. Default: True, unless
+                continue_final_message is set.
+            continue_final_message: End with the last message's content, for the model to continue it; a string names
+                another field to continue, such as "reasoning_content".
+            variables: What else the template knows, such as `tools`; values must be JSON.
+
+        Raises:
+            InvalidRequest: The template is broken, refuses the messages (with its own reason, if it gives one), or goes
+                beyond a limit of this module.
+        """
+        request = _request(messages, add_generation_prompt, continue_final_message, variables)
+        worker = self._workers.acquire()
         try:
-            return self._template.render(messages=_text_only(messages), **variables)
-        except InvalidRequest:
+            answer = worker.ask(request, 2 * self._seconds)
+        except BaseException:
+            worker.close()
             raise
-        except Exception as error:  # a template is a program: it may fail in any way, on messages it does not expect
-            reason = _one_line(error)
-            raise InvalidRequest(f"the model's chat template refused the messages: {reason}", "messages") from None
+        finally:
+            self._workers.release(worker)
+        if answer[:1] == _RENDERED:
+            return str(memoryview(answer)[1:], "utf-8")
+        refusal = msgspec.json.decode(memoryview(answer)[1:])
+        raise InvalidRequest(refusal["message"], refusal["param"])
+
+    async def arender(self, messages: list[dict[str, Any]], **variables: Any) -> str:
+        """Do as `render`, without blocking the event loop."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._threads, lambda: self.render(messages, **variables))
+
+    def start(self) -> None:
+        """Start a process now, so that the first rendering need not wait for it. Does not wait for it either."""
+        self._workers.release(self._workers.acquire())
+
+    def close(self) -> None:
+        """End the processes that are idle. Later renderings start new ones."""
+        self._workers.close()
+
+    @cached_property
+    def _threads(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(MAX_WORKERS, "octavo-template")
 
 
-def _text_only(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Messages checked for shape; content that is a list of text parts, joined: most templates want a string."""
+def _request(
+    messages: Any, add_generation_prompt: bool | None, continue_final_message: bool | str, variables: dict[str, Any]
+) -> bytes:
+    """Return a rendering as JSON. Raises InvalidRequest for what cannot be one, or is too large."""
     if not isinstance(messages, list) or not messages:
         raise InvalidRequest("messages must be a list of at least one message", "messages")
-    joined = []
-    for i, message in enumerate(messages):
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise InvalidRequest(f"messages[{i}] must be an object with a role", "messages")
-        content = message.get("content")
-        if isinstance(content, list):
-            if not all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in content):
-                raise InvalidRequest(f"messages[{i}].content may only have text parts", "messages")
-            message = message | {"content": "\n".join(part["text"] for part in content)}
-        elif content is not None and not isinstance(content, str):
-            raise InvalidRequest(f"messages[{i}].content must be a string or a list of text parts", "messages")
-        joined.append(message)
-    return joined
+    if len(messages) > MAX_MESSAGES:
+        raise InvalidRequest(f"messages must be at most {MAX_MESSAGES:,} messages, not {len(messages):,}", "messages")
+    if continue_final_message and add_generation_prompt:
+        raise InvalidRequest(
+            "continue_final_message and add_generation_prompt exclude each other: the prompt can end with the last "
+            "message, or with the header of a new one",
+            "continue_final_message",
+        )
+    if add_generation_prompt is None:
+        add_generation_prompt = not continue_final_message
+    field = continue_final_message if isinstance(continue_final_message, str) else "content"
+    defaults = {"tools": None, "documents": None, "add_generation_prompt": add_generation_prompt}
+    call = {
+        "messages": messages,
+        "continue_field": field if continue_final_message else None,
+        "variables": defaults | variables,
+    }
+    try:
+        request = msgspec.json.encode(call)
+    except UnicodeEncodeError:
+        raise InvalidRequest("messages must be valid Unicode, without lone surrogates", "messages") from None
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
+        raise InvalidRequest(f"messages and the template's variables must be JSON: {error}", "messages") from None
+    if len(request) > MAX_INPUT_BYTES:
+        raise InvalidRequest(f"messages have {len(request):,} bytes; at most {MAX_INPUT_BYTES:,} are taken", "messages")
+    return request
 
 
-class _GenerationTag(Extension):
-    """{% generation %} marks the assistant's tokens for training; to us it is only its body."""
+class _Workers:
+    """The processes of one template, from none to MAX_WORKERS. Safe to use from several threads, and after a fork."""
 
-    tags = {"generation"}  # noqa: RUF012 (jinja's own way)
+    def __init__(self, setup: bytes) -> None:
+        self._setup = setup
+        self._reset()
 
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+    def _reset(self) -> None:
+        self._process = os.getpid()
+        self._free = threading.Condition()
+        self._idle: list[_Worker] = []
+        self._count = 0
+
+    def acquire(self) -> "_Worker":
+        """Return a worker that nobody else uses; start one if there is none, or if all have been busy for long."""
+        if self._process != os.getpid():
+            self._reset()  # a forked child must not talk to the workers of its parent
+        give_up = time.monotonic() + _PATIENCE
+        with self._free:
+            while True:
+                while self._idle:
+                    worker = self._idle.pop()
+                    if worker.alive:
+                        return worker
+                    worker.close()
+                    self._count -= 1
+                left = give_up - time.monotonic()
+                if self._count == 0 or (self._count < MAX_WORKERS and left <= 0):
+                    self._count += 1
+                    break
+                self._free.wait(left if self._count < MAX_WORKERS else None)
+        try:
+            return _Worker(self._setup)
+        except BaseException:
+            with self._free:
+                self._count -= 1
+                self._free.notify()
+            raise
+
+    def release(self, worker: "_Worker") -> None:
+        """Take back a worker, closed or not. One idle worker is kept."""
+        with self._free:
+            if worker.alive and not self._idle:
+                self._idle.append(worker)
+            else:
+                worker.close()
+                self._count -= 1
+            self._free.notify()
+
+    def close(self) -> None:
+        with self._free:
+            while self._idle:
+                self._idle.pop().close()
+                self._count -= 1
 
 
-def _environment() -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _raise
-    environment.globals["strftime_now"] = lambda layout: datetime.now().strftime(layout)
-    return environment
+class _Worker:
+    """One process that renders, see template_worker.py, used by one thread at a time."""
+
+    def __init__(self, setup: bytes) -> None:
+        """Start the process without waiting for it. Raises InvalidRequest if that is impossible."""
+        self._socket, theirs = socket.socketpair()
+        program = str(Path(__file__).with_name("template_worker.py"))
+        try:
+            with theirs:
+                # -P: the current folder may hold a jinja2.py. A new session: Ctrl-C is not meant for the worker.
+                self._process = subprocess.Popen(
+                    [sys.executable, "-P", program],
+                    stdin=theirs.fileno(),
+                    stdout=theirs.fileno(),
+                    stderr=subprocess.DEVNULL,
+                    start_new_session=True,
+                )
+        except OSError as error:
+            self._socket.close()
+            raise InvalidRequest(f"cannot start the process that renders chat templates: {error}", "messages") from None
+        self._ready = False
+        self._setup = setup
+        self.close = weakref.finalize(self, _end, self._socket, self._process, os.getpid())
+
+    @property
+    def alive(self) -> bool:
+        return self.close.alive and self._process.poll() is None
+
+    def ask(self, request: bytes, seconds: float) -> bytearray:
+        """Return the answer to `request`. Raises InvalidRequest, and ends the process, if it hits a limit."""
+        try:
+            if not self._ready:
+                self._exchange(self._setup, _START_SECONDS)
+                self._ready = True
+            answer = self._exchange(request, seconds)
+        except TimeoutError:
+            self.close()
+            raise _too_slow(seconds) from None
+        except OSError:
+            self.close()
+            if self._process.returncode == -signal.SIGPROF:
+                raise _too_slow(seconds / 2) from None
+            raise InvalidRequest("the chat template crashed while it rendered the messages", "messages") from None
+        if answer == _OUT_OF_MEMORY:
+            self.close()
+            raise InvalidRequest("the chat template needs too much memory for these messages", "messages")
+        return answer
+
+    def _exchange(self, frame: bytes, seconds: float) -> bytearray:
+        """Send a frame and return the one that answers it. Raises OSError if the process ends, TimeoutError."""
+        deadline = time.monotonic() + seconds
+        self._socket.settimeout(seconds)
+        self._socket.sendall(len(frame).to_bytes(8, "little"))
+        self._socket.sendall(frame)
+        size = int.from_bytes(self._receive(8, deadline), "little")
+        if size > MAX_PROMPT_BYTES:
+            self.close()
+            raise InvalidRequest(f"the chat template made a prompt of over {MAX_PROMPT_BYTES:,} bytes", "messages")
+        return self._receive(size, deadline)
+
+    def _receive(self, size: int, deadline: float) -> bytearray:
+        received = bytearray(size)
+        rest = memoryview(received)
+        while rest:
+            self._socket.settimeout(max(deadline - time.monotonic(), 0.001))
+            count = self._socket.recv_into(rest)
+            if not count:
+                raise ConnectionResetError
+            rest = rest[count:]
+        return received
 
 
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    # Jinja's own tojson escapes HTML, which models were not trained on.
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+def _end(connection: socket.socket, process: "subprocess.Popen[bytes]", parent: int) -> None:
+    connection.close()
+    if os.getpid() == parent:  # and not a fork of it
+        process.kill()
+        process.wait()
 
 
-def _raise(message: str) -> None:
-    raise InvalidRequest(_one_line(message), "messages")
-
-
-def _one_line(error: object) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+def _too_slow(seconds: float) -> InvalidRequest:
+    return InvalidRequest(f"the chat template took longer than {seconds:g} s for these messages", "messages")

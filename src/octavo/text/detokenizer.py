@@ -1,4 +1,4 @@
-"""Detokenizer: text from tokens as they come, never half a character."""
+"""Incremental detokenizing: tokens to text, in whole characters."""
 
 import codecs
 
@@ -8,10 +8,10 @@ _new_decoder = codecs.getincrementaldecoder("utf-8")
 
 
 class Detokenizer:
-    """The text of one output, token by token; special tokens read as nothing. O(1) a token.
+    """Converts the tokens of one output to text, one at a time, in O(1) each. Special tokens have no text.
 
-    All it returns, joined, is `tokenizer.decode` of all tokens, but for one thing: a SentencePiece vocabulary's space
-    before the first word stays, since an output goes on where its prompt ended.
+    The texts joined are `tokenizer.decode` of all tokens, with one difference: with a SentencePiece vocabulary the
+    space before the first word is kept, because an output continues its prompt.
     """
 
     __slots__ = ("_decoder", "_tokenizer")
@@ -21,7 +21,7 @@ class Detokenizer:
         self._decoder: codecs.IncrementalDecoder | None = None  # only within a character of several tokens
 
     def push(self, token: int) -> str:
-        """The new complete text: "" within a character of several tokens, and for a special token."""
+        """Return the text that `token` completes: "" within a character of several tokens, and for a special token."""
         if self._decoder is None:
             text = self._tokenizer.whole_text(token)
             if text is not None:
@@ -35,5 +35,5 @@ class Detokenizer:
         return text
 
     def flush(self) -> str:
-        """What is left at the end: U+FFFD for a character that was not completed, else ""."""
+        """Return U+FFFD if the output ends within a character, else ""."""
         return "" if self._decoder is None else self._decoder.decode(b"", final=True)

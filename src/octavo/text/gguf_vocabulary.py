@@ -1,15 +1,18 @@
-"""A tokenizer built from GGUF metadata, which holds a vocabulary but no tokenizer.json.
+"""Tokenizers made from GGUF metadata, which have a vocabulary but no tokenizer.json.
 
-What the metadata leaves unsaid (how text is cut before merging, whether BOS is added) is what llama.cpp's
-src/llama-vocab.cpp says for each value of `tokenizer.ggml.pre`.
+`tokenizer.ggml.pre` names how text is split before merging. What each name means is defined by llama.cpp's
+src/llama-vocab.cpp only.
 """
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from octavo.errors import DamagedWeights, UnsupportedModel
+from octavo.errors import DamagedWeights, UnsupportedModel, shortened
+
+_log = logging.getLogger("octavo")
 
 _CONTROL, _USER_DEFINED = 3, 4  # of tokenizer.ggml.token_type
 
@@ -22,15 +25,17 @@ _TEKKEN = (
     r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
+WORD_REGEXES = frozenset([_LLAMA3, _QWEN2, _TEKKEN])
+
 
 @dataclass(frozen=True)
 class _Style:
-    """How a byte-level vocabulary wants its text cut. `split` None: by GPT-2's regex, which tokenizers has built in."""
+    """How text is split for a byte-level vocabulary."""
 
-    split: str | None = None
+    split: str | None = None  # a regular expression; None: GPT-2's, which the tokenizers library has built in
     single_digits: bool = False
-    whole_words: bool = False  # a word that is in the vocabulary is taken whole, merges or not
-    add_bos: bool = False  # where the file does not say
+    whole_words: bool = False  # a word that is in the vocabulary is one token, even if no merges lead to it
+    add_bos: bool = False  # unless the file says otherwise
     nfc: bool = False
 
 
@@ -49,16 +54,22 @@ _STYLES = {
 
 
 def tokenizer_from_metadata(metadata: dict[str, Any], source: str) -> Tokenizer:
-    """The tokenizer that `metadata` describes. `source` names the file in errors.
+    """Return the tokenizer that `metadata` describes.
 
-    Raises UnsupportedModel for a kind of vocabulary other than byte-level or SentencePiece BPE, DamagedWeights for one
-    that contradicts itself.
+    Args:
+        source: The file's name, for errors.
+
+    Raises:
+        UnsupportedModel: The vocabulary is neither byte-level nor SentencePiece's BPE, or its `pre` is unknown.
+        DamagedWeights: The vocabulary contradicts itself.
     """
     kind = metadata.get("tokenizer.ggml.model")
     if kind not in ("gpt2", "llama"):
-        raise UnsupportedModel(f"{source} has a vocabulary of the kind {kind!r}; Octavo reads 'gpt2' and 'llama'")
+        raise UnsupportedModel(
+            f"{source} has a vocabulary of the kind {shortened(kind, 40)!r}; Octavo reads 'gpt2' and 'llama'"
+        )
     tokens = metadata.get("tokenizer.ggml.tokens")
-    if not isinstance(tokens, list) or not tokens:
+    if not isinstance(tokens, list) or not tokens or not all(isinstance(token, str) for token in tokens):
         raise DamagedWeights(f"{source} is damaged: it has no tokenizer.ggml.tokens")
     vocabulary = {token: i for i, token in enumerate(tokens)}
     if len(vocabulary) != len(tokens):
@@ -72,16 +83,26 @@ def tokenizer_from_metadata(metadata: dict[str, Any], source: str) -> Tokenizer:
         _add_template(tokenizer, metadata, tokens, add_bos)
     except UnsupportedModel:
         raise
-    except Exception as error:  # the tokenizers library raises plain Exception
-        raise DamagedWeights(f"{source} is damaged: its vocabulary is inconsistent ({error})") from None
+    except BaseException as error:  # plain Exception for damage; Rust's panics are no Exception
+        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+            raise DamagedWeights(f"{source} is damaged: its vocabulary is inconsistent ({shortened(error)})") from None
+        raise
     return tokenizer
 
 
 def _byte_level(metadata: dict[str, Any], vocabulary: dict[str, int], source: str) -> tuple[Tokenizer, bool]:
-    pre = metadata.get("tokenizer.ggml.pre", "default")
-    style = _STYLES.get(pre)
+    pre = metadata.get("tokenizer.ggml.pre")
+    if pre is None:
+        _log.warning(
+            "%s does not say how its text is split before tokenizing (tokenizer.ggml.pre); GPT-2's rules are used. If "
+            "they are not the model's, ITS ANSWERS ARE WORSE: convert the model again with a recent llama.cpp",
+            source,
+        )
+        pre = "default"
+    style = _STYLES.get(pre) if isinstance(pre, str) else None
     if style is None:
-        raise UnsupportedModel(f"{source} cuts text as {pre!r} does; Octavo knows {', '.join(sorted(_STYLES))}")
+        known = ", ".join(sorted(_STYLES))
+        raise UnsupportedModel(f"{source} splits text as {shortened(pre, 40)!r} does; Octavo knows {known}")
     merges = [_halves(merge) for merge in metadata["tokenizer.ggml.merges"]]
     tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=style.whole_words))
     steps: list[Any] = []
@@ -127,7 +148,7 @@ def _sentencepiece(metadata: dict[str, Any], vocabulary: dict[str, int]) -> Toke
 
 
 def _merges_from_scores(vocabulary: dict[str, int], scores: list[float]) -> list[tuple[str, str]]:
-    """SentencePiece joins the two neighbors that make the token of the highest score: merges in that order."""
+    """Return merges in the order in which SentencePiece does them: first those that make the token of highest score."""
     merges: list[tuple[float, int, int, str, str]] = []
     for token, i in vocabulary.items():
         for cut in range(1, len(token)):
@@ -138,7 +159,7 @@ def _merges_from_scores(vocabulary: dict[str, int], scores: list[float]) -> list
 
 
 def _add_special_tokens(tokenizer: Tokenizer, metadata: dict[str, Any], tokens: list[str]) -> None:
-    """Tokens that are taken whole wherever they stand in a text, control tokens and those the model's makers added."""
+    """Add control tokens and user-defined tokens, which are single tokens wherever they stand in a text."""
     types = metadata.get("tokenizer.ggml.token_type", [])
     for kind, add in ((_CONTROL, tokenizer.add_special_tokens), (_USER_DEFINED, tokenizer.add_tokens)):
         names = [token for token, type_ in zip(tokens, types, strict=False) if type_ == kind and token]
@@ -146,7 +167,7 @@ def _add_special_tokens(tokenizer: Tokenizer, metadata: dict[str, Any], tokens: 
 
 
 def _add_template(tokenizer: Tokenizer, metadata: dict[str, Any], tokens: list[str], add_bos: bool) -> None:
-    """Let encode() put BOS before a text and EOS after it, where the model wants them."""
+    """Make encode() put BOS before a text and EOS after it, if the model wants them."""
     pieces = ["$A"]
     specials: list[tuple[str, int]] = []
     bos, eos = metadata.get("tokenizer.ggml.bos_token_id"), metadata.get("tokenizer.ggml.eos_token_id")

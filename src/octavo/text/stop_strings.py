@@ -1,37 +1,132 @@
-"""Stop strings in a stream: text is held back only while it might be the beginning of one."""
+"""Stop strings in streamed text, found in time linear in the text."""
+
+from collections import deque
+from functools import lru_cache
 
 
 class StopStrings:
-    """Watches a text that comes in pieces for the earliest of `stops`, which may span pieces."""
+    """Searches text that comes in pieces for the earliest of several stop strings, which may span pieces.
 
-    __slots__ = ("_held", "_longest", "_stops")
+    Text is held back only while it may be the beginning of a stop string.
+    """
+
+    __slots__ = ("_automaton", "_held", "_length", "_state")
 
     def __init__(self, stops: list[str]):
-        self._stops = stops
-        self._longest = max(map(len, stops), default=0)
-        self._held = ""
+        self._automaton = _automaton(tuple(stops)) if stops else None
+        self._state = 0
+        self._held: deque[str] = deque()  # pieces that are held back, and the number of their characters
+        self._length = 0
 
     def push(self, text: str, armed: bool = True) -> tuple[str, str | None]:
-        """The text that is certain now, and the stop string that was found, if one was: the text before it is the last.
+        """Take the next piece of the text, which must not come after a stop string has been found.
 
-        While not `armed`, a stop string is text like any other.
+        Args:
+            text: The next piece.
+            armed: Whether to search. If not, a stop string that ends or begins in this piece is plain text.
+
+        Returns:
+            The text that is now certain to be no part of a stop string, and the stop string that was found, or None.
+            Of several that end in one piece, the one that begins first counts, and of those the longest.
         """
-        if not self._longest:
+        if self._automaton is None:
             return text, None
-        text = self._held + text
-        self._held = ""
-        if armed:
-            found = [(at, stop) for stop in self._stops if (at := text.find(stop)) >= 0]
-            if found:
-                at, stop = min(found, key=lambda hit: (hit[0], -len(hit[1])))
-                return text[:at], stop
-            for length in range(min(self._longest - 1, len(text)), 0, -1):
-                if any(stop.startswith(text[-length:]) for stop in self._stops):
-                    self._held = text[-length:]
-                    return text[:-length], None
-        return text, None
+        if not armed:
+            return self.flush(text), None
+        if not self._state and self._automaton.first.isdisjoint(text):
+            return text, None
+        begin, stop, self._state = self._automaton.search(self._state, text)
+        begin += self._length
+        self._held.append(text)
+        self._length += len(text)
+        return self._release(begin), stop
 
     def flush(self, text: str = "") -> str:
-        """What was held back, the text having come to its end with `text`."""
-        text, self._held = self._held + text, ""
+        """Return the text that was held back, followed by `text`. For the end of a text."""
+        if not self._held:
+            return text
+        text = "".join(self._held) + text
+        self._held.clear()
+        self._length = self._state = 0
         return text
+
+    def _release(self, count: int) -> str:
+        """Return the first `count` characters that are held back, and hold them no longer."""
+        self._length -= count
+        released = []
+        while count:
+            piece = self._held.popleft()
+            if len(piece) > count:
+                self._held.appendleft(piece[count:])
+                piece = piece[:count]
+            released.append(piece)
+            count -= len(piece)
+        return "".join(released)
+
+
+class _Automaton:
+    """The automaton of Aho and Corasick (1975, "Efficient string matching: an aid to bibliographic search").
+
+    A state is the longest end of the text so far that begins a stop string; state 0 is the empty one. Searching takes
+    amortized O(1) per character, whatever the stop strings.
+    """
+
+    def __init__(self, stops: tuple[str, ...]):
+        self.first = frozenset(stop[0] for stop in stops)
+        self._next: list[dict[str, int]] = [{}]
+        self._depth = [0]  # of each state: how many characters it stands for
+        self._stop: list[str | None] = [None]  # the longest stop string that ends in the state
+        self._shorter = [0]  # the state of the longest proper end that also begins a stop string
+        for stop in stops:
+            self._add(stop)
+        self._link()
+
+    def _add(self, stop: str) -> None:
+        state = 0
+        for character in stop:
+            if character not in self._next[state]:
+                self._next[state][character] = len(self._next)
+                self._next.append({})
+                self._depth.append(self._depth[state] + 1)
+                self._stop.append(None)
+                self._shorter.append(0)
+            state = self._next[state][character]
+        self._stop[state] = stop
+
+    def _link(self) -> None:
+        """Set `_shorter`, from short states to long ones, and inherit the stop strings of shorter states."""
+        queue = deque(self._next[0].values())
+        while queue:
+            state = queue.popleft()
+            if self._stop[state] is None:
+                self._stop[state] = self._stop[self._shorter[state]]
+            for character, longer in self._next[state].items():
+                self._shorter[longer] = self._step(self._shorter[state], character)
+                queue.append(longer)
+
+    def _step(self, state: int, character: str) -> int:
+        while (following := self._next[state].get(character)) is None and state:
+            state = self._shorter[state]
+        return following or 0
+
+    def search(self, state: int, text: str) -> tuple[int, str | None, int]:
+        """Go through `text` from `state`.
+
+        Returns:
+            Where in `text` the stop string begins that was found, or if none was, the end of the text that may begin
+            one (negative: before `text`); that stop string or None; and the new state.
+        """
+        begin, found = len(text), None
+        for end, character in enumerate(text, 1):
+            state = self._step(state, character)
+            if end - self._depth[state] > begin:
+                break  # nothing that begins as early can follow
+            stop = self._stop[state]
+            if stop is not None and end - len(stop) <= begin:
+                begin, found = end - len(stop), stop
+        return (len(text) - self._depth[state], None, state) if found is None else (begin, found, 0)
+
+
+@lru_cache(maxsize=32)
+def _automaton(stops: tuple[str, ...]) -> _Automaton:
+    return _Automaton(stops)  # shared by the n completions of a request

@@ -1,20 +1,35 @@
-"""Tokenizer: text to token ids and back, end tokens and the chat template, from a directory or a .gguf file."""
+"""Tokenizer: text to token ids and back, with the special tokens and the chat template of a model."""
 
 import json
 import re
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import tokenizers
 
-from octavo.errors import DamagedWeights, InvalidRequest, ModelNotFound, UnsupportedModel
+from octavo.errors import (
+    DamagedWeights,
+    InvalidRequest,
+    ModelNotFound,
+    PromptTooLong,
+    UnsupportedModel,
+    shortened,
+)
+from octavo.formats.files import read_file
 from octavo.formats.gguf import read_header
 
-from .gguf_vocabulary import tokenizer_from_metadata
+from .chat_template import ChatTemplate
+from .gguf_vocabulary import WORD_REGEXES, tokenizer_from_metadata
+from .token_bound import TokenBound, component_steps
 
-if TYPE_CHECKING:
-    from .chat_template import ChatTemplate
+MAX_TOKENIZER_BYTES = 256 << 20  # of a tokenizer.json; the largest known ones have about 40 MiB
+MAX_SETTINGS_BYTES = 16 << 20  # of any other file
+PIECE = 1 << 16  # characters; longer texts are tokenized in pieces of about so many
+_LETTER_AND_SPACE = re.compile("[A-Za-z](?= [A-Za-z])")
 
 # GGUF names one end token, sometimes two; these, where a vocabulary has them as control tokens, end a text as well.
 _END_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>")
@@ -27,9 +42,12 @@ _BYTE_OF = {chr(byte): byte for byte in _PRINTABLE} | {chr(256 + n): byte for n,
 
 
 class Tokenizer:
-    """Text to token ids and back. Safe to use from several threads.
+    """Converts text to token ids and back. Safe to use from several threads.
 
-    `eos_token_ids`: the tokens that end a text. `bos_token_id`: None if the model has none.
+    Attributes:
+        eos_token_ids: The tokens that end a text.
+        bos_token_id: The token that begins a text, or None if the model has none.
+        vocab_size: The number of tokens.
     """
 
     def __init__(
@@ -40,7 +58,17 @@ class Tokenizer:
         template: str | None = None,
         special_tokens: dict[str, str] | None = None,
     ) -> None:
-        """`special_tokens`: what the chat template may name, such as bos_token. Raises UnsupportedModel."""
+        """Wrap a tokenizer of the tokenizers library.
+
+        Args:
+            template: The source of the chat template.
+            special_tokens: Variables of the chat template, such as {"bos_token": "<s>"}.
+
+        Raises:
+            UnsupportedModel: The vocabulary is neither byte-level nor SentencePiece's.
+        """
+        backend.no_truncation()  # tokenizer.json may ask for both, which is meant for training
+        backend.no_padding()
         self.backend = backend
         self.eos_token_ids = eos_token_ids
         self.bos_token_id = bos_token_id
@@ -51,12 +79,16 @@ class Tokenizer:
         self._bytes: dict[int, bytes] = {}
         self._whole_texts: dict[int, str | None] = {}
         self._byte_level, self._strip_first_space = _decoding(backend)
+        self._cuts_before_spaces = _cuts_before_spaces(backend)
 
     @classmethod
     def load(cls, path: Path) -> "Tokenizer":
-        """From a directory with tokenizer.json, or from a .gguf file.
+        """Load the tokenizer of a directory with tokenizer.json, or of a .gguf file.
 
-        Raises ModelNotFound, DamagedWeights or UnsupportedModel.
+        Raises:
+            ModelNotFound: A file is missing, may not be read, or is not a regular file.
+            DamagedWeights: A file is damaged or too large.
+            UnsupportedModel: The kind of vocabulary is not supported.
         """
         return _from_directory(path) if path.is_dir() else _from_gguf(path)
 
@@ -68,41 +100,96 @@ class Tokenizer:
         for name, content in (("tokenizer_config.json", settings), ("generation_config.json", generation)):
             (folder / name).write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 
+    def check_vocabulary(self, model_vocab_size: int) -> None:
+        """Check that the model has an embedding for each token.
+
+        Args:
+            model_vocab_size: Rows of the model's embedding.
+
+        Raises:
+            DamagedWeights: A token's id is beyond them.
+        """
+        if (
+            self.vocab_size
+            and (last := max(self.backend.get_vocab(with_added_tokens=True).values())) >= model_vocab_size
+        ):
+            token = shortened(self.backend.id_to_token(last), 40)
+            raise DamagedWeights(
+                f"the tokenizer does not fit the model: token {token!r} has the id {last}, but the model's vocabulary "
+                f"ends at {model_vocab_size - 1}; download the tokenizer and the weights of the same model"
+            )
+
     @property
     def has_chat_template(self) -> bool:
         return self._template is not None
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of `text`. Special tokens spelled out in it count as such.
+    def encode(self, text: str, add_special_tokens: bool = True, max_tokens: int | None = None) -> list[int]:
+        """Return the token ids of `text`. Special tokens that are spelled out in it count as such.
 
-        add_special_tokens: put BOS before it (EOS after it) if the model wants that; not for what `chat` returns,
-        whose template has seen to it. Raises InvalidRequest for text that is not Unicode (lone surrogates).
+        Other threads run meanwhile. Memory is bounded by `max_tokens`, not by the text, wherever the vocabulary allows
+        to tokenize it in pieces.
+
+        Args:
+            add_special_tokens: Put BOS before it (EOS after it) if the model wants that. Not for what `chat` returns,
+                where the template has done so.
+            max_tokens: How many tokens are accepted, special ones included. Default: any number.
+
+        Raises:
+            InvalidRequest: The text is not Unicode (lone surrogates).
+            PromptTooLong: It has more than `max_tokens` tokens.
         """
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise InvalidRequest(f"text is not valid Unicode: a lone surrogate at character {error.start}") from None
-        return list(self.backend.encode(text, add_special_tokens=add_special_tokens).ids)
+        _check_unicode(text)
+        before, after = self._template_ids if add_special_tokens else ((), ())
+        left = sys.maxsize if max_tokens is None else max_tokens - len(before) - len(after)
+        if len(text) > left and self._bound(text, left) > left:
+            raise _too_long(max_tokens)
+        ids = [*before]
+        for piece in self._pieces(text):
+            [encoding] = self.backend.encode_batch_fast([piece], add_special_tokens=False)  # encode() holds the GIL
+            left -= len(encoding)
+            if left < 0:
+                raise _too_long(max_tokens)
+            ids += encoding.ids
+        ids += after
+        return ids
+
+    def min_tokens(self, text: str, enough: int = sys.maxsize) -> int:
+        """Return a number of tokens that `text` has at least, without BOS and EOS, and without tokenizing it.
+
+        Takes about 20 ms per megabyte, and tenths of a second the first time. Zero where nothing is certain.
+
+        Args:
+            enough: Beyond so many tokens, counting may end early.
+
+        Raises:
+            InvalidRequest: The text is not Unicode (lone surrogates).
+        """
+        _check_unicode(text)
+        return self._bound(text, enough)
 
     def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
-        """The text of `ids`; bytes that are no UTF-8 come out as U+FFFD, ids outside the vocabulary as nothing."""
+        """Return the text of `ids`. Bytes that are not UTF-8 become U+FFFD; unknown ids are skipped."""
         skipped = self._special_ids if skip_special_tokens else frozenset[int]()
         text = b"".join(self.token_bytes(i) for i in ids if i not in skipped).decode("utf-8", "replace")
         return text.removeprefix(" ") if self._strip_first_space else text
 
     def token_text(self, token: int) -> str:
-        """One token as it reads on its own, special or not; part of a character reads U+FFFD."""
+        """Return the text of one token, special or not. A part of a character becomes U+FFFD."""
         return self.token_bytes(token).decode("utf-8", "replace")
 
     def token_bytes(self, token: int) -> bytes:
-        """The bytes that `token` adds to a text."""
+        """Return the bytes that `token` adds to a text."""
         known = self._bytes.get(token)
         if known is None:
             known = self._bytes[token] = self._spell(token)
         return known
 
     def whole_text(self, token: int) -> str | None:
-        """What `token` adds to a text that ends with a whole character: "" if special, None if not whole characters."""
+        """Return what `token` adds to a text that ends with a complete character.
+
+        Returns:
+            "" for a special token, None if the token's bytes are not complete characters.
+        """
         if token not in self._whole_texts:
             self._whole_texts[token] = "" if token in self._special_ids else _decoded(self.token_bytes(token))
         return self._whole_texts[token]
@@ -111,20 +198,67 @@ class Tokenizer:
         return token in self._special_ids
 
     def chat(self, messages: list[dict[str, Any]], **template_kwargs: Any) -> str:
-        """`messages` as one prompt, ready for the assistant's answer. Encode it with add_special_tokens=False.
+        """Return the prompt of a conversation. Encode it with add_special_tokens=False.
 
-        template_kwargs: what else the model's template knows, such as `tools`; add_generation_prompt is True unless
-        given. Raises InvalidRequest if there is no template or it refuses the messages.
+        Blocks the calling thread for a fraction of a millisecond, and up to about two seconds in bad cases.
+
+        Args:
+            messages: See `ChatTemplate.render`.
+            template_kwargs: `add_generation_prompt`, `continue_final_message`, and variables of the model's template,
+                such as `tools`.
+
+        Raises:
+            InvalidRequest: There is no template, it refuses the messages, or they go beyond a limit.
         """
+        return self.chat_template.render(messages, **(self._special_tokens | template_kwargs))
+
+    async def achat(self, messages: list[dict[str, Any]], **template_kwargs: Any) -> str:
+        """Do as `chat`, without blocking the event loop."""
+        return await self.chat_template.arender(messages, **(self._special_tokens | template_kwargs))
+
+    @property
+    def chat_template(self) -> ChatTemplate:
+        """The model's chat template. Raises InvalidRequest if it has none."""
         if self._chat_template is None:
             raise InvalidRequest("this model has no chat template: send a plain prompt instead", "messages")
-        return self._chat_template.render(messages, **(self._special_tokens | template_kwargs))
+        return self._chat_template
 
     @cached_property
-    def _chat_template(self) -> "ChatTemplate | None":
-        from .chat_template import ChatTemplate  # jinja2: not for those who only complete
-
+    def _chat_template(self) -> ChatTemplate | None:
         return None if self._template is None else ChatTemplate(self._template)
+
+    def prepare(self) -> None:
+        """Compute now what the first long text and the first chat need. Takes tenths of a second, in any thread."""
+        _ = self._bound
+        if self._chat_template is not None:
+            self._chat_template.start()
+
+    @cached_property
+    def threads(self) -> ThreadPoolExecutor:
+        """Threads to tokenize long texts in. Few, so that as few texts take memory at a time."""
+        return ThreadPoolExecutor(2, "octavo-tokenizer")
+
+    @cached_property
+    def _bound(self) -> TokenBound:
+        return TokenBound(self)
+
+    @cached_property
+    def _template_ids(self) -> tuple[list[int], list[int]]:
+        """The special tokens before and after a text."""
+        bare, whole = (self.backend.encode("a", add_special_tokens=special).ids for special in (False, True))
+        at = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), 0)
+        return whole[:at], whole[at + len(bare) :]
+
+    def _pieces(self, text: str) -> Iterator[str]:
+        """Cut a long text where its tokens are those of the pieces, if such places are known: before some spaces."""
+        start = 0
+        while self._cuts_before_spaces and len(text) - start > PIECE:
+            cut = _LETTER_AND_SPACE.search(text, start + PIECE)
+            if cut is None:
+                break
+            yield text[start : cut.start() + 1]
+            start = cut.start() + 1
+        yield text[start:] if start else text
 
     def _spell(self, token: int) -> bytes:
         piece = self.backend.id_to_token(token) if token >= 0 else None
@@ -139,6 +273,41 @@ class Tokenizer:
         return piece.replace("▁", " ").encode()
 
 
+def _check_unicode(text: str) -> None:
+    if text.isascii():
+        return
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidRequest(f"text is not valid Unicode: a lone surrogate at character {error.start}") from None
+
+
+def _too_long(max_tokens: int | None) -> PromptTooLong:
+    return PromptTooLong(f"the prompt has more than the {max_tokens} tokens that the model's context leaves", "prompt")
+
+
+def _cuts_before_spaces(backend: tokenizers.Tokenizer) -> bool:
+    """Return whether a letter and a following space are never in one piece of text that is tokenized as a unit.
+
+    Known of the regular expressions that most byte-level vocabularies cut text with; not so for SentencePiece.
+    """
+    steps = component_steps(backend.pre_tokenizer)
+    splits = [step for step in steps if step["type"] == "Split"]
+    rest = [step for step in steps if step["type"] != "Split"]
+    known = (
+        any(step["type"] == "ByteLevel" and not step["add_prefix_space"] for step in rest)
+        and all(step["type"] in ("ByteLevel", "Digits") for step in rest)
+        and (bool(splits) or any(step.get("use_regex") for step in rest))
+        and all(step["pattern"].get("Regex") in WORD_REGEXES for step in splits)
+        and all(step["behavior"] == "Isolated" and not step["invert"] for step in splits)
+        and (backend.normalizer is None or isinstance(backend.normalizer, tokenizers.normalizers.NFC))
+    )
+    return known and not any(
+        token.single_word or _LETTER_AND_SPACE.search(token.content) or (token.rstrip and token.content[-1:].isalpha())
+        for token in backend.get_added_tokens_decoder().values()
+    )
+
+
 def _decoded(spelled: bytes) -> str | None:
     try:
         return spelled.decode()
@@ -147,7 +316,11 @@ def _decoded(spelled: bytes) -> str | None:
 
 
 def _decoding(backend: tokenizers.Tokenizer) -> tuple[bool, bool]:
-    """Whether the vocabulary is byte-level, and whether a text loses its first space. Raises UnsupportedModel."""
+    """Return whether the vocabulary is byte-level, and whether decoding drops a text's first space.
+
+    Raises:
+        UnsupportedModel: The decoder is of another kind.
+    """
     decoder = json.loads(backend.decoder.__getstate__()) if backend.decoder else {"type": None}
     steps = {step["type"]: step for step in decoder.get("decoders", [decoder])}
     if "ByteLevel" in steps:
@@ -169,34 +342,34 @@ def _from_gguf(path: Path) -> Tokenizer:
         value = metadata.get(f"tokenizer.ggml.{role}_token_id")
         return value if isinstance(value, int) and 0 <= value < len(tokens) else None
 
+    template = metadata.get("tokenizer.chat_template")
+    if template is not None and not isinstance(template, str):
+        raise DamagedWeights(f"{path} is damaged: tokenizer.chat_template is not a string")
     ends = {token_id("eos"), token_id("eot"), token_id("eom")} | {backend.token_to_id(name) for name in _END_TOKENS}
     special = {"bos": token_id("bos"), "eos": token_id("eos"), "unk": token_id("unknown"), "pad": token_id("padding")}
     return Tokenizer(
         backend,
         eos_token_ids=frozenset(i for i in ends if i is not None and (i in control or i == token_id("eos"))),
         bos_token_id=token_id("bos"),
-        template=metadata.get("tokenizer.chat_template"),
+        template=template,
         special_tokens={f"{role}_token": tokens[i] for role, i in special.items() if i is not None},
     )
 
 
 def _from_directory(path: Path) -> Tokenizer:
     file = path / "tokenizer.json"
-    if not file.is_file():
+    if not file.exists():
         raise ModelNotFound(f"{path} has no tokenizer.json: download the model's tokenizer files too")
-    try:
-        backend = tokenizers.Tokenizer.from_file(str(file))
-    except Exception as error:  # the tokenizers library raises plain Exception
-        raise DamagedWeights(f"{file} is damaged: {error}") from None
+    backend = _read_backend(file)
     settings, generation, config = (
         _read_json(path / name) for name in ("tokenizer_config.json", "generation_config.json", "config.json")
     )
-    special = {f"{role}_token": _content(settings.get(f"{role}_token")) for role in _SPECIAL_ROLES}
+    special = {f"{role}_token": _special_token(path, settings, f"{role}_token") for role in _SPECIAL_ROLES}
     special_tokens = {name: token for name, token in special.items() if token is not None}
 
     def ids(name: str) -> list[int]:
         value = generation.get(name, config.get(name))
-        return [i for i in (value if isinstance(value, list) else [value]) if isinstance(i, int)]
+        return [i for i in (value if isinstance(value, list) else [value]) if type(i) is int and i >= 0]
 
     def of(name: str) -> list[int]:
         found = backend.token_to_id(special_tokens[name]) if name in special_tokens else None
@@ -211,30 +384,58 @@ def _from_directory(path: Path) -> Tokenizer:
     )
 
 
+def _read_backend(file: Path) -> tokenizers.Tokenizer:
+    content = read_file(file, MAX_TOKENIZER_BYTES)
+    try:
+        return tokenizers.Tokenizer.from_buffer(content)
+    except BaseException as error:  # plain Exception for damage; Rust's panics are no Exception
+        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+            raise DamagedWeights(f"{file} is damaged: {shortened(error)}") from None
+        raise
+
+
 def _directory_template(path: Path, settings: dict[str, Any]) -> str | None:
-    """From chat_template.jinja, or from tokenizer_config.json: one template, or several with names."""
+    """Return the template of chat_template.jinja, or of tokenizer_config.json: one, or the default of several."""
     file = path / "chat_template.jinja"
-    if file.is_file():
-        return file.read_text(encoding="utf-8")
+    if file.exists():
+        return _read_text(file)
     template = settings.get("chat_template")
-    if isinstance(template, list):
-        named = {entry["name"]: entry["template"] for entry in template}
-        return named.get("default")
+    try:
+        if isinstance(template, list):
+            template = {entry["name"]: entry["template"] for entry in template}.get("default")
+    except (KeyError, TypeError):
+        template = []  # an entry is no object with a name and a template
+    if template is not None and not isinstance(template, str):
+        raise DamagedWeights(f"{path / 'tokenizer_config.json'} is damaged: chat_template is no template")
     return template
 
 
-def _content(token: Any) -> str | None:
-    """A special token, which tokenizer_config.json writes as a string or as an object."""
-    return token.get("content") if isinstance(token, dict) else token
+def _special_token(path: Path, settings: dict[str, Any], name: str) -> str | None:
+    """Return a special token, which tokenizer_config.json writes as a string or as an object."""
+    token = settings.get(name)
+    content = token.get("content") if isinstance(token, dict) else token
+    if content is not None and not isinstance(content, str):
+        raise DamagedWeights(f"{path / 'tokenizer_config.json'} is damaged: {name} is {shortened(content)}, no string")
+    return content
 
 
 def _read_json(file: Path) -> dict[str, Any]:
-    if not file.is_file():
+    """Return the object in a JSON file; an empty one if there is no such file."""
+    if not file.exists():
         return {}
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DamagedWeights(f"{file} is damaged: {error}") from None
+        content = json.loads(text := _read_text(file))
+        if "\\u" in text:
+            json.dumps(content, ensure_ascii=False).encode()  # raises for lone surrogates, which no text can hold
+    except (ValueError, RecursionError) as error:
+        raise DamagedWeights(f"{file} is damaged: {shortened(error)}") from None
     if not isinstance(content, dict):
         raise DamagedWeights(f"{file} is damaged: it holds no JSON object")
     return content
+
+
+def _read_text(file: Path) -> str:
+    try:
+        return read_file(file, MAX_SETTINGS_BYTES).decode()
+    except UnicodeDecodeError as error:
+        raise DamagedWeights(f"{file} is damaged: it is not UTF-8 at byte {error.start}") from None

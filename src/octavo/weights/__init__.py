@@ -1,8 +1,9 @@
-"""Where weights come from: names to files, files to mapped tensors."""
+"""Where weights come from: from a model's name to its files, and from files to mapped tensors."""
 
 from .checkpoint import Checkpoint, open_checkpoint
 from .fingerprint import fingerprint
+from .generation_config import generation_defaults
 from .source import resolve
 from .tensor import Parameter, Tensor
 
-__all__ = ["Checkpoint", "Parameter", "Tensor", "fingerprint", "open_checkpoint", "resolve"]
+__all__ = ["Checkpoint", "Parameter", "Tensor", "fingerprint", "generation_defaults", "open_checkpoint", "resolve"]

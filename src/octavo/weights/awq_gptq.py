@@ -1,7 +1,7 @@
-"""AWQ and GPTQ checkpoints: the integers of each linear layer, put into blocks of 32 along k when a backend reads them.
+"""AWQ and GPTQ checkpoints, converted to blocks of 32 values along k when a backend reads them.
 
-Both methods store a layer transposed (a row is an input) as qweight, qzeros (4- or 8-bit integers in 32-bit words) and
-scales, with w = scale * (q - zero), scale and zero shared by a group of inputs. Layouts: AutoAWQ's
+Both methods store a linear layer transposed (a row per input) as qweight and qzeros (integers of 4 or 8 bits, packed in
+32-bit words) and scales: w = scale * (q - zero), where a group of inputs shares scale and zero. Layouts: AutoAWQ's
 awq/utils/packing_utils.py ("gemm") and AutoGPTQ's auto_gptq/nn_modules/qlinear.
 """
 
@@ -11,32 +11,34 @@ from typing import Any
 
 import numpy as np
 
-from octavo.errors import DamagedWeights, UnsupportedModel
+from octavo.errors import DamagedWeights, UnsupportedModel, shortened
 
 from .tensor import W4G32, W8G32, Tensor
 
 _BLOCK = 32
-_OUTPUTS = 1024  # converted at a time, so that little memory lies between the file and the result
-_AWQ_NIBBLES = [0, 4, 1, 5, 2, 6, 3, 7]  # which four bits of a word, counted from the lowest, belong to output i
+_OUTPUTS = 1024  # converted at a time, to need little memory for intermediate results
+_AWQ_NIBBLES = [0, 4, 1, 5, 2, 6, 3, 7]  # output i of a word is in nibble _AWQ_NIBBLES[i], counted from the lowest
 
 
 @dataclass(frozen=True)
 class _Packing:
-    """What a quantization_config says of every layer."""
+    """How all layers are quantized, according to the quantization_config."""
 
     method: str  # awq or gptq
     bits: int  # 4 or 8
     group_size: int  # inputs that share scale and zero; -1: all
-    zero_offset: int = 0  # to be added to the stored zeros
+    ordered: bool  # whether inputs are grouped in order of activation (desc_act), for which a layer has a g_idx
+    zero_offset: int = 0  # added to the stored zeros
 
     @property
     def per_word(self) -> int:
+        """Integers in a 32-bit word."""
         return 32 // self.bits
 
 
 @dataclass(frozen=True)
 class _Layer:
-    """The tensors of one linear layer, checked: n inputs, m outputs, g groups of inputs."""
+    """The tensors of a linear layer, whose shapes have been checked: n inputs, m outputs, g groups of inputs."""
 
     qweight: Tensor  # awq: [n, m / per_word], gptq: [n / per_word, m]
     qzeros: Tensor  # [g, m / per_word]
@@ -46,9 +48,15 @@ class _Layer:
 
 
 def open_quantized(settings: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """`tensors` with the parts of each layer replaced by its weight, of format W4G32 or W8G32.
+    """Replace the tensors of each quantized layer by its weight, in format W4G32 or W8G32.
 
-    `settings` is the quantization_config. Raises UnsupportedModel or DamagedWeights.
+    Args:
+        settings: The quantization_config of config.json.
+        tensors: The tensors of the checkpoint, by name.
+
+    Raises:
+        UnsupportedModel: The layers are quantized in a way that Octavo does not read.
+        DamagedWeights: The tensors of a layer do not fit together.
     """
     packing = _packing(settings)
     result: dict[str, Tensor] = {}
@@ -56,6 +64,8 @@ def open_quantized(settings: dict[str, Any], tensors: dict[str, Tensor]) -> dict
         module, _, part = name.rpartition(".")
         if part == "qweight":
             weight = _weight(packing, module, tensors)
+            if weight.name in tensors:
+                raise DamagedWeights(f"the checkpoint has both {weight.name!r} and {name!r}; download it again")
             result[weight.name] = weight
         elif f"{module}.qweight" not in tensors or part not in ("qzeros", "scales", "g_idx"):
             result[name] = tensor
@@ -63,26 +73,27 @@ def open_quantized(settings: dict[str, Any], tensors: dict[str, Tensor]) -> dict
 
 
 def _packing(settings: dict[str, Any]) -> _Packing:
+    """Read the quantization_config. Raises UnsupportedModel."""
     method, bits, group_size = settings["quant_method"], settings.get("bits"), settings.get("group_size")
     if method == "awq":
         bits, group_size = settings.get("w_bit", bits), settings.get("q_group_size", group_size)
         version, zero_point = str(settings.get("version", "gemm")).lower(), settings.get("zero_point", True)
-        if bits != 4 or version != "gemm" or not zero_point:
-            raise UnsupportedModel(
-                f"the AWQ weights have {bits!r} bits, version {version!r}, zero_point {zero_point!r}; "
-                "supported are 4 bits, version gemm, with zero points"
-            )
+        if type(bits) is not int or bits != 4 or version != "gemm" or zero_point is not True:
+            found = shortened(f"{bits!r} bits, version {version!r}, zero_point {zero_point!r}")
+            raise UnsupportedModel(f"the AWQ weights have {found}; supported are 4 bits, version gemm, zero_point True")
         zero_offset = 0
     else:
         format = settings.get("checkpoint_format", "gptq")
-        if bits not in (4, 8) or format not in ("gptq", "gptq_v2"):
+        if type(bits) is not int or bits not in (4, 8) or format not in ("gptq", "gptq_v2"):
+            found = shortened(f"{bits!r} bits in format {format!r}")
             raise UnsupportedModel(
-                f"the GPTQ weights have {bits!r} bits in format {format!r}; supported are 4 and 8 bits, gptq or gptq_v2"
+                f"the GPTQ weights have {found}; supported are 4 and 8 bits in format gptq or gptq_v2"
             )
         zero_offset = 1 if format == "gptq" else 0
-    if not isinstance(group_size, int) or (group_size != -1 and (group_size <= 0 or group_size % _BLOCK)):
-        raise UnsupportedModel(f"the {method} weights have groups of {group_size!r}; supported are multiples of 32")
-    return _Packing(method, bits, group_size, zero_offset)
+    if type(group_size) is not int or (group_size != -1 and (group_size <= 0 or group_size % _BLOCK)):
+        found = shortened(repr(group_size))
+        raise UnsupportedModel(f"the {method} weights have groups of {found}; supported are multiples of 32, and -1")
+    return _Packing(method, bits, group_size, bool(settings.get("desc_act")), zero_offset)
 
 
 def _weight(packing: _Packing, module: str, tensors: dict[str, Tensor]) -> Tensor:
@@ -104,7 +115,7 @@ def _layer(packing: _Packing, module: str, tensors: dict[str, Tensor]) -> _Layer
         missing = next(part for part, tensor in parts.items() if tensor is None)
         raise DamagedWeights(f"the checkpoint has no tensor '{module}.{missing}'; download it again")
     if any(len(tensor.shape) != 2 for tensor in (qweight, qzeros, scales)):
-        raise DamagedWeights(f"the parts of {module!r} are no matrices; download the checkpoint again")
+        raise DamagedWeights(f"the tensors of {module!r} are not matrices; download the checkpoint again")
     outputs = scales.shape[1]
     inputs = qweight.shape[0] * (packing.per_word if packing.method == "gptq" else 1)
     group = inputs if packing.group_size == -1 else packing.group_size
@@ -124,11 +135,13 @@ def _layer(packing: _Packing, module: str, tensors: dict[str, Tensor]) -> _Layer
         raise UnsupportedModel(f"{module!r} has {inputs} inputs; supported are quantized layers of a multiple of 32")
     if f"{module}.g_idx" in tensors:
         _check_order(tensors[f"{module}.g_idx"], inputs, group)
+    elif packing.method == "gptq" and packing.ordered and group < inputs:
+        raise DamagedWeights(f"the checkpoint has no tensor '{module}.g_idx', which desc_act needs; download it again")
     return _Layer(qweight, qzeros, scales, inputs, outputs)
 
 
 def _check_order(order: Tensor, inputs: int, group: int) -> None:
-    """Refuse groups that are not of neighboring inputs: `order` has the group of each."""
+    """Raise UnsupportedModel if the inputs of a group are not contiguous. `order` holds the group of each input."""
     if order.format != "I32" or not np.array_equal(order.data.view(np.int32)[0], np.arange(inputs) // group):
         raise UnsupportedModel(
             f"tensor {order.name!r} puts inputs in activation order (desc_act), which is not supported; "
@@ -137,7 +150,7 @@ def _check_order(order: Tensor, inputs: int, group: int) -> None:
 
 
 def _convert(packing: _Packing, layer: _Layer) -> np.ndarray:
-    """The weight's rows: uint8 [outputs, bytes of inputs / 32 blocks]."""
+    """Compute the blocks of a layer's weight: uint8 [outputs, bytes of inputs / 32 blocks]."""
     blocks = np.empty((layer.outputs, layer.inputs // _BLOCK), W4G32 if packing.bits == 4 else W8G32)
     scales = layer.scales.float32()
     per_group = blocks.shape[1] // len(scales)
@@ -160,7 +173,7 @@ def _convert(packing: _Packing, layer: _Layer) -> np.ndarray:
 
 
 def _read_awq(packing: _Packing, layer: _Layer, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-    """q and zeros of some outputs: uint8 [n, stop - start] and [g, stop - start]."""
+    """Return q and zeros of outputs start:stop: uint8 [n, stop - start] and [g, stop - start]."""
 
     def read(tensor: Tensor) -> np.ndarray:
         nibbles = _integers(tensor.data[:, start // 2 : stop // 2], packing.bits)
@@ -170,7 +183,7 @@ def _read_awq(packing: _Packing, layer: _Layer, start: int, stop: int) -> tuple[
 
 
 def _read_gptq(packing: _Packing, layer: _Layer, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-    """q and zeros of some outputs: uint8 [n, stop - start] and [g, stop - start]."""
+    """Return q and zeros of outputs start:stop: uint8 [n, stop - start] and [g, stop - start]."""
     columns = _integers(layer.qweight.data[:, start * 4 : stop * 4], packing.bits)
     q = columns.reshape(len(columns), -1, packing.per_word).swapaxes(1, 2).reshape(layer.inputs, -1)
     zeros = layer.qzeros.data[:, start * packing.bits // 8 : stop * packing.bits // 8]
@@ -178,5 +191,5 @@ def _read_gptq(packing: _Packing, layer: _Layer, start: int, stop: int) -> tuple
 
 
 def _integers(rows: np.ndarray, bits: int) -> np.ndarray:
-    """The integers in rows of bytes, in order of significance: uint8 [rows, bytes * 8 / bits]."""
+    """Unpack integers of 4 or 8 bits, the lowest bits of a byte first: uint8 [rows, bytes * 8 / bits]."""
     return rows if bits == 8 else np.stack([rows & 15, rows >> 4], axis=-1).reshape(len(rows), -1)

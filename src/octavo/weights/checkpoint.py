@@ -4,16 +4,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from octavo.errors import UnsupportedModel
+from octavo.errors import UnsupportedModel, shortened
 
 from .tensor import Tensor
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """`config` has the keys of a Hugging Face config.json; `tensors`, mapped, have Hugging Face names.
+    """A model's files, mapped.
 
-    `stored`: the tensors that the files have, where those of the model are converted from them as they are read.
+    Attributes:
+        path: The directory or .gguf file.
+        config: The keys and values of a Hugging Face config.json.
+        tensors: The weights, by their Hugging Face names.
+        stored: The tensors that the files hold. They differ from `tensors` where the weights are computed from
+            several stored tensors (AWQ and GPTQ).
     """
 
     path: Path
@@ -23,9 +28,12 @@ class Checkpoint:
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Map the weights in the directory or .gguf file `path` without reading them.
+    """Map the weights in the directory or .gguf file `path`, without reading them.
 
-    Raises ModelNotFound (nothing there to read), DamagedWeights, or UnsupportedModel.
+    Raises:
+        ModelNotFound: A file is missing or cannot be read.
+        DamagedWeights: A file is truncated, contradicts itself or another one.
+        UnsupportedModel: The weights are in a format that Octavo does not read.
     """
     from .gguf import open_gguf
     from .safetensors import open_safetensors, read_config
@@ -38,7 +46,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def _weights(path: Path, settings: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """`tensors` as a model knows them, whatever quantized them."""
+    """Return the model's weights, given the tensors of its files and the quantization_config."""
     from .awq_gptq import open_quantized
     from .packed import METHOD, open_packed
 
@@ -50,5 +58,6 @@ def _weights(path: Path, settings: Any, tensors: dict[str, Tensor]) -> dict[str,
     if isinstance(settings, dict) and method == METHOD:
         return open_packed(path, tensors)
     raise UnsupportedModel(
-        f"{path} is quantized by {method!r}; supported are AWQ and GPTQ, .gguf files, and what octavo quantize writes"
+        f"{path} is quantized by {shortened(repr(method))}; supported are AWQ and GPTQ, .gguf files, "
+        "and what octavo quantize writes"
     )

@@ -1,4 +1,4 @@
-"""A name for a checkpoint's content, told from a part of it."""
+"""A hash that identifies the content of a checkpoint, computed from a sample of its bytes."""
 
 import json
 from hashlib import blake2b
@@ -7,15 +7,15 @@ import numpy as np
 
 from .checkpoint import Checkpoint
 
-_PIECES, _PIECE = 8, 512  # of each large tensor, in bytes
+_PIECES, _PIECE = 8, 512  # of each large tensor: how many, and their size in bytes
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:
-    """Hex digest of the configuration, and of each tensor's name, shape, format and some of its bytes.
+    """Return a hex digest of the configuration and of each tensor's name, shape, format and a sample of its bytes.
 
-    Small tensors count whole, of others some pieces from the first byte to the last: a few milliseconds, whatever the
-    model's size. Training in any form changes most values of a tensor, and a piece has many; a single value that
-    somebody changes by hand is not noticed.
+    Small tensors are hashed whole, of larger ones 8 pieces of 512 bytes, evenly spaced. This takes a few milliseconds
+    whatever the model's size. Training changes most values of a tensor and so the digest; a single value that is
+    changed by hand may go unnoticed.
     """
     hash = blake2b(json.dumps(checkpoint.config, sort_keys=True, default=str).encode(), digest_size=16)
     for name, tensor in sorted(checkpoint.stored.items()):
@@ -26,5 +26,5 @@ def fingerprint(checkpoint: Checkpoint) -> str:
         else:
             for start in np.linspace(0, content.size - _PIECE, _PIECES, dtype=np.int64):
                 hash.update(content[start : start + _PIECE].data)
-        tensor.release()  # around each piece the system has mapped up to 2 MB
+        tensor.release()  # the system has mapped up to 2 MB around each piece
     return hash.hexdigest()

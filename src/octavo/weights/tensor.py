@@ -1,4 +1,4 @@
-"""A weight as it lies in its file: mapped, not read, until a backend packs it."""
+"""A weight as it is stored in its file: mapped, and not read until a backend packs it."""
 
 import math
 import mmap
@@ -8,56 +8,87 @@ from functools import partial
 
 import numpy as np
 
-from octavo.formats.gguf import GGUF_FORMATS
+from octavo.errors import DamagedWeights, shortened
+from octavo.formats.blocks import BLOCK_FORMATS
 
-# Blocks of 32 values along k as AWQ and GPTQ checkpoints become them: value = scale * q + min.
-W4G32 = np.dtype([("scale", "<f4"), ("min", "<f4"), ("q", "u1", 16)])  # value i in the low half of byte i, i + 16 above
+# The blocks that AWQ and GPTQ layers are converted to: 32 values along k, value = scale * q + min.
+W4G32 = np.dtype([("scale", "<f4"), ("min", "<f4"), ("q", "u1", 16)])  # byte i: value i (low half), i + 16 (high half)
 W8G32 = np.dtype([("scale", "<f4"), ("min", "<f4"), ("q", "i1", 32)])
 
-# What backends can read: format -> values and bytes of a block. A checkpoint may hold tensors of other formats as long
-# as no model needs them.
-BLOCKS = {name: (values, size) for name, values, size in GGUF_FORMATS.values()}
-BLOCKS |= {"W4G32": (32, W4G32.itemsize), "W8G32": (32, W8G32.itemsize)}
-FORMATS = tuple(BLOCKS)
+_CHECKED = 1 << 22  # values dequantized at a time to check them
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """One tensor of a checkpoint. A vector is one row.
+    """One tensor of a checkpoint.
 
-    `format` is one of FORMATS, or another name that a file gives. `source` is `data`, or makes it. `row_order`, where
-    it is set, says which stored row (of a vector, element) is row i (GGUF stores Llama's q and k with rotary pairs
-    interleaved).
+    Attributes:
+        name: Its Hugging Face name.
+        shape: (rows, columns), or (n,) for a vector, which is stored as one row.
+        format: A name in BLOCK_FORMATS, or another name that the file gives and that no backend can read.
+        source: The tensor's `data`, or a function that computes it.
+        row_order: Row i (element i of a vector) is stored as row row_order[i]; None: as row i. GGUF files store the
+            q and k projections of Llama with the elements of each rotary pair side by side.
+        release: Returns the mapped memory to the system; it is read from the file again if needed.
     """
 
     name: str
-    shape: tuple[int, ...]  # (n,) or (rows, columns)
+    shape: tuple[int, ...]
     format: str
     source: np.ndarray | Callable[[], np.ndarray]
     row_order: np.ndarray | None = None
-    release: Callable[[], None] = lambda: None  # gives the mapped pages back to the system once packed
+    release: Callable[[], None] = lambda: None
 
     @property
     def data(self) -> np.ndarray:
-        """Its bytes, uint8 [rows, bytes per row]: those of the mapped file, or converted from them at each call."""
+        """The stored bytes, uint8 [rows, bytes per row]: a view of the mapped file, or newly computed at each call."""
         return self.source() if callable(self.source) else self.source
 
     @property
     def nbytes(self) -> int:
-        """Bytes of `data`, without converting. The format must be one of FORMATS."""
-        values, size = BLOCKS[self.format]
-        return math.prod(self.shape) // values * size
+        """Bytes of `data`, without computing it. The format must be one of BLOCK_FORMATS."""
+        format = BLOCK_FORMATS[self.format]
+        return math.prod(self.shape) // format.values * format.nbytes
 
     def float32(self, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Rows start:stop (of a vector, elements), dequantized: float32 [stop - start, columns] or [stop - start]."""
+        """Dequantize rows (of a vector: elements) start:stop.
+
+        Returns:
+            float32 [stop - start, columns], or [stop - start] of a vector.
+        """
         rows = slice(start, stop) if self.row_order is None else self.row_order[start:stop]
         if len(self.shape) == 1:
             return _dequantize(self.data, self.format)[0, rows]
         return _dequantize(self.data[rows], self.format)
 
+    def check_finite(self) -> None:
+        """Read all values. Raises DamagedWeights if one is NaN or infinite."""
+        tensor = Tensor(self.name, self.shape, self.format, self.data)  # computed once; in the order of the file
+        rows = max(1, _CHECKED // max(1, self.shape[-1])) if len(self.shape) > 1 else self.shape[0]
+        for start in range(0, self.shape[0], rows):
+            require_finite(self.name, tensor.float32(start, start + rows))
+
+
+def require_finite(name: str, values: np.ndarray, limit: float = float(np.finfo(np.float32).max)) -> np.ndarray:
+    """Return `values`, which are of the tensor `name`.
+
+    Raises DamagedWeights if one is NaN, infinite or of a magnitude above `limit`.
+    """
+    if not np.abs(values).max(initial=0.0) <= limit:
+        raise not_finite(name)
+    return values
+
+
+def not_finite(name: str) -> DamagedWeights:
+    """Return the error for a tensor that holds NaN or infinity."""
+    return DamagedWeights(
+        f"tensor {shortened(repr(name))} has a value that is NaN, infinite or too large to compute with; "
+        "download the model again"
+    )
+
 
 def bfloat16_tensor(name: str, values: np.ndarray) -> Tensor:
-    """Finite float32 values, rounded to nearest, ties to even."""
+    """Return finite float32 values as a tensor of bfloat16, rounded to nearest, ties to even."""
     bits = np.ascontiguousarray(values).view(np.uint32)
     halves = ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
     return Tensor(name, values.shape, "BF16", halves.reshape(-1, values.shape[-1]).view(np.uint8))
@@ -71,24 +102,28 @@ class Parameter:
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """(rows of all parts, columns), or (n,) for a vector."""
         rows = sum(part.shape[0] for part in self.parts)
         return (rows, *self.parts[0].shape[1:])
 
     @property
     def nbytes(self) -> int:
-        """As Tensor.nbytes, of all parts."""
+        """Bytes of all parts, as Tensor.nbytes."""
         return sum(part.nbytes for part in self.parts)
 
 
 def mapped_tensor(mapped: mmap.mmap, start: int, stop: int, name: str, shape: tuple[int, ...], format: str) -> Tensor:
-    """The tensor whose bytes are start:stop of a mapped file."""
+    """Return the tensor that is stored in bytes start:stop of a mapped file.
+
+    Raises ValueError if the bytes cannot be divided into as many rows as `shape` has.
+    """
     data = np.frombuffer(mapped, np.uint8, stop - start, start)
     rows = shape[0] if len(shape) > 1 else 1
     return Tensor(name, shape, format, data.reshape(rows, -1), release=partial(_release, mapped, start, stop))
 
 
 def _release(mapped: mmap.mmap, start: int, stop: int) -> None:
-    start -= start % mmap.PAGESIZE  # a neighbor's bytes on the first and last page are just read again when needed
+    start -= start % mmap.PAGESIZE  # also drops bytes of a neighbor on the first and last page: they are read again
     mapped.madvise(mmap.MADV_DONTNEED, start, stop - start)
 
 
@@ -108,10 +143,12 @@ def _dequantize(rows: np.ndarray, format: str) -> np.ndarray:
     from gguf import GGMLQuantizationType
     from gguf.quants import dequantize
 
-    values: np.ndarray = dequantize(rows, GGMLQuantizationType[format])
+    with np.errstate(all="ignore"):  # damaged scales may be NaN or infinite: require_finite reports them
+        values: np.ndarray = dequantize(rows, GGMLQuantizationType[format])
     return values
 
 
 def _scaled(blocks: np.ndarray, q: np.ndarray) -> np.ndarray:
-    values: np.ndarray = blocks["scale"][..., None] * q + blocks["min"][..., None]
+    with np.errstate(all="ignore"):
+        values: np.ndarray = blocks["scale"][..., None] * q + blocks["min"][..., None]
     return values.reshape(len(blocks), -1)

@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 
 from octavo.backends.base import SamplingBatch, StepBatch
+from octavo.errors import DamagedWeights
 from octavo.model.decoder import describe_layer, needs_8_bits
 from octavo.model.spec import DecoderSpec
-from octavo.weights.tensor import Parameter, bfloat16_tensor
+from octavo.weights.tensor import Parameter, bfloat16_tensor, require_finite
 
 from ._native import encoding_for
 from .program import choose_isa, new_program, pack
@@ -37,8 +38,11 @@ def measure_importances(
     tokens = random_tokens(spec)
     embed = parameters["embed"].parts[0]
     x = np.concatenate([embed.float32(token, token + 1) for token in tokens.ravel().tolist()])
+    require_finite(embed.name, x)
     for i in range(spec.num_layers - 1):  # the last one keeps 8 bits
         squares, x = _run_layer(spec, i, parameters, x, tokens.shape[1], threads)
+        if not np.isfinite(x).all():
+            raise DamagedWeights(f"layer {i} computes values that are NaN or infinite; download the model again")
         for name, sums in squares.items():
             yield name, (sums / len(x)).astype(np.float32)
 

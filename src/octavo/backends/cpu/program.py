@@ -6,7 +6,7 @@ import numpy as np
 
 from octavo.errors import ConfigError, UnsupportedModel
 from octavo.model.spec import DecoderSpec
-from octavo.weights.tensor import Parameter
+from octavo.weights.tensor import Parameter, not_finite
 
 from ._native import Program, available_isas
 
@@ -37,13 +37,18 @@ def new_program(
 
 
 def pack(program: Program, handle: int, parameter: Parameter, importance: np.ndarray | None = None) -> None:
-    """Write a weight into the program; `importance` of its columns, float32, is for what is rounded to 4 bits."""
+    """Pack a weight into the program; `importance` of its columns, float32, is for what is rounded to 4 bits.
+
+    Raises DamagedWeights if it has a value that is NaN or infinite.
+    """
     parts = []
     for part in parameter.parts:
         order = None if part.row_order is None else np.ascontiguousarray(part.row_order, np.int64)
         parts.append((part.data, part.format, order))
     rows, columns = parameter.shape
-    program.pack(handle, parts, rows, columns, importance)
+    damaged = program.pack(handle, parts, rows, columns, importance)
+    if damaged >= 0:
+        raise not_finite(parameter.parts[damaged].name)
 
 
 def choose_isa() -> str:

@@ -7,7 +7,7 @@ import numpy as np
 
 from octavo.model.decoder import needs_8_bits
 from octavo.model.spec import DecoderSpec
-from octavo.weights.tensor import Parameter
+from octavo.weights.tensor import Parameter, require_finite
 
 from ._native import Activation, Encoding, Program, encoding_for
 
@@ -62,4 +62,4 @@ class Recorder:
 
     def _vector(self, name: str) -> int:
         parts = self._parameters[name].parts
-        return self._program.vector(np.concatenate([part.float32() for part in parts]))
+        return self._program.vector(np.concatenate([require_finite(part.name, part.float32()) for part in parts]))

@@ -1,4 +1,4 @@
-"""The torch backend: describe() run eagerly in plain PyTorch on CPU or CUDA. What other backends are compared with."""
+"""The torch backend: describe() run eagerly in plain PyTorch, on CPU or CUDA. Other backends are compared with it."""
 
 import math
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from octavo.errors import ConfigError, OutOfMemory
 from octavo.machine import available_memory
 from octavo.model.decoder import describe
 from octavo.model.spec import DecoderSpec
-from octavo.weights.tensor import Parameter
+from octavo.weights.tensor import Parameter, require_finite
 
 from .ops import KvPool, TorchOps
 from .sampling import sample
@@ -20,7 +20,7 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class TorchBackend:
-    """A Backend (see backends.base). Results may differ in the last bits with the batch: an oracle, not a server."""
+    """A Backend (see backends.base) for tests: a row's result may differ in its last bits with the batch."""
 
     def __init__(self, spec: DecoderSpec, weights: dict[str, torch.Tensor], dtype: torch.dtype, page_size: int):
         self.spec, self.page_size = spec, page_size
@@ -62,7 +62,7 @@ class TorchBackend:
             into.copy_(half)
 
     def _halves(self, page: int) -> list[torch.Tensor]:
-        """The bytes of a page's keys and of its values: views, uint8."""
+        """Return views of the bytes of a page's keys and of its values, uint8 each."""
         assert self._pool is not None, "allocate_kv comes first"
         keys, values = self._pool.keys, self._pool.values
         if not 0 <= page < len(keys):
@@ -98,9 +98,17 @@ def load(
     progress: Progress,
     kv_cache_dtype: str = "bf16",
 ) -> TorchBackend:
-    """A BackendFactory. `dtype` auto: bfloat16; `device` auto: cpu. Raises ConfigError or OutOfMemory.
+    """Load the backend: a BackendFactory (see backends.base).
 
-    Weights are dequantized: `quantization` is auto or none. The KV cache is of the same dtype as the arithmetic.
+    Weights are dequantized; the KV cache has the dtype of the arithmetic.
+
+    Args:
+        dtype: "float32" or "bfloat16"; "auto" is bfloat16.
+        quantization: "auto" or "none".
+        device: a device of PyTorch; "auto" is cpu.
+
+    Raises:
+        ConfigError, OutOfMemory
     """
     torch_device = torch.device("cpu" if device == "auto" else device)
     if torch_device.type == "cuda" and (torch_device.index or 0) >= torch.cuda.device_count():
@@ -111,7 +119,7 @@ def load(
     done, weights = 0, {}
     for name, parameter in parameters.items():
         try:
-            stacked = np.concatenate([part.float32() for part in parameter.parts])
+            stacked = np.concatenate([require_finite(part.name, part.float32()) for part in parameter.parts])
             weights[name] = torch.from_numpy(stacked).to(torch_dtype).to(torch_device)
         except (torch.OutOfMemoryError, MemoryError):
             raise OutOfMemory(f"the weights do not fit in the memory of {torch_device}; use a smaller model") from None

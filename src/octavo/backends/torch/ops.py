@@ -15,14 +15,14 @@ from octavo.model.spec import DecoderSpec
 
 @dataclass(frozen=True)
 class KvPool:
-    """Keys and values: [pages, layers, page_size, kv_heads, head_dim] each."""
+    """The KV pool: keys and values of shape [pages, layers, page_size, kv_heads, head_dim] each."""
 
     keys: Tensor
     values: Tensor
 
 
 class TorchOps:
-    """Ops of one step (see backends.base.Ops). Activations are float32; `dtype` is what linears multiply."""
+    """The ops of one step (see model.ops.Ops). Activations are float32; linear layers multiply values of `dtype`."""
 
     def __init__(
         self, spec: DecoderSpec, weights: Mapping[str, Tensor], dtype: torch.dtype, pool: KvPool, batch: StepBatch
@@ -76,7 +76,7 @@ class TorchOps:
         return torch.cat([self._attend(q, p, pages, layer, window) for q, p, pages in sequences if len(q)])
 
     def _attend(self, q: Tensor, positions: Tensor, page_table: Tensor, layer: int, window: int) -> Tensor:
-        """Attention of one sequence's rows: [rows, heads, head_dim] to [rows, q_size]."""
+        """Return the attention of one sequence's rows, [rows, q_size], from q of shape [rows, heads, head_dim]."""
         length = int(positions[-1]) + 1
         pages = page_table[: -(-length // self.pool.keys.shape[2])]
         group = self.spec.num_heads // self.spec.num_kv_heads
@@ -102,7 +102,7 @@ class TorchOps:
 
 
 def _matmul(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """x Wᵀ of values rounded to `dtype`, summed and returned in float32."""
+    """Return x Wᵀ of values rounded to `dtype`, summed in float32."""
     if dtype == torch.float32:
         return x @ weight.T
     if weight.device.type == "cuda":

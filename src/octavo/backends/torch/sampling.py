@@ -1,7 +1,7 @@
-"""The next tokens of a batch, row by row in numpy: the plain reading of what SamplingBatch promises.
+"""Sampling row by row in numpy: the plain implementation of what SamplingBatch describes.
 
-The draw is that of the native sampler (csrc/kernels/sampler.cpp): among the tokens that survive truncation, in order of
-token id, the first whose cumulative weight passes u times the total. So both pick the same token, up to rounding.
+It draws as the native sampler (csrc/kernels/sampler.cpp) does: among the tokens left after truncation, in order of
+token id, the first whose cumulative weight exceeds u times the total. So both pick the same token, up to rounding.
 """
 
 import numpy as np
@@ -10,7 +10,10 @@ from octavo.backends.base import SamplingBatch, StepResult
 
 
 def sample(logits: np.ndarray, sampling: SamplingBatch) -> StepResult:
-    """`logits` float32 [R, vocab], raw. A row without a token to draw (NaN, +inf, all banned) gets -1."""
+    """Sample the next token of each row of raw logits, float32 [R, vocab].
+
+    A row from which no token can be drawn (NaN, +inf, all banned) gets -1.
+    """
     num_rows, vocab = logits.shape
     tokens = np.empty(num_rows, np.int32)
     for r in range(num_rows):
@@ -54,7 +57,7 @@ def _next_token(x: np.ndarray, sampling: SamplingBatch, r: int) -> int:
 
 
 def _adjust(x: np.ndarray, sampling: SamplingBatch, r: int) -> None:
-    """Bias and bans, then the penalties as vLLM defines them."""
+    """Add biases and bans to one row of logits, then apply the penalties as vLLM defines them, in place."""
     bias = slice(sampling.bias_start[r], sampling.bias_start[r + 1])
     np.add.at(x, sampling.bias_tokens[bias], sampling.bias_values[bias])
     history = sampling.history[sampling.history_start[r] : sampling.history_start[r + 1]]
@@ -72,14 +75,14 @@ def _log_softmax(x: np.ndarray) -> np.ndarray:
 
 
 def _uniform(sampling: SamplingBatch, r: int) -> float:
-    """The number in [0, 1), of 53 bits, that output `positions[r]` of the request with `seeds[r]` has."""
+    """Return the random number in [0, 1), of 53 bits, for output `positions[r]` of a request with seed `seeds[r]`."""
     seed, position = int(sampling.seeds[r]), int(sampling.positions[r]) % 2**64
     random = philox4x32((position % 2**32, position >> 32, 0, 0), (seed % 2**32, seed >> 32))
     return float(((random[1] << 32 | random[0]) >> 11) * 2.0**-53)
 
 
 def philox4x32(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tuple[int, int, int, int]:
-    """Philox4x32-10 (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", 2011): four 32-bit words."""
+    """Return four random 32-bit words of Philox4x32-10 (Salmon et al., Parallel Random Numbers, 2011)."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(10):

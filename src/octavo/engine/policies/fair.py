@@ -1,7 +1,8 @@
-"""`fair`: tenants share the engine by the tokens they get, in proportion to their weights.
+"""`fair`: tenants share the engine in proportion to their weights, measured in tokens served.
 
-Each tenant has a counter of what it was served. The waiting tenant with the least counter is served next, first come
-first served within it: the virtual token counter (Sheng et al., Fairness in Serving Large Language Models, OSDI 2024).
+The virtual token counter of Sheng et al. (Fairness in Serving Large Language Models, OSDI 2024): each tenant has a
+counter of the service it received over its weight. The waiting tenant with the least counter is served next, first come
+first served within it. docs/scheduling.md has the reasons, and why every request is served in the end.
 """
 
 import heapq
@@ -16,27 +17,33 @@ from octavo.engine.sequence import Sequence
 
 from .policy import Policy, WaitingQueue
 
-# Of a prompt, a token that has to be computed costs 1; of the output, one costs 4 (the first comes with the prompt). In
-# time it is 2 to 5 times as much, in steps of 64 and of 8 rows (docs/performance.md): output comes a token per step.
+# The cost of a prompt token that has to be computed, and of an output token (the first one comes with the prompt). In
+# time, an output token costs 2 to 5 times as much, in steps of 64 and of 8 rows (docs/performance.md).
 PROMPT_TOKEN, OUTPUT_TOKEN = 1.0, 4.0
-REMEMBERED = 10_000  # tenants whose counters are kept though nothing of theirs waits: more than can run
+REMEMBERED = 10_000  # tenants without waiting requests whose counters are kept: more than can run
 
 _tenant = attrgetter("tenant")
-_Entry = tuple[float, int, "_Account"]  # counter, order of its first sequence
+_Entry = tuple[float, int, "_Account"]  # counter, order of the account's first sequence
 
 
 @dataclass(slots=True, eq=False)
 class _Account:
-    """A tenant's. `counter`: the cost of what it was served, over its weight."""
+    """A tenant's account.
+
+    Attributes:
+        counter: the cost of all that it was served, over its weight.
+        queue: its waiting sequences.
+        entry: its valid entry in the heap of accounts with waiting sequences; other entries of it there are outdated.
+    """
 
     tenant: str
     weight: float
     counter: float
     queue: WaitingQueue = field(default_factory=WaitingQueue)
-    entry: _Entry | None = None  # in the heap of those with something in the queue; others of its there are out of date
+    entry: _Entry | None = None
 
     def enter(self) -> _Entry:
-        """Its new entry."""
+        """Return a new valid entry."""
         first = self.queue.first()
         assert first is not None
         self.entry = (self.counter, first.order, self)
@@ -46,29 +53,22 @@ class _Account:
 class Fair(Policy):
     """Weighted fair shares of tokens between tenants.
 
-    - A prompt is charged when it is admitted: what the cache does not have of it, and once, even if it is preempted.
-      Output is charged as it comes.
-    - A tenant that comes back when nothing of its waited has saved nothing up: its counter is lifted above the *floor*,
-      which is the counter of the tenant that was served last, before it was charged for that. (Sheng et al. lift it to
-      the least counter of those that wait. The floor is not above that, and known without a search; and a tenant that
-      comes back goes before one that has just been served. Start-time fair queueing calls it virtual time.)
-    - A tenant that has less than half of its share of the batch, if that is a sequence or more, need not wait for the
-      end of others' long requests: the tenant that is the furthest above its own share gives up its latest sequence.
-
-    Why everybody is served: the sequence that was admitted first of those that run is never a victim while others run,
-    so it advances and ends. So slots and pages come free again and again, and are offered to the least counter. A
-    counter rises only with what its tenant is served, and whoever begins to wait starts above the floor, which rises
-    by an output token at least when all are served that were at it. So it reaches every counter, even if new tenants
-    come for ever. Recomputing is not charged: after a preemption one is ahead of newcomers until one is where one was.
-    And who makes way keeps half its share at least, so that the place cannot go back and forth.
+    - A prompt is charged when it is admitted: the tokens that the cache does not have, once, even if it is preempted.
+      Output is charged as it is generated.
+    - When a tenant begins to wait, its counter is raised above the *floor*: the counter of the tenant served last,
+      before it was charged for that. So time without requests earns no credit. (Sheng et al. raise it to the least
+      counter of the waiting tenants. The floor is not above that and needs no search, and the tenant goes before one
+      that has just been served. Start-time fair queueing calls it virtual time.)
+    - A tenant that has less than half of its share of the running sequences, its share being one at least, is admitted
+      at the cost of the tenant that is the furthest above its share: that one's latest sequence is preempted.
     """
 
     def __init__(self, config: EngineConfig):
         super().__init__(config)
         self._weights = config.tenant_weights
         self._waiting: dict[str, _Account] = {}
-        self._others: OrderedDict[str, _Account] = OrderedDict()  # nothing of theirs waits; first to be forgotten first
-        self._waiting_weight = 0.0  # of all that wait
+        self._others: OrderedDict[str, _Account] = OrderedDict()  # do not wait; the next to forget first
+        self._waiting_weight = 0.0  # of all tenants that wait
         self._heap: list[_Entry] = []
         self._floor = 0.0
 
@@ -95,7 +95,7 @@ class Fair(Policy):
             counter, _, account = entry
             if account.entry is not entry:
                 heapq.heappop(self._heap)
-            elif account.counter > counter:  # it was served meanwhile: further back
+            elif account.counter > counter:  # it was served meanwhile: move it back
                 heapq.heapreplace(self._heap, account.enter())
             else:
                 return account.queue.first()
@@ -112,9 +112,9 @@ class Fair(Policy):
         self._leave_if_empty(account)
 
     def remove(self, seq: Sequence) -> None:
-        account = self._waiting[seq.tenant]
-        account.queue.forget()
-        self._leave_if_empty(account)
+        if account := self._waiting.get(seq.tenant):
+            account.queue.remove(seq)
+            self._leave_if_empty(account)
 
     def charge(self, decoding: Iterable[Sequence]) -> None:
         for tenant, num_sequences in Counter(map(_tenant, decoding)).items():
@@ -124,16 +124,16 @@ class Fair(Policy):
     def victim(self, running: Collection[Sequence]) -> Sequence:
         return max(islice(running, 1, None), key=self.key, default=next(iter(running)))
 
-    def makes_way(self, waiting: Sequence, running: Collection[Sequence]) -> Sequence | None:
-        sequences = Counter(map(_tenant, running))  # of each tenant
-        accounts = {tenant: self._account(tenant) for tenant in (*sequences, waiting.tenant)}
+    def preempt_for(self, waiting: Sequence, running: Collection[Sequence]) -> Sequence | None:
+        counts = Counter(map(_tenant, running))  # running sequences by tenant
+        accounts = {tenant: self._account(tenant) for tenant in (*counts, waiting.tenant)}
         weight = sum(account.weight for account in accounts.values() if account.entry is None)
-        share = len(running) / (weight + self._waiting_weight)  # of a weight of 1
-        theirs = share * accounts[waiting.tenant].weight
-        if theirs < 1 or 2 * sequences[waiting.tenant] >= theirs:
+        unit = len(running) / (weight + self._waiting_weight)  # running sequences per unit of weight
+        share = unit * accounts[waiting.tenant].weight
+        if share < 1 or 2 * counts[waiting.tenant] >= share:
             return None
-        most = max(accounts.values(), key=lambda account: sequences[account.tenant] / account.weight)
-        if sequences[most.tenant] <= max(1, share * most.weight):
+        most = max(accounts.values(), key=lambda account: counts[account.tenant] / account.weight)
+        if counts[most.tenant] <= max(1, unit * most.weight):
             return None
         victims = (seq for seq in islice(running, 1, None) if seq.tenant == most.tenant)
         return max(victims, key=attrgetter("order"))

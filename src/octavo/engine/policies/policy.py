@@ -1,125 +1,128 @@
-"""Who is served next. A policy owns the waiting sequences and their order, and says who gives way when pages are short.
+"""Policy: the order in which requests are served. It holds the waiting sequences and names those to preempt.
 
-`fcfs`, `priority` and `deadline` order requests by a rank, fixed when they come; `fair` (fair.py) keeps accounts.
+`fcfs`, `priority` and `deadline` order requests by a rank that is fixed on arrival; `fair` (fair.py) keeps accounts.
 """
 
 import heapq
 from collections.abc import Collection, Iterable
 
 from octavo.config import EngineConfig
-from octavo.engine.messages import EngineRequest
 from octavo.engine.sequence import Sequence
 
-# Of a request that names no target under `deadline`: how long people keep their mind on a computer that does not
-# answer (Nielsen, Usability Engineering, 1993). Requests with a target below it go first, up to that much later ones.
+# The target of requests that name none under `deadline`: how long people keep their attention on a computer that does
+# not answer (Nielsen, Usability Engineering, 1993). Requests with a shorter target go before others that came up to so
+# much earlier.
 DEFAULT_TTFT_TARGET = 10.0
 
 
 class WaitingQueue:
-    """Sequences by place, all operations O(log n). Aborted ones go when they surface, or are more than the others."""
+    """A heap of sequences by place. Operations take O(log n); removed ones are dropped when they surface."""
 
     def __init__(self) -> None:
         self._heap: list[tuple[tuple[float, int], Sequence]] = []
-        self._num_waiting = 0
+        self._members: set[Sequence] = set()
 
     def __bool__(self) -> bool:
-        return self._num_waiting > 0
+        return bool(self._members)
 
     def add(self, seq: Sequence) -> None:
-        if len(self._heap) > 2 * self._num_waiting + 16:
-            self._heap = [entry for entry in self._heap if not entry[1].aborted]
+        if len(self._heap) > 2 * len(self._members) + 16:
+            self._heap = [entry for entry in self._heap if entry[1] in self._members]
             heapq.heapify(self._heap)
         heapq.heappush(self._heap, (seq.place, seq))
-        self._num_waiting += 1
+        self._members.add(seq)
 
     def first(self) -> Sequence | None:
-        while self._heap and self._heap[0][1].aborted:
+        while self._heap and self._heap[0][1] not in self._members:
             heapq.heappop(self._heap)
         return self._heap[0][1] if self._heap else None
 
     def pop(self) -> None:
-        """Take out what `first` gave."""
-        heapq.heappop(self._heap)
-        self._num_waiting -= 1
+        """Remove the sequence that `first` returned."""
+        self._members.discard(heapq.heappop(self._heap)[1])
 
-    def forget(self) -> None:
-        """One of those in here was aborted."""
-        self._num_waiting -= 1
+    def remove(self, seq: Sequence) -> None:
+        """Remove a sequence, if it is there."""
+        self._members.discard(seq)
 
 
 class Policy:
-    """First come, first served. Every other policy is a subclass; the simplest overrides `rank` and nothing else:
+    """First come, first served; the base class of all policies. The simplest override `rank` alone:
 
         class ShortPromptsFirst(Policy):
-            def rank(self, request):
-                return request.arrival + 0.01 * len(request.prompt)
+            def rank(self, seq):
+                return seq.arrival + 0.01 * len(seq.prompt)
 
     `--scheduling-policy package.module:ShortPromptsFirst` uses it. `self.config` is the EngineConfig.
 
-    The scheduler's side of the contract: a sequence is `add`ed when it begins to wait, be it new or preempted
-    (`seq.admitted` tells). Only what `peek` names is admitted; then it is `pop`ped, `num_computed` tokens of it having
-    been found in the cache. One that is aborted while it waits is `remove`d. All calls come from one thread.
+    The scheduler calls `add` when a sequence begins to wait, be it new or preempted (`seq.admitted` tells which). It
+    admits only the sequence that `peek` returns, and then calls `pop`, `seq.num_computed` tokens having been found in
+    the cache. If a waiting sequence is aborted or fails, it calls `remove`. All calls come from one thread.
 
-    Why everybody is served: a rank grows with the time of arrival, so only so many requests can come that go before a
-    given one, and in the end it is the first of all. If it waits then, nobody else is admitted; and of those that run,
-    the first in order is no victim while others run, and fits when it is alone: so it advances in every step and ends,
-    and so does the next, until ours is admitted. From then on ours is the one that is no victim. Who overrides `key`
-    or `victim` has to see to this anew.
+    An exception, or a result of the wrong kind, fails the request that caused it; see docs/scheduling.md, which also
+    says why every request is served in the end, and what a subclass must keep of that.
     """
 
     def __init__(self, config: EngineConfig):
         self.config = config
         self._queue = WaitingQueue()
 
-    def rank(self, request: EngineRequest) -> float:
-        """Requests go in order of rank, in seconds since the epoch; asked once. Keep the arrival in it: so they age."""
-        return request.arrival
+    def rank(self, seq: Sequence) -> float:
+        """Return the rank of a new request, in seconds; lower ranks go first. Called once.
+
+        A rank should contain `seq.arrival` (seconds on the engine's clock), so that waiting makes up for the rest.
+        The request's id, tenant, prompt, params, priority and ttft_target are attributes of `seq`.
+        """
+        return seq.arrival
 
     def key(self, seq: Sequence) -> tuple[float, int]:
-        """Sorts sequences, running or waiting, into the order in which they go first."""
+        """Return the sort key of a running or waiting sequence; lower keys go first."""
         return seq.place
 
     def add(self, seq: Sequence) -> None:
-        """`seq` waits from now on; its `place` is (rank, order of arrival)."""
+        """Add a waiting sequence. Its `place` is (rank, order of arrival)."""
         self._queue.add(seq)
 
     def peek(self) -> Sequence | None:
-        """Who is to be admitted next."""
+        """Return the waiting sequence to be admitted next; None if none is to be admitted now."""
         return self._queue.first()
 
     def pop(self) -> None:
-        """The one that `peek` named is admitted."""
+        """Remove the sequence that `peek` returned: it is admitted."""
         self._queue.pop()
 
     def remove(self, seq: Sequence) -> None:
-        """`seq`, which waited, was aborted."""
-        self._queue.forget()
+        """Remove a sequence that waits no more, if it is there."""
+        self._queue.remove(seq)
 
     def charge(self, decoding: Iterable[Sequence]) -> None:
-        """Each of these gets one more token in this step."""
+        """Account for one output token of each of these sequences. Called once a step."""
 
     def victim(self, running: Collection[Sequence]) -> Sequence:
-        """Who loses its pages to the others and waits again. `running` is in order of admission, and not empty."""
+        """Return the sequence to preempt, since running ones need its pages.
+
+        Args:
+            running: in order of admission, not empty.
+        """
         return max(running, key=self.key)
 
-    def makes_way(self, waiting: Sequence, running: Collection[Sequence]) -> Sequence | None:
-        """Who is to wait again for the sake of `waiting`, the next one, which lacks a slot or pages; as a rule nobody.
+    def preempt_for(self, waiting: Sequence, running: Collection[Sequence]) -> Sequence | None:
+        """Return a running sequence to preempt so that `waiting` can be admitted; None: it waits (the default).
 
-        Asked once a step, if more than one runs.
+        Called at most once a step, when `waiting` is the next, lacks a slot or pages, and more than one sequence runs.
         """
         return None
 
 
 class Priority(Policy):
-    """Lower priorities go first. `priority_aging` seconds of waiting make up for one step of it."""
+    """Lower priorities go first; `priority_aging` seconds of waiting make up for a priority higher by one."""
 
-    def rank(self, request: EngineRequest) -> float:
-        return request.arrival + request.priority * self.config.priority_aging
+    def rank(self, seq: Sequence) -> float:
+        return seq.arrival + seq.priority * self.config.priority_aging
 
 
 class Deadline(Policy):
-    """Who must have its first token the soonest goes first: by arrival plus `ttft_target`."""
+    """Requests go in order of the time when their first token is due: arrival plus `ttft_target`."""
 
-    def rank(self, request: EngineRequest) -> float:
-        target = DEFAULT_TTFT_TARGET if request.ttft_target is None else request.ttft_target
-        return request.arrival + target
+    def rank(self, seq: Sequence) -> float:
+        return seq.arrival + (DEFAULT_TTFT_TARGET if seq.ttft_target is None else seq.ttft_target)

@@ -3,7 +3,7 @@
 import sys
 from typing import NoReturn
 
-from octavo.cli import main as octavo
+from octavo.entrypoints.command import main as octavo
 
 
 def main() -> NoReturn:

@@ -1,13 +1,14 @@
-"""Pages on disk: they outlive the process, and memory is filled from them after a restart.
+"""DiskTier: pages on disk, which outlive the process and fill the pool again after a restart.
 
-One file per page, FOLDER/ab/abcdef….page, named by its key. The folder is the index: at start it is listed, and from
-then on the tier knows what it has without looking. Several servers may use one folder. Each then knows its own pages
-and those that were there when it started; that another one deletes some of them is like any other loss.
+Each page is a file of its own, FOLDER/ab/abcdef….page, named by its key. The folder is the index: it is listed at
+start. Several servers of one user may share a folder. Each then knows the pages that it wrote and those there when
+it started; a page that another server deletes is treated as any other loss.
 """
 
 import logging
 import os
 import re
+import stat
 import tempfile
 import time
 from collections import OrderedDict
@@ -21,16 +22,25 @@ from octavo.errors import ConfigError
 from octavo.formats.page_file import TEMPORARY, BadPageFile, PageFile, page_file_bytes, write_page_file
 
 _NAME = re.compile(rf"([0-9a-f]{{32}})\.page({TEMPORARY})?")
-_STALE = 60.0  # seconds; a younger temporary file may be one that another server is writing
+_STALE = 60.0  # seconds; another server may still be writing a younger temporary file
 
 _log = logging.getLogger("octavo")
 
 
 class DiskTier:
-    """A Tier of files in `folder`, at most `capacity_bytes` of them together.
+    """A Tier of files.
 
-    A failure to write (a full disk, a removed folder) is logged once, and tried again after `retry_seconds`.
-    Raises ConfigError if the folder cannot be made or written, or has no room for a page.
+    Pages that others could have written would give others' answers, so a folder that they can write to is refused.
+    A failure to write (a full disk, a removed folder) is logged once.
+
+    Args:
+        folder: created if it does not exist.
+        capacity_bytes: of all files together; the least recently used are deleted beyond it.
+        page_bytes: size of a page's content.
+        retry_seconds: after a failure, nothing is written for so long.
+
+    Raises:
+        ConfigError: the folder cannot be made or written to, others can write to it, or a page exceeds the capacity.
     """
 
     name = "disk"
@@ -42,6 +52,7 @@ class DiskTier:
             raise ConfigError(f"kv_disk_size must be at least {self._file_bytes} bytes, the size of one page")
         try:
             self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            _check_private(self._folder)
             with tempfile.TemporaryFile(dir=self._folder):
                 pass
             self._files = _scan(self._folder)
@@ -53,7 +64,7 @@ class DiskTier:
         self._lock = Lock()
         self._retry_seconds = retry_seconds
         self._failing, self._retry_at = False, 0.0
-        self._make_room(0)
+        self._reserve(0)
 
     def __contains__(self, key: bytes) -> bool:
         return key in self._files
@@ -79,7 +90,7 @@ class DiskTier:
             return True
         if self._failing and time.monotonic() < self._retry_at:
             return False
-        self._make_room(self._file_bytes)
+        self._reserve(self._file_bytes)
         try:
             path = self._path(key)
             path.parent.mkdir(mode=0o700, exist_ok=True)
@@ -95,18 +106,18 @@ class DiskTier:
         return True
 
     def touch(self, key: bytes) -> bool:
-        """The file's time tells the next process, too."""
+        """Mark a page as just used; the file's modification time carries this over a restart."""
         with self._lock:
             if key not in self._files:
                 return False
             self._files.move_to_end(key)
         now = time.time_ns()
         try:
-            os.utime(self._path(key), ns=(now, now))  # the system's own idea of now may be 4 ms old, many pages ago
+            os.utime(self._path(key), ns=(now, now))  # the kernel's own time of a write may be 4 ms old: many pages
         except FileNotFoundError:
             self._forget(key)
             return False
-        except OSError:  # another user's, or on a disk that can only be read
+        except OSError:  # on a disk that can only be read
             pass
         return True
 
@@ -117,8 +128,8 @@ class DiskTier:
         name = key.hex()
         return self._folder / name[:2] / f"{name}.page"
 
-    def _make_room(self, size: int) -> None:
-        """Count `size` bytes as used, and delete what was used least recently until all fits."""
+    def _reserve(self, size: int) -> None:
+        """Count `size` bytes as used, and delete the least recently used pages until all fits."""
         with self._lock:
             self._used += size
             deleted = []
@@ -134,7 +145,7 @@ class DiskTier:
             self._used -= self._files.pop(key, 0)
 
     def _delete(self, key: bytes) -> None:
-        with suppress(OSError):  # deleted by another server, or not ours to delete
+        with suppress(OSError):  # deleted by another server, or on a disk that can only be read
             self._path(key).unlink()
 
     def _failed(self, error: OSError) -> None:
@@ -148,11 +159,16 @@ class DiskTier:
 
 
 def _scan(folder: Path) -> OrderedDict[bytes, int]:
-    """Sizes of the pages in `folder`, least recently used first. Removes what a killed process did not complete."""
+    """Return the sizes of the pages in `folder`, least recently used first.
+
+    Deletes what a killed process did not complete, and ignores files that others can write to. Raises OSError, and
+    ConfigError if others can write to a subfolder.
+    """
     found = []
     for part in os.scandir(folder):
         if not re.fullmatch("[0-9a-f]{2}", part.name) or not part.is_dir(follow_symlinks=False):
             continue
+        _check_private(Path(part.path))
         for file in os.scandir(part.path):
             name = _NAME.fullmatch(file.name)
             if not name or not file.is_file(follow_symlinks=False):
@@ -160,9 +176,24 @@ def _scan(folder: Path) -> OrderedDict[bytes, int]:
             try:
                 status = file.stat(follow_symlinks=False)
                 if name[2] is None:
-                    found.append((status.st_mtime_ns, bytes.fromhex(name[1]), status.st_size))
+                    if not _writable_by_others(status):
+                        found.append((status.st_mtime_ns, bytes.fromhex(name[1]), status.st_size))
                 elif time.time() - status.st_mtime > _STALE:
                     Path(file.path).unlink()
-            except FileNotFoundError:  # by another server
+            except FileNotFoundError:  # deleted by another server
                 continue
     return OrderedDict((key, size) for _, key, size in sorted(found))
+
+
+def _check_private(folder: Path) -> None:
+    """Raise ConfigError if other users can write to `folder`."""
+    if _writable_by_others(folder.stat()):
+        raise ConfigError(
+            f"kv_disk: other users can write to {folder}, and so put pages there that change answers; "
+            f"give a folder of your own that only you can write to (chmod go-w)"
+        )
+
+
+def _writable_by_others(status: os.stat_result) -> bool:
+    """Return whether a user other than this one and root can write to a file or folder (access lists aside)."""
+    return status.st_uid not in (os.geteuid(), 0) or bool(status.st_mode & (stat.S_IWGRP | stat.S_IWOTH))

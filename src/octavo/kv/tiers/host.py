@@ -1,4 +1,4 @@
-"""Pages in host memory, below those of a device."""
+"""HostTier: pages in host memory, below those of a device."""
 
 from collections import OrderedDict
 from threading import Lock
@@ -7,7 +7,7 @@ import numpy as np
 
 
 class HostTier:
-    """A Tier of copies, at most `capacity_bytes` of them."""
+    """A Tier of copies of pages, at most `capacity_bytes` of them together."""
 
     name = "host"
 

@@ -1,4 +1,4 @@
-"""A store of pages below the pool."""
+"""Tier: the protocol of a store of pages below the pool."""
 
 from typing import Protocol
 
@@ -6,24 +6,30 @@ import numpy as np
 
 
 class Tier(Protocol):
-    """Pages by key. It may lose any of them at any time: a page can always be computed again. From any thread."""
+    """A store of pages by key. It may lose any page at any time, since pages can be recomputed. Thread-safe."""
 
     name: str
 
     def __contains__(self, key: bytes) -> bool:
-        """Whether `read` is likely to give the page. O(1), without I/O."""
+        """Return whether `read` is likely to return the page. O(1), without I/O."""
         ...
 
     def read(self, key: bytes) -> np.ndarray | None:
-        """Content, uint8 [page_bytes], not to be written to; it may block. None: lost or damaged, and now forgotten."""
+        """Return the content of a page, uint8 [page_bytes], read-only. May block.
+
+        None means that the page is lost or damaged; the tier does not contain it any more.
+        """
         ...
 
     def write(self, key: bytes, content: np.ndarray) -> bool:
-        """Keep a page, and forget the least recently used ones if there is no room; it may block. False: could not."""
+        """Store a page, evicting the least recently used ones if the capacity requires it. May block.
+
+        Return False if it could not be stored.
+        """
         ...
 
     def touch(self, key: bytes) -> bool:
-        """The page is in use elsewhere, as if it were read; it may block. False: it is not here."""
+        """Mark a page as just used, without reading it. May block. Return False if the tier does not have it."""
         ...
 
     def close(self) -> None: ...

@@ -1,1 +1,1 @@
-"""Model families, one small file each: a config.json read as a DecoderSpec, and the names of the weights."""
+"""Model families, one small file each: reading a config.json into a DecoderSpec, and the names of the weights."""

@@ -1,16 +1,17 @@
-"""Llama 2 and 3.x, and models of their shape such as SmolLM2; the names and sizes that later families start from."""
+"""Llama 2 and 3.x, and models of the same architecture such as SmolLM2. Other families are derived from this one."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Literal
 
-from octavo.errors import DamagedWeights, UnsupportedModel
-from octavo.model.config_values import integer, number
-from octavo.model.rope import rope_spec
+from octavo.errors import DamagedWeights, UnsupportedModel, shortened
+from octavo.model.config_values import flag, integer, number
+from octavo.model.rope import max_positions, rope_spec
 from octavo.model.spec import DecoderSpec
 
 ARCHITECTURE, MODEL_TYPE = "LlamaForCausalLM", "llama"
 
-# Canonical name (see decoder.py) -> the tensors stacked in it.
+# Canonical name (see decoder.py): the tensors that are stacked in it.
 WEIGHTS: dict[str, tuple[str, ...]] = {
     "embed": ("model.embed_tokens.weight",),
     "layers.{i}.attn_norm": ("model.layers.{i}.input_layernorm.weight",),
@@ -32,19 +33,37 @@ WEIGHTS: dict[str, tuple[str, ...]] = {
 _ACTIVATIONS: dict[str, Literal["silu", "gelu_tanh"]] = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 
 
-def spec(config: Mapping[str, Any]) -> DecoderSpec:
-    """Raises DamagedWeights for values that make no sense, UnsupportedModel for variants that Octavo does not run."""
+@dataclass(frozen=True)
+class Defaults:
+    """What a family's configuration class in transformers assumes where config.json is silent.
+
+    `num_kv_heads` None: as many as query heads, which is also what an explicit null means.
+    """
+
+    max_positions: int = 2048
+    num_kv_heads: int | None = None
+
+
+def spec(config: Mapping[str, Any], defaults: Defaults = Defaults()) -> DecoderSpec:
+    """Return the DecoderSpec of a config.json.
+
+    Raises:
+        DamagedWeights: A value is missing or makes no sense.
+        UnsupportedModel: The config describes a variant that Octavo does not run.
+    """
     hidden_size, num_heads = integer(config, "hidden_size"), integer(config, "num_attention_heads")
     head_dim = integer(config, "head_dim", hidden_size // num_heads, most=8192)
-    num_kv_heads = integer(config, "num_key_value_heads", num_heads)
+    kv_heads_by_default = defaults.num_kv_heads if "num_key_value_heads" not in config else None
+    num_kv_heads = integer(config, "num_key_value_heads", kv_heads_by_default or num_heads)
     if num_heads % num_kv_heads or head_dim % 2:
         raise DamagedWeights(
             f"the model's config has {num_heads} heads of {head_dim} over {num_kv_heads} of keys and values"
         )
-    activation = str(config.get("hidden_act", "silu"))
-    if activation not in _ACTIVATIONS:
-        raise UnsupportedModel(f"activation {activation!r} is not supported; supported are {', '.join(_ACTIVATIONS)}")
-    attention_bias = bool(config.get("attention_bias"))
+    activation = config.get("hidden_act", "silu")
+    if not isinstance(activation, str) or activation not in _ACTIVATIONS:
+        found = shortened(repr(activation))
+        raise UnsupportedModel(f"activation {found} is not supported; supported are {', '.join(_ACTIVATIONS)}")
+    attention_bias = flag(config, "attention_bias")
     num_layers = integer(config, "num_hidden_layers", most=1000)
     return DecoderSpec(
         vocab_size=integer(config, "vocab_size"),
@@ -54,13 +73,13 @@ def spec(config: Mapping[str, Any]) -> DecoderSpec:
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
-        max_positions=integer(config, "max_position_embeddings", 2048),
+        max_positions=max_positions(config, defaults.max_positions),
         norm_eps=number(config, "rms_norm_eps", 1e-6),
         rope=rope_spec(config, head_dim),
         windows=(0,) * num_layers,
         activation=_ACTIVATIONS[activation],
         qkv_bias=attention_bias,
         output_bias=attention_bias,
-        mlp_bias=bool(config.get("mlp_bias")),
-        tied_embeddings=bool(config.get("tie_word_embeddings")),
+        mlp_bias=flag(config, "mlp_bias"),
+        tied_embeddings=flag(config, "tie_word_embeddings"),
     )

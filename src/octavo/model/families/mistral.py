@@ -1,4 +1,4 @@
-"""Mistral: a Llama whose layers may all attend to a sliding window only."""
+"""Mistral: Llama without biases, where all layers may attend to a sliding window."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -12,11 +12,12 @@ from .llama import WEIGHTS
 
 __all__ = ["ARCHITECTURE", "MODEL_TYPE", "WEIGHTS", "spec"]
 ARCHITECTURE, MODEL_TYPE = "MistralForCausalLM", "mistral"
+_DEFAULTS = llama.Defaults(max_positions=131072, num_kv_heads=8)
+_WINDOW = 4096  # where config.json is silent; null means none
 
 
 def spec(config: Mapping[str, Any]) -> DecoderSpec:
-    """Raises DamagedWeights or UnsupportedModel."""
-    base = llama.spec(config)
-    # A null window is none; an absent one is what MistralConfig has by default.
-    window = integer(config, "sliding_window") if config.get("sliding_window", 4096) is not None else 0
-    return replace(base, windows=(window,) * base.num_layers)
+    """Return the DecoderSpec of a config.json. Raises DamagedWeights or UnsupportedModel."""
+    base = llama.spec(config, _DEFAULTS)
+    window = 0 if config.get("sliding_window", _WINDOW) is None else integer(config, "sliding_window", _WINDOW)
+    return replace(base, windows=(window,) * base.num_layers, qkv_bias=False, output_bias=False, mlp_bias=False)

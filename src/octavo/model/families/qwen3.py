@@ -1,4 +1,4 @@
-"""Qwen3: Qwen2 with a norm on each head's queries and keys in place of their biases."""
+"""Qwen3: Qwen2 with RMS norms on each head's queries and keys instead of biases."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -9,13 +9,13 @@ from octavo.model.spec import DecoderSpec
 
 from . import llama
 from .llama import WEIGHTS
-from .qwen2 import windows
+from .qwen2 import DEFAULTS, windows
 
 __all__ = ["ARCHITECTURE", "MODEL_TYPE", "WEIGHTS", "spec"]
 ARCHITECTURE, MODEL_TYPE = "Qwen3ForCausalLM", "qwen3"
 
 
 def spec(config: Mapping[str, Any]) -> DecoderSpec:
-    """Raises DamagedWeights or UnsupportedModel."""
-    base = llama.spec({**config, "head_dim": integer(config, "head_dim", 128)})
+    """Return the DecoderSpec of a config.json. Raises DamagedWeights or UnsupportedModel."""
+    base = llama.spec({**config, "head_dim": integer(config, "head_dim", 128)}, DEFAULTS)
     return replace(base, windows=windows(config, base.num_layers), qk_norm=True, mlp_bias=False)

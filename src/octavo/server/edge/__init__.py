@@ -1,1 +1,1 @@
-"""Where connections and bodies meet the server: limits, disconnects, draining."""
+"""Between the network and the routes: HTTP, timeouts, limits, request ids, the access log, CORS, draining."""

@@ -1,43 +1,86 @@
-"""Reading a request's body: bounded while it arrives, then straight from bytes into its model."""
+"""Reads the bodies of requests: bounded while they arrive, decompressed if need be, parsed as JSON."""
 
-from typing import TypeVar
+import asyncio
+import contextlib
+import zlib
+from typing import Any
 
-from fastapi import Request
-from pydantic import BaseModel, ValidationError
-from starlette.requests import ClientDisconnect
+import pydantic_core
+from starlette.requests import ClientDisconnect, Request
 
-from octavo.server.errors import CLIENT_LEFT, ApiError, invalid_body
+from octavo.server.config import ServerConfig
+from octavo.server.errors import ApiError
 
-MAX_BODY = 16 * 2**20  # bytes
+from .access_log import CLIENT_LEFT
+from .limits import ByteBudget
 
-Model = TypeVar("Model", bound=BaseModel)
-
-
-async def read_json(request: Request, model: type[Model]) -> Model:
-    """The body as a `model`. Raises ApiError: 413 too large, 415 not declared as JSON, 400 invalid.
-
-    pydantic parses the bytes itself: bounded depth, no lone surrogates, no invalid UTF-8, unlike json.loads.
-    """
-    # A web page can make a browser post text/plain to localhost, but not application/json.
-    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-        raise ApiError(415, "send the header Content-Type: application/json", code="unsupported_media_type")
-    body = await _read(request)
-    try:
-        return model.model_validate_json(body)
-    except ValidationError as error:
-        raise invalid_body(error, model) from None
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # some editors and languages put it before UTF-8 text
+GZIP = 16 + zlib.MAX_WBITS
 
 
-async def _read(request: Request) -> bytearray:
-    too_large = ApiError(413, f"the body is larger than {MAX_BODY >> 20} MiB", code="body_too_large")
-    if int(request.headers.get("content-length", "0")) > MAX_BODY:  # digits: the HTTP parser has seen to that
-        raise too_large
-    body = bytearray()
-    try:
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > MAX_BODY:
-                raise too_large
-    except ClientDisconnect:
-        raise ApiError(CLIENT_LEFT, "the client left before its whole body had come") from None
-    return body
+class BodyReader:
+    """Reads bodies within the limits of `config`, for one and for all of them together."""
+
+    def __init__(self, config: ServerConfig):
+        self._max_bytes = config.max_body_bytes
+        self._max_values = config.max_json_values
+        self._pending = ByteBudget(config.max_pending_body_bytes)
+
+    async def read_json(self, request: Request) -> Any:
+        """Return the body as dicts, lists and so on, with bounded depth and size, and no invalid Unicode.
+
+        Raises ApiError: 413 too large, 415 not JSON or in an unknown encoding, 503 too many bodies, 400 not valid JSON.
+        """
+        # A web page can make a browser post text/plain to localhost, but not application/json.
+        if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+            raise ApiError(415, "send the header Content-Type: application/json", code="unsupported_media_type")
+        body = await self._read(request)
+        if body.startswith(BYTE_ORDER_MARK):
+            body = body[len(BYTE_ORDER_MARK) :]
+        self._check_values(body)
+        try:
+            return pydantic_core.from_json(body)
+        except ValueError as error:
+            raise ApiError(400, f"the body is not valid JSON: {error}", code="invalid_json") from None
+
+    async def _read(self, request: Request) -> bytes:
+        encoding = request.headers.get("content-encoding", "identity").strip().lower()
+        if encoding not in ("identity", "gzip", "x-gzip"):
+            raise ApiError(415, "Content-Encoding must be gzip or left out", code="unsupported_media_type")
+        if int(request.headers.get("content-length", "0")) > self._max_bytes:  # digits: the HTTP parser checks that
+            raise self._too_large()
+        body = bytearray()
+        try:
+            async for chunk in request.stream():
+                self._pending.acquire(len(chunk))
+                body += chunk
+                if len(body) > self._max_bytes:
+                    raise self._too_large()
+            return bytes(body) if encoding == "identity" else await self._decompress(body)
+        except ClientDisconnect:
+            raise ApiError(CLIENT_LEFT, "the client left before its whole body had arrived") from None
+        finally:
+            self._pending.release(len(body))
+
+    async def _decompress(self, body: bytearray) -> bytes:
+        """Return what a gzip body holds. The thread leaves the event loop free, since zlib releases the GIL."""
+        stream = zlib.decompressobj(GZIP)
+        with contextlib.suppress(zlib.error):
+            plain = await asyncio.to_thread(stream.decompress, body, self._max_bytes + 1)
+            if len(plain) > self._max_bytes:
+                raise self._too_large()
+            if stream.eof and not stream.unused_data:
+                return plain
+        raise ApiError(400, "the body is not valid gzip", code="invalid_encoding")
+
+    def _check_values(self, body: bytes) -> None:
+        """Bound the time that parsing takes, some 0.2 to 1 µs for each value on the event loop.
+
+        Every value but the first follows a comma or an opening bracket; those within strings are counted too.
+        """
+        if len(body) > self._max_values and sum(map(body.count, (b",", b"[", b"{"))) > self._max_values:
+            message = f"the body has more than {self._max_values} JSON values (max_json_values)"
+            raise ApiError(413, message, code="body_too_large")
+
+    def _too_large(self) -> ApiError:
+        return ApiError(413, f"the body is larger than {self._max_bytes} bytes (max_body_bytes)", code="body_too_large")

@@ -1,64 +1,82 @@
-"""uvicorn's server, with our settings and our idea of what a signal means."""
+"""uvicorn's server with Octavo's protocol and signals: the first signal drains, the second one ends at once."""
 
 import asyncio
 import contextlib
+import functools
 import signal
 import socket
 from collections.abc import Callable, Generator
+from typing import Any
 
 import uvicorn
-from fastapi import FastAPI
+from uvicorn.server import logger as uvicorn_log
 
-IDLE_SECONDS = 75  # longer than clients and proxies keep idle connections: they close first, and never lose a request
-DRAIN_SECONDS = 60  # for running requests after the first signal
+from octavo.server.config import ServerConfig
+
+from .access_log import AccessLog
+from .http_protocol import Edge, HttpProtocol
+from .limits import ConnectionLimit
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+CANCEL_SECONDS = 1.0  # for requests that were cut off to send their error
 
 
 class DrainingServer(uvicorn.Server):
-    """The first SIGTERM or Ctrl-C stops accepting and lets running requests end; a second one ends them."""
+    """Serves an ASGI application on listening sockets until it is stopped, then lets running requests finish.
 
-    def __init__(self, app: FastAPI, on_ready: Callable[[], None]):
+    Args:
+        app: the ASGI application.
+        config: timeouts and limits.
+        access_log: where each request is recorded.
+        on_ready: called when the server accepts requests.
+    """
+
+    def __init__(self, app: Any, config: ServerConfig, access_log: AccessLog, on_ready: Callable[[], None]):
+        edge = Edge(config, ConnectionLimit(config.max_connections), access_log)
+        uvicorn_log.disabled = True  # its lines are about broken requests, which the access log has
         super().__init__(
             uvicorn.Config(
                 app,
-                http="httptools",
+                http=functools.partial(HttpProtocol, edge=edge),  # type: ignore[arg-type]
                 ws="none",
                 lifespan="off",
                 log_config=None,
-                log_level="error",  # broken requests are not worth a line each
                 access_log=False,
                 proxy_headers=False,
                 server_header=False,
-                timeout_keep_alive=IDLE_SECONDS,
-                timeout_graceful_shutdown=DRAIN_SECONDS,
+                timeout_graceful_shutdown=config.drain_timeout,  # type: ignore[arg-type]
             )
         )
         self._on_ready = on_ready
+
+    def stop(self) -> None:
+        """Stop accepting connections and let running requests finish, for `drain_timeout` seconds at most."""
+        self.should_exit = True
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         self._on_ready()
 
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().shutdown(sockets)
+        if self.server_state.tasks:  # cut off: each sends its error
+            await asyncio.wait(set(self.server_state.tasks), timeout=CANCEL_SECONDS)
+
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
-        """uvicorn raises a signal again when it has drained, so that the exit code tells of it; ours is to be 0."""
-        loop = asyncio.get_running_loop()
-        serving = asyncio.current_task()
-        assert serving is not None
+        """Leave signals to `until_signal`: uvicorn would raise them again when it has drained."""
+        yield
 
-        def stop() -> None:
-            if self.should_exit:
-                serving.cancel()
-            self.should_exit = True
 
-        signals = (signal.SIGINT, signal.SIGTERM)
+@contextlib.contextmanager
+def on_signals(action: Callable[[], None]) -> Generator[None, None, None]:
+    """Call `action` on the event loop for every SIGINT, SIGTERM and SIGHUP, unless nohup had SIGHUP ignored."""
+    loop = asyncio.get_running_loop()
+    signals = [each for each in SIGNALS if each is not signal.SIGHUP or signal.getsignal(each) is not signal.SIG_IGN]
+    for each in signals:
+        loop.add_signal_handler(each, action)
+    try:
+        yield
+    finally:
         for each in signals:
-            loop.add_signal_handler(each, stop)
-        try:
-            yield
-        except asyncio.CancelledError:
-            if not self.should_exit:
-                raise
-            serving.uncancel()
-        finally:
-            for each in signals:
-                loop.remove_signal_handler(each)
+            loop.remove_signal_handler(each)

@@ -1,49 +1,56 @@
 """POST /v1/chat/completions."""
 
 from collections.abc import Iterator
+from functools import partial
 
-from fastapi import Request
+from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import Route
 
-from octavo.async_llm import AsyncLLM
 from octavo.outputs import CompletionOutput, Logprob
-from octavo.server.edge.body import read_json
-from octavo.server.edge.connection import EventStream, reply_while_connected
+from octavo.server.api import Api
+from octavo.server.edge.access_log import RequestRecord
+from octavo.server.edge.dispatch import route
 from octavo.text import Tokenizer
 
 from . import replies
-from .events import EventWriter
-from .generation import Generation, Tally, check_model, new_id, tokenized
+from .events import EventStream
+from .generation import Generation, tokenized
 from .kv_states import continuation
 from .protocol import ChatRequest
 
 
-async def chat_completions(llm: AsyncLLM, request: Request) -> Response:
-    """Raises ApiError, OctavoError."""
-    body = await read_json(request, ChatRequest)
-    check_model(llm, body.model)
+def routes(api: Api) -> list[Route]:
+    """Return the route of this family."""
+    return [route("POST", "/v1/chat/completions", partial(chat_completions, api))]
+
+
+async def chat_completions(api: Api, request: Request) -> Response:
+    """Answer a chat. Raises ApiError, OctavoError."""
+    llm, record = api.llm, RequestRecord.of(request.scope)
+    body = ChatRequest.from_json(await api.bodies.read_json(request), api.config)
+    api.check_model(body.model)
     params, terms = body.sampling_params(), body.terms(request.headers)
     llm.check_capacity(params.n)
     messages = body.conversation()
-    if going_on := continuation(llm, body.kv_cache_state, params.n, terms):
-        messages = going_on.chat(messages)
-    text = llm.tokenizer.chat(messages, **body.template_variables())
-    [prompt] = await tokenized(llm.tokenizer, [text], add_special_tokens=False)  # the template has them
-    if going_on:
-        prompt = going_on.after_state(prompt)
-        terms["kv_cache_state"] = going_on.state
-        going_on.check_quota(prompt, params)
-    generation = Generation(llm, [prompt], params, terms, new_id("chatcmpl"), going_on)
+    record.stream, record.prompt = bool(body.stream), messages
+    if continued := continuation(llm, body.kv_cache_state, params.n, terms):
+        messages = continued.whole_chat(messages)
+    text = await llm.tokenizer.achat(messages, **body.template_variables())
+    [prompt] = await tokenized(llm, [text], add_special_tokens=False)  # the template has them
+    if continued:
+        prompt = continued.after_state(prompt)
+        terms["kv_cache_state"] = continued.state
+        continued.check_quota(prompt, params)
+    generation = Generation(llm, [prompt], params, terms, record, "chatcmpl", continued)
     if body.stream:
-        return EventStream(EventWriter(generation, _chunk(generation), _Choices(generation), body.include_usage))
-    return await reply_while_connected(request.receive, _whole(generation))
+        choices = _Choices(generation)
+        return EventStream(generation, _chunk(generation), choices, body.include_usage, body.continuous_usage)
+    return await _whole(generation)
 
 
 async def _whole(generation: Generation) -> Response:
     [output] = await generation.whole()
-    tally = Tally()
-    tally.add(output)
-    generation.hear(output)
     tokenizer, top = generation.llm.tokenizer, generation.params.logprobs
     choices = [
         replies.ChatChoice(
@@ -62,7 +69,7 @@ async def _whole(generation: Generation) -> Response:
             model=generation.model,
             system_fingerprint=generation.fingerprint,
             choices=choices,
-            usage=tally.usage,
+            usage=generation.usage,
             seed=output.seed,
             kv_cache_state=generation.kept_state(),
         )
@@ -80,7 +87,7 @@ def _chunk(generation: Generation) -> replies.ChatChunk:
 
 
 class _Choices:
-    """An increment as OpenAI tells it: the role, new text and the end, each in a chunk of its own."""
+    """Returns the choices of an increment: the role, new text and the end, each for a chunk of its own, as OpenAI."""
 
     def __init__(self, generation: Generation):
         self._tokenizer, self._top = generation.llm.tokenizer, generation.params.logprobs

@@ -2,53 +2,71 @@
 
 import itertools
 from collections.abc import Iterator
+from functools import partial
 
-from fastapi import Request
+from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import Route
 
-from octavo.async_llm import AsyncLLM
-from octavo.outputs import CompletionOutput, Logprob
-from octavo.server.edge.body import read_json
-from octavo.server.edge.connection import EventStream, reply_while_connected
+from octavo.outputs import CompletionOutput, Logprob, RequestOutput
+from octavo.server.api import Api
+from octavo.server.edge.access_log import RequestRecord
+from octavo.server.edge.dispatch import route
 from octavo.text import Tokenizer
 
 from . import replies
-from .events import EventWriter
-from .generation import Generation, Tally, check_model, new_id, tokenized
+from .events import EventStream
+from .generation import Generation, tokenized
 from .kv_states import continuation
 from .protocol import CompletionRequest
 
 
-async def completions(llm: AsyncLLM, request: Request) -> Response:
-    """Raises ApiError, OctavoError."""
-    body = await read_json(request, CompletionRequest)
-    check_model(llm, body.model)
+def routes(api: Api) -> list[Route]:
+    """Return the route of this family."""
+    return [route("POST", "/v1/completions", partial(completions, api))]
+
+
+async def completions(api: Api, request: Request) -> Response:
+    """Complete prompts. Raises ApiError, OctavoError."""
+    llm, record = api.llm, RequestRecord.of(request.scope)
+    body = CompletionRequest.from_json(await api.bodies.read_json(request), api.config)
+    record.stream, record.prompt = bool(body.stream), body.prompt
+    api.check_model(body.model)
     params, terms = body.sampling_params(), body.terms(request.headers)
-    llm.check_capacity(len(body.prompt) * params.n)
-    going_on = continuation(llm, body.kv_cache_state, len(body.prompt) * params.n, terms)
-    prompts = await tokenized(llm.tokenizer, body.prompt, add_special_tokens=not (going_on and going_on.state))
-    if going_on:
-        terms["kv_cache_state"] = going_on.state
-        going_on.check_quota(prompts[0], params)
+    count = len(body.prompt) * params.n
+    llm.check_capacity(count)
+    continued = continuation(llm, body.kv_cache_state, count, terms)
+    prompts = await tokenized(llm, body.prompt, add_special_tokens=not (continued and continued.state))
+    if continued:
+        terms["kv_cache_state"] = continued.state
+        continued.check_quota(prompts[0], params)
     echoed = [_text(llm.tokenizer, prompt) if body.echo else "" for prompt in body.prompt]
-    generation = Generation(llm, prompts, params, terms, new_id("cmpl"), going_on)
+    kind = OnlyEcho if body.only_echo else Generation
+    generation = kind(llm, prompts, params, terms, record, "cmpl", continued)
     if body.stream:
-        return EventStream(
-            EventWriter(generation, _reply(generation), _Choices(generation, echoed), body.include_usage)
-        )
-    return await reply_while_connected(request.receive, _whole(generation, echoed))
+        choices = _Choices(generation, echoed)
+        return EventStream(generation, _reply(generation), choices, body.include_usage, body.continuous_usage)
+    return await _whole(generation, echoed)
+
+
+class OnlyEcho(Generation):
+    """A generation whose answer is the prompt alone: the one token that is computed is left out."""
+
+    def add(self, output: RequestOutput) -> None:
+        for completion in output.outputs:
+            completion.text, completion.token_ids = "", []
+            if completion.finish_reason == "stop":
+                completion.finish_reason, completion.stop_reason = "length", None
+        super().add(output)
 
 
 async def _whole(generation: Generation, echoed: list[str]) -> Response:
     outputs = await generation.whole()
     reply = _reply(generation)
-    tally = Tally()
     for prompt, output in enumerate(outputs):
-        tally.add(output)
-        generation.hear(output)
         echo = echoed[prompt]
         reply.choices += [_choice(generation, prompt, new, echo, len(echo)) for new in output.outputs]
-    reply.usage = tally.usage
+    reply.usage = generation.usage
     reply.kv_cache_state = generation.kept_state()
     if len(outputs) == 1:
         reply.seed = outputs[0].seed
@@ -56,12 +74,12 @@ async def _whole(generation: Generation, echoed: list[str]) -> Response:
 
 
 class _Choices:
-    """What a stream tells of an increment: one choice, if there is something to tell."""
+    """Returns the choices of a chunk: one, unless the increment has nothing that a client could use."""
 
     def __init__(self, generation: Generation, echoed: list[str]):
         self._generation = generation
         self._echoed = echoed
-        self._offsets: dict[tuple[int, int], int] = {}  # of the next token in the text of (prompt, completion)
+        self._offsets: dict[tuple[int, int], int] = {}  # of (prompt, completion): where the next token starts
 
     def __call__(self, prompt: int, new: CompletionOutput) -> Iterator[replies.CompletionChoice]:
         key = (prompt, new.index)
@@ -85,7 +103,7 @@ def _reply(generation: Generation) -> replies.Completion:
 def _choice(
     generation: Generation, prompt: int, new: CompletionOutput, echo: str, offset: int
 ) -> replies.CompletionChoice:
-    """OpenAI numbers the completions of all prompts through: those of the first prompt, those of the second, ..."""
+    """Return a choice, its index counted through all prompts: first those of the first prompt, then of the second."""
     return replies.CompletionChoice(
         index=prompt * generation.params.n + new.index,
         text=echo + new.text,
@@ -96,7 +114,7 @@ def _choice(
 
 
 def _logprobs(new: CompletionOutput, offset: int, with_top: bool) -> replies.CompletionLogprobs | None:
-    """`offset`: where in the text the first of the new tokens stands."""
+    """Return the new tokens' logprobs, if they were asked for. `offset`: where in the text the first one starts."""
     if new.logprobs is None:
         return None
     tokens = _token_texts(new)
@@ -109,13 +127,13 @@ def _logprobs(new: CompletionOutput, offset: int, with_top: bool) -> replies.Com
 
 
 def _by_text(entries: dict[int, Logprob]) -> dict[str, float]:
-    """Tokens that read the same, such as parts of characters, share a key: the likeliest of them is told."""
+    """Return logprobs by text. Of tokens with the same text, such as parts of characters, the likeliest wins."""
     return {entry.decoded_token: entry.logprob for entry in sorted(entries.values(), key=lambda entry: -entry.rank)}
 
 
 def _token_texts(new: CompletionOutput) -> list[str]:
     if not new.logprobs:
-        return []  # none asked for
+        return []
     return [of[token].decoded_token for token, of in zip(new.token_ids, new.logprobs, strict=True)]
 
 

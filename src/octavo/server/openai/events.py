@@ -1,29 +1,46 @@
-"""A streamed generation as server-sent events."""
+"""A streamed generation as server-sent events (https://html.spec.whatwg.org/multipage/server-sent-events.html)."""
 
+import asyncio
+import contextlib
+import logging
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import msgspec
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
 from octavo.async_llm import Increment
 from octavo.outputs import CompletionOutput
+from octavo.server.edge.dispatch import note_error
+from octavo.server.errors import ServerStopping, error_reply, is_expected
 
-from .generation import Generation, Tally
+from .generation import Generation
 from .replies import ChatChunk, Completion, encode
 
 DONE = b"data: [DONE]\n\n"
+PING = b": waiting\n\n"  # a comment, which clients skip
+PING_SECONDS = 15.0  # proxies close silent connections, often after 60
+
+log = logging.getLogger("octavo.server")
 
 
 def event(data: Any) -> bytes:
-    """One server-sent event: one line, as JSON has no bare newlines."""
+    """Return one server-sent event: one line, as JSON has no bare newlines."""
     return b"data: %b\n\n" % encode(data)
 
 
-class EventWriter:
-    """What a generation brings, as events: `chunk` once for each of the choices that `choices` makes of an increment.
+class EventStream(Response):
+    """The response that streams a generation; an error becomes the last event.
 
-    `choices` is given the prompt's index and what is new of one of its completions. The first increment of an only
-    prompt is told with the seed.
+    The header waits for the first event, so that a request that is refused until then gets its error's status. If that
+    takes long, because the request queues, comments keep the connection alive.
+
+    Args:
+        chunk: what all chunks have in common; it is filled in and encoded for each.
+        choices: returns a chunk's choices, one chunk each, for an increment of one completion of the prompt with the
+            given index.
+        include_usage, continuous_usage: as of the request.
     """
 
     def __init__(
@@ -32,37 +49,90 @@ class EventWriter:
         chunk: Completion | ChatChunk,
         choices: Callable[[int, CompletionOutput], Iterable[Any]],
         include_usage: bool,
+        continuous_usage: bool,
     ):
-        self.generation = generation
+        headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}  # no proxy may hold events back
+        super().__init__(headers=headers, media_type="text/event-stream")
+        del self.headers["content-length"]
+        self._generation = generation
         self._chunk = chunk
         self._choices = choices
         self._include_usage = include_usage
-        self._tell_seed = len(generation.prompts) == 1
-        self._tally = Tally()
+        self._continuous_usage = continuous_usage
+        self._with_seed = len(generation.prompts) == 1
+        self._started = False
+        self._has_events = False
+        self._pings: asyncio.Task[None] | None = None
         chunk.usage = None if include_usage else msgspec.UNSET
 
-    def tell(self, increments: list[Increment]) -> bytes:
-        """The events about what is new; b"" if there is nothing that a client could use."""
-        chunk = self._chunk
-        told = []
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        pings = asyncio.get_running_loop().call_later(PING_SECONDS, self._start_pings, send)
+        try:
+            async with contextlib.aclosing(self._generation.increments()) as steps:
+                async for increments in steps:
+                    if events := self._events(increments):
+                        pings.cancel()
+                        await self._send(send, events)
+            await self._send(send, self._last_events(), more=False)
+        except asyncio.CancelledError:  # by the server, whose drain timeout is over; or the client has left
+            if not self._started:
+                raise
+            await self._send_error(send, ServerStopping())
+        except Exception as error:
+            if not self._started:
+                raise
+            if not is_expected(error):
+                log.exception("a stream failed")
+            await self._send_error(send, error)
+        finally:
+            pings.cancel()
+            if self._pings is not None:
+                self._pings.cancel()
+
+    def _start_pings(self, send: Send) -> None:
+        self._pings = asyncio.ensure_future(self._ping(send))
+
+    async def _ping(self, send: Send) -> None:
+        while not self._has_events:
+            await self._send(send, PING)
+            await asyncio.sleep(PING_SECONDS)
+
+    def _events(self, increments: list[Increment]) -> bytes:
+        """Return the events of an increment; b"" if it has nothing that a client could use."""
+        chunk, generation = self._chunk, self._generation
+        events = []
         for prompt, output in increments:
-            self._tally.add(output)
-            self.generation.hear(output)
-            chunk.seed = output.seed if self._tell_seed else msgspec.UNSET
-            self._tell_seed = False
+            generation.add(output)
+            chunk.seed = output.seed if self._with_seed else msgspec.UNSET
+            self._with_seed = False
+            if self._continuous_usage:
+                chunk.usage = generation.usage
             for new in output.outputs:
                 for choice in self._choices(prompt, new):
                     chunk.choices = [choice]
-                    told.append(event(chunk))
-        return b"".join(told)
+                    events.append(event(chunk))
+        self._has_events = self._has_events or bool(events)
+        return b"".join(events)
 
-    def end(self) -> bytes:
-        """The last events: usage and the state kept, if the client asked for them, and that it is done."""
+    def _last_events(self) -> bytes:
+        """Return the events at the end: usage and the state kept, if the client asked for them, and the end itself."""
         chunk = self._chunk
-        chunk.kv_cache_state = self.generation.kept_state()
+        chunk.kv_cache_state = self._generation.kept_state()
         if not self._include_usage and chunk.kv_cache_state is msgspec.UNSET:
             return DONE
         chunk.choices = []
         if self._include_usage:
-            chunk.usage = self._tally.usage
+            chunk.usage = self._generation.usage
         return event(chunk) + DONE
+
+    async def _send_error(self, send: Send, error: Exception) -> None:
+        note_error(self._generation.record, error)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(1):  # a client that does not read must not delay the server's end
+                await self._send(send, event(error_reply(error)[1]), more=False)
+
+    async def _send(self, send: Send, body: bytes, more: bool = True) -> None:
+        if not self._started:
+            self._started = True
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        await send({"type": "http.response.body", "body": body, "more_body": more})

@@ -1,6 +1,5 @@
 """What completions and chat completions share: one HTTP request as requests to the engine."""
 
-import asyncio
 import time
 import uuid
 from collections.abc import AsyncGenerator
@@ -10,99 +9,93 @@ from typing import Any
 import msgspec
 
 from octavo.async_llm import AsyncLLM, Increment
+from octavo.frontend.requests import Request, make_requests
 from octavo.outputs import RequestOutput
 from octavo.params import SamplingParams
-from octavo.server.errors import ApiError
-from octavo.text import Tokenizer
+from octavo.server.edge.access_log import RequestRecord
+from octavo.text.offload import encode_off_loop
 
 from .kv_states import Continuation
 from .replies import KVCacheState, PromptTokensDetails, Usage
 
-LONG_TEXT = 20_000  # characters: tokenizing takes about 1 µs for each
 
-
-@dataclass(frozen=True)
+@dataclass
 class Generation:
-    """Prompts to complete with the same parameters and terms, and the marks that every reply about them bears."""
+    """Prompts to complete with the same parameters, and the fields that every reply about them has.
+
+    Args:
+        prompts: token ids.
+        terms: the fields of ServiceTerms that are given; and `kv_cache_state`, if the prompt continues one.
+        record: for the access log; it gets the model and the tokens.
+        kind: the beginning of the reply's id.
+    """
 
     llm: AsyncLLM
     prompts: list[list[int]]
     params: SamplingParams
-    terms: dict[str, Any]  # of ServiceTerms; and kv_cache_state, if they go on from one
-    id: str
+    terms: dict[str, Any]
+    record: RequestRecord
+    kind: str
     continuation: Continuation | None = None
     created: int = field(default_factory=lambda: int(time.time()))
 
-    @property
-    def model(self) -> str:
-        return self.llm.config.model_name
-
-    @property
-    def fingerprint(self) -> str:
-        """Names what decides the tokens beside the request: under the same one, the same seed brings the same text."""
-        return f"fp_{self.llm.info.fingerprint[:12]}"
-
-    def hear(self, output: RequestOutput) -> None:
-        """An increment, or a whole output, which is to be told to the client."""
-        if self.continuation is not None:
-            self.continuation.hear(output)
-
-    def kept_state(self) -> KVCacheState | msgspec.UnsetType | None:
-        """A reply's kv_cache_state, when all of it was heard."""
-        return msgspec.UNSET if self.continuation is None else self.continuation.kept
-
-    async def whole(self) -> list[RequestOutput]:
-        return await self.llm.agenerate(self.prompts, self.params, **self.terms)
-
-    def increments(self) -> AsyncGenerator[list[Increment], None]:
-        """Increments of all prompts as they come. Closing the generator aborts what still runs."""
-        return self.llm.generate_many(self.prompts, self.params, **self.terms)
-
-
-@dataclass
-class Tally:
-    """Counts a stream's tokens."""
-
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    completion_tokens: int = 0
+    def __post_init__(self) -> None:
+        self.id = f"{self.kind}-{uuid.uuid4().hex}"
+        self.model = self.llm.config.model_name
+        # Names all that decides the tokens beside the request: with the same one, the same seed produces the same text.
+        self.fingerprint = f"fp_{self.llm.info.fingerprint[:12]}"
+        self.record.model = self.model
+        self.record.tenant = self.terms["tenant"]
+        self._known_prompts: set[str] = set()
+        self.record.prompt_tokens = self.record.cached_tokens = self.record.completion_tokens = 0
 
     def add(self, output: RequestOutput) -> None:
-        """An increment, or a whole output."""
+        """Count an increment, or a whole output, that the client gets."""
+        record = self.record
         for completion in output.outputs:
-            self.completion_tokens += len(completion.token_ids)
-        if output.finished:
-            self.prompt_tokens += len(output.prompt_token_ids)
-            self.cached_tokens += output.metrics.cached_tokens
+            record.completion_tokens += len(completion.token_ids)  # type: ignore[operator]
+        if output.request_id not in self._known_prompts:
+            self._known_prompts.add(output.request_id)
+            record.prompt_tokens += len(output.prompt_token_ids)  # type: ignore[operator]
+            record.cached_tokens += output.metrics.cached_tokens  # type: ignore[operator]
+            record.time_to_first_token = record.time_to_first_token or output.metrics.time_to_first_token
+        if self.continuation is not None:
+            self.continuation.add(output)
 
     @property
     def usage(self) -> Usage:
+        """Tokens so far."""
+        prompt, completion = self.record.prompt_tokens or 0, self.record.completion_tokens or 0
         return Usage(
-            prompt_tokens=self.prompt_tokens,
-            completion_tokens=self.completion_tokens,
-            total_tokens=self.prompt_tokens + self.completion_tokens,
-            prompt_tokens_details=PromptTokensDetails(self.cached_tokens),
+            prompt_tokens=prompt,
+            completion_tokens=completion,
+            total_tokens=prompt + completion,
+            prompt_tokens_details=PromptTokensDetails(self.record.cached_tokens or 0),
         )
 
+    def kept_state(self) -> KVCacheState | msgspec.UnsetType | None:
+        """Return a reply's kv_cache_state, when all output was added."""
+        return msgspec.UNSET if self.continuation is None else self.continuation.kept
 
-def check_model(llm: AsyncLLM, name: str | None) -> None:
-    """Raises ApiError 404 for a model that is not served; no name means the one that is."""
-    served = llm.config.model_name
-    if name is not None and name != served:
-        raise ApiError(404, f"the model {name!r} is not served here; {served!r} is", "model", "model_not_found")
+    async def whole(self) -> list[RequestOutput]:
+        """Return the whole outputs, one per prompt. Cancelling aborts them."""
+        outputs = await self.llm.generate_requests(self._requests())
+        for output in outputs:
+            self.add(output)
+        return outputs
+
+    def increments(self) -> AsyncGenerator[list[Increment], None]:
+        """Return a generator of the increments of all prompts. Closing it aborts what still runs."""
+        return self.llm.stream_requests(self._requests())
+
+    def _requests(self) -> list[Request]:
+        terms: Any = dict(self.terms)
+        state, priority = terms.pop("kv_cache_state", None), terms.pop("priority", 0)
+        return make_requests(self.prompts, self.params, self.params, priority, terms, state)
 
 
-async def tokenized(
-    tokenizer: Tokenizer, prompts: list[str | list[int]], add_special_tokens: bool = True
-) -> list[list[int]]:
-    """Prompts as token ids. Long text is left to a thread, with the GIL released: others are served meanwhile."""
-
-    def encode() -> list[list[int]]:
-        return [tokenizer.encode(p, add_special_tokens) if isinstance(p, str) else p for p in prompts]
-
-    is_long = sum(len(prompt) for prompt in prompts if isinstance(prompt, str)) > LONG_TEXT
-    return await asyncio.to_thread(encode) if is_long else encode()
-
-
-def new_id(kind: str) -> str:
-    return f"{kind}-{uuid.uuid4().hex}"
+async def tokenized(llm: AsyncLLM, prompts: list[str | list[int]], add_special_tokens: bool = True) -> list[list[int]]:
+    """Return prompts as token ids. Raises InvalidRequest, PromptTooLong."""
+    texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+    encoded = iter(await encode_off_loop(llm.tokenizer, texts, add_special_tokens, llm.info.max_model_len - 1))
+    return [next(encoded) if isinstance(prompt, str) else prompt for prompt in prompts]

@@ -1,32 +1,59 @@
-"""The extension kv_cache_state: an answer's state is kept, and later requests go on from it.
+"""The extension `kv_cache_state`: the KV state after an answer is kept, and later requests continue it.
 
-In a request, `true` asks for the state after the answer, and a handle for that too, after going on from the state that
-it names. So a conversation sends only what is new, and so does each fork of it.
+In a request, `true` keeps the state after the answer. The handle of a state continues that state and keeps the new one.
+A conversation sends only what is new, and so does each of its branches.
 """
 
 import contextlib
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
 
 from octavo.async_llm import AsyncLLM
 from octavo.errors import InvalidRequest, QuotaExceeded
 from octavo.outputs import RequestOutput
 from octavo.params import SamplingParams
+from octavo.server.api import Api
+from octavo.server.edge.dispatch import route
 from octavo.server.errors import ApiError
 from octavo.states import KVState
 from octavo.states.handle import MIN_CHARGE
 
-from .replies import KVCacheState
+from .protocol import tenant_of
+from .replies import Json, KVCacheState
 
 PARAM = "kv_cache_state"
 
 
+def routes(api: Api) -> list[Route]:
+    """Return the routes of this family."""
+    path = "/v1/kv_cache_states/{id}"
+    return [route("GET", path, partial(get_state, api)), route("DELETE", path, partial(delete_state, api))]
+
+
+async def get_state(api: Api, request: Request) -> Response:
+    """Answer with a state's size and expiry, which this puts off. Raises ApiError 404."""
+    return Json(describe(_requested_state(api, request)))
+
+
+async def delete_state(api: Api, request: Request) -> Response:
+    """Drop a state. Raises ApiError 404."""
+    _requested_state(api, request).drop()
+    return Response(status_code=204)
+
+
 @dataclass
 class Continuation:
-    """A request with a kv_cache_state.
+    """How a request uses KV states.
 
-    `state`: what it goes on from. `messages`: of a chat, all up to the answer. `kept`: the state after the answer, when
-    all of that was heard; None if others have used up the quota meanwhile.
+    Args:
+        state: the state that the prompt continues, if any.
+        messages: of a chat, all those up to the answer.
+        kept: the state after the answer, when that is complete; None if others have used up the quota meanwhile.
     """
 
     llm: AsyncLLM
@@ -36,21 +63,21 @@ class Continuation:
     kept: KVCacheState | None = None
     _text: list[str] = field(default_factory=list)
 
-    def chat(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The whole conversation, `messages` being what is new. Raises InvalidRequest."""
+    def whole_chat(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Return the whole conversation, of which `messages` is the new part. Raises InvalidRequest."""
         before: list[dict[str, Any]] = []
         if self.state is not None:
             if self.state.messages is None:
-                raise InvalidRequest("this KV state is no chat's: go on from it with /v1/completions", PARAM)
+                raise InvalidRequest("this KV state is no chat's: continue it with /v1/completions", PARAM)
             before = self.state.messages
         self.messages = before + messages
         return self.messages
 
     def after_state(self, tokens: list[int]) -> list[int]:
-        """What of a chat's prompt comes after the state; all of it if the state is not how it begins.
+        """Return the part of a chat's prompt after the state, or all of it if the prompt does not begin with the state.
 
-        That happens: a text may be spelled in other tokens than those that the model chose. The prefix cache finds
-        what is the same.
+        The latter happens since the tokenizer may split a text into other tokens than the model chose for it. The
+        prefix cache still finds what is the same.
         """
         if self.state is None:
             return tokens
@@ -61,12 +88,12 @@ class Continuation:
         return tokens[len(known) :]
 
     def check_quota(self, prompt: list[int], params: SamplingParams) -> None:
-        """Raises QuotaExceeded rather than let it come to an answer whose state cannot be kept."""
+        """Raise QuotaExceeded if the state after the answer could not be kept, before there is an answer."""
         tokens = max(len(prompt) + (params.max_tokens or 0), MIN_CHARGE)
         self.llm.kv_cache_states.check_quota(self.tenant, tokens)
 
-    def hear(self, output: RequestOutput) -> None:
-        """An increment, or a whole output."""
+    def add(self, output: RequestOutput) -> None:
+        """Take an increment, or a whole output. The last one keeps the state."""
         self._text += [completion.text for completion in output.outputs]
         if output.finished:
             with contextlib.suppress(QuotaExceeded):
@@ -76,21 +103,28 @@ class Continuation:
                 self.kept = describe(state)
 
 
-def continuation(llm: AsyncLLM, asked: bool | str | None, n: int, terms: dict[str, Any]) -> Continuation | None:
-    """What a request asks for that has `n` completions. Raises InvalidRequest, InvalidKVState, ApiError."""
-    if asked is None or asked is False:
+def continuation(llm: AsyncLLM, given: bool | str | None, n: int, terms: dict[str, Any]) -> Continuation | None:
+    """Return how a request with `n` completions uses states; None if it does not.
+
+    Args:
+        given: the request's `kv_cache_state`.
+        terms: the fields of ServiceTerms that are given, and the tenant.
+
+    Raises InvalidRequest, InvalidKVState, and ApiError for an unknown handle.
+    """
+    if given is None or given is False:
         return None
     if n != 1:
         raise InvalidRequest("kv_cache_state is of one prompt and one completion: n must be 1", PARAM)
     tenant, state = terms["tenant"], None
-    if isinstance(asked, str):
-        state = find_state(llm, asked, tenant)
+    if isinstance(given, str):
+        state = find_state(llm, given, tenant)
         llm.kv_cache_states.use(state, tenant, terms.get("cache_salt", ""))
     return Continuation(llm, tenant, state)
 
 
 def find_state(llm: AsyncLLM, id: str, tenant: str) -> KVState:
-    """Raises ApiError 404: the same one whether there is no such state or it is another tenant's."""
+    """Return a tenant's state. Raises ApiError 404, the same for a state that does not exist and another tenant's."""
     state = llm.kv_cache_states.find(id, tenant)
     if state is None:
         raise ApiError(404, "there is no such KV state, or no more", PARAM, "kv_cache_state_not_found")
@@ -98,4 +132,10 @@ def find_state(llm: AsyncLLM, id: str, tenant: str) -> KVState:
 
 
 def describe(state: KVState) -> KVCacheState:
+    """Return a state as replies have it."""
     return KVCacheState(state.id, state.num_tokens, int(state.expires_at))
+
+
+def _requested_state(api: Api, request: Request) -> KVState:
+    tenant = tenant_of(request.headers, request.query_params.get("tenant"))
+    return find_state(api.llm, request.path_params["id"], tenant)

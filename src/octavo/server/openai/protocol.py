@@ -1,49 +1,64 @@
 """What a client may send: OpenAI's request bodies with vLLM's extra sampling fields, as strict pydantic models.
 
-null means "not given", as with OpenAI. Ranges are not checked here but by SamplingParams and ServiceTerms, which know
-them.
+null means "not given", as with OpenAI. Ranges are checked by SamplingParams and ServiceTerms. Fields that are not here
+are those of neutral_fields.py.
 """
 
-from typing import Annotated, Any, Literal, Self
+import json
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 from starlette.datastructures import Headers
 
 from octavo.errors import InvalidRequest
 from octavo.params import MAX_LOGPROBS, SamplingParams, ServiceTerms
+from octavo.server.config import ServerConfig
+from octavo.server.errors import MAX_DETAILS, ApiError, invalid_body
 
-MAX_COMPLETIONS = 1024  # of one request, for all its prompts together
+from . import neutral_fields
+
+MAX_ENTRIES = 4096  # in any list or map of a body that has no limit of its own
 TENANT_HEADER = "X-Octavo-Tenant"
 
 # Fields that a request and SamplingParams share, name and meaning.
-_SAMPLING_FIELDS = frozenset(SamplingParams.__struct_fields__) - {"max_tokens", "logprobs", "logit_bias"}
+_SAMPLING_FIELDS = frozenset(SamplingParams.__struct_fields__) - {"max_tokens", "logprobs", "logit_bias", "top_p"}
 
 _TERMS = ServiceTerms.__struct_fields__
 
 
-def _refuse(value: Any) -> None:
-    if value:  # null, false, [] and {} ask for nothing
-        raise PydanticCustomError("unsupported", "is not supported by this server")
+def _whole_number(value: Any) -> Any:
+    """8.0 -> 8: JSON has one type of numbers."""
+    return int(value) if type(value) is float and value.is_integer() else value
 
 
 def _prompts(value: Any) -> list[str | list[int]]:
-    """One entry per prompt, whichever of four shapes `prompt` has. A pydantic union would make four complaints."""
-
-    def is_tokens(value: Any) -> bool:
-        return isinstance(value, list) and all(type(token) is int for token in value)
-
-    one = isinstance(value, str) or (bool(value) and is_tokens(value))
-    prompts = [value] if one else value
-    if not isinstance(prompts, list) or not all(isinstance(prompt, str) or is_tokens(prompt) for prompt in prompts):
+    """Return one entry per prompt, for any of the four shapes of `prompt`. (A union would report four errors.)"""
+    if isinstance(value, str):
+        prompts: Any = [value]
+    elif isinstance(value, list) and value and isinstance(value[0], (int, float)):
+        prompts = [_tokens(value)]
+    else:
+        prompts = [_tokens(each) for each in value] if isinstance(value, list) else None
+    if prompts is None or not all(isinstance(each, (str, list)) for each in prompts):
         raise PydanticCustomError("prompt", "should be a string, a list of token ids, or a list of either")
     if not prompts or not all(prompts):
         raise PydanticCustomError("prompt", "should not be empty")
-    return prompts
+    return prompts  # type: ignore[no-any-return]
 
 
-def _text(content: Any) -> str | None:
-    """Content as text; its parts on lines of their own, as vLLM joins them."""
+def _tokens(value: Any) -> Any:
+    """Return a prompt of token ids as integers, one of text as it is, None for anything else."""
+    if not isinstance(value, list):
+        return value if isinstance(value, str) else None
+    if all(type(token) is int for token in value):
+        return value
+    whole = [_whole_number(token) for token in value]
+    return whole if all(type(token) is int for token in whole) else None
+
+
+def _content(content: Any) -> str | list[dict[str, str]] | None:
+    """Return the content of a message: text, or text parts, which the chat template gets as it wants them."""
     if content is None or isinstance(content, str):
         return content
     if not isinstance(content, list):
@@ -54,183 +69,269 @@ def _text(content: Any) -> str | None:
             raise PydanticCustomError("content", "has a part of type {kind}: only text is supported", {"kind": kind})
         if kind is None or not isinstance(part.get("text"), str):
             raise PydanticCustomError("content", "should have parts with a type and a text, unlike part {i}", {"i": i})
-    return "\n".join(part["text"] for part in content)
+    return [{"type": "text", "text": part["text"]} for part in content]
 
 
-Ignored = Any
-"""A field of OpenAI's that changes nothing here: accepted, as many clients always send it."""
-Unsupported = Annotated[Any, AfterValidator(_refuse)]
-"""A field of OpenAI's that would change the answer: refused unless empty."""
+Whole = Annotated[int, BeforeValidator(_whole_number)]
 
 
 class Strict(BaseModel):
-    """No field that is not declared, no number from a string, no NaN."""
+    """A body, or a part of one: no field that is not declared, no number from a string, no NaN."""
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
 
 class StreamOptions(Strict):
+    """`continuous_usage_stats`: usage so far in every chunk, not in one at the end."""
+
     include_usage: bool | None = None
-    include_obfuscation: Ignored = None
+    continuous_usage_stats: bool | None = None
 
 
 class GenerationRequest(Strict):
     """What the two kinds of completion have in common."""
 
+    neutral: ClassVar[dict[str, Any]]
+
     model: str | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    n: int | None = None
+    n: Whole | None = None
     temperature: float | None = None
     top_p: float | None = None
-    top_k: int | None = None
+    top_k: Whole | None = None
     min_p: float | None = None
-    max_tokens: int | None = None
-    min_tokens: int | None = None
+    max_tokens: Whole | None = None
+    min_tokens: Whole | None = None
     stop: Any = None  # a string or a list of them, as SamplingParams checks
-    stop_token_ids: list[int] | None = None
-    seed: int | None = None
+    stop_token_ids: list[Whole] | None = None
+    seed: Whole | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
     logit_bias: dict[str, float] | None = None
     ignore_eos: bool | None = None
-    speculative_tokens: int | None = None
-    priority: int | None = None
+    speculative_tokens: Whole | None = None
+    priority: Whole | None = None
     tenant: str | None = None
     ttft_target: float | None = None
     timeout: float | None = None
     cache_salt: str | None = None
-    kv_cache_state: bool | str | None = None  # keep it; go on from the one with this handle, and keep the new one
-    user: Ignored = None
+    kv_cache_state: bool | str | None = None  # true: keep the state; a handle: continue that one too
+
+    @classmethod
+    def from_json(cls, body: Any, config: ServerConfig) -> Self:
+        """Return a parsed body as a request. Raises ApiError 400 if it is not valid, or has too many entries."""
+        if isinstance(body, dict):
+            if len(body) > MAX_DETAILS:
+                raise ApiError(400, f"the body has {len(body)} fields", code="invalid_body")
+            body = neutral_fields.resolve_aliases(body)
+            body = neutral_fields.without_neutral(body, cls.model_fields.keys(), cls.neutral)
+            options, known = body.get("stream_options"), StreamOptions.model_fields.keys()
+            if isinstance(options, dict):
+                neutral = neutral_fields.STREAM_NEUTRAL
+                options = neutral_fields.without_neutral(options, known, neutral, "stream_options")
+                body = {**body, "stream_options": options}
+            body = cls._limited(body, config)
+        try:
+            return cls.model_validate(body)
+        except ValidationError as error:
+            raise invalid_body(error) from None
+
+    @classmethod
+    def _limited(cls, body: dict[str, Any], config: ServerConfig) -> dict[str, Any]:
+        """Return `body`, or raise ApiError 400 if it has too many entries somewhere."""
+        for name, value in body.items():
+            if name not in ("prompt", "messages") and isinstance(value, (list, dict)) and len(value) > MAX_ENTRIES:
+                raise ApiError(400, f"{name} has {len(value)} entries; the limit is {MAX_ENTRIES}", name)
+        stop = body.get("stop")
+        for text in stop if isinstance(stop, list) else [stop]:
+            if isinstance(text, str) and len(text) > config.max_stop_length:
+                message = f"a stop string has {len(text)} characters; the limit is {config.max_stop_length}"
+                raise ApiError(400, f"{message} (max_stop_length)", "stop")
+        return body
 
     @model_validator(mode="after")
-    def _options_need_a_stream(self) -> Self:
+    def _check_stream_options(self) -> Self:
         if self.stream_options is not None and not self.stream:
             raise PydanticCustomError("stream_options", "has stream_options, which need stream to be true")
         return self
 
     @property
     def include_usage(self) -> bool:
+        """Whether a stream ends with a chunk of usage."""
         return bool(self.stream_options and self.stream_options.include_usage)
 
+    @property
+    def continuous_usage(self) -> bool:
+        """Whether every chunk of a stream has usage so far."""
+        return self.include_usage and bool(self.stream_options and self.stream_options.continuous_usage_stats)
+
     def params(self, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
-        """Raises InvalidRequest for a value out of range."""
+        """Return the sampling parameters. Raises InvalidRequest for a value out of range."""
         given = {name: value for name in _SAMPLING_FIELDS if (value := getattr(self, name)) is not None}
+        if self.top_p == 0:  # the smallest set of tokens: the likeliest one
+            given["top_k"] = 1
+        elif self.top_p is not None:
+            given["top_p"] = self.top_p
         bias = {_token_id(key): value for key, value in (self.logit_bias or {}).items()}
         return SamplingParams(max_tokens=max_tokens, logprobs=logprobs, logit_bias=bias or None, **given)
 
     def terms(self, headers: Headers) -> dict[str, Any]:
-        """The fields of ServiceTerms that are given, and the tenant."""
+        """Return the fields of ServiceTerms that are given, and the tenant."""
         given = {name: value for name in _TERMS if (value := getattr(self, name)) is not None}
         return given | {"tenant": tenant_of(headers, self.tenant)}
 
 
 class CompletionRequest(GenerationRequest):
-    """POST /v1/completions."""
+    """The body of POST /v1/completions."""
+
+    neutral: ClassVar[dict[str, Any]] = neutral_fields.COMPLETION_NEUTRAL
 
     prompt: Annotated[list[str | list[int]], PlainValidator(_prompts)]
     echo: bool | None = None
-    logprobs: int | None = None
-    best_of: int | None = None
-    suffix: Unsupported = None
+    logprobs: Whole | None = None
+    best_of: Whole | None = None
+
+    @classmethod
+    def _limited(cls, body: dict[str, Any], config: ServerConfig) -> dict[str, Any]:
+        prompt, n = body.get("prompt"), body.get("n")
+        many = isinstance(prompt, list) and len(prompt) > 0 and isinstance(prompt[0], (str, list))
+        prompts = len(prompt) if isinstance(prompt, list) and many else 1
+        if many and prompts * (n if isinstance(n, int) else 1) > config.max_completions:
+            raise ApiError(400, f"prompt asks for more than {config.max_completions} completions", "prompt")
+        return super()._limited(body, config)
+
+    @property
+    def only_echo(self) -> bool:
+        """Whether the answer is the prompt and nothing else."""
+        return bool(self.echo) and self.max_tokens == 0
 
     def sampling_params(self) -> SamplingParams:
+        """Return the sampling parameters. Raises InvalidRequest."""
         if self.best_of is not None and self.best_of != (self.n or 1):
             raise InvalidRequest("best_of must be equal to n: this server does not rank completions", "best_of")
         if self.echo and self.logprobs is not None:
             raise InvalidRequest("echo with logprobs is not supported: this server has no logprobs of prompts", "echo")
-        params = self.params(16 if self.max_tokens is None else self.max_tokens, self.logprobs)
-        if len(self.prompt) * params.n > MAX_COMPLETIONS:
-            raise InvalidRequest(f"prompt asks for more than {MAX_COMPLETIONS} completions in one request", "prompt")
-        return params
+        if self.only_echo:
+            if self.kv_cache_state:
+                raise InvalidRequest("kv_cache_state needs max_tokens of at least 1", "kv_cache_state")
+            return self.params(1, None)  # the token is computed, so that the prompt is checked, and left out
+        return self.params(16 if self.max_tokens is None else self.max_tokens, self.logprobs)
 
 
 class Message(Strict):
-    """One turn. The fields that an answer of OpenAI's has beside its content are accepted as long as they are empty."""
+    """One message of a chat. `tool_calls` and `tool_call_id` are for the template: nothing is called here."""
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[str | None, PlainValidator(_text)] = None
-    name: Ignored = None
-    refusal: Ignored = None
-    annotations: Ignored = None
-    audio: Unsupported = None
-    tool_calls: Unsupported = None
-    function_call: Unsupported = None
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Annotated[str | list[dict[str, str]] | None, PlainValidator(_content)] = None
+    tool_calls: list[dict[str, Any]] | None = None
+    tool_call_id: str | None = None
 
     @model_validator(mode="after")
-    def _says_something(self) -> Self:
+    def _check_content(self) -> Self:
         if self.content is None and self.role != "assistant":
             raise PydanticCustomError("content", "has no content")
         return self
 
+    def for_template(self) -> dict[str, Any]:
+        """Return the message as chat templates expect it: as transformers' users write it."""
+        message: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role}
+        message["content"] = self.content if self.content or self.tool_calls else ""
+        if self.tool_calls:
+            message["tool_calls"] = [_with_arguments(call) for call in self.tool_calls]
+        if self.tool_call_id is not None:
+            message["tool_call_id"] = self.tool_call_id
+        return message
+
+
+def _with_arguments(call: dict[str, Any]) -> dict[str, Any]:
+    """Return a tool call with its arguments as an object: OpenAI writes them as a string of JSON."""
+    function = call.get("function")
+    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
+        return call
+    try:
+        arguments = json.loads(function["arguments"])
+    except (ValueError, RecursionError):
+        return call
+    return {**call, "function": {**function, "arguments": arguments}}
+
 
 class ResponseFormat(Strict):
+    """The form of an answer: text."""
+
     type: Literal["text"]
 
 
 class ChatRequest(GenerationRequest):
-    """POST /v1/chat/completions."""
+    """The body of POST /v1/chat/completions."""
+
+    neutral: ClassVar[dict[str, Any]] = neutral_fields.CHAT_NEUTRAL
 
     messages: list[Message] = Field(min_length=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: Whole | None = Field(None, ge=1)
     logprobs: bool | None = None
-    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    top_logprobs: Whole | None = Field(None, ge=0, le=MAX_LOGPROBS)
     add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     response_format: ResponseFormat | None = None
     modalities: list[Literal["text"]] | None = None
     tool_choice: Literal["none", "auto"] | None = None
-    audio: Unsupported = None
-    functions: Unsupported = None
-    function_call: Unsupported = None
-    reasoning_effort: Unsupported = None
-    tools: Unsupported = None
-    verbosity: Unsupported = None
-    web_search_options: Unsupported = None
-    metadata: Ignored = None
-    parallel_tool_calls: Ignored = None
-    prediction: Ignored = None
-    prompt_cache_key: Ignored = None
-    prompt_cache_retention: Ignored = None
-    safety_identifier: Ignored = None
-    service_tier: Ignored = None
-    store: Ignored = None
+
+    @classmethod
+    def _limited(cls, body: dict[str, Any], config: ServerConfig) -> dict[str, Any]:
+        messages = body.get("messages")
+        if not isinstance(messages, list):
+            return super()._limited(body, config)
+        if len(messages) > config.max_messages:
+            raise ApiError(400, f"messages has more than {config.max_messages} messages (max_messages)", "messages")
+        contents = [message.get("content") for message in messages if isinstance(message, dict)]
+        if sum(len(content) for content in contents if isinstance(content, list)) > config.max_content_parts:
+            message = f"messages has more than {config.max_content_parts} content parts (max_content_parts)"
+            raise ApiError(400, message, "messages")
+        known, neutral = Message.model_fields.keys(), neutral_fields.MESSAGE_NEUTRAL
+        messages = [
+            neutral_fields.without_neutral(each, known, neutral, f"messages[{i}]") if isinstance(each, dict) else each
+            for i, each in enumerate(messages)
+        ]
+        return super()._limited({**body, "messages": messages}, config)
 
     def sampling_params(self) -> SamplingParams:
+        """Return the sampling parameters. Raises InvalidRequest."""
         if self.top_logprobs is not None and not self.logprobs:
             raise InvalidRequest("top_logprobs needs logprobs to be true", "top_logprobs")
         limit = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
         return self.params(limit, (self.top_logprobs or 0) if self.logprobs else None)
 
     def conversation(self) -> list[dict[str, Any]]:
-        """The messages as chat templates know them; OpenAI's newer name for the system is not known to any."""
-        return [
-            {"role": "system" if m.role == "developer" else m.role, "content": m.content or ""} for m in self.messages
-        ]
+        """Return the messages for a chat template. No template knows "developer", OpenAI's newer name for "system"."""
+        return [message.for_template() for message in self.messages]
 
     def template_variables(self) -> dict[str, Any]:
-        """Raises InvalidRequest for a name that is no variable of the template."""
+        """Return the variables for the chat template. Raises InvalidRequest for a name that is reserved."""
         variables = dict(self.chat_template_kwargs or {})
         if taken := variables.keys() & {"messages", "self"}:
             raise InvalidRequest(f"chat_template_kwargs may not set {min(taken)}", "chat_template_kwargs")
         if self.add_generation_prompt is not None:
             variables["add_generation_prompt"] = self.add_generation_prompt
+        if self.continue_final_message:
+            variables["continue_final_message"] = True
         return variables
 
 
 def tenant_of(headers: Headers, named: str | None) -> str:
-    """Whose a request is that may have `named` somebody. Raises InvalidRequest.
+    """Return whose request it is: the header's tenant, or else `named`, which is the body's or the query's.
 
-    A proxy that knows who is calling says so in a header, and that wins over what the client says, even if it is empty:
-    a client must not put its requests on another's account, or into another's cache.
+    A proxy that knows who is calling sets the header, which wins even if it is empty: a client must not be able to use
+    another tenant's quota or cache. Raises InvalidRequest if there is more than one header.
     """
     match headers.getlist(TENANT_HEADER):
         case []:
             return named or ""
         case [tenant]:
             return tenant
-        case _:  # a client's own, and what the proxy added to it: which is which cannot be told
+        case _:  # the client's own and the proxy's, which cannot be told apart
             raise InvalidRequest(f"there is more than one header {TENANT_HEADER}", "tenant")
 
 

@@ -1,4 +1,4 @@
-"""What the server answers: OpenAI's response objects, as structs that msgspec encodes in about a microsecond."""
+"""OpenAI's response objects, as structs that msgspec encodes in about a microsecond."""
 
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -29,12 +29,34 @@ class ErrorReply(msgspec.Struct):
     error: ErrorBody
 
 
+class ModelPermission(msgspec.Struct, kw_only=True):
+    """What vLLM and older versions of OpenAI's API say about a model; clients read that it is there."""
+
+    id: str
+    object: Literal["model_permission"] = "model_permission"
+    created: int
+    allow_create_engine: bool = False
+    allow_sampling: bool = True
+    allow_logprobs: bool = True
+    allow_search_indices: bool = False
+    allow_view: bool = True
+    allow_fine_tuning: bool = False
+    organization: str = "*"
+    group: str | None = None
+    is_blocking: bool = False
+
+
 class ModelCard(msgspec.Struct, kw_only=True):
+    """A served model. `root`: the model under the name by which it was loaded; `max_model_len`: in tokens."""
+
     id: str
     object: Literal["model"] = "model"
     created: int
     owned_by: str = "octavo"
+    root: str
+    parent: str | None = None
     max_model_len: int
+    permission: list[ModelPermission]
 
 
 class ModelList(msgspec.Struct, kw_only=True):
@@ -54,7 +76,7 @@ class Usage(msgspec.Struct):
 
 
 class KVCacheState(msgspec.Struct):
-    """`id`: the handle. `expires_at`: in Unix time; every use puts it off."""
+    """A kept KV state. `id`: its handle; `expires_at`: in Unix time, and later after every use."""
 
     id: str
     tokens: int
@@ -77,7 +99,7 @@ class CompletionChoice(msgspec.Struct):
 
 
 class Completion(msgspec.Struct, kw_only=True):
-    """A whole text completion, or one event of a stream of them, which has `usage` only where the client asked."""
+    """A text completion, or one chunk of its stream, in which `usage` is present only if the client asked for it."""
 
     id: str
     object: Literal["text_completion"] = "text_completion"
@@ -123,7 +145,7 @@ class ChatChoice(msgspec.Struct):
 
 
 class Chat(msgspec.Struct, kw_only=True):
-    """A whole chat completion. `seed`: the one given, or the one drawn; the same seed brings the same text again."""
+    """A chat completion. `seed`: the one given, or else drawn; the same seed produces the same text again."""
 
     id: str
     object: Literal["chat.completion"] = "chat.completion"
@@ -150,7 +172,7 @@ class ChunkChoice(msgspec.Struct):
 
 
 class ChatChunk(msgspec.Struct, kw_only=True):
-    """One event of a streamed chat completion."""
+    """One chunk of a streamed chat completion."""
 
     id: str
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"

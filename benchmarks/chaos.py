@@ -1,0 +1,242 @@
+"""Chaos: streaming clients of a real server whose engine is killed and suspended again and again.
+
+    python benchmarks/chaos.py [--model smollm2] [--clients 200] [--seconds 180] [--kills 20] [--suspensions 4]
+
+Every client asks for one of a few requests, greedy or seeded, with n of 1 or 3, some of them continuing a KV state, and
+compares each stream with the answer of an undisturbed engine. Kills strike at random moments, also while an engine
+loads and while it is suspended. The exit code is 1 if a request was lost, or if a token was wrong, missing or repeated.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+PROMPTS = [
+    "The capital of France is",
+    "Once upon a time",
+    "def fibonacci(n):",
+    "The three laws of robotics are",
+    "1 2 3",
+]
+STATE_PROMPT = "User: How do I reverse a linked list?\nAssistant:"
+
+
+@dataclass
+class Report:
+    """What the clients saw. Times in seconds."""
+
+    streams: int = 0
+    lost: list[str] = field(default_factory=list)
+    wrong: list[str] = field(default_factory=list)
+    gaps_after_kill: list[float] = field(default_factory=list)
+    gaps_after_suspension: list[float] = field(default_factory=list)
+    longest_gap_otherwise: float = 0.0
+
+
+class Server:
+    """`octavo serve` on a free port, and the pid of its engine."""
+
+    def __init__(self, model: str, flags: list[str]):
+        command = [
+            sys.executable,
+            "-m",
+            "octavo.entrypoints.openai.api_server",
+            "--model",
+            model,
+            "--port",
+            "0",
+            *flags,
+        ]
+        self.process = subprocess.Popen([*command, *flags], stdout=subprocess.PIPE, text=True)
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if match := re.search(r"http://[\w.:]+", line):
+                self.url = match[0]
+            if line.startswith("curl"):
+                return
+        raise SystemExit("the server did not start")
+
+    def engine_pid(self) -> int | None:
+        pid = self.process.pid
+        for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+            try:
+                if b"engine_main" in Path(f"/proc/{child}/cmdline").read_bytes():
+                    return int(child)
+            except OSError:
+                continue
+        return None
+
+
+def requests(model: str, state: str, max_tokens: int) -> list[dict[str, Any]]:
+    """The bodies that clients choose from; each has one right answer."""
+    common = {"model": model, "max_tokens": max_tokens, "ignore_eos": True, "stream": True}
+    bodies = []
+    for i, prompt in enumerate(PROMPTS):
+        for n in (1, 3):
+            bodies.append({**common, "prompt": prompt, "n": n, "temperature": 0})
+            bodies.append({**common, "prompt": prompt, "n": n, "temperature": 0.8, "seed": 1000 + i})
+    bodies.append({**common, "prompt": " And a doubly linked one?", "kv_cache_state": state, "temperature": 0})
+    bodies.append({**common, "prompt": " In C?", "kv_cache_state": state, "temperature": 0.7, "seed": 5})
+    return bodies
+
+
+async def stream(client: httpx.AsyncClient, body: dict[str, Any]) -> AsyncIterator[tuple[int, str]]:
+    """Yield (index, text) of each event. Raises RuntimeError for an error or an early end."""
+    done = False
+    async with client.stream("POST", "/v1/completions", json=body) as response:
+        if response.status_code != 200:
+            raise RuntimeError(f"status {response.status_code}: {(await response.aread()).decode()[:200]}")
+        async for line in response.aiter_lines():
+            if not line.startswith("data: "):
+                continue
+            if line == "data: [DONE]":
+                done = True
+                break
+            event = json.loads(line[6:])
+            if "error" in event:
+                raise RuntimeError(f"error event: {event['error']['message']}")
+            for choice in event["choices"]:
+                yield choice["index"], choice["text"]
+    if not done:
+        raise RuntimeError("the stream ended early")
+
+
+async def answer(client: httpx.AsyncClient, body: dict[str, Any]) -> dict[int, str]:
+    texts: dict[int, str] = {}
+    async for index, text in stream(client, body):
+        texts[index] = texts.get(index, "") + text
+    return texts
+
+
+class Chaos:
+    """The clients, and what disturbs them."""
+
+    def __init__(self, server: Server, arguments: argparse.Namespace):
+        self.server, self.arguments, self.report = server, arguments, Report()
+        self.events: list[tuple[float, str]] = []  # time, "kill" or "suspension"
+        self.random = random.Random(arguments.seed)
+
+    async def run(self) -> Report:
+        limits = httpx.Limits(max_connections=None)
+        async with httpx.AsyncClient(base_url=self.server.url, timeout=120, limits=limits) as client:
+            first = {"prompt": STATE_PROMPT, "max_tokens": 40, "temperature": 0, "kv_cache_state": True}
+            state = (await client.post("/v1/completions", json=first)).json()["kv_cache_state"]["id"]
+            model = (await client.get("/v1/models")).json()["data"][0]["id"]
+            bodies = requests(model, state, self.arguments.max_tokens)
+            expected = [await answer(client, body) for body in bodies]
+            end = time.monotonic() + self.arguments.seconds
+            clients = [self.client(client, bodies, expected, end, i) for i in range(self.arguments.clients)]
+            await asyncio.gather(self.disturb(end), *clients)
+        return self.report
+
+    async def client(
+        self, client: httpx.AsyncClient, bodies: list[Any], expected: list[Any], end: float, i: int
+    ) -> None:
+        choose = random.Random(f"{self.arguments.seed} {i}")
+        while time.monotonic() < end:
+            which = choose.randrange(len(bodies))
+            texts: dict[int, str] = {}
+            last = time.monotonic()
+            self.report.streams += 1
+            try:
+                async for index, text in stream(client, bodies[which]):
+                    now = time.monotonic()
+                    if texts:
+                        self.note_gap(last, now)
+                    last = now
+                    texts[index] = texts.get(index, "") + text
+            except (RuntimeError, httpx.HTTPError) as error:
+                self.report.lost.append(f"{type(error).__name__}: {error}")
+                continue
+            if texts != expected[which]:
+                self.report.wrong.append(f"request {which}: {texts} instead of {expected[which]}")
+
+    def note_gap(self, begin: float, end: float) -> None:
+        causes = {cause for at, cause in self.events if begin - 0.5 <= at <= end}
+        if "suspension" in causes:
+            self.report.gaps_after_suspension.append(end - begin)
+        elif causes:
+            self.report.gaps_after_kill.append(end - begin)
+        else:
+            self.report.longest_gap_otherwise = max(self.report.longest_gap_otherwise, end - begin)
+
+    async def disturb(self, end: float) -> None:
+        """Kill and suspend the engine at random moments; some kills hit an engine that loads or is suspended."""
+        kinds = ["kill"] * self.arguments.kills + ["suspension"] * self.arguments.suspensions
+        self.random.shuffle(kinds)
+        pause = self.arguments.seconds / (len(kinds) + 1)
+        double = False
+        for kind in kinds:
+            await asyncio.sleep(self.random.uniform(0.7, 1.1) * pause)
+            if time.monotonic() > end:
+                return
+            pid = self.server.engine_pid()
+            if pid is None:
+                continue
+            self.events.append((time.monotonic(), kind))
+            if kind == "suspension":
+                os.kill(pid, signal.SIGSTOP)
+                continue
+            double = not double
+            if double and self.random.random() < 0.5:  # while it is suspended
+                os.kill(pid, signal.SIGSTOP)
+                await asyncio.sleep(self.random.uniform(0, 1))
+            kill(pid)
+            if not double:  # and its successor while it loads
+                while (successor := self.server.engine_pid()) in (None, pid):
+                    await asyncio.sleep(0.005)
+                await asyncio.sleep(self.random.uniform(0, 0.4))
+                assert successor is not None
+                self.events.append((time.monotonic(), kind))
+                kill(successor)
+
+
+def kill(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--clients", type=int, default=200)
+    parser.add_argument("--seconds", type=float, default=180.0)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--suspensions", type=int, default=4)
+    parser.add_argument("--max-tokens", type=int, default=48)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("flags", nargs="*", help="flags of octavo serve, after --")
+    arguments = parser.parse_args()
+    server = Server(arguments.model, arguments.flags)
+    try:
+        chaos = Chaos(server, arguments)
+        report = asyncio.run(chaos.run())
+    finally:
+        server.process.send_signal(signal.SIGTERM)
+        server.process.wait(timeout=90)
+    print(f"{report.streams} streams, {len(chaos.events)} kills and suspensions")
+    print(f"lost: {len(report.lost)}, wrong: {len(report.wrong)}")
+    print(f"longest gap after a kill {max(report.gaps_after_kill, default=0):.2f} s, ", end="")
+    print(f"after a suspension {max(report.gaps_after_suspension, default=0):.2f} s, ", end="")
+    print(f"otherwise {report.longest_gap_otherwise:.2f} s")
+    for line in (*report.lost[:5], *report.wrong[:5]):
+        print(" ", line)
+    return 1 if report.lost or report.wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

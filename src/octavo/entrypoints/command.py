@@ -1,0 +1,31 @@
+"""The installed command `octavo`: octavo.cli, or a line that says which extra it needs."""
+
+import re
+import sys
+from importlib.metadata import requires
+from typing import NoReturn
+
+
+def main() -> NoReturn:
+    """Run the command line. Exit with code 2 and one line if the packages of an extra are not installed."""
+    try:
+        from octavo.cli import main as run
+
+        run()
+    except ModuleNotFoundError as error:
+        extra = _extra_with(error.name or "")
+        if extra is None:
+            raise
+        print(f"octavo: this command needs {error.name}: pip install 'octavo[{extra}]'", file=sys.stderr)
+        sys.exit(2)
+
+
+def _extra_with(module: str) -> str | None:
+    """Return the extra of Octavo's that installs the package of this name, or None."""
+    package = module.partition(".")[0].lower()
+    for requirement in requires("octavo") or []:
+        name = re.match(r"[\w.-]+", requirement)
+        extra = re.search(r"extra == ['\"](\w+)['\"]", requirement)
+        if name and extra and name[0].lower() == package:
+            return extra[1]
+    return None

@@ -1,0 +1,13 @@
+"""What `chat` accepts: one conversation or several."""
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+Conversation = list[dict[str, Any]]
+"""Messages in OpenAI's format: {"role": ..., "content": ...}, and what else the model's chat template reads."""
+
+
+def conversations(messages: Conversation | Sequence[Conversation]) -> list[Conversation]:
+    """Return a list of conversations, whether `messages` is one or several."""
+    several = bool(messages) and isinstance(messages[0], list)
+    return cast("list[Conversation]", list(messages) if several else [messages])

@@ -1,0 +1,168 @@
+"""The main program of an engine process: `python -P -m octavo.frontend.links.engine_main FD`, started by ProcessLink.
+
+FD is one end of a socket pair. It is the only tie to the frontend: when the frontend ends, in whatever way, so does
+this process.
+"""
+
+import logging
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+import time
+from pathlib import Path
+
+from octavo.errors import OctavoError
+
+from .messages import (
+    HEARTBEAT,
+    Alive,
+    Failed,
+    FrameReader,
+    FromEngine,
+    Load,
+    Loading,
+    Ready,
+    ToEngine,
+    Tokens,
+    decode_to_engine,
+    frame,
+)
+
+RECEIVE_BYTES = 1 << 20
+SECONDS_TO_CLOSE = 3.0  # for pages on their way to a disk
+
+log = logging.getLogger("octavo")
+
+
+class Connection:
+    """The engine's end of the socket pair. `send` may be called by any thread, `receive` by one."""
+
+    def __init__(self, fd: int):
+        self.socket = socket.socket(fileno=fd)
+        self._wake = os.eventfd(0, os.EFD_NONBLOCK)
+        self._frames = FrameReader()
+        self._lock = threading.Lock()
+        self._poll = select.poll()
+        self._poll.register(self.socket, select.POLLIN)
+        self._poll.register(self._wake, select.POLLIN)
+
+    def send(self, message: FromEngine) -> None:
+        with self._lock:
+            self.socket.sendall(frame(message))
+
+    def wake(self) -> None:
+        os.eventfd_write(self._wake, 1)
+
+    def receive(self, block: bool) -> list[ToEngine] | None:
+        """Return the messages that have come; see EngineLoop.run."""
+        messages: list[ToEngine] = []
+        while ready := self._poll.poll(None if block else 0):
+            block = False
+            for fd, _ in ready:
+                if fd == self._wake:
+                    os.eventfd_read(self._wake)
+                elif not (data := self.socket.recv(RECEIVE_BYTES)):
+                    return None
+                else:
+                    messages += self._decode(data)
+        return messages
+
+    def _decode(self, data: bytes) -> list[ToEngine]:
+        messages = []
+        for payload in self._frames.feed(data):
+            message, failures = decode_to_engine(payload)
+            if failures:
+                self.send(Tokens(failures))
+            if message is not None:
+                messages.append(message)
+        return messages
+
+
+class Heartbeat(threading.Thread):
+    """Tells the frontend that this process runs and how long its step takes; ends the process with the frontend."""
+
+    def __init__(self, connection: Connection):
+        super().__init__(name="octavo-heartbeat", daemon=True)
+        from .engine_loop import EngineLoop
+
+        self.loop: EngineLoop | None = None  # once the model is loaded
+        self._connection = connection
+
+    def run(self) -> None:
+        hangup = select.poll()
+        hangup.register(self._connection.socket, select.POLLRDHUP)
+        try:
+            while not hangup.poll(HEARTBEAT * 1000):
+                loop = self.loop
+                self._connection.send(Alive(loop.step_seconds, loop.longest_step) if loop else Alive(0.0, 0.0))
+        except OSError:
+            pass
+        if self.loop is not None:
+            # The main thread sees the same and ends; if it does not, because a step hangs, the process ends without it.
+            time.sleep(SECONDS_TO_CLOSE + 1)
+            self.loop.engine.end_transfers()
+        os._exit(0)
+
+
+def main(fd: int) -> int:
+    """Load what the first message says and serve. Return the exit code."""
+    # The frontend decides when this process ends: Ctrl-C or SIGTERM for the whole group must not cut draining short.
+    for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(ignored, signal.SIG_IGN)
+    os.set_inheritable(fd, False)
+    connection = Connection(fd)
+    heartbeat = Heartbeat(connection)
+    heartbeat.start()
+    try:
+        _serve(connection, heartbeat)
+    except (BrokenPipeError, ConnectionResetError):
+        pass  # the frontend has gone
+    except OctavoError as error:
+        from .engine_loop import failure
+
+        connection.send(failure(error))
+        return 1
+    except Exception as error:
+        log.exception("the engine failed")
+        connection.send(Failed("EngineDead", f"{type(error).__name__}: {error}"))
+        return 1
+    return 0
+
+
+def _serve(connection: Connection, heartbeat: Heartbeat) -> None:
+    messages: list[ToEngine] | None = []
+    while not messages:
+        if (messages := connection.receive(block=True)) is None:
+            return
+    [load] = messages
+    assert isinstance(load, Load)
+    from octavo.config import EngineConfig
+    from octavo.engine.loading import load_engine
+    from octavo.frontend.progress import loading_bar
+
+    from .engine_loop import EngineLoop
+
+    reported = time.monotonic()
+
+    with loading_bar() as show:
+
+        def progress(done: int, total: int) -> None:
+            nonlocal reported
+            show(done, total)
+            if time.monotonic() - reported > HEARTBEAT:
+                reported = time.monotonic()
+                connection.send(Loading(done, total))
+
+        engine = load_engine(EngineConfig(**load.config), Path(load.path), progress)
+    loop = EngineLoop(engine, connection.send, connection.wake)
+    heartbeat.loop = loop
+    connection.send(Ready(engine.info))
+    loop.run(connection.receive)
+    engine.close()
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1])))

@@ -1,0 +1,187 @@
+"""Messages between a frontend and an engine. On a byte stream each is a frame: its length (uint32), and MessagePack."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+
+from octavo.engine.messages import EngineInfo, EngineRequest, EngineStats, TokenOutput
+
+
+class Load(msgspec.Struct, frozen=True, tag=True):
+    """The first message to an engine. Answered by Ready or Failed.
+
+    Attributes:
+        config: the fields of an EngineConfig.
+        path: the model's directory or file.
+    """
+
+    config: dict[str, Any]
+    path: str
+
+
+class Submit(msgspec.Struct, frozen=True, tag=True):
+    """Start requests, or continue those that have output tokens already."""
+
+    requests: list[EngineRequest]
+
+
+class Abort(msgspec.Struct, frozen=True, tag=True):
+    """End requests and free their pages; unknown ids are ignored."""
+
+    ids: list[str]
+
+
+class Pin(msgspec.Struct, frozen=True, tag=True):
+    """Keep the pages of a KV state in the pool as long as there is memory for them."""
+
+    id: str
+    tokens: list[int]
+    tenant: str
+    salt: str
+    origin: str = ""
+
+
+class Unpin(msgspec.Struct, frozen=True, tag=True):
+    """Give up the pages of a KV state, and close its file if it has one."""
+
+    id: str
+
+
+class SaveState(msgspec.Struct, frozen=True, tag=True):
+    """Write a KV state to a file. Answered by StateDone."""
+
+    id: str
+    path: str
+    tokens: list[int]
+    tenant: str
+    salt: str
+    origin: str = ""
+
+
+class LoadState(msgspec.Struct, frozen=True, tag=True):
+    """Read pages of a KV state from its file, from now on until Unpin. Answered by StateDone."""
+
+    id: str
+    path: str
+
+
+class AskStats(msgspec.Struct, frozen=True, tag=True):
+    """Answered by Stats of the same id."""
+
+    id: int
+
+
+class Loading(msgspec.Struct, frozen=True, tag=True):
+    """Progress of loading, in bytes of weights."""
+
+    done: int
+    total: int
+
+
+class Ready(msgspec.Struct, frozen=True, tag=True):
+    """The model is loaded; requests can be served."""
+
+    info: EngineInfo
+
+
+class Failed(msgspec.Struct, frozen=True, tag=True):
+    """Loading failed, or a state's file could not be written or read.
+
+    Attributes:
+        error: the name of a class in errors.py.
+        message: one line.
+    """
+
+    error: str
+    message: str
+
+
+class Alive(msgspec.Struct, frozen=True, tag=True):
+    """Sent every HEARTBEAT seconds by a thread of an engine process, whatever the engine is doing.
+
+    Attributes:
+        step_seconds: how long the present step has taken so far; 0 while there is nothing to do.
+        longest_step: the longest step yet, in seconds; 0 before the first has ended.
+    """
+
+    step_seconds: float
+    longest_step: float
+
+
+class Tokens(msgspec.Struct, frozen=True, tag=True):
+    """The outputs of one step."""
+
+    outputs: list[TokenOutput]
+
+
+class Stats(msgspec.Struct, frozen=True, tag=True):
+    id: int
+    stats: EngineStats
+
+
+class StateDone(msgspec.Struct, frozen=True, tag=True):
+    """The answer to SaveState and LoadState. `failed` is None if it was done."""
+
+    id: str
+    failed: Failed | None = None
+
+
+ToEngine = Load | Submit | Abort | AskStats | Pin | Unpin | SaveState | LoadState
+FromEngine = Loading | Ready | Failed | Alive | Tokens | Stats | StateDone
+
+HEARTBEAT = 0.5  # seconds
+_LENGTH_BYTES = 4
+
+_encode = msgspec.msgpack.Encoder().encode
+_decode_to_engine = msgspec.msgpack.Decoder(ToEngine).decode
+decode_from_engine = msgspec.msgpack.Decoder(FromEngine).decode
+
+
+def frame(message: ToEngine | FromEngine) -> bytes:
+    """Encode a message for a byte stream. Raises TypeError, ValueError or OverflowError if it cannot be encoded."""
+    encoded = _encode(message)
+    return len(encoded).to_bytes(_LENGTH_BYTES, "little") + encoded
+
+
+class FrameReader:
+    """Cuts a byte stream into the payloads of its frames."""
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+
+    def feed(self, data: bytes) -> Iterator[bytes]:
+        """Yield the payloads that are complete with `data`."""
+        self._buffer += data
+        start = 0
+        while len(self._buffer) >= start + _LENGTH_BYTES:
+            body = start + _LENGTH_BYTES
+            end = body + int.from_bytes(self._buffer[start:body], "little")
+            if len(self._buffer) < end:
+                break
+            yield bytes(self._buffer[body:end])
+            start = end
+        del self._buffer[:start]
+
+
+def decode_to_engine(payload: bytes) -> tuple[ToEngine | None, list[TokenOutput]]:
+    """Decode a message, and the error of each request in it that cannot be decoded.
+
+    A request that this engine cannot read fails alone: the others of its message are served.
+    """
+    try:
+        return _decode_to_engine(payload), []
+    except (msgspec.DecodeError, ValueError) as error:
+        raw = msgspec.msgpack.decode(payload)
+        if not isinstance(raw, dict) or raw.get("type") != "Submit":
+            raise
+        requests, failures = [], []
+        for item in raw.get("requests", []):
+            try:
+                requests.append(msgspec.convert(item, EngineRequest))
+            except (msgspec.ValidationError, ValueError) as problem:
+                id = item[0] if isinstance(item, list) and item and isinstance(item[0], str) else ""
+                failures.append(TokenOutput(id, -1, "error", message=f"the engine cannot read the request: {problem}"))
+        if not failures:
+            raise error
+        return Submit(requests), failures

@@ -1,0 +1,130 @@
+"""ProcessLink: an engine in a process of its own, which may crash or be killed without harm to this one."""
+
+import asyncio
+import dataclasses
+import logging
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from octavo.config import EngineConfig
+
+from .link import Exit
+from .messages import FrameReader, FromEngine, Load, ToEngine, decode_from_engine, frame
+
+CLOSE_PATIENCE = 5.0  # seconds for an engine to end in good order
+LOOK = 0.01  # seconds between two looks at whether a process has ended
+KILL_PATIENCE = 2.0  # seconds for the kernel to end a killed process
+
+log = logging.getLogger("octavo")
+
+
+class ProcessLink:
+    """See Link. The two processes share a socket pair, so there is no name, file or port that others could find.
+
+    Raises OSError if the process cannot be started.
+    """
+
+    heartbeats = True
+
+    def __init__(self, config: EngineConfig, path: Path):
+        self._socket, theirs = socket.socketpair()
+        try:
+            self._process = subprocess.Popen(
+                # -P: files in the current folder must not take the place of modules.
+                [sys.executable, "-P", "-m", "octavo.frontend.links.engine_main", str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+            )
+        except BaseException:
+            self._socket.close()
+            raise
+        finally:
+            theirs.close()
+        self.pid: int = self._process.pid
+        self._transport: asyncio.Transport | None = None
+        self._protocol: _Frames | None = None
+        self._socket.sendall(frame(Load(dataclasses.asdict(config), str(path))))
+
+    async def connect(self, on_message: Callable[[FromEngine], None], on_end: Callable[[], None]) -> None:
+        self._protocol = protocol = _Frames(on_message, on_end)
+        loop = asyncio.get_running_loop()
+        self._transport, _ = await loop.create_unix_connection(lambda: protocol, sock=self._socket)
+
+    def send(self, message: ToEngine) -> None:
+        data = frame(message)
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.write(data)
+
+    async def close(self) -> None:
+        self._disconnect()
+        if not await self._wait(CLOSE_PATIENCE):
+            await self.kill()
+
+    async def kill(self) -> Exit:
+        if self._transport is None or not self._transport.is_closing() or not await self._wait(KILL_PATIENCE):
+            self._process.kill()
+            await self._wait(KILL_PATIENCE)
+        self._disconnect()
+        return _exit(self._process.poll())
+
+    def _disconnect(self) -> None:
+        if self._protocol is not None:
+            self._protocol.detach()
+        if self._transport is not None:
+            self._transport.close()
+        else:
+            self._socket.close()
+
+    def discard(self) -> None:
+        """End the process if it was never connected; without an event loop."""
+        if self._protocol is not None:
+            return
+        self._process.kill()
+        self._process.wait(KILL_PATIENCE)
+        self._socket.close()
+
+    async def _wait(self, seconds: float) -> bool:
+        """Wait for the process to end. Return whether it has."""
+
+        deadline = time.monotonic() + seconds
+        while self._process.poll() is None and time.monotonic() < deadline:
+            await asyncio.sleep(LOOK)
+        return self._process.poll() is not None
+
+
+class _Frames(asyncio.Protocol):
+    """Cuts what an engine sends into messages."""
+
+    def __init__(self, on_message: Callable[[FromEngine], None], on_end: Callable[[], None]):
+        self._on_message: Callable[[FromEngine], None] | None = on_message
+        self._on_end: Callable[[], None] | None = on_end
+        self._frames = FrameReader()
+
+    def detach(self) -> None:
+        """Deliver nothing any more."""
+        self._on_message = self._on_end = None
+
+    def data_received(self, data: bytes) -> None:
+        for payload in self._frames.feed(data):
+            if self._on_message is not None:
+                self._on_message(decode_from_engine(payload))
+
+    def connection_lost(self, _: Exception | None) -> None:
+        if self._on_end is not None:
+            self._on_end()
+        self.detach()
+
+
+def _exit(code: int | None) -> Exit:
+    if code is None:
+        return Exit("it does not end", is_fault=False)
+    if code >= 0:
+        return Exit(f"exit code {code}", is_fault=True)
+    name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
+    return Exit(f"killed by {name}", is_fault=-code != signal.SIGKILL)

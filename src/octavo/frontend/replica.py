@@ -1,0 +1,179 @@
+"""Replica: one engine kept running. When its link ends or falls silent, a new one takes its place."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+from octavo.engine.messages import EngineInfo
+from octavo.errors import EngineDead, OctavoError
+
+from .links import Link
+from .links.engine_loop import raised
+from .links.link import Exit
+from .links.messages import HEARTBEAT, Alive, Failed, FromEngine, Loading, Ready, ToEngine
+
+TICK = HEARTBEAT  # seconds between two looks at the engine
+SILENT_TICKS = 5  # looks without a message in between, after which an engine counts as stopped
+FIRST_SIGN = 60.0  # seconds for a new process to say something at all
+MIN_STEP_LIMIT = 10.0  # seconds that any step may take
+STEP_LIMIT = 20  # times the longest step so far that a step may take
+FIRST_STEP_LIMIT = 120.0  # seconds for a first step, which may compile or touch memory
+QUICK_RESTARTS = 3  # restarts without a pause, within CRASH_WINDOW seconds
+CRASH_WINDOW = 60.0
+FIRST_PAUSE, MAX_PAUSE = 0.25, 10.0  # seconds between further restarts; each pause is twice the one before
+
+log = logging.getLogger("octavo")
+
+
+class ReplicaOwner(Protocol):
+    """What a replica tells its frontend."""
+
+    async def replica_ready(self, info: EngineInfo) -> None:
+        """The engine has loaded, for the first time or again; it may be sent messages from now on."""
+        ...
+
+    def replica_lost(self, exit: Exit) -> None:
+        """The engine has ended; what it was sent and has not answered is lost."""
+        ...
+
+    def replica_message(self, message: FromEngine) -> None:
+        """The engine said something other than how it is."""
+        ...
+
+
+class Replica:
+    """One supervised engine. For one event loop.
+
+    If the first engine does not load, `start` raises why; later ones are tried again, with longer and longer pauses,
+    for as long as the frontend lives. An engine is ended and replaced if it sends nothing for SILENT_TICKS looks, or if
+    a step takes longer than STEP_LIMIT times its longest step so far.
+
+    Args:
+        connect: starts an engine that loads.
+    """
+
+    def __init__(self, connect: Callable[[], Link], owner: ReplicaOwner):
+        self._connect, self._owner = connect, owner
+        self._task: asyncio.Task[None] | None = None
+        self._loaded: asyncio.Future[EngineInfo] | None = None
+        self._ended = asyncio.Event()
+        self._heard = False  # since the last tick
+        self._alive = Alive(0.0, 0.0)  # the latest
+        self._crashes: list[float] = []  # time.monotonic()
+        self.link: Link | None = None
+        self.is_ready = False
+        self.status = "is loading"  # for people: the engine ...
+
+    async def start(self, link: Link) -> EngineInfo:
+        """Wait until the first engine, which `link` has begun to load, is ready. Raises what loading raised."""
+        info = await self._load(link)
+        await self._serve(info)
+        self._task = asyncio.create_task(self._keep_running())
+        return info
+
+    def send(self, message: ToEngine) -> None:
+        """Send a message to the engine if it is ready; the next one is told what is owed. Raises as Link.send."""
+        if self.is_ready and self.link is not None:
+            self.link.send(message)
+
+    async def close(self) -> None:
+        """End the engine, in good order if it answers."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait((self._task,))
+        if self.link is not None:
+            await (self.link.close() if self.is_ready else self.link.kill())
+        self.is_ready, self.status = False, "was shut down"
+
+    async def _keep_running(self) -> None:
+        while True:
+            exit = await self._watch()
+            self.is_ready, self.status = False, f"ended ({exit.reason}) and is starting again"
+            log.error("the engine ended unexpectedly (%s)", exit.reason)
+            self._owner.replica_lost(exit)
+            await self._restart()
+
+    async def _restart(self) -> None:
+        """Load engines until one is ready."""
+        while True:
+            await asyncio.sleep(self._pause())
+            try:
+                await self._serve(await self._load(self._connect()))
+                return
+            except (OctavoError, OSError) as error:
+                self.status = f"does not start, and is tried again: {' '.join(str(error).split())}"
+                log.error("the engine %s", self.status)
+
+    def _pause(self) -> float:
+        """Return how long to wait before the next restart, and count it."""
+        now = time.monotonic()
+        self._crashes = [*(at for at in self._crashes if now - at < CRASH_WINDOW), now]
+        extra = len(self._crashes) - QUICK_RESTARTS
+        return min(FIRST_PAUSE * 2.0 ** min(extra, 10), MAX_PAUSE) if extra > 0 else 0.0
+
+    async def _load(self, link: Link) -> EngineInfo:
+        """Wait until `link` is ready. Raises what loading raised, or EngineDead."""
+        self.link, self._heard, self._alive = link, False, Alive(0.0, 0.0)
+        self._ended = asyncio.Event()
+        loaded: asyncio.Future[EngineInfo] = asyncio.get_running_loop().create_future()
+        self._loaded = loaded
+        await link.connect(self._on_message, self._ended.set)
+        watching = asyncio.ensure_future(self._watch())
+        try:
+            await asyncio.wait((loaded, watching), return_when=asyncio.FIRST_COMPLETED)
+            if loaded.done():
+                return loaded.result()
+            raise EngineDead(f"the engine ended while it was loading ({watching.result().reason})")
+        except BaseException:
+            watching.cancel()
+            await link.kill()
+            raise
+        finally:
+            watching.cancel()
+            loaded.cancel()
+
+    async def _serve(self, info: EngineInfo) -> None:
+        self.is_ready, self.status = True, "is ready"
+        await self._owner.replica_ready(info)
+
+    async def _watch(self) -> Exit:
+        """Wait until the engine ends, or end it because it stopped. Return how it ended."""
+        assert self.link is not None
+        problem, is_fault = None, False
+        patience = SILENT_TICKS if self._heard or self.is_ready else round(FIRST_SIGN / TICK)
+        silent = 0
+        while problem is None and not self._ended.is_set():
+            try:
+                await asyncio.wait_for(self._ended.wait(), TICK)
+            except TimeoutError:
+                # Counted in looks, not in seconds: while this process was stopped too, nothing is the engine's fault.
+                silent, self._heard = (0, False) if self._heard else (silent + 1, False)
+                patience = min(patience, SILENT_TICKS) if not silent else patience
+                if self.link.heartbeats and silent >= patience:
+                    problem = f"no sign of life for {silent * TICK:g} s"
+                elif self._alive.step_seconds > (limit := self._step_limit()):
+                    problem, is_fault = f"a step took longer than {limit:.0f} s", True
+        exit = await self.link.kill()
+        return exit if problem is None else Exit(problem, is_fault)
+
+    def _step_limit(self) -> float:
+        longest = self._alive.longest_step
+        return max(MIN_STEP_LIMIT, STEP_LIMIT * longest) if longest else FIRST_STEP_LIMIT
+
+    def _on_message(self, message: FromEngine) -> None:
+        self._heard = True
+        match message:
+            case Alive():
+                self._alive = message
+            case Loading():
+                self.status = f"is loading ({message.done / max(message.total, 1):.0%})"
+            case Ready():
+                if self._loaded is not None and not self._loaded.done():
+                    self._loaded.set_result(message.info)
+            case Failed():
+                if self._loaded is not None and not self._loaded.done():
+                    self._loaded.set_exception(raised(message))
+            case _:
+                self._owner.replica_message(message)

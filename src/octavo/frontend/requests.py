@@ -1,0 +1,151 @@
+"""What `generate` accepts, as requests: prompts with the parameters, terms and KV state of each."""
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypedDict, TypeVar, cast
+
+from octavo.engine.messages import EngineInfo
+from octavo.errors import InvalidRequest, PromptTooLong
+from octavo.params import SamplingParams, ServiceTerms, Terms
+from octavo.states import KVState
+from octavo.text import Tokenizer
+
+LONG_PROMPT = 20_000  # characters or tokens; tokenizing takes about 1 µs for each
+MAX_ID = 256  # characters of a request id that the user chooses
+
+
+class PromptDict(TypedDict, total=False):
+    """A prompt as vLLM's users write it: `prompt` or `prompt_token_ids`, and optionally its own `cache_salt`."""
+
+    prompt: str
+    prompt_token_ids: list[int]
+    cache_salt: str
+
+
+Prompt = str | list[int] | PromptDict
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One prompt with everything that was asked for it.
+
+    Attributes:
+        prompt: text or token ids; what follows `state`, if there is one.
+        state: the KV state that the prompt continues.
+    """
+
+    prompt: str | list[int]
+    params: SamplingParams
+    terms: ServiceTerms
+    state: KVState | None = None
+
+
+def make_request(
+    prompt: Prompt,
+    params: SamplingParams,
+    priority: int = 0,
+    terms: Terms | None = None,
+    state: KVState | None = None,
+) -> Request:
+    """Make a request of one prompt. Raises InvalidRequest."""
+    terms = terms or {}
+    if isinstance(prompt, dict):
+        if unknown := prompt.keys() - PromptDict.__annotations__.keys():
+            raise InvalidRequest(
+                f"a prompt cannot have {min(unknown)}: only text or token ids, and cache_salt", "prompt"
+            )
+        if "cache_salt" in prompt:
+            terms = {**terms, "cache_salt": prompt["cache_salt"]}
+        content = prompt.get("prompt_token_ids", prompt.get("prompt"))
+    else:
+        content = prompt
+    if not isinstance(content, (str, list)):
+        raise InvalidRequest("a prompt must be a string or a list of token ids", "prompt")
+    if not isinstance(params, SamplingParams):
+        raise InvalidRequest(f"sampling_params must be SamplingParams, not {type(params).__name__}", "sampling_params")
+    return Request(content, params, ServiceTerms(priority=priority, **terms), state)
+
+
+def make_requests(
+    prompts: Prompt | Sequence[Prompt],
+    params: SamplingParams | Sequence[SamplingParams] | None,
+    default: SamplingParams,
+    priority: int | Sequence[int],
+    terms: Terms,
+    states: KVState | Sequence[KVState] | None = None,
+) -> list[Request]:
+    """Make a request of each prompt; the other arguments are for all prompts, or one each. Raises InvalidRequest.
+
+    Args:
+        default: the parameters where `params` is None.
+    """
+    several = isinstance(prompts, (list, tuple)) and not (prompts and isinstance(prompts[0], int))
+    many = cast("list[Prompt]", list(prompts) if several else [prompts])
+    every_params = _one_each(default if params is None else params, len(many), "SamplingParams")
+    every_priority = _one_each(priority, len(many), "priority")
+    every_state = _one_each(states, len(many), "kv_cache_state")
+    every = zip(many, every_params, every_priority, every_state, strict=True)
+    return [make_request(prompt, one, priority, terms, state) for prompt, one, priority, state in every]
+
+
+def _one_each(given: T | Sequence[T], count: int, what: str) -> Sequence[T]:
+    if not isinstance(given, (list, tuple)):
+        return [cast("T", given)] * count
+    if len(given) != count:
+        raise InvalidRequest(f"{count} prompts need one {what}, or {count}, not {len(given)}")
+    return given
+
+
+def tokenize(request: Request, tokenizer: Tokenizer, info: EngineInfo) -> list[int]:
+    """Return the token ids of a request's prompt, without those of its KV state. May be called by any thread.
+
+    Raises InvalidRequest for tokens that the model does not have, here or in the parameters; PromptTooLong.
+    """
+    _check_params(request.params, info.vocab_size)
+    prompt = request.prompt
+    if isinstance(prompt, str):
+        tokens = tokenizer.encode(prompt, request.state is None, max_tokens=info.max_model_len - 1)
+    else:
+        check_length(len(prompt), info, has_state=request.state is not None)
+        size = info.vocab_size
+        tokens = list(prompt)
+        if not all(type(token) is int and 0 <= token < size for token in tokens):
+            raise InvalidRequest(f"prompt token ids must be integers from 0 to {size - 1}", "prompt")
+    check_length(len(tokens), info, has_state=request.state is not None)
+    return tokens
+
+
+async def tokenize_all(requests: list[Request], tokenizer: Tokenizer, info: EngineInfo) -> list[list[int]]:
+    """Return the token ids of each request; long prompts are tokenized in another thread. Raises as `tokenize`."""
+
+    def work() -> list[list[int]]:
+        return [tokenize(request, tokenizer, info) for request in requests]
+
+    is_long = sum(len(request.prompt) for request in requests) > LONG_PROMPT
+    return await asyncio.get_running_loop().run_in_executor(tokenizer.threads, work) if is_long else work()
+
+
+def check_length(num_tokens: int, info: EngineInfo, has_state: bool = False) -> None:
+    """Raise InvalidRequest for an empty prompt, PromptTooLong for one that leaves no place for an output token."""
+    if not num_tokens and not has_state:
+        raise InvalidRequest("the prompt is empty", "prompt")
+    limit = info.max_model_len
+    if num_tokens >= limit:
+        raise PromptTooLong(
+            f"the prompt has {num_tokens} tokens; the model's context of {limit} has room for at most {limit - 1}",
+            "prompt",
+        )
+
+
+def check_id(id: str) -> None:
+    """Raise InvalidRequest unless `id` can name a request."""
+    if not (isinstance(id, str) and 0 < len(id) <= MAX_ID and id.isprintable()):
+        raise InvalidRequest(f"request_id must be 1 to {MAX_ID} printable characters", "request_id")
+
+
+def _check_params(params: SamplingParams, vocab_size: int) -> None:
+    for name, tokens in (("stop_token_ids", params.stop_token_ids), ("logit_bias", params.logit_bias)):
+        if any(token >= vocab_size for token in tokens or ()):
+            raise InvalidRequest(f"{name} names tokens beyond the vocabulary of {vocab_size}", name)

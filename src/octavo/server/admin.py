@@ -1,0 +1,63 @@
+"""For operators: GET /health, /ready, /stats and /version. None of them waits for an engine for more than a second."""
+
+import asyncio
+from functools import partial
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from octavo.errors import EngineDead
+from octavo.version import __version__
+
+from .api import Api
+from .edge.dispatch import route
+from .errors import ApiError
+from .openai.replies import Json
+from .stats import server_stats
+
+STATS_SECONDS = 1.0  # that an engine may take to report
+
+
+def routes(api: Api) -> list[Route]:
+    """Return the routes of this family."""
+    return [
+        route("GET", "/health", health),
+        route("GET", "/ready", partial(ready, api)),
+        route("GET", "/stats", partial(stats, api)),
+        route("GET", "/version", version),
+    ]
+
+
+async def health(_: Request) -> Response:
+    """Answer 200: this process serves. Whether an engine does is /ready's answer."""
+    return Response()
+
+
+async def ready(api: Api, _: Request) -> Response:
+    """Answer 200 if requests are served now, else 503 with the reason."""
+    is_ready, reason = readiness(api)
+    return Json({"ready": is_ready, "reason": reason}, 200 if is_ready else 503)
+
+
+def readiness(api: Api) -> tuple[bool, str]:
+    """Return whether requests are served now, and if not, why. Never waits."""
+    if api.draining():
+        return False, "the server is shutting down"
+    return api.llm.readiness()
+
+
+async def stats(api: Api, _: Request) -> Response:
+    """Answer with ServerStats, or 503 if no engine reports within a second."""
+    try:
+        async with asyncio.timeout(STATS_SECONDS):
+            return Json(await server_stats(api.llm))
+    except TimeoutError:
+        raise ApiError(503, "the engine does not respond", code="engine_unresponsive") from None
+    except EngineDead as error:
+        raise ApiError(503, str(error), code="engine_dead") from None
+
+
+async def version(_: Request) -> Response:
+    """Answer with the version of Octavo."""
+    return Json({"version": __version__})

@@ -1,0 +1,80 @@
+"""From a request to its route, and from an exception to its response."""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Collection
+from typing import Any
+
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import BaseRoute, Route, Router
+from starlette.types import Receive, Scope, Send
+
+from octavo.server.errors import ServerStopping, error_reply, error_response, is_expected
+
+from . import cors
+from .access_log import RequestRecord
+
+Handler = Callable[[Request], Awaitable[Response]]
+
+log = logging.getLogger("octavo.server")
+
+
+class Endpoint:
+    """A handler as an ASGI application: without Starlette's own wrapping, which handles errors that we handle once."""
+
+    def __init__(self, handler: Handler):
+        self._handler = handler
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        response = await self._handler(Request(scope, receive))
+        await response(scope, receive, send)
+
+
+def route(method: str, path: str, handler: Handler) -> Route:
+    """Return a route; that of GET answers HEAD too."""
+    return Route(path, Endpoint(handler), methods=[method])
+
+
+class Dispatcher:
+    """The ASGI application: finds the route, answers OPTIONS, and turns exceptions into responses.
+
+    Args:
+        origins: the web origins whose pages may call; see `cors`.
+    """
+
+    def __init__(self, routes: Collection[BaseRoute], origins: Collection[str]):
+        self._router = Router(list(routes), redirect_slashes=False)
+        self._origins = origins
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        scope["app"] = self  # Starlette's router then raises HTTPException rather than answer in plain text
+        record = RequestRecord.of(scope)
+        record.response_headers += cors.response_headers(scope["headers"], self._origins)
+        try:
+            if scope["method"] == "OPTIONS":
+                record.response_headers += cors.preflight_headers(scope["headers"], self._origins)
+                await Response(status_code=204)(scope, receive, send)
+            else:
+                await self._router(scope, receive, send)
+        except asyncio.CancelledError:  # by the server, whose drain timeout is over; or the client has left
+            await self._answer(ServerStopping(), record, scope, receive, send)
+        except Exception as error:
+            await self._answer(error, record, scope, receive, send)
+
+    async def _answer(
+        self, error: Exception, record: RequestRecord, scope: Scope, receive: Receive, send: Send
+    ) -> None:
+        if isinstance(error, HTTPException):  # from the router: 404, or 405
+            error.detail = f"{error.detail}: {scope['method']} {scope['path']}"
+        elif not is_expected(error):
+            log.error("a request failed", exc_info=error)
+        note_error(record, error)
+        await error_response(error)(scope, receive, send)
+
+
+def note_error(record: RequestRecord, error: Exception) -> None:
+    """Give the access log the code of an error, or its kind if it has no code."""
+    body: Any = error_reply(error)[1].error
+    record.error = body.code or body.type

@@ -1,0 +1,70 @@
+"""Limits on what all connections hold together: how many there are, and the bytes of bodies that are arriving."""
+
+from typing import Protocol
+
+from octavo.server.errors import ApiError
+
+
+class Connection(Protocol):
+    """A connection that can be closed to make place for another."""
+
+    def close_idle(self) -> None:
+        """Close the connection, which no request is using."""
+
+
+class ConnectionLimit:
+    """Admits connections up to a maximum, closing the longest idle one for a new one.
+
+    So thousands of connections that nobody uses cannot keep others out.
+    """
+
+    def __init__(self, maximum: int):
+        self._maximum = maximum
+        self._open: set[Connection] = set()
+        self._idle: dict[Connection, None] = {}  # in the order in which they became idle
+
+    def admit(self, connection: Connection) -> bool:
+        """Count a new connection, which is idle. Return False if there is no place for it."""
+        if len(self._open) >= self._maximum:
+            longest_idle = next(iter(self._idle), None)
+            if longest_idle is None:
+                return False
+            self.release(longest_idle)
+            longest_idle.close_idle()
+        self._open.add(connection)
+        self._idle[connection] = None
+        return True
+
+    def set_busy(self, connection: Connection) -> None:
+        """A request has begun on it."""
+        self._idle.pop(connection, None)
+
+    def set_idle(self, connection: Connection) -> None:
+        """It waits for its next request."""
+        if connection in self._open:
+            self._idle[connection] = None
+
+    def release(self, connection: Connection) -> None:
+        """It is closed."""
+        self._open.discard(connection)
+        self._idle.pop(connection, None)
+
+
+class ByteBudget:
+    """Counts bytes that are held, up to a maximum."""
+
+    def __init__(self, maximum: int):
+        self._maximum = maximum
+        self._held = 0
+
+    def acquire(self, size: int) -> None:
+        """Raises ApiError 503 if `size` more bytes would be too many."""
+        if self._held + size > self._maximum:
+            raise ApiError(
+                503, "too many request bodies are arriving at once; try again shortly", code="too_many_bodies"
+            )
+        self._held += size
+
+    def release(self, size: int) -> None:
+        """Give back what was acquired."""
+        self._held -= size
