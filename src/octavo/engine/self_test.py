@@ -5,11 +5,11 @@ import numpy as np
 from octavo.backends.base import Backend, SamplingBatch, StepBatch
 from octavo.errors import DamagedWeights
 
-_TOKENS = 8
+_TOKENS = 2  # more would cost more than reading the weights once
 
 
 def self_test(backend: Backend, max_tokens: int) -> None:
-    """Run a step of at most 8 tokens, and no more than `max_tokens`, and check that its logits are finite.
+    """Run a step of at most 2 tokens, and no more than `max_tokens`, and check that its logits are finite.
 
     It uses page 0 of the KV pool, which must be allocated and hold nothing that is still needed. Raises DamagedWeights.
     """
