@@ -549,7 +549,7 @@ def test_both_families_are_listened_on(host: str) -> None:
 
 
 def test_ready_says_why_not(http: httpx.Client, tiny_llama: Path) -> None:
-    assert http.get("/ready").json() == {"ready": True, "reason": ""}
+    assert http.get("/ready").json() == {"ready": True, "reason": "the engine is ready"}
 
     async def main() -> httpx.Response:
         async with serving(tiny_llama) as (llm, _, _):
