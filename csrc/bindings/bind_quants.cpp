@@ -18,7 +18,7 @@ namespace nb = nanobind;
 namespace octavo {
 namespace {
 
-// Decode rows of a tensor as its file stores them, uint8 [rows, bytes per row], into `out`, float32 [rows, columns].
+// Dequantizes rows of a tensor as its file stores them, uint8 [rows, bytes per row], to float32 [rows, columns].
 void dequantize(int format, nb::ndarray<const uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu> stored,
                 nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu> out) {
     const size_t rows = stored.shape(0), columns = out.shape(1);
@@ -29,8 +29,8 @@ void dequantize(int format, nb::ndarray<const uint8_t, nb::ndim<2>, nb::c_contig
     dequantize_row(format, stored.data(), out.data(), static_cast<int64_t>(rows * columns));
 }
 
-// Encode float32 [rows, columns] as rows of Q8_0 or Q4_1, uint8 [rows, bytes per row]. `importance`, for Q4_1: float32
-// [columns], how much the square of an error counts in each column.
+// Quantizes float32 [rows, columns] to rows of Q8_0 or Q4_1, uint8 [rows, bytes per row]. `importance`, for Q4_1, is
+// float32 [columns]: the weight of squared errors in each column.
 nb::object quantize(nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu> values,
                     const std::string& format_name,
                     std::optional<nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>> importance,

@@ -19,7 +19,7 @@ from .outputs import RequestOutput
 from .params import SamplingParams, Terms
 from .states import KVState, StateBook
 from .text import Tokenizer
-from .weights import resolve
+from .weights import generation_defaults, resolve
 
 STATS_PATIENCE = 1.0  # seconds to wait for the engine's figures
 
@@ -52,11 +52,12 @@ class AsyncLLM:
 
     def _set_up(self, config: EngineConfig) -> None:
         self.config = config
-        self.default_sampling_params = SamplingParams()
         path = resolve(config.model, config.revision)
         self._link = ProcessLink(config, path)  # loads while this process does the rest
         try:
             self.tokenizer = Tokenizer.load(path)
+            self.generation_defaults = generation_defaults(path) if config.generation_config == "auto" else {}
+            self.default_sampling_params = SamplingParams(**self.generation_defaults)  # type: ignore[arg-type]
         except BaseException:
             self._link.discard()
             raise

@@ -67,6 +67,11 @@ class EngineConfig(Settings):
         "Weights in arithmetic: bf16 (none), the file's own integers (auto), or quantized at load to 8bit or 4bit.",
         one_of(*QUANTIZATIONS),
     )
+    generation_config: str = setting(
+        "auto",
+        "Sampling parameters where a request names none: auto (the model's own recommendation) or none.",
+        one_of("auto", "none"),
+    )
     max_model_len: int | None = setting(
         None, "Tokens of prompt and output together; by default the model's own limit.", at_least(2)
     )

@@ -21,7 +21,7 @@ from .outputs import RequestOutput
 from .params import SamplingParams, Terms
 from .states import KVState
 from .text import Tokenizer
-from .weights import resolve
+from .weights import generation_defaults, resolve
 
 CLOSE_PATIENCE = 15.0  # seconds for the engine to end its step and write its pages
 
@@ -52,7 +52,8 @@ class LLM:
         self.config = config
         path: Path = resolve(config.model, config.revision)
         self.tokenizer = Tokenizer.load(path)
-        self.default_sampling_params = SamplingParams()
+        self.generation_defaults = generation_defaults(path) if config.generation_config == "auto" else {}
+        self.default_sampling_params = SamplingParams(**self.generation_defaults)  # type: ignore[arg-type]
         self._thread = LoopThread()
         owner = _StateOwner(self._thread)
         self._frontend = owner.frontend = Frontend(

@@ -30,7 +30,7 @@ async def chat_completions(api: Api, request: Request) -> Response:
     llm, record = api.llm, RequestRecord.of(request.scope)
     body = ChatRequest.from_json(await api.bodies.read_json(request), api.config)
     api.check_model(body.model)
-    params, terms = body.sampling_params(), body.terms(request.headers)
+    params, terms = body.sampling_params(llm.generation_defaults), body.terms(request.headers)
     llm.check_capacity(params.n)
     messages = body.conversation()
     record.stream, record.prompt = bool(body.stream), messages

@@ -32,7 +32,7 @@ async def completions(api: Api, request: Request) -> Response:
     body = CompletionRequest.from_json(await api.bodies.read_json(request), api.config)
     record.stream, record.prompt = bool(body.stream), body.prompt
     api.check_model(body.model)
-    params, terms = body.sampling_params(), body.terms(request.headers)
+    params, terms = body.sampling_params(llm.generation_defaults), body.terms(request.headers)
     count = len(body.prompt) * params.n
     llm.check_capacity(count)
     continued = continuation(llm, body.kv_cache_state, count, terms)

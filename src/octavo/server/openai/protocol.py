@@ -5,6 +5,7 @@ are those of neutral_fields.py.
 """
 
 import json
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError, model_validator
@@ -25,6 +26,9 @@ TENANT_HEADER = "X-Octavo-Tenant"
 _SAMPLING_FIELDS = frozenset(SamplingParams.__struct_fields__) - {"max_tokens", "logprobs", "logit_bias", "top_p"}
 
 _TERMS = ServiceTerms.__struct_fields__
+
+Defaults = Mapping[str, float | int]
+"""Sampling parameters that the model recommends, by the names of SamplingParams."""
 
 
 def _whole_number(value: Any) -> Any:
@@ -167,9 +171,10 @@ class GenerationRequest(Strict):
         """Whether every chunk of a stream has usage so far."""
         return self.include_usage and bool(self.stream_options and self.stream_options.continuous_usage_stats)
 
-    def params(self, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
-        """Return the sampling parameters. Raises InvalidRequest for a value out of range."""
-        given = {name: value for name in _SAMPLING_FIELDS if (value := getattr(self, name)) is not None}
+    def params(self, defaults: Defaults, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
+        """Return the sampling parameters: those given, else those of `defaults`. Raises InvalidRequest."""
+        given = {name: value for name, value in defaults.items() if name != "max_tokens"}
+        given.update({name: value for name in _SAMPLING_FIELDS if (value := getattr(self, name)) is not None})
         if self.top_p == 0:  # the smallest set of tokens: the likeliest one
             given["top_k"] = 1
         elif self.top_p is not None:
@@ -207,8 +212,8 @@ class CompletionRequest(GenerationRequest):
         """Whether the answer is the prompt and nothing else."""
         return bool(self.echo) and self.max_tokens == 0
 
-    def sampling_params(self) -> SamplingParams:
-        """Return the sampling parameters. Raises InvalidRequest."""
+    def sampling_params(self, defaults: Defaults) -> SamplingParams:
+        """Return the sampling parameters, see `params`. Raises InvalidRequest."""
         if self.best_of is not None and self.best_of != (self.n or 1):
             raise InvalidRequest("best_of must be equal to n: this server does not rank completions", "best_of")
         if self.echo and self.logprobs is not None:
@@ -216,8 +221,9 @@ class CompletionRequest(GenerationRequest):
         if self.only_echo:
             if self.kv_cache_state:
                 raise InvalidRequest("kv_cache_state needs max_tokens of at least 1", "kv_cache_state")
-            return self.params(1, None)  # the token is computed, so that the prompt is checked, and left out
-        return self.params(16 if self.max_tokens is None else self.max_tokens, self.logprobs)
+            return self.params(defaults, 1, None)  # the token is computed, so that the prompt is checked, and left out
+        limit = defaults.get("max_tokens", 16) if self.max_tokens is None else self.max_tokens
+        return self.params(defaults, int(limit), self.logprobs)
 
 
 class Message(Strict):
@@ -297,12 +303,14 @@ class ChatRequest(GenerationRequest):
         ]
         return super()._limited({**body, "messages": messages}, config)
 
-    def sampling_params(self) -> SamplingParams:
-        """Return the sampling parameters. Raises InvalidRequest."""
+    def sampling_params(self, defaults: Defaults) -> SamplingParams:
+        """Return the sampling parameters, see `params`. Raises InvalidRequest."""
         if self.top_logprobs is not None and not self.logprobs:
             raise InvalidRequest("top_logprobs needs logprobs to be true", "top_logprobs")
         limit = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
-        return self.params(limit, (self.top_logprobs or 0) if self.logprobs else None)
+        if limit is None and "max_tokens" in defaults:
+            limit = int(defaults["max_tokens"])
+        return self.params(defaults, limit, (self.top_logprobs or 0) if self.logprobs else None)
 
     def conversation(self) -> list[dict[str, Any]]:
         """Return the messages for a chat template. No template knows "developer", OpenAI's newer name for "system"."""
