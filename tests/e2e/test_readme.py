@@ -39,12 +39,13 @@ def run(source: str, names: dict[str, Any]) -> None:
 
 
 def test_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """All blocks in one namespace, with shorter outputs and the address of a server that the test starts."""
+    """All blocks in one namespace, with short outputs and the address of a server that the test starts."""
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = dict(GIVEN)
-    with ServerProcess("smollm2", "--served-model-name", "smollm2", "--threads", "1") as server:
+    with ServerProcess("smollm2", "--served-model-name", "smollm2", "--max-model-len", "512") as server:
         for block in blocks("python"):
             source = block.replace("max_tokens=64", "max_tokens=12").replace("http://127.0.0.1:8000", server.url)
+            source = source.replace("completions.create(", "completions.create(max_tokens=12, ")
             run(source, names)
     if "llm" in names and hasattr(names["llm"], "close"):
         names["llm"].close()

@@ -13,19 +13,19 @@ def main() -> NoReturn:
 
         run()
     except ModuleNotFoundError as error:
-        extra = _extra_with(error.name or "")
+        package = (error.name or "").partition(".")[0]
+        extra = _extra_with(package)
         if extra is None:
             raise
-        print(f"octavo: this command needs {error.name}: pip install 'octavo[{extra}]'", file=sys.stderr)
+        print(f"octavo: this command needs {package}: pip install 'octavo[{extra}]'", file=sys.stderr)
         sys.exit(2)
 
 
-def _extra_with(module: str) -> str | None:
-    """Return the extra of Octavo's that installs the package of this name, or None."""
-    package = module.partition(".")[0].lower()
+def _extra_with(package: str) -> str | None:
+    """Return the extra of Octavo's that installs this package, or None."""
     for requirement in requires("octavo") or []:
         name = re.match(r"[\w.-]+", requirement)
         extra = re.search(r"extra == ['\"](\w+)['\"]", requirement)
-        if name and extra and name[0].lower() == package:
+        if name and extra and name[0].lower() == package.lower():
             return extra[1]
     return None
