@@ -283,8 +283,8 @@ def test_gzip_bodies_are_read_within_the_limits(http: httpx.Client) -> None:
 
 @pytest.mark.parametrize(
     "sent",
-    [b"GARBAGE\r\n\r\n", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", b"\x16\x03\x01\x02\x00\x01",
-     b"GET /\xff HTTP/1.1\r\n\r\n",
+    [b"GARBAGE\r\n\r\n",
+     b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", b"\x16\x03\x01\x02\x00\x01", b"GET /\xff HTTP/1.1\r\n\r\n",
      b"CONNECT x:443 HTTP/1.1\r\nHost: x:443\r\n\r\n", b"POST / HTTP/1.1\r\nContent-Length: -5\r\n\r\n"],
 )  # fmt: skip
 def test_malformed_http_is_answered_in_openais_schema(server: ServerProcess, sent: bytes) -> None:

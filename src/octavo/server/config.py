@@ -50,7 +50,7 @@ class ServerConfig:
         128 * 2**20, "Bytes of all bodies that are still arriving; requests beyond them are answered 503."
     )
     max_json_values: int = _setting(
-        200_000, "Values in a JSON body, estimated from its punctuation; more are answered 413."
+        200_000, "Values in a JSON body, a key counted as four, estimated from its punctuation; more are answered 413."
     )
     max_messages: int = _setting(2048, "Messages in a chat.")
     max_content_parts: int = _setting(4096, "Content parts in all messages of a chat together.")

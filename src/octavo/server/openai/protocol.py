@@ -173,7 +173,7 @@ class GenerationRequest(Strict):
 
     def params(self, defaults: Defaults, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
         """Return the sampling parameters: those given, else those of `defaults`. Raises InvalidRequest."""
-        given = {name: value for name, value in defaults.items() if name != "max_tokens"}
+        given: dict[str, Any] = {name: value for name, value in defaults.items() if name != "max_tokens"}
         given.update({name: value for name in _SAMPLING_FIELDS if (value := getattr(self, name)) is not None})
         if self.top_p == 0:  # the smallest set of tokens: the likeliest one
             given["top_k"] = 1
