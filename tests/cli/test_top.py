@@ -37,7 +37,7 @@ def test_one_frame(server: ServerProcess) -> None:
     with httpx.stream("POST", f"{server.url}/v1/completions", json=ENDLESS, timeout=60) as running:
         assert running.status_code == 200
         shown = answer("top", "--once", "--url", server.url)
-    queue = r"[1-9]\d* of 10,000 waiting, [1-9]\d* for the first of n completions"
+    queue = r"[1-9]\d* of 10,000 waiting, [1-9]\d* for a fork's prefill"
     for text in ("tiny · fcfs", " 2 of 2 running", queue, "0 refused · 0 timed out", "[12] decode · ", "of 64 rows"):
         assert re.search(text, shown), shown
     rates = shown[shown.index("steps") : shown.index("prefixes")]
@@ -158,7 +158,7 @@ def test_page_map_says_what_the_pool_says() -> None:
 def test_page_map_of_a_large_pool() -> None:
     kv = KVCache(100_000, 4)
     assert page_map(kv) == "." * 512
-    held, _ = kv.admit(Prefix(b"", array("i", [1] * 4 * 50_000), 4)) or (None, 0)
+    held, _ = kv.allocate(Prefix(b"", array("i", [1] * 4 * 50_000), 4)) or (None, 0)
     shown = page_map(kv)
     assert abs(shown.count("h") - 256) <= 1 and shown == "h" * shown.count("h") + "." * shown.count(".")
     assert held is not None

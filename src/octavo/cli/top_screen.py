@@ -89,7 +89,7 @@ def _requests(now: ServerStats) -> Text:
 
 def _queue(now: ServerStats) -> Text:
     engine, most = now.engine, now.limits.max_queue
-    of_those = (("for pages", engine.waiting_for_pages), ("for the first of n completions", engine.waiting_for_prompt))
+    of_those = (("for pages", engine.waiting_for_pages), ("for a fork's prefill", engine.waiting_for_prompt))
     return Text.assemble(
         _bar([(engine.waiting, "yellow")], most),
         f" {engine.waiting:,} of {most:,} waiting",
