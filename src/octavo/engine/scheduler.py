@@ -232,7 +232,8 @@ class Scheduler:
         for seq in self._fetching:
             if seq.prefetch and not seq.prefetch.pending:
                 return seq
-        self._fetch_ahead()
+        if self.kv.has_tiers:
+            self._fetch_ahead()
         return self._policy.peek() if len(self._fetching) < MAX_FETCHING else None
 
     def _fetch_ahead(self) -> None:

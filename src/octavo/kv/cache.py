@@ -155,7 +155,7 @@ class KVCache:
 
         Returns None if there is nothing to fetch, or if fewer than `reserve` pages would remain available.
         """
-        if self.transfers is None:
+        if self.transfers is None or not self.transfers.has_tiers:
             return None
         pages: list[int] = []
         missing: list[bytes] = []
@@ -224,6 +224,11 @@ class KVCache:
     def seconds_per_page(self) -> float:
         """The measured time to fetch a page from a lower tier."""
         return self.transfers.seconds_per_page if self.transfers is not None else math.inf
+
+    @property
+    def has_tiers(self) -> bool:
+        """Whether pages may be found below the pool, now."""
+        return self.transfers is not None and self.transfers.has_tiers
 
     def is_fetching(self, page: int) -> bool:
         """Return whether the page is being filled from a lower tier."""

@@ -66,6 +66,11 @@ class Transfers:
         """Whether there is a tier to save to."""
         return bool(self._stores)
 
+    @property
+    def has_tiers(self) -> bool:
+        """Whether there is a tier to fetch from, now."""
+        return bool(self._tiers)
+
     def tier_of(self, key: bytes) -> Tier | None:
         """Return the first tier that has this page. O(1) per tier, without I/O."""
         return next((tier for tier in self._tiers if key in tier), None)
