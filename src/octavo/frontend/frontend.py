@@ -87,9 +87,19 @@ class Frontend:
         self._loop: asyncio.AbstractEventLoop | None = None
 
     async def start(self, link: Link) -> EngineInfo:
-        """Wait until the engine that `link` has begun to load is ready. Raises what loading raised."""
+        """Wait until the engine that `link` has begun to load is ready.
+
+        Raises what loading raised, DamagedWeights if the tokenizer has tokens that the model has not.
+        """
         self._loop = asyncio.get_running_loop()
-        return await self.replica.start(link)
+        _ = self._tokenizer.last_token_id  # while the engine loads
+        info = await self.replica.start(link)
+        try:
+            self._tokenizer.check_vocabulary(info.vocab_size)
+        except BaseException:
+            await self.close()
+            raise
+        return info
 
     def readiness(self) -> tuple[bool, str]:
         """Return whether an engine is ready to serve, and how it is, for people: "the engine is ready"."""

@@ -58,4 +58,7 @@ def generation_defaults(path: Path) -> dict[str, float | int]:
                 f"{'an integer' if kinds is int else 'a number'} from {least:g} to {most:g}"
             )
         defaults[field] = value
+    if defaults.get("top_p") == 0:  # the smallest set of tokens: the most likely one
+        del defaults["top_p"]
+        defaults["top_k"] = 1
     return defaults
