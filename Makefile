@@ -1,4 +1,4 @@
-# Octavo's tasks. `make serve` is all a newcomer needs; `make help` lists the rest.
+# Octavo's tasks. `make serve` sets up and starts a server; `make help` lists all of them.
 #   PYTHON=python3.12   which interpreter to build with (3.11 or newer)
 #   MODEL=smollm2       what `make serve` and `make bench` run: a directory, a .gguf file, a hub name or an alias
 #   ARGS="--port 9000"  further flags for them, or for pytest in `make test`
@@ -10,7 +10,7 @@ ARGS :=
 PYTHON ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11,\
 	$(shell $(p) -c 'import sys; sys.version_info >= (3, 11) and print("$(p)")' 2>/dev/null)) python3)
 
-# The install is editable: only what the native extension or the package's metadata is made of calls for another one.
+# The install is editable: only a change to these files, of the native module and the metadata, requires another one.
 CSRC := $(shell find csrc -type f)
 NATIVE := pyproject.toml CMakeLists.txt src/octavo/version.py $(CSRC)
 
@@ -70,7 +70,7 @@ clean:  ## remove everything that was built, .venv too
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache .coverage*
 	find src tests -name __pycache__ -exec rm -rf {} +
 
-# A failed check says what to install, before anything is downloaded.
+# Check the requirements before anything is downloaded; a failed check says what to install.
 $(BIN)/python:
 	@fail() { echo "octavo: $$1" >&2; exit 1; }; \
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
@@ -99,7 +99,7 @@ build/sanitize/.built: $(SOURCES) | $(VENV)/.built build/sanitize/bin/python
 build/clang/.built: $(SOURCES) | $(VENV)/.built build/clang/bin/python
 	CXX=clang++ $(call OWN_OCTAVO,clang,)
 
-# Without build isolation the build directory stays valid: a changed kernel costs one compilation, not all of them.
+# Without build isolation, the build directory is kept: a change in one source file compiles that file only.
 $(VENV)/.built: $(NATIVE) $(VENV)/.tools
 	$(BIN)/pip install --quiet --no-build-isolation --editable '.[server]'
 	@touch $@

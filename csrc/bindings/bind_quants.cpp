@@ -38,7 +38,8 @@ nb::object quantize(nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::devi
     const int format = format_named(format_name);
     const auto rows = static_cast<int64_t>(values.shape(0)), columns = static_cast<int64_t>(values.shape(1));
     const auto bytes = static_cast<int64_t>(row_bytes(format, columns));
-    if (format != FORMAT_Q8_0 && format != FORMAT_Q4_1) throw nb::value_error("quantize: the format must be Q8_0 or Q4_1");
+    if (format != FORMAT_Q8_0 && format != FORMAT_Q4_1)
+        throw nb::value_error("quantize: the format must be Q8_0 or Q4_1");
     if (columns % kQuantGroup) throw nb::value_error("quantize: the columns must be a multiple of 32");
     if (importance && static_cast<int64_t>(importance->size()) != columns)
         throw nb::value_error("quantize: importance must have one entry per column");

@@ -183,7 +183,7 @@ private:
 // Write a weight [rows, columns] that is stored in `parts`, each with some of its rows, in order. Return -1, or the index
 // of a part with a value that cannot be stored, such as NaN.
 int pack(Program& program, int weight, nb::list parts, int64_t rows, int64_t columns,
-          std::optional<Array<float>> importance) {
+         std::optional<Array<float>> importance) {
     std::vector<PartArrays> arrays;
     std::vector<Part> native;
     int64_t total = 0;

@@ -51,7 +51,7 @@ void quantize_to_4(const float (*x)[kBlock], const float* importance, FourBits& 
                 scale = round_to_half(scale), minimum = round_to_half(minimum);
                 const F32 back = select(scale == 0, zero(), splat(1) / scale);
                 F32 error = zero(), sum_q = zero(), sum_qq = zero(), sum_qx = zero();
-                OCTAVO_UNROLL for (int i = 0; i < kQuantGroup; i++) {
+    OCTAVO_UNROLL for (int i = 0; i < kQuantGroup; i++) {
                     const F32 q = nearest_of_16((v[i] - minimum) * back), weighted = q * importance[i];
                     const F32 difference = v[i] - (scale * q + minimum);
                     error = error + difference * difference * importance[i];

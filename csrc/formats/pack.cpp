@@ -191,8 +191,8 @@ bool holds_losslessly(Encoding encoding, int format) {
     return own.is_integer() && own.joined(encoding) == encoding;
 }
 
-int pack_block(const Weight& weight, const std::vector<Part>& parts, const float* column_weights,
-               FourBitsKernel search, int64_t block, float* scratch) {
+int pack_block(const Weight& weight, const std::vector<Part>& parts, const float* column_weights, FourBitsKernel search,
+               int64_t block, float* scratch) {
     const BlockRows rows = find_rows(weight, parts, block);  // the rest of the block stays zero, as it was allocated
     if (weight.encoding.is_integer()) return pack_integers(weight, block, rows, column_weights, search, scratch);
     return pack_bf16(weight, block, rows, scratch);

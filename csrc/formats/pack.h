@@ -24,7 +24,7 @@ bool holds_losslessly(Encoding encoding, int format);
 //
 // Returns -1, or the index of a part with a value that cannot be stored: NaN, infinity, or one that is too large for
 // what it is quantized to (see kMost8 and kMost4 in pack.cpp).
-int pack_block(const Weight& weight, const std::vector<Part>& parts, const float* column_weights,
-               FourBitsKernel search, int64_t block, float* scratch);
+int pack_block(const Weight& weight, const std::vector<Part>& parts, const float* column_weights, FourBitsKernel search,
+               int64_t block, float* scratch);
 
 }  // namespace octavo

@@ -159,7 +159,7 @@ void q6_k(const uint8_t* block, Group* groups) {
 struct Reader {
     Encoding encoding;
     int zero;
-    void (*read)(const uint8_t* block, Group* groups);                // of a format of integers
+    void (*read)(const uint8_t* block, Group* groups);               // of a format of integers
     void (*read_floats)(const uint8_t* src, float* dst, int64_t n);  // of a format of floats
 };
 
@@ -249,7 +249,8 @@ bool dequantize_row(int format, const void* src, float* dst, int64_t n) {
 }
 
 bool all_within(const float* values, int64_t n, float limit) {
-    const auto most = std::bit_cast<int32_t>(limit);  // magnitudes are in the order of their bits; NaN is above infinity
+    const auto most =
+        std::bit_cast<int32_t>(limit);  // magnitudes are in the order of their bits; NaN is above infinity
     int32_t above = 0;
     for (int64_t i = 0; i < n; ++i) above |= (std::bit_cast<int32_t>(values[i]) & 0x7fffffff) > most;
     return !above;

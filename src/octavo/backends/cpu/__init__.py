@@ -1,4 +1,4 @@
-"""The native CPU backend: kernels in C++ (csrc/), chosen at run time for the instruction set at hand."""
+"""The native CPU backend: kernels in C++ (csrc/), chosen at run time by the processor's instruction set."""
 
 from ._native import available_isas, quantize
 from .backend import load

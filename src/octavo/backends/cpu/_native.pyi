@@ -1,4 +1,8 @@
-"""The extension module (csrc/bindings/module.cpp)."""
+"""The native extension module (csrc/bindings/).
+
+An array of the wrong dtype or shape raises TypeError or ValueError. `Program.vector`, `Program.pack` and the
+importances copy an array that is not C-contiguous; everything else refuses it.
+"""
 
 from collections.abc import Sequence
 
@@ -11,16 +15,20 @@ class Activation:
     gelu_tanh: Activation
 
 class Encoding:
-    """How a weight is stored: bf16, or integers of 8 or 4 bits in groups of 32."""
+    """How a weight is stored: bf16, or integers of 8 or 4 bits with scales for rows or for groups of 32 columns."""
 
     BF16: Encoding
-    W8: Encoding  # a scale per row, no minima
-    W4: Encoding  # a scale and a minimum per group, as Q4_1
+    W8: Encoding  # 8 bits, a scale per row, no minima
+    W4: Encoding  # 4 bits, a scale and a minimum per group of 32, as in Q4_1
     @property
     def bits(self) -> int: ...
 
 class Program:
-    """A forward pass, recorded op by op. Ints are handles of vectors, weights and buffers of activations."""
+    """A forward pass, recorded op by op and then run in one call per step (csrc/runtime/program.h).
+
+    Ints are handles of vectors, weights and buffers of activations; -1 means none. Record ops up to `finish`, then
+    `pack` each weight, then `allocate_kv`, then call `step` or `logits`.
+    """
 
     def __init__(
         self,

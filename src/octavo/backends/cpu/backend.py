@@ -1,4 +1,4 @@
-"""The cpu backend: describe() recorded once into a native program, which runs each step in one call."""
+"""The cpu backend: the decoder, recorded once into a native program that runs each step in one call."""
 
 from collections.abc import Iterable, Mapping
 from itertools import chain
@@ -22,12 +22,12 @@ from .recorder import Recorder
 
 
 class CpuBackend:
-    """A Backend (see backends.base) over a native program."""
+    """A Backend (see backends.base) that runs a native program."""
 
     def __init__(self, spec: DecoderSpec, program: Program, page_size: int, isa: str, arithmetic: str):
         self.spec, self.page_size, self.isa, self.arithmetic = spec, page_size, isa, arithmetic
         self.page_bytes, self.weight_bytes = program.page_bytes, program.weight_bytes
-        # Of the layers' linears, and of the head: bytes that a step reads, and which part of the values are integers.
+        # Weights of the layers and of the head: bytes that a step reads, and the share of values that are integers.
         self.layer_bytes, self.layer_integers = program.layers
         self.head_bytes, self.head_integers = program.head
         self._program: Program | None = program
@@ -62,18 +62,19 @@ class CpuBackend:
         self._program = None
 
     def ceilings(self) -> tuple[float, float, float]:
-        """Measure what the machine can do at best with these threads and kernels, in half a second.
+        """Measure the machine's roofline with these threads and kernels. Takes half a second.
 
-        Bytes read from memory per second, and operations per second of dot products of bf16, and of int8.
+        Returns bytes read from memory per second, and operations per second of bf16 and of int8 dot products, where a
+        multiplication and an addition count as two operations.
         """
         return self._running.ceilings()
 
     def profile(self, on: bool) -> None:
-        """Start to measure, from zero, or stop."""
+        """Start measuring the time of each op, from zero, or stop."""
         self._running.profile(on)
 
     def times(self) -> dict[str, float]:
-        """Seconds by kind of op since profile(True); "head" is the linear that gives the logits."""
+        """Return seconds by kind of op since profile(True); "head" is the linear that computes the logits."""
         return self._running.times()
 
     @property
@@ -97,14 +98,21 @@ def load(
     progress: Progress,
     kv_cache_dtype: str = "bf16",
 ) -> CpuBackend:
-    """A BackendFactory. `dtype` is auto or bfloat16. OCTAVO_ISA=amx|avx512|avx2|portable picks the kernels.
+    """Pack the weights and compile the decoder: a BackendFactory (see backends.base).
 
-    `quantization` auto: integers of 8 or 4 bits where the checkpoint has them, bfloat16 elsewhere; none: bfloat16;
-    8bit, 4bit: what has more bits is quantized as it is packed; to 4 bits all but what model.decoder.needs_8_bits, and
-    with regard to the importance of each column (calibration.py).
-    `kv_cache_dtype` bf16; or int8, with a scale for each token's K and V of each head.
+    The environment variable OCTAVO_ISA (amx, avx512, avx2 or portable) overrides the choice of kernels.
 
-    Raises ConfigError, OutOfMemory or UnsupportedModel.
+    Args:
+        dtype: auto or bfloat16.
+        quantization: none: all weights in bfloat16. auto: 8-bit or 4-bit integers where the checkpoint stores such, and
+            bfloat16 elsewhere. 8bit, 4bit: weights of more bits are quantized as they are packed; with 4bit, those that
+            model.decoder.needs_8_bits keep 8, and errors are weighted by each column's importance (calibration.py).
+        kv_cache_dtype: bf16; or int8, with a scale for each K and each V of a position and kv head.
+
+    Raises:
+        ConfigError: a setting is not one of the above.
+        OutOfMemory: the weights need more memory than is free.
+        UnsupportedModel: the model's shape is not supported.
     """
     if dtype not in ("auto", "bfloat16"):
         raise ConfigError(f"the cpu backend computes in bfloat16, not {dtype}; use dtype auto or backend torch")
@@ -123,7 +131,7 @@ def load(
         )
     importances = measure_importances(spec, parameters, threads) if quantization == "4bit" else ()
     _pack_all(program, recorder.weights, parameters, importances, progress)
-    kernels = xxh3_64_hexdigest(Path(_native.__file__).read_bytes())  # another compiler's may round differently
+    kernels = xxh3_64_hexdigest(Path(_native.__file__).read_bytes())  # kernels of another build may round differently
     return CpuBackend(spec, program, page_size, isa, f"cpu {kernels} {isa} {quantization} {kv_cache_dtype}")
 
 
@@ -134,7 +142,7 @@ def _pack_all(
     importances: Iterable[tuple[str, np.ndarray]],
     progress: Progress,
 ) -> None:
-    """Those whose importances are measured as soon as they are, then the others."""
+    """Pack all weights: those with measured importances as these arrive, then the others."""
     total = sum(parameters[name].nbytes for name in weights)
     done, left = 0, dict(weights)
     for name, importance in chain(importances, ((name, None) for name in weights)):

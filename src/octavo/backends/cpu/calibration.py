@@ -1,8 +1,8 @@
-"""Which inputs of a linear matter: measured on random tokens, before its weights are rounded to 4 bits.
+"""The importance of each input of a linear layer, measured before its weights are rounded to 4 bits.
 
-What an error in a weight does to the output is in proportion to the weight's input, so that errors are to be small
-where inputs are large. llama.cpp calls the mean square of each input the importance matrix, and measures it on text.
-Random tokens do nearly as well, whatever the model's vocabulary and languages: docs/quantization.md has the figures.
+An error e[j, k] in a weight changes output j by e[j, k] * x[k], so errors should be smallest where inputs x[k] are
+large: importance[k] = mean(x[k]^2). llama.cpp calls this the importance matrix and measures it on text. Random tokens
+do nearly as well, and suit any vocabulary and language: docs/quantization.md has the figures.
 """
 
 import dataclasses
@@ -28,10 +28,10 @@ _PAGE_SIZE = 32
 def measure_importances(
     spec: DecoderSpec, parameters: Mapping[str, Parameter], threads: int
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """For each weight of each layer but the last: its name, and the mean square of each input, float32 [columns].
+    """Yield the name and the importances, float32 [columns], of each weight of each layer but the last.
 
-    Nothing if none of them is to be rounded to 4 bits. The same on every run with the same instruction set. One layer
-    at a time is in memory, in bfloat16. Raises ConfigError or UnsupportedModel.
+    Yields nothing if no weight is to be rounded to 4 bits. Results are the same on every run with the same instruction
+    set. Only one layer at a time is held in memory, in bfloat16. Raises ConfigError or UnsupportedModel.
     """
     if not any(_is_rounded(spec, name, parameter) for name, parameter in parameters.items()):
         return
@@ -48,21 +48,21 @@ def measure_importances(
 
 
 def random_tokens(spec: DecoderSpec) -> np.ndarray:
-    """The same for every model of as large a vocabulary: uint64 [sequences, tokens]."""
+    """Return tokens that depend only on the vocabulary size and the context length: uint64 [sequences, tokens]."""
     length = min(_LENGTH, spec.max_positions)
     raw = np.random.Philox(0).random_raw(_SEQUENCES * length)
     return (raw % np.uint64(spec.vocab_size)).reshape(_SEQUENCES, length)
 
 
 def _is_rounded(spec: DecoderSpec, name: str, parameter: Parameter) -> bool:
-    """Whether quantization 4bit rounds this to 4 bits."""
+    """Return whether quantization 4bit rounds this weight to 4 bits."""
     if len(parameter.shape) == 1 or needs_8_bits(spec, name):
         return False
     return encoding_for([part.format for part in parameter.parts]).bits > 4
 
 
 class _Observer(Recorder):
-    """Records the ops of a layer, and that the inputs of its linears be observed."""
+    """Records the ops of a layer, and an observation of the input of each linear."""
 
     def __init__(self, *arguments: Any):
         super().__init__(*arguments)
@@ -76,11 +76,11 @@ class _Observer(Recorder):
 def _run_layer(
     spec: DecoderSpec, i: int, parameters: Mapping[str, Parameter], x: np.ndarray, length: int, threads: int
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Layer `i` on the residual stream `x`, float32 [rows, hidden], sequences of `length` one after another.
+    """Run layer `i` on `x`, the residual stream of sequences of `length` tokens each: float32 [rows, hidden].
 
-    Returns the sum of the squares of each input of each linear, and the residual stream after the layer.
+    Returns the sum over rows of the square of each input, by linear, and the residual stream after the layer.
     """
-    rows = Parameter((bfloat16_tensor("embed", x),))  # as an embedding, whose token r is row r
+    rows = Parameter((bfloat16_tensor("embed", x),))  # the input, as an embedding in which token r is row r
     program = new_program(
         dataclasses.replace(spec, vocab_size=len(x)), choose_isa(), threads,
         page_size=_PAGE_SIZE, max_rows=length, max_sampled=length,
@@ -95,7 +95,7 @@ def _run_layer(
 
 
 def _sequence(first: int, length: int) -> StepBatch:
-    """A step of tokens first, first + 1 ... as one sequence, whose logits are all wanted."""
+    """Return a step of tokens first, first + 1 ... as one sequence, with the logits of all of them."""
     rows = np.arange(length, dtype=np.int32)
     return StepBatch(
         tokens=first + rows,

@@ -1,4 +1,4 @@
-"""A native program for a model: on which kernels and processors, and its weights packed."""
+"""Creating a native program for a model, and packing weights into it."""
 
 import os
 
@@ -16,7 +16,7 @@ ANY_CORE = -1  # in a list of processors: a thread that the system may move
 def new_program(
     spec: DecoderSpec, isa: str, threads: int, *, page_size: int, max_rows: int, max_sampled: int, int8_kv: bool = False
 ) -> Program:
-    """A program to be recorded. Raises UnsupportedModel."""
+    """Return an empty program, ready for recording. Raises UnsupportedModel."""
     if spec.head_dim % 16:
         raise UnsupportedModel(f"the cpu backend needs a head_dim that is a multiple of 16, not {spec.head_dim}")
     return Program(
@@ -37,9 +37,10 @@ def new_program(
 
 
 def pack(program: Program, handle: int, parameter: Parameter, importance: np.ndarray | None = None) -> None:
-    """Pack a weight into the program; `importance` of its columns, float32, is for what is rounded to 4 bits.
+    """Write a weight into the program.
 
-    Raises DamagedWeights if it has a value that is NaN or infinite.
+    importance: float32 [columns], how much the square of an error counts in each column, for what is rounded to 4 bits.
+    Raises DamagedWeights if a value is NaN or infinite.
     """
     parts = []
     for part in parameter.parts:
@@ -52,7 +53,7 @@ def pack(program: Program, handle: int, parameter: Parameter, importance: np.nda
 
 
 def choose_isa() -> str:
-    """The instruction set of OCTAVO_ISA, by default the best. Raises ConfigError."""
+    """Return the instruction set named by OCTAVO_ISA, by default the best available. Raises ConfigError."""
     available = available_isas()
     wanted = os.environ.get("OCTAVO_ISA", available[0])
     if wanted not in available:

@@ -1,4 +1,4 @@
-"""The op vocabulary, recorded: every op appends an instruction to a native program."""
+"""The op vocabulary of model.ops for the cpu backend: every op appends an instruction to a native program."""
 
 from collections.abc import Mapping
 from typing import Literal
@@ -13,7 +13,10 @@ from ._native import Activation, Encoding, Program, encoding_for
 
 
 class Recorder:
-    """Ops (see model.ops) whose handles are the native program's buffers. `weights` are still to be packed."""
+    """Ops (see model.ops) whose handles are buffers of the native program.
+
+    `weights` maps the name of each weight that the ops use to its handle; recording does not pack them.
+    """
 
     def __init__(self, spec: DecoderSpec, program: Program, parameters: Mapping[str, Parameter], quantization: str):
         self.weights: dict[str, int] = {}
@@ -52,7 +55,11 @@ class Recorder:
         return self.weights[name]
 
     def _encoding(self, name: str) -> Encoding:
-        """auto: that of the checkpoint's own integers. 4bit keeps them if they are as small; 8bit has a faster form."""
+        """Return how to store a weight.
+
+        4bit keeps integers of the checkpoint that have as few bits. 8bit always quantizes anew: with one scale per row,
+        products are faster.
+        """
         own = encoding_for([part.format for part in self._parameters[name].parts])
         if self._quantization in ("auto", "none"):
             return own if self._quantization == "auto" else Encoding.BF16
