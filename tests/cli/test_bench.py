@@ -196,7 +196,7 @@ def test_tokens_are_chunks_where_no_usage_is_given() -> None:
         (stream(TEXT)[:-9], "closed the connection"),
         (b"SSH-2.0-OpenSSH_9.2\r\n", "HTTP"),
         (stream(TEXT, {"error": {"message": "engine lost"}}), "engine lost"),
-        (stream("not json"), "no completion chunk"),
+        (stream("not json"), "not a completion chunk"),
     ],
 )
 def test_a_failed_request_says_why(answer: bytes, reason: str) -> None:

@@ -84,7 +84,7 @@ def test_a_trace_is_read_as_it_was_written(tmp_path: Path) -> None:
         ("{", "truncated"),
         ("[1]", "object"),
         ('{"at": 0, "output_tokens": 1}', "prompt_tokens"),
-        ('{"at": 0, "output_tokens": 1, "prompt_tokens": 3, "prompt": [1]}', "not both"),
+        ('{"at": 0, "output_tokens": 1, "prompt_tokens": 3, "prompt": [1]}', "give either"),
         ('{"at": 0, "output_tokens": 1, "prompt": []}', "prompt"),
         ('{"at": 0, "output_tokens": 1, "prompt": [-1]}', "prompt"),
         ('{"at": 0, "output_tokens": 0, "prompt_tokens": 3}', "output_tokens"),
@@ -382,7 +382,7 @@ def test_tenants_are_told_apart_and_targets_counted() -> None:
 
 
 @pytest.mark.parametrize(
-    "offered, said", [(None, "served at 600 a minute"), (5.0, "50% of"), (25.0, "900 a minute. It takes 3 such")]
+    "offered, said", [(None, "served at 600 per minute"), (5.0, "50% of"), (25.0, "900 per minute. 3 such engines")]
 )
 def test_the_verdict(offered: float | None, said: str) -> None:
     assert said in verdict({"offered_per_second": offered, "sustained_per_second": 10.0})
@@ -416,7 +416,7 @@ def test_measure_then_simulate(tiny_llama: Path, tmp_path: Path) -> None:
     printed = command(
         "--measure", "--model", tiny_llama, *flags, "--kv-disk", tmp_path / "pages", "--cost-model", costs
     )
-    assert "Off by" in printed
+    assert "Error of the model" in printed
     model = CostModel.load(costs)
     assert model.settings["model"] == str(tiny_llama) and model.settings["threads"] == 1
     assert [count for count, _ in model.rows_ms] == [1, 2, 4, 8, 9, 16, 17, 24, 32, 33, 48, 64]
@@ -434,7 +434,7 @@ def test_measure_then_simulate(tiny_llama: Path, tmp_path: Path) -> None:
     printed = command(trace, "--cost-model", costs, *flags, "--output-json", report)
     summary = json.loads(report.read_text())
     assert (summary["requests"], summary["completed"], summary["failed"]) == (50, 50, {})
-    assert "Requests came at" in printed and "To first token" in printed
+    assert "Requests arrived at" in printed and "To first token" in printed
     sweep = ("--sweep", "pages=12,40", "--sweep", "scheduling-policy=fcfs,priority")
     printed = command(trace, "--cost-model", costs, *sweep, "--output-json", report)
     runs: list[dict[str, Any]] = json.loads(report.read_text())["runs"]

@@ -13,8 +13,7 @@ from safetensors.torch import load_file, save_file
 
 pytest.importorskip("octavo.backends.cpu._native", reason="the cpu backend's extension is not built")
 
-from test_cli import complaint
-
+from command_line import complaint
 from octavo.backends.cpu import quantize
 from octavo.config import EngineConfig
 from octavo.engine.loading import load_engine

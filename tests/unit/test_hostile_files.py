@@ -8,8 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from test_cli import complaint
 
+from command_line import complaint
 from octavo.errors import DamagedWeights, ModelNotFound, OctavoError, UnsupportedModel
 from octavo.weights import generation_defaults, open_checkpoint, resolve
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_families import PAGES, PROMPT, load_backend, reference_logits, relative_error
 from transformers import AutoConfig
 
+from family_models import PAGES, PROMPT, load_backend, reference_logits, relative_error
 from octavo.config import EngineConfig
 from octavo.engine.loading import load_engine
 from octavo.errors import ConfigError, DamagedWeights, UnsupportedModel
