@@ -11,6 +11,7 @@ from octavo import LLM, RequestOutput, SamplingParams
 from tiny_models import real_text
 
 NUM_PROMPTS = 64
+NUM_LARGE = 24  # of SmolLM2, whose tokens take tens of milliseconds on a processor without AVX-512
 # The tiny ones have sliding windows, biases, norms of q and k. SmolLM2's own integers ("auto") are those of Q4_1.
 # The last is the KV cache's dtype.
 MODELS = [
@@ -62,12 +63,13 @@ def alone(model: dict[str, str]) -> Iterator[tuple[list[list[int]], list[Answer]
         for _ in range(NUM_PROMPTS):
             start, length = rng.randrange(10000), rng.choice([3, 17, 32, 33, 64, 100, 180])
             prompts.append(text[start : start + length])
-        pairs = zip(prompts, PARAMS, strict=True)
+        prompts = prompts[: NUM_LARGE if model["model"] == "smollm2" else NUM_PROMPTS]
+        pairs = zip(prompts, PARAMS, strict=False)
         yield prompts, [answer(llm.generate(prompt, params)[0]) for prompt, params in pairs]
 
 
 def run(llm: LLM, prompts: list[list[int]]) -> list[Answer]:
-    return [answer(output) for output in llm.generate(prompts, PARAMS)]
+    return [answer(output) for output in llm.generate(prompts, PARAMS[: len(prompts)])]
 
 
 def test_batched(model, alone):
@@ -78,8 +80,8 @@ def test_batched(model, alone):
 
 def test_in_another_order(model, alone):
     prompts, expected = alone
-    order = random.Random(1).sample(range(NUM_PROMPTS), NUM_PROMPTS)
-    with LLM(**model, max_batch_size=24) as llm:
+    order = random.Random(1).sample(range(len(prompts)), len(prompts))
+    with LLM(**model, max_batch_size=len(prompts) // 3) as llm:
         outputs = llm.generate([prompts[i] for i in order], [PARAMS[i] for i in order])
     assert [answer(output) for output in outputs] == [expected[i] for i in order]
 
@@ -95,8 +97,8 @@ def test_from_the_prefix_cache(model, alone):
     prompts, expected = alone
     with LLM(**model) as llm:
         llm.generate(prompts, SamplingParams(max_tokens=1))
-        outputs = llm.generate(prompts, PARAMS)
-    assert sum(output.metrics.cached_tokens for output in outputs) > 1000
+        outputs = llm.generate(prompts, PARAMS[: len(prompts)])
+    assert sum(output.metrics.cached_tokens for output in outputs) > 15 * len(prompts)
     assert [answer(output) for output in outputs] == expected
 
 
@@ -123,7 +125,7 @@ def test_after_swapping_to_disk(model, alone, tmp_path):
         assert run(llm, prompts) == expected, "in another engine"
         fetched.append(llm.stats().pages_fetched)
     if model["model"] == "smollm2":  # the others are so small that to compute is quicker
-        assert min(fetched) > 50
+        assert min(fetched) > 20
 
 
 def test_the_next_turn_of_a_conversation(model, alone):
@@ -132,7 +134,7 @@ def test_the_next_turn_of_a_conversation(model, alone):
     with LLM(**model, enable_prefix_caching=False) as llm:
         recomputed = [answer(output) for output in llm.generate(longer, PARAMS[:16])]
     with LLM(**model) as llm:
-        llm.generate(prompts, PARAMS)
+        llm.generate(prompts, PARAMS[: len(prompts)])
         outputs = llm.generate(longer, PARAMS[:16])
     assert all(output.metrics.cached_tokens == len(output.prompt_token_ids) - 4 for output in outputs)
     assert [answer(output) for output in outputs] == recomputed
