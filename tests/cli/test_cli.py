@@ -91,7 +91,7 @@ def test_damaged_file(smollm2: Path, tmp_path: Path) -> None:
 
 
 def test_prompt_longer_than_the_context(tiny_llama: Path) -> None:
-    assert "512" in complaint("generate", tiny_llama, "word " * 1000)
+    assert "511 tokens" in complaint("generate", tiny_llama, "word " * 1000)
 
 
 def test_text_that_is_not_unicode(tiny_llama: Path) -> None:
@@ -131,7 +131,7 @@ def test_flags_win_over_the_file_and_the_file_over_the_environment(tiny_llama: P
     file.write_text(f"model: {tiny_llama}\nmax-model-len: 3\n")
     prompt = "four or more tokens"
     model = str(tiny_llama)
-    assert "room" in complaint("generate", model, prompt, "--config", file, OCTAVO_MAX_MODEL_LEN="100")
+    assert "than the 2 tokens" in complaint("generate", model, prompt, "--config", file, OCTAVO_MAX_MODEL_LEN="100")
     assert answer("generate", model, prompt, "--config", file, *GREEDY, "--max-model-len", "100")
     file.write_text("max-modle-len: 3\n")
     assert "max-modle-len" in complaint("generate", model, prompt, "--config", file)

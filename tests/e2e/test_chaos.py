@@ -1,4 +1,4 @@
-"""The short form of benchmarks/chaos.py: no request is lost and no token wrong while engines are killed and suspended."""
+"""The short form of benchmarks/chaos.py: no request is lost, no token wrong, while engines are killed and suspended."""
 
 import subprocess
 import sys
