@@ -13,7 +13,7 @@ import pytest
 
 from octavo.backends.torch import load as load_torch
 from octavo.errors import ConfigError, OutOfMemory, UnsupportedModel
-from random_model import PAGES, PLAIN, SPECS, TOKENS, cpu, load, random_parameters
+from random_model import PAGES, PLAIN, SPECS, TOKENS, cpu, load
 from step_batches import run_chunks, sampling_batch, step_batch
 
 AFFINITY = os.sched_getaffinity(0)  # before any test
@@ -86,23 +86,19 @@ def test_a_long_context_in_parts(isa: str, windows: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("kv_cache_dtype", ["bf16", "int8"])
 def test_what_a_page_held_before_does_not_matter(isa: str, kv_cache_dtype: str) -> None:
-    """Not even NaN, which 0 times it would pass on."""
-    parameters = random_parameters(PLAIN)
-    embed = parameters["embed"].parts[0].data
-    embed[100] = 0xFF  # the embedding of token 100: all NaN
-    settings = {"parameters": parameters, "kv_cache_dtype": kv_cache_dtype}
-    fresh = run_chunks(load(PLAIN, **settings), TOKENS[:40], 40, [0, 1])
-    backend = load(PLAIN, **settings)
-    assert np.isnan(run_chunks(backend, [100] * 64, 64, [0, 1])).all()
+    """Not even NaN, since 0 times NaN is NaN."""
+    fresh = run_chunks(load(PLAIN, kv_cache_dtype=kv_cache_dtype), TOKENS[:40], 40, [0, 1])
+    backend = load(PLAIN, kv_cache_dtype=kv_cache_dtype)
+    for page in (0, 1):
+        backend.import_page(page, np.full(backend.page_bytes, 0xFF, np.uint8))
     np.testing.assert_array_equal(run_chunks(backend, TOKENS[:40], 40, [0, 1]), fresh)
 
 
 def test_a_row_of_nan_spoils_no_other() -> None:
-    parameters = random_parameters(PLAIN)
-    parameters["embed"].parts[0].data[100] = 0xFF
-    backend = load(PLAIN, parameters=parameters)
+    backend = load(PLAIN)
     alone = backend.logits(step_batch([(TOKENS[:9], 0, [0])]))
-    beside = backend.logits(step_batch([([100] * 5, 0, [1]), (TOKENS[:9], 0, [0]), ([100], 0, [2])]))
+    backend.import_page(1, np.full(backend.page_bytes, 0xFF, np.uint8))  # keys and values of NaN
+    beside = backend.logits(step_batch([([100] * 5, 32, [1, 2]), (TOKENS[:9], 0, [0]), ([100], 32, [1, 3])]))
     np.testing.assert_array_equal(beside[5:14], alone)
     assert np.isnan(beside[:5]).all()
 
