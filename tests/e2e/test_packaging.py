@@ -42,10 +42,12 @@ def test_pytorch_is_an_extra() -> None:
 
 def test_server_and_command_line_are_extras() -> None:
     base = [line for line in requires("octavo") or [] if "extra ==" not in line]
-    assert not [line for line in base if line.startswith(("fastapi", "pydantic", "uvicorn", "typer", "rich", "httpx"))]
+    assert not [
+        line for line in base if line.startswith(("starlette", "pydantic", "uvicorn", "typer", "rich", "httpx"))
+    ]
 
 
-@pytest.mark.parametrize(("package", "extra"), [("fastapi", "server"), ("typer", "cli"), ("rich", "cli")])
+@pytest.mark.parametrize(("package", "extra"), [("starlette", "server"), ("typer", "cli"), ("rich", "cli")])
 def test_without_an_extra_a_command_says_what_to_install(package: str, extra: str) -> None:
     """`None` in sys.modules makes the import fail as for a package that is not installed."""
     command = "serve smollm2" if extra == "server" else "top" if package == "rich" else "pull smollm2"
@@ -65,7 +67,7 @@ def test_the_library_works_without_the_extras() -> None:
     """Importing every module of the library, and opening a model, needs neither extra."""
     script = """
 import sys
-for package in ("fastapi", "pydantic", "starlette", "uvicorn", "uvloop", "httptools", "typer", "rich"):
+for package in ("starlette", "pydantic", "starlette", "uvicorn", "uvloop", "httptools", "typer", "rich"):
     sys.modules[package] = None
 from octavo import AsyncLLM, LLM, SamplingParams
 with LLM("smollm2", threads=1, max_batch_size=1, max_model_len=64) as llm:
@@ -120,4 +122,4 @@ def test_the_wheel_installs_and_generates_in_a_fresh_environment(tmp_path: Path)
     assert "Paris" in text
     installed = run(python, "-m", "pip", "list")
     assert "torch" not in installed
-    assert "fastapi" not in installed
+    assert "starlette" not in installed
