@@ -236,7 +236,7 @@ def test_values_of_any_type(tiny_llama: Path) -> None:
         for wrong in ({"stop_token_ids": [True]}, {"logit_bias": {True: 1.0}}, {"stop": [b"x"]}, {"seed": 1.5}):
             with pytest.raises(InvalidRequest):
                 await llm.agenerate("a", SamplingParams(**wrong))
-        for prompt in ([True], [1.0], [np.int64(5), "a"], None, 5, [[5]]):
+        for prompt in ([True], [1.0], [np.int64(5), "a"], None, 5.0, [[5]]):
             with pytest.raises(InvalidRequest):
                 await llm.agenerate([prompt])  # type: ignore[list-item]
         params = SamplingParams(temperature=np.float64(0.7), top_k=np.int32(5), seed=np.int64(3), max_tokens=5)
