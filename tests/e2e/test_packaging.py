@@ -103,6 +103,7 @@ print([name for name in ("torch", "transformers") if name in sys.modules])
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_the_wheel_installs_and_generates_in_a_fresh_environment(tmp_path: Path) -> None:
     """Build it as a user of pip would, put it where no source tree is, and generate without PyTorch."""
     build = f"--config-settings=build-dir={tmp_path / 'build'}"  # not the one that `make build` keeps up to date
