@@ -259,7 +259,7 @@ class Frontend:
     def _take_tokens(self, outputs: list[TokenOutput]) -> None:
         """Pass the tokens of a step on to the sinks."""
         assert self._ledger is not None
-        live_before, stopped = self._ledger.num_completions, list[str]()
+        live_before, ended, stopped = self._ledger.num_completions, 0, list[str]()
         for output in outputs:
             if (found := self._ledger.find(output.id)) is None:
                 continue  # aborted meanwhile
@@ -278,6 +278,7 @@ class Frontend:
                 continue
             if completion.finish_reason:
                 self._ledger.finish(completion)
+                ended += 1
                 if not output.finish_reason:  # a stop string, of which the engine does not know
                     stopped.append(output.id)
             if not live.progressed:
@@ -288,7 +289,8 @@ class Frontend:
             self._deliver(live, increment)
         if stopped:
             self.replica.send(Abort(stopped))
-        self._count_left(live_before)
+        if self._admission is not None:
+            self._admission.left(ended, live_before)
 
     # Inside
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from octavo.engine.messages import EngineInfo
-from octavo.errors import EngineDead, OctavoError
+from octavo.errors import EngineDead
 
 from .links import Link
 from .links.engine_loop import raised
@@ -102,7 +102,7 @@ class Replica:
             try:
                 await self._serve(await self._load(self._connect()))
                 return
-            except (OctavoError, OSError) as error:
+            except Exception as error:  # whatever it is, the next attempt may succeed
                 self.status = f"does not start, and is tried again: {' '.join(str(error).split())}"
                 log.error("the engine %s", self.status)
 
