@@ -10,20 +10,16 @@ loads and while it is suspended. The exit code is 1 if a request was lost, or if
 import argparse
 import asyncio
 import contextlib
-import json
 import os
 import random
-import re
 import signal
-import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import httpx
+from live_server import LiveServer, stream
 
 PROMPTS = [
     "The capital of France is",
@@ -47,40 +43,6 @@ class Report:
     longest_gap_otherwise: float = 0.0
 
 
-class Server:
-    """`octavo serve` on a free port, and the pid of its engine."""
-
-    def __init__(self, model: str, flags: list[str]):
-        command = [
-            sys.executable,
-            "-m",
-            "octavo.entrypoints.openai.api_server",
-            "--model",
-            model,
-            "--port",
-            "0",
-            *flags,
-        ]
-        self.process = subprocess.Popen([*command, *flags], stdout=subprocess.PIPE, text=True)
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            if match := re.search(r"http://[\w.:]+", line):
-                self.url = match[0]
-            if line.startswith("curl"):
-                return
-        raise SystemExit("the server did not start")
-
-    def engine_pid(self) -> int | None:
-        pid = self.process.pid
-        for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
-            try:
-                if b"engine_main" in Path(f"/proc/{child}/cmdline").read_bytes():
-                    return int(child)
-            except OSError:
-                continue
-        return None
-
-
 def requests(model: str, state: str, max_tokens: int) -> list[dict[str, Any]]:
     """The bodies that clients choose from; each has one right answer."""
     common = {"model": model, "max_tokens": max_tokens, "ignore_eos": True, "stream": True}
@@ -94,27 +56,6 @@ def requests(model: str, state: str, max_tokens: int) -> list[dict[str, Any]]:
     return bodies
 
 
-async def stream(client: httpx.AsyncClient, body: dict[str, Any]) -> AsyncIterator[tuple[int, str]]:
-    """Yield (index, text) of each event. Raises RuntimeError for an error or an early end."""
-    done = False
-    async with client.stream("POST", "/v1/completions", json=body) as response:
-        if response.status_code != 200:
-            raise RuntimeError(f"status {response.status_code}: {(await response.aread()).decode()[:200]}")
-        async for line in response.aiter_lines():
-            if not line.startswith("data: "):
-                continue
-            if line == "data: [DONE]":
-                done = True
-                break
-            event = json.loads(line[6:])
-            if "error" in event:
-                raise RuntimeError(f"error event: {event['error']['message']}")
-            for choice in event["choices"]:
-                yield choice["index"], choice["text"]
-    if not done:
-        raise RuntimeError("the stream ended early")
-
-
 async def answer(client: httpx.AsyncClient, body: dict[str, Any]) -> dict[int, str]:
     texts: dict[int, str] = {}
     async for index, text in stream(client, body):
@@ -125,7 +66,7 @@ async def answer(client: httpx.AsyncClient, body: dict[str, Any]) -> dict[int, s
 class Chaos:
     """The clients, and what disturbs them."""
 
-    def __init__(self, server: Server, arguments: argparse.Namespace):
+    def __init__(self, server: LiveServer, arguments: argparse.Namespace):
         self.server, self.arguments, self.report = server, arguments, Report()
         self.events: list[tuple[float, str]] = []  # time, "kill" or "suspension"
         self.random = random.Random(arguments.seed)
@@ -221,13 +162,12 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("flags", nargs="*", help="flags of octavo serve, after --")
     arguments = parser.parse_args()
-    server = Server(arguments.model, arguments.flags)
+    server = LiveServer(arguments.model, arguments.flags)
     try:
         chaos = Chaos(server, arguments)
         report = asyncio.run(chaos.run())
     finally:
-        server.process.send_signal(signal.SIGTERM)
-        server.process.wait(timeout=90)
+        server.stop()
     print(f"{report.streams} streams, {len(chaos.events)} kills and suspensions")
     print(f"lost: {len(report.lost)}, wrong: {len(report.wrong)}")
     print(f"longest gap after a kill {max(report.gaps_after_kill, default=0):.2f} s, ", end="")

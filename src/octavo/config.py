@@ -29,7 +29,6 @@ from .settings import (
     setting,
     settings_of,
 )
-from .settings import parse_size as parse_size
 from .vllm_settings import PAGE_TOKENS, VLLM
 
 DTYPES = {"auto": "auto", "bf16": "bfloat16", "bfloat16": "bfloat16", "float32": "float32", "fp32": "float32"}

@@ -11,6 +11,7 @@ from pathlib import Path
 CGROUPS = Path("/sys/fs/cgroup")
 MEMBERSHIP = Path("/proc/self/cgroup")
 MEMINFO = Path("/proc/meminfo")
+VMSTAT = Path("/proc/vmstat")
 
 
 def available_cores(cgroups: Path = CGROUPS, membership: Path = MEMBERSHIP) -> int:
@@ -45,6 +46,11 @@ def available_memory(cgroups: Path = CGROUPS, membership: Path = MEMBERSHIP, mem
         ),
     ]
     return max(0, min([_available_on_machine(meminfo), *(bytes for bytes in free if bytes is not None)]))
+
+
+def memory_kills(vmstat: Path = VMSTAT) -> int:
+    """Return how many processes the kernel has killed since it started because memory ran out; 0 if it does not say."""
+    return _field(vmstat, "oom_kill") or 0
 
 
 def _available_on_machine(meminfo: Path) -> int:

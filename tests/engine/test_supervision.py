@@ -5,6 +5,7 @@ import contextlib
 import gc
 import multiprocessing
 import os
+import re
 import resource
 import shutil
 import signal
@@ -56,17 +57,27 @@ def hostile(monkeypatch: pytest.MonkeyPatch) -> None:
 # A1: poison
 
 
-def test_a_request_that_crashes_engines_fails_alone(tiny_llama: Path, hostile: None) -> None:
+@pytest.mark.parametrize(
+    ("policy", "reason"),
+    [
+        ("Crash", "exit code 139"),
+        ("KillItself", "killed by SIGKILL"),
+        ("Segfault", "killed by SIGSEGV"),
+        ("HoldTheLock", "no sign of life for 2.5 s"),
+    ],
+)
+def test_a_request_that_crashes_engines_fails_alone(tiny_llama: Path, hostile: None, policy: str, reason: str) -> None:
     async def scenario(llm: AsyncLLM) -> None:
         expected = tokens_of(await llm.agenerate(PROMPTS, LONG))
         others = asyncio.ensure_future(llm.agenerate(PROMPTS, LONG))
         await asyncio.sleep(0)
-        with pytest.raises(RequestFailed, match=r"failed 2 times while it served this request \(exit code 139\)"):
+        message = f"failed 2 times while it served this request ({reason})"
+        with pytest.raises(RequestFailed, match=re.escape(message)):
             await llm.agenerate(hostile_policy.POISON, LONG)
         assert tokens_of(await others) == expected
         assert llm.readiness() == (True, "the engine is ready")
 
-    run(tiny_llama, scenario, scheduling_policy="hostile_policy:Crash")
+    run(tiny_llama, scenario, scheduling_policy=f"hostile_policy:{policy}")
 
 
 def test_two_that_crash_engines_fail_both(tiny_llama: Path, hostile: None) -> None:
@@ -139,6 +150,29 @@ def test_the_model_is_away_for_a_while(tiny_llama: Path, tmp_path: Path) -> None
         (tmp_path / "away").rename(model)
         assert tokens_of(await running) == expected
         assert llm.readiness()[0]
+
+    run(model, scenario)
+
+
+def test_another_model_in_the_same_place(tiny_llama: Path, tmp_path: Path) -> None:
+    """No request goes on with other weights than those that it began with."""
+    model, weights = tmp_path / "model", tmp_path / "model" / "model.safetensors"
+    shutil.copytree(tiny_llama, model)
+    right = weights.read_bytes()
+
+    async def scenario(llm: AsyncLLM) -> None:
+        expected = tokens_of(await llm.agenerate(PROMPTS, LONG))
+        running = asyncio.ensure_future(llm.agenerate(PROMPTS, LONG))
+        await asyncio.sleep(0)
+        (tmp_path / "new").write_bytes(right[:-2] + bytes([right[-2] ^ 1, right[-1]]))
+        (tmp_path / "new").rename(weights)  # what is mapped stays as it was
+        os.kill(engine_pid(llm), signal.SIGKILL)
+        while "files have changed" not in llm.readiness()[1]:
+            assert not running.done()
+            await asyncio.sleep(0.01)
+        (tmp_path / "new").write_bytes(right)
+        (tmp_path / "new").rename(weights)
+        assert tokens_of(await running) == expected
 
     run(model, scenario)
 

@@ -1,5 +1,6 @@
-"""The server as a process: signals while it loads, standard streams that cannot be written."""
+"""The server as a process: signals and failures while it loads, its folders, streams that cannot be written."""
 
+import os
 import signal
 import socket
 import subprocess
@@ -9,6 +10,8 @@ from pathlib import Path
 
 import httpx
 import pytest
+
+from server_process import COMPLETIONS, ServerProcess
 
 SERVE = ["-m", "octavo.entrypoints.openai.api_server", "--model"]
 IN_NEW_NAMESPACE = ["unshare", "--pid", "--fork", "--kill-child"]  # its child is PID 1 there
@@ -49,6 +52,30 @@ def test_sigterm_ends_it_while_loading_as_pid_1(tiny_llama: Path) -> None:
         wait_for_child(process, server)
         subprocess.run(["kill", "-TERM", str(server)], check=True)
         process.communicate(timeout=30)
+
+
+def test_an_engine_that_fails_to_load_says_why(tiny_llama: Path, tmp_path: Path) -> None:
+    """For a reason that nobody foresaw: here, what Python runs first in every process breaks the loader."""
+    lines = [
+        "import octavo.engine.loading as loading",
+        "def load(*_, **__): raise KeyError('odd')",
+        "loading.load_engine = load",
+    ]
+    (tmp_path / "sitecustomize.py").write_text("\n".join(lines))
+    command = [sys.executable, *SERVE, str(tiny_llama), "--port", "0"]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1, done.stderr
+    assert "KeyError: 'odd'" in done.stderr.splitlines()[-1] and "Fatal" not in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("folder", ["t" * 100, "none"])
+def test_temporary_folders_of_any_length(tiny_llama: Path, tmp_path: Path, folder: str) -> None:
+    if folder != "none":
+        (tmp_path / folder).mkdir()
+    with ServerProcess(tiny_llama, TMPDIR=str(tmp_path / folder)) as server:
+        body = {"prompt": "x", "max_tokens": 2, "ignore_eos": True}
+        assert httpx.post(server.url + COMPLETIONS, json=body, timeout=60).status_code == 200
 
 
 @pytest.mark.parametrize("redirection", [">/dev/full", ">&-", ">&- 2>&-", "<&- >&- 2>&-"])

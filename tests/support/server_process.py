@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import os
 import re
 import signal
 import socket
@@ -26,16 +27,20 @@ COMPLETIONS = "/v1/completions"
 
 
 class ServerProcess:
-    """Serves `model` for a `with` block, at the end of which it must drain and have printed no traceback."""
+    """Serves `model` for a `with` block, at the end of which it must drain and have printed no traceback.
 
-    def __init__(self, model: Path | str, *flags: str):
+    Keywords are variables of its environment.
+    """
+
+    def __init__(self, model: Path | str, *flags: str, **environment: str):
         self.banner = ""
         self.url = ""
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed with this object)
         command = [sys.executable, "-m", "octavo.entrypoints.openai.api_server", "--model", str(model), "--port", "0"]
         self.process = subprocess.Popen(
-            [*command, "--served-model-name", "tiny", *flags], stdout=subprocess.PIPE, stderr=self._errors, text=True
-        )
+            [*command, "--served-model-name", "tiny", *flags],
+            stdout=subprocess.PIPE, stderr=self._errors, text=True, env=os.environ | environment,
+        )  # fmt: skip
 
     def __enter__(self) -> Self:
         assert self.process.stdout is not None

@@ -20,6 +20,7 @@ from .policies import Policy
 from .recovery import Recovery
 from .scheduler import Scheduler, StepPlan
 from .sequence import Sequence
+from .work_record import WorkRecord
 
 MAX_IDLE = 0.002  # seconds that a step without work waits for a transfer; a new request may wait as long
 SECONDS_TO_CLOSE = 3.0  # the frontend kills an engine process that does not end in 5
@@ -41,6 +42,7 @@ class Engine:
         fingerprint: names all that decides the bits of a page; engines share pages only if theirs are equal.
         speculative_tokens: draft tokens per sequence and step, for requests that name no number.
         request_timeout: in seconds, for requests that name none; None: none.
+        work: where the engine notes what it is busy with.
         clock: in seconds, monotonic; a simulation's is virtual.
     """
 
@@ -59,6 +61,7 @@ class Engine:
         fingerprint: str = "",
         speculative_tokens: int = 0,
         request_timeout: float | None = None,
+        work: WorkRecord | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
         self.backend, self.fingerprint, self.clock = backend, fingerprint, clock
@@ -81,6 +84,7 @@ class Engine:
         self._deadlines = Deadlines()
         self._request_timeout = request_timeout
         self._speculative_tokens = speculative_tokens
+        self._work = work or WorkRecord()
         self._num_added = 0
         self._plan = StepPlan([], [])  # of the last step
         self._steps = self._tokens_computed = self._tokens_generated = 0
@@ -108,6 +112,7 @@ class Engine:
         if problem := self._problem(request):
             self._failures.append(TokenOutput(request.id, -1, "error", message=problem))
             return
+        self._work.serving(request.id)
         params, tokens = request.params, array("i", request.prompt + request.output)
         after = self._live.get(request.after or "")
         seq = Sequence(
@@ -126,6 +131,7 @@ class Engine:
         if (timeout := self._timeout(request)) is not None:
             self._deadlines.set(request.id, seq.arrival + timeout)
         self.scheduler.add(seq, after)
+        self._work.nothing()
 
     def abort(self, ids: Iterable[str]) -> None:
         """Drop requests and release their pages at once. Unknown and finished ids are ignored."""
@@ -179,9 +185,11 @@ class Engine:
         self._plan = plan = self.scheduler.schedule()
         if plan.sequences:
             batch = self._builder.build(plan)
+            self._work.computing([seq.id for seq in plan.sequences[plan.num_decoding :]])
             execution, before = time.perf_counter(), self.clock()
             result = self.backend.step(batch)
             self._backend_seconds += time.perf_counter() - execution
+            self._work.nothing()
             self.scheduler.recovery.record_step(len(batch.tokens), self.clock() - before)
             outputs += self._advance(plan, result)
             self._steps += 1

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from octavo.backends.base import Backend, BackendFactory, Progress
-from octavo.config import DTYPES, KV_CACHE_DTYPES, EngineConfig, parse_size
+from octavo.config import DTYPES, KV_CACHE_DTYPES, EngineConfig
 from octavo.errors import ConfigError, OutOfMemory
 from octavo.kv import Transfers
 from octavo.kv.tiers.disk import DiskTier
@@ -27,16 +27,20 @@ from .policies import Policy
 from .policies.loading import load_policy
 from .self_test import self_test
 from .speculation import FREE_ROWS
+from .work_record import WorkRecord
 
 if TYPE_CHECKING:
     from octavo.model.spec import DecoderSpec
 
 
-def load_engine(config: EngineConfig, path: Path, progress: Progress | None = None) -> Engine:
+def load_engine(
+    config: EngineConfig, path: Path, progress: Progress | None = None, work: WorkRecord | None = None
+) -> Engine:
     """Open the checkpoint at `path`, compile the model on the configured backend and allocate the KV pool.
 
     Args:
         progress: called while weights are read, progress(done bytes, total bytes).
+        work: see Engine.
 
     Raises:
         ConfigError, DamagedWeights, UnsupportedModel, OutOfMemory
@@ -71,6 +75,7 @@ def load_engine(config: EngineConfig, path: Path, progress: Progress | None = No
         max_model_len=max_model_len,
         policy=policy,
         fingerprint=_page_fingerprint(checkpoint, backend),
+        work=work,
     )
 
 
@@ -83,13 +88,14 @@ def assemble(
     policy: Policy | None = None,
     fingerprint: str = "",
     transfers: Transfers | None = None,
+    work: WorkRecord | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> Engine:
     """Return an engine with the settings of `config`, on a backend whose pool of `num_pages` pages is allocated.
 
     Args:
         policy: in place of the one that `config` names.
-        fingerprint, clock: see Engine.
+        fingerprint, work, clock: see Engine.
         transfers: to other tiers than those that `config` names.
 
     Raises:
@@ -108,6 +114,7 @@ def assemble(
         preemption=config.preemption,
         speculative_tokens=config.speculative_tokens,
         request_timeout=config.request_timeout,
+        work=work,
         clock=clock,
     )
 
@@ -116,10 +123,9 @@ def _transfers(config: EngineConfig, backend: Backend) -> Transfers:
     """Return transfers to the tiers that `config` names. Raises ConfigError."""
     tiers: list[Tier] = []
     if config.kv_host_memory is not None:
-        tiers.append(HostTier(parse_size(config.kv_host_memory, "kv_host_memory")))
+        tiers.append(HostTier(config.kv_host_memory))
     if config.kv_disk is not None:
-        size = parse_size(config.kv_disk_size, "kv_disk_size")
-        tiers.append(DiskTier(Path(config.kv_disk), size, backend.page_bytes))
+        tiers.append(DiskTier(Path(config.kv_disk), config.kv_disk_size, backend.page_bytes))
     return Transfers(backend, tiers)
 
 
@@ -151,7 +157,7 @@ def _num_pages(config: EngineConfig, spec: "DecoderSpec", page_bytes: int, max_m
     if config.kv_cache_memory is None:
         num_pages = min(config.max_batch_size * pages_per_sequence, available_memory() // 2 // page_bytes)
     else:
-        num_pages = parse_size(config.kv_cache_memory, "kv_cache_memory") // page_bytes
+        num_pages = config.kv_cache_memory // page_bytes
     needed = pages_per_sequence if config.max_model_len else 1
     if num_pages < needed:
         raise OutOfMemory(

@@ -233,6 +233,8 @@ class Frontend:
                 self, self._state_owner, info.fingerprint, self._config.kv_state_quota, self._config.kv_state_ttl
             )
             self._ledger = Ledger(self._tokenizer, info, self._config.request_timeout)
+        elif info.fingerprint != self.info.fingerprint:
+            raise EngineDead("the model's files have changed since the server started: put them back, or start it anew")
         await self._open_state_files()
         if num_live := len(self._ledger):
             log.warning("a new engine continues %d requests", num_live)
@@ -241,7 +243,7 @@ class Frontend:
     def replica_lost(self, exit: Exit) -> None:
         assert self._ledger is not None
         self._fail_waiting(EngineDead(f"the engine ended ({exit.reason})"))
-        if culprit := self._readmission.engine_lost(self._ledger, exit.is_fault):
+        if culprit := self._readmission.engine_lost(self._ledger, exit):
             reason = f"the engine failed {culprit.crashes} times while it served this request ({exit.reason})"
             log.error("the request %s is given up: %s", culprit.id, reason)
             self._fail(culprit, RequestFailed(reason))

@@ -84,6 +84,11 @@ class LiveRequest:
     crashes: int = 0
 
     @property
+    def engine_ids(self) -> list[str]:
+        """The engine's ids of the completions."""
+        return [completion.request.id for completion in self.completions]
+
+    @property
     def num_tokens(self) -> int:
         """The number of output tokens so far."""
         return sum(len(completion.token_ids) for completion in self.completions)

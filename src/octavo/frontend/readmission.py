@@ -1,22 +1,30 @@
 """Readmission: after a crash, find the request that caused it while all others go on."""
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
+from octavo.engine.work_record import Work
+
+from .links.link import Exit
 from .live import LiveRequest
 
-SUSPECT_KILLS = 2  # kills from outside, with no token between them, after which a request is under suspicion too
-BLAMED_KILLS = 4  # and after which it is held responsible
+ENOUGH_FAULTS = 2  # engines that must fail of a request before it is given up
+SUSPECT_KILLS = 3  # kills from outside, with no token between them, after which a request is under suspicion too
+ENOUGH_KILLS = 5  # and after which it is given up
 LONG_TRIAL = 3  # crashes after which a trial lasts until the request ends
 
 
 class Readmission:
     """Sends live requests to an engine: all at once, or one at a time while one of them is suspected of crashing it.
 
-    When an engine fails, every request that it served is a suspect. The next engine gets the suspects one at a time,
-    each when the one before has computed a token or ended. If that engine fails too, the one on trial is the cause.
-    Requests that arrive meanwhile wait until the suspects are through. An engine that was killed from outside (by the
-    kernel when memory ran out, by an operator) raises no suspicion the first time.
+    The engine's record of its work says what it was busy with when it failed:
+
+    - One request alone: if the next engine fails of it too, it is the cause. The others are sent before it.
+    - A step, or nothing in particular: the requests in the step, or all, are suspects. The next engine gets them one at
+      a time, each when the one before has computed a token or ended. If that engine fails too, the one on trial is the
+      cause. The others, and those that arrive meanwhile, wait until the suspects are through.
+
+    An engine that was killed from outside raises no suspicion at first.
 
     Args:
         send: sends one request to the engine.
@@ -25,8 +33,8 @@ class Readmission:
     def __init__(self, send: Callable[[LiveRequest], None]):
         self._send = send
         self._is_ready = False
-        self._waiting: deque[LiveRequest] = deque()  # requests that the engine is not to have yet
-        self._suspects = 0  # number of requests at the head of `_waiting` that go one at a time
+        self._suspects: deque[LiveRequest] = deque()  # to be sent one at a time, before all others
+        self._waiting: deque[LiveRequest] = deque()  # to be sent then
         self._trial: LiveRequest | None = None
 
     def add(self, live: LiveRequest) -> None:
@@ -36,29 +44,39 @@ class Readmission:
         else:
             self._waiting.append(live)
 
-    def engine_lost(self, lives: Iterable[LiveRequest], is_fault: bool) -> LiveRequest | None:
+    def engine_lost(self, lives: Iterable[LiveRequest], exit: Exit) -> LiveRequest | None:
         """Take all requests back. Return the one that has caused the loss, if that is known; it is not sent again.
 
         Args:
             lives: every live request.
-            is_fault: whether the engine failed by itself (see links.Exit).
         """
-        self._is_ready, culprit, self._trial = False, self._trial, None
-        sent = [live for live in lives if live.sent]
-        for live in sent:
-            live.crashes += is_fault or not live.progressed
-        if culprit is not None and culprit.crashes < (2 if is_fault else BLAMED_KILLS):
-            culprit = None
-        suspicious = culprit is None and (is_fault or any(live.crashes >= SUSPECT_KILLS for live in sent))
+        self._is_ready, trial, self._trial = False, self._trial, None
         # Those that computed tokens are less likely to be the cause: they come first, so that they wait least.
-        sent.sort(key=lambda live: (not live.progressed, live.crashes, live.arrival))
-        again = [live for live in sent if live is not culprit]
+        sent = sorted((live for live in lives if live.sent), key=lambda live: (not live.progressed, live.arrival))
+        busy_with = _busy_with(sent, exit.work)
+        alone = exit.work.alone is not None
+        for live in busy_with:
+            live.crashes += exit.is_fault or alone or not live.progressed
+        accused = next(iter(busy_with), None) if alone else trial
+        enough = ENOUGH_FAULTS if exit.is_fault or alone else ENOUGH_KILLS
+        culprit = accused if accused and accused in busy_with and accused.crashes >= enough else None
+
+        if culprit is not None:
+            self._waiting.extendleft(reversed(self._suspects))
+            suspects = []
+        elif alone:
+            suspects = [*self._suspects]
+        elif exit.is_fault or any(live.crashes >= SUSPECT_KILLS for live in busy_with):
+            suspects = [*busy_with, *self._suspects]
+        else:
+            suspects = [*([trial] if trial in sent else []), *self._suspects]
+        others = [live for live in sent if live is not culprit and live not in suspects]
+        if alone:
+            others.sort(key=lambda live: live in busy_with)
         for live in sent:
             live.sent = live.progressed = False
-        waiting = [live for live in self._waiting if not live.crashes]
-        before = [live for live in self._waiting if live.crashes and live is not culprit]
-        self._waiting = deque([*again, *before, *waiting])
-        self._suspects = len(again) + len(before) if suspicious else 0
+        self._suspects = deque(suspects)
+        self._waiting.extendleft(reversed(others))
         return culprit
 
     def engine_ready(self) -> None:
@@ -78,19 +96,30 @@ class Readmission:
         if live is self._trial:
             self._trial = None
             self._next()
-        elif self._waiting and not live.sent and live in self._waiting:
-            self._suspects -= self._waiting.index(live) < self._suspects
-            self._waiting.remove(live)
+        elif not live.sent:
+            for queue in (self._suspects, self._waiting):
+                if live in queue:
+                    queue.remove(live)
 
     def _next(self) -> None:
         """Send the next suspect; when there is none left, everybody else."""
-        while self._waiting and self._is_ready and self._trial is None:
-            live = self._waiting.popleft()
+        while self._is_ready and self._trial is None and (self._suspects or self._waiting):
             if self._suspects:
-                self._suspects -= 1
-                self._trial = live
-            self._pass_on(live)
+                self._trial = self._suspects.popleft()
+                self._pass_on(self._trial)
+            else:
+                self._pass_on(self._waiting.popleft())
 
     def _pass_on(self, live: LiveRequest) -> None:
         live.sent, live.progressed = True, False
         self._send(live)
+
+
+def _busy_with(sent: Sequence[LiveRequest], work: Work) -> Sequence[LiveRequest]:
+    """Return those of the requests that the engine had been sent with which it was busy."""
+    if work.alone is not None:
+        return [live for live in sent if work.alone in live.engine_ids]
+    if work.prompts is not None:
+        prompts = set(work.prompts)
+        return [live for live in sent if live.progressed or not prompts.isdisjoint(live.engine_ids)]
+    return sent

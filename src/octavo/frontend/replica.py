@@ -12,16 +12,17 @@ from octavo.errors import EngineDead
 from .links import Link
 from .links.engine_loop import raised
 from .links.link import Exit
-from .links.messages import HEARTBEAT, Alive, Failed, FromEngine, Loading, Ready, ToEngine
+from .links.messages import HEARTBEAT, Alive, Failed, FromEngine, Loading, Ready, ToEngine, Tokens
 
 TICK = HEARTBEAT  # seconds between two looks at the engine
 SILENT_TICKS = 5  # looks without a message in between, after which an engine counts as stopped
 FIRST_SIGN = 60.0  # seconds for a new process to say something at all
+NEXT_SIGN = 5.0  # the same for one that replaces another; twice that for each engine in a row that has failed
 MIN_STEP_LIMIT = 10.0  # seconds that any step may take
 STEP_LIMIT = 20  # times the longest step so far that a step may take
 FIRST_STEP_LIMIT = 120.0  # seconds for a first step, which may compile or touch memory
-QUICK_RESTARTS = 3  # restarts without a pause, within CRASH_WINDOW seconds
-CRASH_WINDOW = 60.0
+QUICK_RESTARTS = 3  # restarts without a pause, while no engine computes a token or lives for STABLE seconds
+STABLE = 10.0
 FIRST_PAUSE, MAX_PAUSE = 0.25, 10.0  # seconds between further restarts; each pause is twice the one before
 
 log = logging.getLogger("octavo")
@@ -31,7 +32,10 @@ class ReplicaOwner(Protocol):
     """What a replica tells its frontend."""
 
     async def replica_ready(self, info: EngineInfo) -> None:
-        """The engine has loaded, for the first time or again; it may be sent messages from now on."""
+        """The engine has loaded, for the first time or again; it may be sent messages from now on.
+
+        Raises whatever makes this engine unfit to take the place of the one before; it is ended then.
+        """
         ...
 
     def replica_lost(self, exit: Exit) -> None:
@@ -61,7 +65,7 @@ class Replica:
         self._ended = asyncio.Event()
         self._heard = False  # since the last tick
         self._alive = Alive(0.0, 0.0)  # the latest
-        self._crashes: list[float] = []  # time.monotonic()
+        self._failures = 0  # restarts since an engine has worked
         self.link: Link | None = None
         self.is_ready = False
         self.status = "is loading"  # for people: the engine ...
@@ -89,7 +93,10 @@ class Replica:
 
     async def _keep_running(self) -> None:
         while True:
+            begun = time.monotonic()
             exit = await self._watch()
+            if time.monotonic() - begun > STABLE:
+                self._failures = 0
             self.is_ready, self.status = False, f"ended ({exit.reason}) and is starting again"
             log.error("the engine ended unexpectedly (%s)", exit.reason)
             self._owner.replica_lost(exit)
@@ -103,14 +110,16 @@ class Replica:
                 await self._serve(await self._load(self._connect()))
                 return
             except Exception as error:  # whatever it is, the next attempt may succeed
+                self.is_ready = False
+                if self.link is not None:
+                    await self.link.kill()
                 self.status = f"does not start, and is tried again: {' '.join(str(error).split())}"
                 log.error("the engine %s", self.status)
 
     def _pause(self) -> float:
         """Return how long to wait before the next restart, and count it."""
-        now = time.monotonic()
-        self._crashes = [*(at for at in self._crashes if now - at < CRASH_WINDOW), now]
-        extra = len(self._crashes) - QUICK_RESTARTS
+        self._failures += 1
+        extra = self._failures - QUICK_RESTARTS
         return min(FIRST_PAUSE * 2.0 ** min(extra, 10), MAX_PAUSE) if extra > 0 else 0.0
 
     async def _load(self, link: Link) -> EngineInfo:
@@ -142,7 +151,8 @@ class Replica:
         """Wait until the engine ends, or end it because it stopped. Return how it ended."""
         assert self.link is not None
         problem, is_fault = None, False
-        patience = SILENT_TICKS if self._heard or self.is_ready else round(FIRST_SIGN / TICK)
+        first_sign = min(NEXT_SIGN * 2.0 ** min(self._failures, 10), FIRST_SIGN) if self._failures else FIRST_SIGN
+        patience = SILENT_TICKS if self._heard or self.is_ready else round(first_sign / TICK)
         silent = 0
         while problem is None and not self._ended.is_set():
             try:
@@ -156,7 +166,7 @@ class Replica:
                 elif self._alive.step_seconds > (limit := self._step_limit()):
                     problem, is_fault = f"a step took longer than {limit:.0f} s", True
         exit = await self.link.kill()
-        return exit if problem is None else Exit(problem, is_fault)
+        return exit if problem is None else Exit(problem, is_fault, exit.work)
 
     def _step_limit(self) -> float:
         longest = self._alive.longest_step
@@ -176,4 +186,6 @@ class Replica:
                 if self._loaded is not None and not self._loaded.done():
                     self._loaded.set_exception(raised(message))
             case _:
+                if isinstance(message, Tokens):
+                    self._failures = 0
                 self._owner.replica_message(message)

@@ -20,6 +20,7 @@ import uvloop
 from octavo.async_llm import AsyncLLM
 from octavo.config import EngineConfig
 from octavo.errors import ConfigError
+from octavo.terminal import printable
 from octavo.version import __version__
 
 from .config import ServerConfig
@@ -173,6 +174,6 @@ def _announce(llm: AsyncLLM, listener: socket.socket) -> None:
         route, body = "completions", {"model": model, "prompt": "Once upon a time"}
     curl = shlex.join(["curl", f"{url}/v1/{route}", "-H", "Content-Type: application/json", "-d", json.dumps(body)])
     try:
-        typer.echo(f"\nOctavo {__version__} serves {model} on {url}; Ctrl-C ends it. Try it:\n\n{curl}\n")
+        typer.echo(f"\nOctavo {__version__} serves {printable(model)} on {url}; Ctrl-C ends it. Try it:\n\n{curl}\n")
     except OSError:  # nobody can read it: a full disk, a closed pipe. Nor what would be flushed at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

@@ -28,6 +28,9 @@ MAX_WORKERS = 4  # processes per template
 _START_SECONDS = 20.0  # for Python to start, import jinja2 and compile the template
 _PATIENCE = 0.3  # seconds that a request waits for a busy worker before another one is started
 
+# glibc returns blocks of this size to the system when they are freed, which it otherwise stops to do after the first.
+_RETURN_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
+
 _RENDERED, _OUT_OF_MEMORY = b"+", b"m"  # as in template_worker.py, which takes long to import
 
 
@@ -210,6 +213,7 @@ class _Worker:
                     stdout=theirs.fileno(),
                     stderr=subprocess.DEVNULL,
                     start_new_session=True,
+                    env=os.environ | _RETURN_MEMORY,
                 )
         except OSError as error:
             self._socket.close()

@@ -234,6 +234,7 @@ def main() -> None:
         _send(answer)
         if answer == OUT_OF_MEMORY:
             return
+        del answer
 
 
 def _compile(source: str) -> tuple[Template | None, str]:

@@ -1,7 +1,7 @@
-"""The main program of an engine process: `python -P -m octavo.frontend.links.engine_main FD`, started by ProcessLink.
+"""The main program of an engine process: `python -P -m octavo.frontend.links.engine_main FD WORK`.
 
-FD is one end of a socket pair. It is the only tie to the frontend: when the frontend ends, in whatever way, so does
-this process.
+ProcessLink starts it. FD is one end of a socket pair, the other end of which is the frontend's: when the frontend ends,
+in whatever way, so does this process. WORK is the file descriptor of a WorkRecord.
 """
 
 import logging
@@ -107,7 +107,7 @@ class Heartbeat(threading.Thread):
         os._exit(0)
 
 
-def main(fd: int) -> int:
+def main(fd: int, work: int) -> int:
     """Load what the first message says and serve. Return the exit code."""
     # The frontend decides when this process ends: Ctrl-C or SIGTERM for the whole group must not cut draining short.
     for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -117,7 +117,7 @@ def main(fd: int) -> int:
     heartbeat = Heartbeat(connection)
     heartbeat.start()
     try:
-        _serve(connection, heartbeat)
+        _serve(connection, heartbeat, work)
     except (BrokenPipeError, ConnectionResetError):
         pass  # the frontend has gone
     except OctavoError as error:
@@ -132,7 +132,7 @@ def main(fd: int) -> int:
     return 0
 
 
-def _serve(connection: Connection, heartbeat: Heartbeat) -> None:
+def _serve(connection: Connection, heartbeat: Heartbeat, work: int) -> None:
     messages: list[ToEngine] | None = []
     while not messages:
         if (messages := connection.receive(block=True)) is None:
@@ -141,6 +141,7 @@ def _serve(connection: Connection, heartbeat: Heartbeat) -> None:
     assert isinstance(load, Load)
     from octavo.config import EngineConfig
     from octavo.engine.loading import load_engine
+    from octavo.engine.work_record import WorkRecord
     from octavo.frontend.progress import loading_bar
 
     from .engine_loop import EngineLoop
@@ -156,7 +157,7 @@ def _serve(connection: Connection, heartbeat: Heartbeat) -> None:
                 reported = time.monotonic()
                 connection.send(Loading(done, total))
 
-        engine = load_engine(EngineConfig(**load.config), Path(load.path), progress)
+        engine = load_engine(EngineConfig(**load.config), Path(load.path), progress, WorkRecord(work))
     loop = EngineLoop(engine, connection.send, connection.wake)
     heartbeat.loop = loop
     connection.send(Ready(engine.info))
@@ -165,4 +166,4 @@ def _serve(connection: Connection, heartbeat: Heartbeat) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1])))
+    sys.exit(main(*map(int, sys.argv[1:])))

@@ -1,8 +1,10 @@
 """Link: one engine, from its start to its end, as a frontend sees it."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
+
+from octavo.engine.work_record import Work
 
 from .messages import FromEngine, ToEngine
 
@@ -48,8 +50,10 @@ class Exit:
     Attributes:
         reason: for people, such as "exit code 1" or "killed by SIGSEGV".
         is_fault: whether the engine failed by itself, so that one of its requests may be the cause; False if it was
-            killed from outside (SIGKILL, as the kernel does when memory runs out).
+            killed from outside.
+        work: what it was busy with.
     """
 
     reason: str
     is_fault: bool
+    work: Work = field(default_factory=Work)

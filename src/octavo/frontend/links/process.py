@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 import logging
+import os
 import signal
 import socket
 import subprocess
@@ -12,6 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from octavo.config import EngineConfig
+from octavo.engine.work_record import WorkRecord
+from octavo.machine import memory_kills
 
 from .link import Exit
 from .messages import FrameReader, FromEngine, Load, ToEngine, decode_from_engine, frame
@@ -32,12 +35,15 @@ class ProcessLink:
     heartbeats = True
 
     def __init__(self, config: EngineConfig, path: Path):
+        self._memory_kills = memory_kills()
         self._socket, theirs = socket.socketpair()
+        work = WorkRecord.share()
+        self._work = WorkRecord(work)
         try:
             self._process = subprocess.Popen(
                 # -P: files in the current folder must not take the place of modules.
-                [sys.executable, "-P", "-m", "octavo.frontend.links.engine_main", str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
+                [sys.executable, "-P", "-m", "octavo.frontend.links.engine_main", str(theirs.fileno()), str(work)],
+                pass_fds=[theirs.fileno(), work],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
             )
@@ -46,6 +52,7 @@ class ProcessLink:
             raise
         finally:
             theirs.close()
+            os.close(work)
         self.pid: int = self._process.pid
         self._transport: asyncio.Transport | None = None
         self._protocol: _Frames | None = None
@@ -71,7 +78,7 @@ class ProcessLink:
             self._process.kill()
             await self._wait(KILL_PATIENCE)
         self._disconnect()
-        return _exit(self._process.poll())
+        return self._exit(self._process.poll())
 
     def _disconnect(self) -> None:
         if self._protocol is not None:
@@ -97,6 +104,17 @@ class ProcessLink:
             await asyncio.sleep(LOOK)
         return self._process.poll() is not None
 
+    def _exit(self, code: int | None) -> Exit:
+        work = self._work.read()
+        if code is None:
+            return Exit("it does not end", is_fault=False, work=work)
+        if code >= 0:
+            return Exit(f"exit code {code}", is_fault=True, work=work)
+        if -code == signal.SIGKILL and memory_kills() > self._memory_kills:
+            return Exit("killed by SIGKILL when memory had run out", is_fault=True, work=work)
+        name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
+        return Exit(f"killed by {name}", is_fault=-code != signal.SIGKILL, work=work)
+
 
 class _Frames(asyncio.Protocol):
     """Cuts what an engine sends into messages."""
@@ -119,12 +137,3 @@ class _Frames(asyncio.Protocol):
         if self._on_end is not None:
             self._on_end()
         self.detach()
-
-
-def _exit(code: int | None) -> Exit:
-    if code is None:
-        return Exit("it does not end", is_fault=False)
-    if code >= 0:
-        return Exit(f"exit code {code}", is_fault=True)
-    name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
-    return Exit(f"killed by {name}", is_fault=-code != signal.SIGKILL)

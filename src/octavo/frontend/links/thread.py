@@ -10,6 +10,7 @@ from queue import SimpleQueue
 from octavo.config import EngineConfig
 from octavo.engine.engine import Engine
 from octavo.engine.loading import load_engine
+from octavo.engine.work_record import WorkRecord
 from octavo.errors import OctavoError
 from octavo.frontend.progress import loading_bar
 
@@ -32,6 +33,7 @@ class ThreadLink:
         self._inbox: SimpleQueue[ToEngine | None] = SimpleQueue()  # None: look for other things to do
         self._closing = False
         self._exit = Exit("the engine was shut down", is_fault=False)
+        self._work = WorkRecord()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._ended = asyncio.Event()
         self._thread = threading.Thread(target=self._run, name="octavo-engine", daemon=True)
@@ -56,14 +58,14 @@ class ThreadLink:
     def _run(self) -> None:
         try:
             with loading_bar() as progress:
-                self.engine = load_engine(self._config, self._path, progress)
+                self.engine = load_engine(self._config, self._path, progress, self._work)
             self._deliver(Ready(self.engine.info))
             EngineLoop(self.engine, self._deliver, lambda: self._inbox.put(None)).run(self._receive)
         except OctavoError as error:
             self._deliver(failure(error))
         except Exception as error:
             log.exception("the engine failed")
-            self._exit = Exit(f"{type(error).__name__}: {error}", is_fault=True)
+            self._exit = Exit(f"{type(error).__name__}: {error}", is_fault=True, work=self._work.read())
         finally:
             if self.engine is not None:
                 self.engine.close()

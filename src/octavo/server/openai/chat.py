@@ -33,7 +33,9 @@ async def chat_completions(api: Api, request: Request) -> Response:
     params, terms = body.sampling_params(llm.generation_defaults), body.terms(request.headers)
     llm.check_capacity(params.n)
     messages = body.conversation()
-    record.stream, record.prompt = bool(body.stream), messages
+    record.stream = bool(body.stream)
+    if api.config.access_log_prompts:
+        record.prompt = messages
     if continued := continuation(llm, body.kv_cache_state, params.n, terms):
         messages = continued.whole_chat(messages)
     text = await llm.tokenizer.achat(messages, **body.template_variables())

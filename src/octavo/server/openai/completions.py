@@ -30,7 +30,9 @@ async def completions(api: Api, request: Request) -> Response:
     """Complete prompts. Raises ApiError, OctavoError."""
     llm, record = api.llm, RequestRecord.of(request.scope)
     body = CompletionRequest.from_json(await api.bodies.read_json(request), api.config)
-    record.stream, record.prompt = bool(body.stream), body.prompt
+    record.stream = bool(body.stream)
+    if api.config.access_log_prompts:
+        record.prompt = body.prompt
     api.check_model(body.model)
     params, terms = body.sampling_params(llm.generation_defaults), body.terms(request.headers)
     count = len(body.prompt) * params.n

@@ -20,6 +20,7 @@ from octavo.server.errors import MAX_DETAILS, ApiError, invalid_body
 from . import neutral_fields
 
 MAX_ENTRIES = 4096  # in any list or map of a body that has no limit of its own
+MAX_TEXT = 4096  # characters in any string of a body that has no limit of its own
 TENANT_HEADER = "X-Octavo-Tenant"
 
 # Fields that a request and SamplingParams share, name and meaning.
@@ -148,6 +149,8 @@ class GenerationRequest(Strict):
         for name, value in body.items():
             if name not in ("prompt", "messages") and isinstance(value, (list, dict)) and len(value) > MAX_ENTRIES:
                 raise ApiError(400, f"{name} has {len(value)} entries; the limit is {MAX_ENTRIES}", name)
+            if name not in ("prompt", "stop") and isinstance(value, str) and len(value) > MAX_TEXT:
+                raise ApiError(400, f"{name} has {len(value)} characters; the limit is {MAX_TEXT}", name)
         stop = body.get("stop")
         for text in stop if isinstance(stop, list) else [stop]:
             if isinstance(text, str) and len(text) > config.max_stop_length:

@@ -1,0 +1,131 @@
+"""Readmission: who is sent to the next engine, when, and who is held responsible for a crash."""
+
+from dataclasses import dataclass, field
+
+import pytest
+
+from octavo.engine.work_record import Work, WorkRecord
+from octavo.frontend.links.link import Exit
+from octavo.frontend.readmission import ENOUGH_KILLS, SUSPECT_KILLS, Readmission
+
+
+@dataclass(eq=False)
+class Live:
+    """What Readmission knows of a LiveRequest."""
+
+    name: str
+    arrival: float
+    sent: bool = False
+    progressed: bool = False
+    crashes: int = 0
+    engine_ids: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.engine_ids = [self.name]
+
+
+class Engines:
+    """A row of engines that crash: what each was sent, and the live requests."""
+
+    def __init__(self, names: str):
+        self.lives = {name: Live(name, arrival) for arrival, name in enumerate(names)}
+        self.sent: list[str] = []
+        self.readmission = Readmission(lambda live: self.sent.append(live.name))  # type: ignore[arg-type]
+        for live in self.lives.values():
+            self.readmission.add(live)  # type: ignore[arg-type]
+        self.readmission.engine_ready()
+
+    def token(self, *names: str) -> None:
+        for name in names:
+            self.readmission.progressed(self.lives[name])  # type: ignore[arg-type]
+
+    def crash(self, work: Work, is_fault: bool = True) -> str | None:
+        self.sent = []
+        culprit = self.readmission.engine_lost(self.lives.values(), Exit("", is_fault, work))  # type: ignore[arg-type]
+        if culprit is not None:
+            del self.lives[culprit.name]  # type: ignore[attr-defined]
+        self.readmission.engine_ready()
+        return None if culprit is None else culprit.name  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("is_fault", [True, False], ids=["fault", "kill"])
+def test_code_for_one_request_ends_two_engines(is_fault: bool) -> None:
+    engines = Engines("abpc")
+    assert engines.crash(Work(alone="p"), is_fault) is None
+    assert engines.sent == list("abcp")
+    assert engines.crash(Work(alone="p"), is_fault) == "p"
+    assert engines.sent == list("abc")
+
+
+def test_two_of_them_in_turn() -> None:
+    engines = Engines("apqb")
+    assert [engines.crash(Work(alone=name)) for name in "pqpq"] == [None, None, "p", "q"]
+    assert engines.sent == list("ab")
+
+
+@pytest.mark.parametrize("work", [Work(), Work(prompts=("p", "c"))], ids=["unknown", "a step"])
+def test_suspects_go_one_at_a_time(work: Work) -> None:
+    engines = Engines("aqbpc")  # q and a wait in the engine's queue, so that they are in no step
+    engines.token("b")
+    assert engines.crash(work) is None
+    suspects = "baqpc" if work == Work() else "bpc"
+    for i, name in enumerate(suspects):
+        assert engines.sent == list(suspects[: i + 1])
+        if name == "p":
+            break
+        engines.token(name)
+    assert engines.crash(work) == "p"
+    assert sorted(engines.sent) == list("abcq")
+
+
+def test_new_requests_wait_for_suspects() -> None:
+    engines = Engines("ab")
+    engines.crash(Work())
+    engines.lives["n"] = Live("n", 9)
+    engines.readmission.add(engines.lives["n"])  # type: ignore[arg-type]
+    assert engines.sent == ["a"]
+    engines.token("a", "b")
+    assert engines.sent == ["a", "b", "n"]
+
+
+def test_a_suspect_that_ends_lets_the_next_one_go() -> None:
+    engines = Engines("abc")
+    engines.crash(Work())
+    for name in "ab":
+        engines.readmission.ended(engines.lives[name])  # type: ignore[arg-type]
+    assert engines.sent == ["a", "b", "c"]
+
+
+def test_kills_from_outside_blame_nobody_who_waits() -> None:
+    engines = Engines("rw")
+    for _ in range(20):
+        engines.token("r")
+        assert engines.crash(Work(prompts=()), is_fault=False) is None
+        assert engines.sent == ["r", "w"]
+    assert engines.lives["w"].crashes == 0
+
+
+def test_a_prompt_that_never_survives_is_given_up() -> None:
+    engines = Engines("p")
+    kills = 1
+    while engines.crash(Work(prompts=("p",)), is_fault=False) is None:
+        assert engines.sent == ["p"]
+        kills += 1
+    assert kills == ENOUGH_KILLS > SUSPECT_KILLS
+
+
+def test_what_a_record_says() -> None:
+    record = WorkRecord(WorkRecord.share())
+    assert record.read() == Work()
+    record.serving("é1")
+    assert record.read() == Work(alone="é1")
+    record.computing(["a", "b"])
+    assert record.read() == Work(prompts=("a", "b"))
+    record.computing([])
+    assert record.read() == Work(prompts=())
+    record.computing(["x" * 100] * 1000)
+    assert record.read() == Work()
+    record.serving("a")
+    record.nothing()
+    assert record.read() == Work()
+    record.close()
