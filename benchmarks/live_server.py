@@ -62,6 +62,11 @@ class LiveServer:
         """Return the number of open file descriptors of the server, without those of its children."""
         return len(list(Path(f"/proc/{self.process.pid}/fd").iterdir()))
 
+    def cpu_seconds(self) -> float:
+        """Return the processor time that the server has taken, without its children."""
+        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
     def stop(self) -> None:
         self.process.send_signal(signal.SIGTERM)
         self.process.wait(timeout=90)

@@ -3,22 +3,27 @@
     python benchmarks/overload.py [--model smollm2] [--seconds 120] [--factor 10] [flags of octavo serve, after --]
 
 First the peak: as many clients as max_batch_size, each asking again as soon as it is answered. Then requests arrive at
-`factor` times that rate, whether or not earlier ones are answered, while `idle` connections say nothing and `slow` ones
-send a byte per second, half of them in a header, half in a body. Then the peak once more.
+`factor` times that rate, whether or not earlier ones are answered, while another process holds `idle` connections that
+say nothing and `slow` ones that send a byte per second, half of them in a header, half in a body. Then the peak once
+more. The queue is short and the KV pool small, so that both are full from the beginning.
 
-Printed: the throughput of what was admitted as a share of the peak, how long refusals took, and memory and open file
-descriptors during and after. Lost: requests that were neither answered whole nor refused.
+Printed: the throughput of what was admitted as a share of the peak, how long refusals took, memory and open file
+descriptors during and after, and the processors' time that each side took of the engine. Lost: requests that were
+neither answered whole nor refused.
 """
 
 import argparse
 import asyncio
 import contextlib
 import json
+import multiprocessing
 import resource
 import statistics
 import sys
 import time
 from dataclasses import dataclass, field
+
+import uvloop
 
 from live_server import LiveServer
 
@@ -57,7 +62,7 @@ class Load:
             if status == b"503":
                 self.tally.refused.append(time.monotonic() - start)
             while line := await reader.readline():
-                if line.startswith(b'data: {"id"'):
+                if line.startswith(b"data: {"):
                     tokens += 1
                     self.tally.tokens += 1
                 is_done = is_done or line.startswith(b"data: [DONE]")
@@ -113,11 +118,19 @@ class Load:
         return throughput
 
 
-async def trickle(server: LiveServer, head: bytes) -> None:
-    """Keep a connection that sends one byte per second; open another one when the server closes it."""
+async def hang(address: tuple[str, int], num_idle: int, num_slow: int) -> None:
+    """Open connections within half a minute, and again when the server closes them, until this process is ended."""
+    heads = (b"GET /health HTTP/1.1\r\nX-Slow: ", HEAD + b"Content-Length: 100000\r\n\r\n")
+    slow = [trickle(address, heads[i % 2], 30 * i / num_slow) for i in range(num_slow)]
+    await asyncio.gather(*slow, *(idle(address, 30 * i / num_idle) for i in range(num_idle)))
+
+
+async def trickle(address: tuple[str, int], head: bytes, wait: float) -> None:
+    """Keep a connection that sends one byte per second, from `wait` seconds on."""
+    await asyncio.sleep(wait)
     while True:
         with contextlib.suppress(OSError):
-            reader, writer = await asyncio.open_connection(*server.address)
+            reader, writer = await asyncio.open_connection(*address)
             writer.write(head)
             closed = asyncio.ensure_future(reader.read())
             try:
@@ -129,11 +142,12 @@ async def trickle(server: LiveServer, head: bytes) -> None:
                 writer.close()
 
 
-async def idle(server: LiveServer) -> None:
-    """Keep a connection that says nothing; open another one when the server closes it."""
+async def idle(address: tuple[str, int], wait: float) -> None:
+    """Keep a connection that says nothing, from `wait` seconds on."""
+    await asyncio.sleep(wait)
     while True:
         with contextlib.suppress(OSError):
-            reader, writer = await asyncio.open_connection(*server.address)
+            reader, writer = await asyncio.open_connection(*address)
             try:
                 await reader.read()
             finally:
@@ -147,18 +161,22 @@ async def attack(server: LiveServer, arguments: argparse.Namespace) -> None:
     rate = arguments.factor * peak / arguments.max_tokens
     print(f"peak: {peak:.0f} tok/s, {peak / arguments.max_tokens:.1f} requests/s", flush=True)
     memory, descriptors = server.memory(), server.descriptors()
-    hangers = [asyncio.ensure_future(idle(server)) for _ in range(arguments.idle)]
-    slow_heads = (b"GET /health HTTP/1.1\r\nX-Slow: ", HEAD + b"Content-Length: 100000\r\n\r\n")
-    hangers += [asyncio.ensure_future(trickle(server, slow_heads[i % 2])) for i in range(arguments.slow)]
-    await asyncio.sleep(1)
+    hanging = multiprocessing.get_context("spawn").Process(
+        target=hang_until_ended, args=(server.address, arguments.idle, arguments.slow), daemon=True
+    )
+    hanging.start()
+    await asyncio.sleep(arguments.warm_up)
+    seconds, clients = server.cpu_seconds(), time.process_time()
     throughput = await load.flood(rate, arguments.seconds)
+    seconds, clients = server.cpu_seconds() - seconds, time.process_time() - clients
     tally = load.tally
-    for hanger in hangers:
-        hanger.cancel()
-    if hangers:
-        await asyncio.wait(hangers)
+    hanging.kill()
+    hanging.join()
     again = await load.peak(arguments.clients, arguments.seconds / 4)
-    print(f"{throughput / peak:.1%} of the peak at {arguments.factor:g} times its rate; afterwards {again / peak:.1%}")
+    usual = (peak + again) / 2
+    print(f"at {arguments.factor:g} times its rate {throughput:.0f} tok/s; peak afterwards {again:.0f}", end="")
+    print(f"; {throughput / usual:.1%} of the mean of both peaks")
+    print(f"processor time: server {seconds / arguments.seconds:.1%}, clients {clients / arguments.seconds:.1%} of one")
     print(f"answered {tally.answered}, refused {len(tally.refused)}, lost {len(tally.lost)} {tally.lost[:3]}")
     if tally.refused:
         slowest, middle = max(tally.refused), statistics.median(tally.refused)
@@ -173,6 +191,11 @@ async def attack(server: LiveServer, arguments: argparse.Namespace) -> None:
     print(f"descriptors: before {descriptors}, at most {max(tally.descriptors)}, afterwards {server.descriptors()}")
 
 
+def hang_until_ended(address: tuple[str, int], num_idle: int, num_slow: int) -> None:
+    """Run `hang`: the main function of another process."""
+    uvloop.run(hang(address, num_idle, num_slow))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2")
@@ -180,6 +203,7 @@ def main() -> None:
     parser.add_argument("--factor", type=float, default=10.0)
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--max-tokens", type=int, default=32)
+    parser.add_argument("--warm-up", type=float, default=35.0, help="seconds for idle and slow connections to come")
     parser.add_argument("--idle", type=int, default=2000)
     parser.add_argument("--slow", type=int, default=200)
     parser.add_argument("flags", nargs="*", help="flags of octavo serve, after --")
@@ -187,9 +211,10 @@ def main() -> None:
     needed = 2 * (arguments.idle + arguments.slow) + 4000
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(needed, hard)), hard))
-    server = LiveServer(arguments.model, ["--max-batch-size", str(arguments.clients), *arguments.flags])
+    limits = ["--max-batch-size", str(arguments.clients), "--max-queue", str(arguments.clients)]
+    server = LiveServer(arguments.model, [*limits, "--kv-cache-memory", "256MiB", *arguments.flags])
     try:
-        asyncio.run(attack(server, arguments))
+        uvloop.run(attack(server, arguments))
     finally:
         server.stop()
 

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import zlib
+from collections.abc import Callable
 from typing import Any
 
 import pydantic_core
@@ -31,8 +32,11 @@ class BodyReader:
         self._max_values = config.max_json_values
         self._pending = ByteBudget(config.max_pending_body_bytes)
 
-    async def read_json(self, request: Request) -> Any:
+    async def read_json(self, request: Request, admit: Callable[[], object] = lambda: None) -> Any:
         """Return the body as dicts, lists and so on, with bounded depth and size, and no invalid Unicode.
+
+        Args:
+            admit: called when the body has arrived; if it raises, the body is not parsed.
 
         Raises ApiError: 413 too large, 415 not JSON or in an unknown encoding, 503 too many bodies, 400 not valid JSON.
         """
@@ -40,6 +44,7 @@ class BodyReader:
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             raise ApiError(415, "send the header Content-Type: application/json", code="unsupported_media_type")
         body = await self._read(request)
+        admit()
         if body.startswith(BYTE_ORDER_MARK):
             body = body[len(BYTE_ORDER_MARK) :]
         await self._check_values(body)

@@ -28,7 +28,8 @@ def routes(api: Api) -> list[Route]:
 async def chat_completions(api: Api, request: Request) -> Response:
     """Answer a chat. Raises ApiError, OctavoError."""
     llm, record = api.llm, RequestRecord.of(request.scope)
-    body = ChatRequest.from_json(await api.bodies.read_json(request), api.config)
+    content = await api.bodies.read_json(request, admit=lambda: llm.check_capacity(1))
+    body = ChatRequest.from_json(content, api.config)
     api.check_model(body.model)
     params, terms = body.sampling_params(llm.generation_defaults), body.terms(request.headers)
     llm.check_capacity(params.n)

@@ -29,7 +29,8 @@ def routes(api: Api) -> list[Route]:
 async def completions(api: Api, request: Request) -> Response:
     """Complete prompts. Raises ApiError, OctavoError."""
     llm, record = api.llm, RequestRecord.of(request.scope)
-    body = CompletionRequest.from_json(await api.bodies.read_json(request), api.config)
+    content = await api.bodies.read_json(request, admit=lambda: llm.check_capacity(1))
+    body = CompletionRequest.from_json(content, api.config)
     record.stream = bool(body.stream)
     if api.config.access_log_prompts:
         record.prompt = body.prompt

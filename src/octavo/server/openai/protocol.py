@@ -4,11 +4,23 @@ null means "not given", as with OpenAI. Ranges are checked by SamplingParams and
 are those of neutral_fields.py.
 """
 
+import functools
 import json
+import operator
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal, Self
+from types import NoneType, UnionType
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args, get_type_hints
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    ValidationError,
+    create_model,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 from starlette.datastructures import Headers
 
@@ -93,7 +105,29 @@ class StreamOptions(Strict):
     continuous_usage_stats: bool | None = None
 
 
-class GenerationRequest(Strict):
+_JSON_TYPES: dict[Any, Any] = {  # of a parameter's type, None left out
+    int: Whole,
+    float: float,
+    bool: bool,
+    str: str,
+    list[int]: list[Whole],
+    dict[int, float]: dict[str, float],
+    list[str] | str: Any,  # SamplingParams checks it
+}
+
+
+def _json_field(hint: Any) -> tuple[Any, None]:
+    """Return the type and the default of a field for a parameter, as create_model takes them; null is "not given"."""
+    types = [kind for kind in get_args(hint) if kind is not NoneType] if isinstance(hint, UnionType) else [hint]
+    return _JSON_TYPES[functools.reduce(operator.or_, types)] | None, None
+
+
+_PARAMETERS = {**get_type_hints(SamplingParams), **get_type_hints(ServiceTerms)}
+_FIELDS: dict[str, Any] = {name: _json_field(hint) for name, hint in _PARAMETERS.items()}
+Parameters: Any = create_model("Parameters", __base__=Strict, **_FIELDS)
+
+
+class GenerationRequest(Parameters):  # type: ignore[misc]
     """What the two kinds of completion have in common."""
 
     neutral: ClassVar[dict[str, Any]]
@@ -101,27 +135,6 @@ class GenerationRequest(Strict):
     model: str | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    n: Whole | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: Whole | None = None
-    min_p: float | None = None
-    max_tokens: Whole | None = None
-    min_tokens: Whole | None = None
-    stop: Any = None  # a string or a list of them, as SamplingParams checks
-    stop_token_ids: list[Whole] | None = None
-    seed: Whole | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    repetition_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
-    ignore_eos: bool | None = None
-    speculative_tokens: Whole | None = None
-    priority: Whole | None = None
-    tenant: str | None = None
-    ttft_target: float | None = None
-    timeout: float | None = None
-    cache_salt: str | None = None
     kv_cache_state: bool | str | None = None  # true: keep the state; a handle: continue that one too
 
     @classmethod
@@ -139,7 +152,7 @@ class GenerationRequest(Strict):
                 body = {**body, "stream_options": options}
             body = cls._limited(body, config)
         try:
-            return cls.model_validate(body)
+            return cls.model_validate(body)  # type: ignore[no-any-return]
         except ValidationError as error:
             raise invalid_body(error) from None
 
