@@ -172,7 +172,8 @@ class _Fields:
 
     def need(self, ok: bool, param: str, what: str) -> None:
         if not ok:
-            shown = repr(getattr(self._struct, param))
+            value = getattr(self._struct, param)
+            shown = repr(value[: _SHOWN + 1] if isinstance(value, str) else value)
             shown = shown if len(shown) <= _SHOWN else shown[:_SHOWN] + "…"
             raise InvalidRequest(f"{param} must be {what}, not {shown}", param)
 

@@ -6,7 +6,7 @@ import pytest
 
 from octavo.engine.work_record import Work, WorkRecord
 from octavo.frontend.links.link import Exit
-from octavo.frontend.readmission import ENOUGH_KILLS, SUSPECT_KILLS, Readmission
+from octavo.frontend.readmission import ENOUGH_KILLS, SUSPECT_KILLS, TRIAL_TOKENS, Readmission
 
 
 @dataclass(eq=False)
@@ -16,7 +16,7 @@ class Live:
     name: str
     arrival: float
     sent: bool = False
-    progressed: bool = False
+    progress: int = 0
     crashes: int = 0
     engine_ids: list[str] = field(default_factory=list)
 
@@ -37,7 +37,8 @@ class Engines:
 
     def token(self, *names: str) -> None:
         for name in names:
-            self.readmission.progressed(self.lives[name])  # type: ignore[arg-type]
+            for _ in range(TRIAL_TOKENS):
+                self.readmission.progressed(self.lives[name])  # type: ignore[arg-type]
 
     def crash(self, work: Work, is_fault: bool = True) -> str | None:
         self.sent = []

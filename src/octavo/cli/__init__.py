@@ -9,12 +9,12 @@ from typing import Annotated, Any, NoReturn, TextIO
 
 import typer
 
-from octavo.errors import OctavoError
+from octavo.errors import EngineDead, OctavoError
 from octavo.terminal import printable
 from octavo.version import __version__
 
 _COMMANDS = ("serve", "generate", "chat", "top", "config", "pull", "quantize", "bench", "simulate")
-_USAGE, _INTERRUPTED = 2, 130
+_ENGINE_FAILED, _USAGE, _INTERRUPTED = 1, 2, 130
 
 
 def _app(commands: Sequence[str]) -> typer.Typer:
@@ -46,7 +46,8 @@ def _root(
 def main() -> NoReturn:
     """Run the command line and exit.
 
-    Exit codes: 0; 2 after an error that the user can correct, printed as one line; 130 after Ctrl-C.
+    Exit codes: 0; 2 after an error that the user can correct, 1 after one of an engine, either printed as one line; 130
+    after Ctrl-C.
     """
     _set_errors(sys.stdin, "surrogateescape")  # a prompt that is not valid text becomes an InvalidRequest
     _set_errors(sys.stdout, "replace")  # a model may write characters that the terminal's encoding lacks
@@ -56,7 +57,7 @@ def main() -> NoReturn:
         code: Any = _app(commands)(prog_name="octavo", standalone_mode=False)
         sys.stdout.flush()
     except OctavoError as error:
-        _fail(str(error))
+        _fail(str(error), _ENGINE_FAILED if isinstance(error, EngineDead) else _USAGE)
     except typer.TyperException as error:
         context = getattr(error, "ctx", None)
         command = context.command_path if context else "octavo"
@@ -75,6 +76,6 @@ def _set_errors(stream: TextIO, errors: str) -> None:
         stream.reconfigure(errors=errors)
 
 
-def _fail(message: str) -> NoReturn:
+def _fail(message: str, code: int = _USAGE) -> NoReturn:
     print(f"octavo: {printable(' '.join(message.split()))}", file=sys.stderr)
-    sys.exit(_USAGE)
+    sys.exit(code)

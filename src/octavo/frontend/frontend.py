@@ -38,7 +38,7 @@ from .links.messages import (
     Unpin,
 )
 from .live import LiveRequest, Sink
-from .readmission import Readmission
+from .readmission import TRIAL_TOKENS, Readmission
 from .replica import Replica
 from .requests import Request, check_length
 
@@ -283,7 +283,7 @@ class Frontend:
                 ended += 1
                 if not output.finish_reason:  # a stop string, of which the engine does not know
                     stopped.append(output.id)
-            if not live.progressed:
+            if live.progress < TRIAL_TOKENS:
                 self._readmission.progressed(live)
             if increment.finished:
                 self._remember(live)

@@ -62,7 +62,7 @@ class LiveRequest:
         arrival: time.monotonic() in seconds.
         state: the KV state that the prompt begins with.
         sent: whether the present engine has been sent it.
-        progressed: whether the present engine has computed a token of it.
+        progress: tokens that the present engine has computed of it; not counted beyond TRIAL_TOKENS.
         crashes: how many engines have failed while they served it.
     """
 
@@ -80,7 +80,7 @@ class LiveRequest:
     state: "KVState | None" = None
     finished: bool = False
     sent: bool = False
-    progressed: bool = False
+    progress: int = 0
     crashes: int = 0
 
     @property

@@ -11,6 +11,7 @@ from .live import LiveRequest
 ENOUGH_FAULTS = 2  # engines that must fail of a request before it is given up
 SUSPECT_KILLS = 3  # kills from outside, with no token between them, after which a request is under suspicion too
 ENOUGH_KILLS = 5  # and after which it is given up
+TRIAL_TOKENS = 2  # tokens that end a trial: of a step that computes a prompt, and of one that decodes
 LONG_TRIAL = 3  # crashes after which a trial lasts until the request ends
 
 
@@ -21,7 +22,7 @@ class Readmission:
 
     - One request alone: if the next engine fails of it too, it is the cause. The others are sent before it.
     - A step, or nothing in particular: the requests in the step, or all, are suspects. The next engine gets them one at
-      a time, each when the one before has computed a token or ended. If that engine fails too, the one on trial is the
+      a time, each when the one before has computed TRIAL_TOKENS or ended. If that engine fails too, the one on trial is the
       cause. The others, and those that arrive meanwhile, wait until the suspects are through.
 
     An engine that was killed from outside raises no suspicion at first.
@@ -52,11 +53,11 @@ class Readmission:
         """
         self._is_ready, trial, self._trial = False, self._trial, None
         # Those that computed tokens are less likely to be the cause: they come first, so that they wait least.
-        sent = sorted((live for live in lives if live.sent), key=lambda live: (not live.progressed, live.arrival))
+        sent = sorted((live for live in lives if live.sent), key=lambda live: (not live.progress, live.arrival))
         busy_with = _busy_with(sent, exit.work)
         alone = exit.work.alone is not None
         for live in busy_with:
-            live.crashes += exit.is_fault or alone or not live.progressed
+            live.crashes += exit.is_fault or alone or not live.progress
         accused = next(iter(busy_with), None) if alone else trial
         enough = ENOUGH_FAULTS if exit.is_fault or alone else ENOUGH_KILLS
         culprit = accused if accused and accused in busy_with and accused.crashes >= enough else None
@@ -74,7 +75,7 @@ class Readmission:
         if alone:
             others.sort(key=lambda live: live in busy_with)
         for live in sent:
-            live.sent = live.progressed = False
+            live.sent, live.progress = False, 0
         self._suspects = deque(suspects)
         self._waiting.extendleft(reversed(others))
         return culprit
@@ -85,9 +86,9 @@ class Readmission:
         self._next()
 
     def progressed(self, live: LiveRequest) -> None:
-        """Note that the engine has computed a token of a request."""
-        live.progressed = True
-        if live is self._trial and live.crashes < LONG_TRIAL:
+        """Note that the engine has computed a token of a request; to be called for the first TRIAL_TOKENS at least."""
+        live.progress += 1
+        if live is self._trial and live.progress >= TRIAL_TOKENS and live.crashes < LONG_TRIAL:
             self._trial = None
             self._next()
 
@@ -111,7 +112,7 @@ class Readmission:
                 self._pass_on(self._waiting.popleft())
 
     def _pass_on(self, live: LiveRequest) -> None:
-        live.sent, live.progressed = True, False
+        live.sent, live.progress = True, 0
         self._send(live)
 
 
@@ -121,5 +122,5 @@ def _busy_with(sent: Sequence[LiveRequest], work: Work) -> Sequence[LiveRequest]
         return [live for live in sent if work.alone in live.engine_ids]
     if work.prompts is not None:
         prompts = set(work.prompts)
-        return [live for live in sent if live.progressed or not prompts.isdisjoint(live.engine_ids)]
+        return [live for live in sent if live.progress or not prompts.isdisjoint(live.engine_ids)]
     return sent

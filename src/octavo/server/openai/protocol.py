@@ -162,7 +162,8 @@ class GenerationRequest(Parameters):  # type: ignore[misc]
         for name, value in body.items():
             if name not in ("prompt", "messages") and isinstance(value, (list, dict)) and len(value) > MAX_ENTRIES:
                 raise ApiError(400, f"{name} has {len(value)} entries; the limit is {MAX_ENTRIES}", name)
-            if name not in ("prompt", "stop") and isinstance(value, str) and len(value) > MAX_TEXT:
+            has_own_limit = name in ("prompt", "stop") or name in _TERMS
+            if isinstance(value, str) and len(value) > MAX_TEXT and not has_own_limit:
                 raise ApiError(400, f"{name} has {len(value)} characters; the limit is {MAX_TEXT}", name)
         stop = body.get("stop")
         for text in stop if isinstance(stop, list) else [stop]:
