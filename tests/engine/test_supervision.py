@@ -98,9 +98,7 @@ def test_two_that_crash_engines_fail_both(tiny_llama: Path, hostile: None) -> No
 def test_a_request_that_hangs_the_engine_fails_alone(
     tiny_llama: Path, hostile: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(replica, "MIN_STEP_LIMIT", 1.0)
-    monkeypatch.setattr(replica, "STEP_LIMIT", 0.0)
-    monkeypatch.setattr(replica, "FIRST_STEP_LIMIT", 1.0)
+    monkeypatch.setattr(replica, "STEP_SECONDS", 1.0)
 
     async def scenario(llm: AsyncLLM) -> None:
         expected = tokens_of(await llm.agenerate(PROMPTS, LONG))

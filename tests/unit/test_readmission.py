@@ -53,15 +53,31 @@ class Engines:
 def test_code_for_one_request_ends_two_engines(is_fault: bool) -> None:
     engines = Engines("abpc")
     assert engines.crash(Work(alone="p"), is_fault) is None
+    assert sorted(engines.sent) == list("abc")
+    engines.token("b")
     assert engines.sent == list("abcp")
     assert engines.crash(Work(alone="p"), is_fault) == "p"
-    assert engines.sent == list("abc")
+    assert sorted(engines.sent) == list("abc")
 
 
 def test_two_of_them_in_turn() -> None:
     engines = Engines("apqb")
-    assert [engines.crash(Work(alone=name)) for name in "pqpq"] == [None, None, "p", "q"]
+    assert [engines.crash(Work(alone=name)) for name in "pq"] == [None, None]
     assert engines.sent == list("ab")
+    engines.token("a")
+    assert engines.sent == list("abpq")
+    assert [engines.crash(Work(alone=name)) for name in "pq"] == ["p", "q"]
+    assert engines.sent == list("ab")
+
+
+def test_one_that_is_left_alone_is_not_forgotten() -> None:
+    engines = Engines("p")
+    engines.crash(Work(alone="p"))
+    assert engines.sent == ["p"]
+    engines = Engines("ap")
+    engines.crash(Work(alone="p"))
+    engines.readmission.ended(engines.lives["a"])  # type: ignore[arg-type]
+    assert engines.sent == ["a", "p"]
 
 
 @pytest.mark.parametrize("work", [Work(), Work(prompts=("p", "c"))], ids=["unknown", "a step"])

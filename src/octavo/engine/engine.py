@@ -84,6 +84,8 @@ class Engine:
         self._deadlines = Deadlines()
         self._request_timeout = request_timeout
         self._speculative_tokens = speculative_tokens
+        self.rows = 0  # tokens that the backend computes at the moment; may be read by any thread
+        self.slowest_step = (0.0, 1)  # seconds and rows of the slowest step so far
         self._work = work or WorkRecord()
         self._num_added = 0
         self._plan = StepPlan([], [])  # of the last step
@@ -186,11 +188,16 @@ class Engine:
         if plan.sequences:
             batch = self._builder.build(plan)
             self._work.computing([seq.id for seq in plan.sequences[plan.num_decoding :]])
+            self.rows = rows = len(batch.tokens)
             execution, before = time.perf_counter(), self.clock()
             result = self.backend.step(batch)
-            self._backend_seconds += time.perf_counter() - execution
+            seconds = time.perf_counter() - execution
+            self.rows = 0
             self._work.nothing()
-            self.scheduler.recovery.record_step(len(batch.tokens), self.clock() - before)
+            self._backend_seconds += seconds
+            if seconds > self.slowest_step[0]:
+                self.slowest_step = (seconds, rows)
+            self.scheduler.recovery.record_step(rows, self.clock() - before)
             outputs += self._advance(plan, result)
             self._steps += 1
             self._step_seconds += time.perf_counter() - started

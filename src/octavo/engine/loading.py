@@ -67,8 +67,8 @@ def load_engine(
     )
     num_pages = _num_pages(config, spec, backend.page_bytes, max_model_len)
     backend.allocate_kv(num_pages)
-    self_test(backend, config.max_batch_tokens)
-    return assemble(
+    slowest = self_test(backend, config.max_batch_tokens)
+    engine = assemble(
         config,
         backend,
         num_pages=num_pages,
@@ -77,6 +77,8 @@ def load_engine(
         fingerprint=_page_fingerprint(checkpoint, backend),
         work=work,
     )
+    engine.slowest_step = slowest
+    return engine
 
 
 def assemble(

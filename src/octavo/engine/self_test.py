@@ -1,5 +1,7 @@
 """One forward pass after loading, so that weights that compute NaN are found before the first request."""
 
+import time
+
 import numpy as np
 
 from octavo.backends.base import Backend, SamplingBatch, StepBatch
@@ -8,11 +10,14 @@ from octavo.errors import DamagedWeights
 _TOKENS = 2  # more would cost more than reading the weights once
 
 
-def self_test(backend: Backend, max_tokens: int) -> None:
+def self_test(backend: Backend, max_tokens: int) -> tuple[float, int]:
     """Run a step of at most 2 tokens, and no more than `max_tokens`, and check that its logits are finite.
 
     It uses page 0 of the KV pool, which must be allocated and hold nothing that is still needed. Raises DamagedWeights.
+
+    Returns how many seconds the step took, and its number of tokens.
     """
+    started = time.monotonic()
     length = min(_TOKENS, max_tokens, backend.spec.max_positions)
     rows = np.arange(length, dtype=np.int32)
     batch = StepBatch(
@@ -28,3 +33,4 @@ def self_test(backend: Backend, max_tokens: int) -> None:
             "the model computes logits that are NaN or infinite, so its weights are damaged or not made for the "
             "arithmetic of this backend; download the model again"
         )
+    return time.monotonic() - started, length

@@ -20,10 +20,11 @@ class Readmission:
 
     The engine's record of its work says what it was busy with when it failed:
 
-    - One request alone: if the next engine fails of it too, it is the cause. The others are sent before it.
+    - One request alone: if the next engine fails of it too, it is the cause. The others are sent before it, and it only
+      when one of them has computed a token.
     - A step, or nothing in particular: the requests in the step, or all, are suspects. The next engine gets them one at
-      a time, each when the one before has computed TRIAL_TOKENS or ended. If that engine fails too, the one on trial is the
-      cause. The others, and those that arrive meanwhile, wait until the suspects are through.
+      a time, each when the one before has computed TRIAL_TOKENS or ended. If that engine fails too, the one on trial is
+      the cause. The others, and those that arrive meanwhile, wait until the suspects are through.
 
     An engine that was killed from outside raises no suspicion at first.
 
@@ -36,6 +37,7 @@ class Readmission:
         self._is_ready = False
         self._suspects: deque[LiveRequest] = deque()  # to be sent one at a time, before all others
         self._waiting: deque[LiveRequest] = deque()  # to be sent then
+        self._last: deque[LiveRequest] = deque()  # to be sent when others have made progress, if there are others
         self._trial: LiveRequest | None = None
 
     def add(self, live: LiveRequest) -> None:
@@ -73,7 +75,8 @@ class Readmission:
             suspects = [*([trial] if trial in sent else []), *self._suspects]
         others = [live for live in sent if live is not culprit and live not in suspects]
         if alone:
-            others.sort(key=lambda live: live in busy_with)
+            self._last.extend(live for live in busy_with if live is not culprit)
+            others = [live for live in others if live not in busy_with]
         for live in sent:
             live.sent, live.progress = False, 0
         self._suspects = deque(suspects)
@@ -83,7 +86,10 @@ class Readmission:
     def engine_ready(self) -> None:
         """Begin to send to a new engine."""
         self._is_ready = True
+        has_others = bool(self._suspects or self._waiting)
         self._next()
+        if not has_others:
+            self._send_last()
 
     def progressed(self, live: LiveRequest) -> None:
         """Note that the engine has computed a token of a request; to be called for the first TRIAL_TOKENS at least."""
@@ -91,6 +97,7 @@ class Readmission:
         if live is self._trial and live.progress >= TRIAL_TOKENS and live.crashes < LONG_TRIAL:
             self._trial = None
             self._next()
+        self._send_last()
 
     def ended(self, live: LiveRequest) -> None:
         """Forget a request that has ended, for whatever reason."""
@@ -98,9 +105,10 @@ class Readmission:
             self._trial = None
             self._next()
         elif not live.sent:
-            for queue in (self._suspects, self._waiting):
+            for queue in (self._suspects, self._waiting, self._last):
                 if live in queue:
                     queue.remove(live)
+        self._send_last()
 
     def _next(self) -> None:
         """Send the next suspect; when there is none left, everybody else."""
@@ -110,6 +118,11 @@ class Readmission:
                 self._pass_on(self._trial)
             else:
                 self._pass_on(self._waiting.popleft())
+
+    def _send_last(self) -> None:
+        if self._is_ready and self._trial is None and not (self._suspects or self._waiting):
+            while self._last:
+                self._pass_on(self._last.popleft())
 
     def _pass_on(self, live: LiveRequest) -> None:
         live.sent, live.progress = True, 0

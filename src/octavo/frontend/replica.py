@@ -15,12 +15,12 @@ from .links.link import Exit
 from .links.messages import HEARTBEAT, Alive, Failed, FromEngine, Loading, Ready, ToEngine, Tokens
 
 TICK = HEARTBEAT  # seconds between two looks at the engine
-SILENT_TICKS = 5  # looks without a message in between, after which an engine counts as stopped
+SILENT_TICKS = 5  # looks without a message in between, after which an engine that is ready counts as stopped
+LOADING_TICKS = 10  # the same for one that loads, whose threads may wait for a disk
 FIRST_SIGN = 60.0  # seconds for a new process to say something at all
 NEXT_SIGN = 5.0  # the same for one that replaces another; twice that for each engine in a row that has failed
-MIN_STEP_LIMIT = 10.0  # seconds that any step may take
-STEP_LIMIT = 20  # times the longest step so far that a step may take
-FIRST_STEP_LIMIT = 120.0  # seconds for a first step, which may compile or touch memory
+STEP_SECONDS = 5.0  # that any step may take
+STEP_LIMIT = 20  # times the slowest computation so far, scaled to its tokens, that a computation may take
 QUICK_RESTARTS = 3  # restarts without a pause, while no engine computes a token or lives for STABLE seconds
 STABLE = 10.0
 FIRST_PAUSE, MAX_PAUSE = 0.25, 10.0  # seconds between further restarts; each pause is twice the one before
@@ -52,7 +52,7 @@ class Replica:
 
     If the first engine does not load, `start` raises why; later ones are tried again, with longer and longer pauses,
     for as long as the frontend lives. An engine is ended and replaced if it sends nothing for SILENT_TICKS looks, or if
-    a step takes longer than STEP_LIMIT times its longest step so far.
+    a step takes longer than STEP_SECONDS and, while it computes, than STEP_LIMIT allows by the speed measured so far.
 
     Args:
         connect: starts an engine that loads.
@@ -64,7 +64,7 @@ class Replica:
         self._loaded: asyncio.Future[EngineInfo] | None = None
         self._ended = asyncio.Event()
         self._heard = False  # since the last tick
-        self._alive = Alive(0.0, 0.0)  # the latest
+        self._alive = Alive()  # the latest
         self._failures = 0  # restarts since an engine has worked
         self.link: Link | None = None
         self.is_ready = False
@@ -124,7 +124,7 @@ class Replica:
 
     async def _load(self, link: Link) -> EngineInfo:
         """Wait until `link` is ready. Raises what loading raised, or EngineDead."""
-        self.link, self._heard, self._alive = link, False, Alive(0.0, 0.0)
+        self.link, self._heard, self._alive = link, False, Alive()
         self._ended = asyncio.Event()
         loaded: asyncio.Future[EngineInfo] = asyncio.get_running_loop().create_future()
         self._loaded = loaded
@@ -152,7 +152,8 @@ class Replica:
         assert self.link is not None
         problem, is_fault = None, False
         first_sign = min(NEXT_SIGN * 2.0 ** min(self._failures, 10), FIRST_SIGN) if self._failures else FIRST_SIGN
-        patience = SILENT_TICKS if self._heard or self.is_ready else round(first_sign / TICK)
+        usual = SILENT_TICKS if self.is_ready else LOADING_TICKS
+        patience = usual if self._heard or self.is_ready else round(first_sign / TICK)
         silent = 0
         while problem is None and not self._ended.is_set():
             try:
@@ -160,7 +161,7 @@ class Replica:
             except TimeoutError:
                 # Counted in looks, not in seconds: while this process was stopped too, nothing is the engine's fault.
                 silent, self._heard = (0, False) if self._heard else (silent + 1, False)
-                patience = min(patience, SILENT_TICKS) if not silent else patience
+                patience = min(patience, usual) if not silent else patience
                 if self.link.heartbeats and silent >= patience:
                     problem = f"no sign of life for {silent * TICK:g} s"
                 elif self._alive.step_seconds > (limit := self._step_limit()):
@@ -169,8 +170,11 @@ class Replica:
         return exit if problem is None else Exit(problem, is_fault, exit.work)
 
     def _step_limit(self) -> float:
-        longest = self._alive.longest_step
-        return max(MIN_STEP_LIMIT, STEP_LIMIT * longest) if longest else FIRST_STEP_LIMIT
+        """Return the seconds that the present step may take."""
+        alive = self._alive
+        if not alive.rows:
+            return STEP_SECONDS
+        return max(STEP_SECONDS, STEP_LIMIT * alive.slowest_seconds * max(1.0, alive.rows / alive.slowest_rows))
 
     def _on_message(self, message: FromEngine) -> None:
         self._heard = True

@@ -12,6 +12,7 @@ from octavo.engine.engine import Engine
 
 from .messages import (
     Abort,
+    Alive,
     AskStats,
     Failed,
     FromEngine,
@@ -40,16 +41,15 @@ class EngineLoop:
 
     def __init__(self, engine: Engine, send: Callable[[FromEngine], None], wake: Callable[[], None]):
         self.engine = engine
-        self.longest_step = 0.0  # seconds, with the messages taken in before it
         self._send, self._wake = send, wake
         self._step_started = 0.0  # time.monotonic(); 0 while there is nothing to do
         self._state_jobs: SimpleQueue[StateDone] = SimpleQueue()  # that have ended
 
     @property
-    def step_seconds(self) -> float:
-        """How long the present step has taken; 0 while there is nothing to do. May be read by any thread."""
+    def alive(self) -> Alive:
+        """How the present step comes on. May be read by any thread."""
         started = self._step_started
-        return time.monotonic() - started if started else 0.0
+        return Alive(time.monotonic() - started if started else 0.0, self.engine.rows, *self.engine.slowest_step)
 
     def run(self, receive: Receive) -> None:
         """Serve until `receive` returns None, then return.
@@ -59,14 +59,13 @@ class EngineLoop:
                 there is one, or until `wake`. None means that the frontend has gone.
         """
         while (messages := receive(not self.engine.has_work)) is not None:
-            self._step_started = started = time.monotonic()
+            self._step_started = time.monotonic()
             for message in messages:
                 self._take_in(message)
             self._finish_state_jobs()
             if self.engine.has_work and (outputs := self.engine.step()):
                 self._send(Tokens(outputs))
             self._step_started = 0.0
-            self.longest_step = max(self.longest_step, time.monotonic() - started)
 
     def _take_in(self, message: ToEngine) -> None:
         engine = self.engine

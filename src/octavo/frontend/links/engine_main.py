@@ -97,7 +97,7 @@ class Heartbeat(threading.Thread):
         try:
             while not hangup.poll(HEARTBEAT * 1000):
                 loop = self.loop
-                self._connection.send(Alive(loop.step_seconds, loop.longest_step) if loop else Alive(0.0, 0.0))
+                self._connection.send(loop.alive if loop else Alive())
         except OSError:
             pass
         if self.loop is not None:

@@ -101,12 +101,16 @@ class Alive(msgspec.Struct, frozen=True, tag=True):
     """Sent every HEARTBEAT seconds by a thread of an engine process, whatever the engine is doing.
 
     Attributes:
-        step_seconds: how long the present step has taken so far; 0 while there is nothing to do.
-        longest_step: the longest step yet, in seconds; 0 before the first has ended.
+        step_seconds: how long the present step has taken so far, with the messages before it; 0 while there is nothing
+            to do.
+        rows: tokens that the backend computes in it; 0 while Python runs, scheduling for example.
+        slowest_seconds, slowest_rows: the time of the slowest computation so far, and its tokens.
     """
 
-    step_seconds: float
-    longest_step: float
+    step_seconds: float = 0.0
+    rows: int = 0
+    slowest_seconds: float = 0.0
+    slowest_rows: int = 1
 
 
 class Tokens(msgspec.Struct, frozen=True, tag=True):

@@ -83,6 +83,24 @@ class KVCacheState(msgspec.Struct):
     expires_at: int
 
 
+class Reply(msgspec.Struct, kw_only=True):
+    """What completions, chats and the chunks of their streams have in common.
+
+    Attributes:
+        usage: in a chunk, present only if the client asked for it.
+        seed: the one given, or else drawn; the same seed produces the same text again. Absent for several prompts.
+        kv_cache_state: the state that was kept; None if it could not be; absent if the client asked for none.
+    """
+
+    id: str
+    created: int
+    model: str
+    system_fingerprint: str
+    usage: Usage | msgspec.UnsetType | None = msgspec.UNSET
+    seed: int | msgspec.UnsetType = msgspec.UNSET
+    kv_cache_state: KVCacheState | msgspec.UnsetType | None = msgspec.UNSET
+
+
 class CompletionLogprobs(msgspec.Struct):
     tokens: list[str]
     token_logprobs: list[float]
@@ -98,18 +116,11 @@ class CompletionChoice(msgspec.Struct):
     stop_reason: str | int | None = None
 
 
-class Completion(msgspec.Struct, kw_only=True):
-    """A text completion, or one chunk of its stream, in which `usage` is present only if the client asked for it."""
+class Completion(Reply, kw_only=True):
+    """A text completion, or one chunk of its stream."""
 
-    id: str
     object: Literal["text_completion"] = "text_completion"
-    created: int
-    model: str
-    system_fingerprint: str
     choices: list[CompletionChoice]
-    usage: Usage | msgspec.UnsetType | None = msgspec.UNSET
-    seed: int | msgspec.UnsetType = msgspec.UNSET
-    kv_cache_state: KVCacheState | msgspec.UnsetType | None = msgspec.UNSET
 
 
 class TopLogprob(msgspec.Struct):
@@ -144,18 +155,11 @@ class ChatChoice(msgspec.Struct):
     stop_reason: str | int | None = None
 
 
-class Chat(msgspec.Struct, kw_only=True):
-    """A chat completion. `seed`: the one given, or else drawn; the same seed produces the same text again."""
+class Chat(Reply, kw_only=True):
+    """A chat completion."""
 
-    id: str
     object: Literal["chat.completion"] = "chat.completion"
-    created: int
-    model: str
-    system_fingerprint: str
     choices: list[ChatChoice]
-    usage: Usage
-    seed: int
-    kv_cache_state: KVCacheState | msgspec.UnsetType | None = msgspec.UNSET
 
 
 class Delta(msgspec.Struct, omit_defaults=True):
@@ -171,15 +175,8 @@ class ChunkChoice(msgspec.Struct):
     stop_reason: str | int | msgspec.UnsetType | None = msgspec.UNSET
 
 
-class ChatChunk(msgspec.Struct, kw_only=True):
+class ChatChunk(Reply, kw_only=True):
     """One chunk of a streamed chat completion."""
 
-    id: str
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
-    created: int
-    model: str
-    system_fingerprint: str
     choices: list[ChunkChoice]
-    usage: Usage | msgspec.UnsetType | None = msgspec.UNSET
-    seed: int | msgspec.UnsetType = msgspec.UNSET
-    kv_cache_state: KVCacheState | msgspec.UnsetType | None = msgspec.UNSET
