@@ -168,7 +168,8 @@ def resolve(
                 try:
                     resolved.values[setting_name] = checked(owners[setting_name], setting_name, meant)
                 except ConfigError as error:
-                    raise ConfigError(f"{source.where}{error}") from None
+                    given_as = "" if setting_name == name else f" (given as {spelling})"
+                    raise ConfigError(f"{source.where}{error}{given_as}") from None
                 resolved.origins[setting_name] = (
                     f"{source.kind} {spelling}{' (vLLM)' if reading and reading.note else ''}"
                 )
@@ -223,7 +224,10 @@ def checked(kind: type, name: str, value: Any) -> Any:
     try:
         converted = convert(value, hint)
     except (ValueError, TypeError):
-        what = f"{_describe(hint)} of {what}" if what.startswith("at least") else what
+        if what.startswith(("at least", "from")):
+            what = f"{_describe(hint)} {'of ' if what.startswith('at least') else ''}{what}"
+        if isinstance(value, str | os.PathLike) and not _can_be_sent(os.fspath(value)):
+            what = "text in UTF-8 without NUL"
         quotes = " (put it in quotes)" if _base(hint) is str and isinstance(value, int | float) else ""
         raise ConfigError(f"{name} must be {what}, not {_shown(value)}{quotes}") from None
     if converted is not None and rule and not rule.holds(converted):
@@ -241,9 +245,7 @@ def convert(value: Any, hint: Any) -> Any:
     Raises:
         ValueError: `value` is of another type.
     """
-    value = (
-        value.tolist() if hasattr(value, "tolist") else os.fspath(value) if isinstance(value, os.PathLike) else value
-    )
+    value = os.fspath(value) if isinstance(value, os.PathLike) else _plain(value)
     if _is_optional(hint) and (
         value is None or (isinstance(value, str) and value.strip().lower() in ("none", "null", ""))
     ):
@@ -259,12 +261,28 @@ def convert(value: Any, hint: Any) -> Any:
         raise ValueError("a boolean is no number")
     elif base is int and isinstance(value, float) and value.is_integer():
         value = int(value)
+    if not _can_be_sent(value):
+        raise ValueError("text that no message or system call can carry")
     converted = msgspec.convert(value, base, strict=not isinstance(value, str | dict | list))
     if isinstance(converted, float) and math.isnan(converted):
         raise ValueError("not a number")
     if isinstance(converted, int) and abs(converted) > _LARGEST:
         raise ValueError("too large for a message")
     return converted
+
+
+def _plain(value: Any) -> Any:
+    """Return numpy numbers and arrays as Python's, also those in a mapping."""
+    if isinstance(value, Mapping):
+        return {key: _plain(each) for key, each in value.items()}
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def _can_be_sent(value: Any) -> bool:
+    """Return whether all text in `value` is valid Unicode without NUL, as messages and system calls need it."""
+    if isinstance(value, str):
+        return "\0" not in value and not any("\ud800" <= character <= "\udfff" for character in value)
+    return all(map(_can_be_sent, value)) if isinstance(value, list | tuple | Mapping) else True
 
 
 def parse_size(value: str | int, name: str = "size") -> int:
