@@ -31,6 +31,7 @@ _BOOLEANS = dict.fromkeys(("1", "true", "yes", "on"), True) | dict.fromkeys(("0"
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 _COUNTS = {"k": 10**3, "m": 10**6, "g": 10**9, "K": 2**10, "M": 2**20, "G": 2**30}  # 32k and 32K, as with vLLM
 _LARGEST = 2**63 - 1
+_LONGEST_FILE = 2**16  # bytes of a file of settings
 _SHOWN = 120  # characters of a wrong value in an error message
 
 
@@ -160,8 +161,9 @@ def resolve(
             if reading:
                 notes.add(spelling, value, reading)
             for setting_name, meant in (reading.settings if reading else {name: value}).items():
-                if (other := given.get(setting_name)) and other != spelling:
-                    raise ConfigError(f"{other} and {spelling} are the same setting: leave one out")
+                if other := given.get(setting_name):
+                    same = f"{other} and {spelling} are the same setting: leave one out"
+                    raise ConfigError(f"{spelling} is set twice" if other == spelling else same)
                 given[setting_name] = spelling
                 if setting_name not in owners:
                     continue  # of the server, where there is only an engine
@@ -191,14 +193,27 @@ def file_source(file: Path) -> Source:
     """Return the settings in a YAML file of `name: value` lines. Raises ConfigError."""
     import yaml
 
+    class Loader(yaml.SafeLoader):
+        """Refuses a key that stands twice in a mapping, where YAML would silently keep the last."""
+
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+            keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+            if twice := next((key for key in keys if keys.count(key) > 1), None):
+                raise yaml.YAMLError(f"{twice} is set twice")
+            return super().construct_mapping(node, deep)
+
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+        with file.open("rb") as stream:
+            content = stream.read(_LONGEST_FILE + 1)
+        if len(content) > _LONGEST_FILE:
+            raise OSError(f"it has more than {_LONGEST_FILE} bytes")
+        settings = yaml.load(content.decode("utf-8"), Loader)
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
         raise ConfigError(f"cannot read {file}: {' '.join(str(error).split())}") from None
-    content = {} if content is None else content
-    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+    settings = {} if settings is None else settings
+    if not isinstance(settings, dict) or not all(isinstance(key, str) for key in settings):
         raise ConfigError(f"{file} must hold `name: value` lines, such as max_batch_size: 64")
-    return Source("file", content, lambda name, value: f"{name} in {file}", f"{file}: ")
+    return Source("file", settings, lambda name, value: f"{name} in {file}", f"{file}: ")
 
 
 def flag_source(flags: Mapping[str, Any]) -> Source:

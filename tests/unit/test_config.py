@@ -159,13 +159,18 @@ def test_a_file(tmp_path: Path) -> None:
         ("- a\n- b", "must hold `name: value` lines"),
         ("1: 2", "must hold `name: value` lines"),
         ("a: [", "cannot read"),
+        ("max_batch_size: 4\nmax-batch-size: 5", "max_batch_size in {file} is set twice"),
+        ("threads: 4\nthreads: 5", "threads is set twice"),
+        ("tenant_weights: {a: 1, a: 2}", "a is set twice"),
+        ("max_batch_size: " + "0" * 10**6, "it has more than 65536 bytes"),
         ("a: " + "[" * 5000, "cannot read"),
     ],
 )
 def test_a_mistake_in_a_file_is_one_line_that_names_the_file(yaml: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as refused:
         from_file(tmp_path, yaml)
-    assert message in str(refused.value) and "octavo.yaml" in str(refused.value) and "\n" not in str(refused.value)
+    assert message.replace("{file}", str(tmp_path / "octavo.yaml")) in str(refused.value)
+    assert "octavo.yaml" in str(refused.value) and "\n" not in str(refused.value)
 
 
 def test_a_value_can_be_printed_and_read_again() -> None:
