@@ -191,7 +191,7 @@ class _Fields:
 
     def flag(self, param: str) -> None:
         given = getattr(self._struct, param)
-        value = _plain(given)
+        value = plain(given)
         self.need(type(value) is bool, param, "true or false")
         self._store(param, given, value)
 
@@ -232,7 +232,7 @@ class _Fields:
             msgspec.structs.force_setattr(self._struct, param, value)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Return a numpy (or PyTorch) number or array as Python's; anything else as it is."""
     convert = getattr(value, "tolist", None)
     return value if convert is None else convert()
@@ -242,14 +242,14 @@ def _integer(value: Any) -> int | None:
     """Return `value` as an int; None if it is no integer. True is none."""
     if type(value) is int:
         return value
-    value = _plain(value)
+    value = plain(value)
     return int(value) if isinstance(value, int) and not isinstance(value, bool) else None
 
 
 def _number(value: Any) -> float | None:
     """Return `value` as a finite float; None if it is no such number. True is none."""
     if type(value) is not float:
-        value = _plain(value)
+        value = plain(value)
         if not isinstance(value, int | float) or isinstance(value, bool):
             return None
         try:
@@ -261,5 +261,5 @@ def _number(value: Any) -> float | None:
 
 def _list(value: Any) -> list[Any] | None:
     """Return a list, a tuple or an array of one dimension as a list; None for anything else."""
-    value = _plain(value)
+    value = plain(value)
     return list(value) if isinstance(value, list | tuple) else None
