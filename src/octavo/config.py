@@ -39,12 +39,16 @@ _NAME = Rule("the name of a model", bool)
 _DEVICE = Rule("auto, cpu or cuda", lambda value: re.fullmatch(r"auto|cpu|cuda(:\d+)?", value) is not None)
 _DTYPE = Rule("auto, bfloat16 or float32", DTYPES.__contains__)
 _KV_CACHE_DTYPE = Rule("bf16 or int8", KV_CACHE_DTYPES.__contains__)
+_BATCH_TOKENS = Rule("from 1 to 1048576", lambda value: 1 <= value <= 2**20)
 _PAGE_SIZE = Rule(f"a multiple of {PAGE_TOKENS}", lambda value: value > 0 and value % PAGE_TOKENS == 0)
 _POLICY = Rule(
     "fcfs, priority, fair, deadline, or package.module:ClassName",
     lambda value: value in POLICIES or re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", value) is not None,
 )
-_WEIGHTS = Rule("such as premium=4,trial=0.5, with weights above 0", lambda value: all(w > 0 for w in value.values()))
+_WEIGHTS = Rule(
+    "such as premium=4,trial=0.5, with weights from 0.000001 to 1000000",
+    lambda value: all(1e-6 <= weight <= 1e6 for weight in value.values()),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +80,7 @@ class EngineConfig(Settings):
     )
     max_batch_size: int = setting(256, "Sequences that run at the same time.", at_least(1))
     max_batch_tokens: int = setting(
-        512, "Tokens computed in one step; longer prompts are computed in chunks.", at_least(1)
+        512, "Tokens computed in one step; longer prompts are computed in chunks.", _BATCH_TOKENS
     )
     kv_cache_page_size: int = setting(32, "Tokens in a page of the KV cache: a multiple of 32.", _PAGE_SIZE)
     kv_cache_dtype: str = setting(

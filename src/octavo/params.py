@@ -17,6 +17,7 @@ MAX_STOP_STRINGS, MAX_STOP_CHARACTERS = 16, 1024
 MAX_PRIORITY = 1000  # in either direction, so that aging makes up for any difference within hours
 MAX_SECONDS = 86_400.0  # of a request's timeout or target
 MAX_NAME = 256  # characters of a tenant's name or of a salt
+MAX_INTEGER = 2**31 - 1
 _SHOWN = 200  # characters of a wrong value in an error message
 
 
@@ -78,11 +79,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         number("temperature", 0.0, 100.0, "a number from 0 (greedy) to 100")
         number("top_p", 0.0, 1.0, "a number above 0 and at most 1")
         need(self.top_p > 0, "top_p", "a number above 0 and at most 1")
-        integer("top_k", -1, 2**31 - 1, "an integer: how many tokens to keep, or 0 for all")
+        integer("top_k", -1, MAX_INTEGER, f"how many tokens to keep, at most {MAX_INTEGER:,}, or 0 for all")
         number("min_p", 0.0, 1.0, "a number from 0 to 1")
         if self.max_tokens is not None:
-            integer("max_tokens", 1, 2**31 - 1, "an integer of at least 1")
-        integer("min_tokens", 0, 2**31 - 1, "an integer of at least 0")
+            integer("max_tokens", 1, MAX_INTEGER, f"an integer of at least 1 and at most {MAX_INTEGER:,}")
+        integer("min_tokens", 0, MAX_INTEGER, f"an integer of at least 0 and at most {MAX_INTEGER:,}")
         limit = self.max_tokens
         need(limit is None or self.min_tokens <= limit, "min_tokens", f"at most max_tokens ({limit})")
         if self.stop is not None:
@@ -191,7 +192,7 @@ class _Fields:
 
     def flag(self, param: str) -> None:
         given = getattr(self._struct, param)
-        value = _plain(given)
+        value = plain(given)
         self.need(type(value) is bool, param, "true or false")
         self._store(param, given, value)
 
@@ -232,7 +233,7 @@ class _Fields:
             msgspec.structs.force_setattr(self._struct, param, value)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Return a numpy (or PyTorch) number or array as Python's; anything else as it is."""
     convert = getattr(value, "tolist", None)
     return value if convert is None else convert()
@@ -242,14 +243,14 @@ def _integer(value: Any) -> int | None:
     """Return `value` as an int; None if it is no integer. True is none."""
     if type(value) is int:
         return value
-    value = _plain(value)
+    value = plain(value)
     return int(value) if isinstance(value, int) and not isinstance(value, bool) else None
 
 
 def _number(value: Any) -> float | None:
     """Return `value` as a finite float; None if it is no such number. True is none."""
     if type(value) is not float:
-        value = _plain(value)
+        value = plain(value)
         if not isinstance(value, int | float) or isinstance(value, bool):
             return None
         try:
@@ -261,5 +262,5 @@ def _number(value: Any) -> float | None:
 
 def _list(value: Any) -> list[Any] | None:
     """Return a list, a tuple or an array of one dimension as a list; None for anything else."""
-    value = _plain(value)
+    value = plain(value)
     return list(value) if isinstance(value, list | tuple) else None

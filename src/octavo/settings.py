@@ -31,6 +31,7 @@ _BOOLEANS = dict.fromkeys(("1", "true", "yes", "on"), True) | dict.fromkeys(("0"
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 _COUNTS = {"k": 10**3, "m": 10**6, "g": 10**9, "K": 2**10, "M": 2**20, "G": 2**30}  # 32k and 32K, as with vLLM
 _LARGEST = 2**63 - 1
+_LONGEST_FILE = 2**16  # bytes of a file of settings
 _SHOWN = 120  # characters of a wrong value in an error message
 
 
@@ -160,15 +161,17 @@ def resolve(
             if reading:
                 notes.add(spelling, value, reading)
             for setting_name, meant in (reading.settings if reading else {name: value}).items():
-                if (other := given.get(setting_name)) and other != spelling:
-                    raise ConfigError(f"{other} and {spelling} are the same setting: leave one out")
+                if other := given.get(setting_name):
+                    same = f"{other} and {spelling} are the same setting: leave one out"
+                    raise ConfigError(f"{spelling} is set twice" if other == spelling else same)
                 given[setting_name] = spelling
                 if setting_name not in owners:
                     continue  # of the server, where there is only an engine
                 try:
                     resolved.values[setting_name] = checked(owners[setting_name], setting_name, meant)
                 except ConfigError as error:
-                    raise ConfigError(f"{source.where}{error}") from None
+                    given_as = "" if setting_name == name else f" (given as {spelling})"
+                    raise ConfigError(f"{source.where}{error}{given_as}") from None
                 resolved.origins[setting_name] = (
                     f"{source.kind} {spelling}{' (vLLM)' if reading and reading.note else ''}"
                 )
@@ -190,14 +193,27 @@ def file_source(file: Path) -> Source:
     """Return the settings in a YAML file of `name: value` lines. Raises ConfigError."""
     import yaml
 
+    class Loader(yaml.SafeLoader):
+        """Refuses a key that stands twice in a mapping, where YAML would silently keep the last."""
+
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+            keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+            if twice := next((key for key in keys if keys.count(key) > 1), None):
+                raise yaml.YAMLError(f"{twice} is set twice")
+            return super().construct_mapping(node, deep)
+
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+        with file.open("rb") as stream:
+            content = stream.read(_LONGEST_FILE + 1)
+        if len(content) > _LONGEST_FILE:
+            raise OSError(f"it has more than {_LONGEST_FILE} bytes")
+        settings = yaml.load(content.decode("utf-8"), Loader)
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
         raise ConfigError(f"cannot read {file}: {' '.join(str(error).split())}") from None
-    content = {} if content is None else content
-    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+    settings = {} if settings is None else settings
+    if not isinstance(settings, dict) or not all(isinstance(key, str) for key in settings):
         raise ConfigError(f"{file} must hold `name: value` lines, such as max_batch_size: 64")
-    return Source("file", content, lambda name, value: f"{name} in {file}", f"{file}: ")
+    return Source("file", settings, lambda name, value: f"{name} in {file}", f"{file}: ")
 
 
 def flag_source(flags: Mapping[str, Any]) -> Source:
@@ -223,7 +239,10 @@ def checked(kind: type, name: str, value: Any) -> Any:
     try:
         converted = convert(value, hint)
     except (ValueError, TypeError):
-        what = f"{_describe(hint)} of {what}" if what.startswith("at least") else what
+        if what.startswith(("at least", "from")):
+            what = f"{_describe(hint)} {'of ' if what.startswith('at least') else ''}{what}"
+        if isinstance(value, str | os.PathLike) and not _can_be_sent(os.fspath(value)):
+            what = "text in UTF-8 without NUL"
         quotes = " (put it in quotes)" if _base(hint) is str and isinstance(value, int | float) else ""
         raise ConfigError(f"{name} must be {what}, not {_shown(value)}{quotes}") from None
     if converted is not None and rule and not rule.holds(converted):
@@ -241,9 +260,7 @@ def convert(value: Any, hint: Any) -> Any:
     Raises:
         ValueError: `value` is of another type.
     """
-    value = (
-        value.tolist() if hasattr(value, "tolist") else os.fspath(value) if isinstance(value, os.PathLike) else value
-    )
+    value = os.fspath(value) if isinstance(value, os.PathLike) else _plain(value)
     if _is_optional(hint) and (
         value is None or (isinstance(value, str) and value.strip().lower() in ("none", "null", ""))
     ):
@@ -259,12 +276,28 @@ def convert(value: Any, hint: Any) -> Any:
         raise ValueError("a boolean is no number")
     elif base is int and isinstance(value, float) and value.is_integer():
         value = int(value)
+    if not _can_be_sent(value):
+        raise ValueError("text that no message or system call can carry")
     converted = msgspec.convert(value, base, strict=not isinstance(value, str | dict | list))
     if isinstance(converted, float) and math.isnan(converted):
         raise ValueError("not a number")
     if isinstance(converted, int) and abs(converted) > _LARGEST:
         raise ValueError("too large for a message")
     return converted
+
+
+def _plain(value: Any) -> Any:
+    """Return numpy numbers and arrays as Python's, also those in a mapping."""
+    if isinstance(value, Mapping):
+        return {key: _plain(each) for key, each in value.items()}
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def _can_be_sent(value: Any) -> bool:
+    """Return whether all text in `value` is valid Unicode without NUL, as messages and system calls need it."""
+    if isinstance(value, str):
+        return "\0" not in value and not any("\ud800" <= character <= "\udfff" for character in value)
+    return all(map(_can_be_sent, value)) if isinstance(value, list | tuple | Mapping) else True
 
 
 def parse_size(value: str | int, name: str = "size") -> int:

@@ -103,10 +103,12 @@ _OTHER_ANSWERS = "it would change answers"
 _VALUES: dict[str, Alias] = {
     "max_num_seqs": _same("max_batch_size"),
     "max_num_batched_tokens": _same("max_batch_tokens"),
+    "kv_cache_memory_bytes": _same("kv_cache_memory"),
     "block_size": Alias(_read_block_size),
     "priority_ageing": _same("priority_aging", quietly=True),  # Octavo's own older spelling
     "max_model_len": Alias(_read_max_model_len),
     "dtype": _values("dtype", {"half": _HALF, "float16": _HALF, "fp16": _HALF, "float": ("float32", "")}),
+    "generation_config": _values("generation_config", {"vllm": ("none", "")}),
     "kv_cache_dtype": _values(
         "kv_cache_dtype", dict.fromkeys(("fp8", "fp8_e4m3", "fp8_e5m2", "fp8_inc"), _EIGHT_BITS_KV)
     ),

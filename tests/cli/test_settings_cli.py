@@ -54,6 +54,10 @@ def test_a_mistake_in_a_file_of_the_server(tmp_path: Path) -> None:
     assert "kv_disk must be text, not true" in complaint("serve", "--config", tmp_path / "a.yaml")
 
 
+def test_a_flag_of_vllm_without_its_value() -> None:
+    assert "--swap-space needs a value" in complaint("config", "--swap-space", "--port", "5")
+
+
 def test_an_api_key_is_refused_and_not_shown() -> None:
     for flags in (["--api-key", "secret"], ["--api_key=secret"]):
         assert "secret" not in complaint("serve", *flags)

@@ -3,6 +3,7 @@
 import asyncio
 import threading
 
+import numpy as np
 import pytest
 
 from octavo import LLM, SamplingParams
@@ -96,6 +97,22 @@ def test_bad_prompts(llm, prompt, message):
     with pytest.raises(InvalidRequest, match=message):
         llm.generate([prompt])
     assert llm.generate("still there", GREEDY)[0].finished
+
+
+def test_token_ids_may_be_numpy_s(llm):
+    expected = llm.generate([[5, 6]], GREEDY)[0].outputs[0].token_ids
+    for prompts in (np.array([5, 6]), np.array([[5, 6]]), [np.array([5, 6])], [np.int64(5), np.int32(6)]):
+        [output] = llm.generate(prompts, GREEDY)
+        assert output.prompt_token_ids == [5, 6] and output.outputs[0].token_ids == expected
+    for wrong in ([np.array([5.0, 6.0])], [np.array([True])], [np.array([[[5]]])]):
+        with pytest.raises(InvalidRequest):
+            llm.generate(wrong, GREEDY)
+
+
+@pytest.mark.parametrize("messages", [5, None, "hi", [{"role": "user", "content": b"hi"}]])
+def test_messages_that_are_none(llm, messages):
+    with pytest.raises(InvalidRequest, match="messages"):
+        llm.chat(messages, GREEDY)
 
 
 @pytest.mark.parametrize(

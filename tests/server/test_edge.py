@@ -447,6 +447,10 @@ NEUTRAL_BODIES = {
         "truncation_length": 4096, "sampler_priority": ["top_k"], "logit_bias": {}, "epsilon_cutoff": 0,
     },
     "OpenAI": {"reasoning_effort": "none", "verbosity": "medium", "suffix": "", "user": "me", "metadata": {"a": "b"}},
+    "llama.cpp's own page": {
+        "reasoning_format": "auto", "timings_per_token": True, "typ_p": 1.0, "n_keep": -1, "backend_sampling": False,
+    },
+    "options that are off": {"stream_options": {"include_usage": False}, "best_of": 1, "detokenize": True},
     "unheard of": {"frobnicate": None, "knob": False, "dial": 0, "words": [], "name": "", "map": {}},
 }  # fmt: skip
 
@@ -469,11 +473,17 @@ def test_neutral_fields_change_nothing(http: httpx.Client, client: str, path: st
         ("skip_special_tokens", False), ("length_penalty", 2.0), ("use_beam_search", True), ("no_stop_trim", True),
         ("top_a", 0.5), ("mirostat_mode", 2), ("guided_json", {"type": "object"}), ("reasoning_effort", "high"),
         ("min_length", 5), ("typical_p", 0.9), ("continue_final_message", True), ("bad_words", ["x"]),
+        ("detokenize", False),
     ],
 )  # fmt: skip
 def test_a_field_that_would_change_the_answer_is_refused_by_name(http: httpx.Client, field: str, value: Any) -> None:
     error = http.post(COMPLETIONS, json=BODY | {field: value}).json()["error"]
     assert error["param"] == field and field in error["message"] and "did you mean" not in error["message"]
+
+
+def test_no_top_logprobs_need_no_logprobs(http: httpx.Client) -> None:
+    body = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1, "top_logprobs": 0}  # vLLM's default
+    assert http.post("/v1/chat/completions", json=body).json()["choices"][0]["logprobs"] is None
 
 
 @pytest.mark.parametrize(

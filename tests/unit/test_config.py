@@ -61,6 +61,7 @@ VALUES: list[tuple[str, Any, Any]] = [
     ("tenant_weights", "premium=4,trial=0.5", {"premium": 4.0, "trial": 0.5}),
     ("tenant_weights", '{"premium": 4}', {"premium": 4.0}),
     ("tenant_weights", {"premium": 4, "trial": "0.5"}, {"premium": 4.0, "trial": 0.5}),
+    ("tenant_weights", {"premium": np.float32(2)}, {"premium": 2.0}),
     ("tenant_weights", "", {}),
 ]
 WRONG: list[tuple[str, Any, str]] = [
@@ -79,6 +80,7 @@ WRONG: list[tuple[str, Any, str]] = [
     ("max_batch_size", 0, "at least 1, not 0"),
     ("max_batch_size", [4], "an integer of at least 1"),
     ("max_batch_size", {"a": 4}, "an integer of at least 1"),
+    ("max_batch_tokens", 10**12, "from 1 to 1048576"),
     ("kv_cache_memory", "lots", "a size such as 4GiB or 500MB, not 'lots'"),
     ("kv_cache_memory", 0, "a size such as"),
     ("kv_cache_memory", True, "a size such as"),
@@ -88,6 +90,8 @@ WRONG: list[tuple[str, Any, str]] = [
     ("max_queue", "9" * 5000, "an integer of at least 0"),
     ("tenant_weights", "premium", "such as premium=4,trial=0.5"),
     ("tenant_weights", {"premium": 0}, "such as premium=4,trial=0.5"),
+    ("tenant_weights", {"premium": float("inf")}, "such as premium=4,trial=0.5"),
+    ("tenant_weights", "premium=1e-320", "such as premium=4,trial=0.5"),
     ("tenant_weights", {"premium": "x"}, "such as premium=4,trial=0.5"),
     ("tenant_weights", {1: 4}, "such as premium=4,trial=0.5"),
     ("tenant_weights", "[1", "such as premium=4,trial=0.5"),
@@ -95,7 +99,11 @@ WRONG: list[tuple[str, Any, str]] = [
     ("model", "", "the name of a model"),
     ("kv_cache_page_size", 16, "a multiple of 32"),
     ("scheduling_policy", "best", "fcfs, priority"),
-    ("port", "x", "an integer"),
+    ("kv_disk", "a\0b", "text in UTF-8 without NUL"),
+    ("served_model_name", "\udcff", "text in UTF-8 without NUL"),
+    ("model", Path("\udcff"), "text in UTF-8 without NUL"),
+    ("tenant_weights", {"\udcff": 1}, "such as premium=4,trial=0.5"),
+    ("port", "x", "an integer from 0 to 65535"),
     ("port", 99999, "from 0 to 65535"),
 ]
 
@@ -151,13 +159,18 @@ def test_a_file(tmp_path: Path) -> None:
         ("- a\n- b", "must hold `name: value` lines"),
         ("1: 2", "must hold `name: value` lines"),
         ("a: [", "cannot read"),
+        ("max_batch_size: 4\nmax-batch-size: 5", "max_batch_size in {file} is set twice"),
+        ("threads: 4\nthreads: 5", "threads is set twice"),
+        ("tenant_weights: {a: 1, a: 2}", "a is set twice"),
+        ("max_batch_size: " + "0" * 10**6, "it has more than 65536 bytes"),
         ("a: " + "[" * 5000, "cannot read"),
     ],
 )
 def test_a_mistake_in_a_file_is_one_line_that_names_the_file(yaml: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as refused:
         from_file(tmp_path, yaml)
-    assert message in str(refused.value) and "octavo.yaml" in str(refused.value) and "\n" not in str(refused.value)
+    assert message.replace("{file}", str(tmp_path / "octavo.yaml")) in str(refused.value)
+    assert "octavo.yaml" in str(refused.value) and "\n" not in str(refused.value)
 
 
 def test_a_value_can_be_printed_and_read_again() -> None:
@@ -265,6 +278,8 @@ PASTED: list[tuple[dict[str, Any], dict[str, Any], str]] = [  # given, settings,
     ({"tool_call_parser": "hermes", "enable_auto_tool_choice": True}, {}, "requests with tools are refused"),
     ({"reasoning_parser": "qwen3"}, {}, "stays in the text"),
     ({"seed": "0"}, {}, "ignored: --seed 0"),
+    ({"generation_config": "vllm"}, {"generation_config": "none"}, ""),
+    ({"kv_cache_memory_bytes": "4GiB"}, {"kv_cache_memory": 4 * 2**30}, "is kv_cache_memory"),
     ({"priority_ageing": "5"}, {"priority_aging": 5.0}, ""),
 ]
 
@@ -313,7 +328,7 @@ def test_vllm_s_names_are_keys_and_keywords_too(tmp_path: Path) -> None:
     "given, message",
     [
         ({"max_num_seqs": "4", "max_batch_size": "5"}, "the same setting"),
-        ({"max_num_seqs": "many"}, "max_batch_size must be an integer"),
+        ({"max_num_seqs": "many"}, "max_batch_size must be an integer .* 'many' .given as --max-num-seqs"),
         ({"block_size": "x"}, "block_size must be an integer"),
         ({"speculative_config": "{"}, "speculative_config must be JSON"),
         ({"speculative_config": "[]"}, "speculative_config must be JSON"),

@@ -141,6 +141,13 @@ def test_a_context_beyond_max_position_embeddings(tiny_model: TinyModel) -> None
     assert relative_error(logits, reference_logits(path, prompt)) < 1e-4
 
 
+def test_of_two_rotary_embeddings_in_a_config_the_one_of_rope_scaling_counts(tiny_llama: Path) -> None:
+    linear = {"rope_type": "linear", "factor": 4.0, "rope_theta": 5000.0}
+    config = open_checkpoint(tiny_llama).config | {"rope_parameters": linear}
+    both = config | {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}, "rope_scaling": linear}
+    assert spec_of(both) == spec_of(config)
+
+
 def test_the_original_context_of_llama3_scaling_is_optional(tiny_llama: Path) -> None:
     config = open_checkpoint(tiny_llama).config
     silent = spec_of(config | {"rope_parameters": ROPE["llama3"]})

@@ -268,6 +268,7 @@ def test_sentencepiece_directory(tmp_path: Path, sentences: tuple[Tokenizer, Any
         ({"eos_token_id": [1, 0]}, {}, {0, 1, 2}),
         ({}, {"eos_token_id": 0}, {0, 2}),
         ({"eos_token_id": 1}, {"eos_token_id": 0}, {1, 2}),
+        ({"eos_token_id": None}, {"eos_token_id": 0}, {0, 2}),
     ],
 )
 def test_end_tokens_of_a_directory(
@@ -278,6 +279,23 @@ def test_end_tokens_of_a_directory(
     (tmp_path / "generation_config.json").write_text(json.dumps(generation))
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert Tokenizer.load(tmp_path).eos_token_ids == ids
+
+
+@pytest.mark.parametrize("value", ["2", True, 2.0, [None], {"a": 2}])
+def test_end_tokens_that_are_no_ids(value: Any, tiny_llama: Path, tmp_path: Path) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((tiny_llama / name).read_bytes())
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": value}))
+    with pytest.raises(DamagedWeights, match=r"config.json has eos_token_id = .*; it must be a token id or several"):
+        Tokenizer.load(tmp_path)
+
+
+def test_settings_that_are_not_utf8(tiny_llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_bytes((tiny_llama / "tokenizer.json").read_bytes())
+    (tmp_path / "tokenizer_config.json").write_bytes(b"\xff")
+    with pytest.raises(DamagedWeights) as error:
+        Tokenizer.load(tmp_path)
+    assert str(error.value).count("is damaged") == 1
 
 
 # Decoding

@@ -112,7 +112,7 @@ def _take_foreign(args: Sequence[str], own: set[str]) -> tuple[list[str], dict[s
         elif VLLM[name].is_flag and not equals:
             foreign[name] = not negated
         else:
-            if not equals and (value := next(waiting, "")) == "":
+            if not equals and ((value := next(waiting, "")) == "" or value.startswith("--")):
                 raise ConfigError(f"{spelling} needs a value")
             foreign[name] = value
     return rest, foreign

@@ -9,5 +9,5 @@ Conversation = list[dict[str, Any]]
 
 def conversations(messages: Conversation | Sequence[Conversation]) -> list[Conversation]:
     """Return a list of conversations, whether `messages` is one or several."""
-    several = bool(messages) and isinstance(messages[0], list)
+    several = isinstance(messages, (list, tuple)) and len(messages) > 0 and isinstance(messages[0], list)
     return cast("list[Conversation]", list(messages) if several else [messages])

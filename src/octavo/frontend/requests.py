@@ -7,7 +7,7 @@ from typing import TypedDict, TypeVar, cast
 
 from octavo.engine.messages import EngineInfo
 from octavo.errors import InvalidRequest, PromptTooLong
-from octavo.params import SamplingParams, ServiceTerms, Terms
+from octavo.params import SamplingParams, ServiceTerms, Terms, plain
 from octavo.states import KVState
 from octavo.text import Tokenizer
 
@@ -61,6 +61,7 @@ def make_request(
         content = prompt.get("prompt_token_ids", prompt.get("prompt"))
     else:
         content = prompt
+    content = plain(content)
     if not isinstance(content, (str, list)):
         raise InvalidRequest("a prompt must be a string or a list of token ids", "prompt")
     if not isinstance(params, SamplingParams):
@@ -81,7 +82,8 @@ def make_requests(
     Args:
         default: the parameters where `params` is None.
     """
-    several = isinstance(prompts, (list, tuple)) and not (prompts and isinstance(prompts[0], int))
+    prompts = plain(prompts)
+    several = isinstance(prompts, (list, tuple)) and not (prompts and isinstance(plain(prompts[0]), int))
     many = cast("list[Prompt]", list(prompts) if several else [prompts])
     every_params = _one_each(default if params is None else params, len(many), "SamplingParams")
     every_priority = _one_each(priority, len(many), "priority")
@@ -110,7 +112,7 @@ def tokenize(request: Request, tokenizer: Tokenizer, info: EngineInfo) -> list[i
     else:
         check_length(len(prompt), info, has_state=request.state is not None)
         size = info.vocab_size
-        tokens = list(prompt)
+        tokens = [token if type(token) is int else plain(token) for token in prompt]
         if not all(type(token) is int and 0 <= token < size for token in tokens):
             raise InvalidRequest(f"prompt token ids must be integers from 0 to {size - 1}", "prompt")
     check_length(len(tokens), info, has_state=request.state is not None)

@@ -52,11 +52,9 @@ def max_positions(config: Mapping[str, Any], default: int) -> int:
 
 def _values(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings of the rotary embedding, wherever the config has them. Raises UnsupportedModel."""
-    values = {
-        "rope_theta": config.get("rope_theta"),
-        **table(config, "rope_scaling"),
-        **table(config, "rope_parameters"),
-    }
+    # Where a config has both, rope_scaling alone counts, as in transformers.
+    scaling = table(config, "rope_scaling") or table(config, "rope_parameters")
+    values = {"rope_theta": config.get("rope_theta"), **scaling}
     if nested := [key for key, value in values.items() if isinstance(value, Mapping)]:
         raise UnsupportedModel(
             f"a rotary embedding that differs from layer to layer ({shortened(nested[0])}) is not supported"

@@ -115,6 +115,9 @@ def _request(
         raise InvalidRequest("messages must be a list of at least one message", "messages")
     if len(messages) > MAX_MESSAGES:
         raise InvalidRequest(f"messages must be at most {MAX_MESSAGES:,} messages, not {len(messages):,}", "messages")
+    for i, message in enumerate(messages):  # bytes would be written as base64
+        if isinstance(message, dict) and isinstance(message.get("content"), bytes | bytearray | memoryview):
+            raise InvalidRequest(f"messages[{i}].content must be a string or a list of text parts", "messages")
     if continue_final_message and add_generation_prompt:
         raise InvalidRequest(
             "continue_final_message and add_generation_prompt exclude each other: the prompt can end with the last "

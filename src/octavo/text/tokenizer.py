@@ -370,8 +370,15 @@ def _from_directory(path: Path) -> Tokenizer:
     special_tokens = {name: token for name, token in special.items() if token is not None}
 
     def ids(name: str) -> list[int]:
-        value = generation.get(name, config.get(name))
-        return [i for i in (value if isinstance(value, list) else [value]) if type(i) is int and i >= 0]
+        source, value = "generation_config.json", generation.get(name)
+        if value is None:
+            source, value = "config.json", config.get(name)
+        values = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(type(i) is int for i in values):
+            raise DamagedWeights(
+                f"{path / source} has {name} = {shortened(repr(value))}; it must be a token id or several"
+            )
+        return [i for i in values if i >= 0]
 
     def of(name: str) -> list[int]:
         found = backend.token_to_id(special_tokens[name]) if name in special_tokens else None
@@ -429,6 +436,8 @@ def _read_json(file: Path) -> dict[str, Any]:
         content = json.loads(text := _read_text(file))
         if "\\u" in text:
             json.dumps(content, ensure_ascii=False).encode()  # raises for lone surrogates, which no text can hold
+    except DamagedWeights:
+        raise
     except (ValueError, RecursionError) as error:
         raise DamagedWeights(f"{file} is damaged: {shortened(error)}") from None
     if not isinstance(content, dict):

@@ -53,10 +53,8 @@ def generation_defaults(path: Path) -> dict[str, float | int]:
             continue
         kinds = int if field in _INTEGERS else int | float
         if isinstance(value, bool) or not isinstance(value, kinds) or not least <= value <= most:
-            raise DamagedWeights(
-                f"{source} has {key} = {shortened(repr(value))}; it must be "
-                f"{'an integer' if kinds is int else 'a number'} from {least:g} to {most:g}"
-            )
+            right = f"an integer from {least} to {most:,}" if kinds is int else f"a number from {least:g} to {most:g}"
+            raise DamagedWeights(f"{source} has {key} = {shortened(repr(value))}; it must be {right}")
         defaults[field] = value
     if defaults.get("top_p") == 0:  # the smallest set of tokens: the most likely one
         del defaults["top_p"]

@@ -111,7 +111,7 @@ def load(
 
     Raises:
         ConfigError: a setting is not one of the above.
-        OutOfMemory: the weights need more memory than is free.
+        OutOfMemory: the weights, or a step, need more memory than is free.
         UnsupportedModel: the model's shape is not supported.
     """
     if dtype not in ("auto", "bfloat16"):
@@ -123,7 +123,11 @@ def load(
         spec, isa, threads, page_size=page_size, max_rows=max_batch_tokens, max_sampled=max_batch_size, int8_kv=int8_kv
     )
     recorder = Recorder(spec, program, parameters, quantization)
-    program.finish(describe(spec, recorder))
+    try:
+        program.finish(describe(spec, recorder))
+    except MemoryError:
+        message = f"there is no memory for steps of {max_batch_tokens} tokens; use a smaller max_batch_tokens"
+        raise OutOfMemory(message) from None
     if program.weight_bytes > (available := available_memory()):
         raise OutOfMemory(
             f"the weights need {program.weight_bytes / 2**30:.1f} GiB and {available / 2**30:.1f} GiB are free; "

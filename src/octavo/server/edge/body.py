@@ -54,7 +54,7 @@ class BodyReader:
             raise ApiError(400, f"the body is not valid JSON: {error}", code="invalid_json") from None
 
     async def _read(self, request: Request) -> bytes | bytearray:
-        encoding = request.headers.get("content-encoding", "identity").strip().lower()
+        encoding = request.headers.get("content-encoding", "").strip().lower() or "identity"
         if encoding not in ("identity", "gzip", "x-gzip"):
             raise ApiError(415, "Content-Encoding must be gzip or left out", code="unsupported_media_type")
         if int(request.headers.get("content-length", "0")) > self._max_bytes:  # digits: the HTTP parser checks that

@@ -35,6 +35,7 @@ NEUTRAL: dict[str, Any] = {
     # vLLM
     "length_penalty": (1.0,),
     "skip_special_tokens": (True,),
+    "detokenize": (True,),
     "spaces_between_special_tokens": (True,),
     "include_reasoning": (True, False),  # no model's reasoning is told apart from its answer
     "truncate_prompt_tokens": (-1,),
@@ -43,6 +44,7 @@ NEUTRAL: dict[str, Any] = {
     **dict.fromkeys(("use_beam_search", "include_stop_str_in_output"), (False,)),
     **dict.fromkeys(("return_tokens_as_token_ids", "return_token_ids"), (False,)),
     **dict.fromkeys(("request_id", "guided_decoding_backend", "mm_processor_kwargs"), ANY),
+    "truncation_side": ("left", "right"),  # only with truncate_prompt_tokens
     **dict.fromkeys(("allowed_token_ids", "bad_words", "prompt_logprobs", "structured_outputs", "documents"), ()),
     **dict.fromkeys(("guided_json", "guided_regex", "guided_choice", "guided_grammar", "logits_processors"), ()),
     **dict.fromkeys(("chat_template", "kv_transfer_params", "vllm_xargs", "thinking_token_budget"), ()),
@@ -61,6 +63,11 @@ NEUTRAL: dict[str, Any] = {
     "id_slot": (-1,),
     "min_keep": (0, 1),
     "tfs_z": (1.0,),
+    "typ_p": (1.0,),
+    "n_keep": (0, -1),
+    "reasoning_format": ("none", "auto"),  # no model's reasoning is told apart from its answer
+    "timings_per_token": ANY,
+    "backend_sampling": ANY,
     "grammar": (),
     # text-generation-webui and others, as SillyTavern sends them; settings of samplers that are off may have any value
     "do_sample": (True,),
@@ -85,7 +92,7 @@ NEUTRAL: dict[str, Any] = {
     **dict.fromkeys(("banned_strings", "custom_token_bans", "grammar_string", "logit_bias_exp"), ()),
 }
 COMPLETION_NEUTRAL = {**NEUTRAL, "continue_final_message": (False,), "add_special_tokens": (True,)}
-CHAT_NEUTRAL = {**NEUTRAL, "add_special_tokens": (False,), "echo": (False,)}
+CHAT_NEUTRAL = {**NEUTRAL, "add_special_tokens": (False,), "echo": (False,), "best_of": (1,)}
 MESSAGE_NEUTRAL: Mapping[str, Any] = {
     **dict.fromkeys(("name", "refusal", "annotations"), ANY),
     **dict.fromkeys(("audio", "tool_calls", "function_call", "reasoning", "reasoning_content"), ()),

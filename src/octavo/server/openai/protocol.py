@@ -174,7 +174,7 @@ class GenerationRequest(Parameters):  # type: ignore[misc]
 
     @model_validator(mode="after")
     def _check_stream_options(self) -> Self:
-        if self.stream_options is not None and not self.stream:
+        if not self.stream and self.stream_options and any(dict(self.stream_options).values()):
             raise PydanticCustomError("stream_options", "has stream_options, which need stream to be true")
         return self
 
@@ -322,7 +322,7 @@ class ChatRequest(GenerationRequest):
 
     def sampling_params(self, defaults: Defaults) -> SamplingParams:
         """Return the sampling parameters, see `params`. Raises InvalidRequest."""
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise InvalidRequest("top_logprobs needs logprobs to be true", "top_logprobs")
         limit = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
         if limit is None and "max_tokens" in defaults:
