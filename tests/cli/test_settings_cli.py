@@ -1,12 +1,13 @@
 """Settings as a user gives them: octavo config, mistakes in files and variables, and command lines pasted from vLLM."""
 
 import json
+import subprocess
 from pathlib import Path
 
 import httpx
 import pytest
 
-from command_line import Terminal, answer, complaint, octavo
+from command_line import OCTAVO, Terminal, answer, complaint, octavo
 from octavo import EngineConfig
 from octavo.server.config import ServerConfig
 from octavo.settings import settings_of
@@ -47,6 +48,15 @@ def test_a_mistake_in_the_environment() -> None:
     done = octavo("config", OCTAVO_MAX_BATCHSIZE="4")
     assert (done.returncode, done.stderr.count("\n")) == (0, 1)
     assert "OCTAVO_MAX_BATCHSIZE is no setting; did you mean OCTAVO_MAX_BATCH_SIZE?" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "redirection, code, said", [(">/dev/full", 2, "octavo: cannot write the output: "), (">&-", 0, "")]
+)
+def test_output_that_cannot_be_written(redirection: str, code: int, said: str) -> None:
+    command = ["sh", "-c", f'"$@" {redirection}', "sh", *OCTAVO, "config"]
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert done.returncode == code and done.stderr.startswith(said) and done.stderr.count("\n") == bool(said)
 
 
 def test_a_mistake_in_a_file_of_the_server(tmp_path: Path) -> None:

@@ -55,7 +55,8 @@ def main() -> NoReturn:
         # Only the command that is run, if it is named: the flags of all of them take a while to make.
         commands = [name for name in sys.argv[1:2] if name in _COMMANDS] or _COMMANDS
         code: Any = _app(commands)(prog_name="octavo", standalone_mode=False)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # it is None where the caller closed it
+            sys.stdout.flush()
     except OctavoError as error:
         _fail(str(error), _ENGINE_FAILED if isinstance(error, EngineDead) else _USAGE)
     except typer.TyperException as error:
@@ -66,9 +67,19 @@ def main() -> NoReturn:
     except (KeyboardInterrupt, typer.Abort):
         code = _INTERRUPTED
     except BrokenPipeError:  # the reader of a pipe has left; nothing may be written to stdout at exit either
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()
         code = 0
+    except OSError as error:
+        if error.filename is not None or sys.stdout is None:  # no failure of a stream
+            raise
+        _discard_output()
+        _fail(f"cannot write the output: {error.strerror}")
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _discard_output() -> None:
+    """Have what is still buffered for stdout go nowhere at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _set_errors(stream: TextIO, errors: str) -> None:
