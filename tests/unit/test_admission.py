@@ -142,6 +142,8 @@ def test_a_full_server(tiny_llama: Path, stream: bool) -> None:
             assert http.get("/health").status_code == 200
             stats = http.get("/stats").json()["frontend"]
             assert stats == {"live": 6, "limit": 6, "refused": 2, "timed_out": 0}
+        while http.get("/stats").json()["frontend"]["live"]:  # until the server has noticed that the stream was left
+            pass
         for body in ({"prompt": ["x"] * 7}, {"prompt": ["x", "y"], "n": 4}):
             reply = http.post("/v1/completions", json=body | {"stream": stream})
             assert reply.status_code == 400 and "more than the 6" in reply.json()["error"]["message"]
