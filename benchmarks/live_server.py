@@ -19,15 +19,14 @@ class LiveServer:
 
     Args:
         flags: of octavo serve.
-        python: the interpreter whose Octavo serves, such as that of another checkout.
         pythonpath: where the engine finds a policy.
     """
 
-    def __init__(self, model: str, flags: Sequence[str] = (), python: str = sys.executable, pythonpath: str = ""):
+    def __init__(self, model: str, flags: Sequence[str] = (), pythonpath: str = ""):
         module = ["-m", "octavo.entrypoints.openai.api_server"]
         environment = os.environ | ({"PYTHONPATH": pythonpath} if pythonpath else {})
         self.process = subprocess.Popen(
-            [python, *module, "--model", model, "--port", "0", *flags],
+            [sys.executable, *module, "--model", model, "--port", "0", *flags],
             stdout=subprocess.PIPE, text=True, env=environment,
         )  # fmt: skip
         assert self.process.stdout is not None

@@ -206,7 +206,7 @@ nb::tuple linears(const LinearWeights& weights) {
 }  // namespace
 
 NB_MODULE(_native, module) {
-    nb::set_leak_warnings(false);  // a program that is alive when the interpreter ends is no fault to tell users of
+    nb::set_leak_warnings(false);  // users need not know that an engine was alive at exit
     bind_sampler(module);
     bind_quants(module);
     module.def("available_isas", &available_isas);

@@ -21,6 +21,7 @@ import hostile_policy
 from octavo import LLM, AsyncLLM, RequestOutput, SamplingParams
 from octavo.errors import EngineDead, InvalidRequest, RequestFailed, RequestTimeout
 from octavo.frontend import replica
+from octavo.frontend.links import process
 
 SHORT = SamplingParams(seed=1, max_tokens=12, ignore_eos=True)
 LONG = SamplingParams(seed=1, max_tokens=300, ignore_eos=True)
@@ -108,6 +109,23 @@ def test_a_request_that_hangs_the_engine_fails_alone(
         assert tokens_of(await others) == expected
 
     run(tiny_llama, scenario, scheduling_policy="hostile_policy:Hang")
+
+
+def test_a_kill_for_memory_is_a_fault(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    kills = iter(range(100))
+    monkeypatch.setattr(process, "memory_kills", lambda: next(kills))
+
+    async def scenario(llm: AsyncLLM) -> None:
+        expected = tokens_of(await llm.agenerate(PROMPTS, LONG))
+        running = asyncio.ensure_future(llm.agenerate(PROMPTS, LONG))
+        await asyncio.sleep(0)
+        os.kill(engine_pid(llm), signal.SIGKILL)
+        assert tokens_of(await running) == expected
+        assert "when memory had run out" in caplog.text
+
+    run(tiny_llama, scenario)
 
 
 # A2: engines that do not start again

@@ -100,3 +100,17 @@ def _random_blocks(rng: np.random.Generator, shape: tuple[int, ...], kind: gguf.
     for byte in at:
         blocks[:, [byte, byte + 1]] = scale
     return data
+
+
+def finish_vocabulary(writer: gguf.GGUFWriter, **flags: bool) -> Path:
+    """Complete a .gguf that has a vocabulary and no tensors; `flags` are booleans of tokenizer.ggml."""
+    for key, value in flags.items():
+        writer.add_bool(f"tokenizer.ggml.{key}", value)
+    writer.add_block_count(1)
+    writer.add_embedding_length(32)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.close()
+    assert writer.path is not None
+    return Path(writer.path)

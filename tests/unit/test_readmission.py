@@ -145,4 +145,3 @@ def test_what_a_record_says() -> None:
     record.serving("a")
     record.nothing()
     assert record.read() == Work()
-    record.close()

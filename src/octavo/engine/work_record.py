@@ -58,19 +58,13 @@ class WorkRecord:
 
     def read(self) -> Work:
         """Return the latest note."""
-        size = int.from_bytes(self._memory[_LENGTH], "little")
+        kind, size = self._memory[0], int.from_bytes(self._memory[_LENGTH], "little")
         ids = self._memory[_START : _START + size].decode(errors="replace")
-        match self._memory[0]:
-            case kind if kind == _ONE:
-                return Work(alone=ids)
-            case kind if kind == _STEP:
-                return Work(prompts=tuple(ids.split("\n")) if ids else ())
-            case _:
-                return Work()
-
-    def close(self) -> None:
-        if isinstance(self._memory, mmap.mmap):
-            self._memory.close()
+        if kind == _ONE:
+            return Work(alone=ids)
+        if kind == _STEP:
+            return Work(prompts=tuple(ids.split("\n")) if ids else ())
+        return Work()
 
     def _note(self, kind: int, ids: str) -> None:
         encoded = ids.encode()

@@ -110,9 +110,6 @@ class Replica:
                 await self._serve(await self._load(self._connect()))
                 return
             except Exception as error:  # whatever it is, the next attempt may succeed
-                self.is_ready = False
-                if self.link is not None:
-                    await self.link.kill()
                 self.status = f"does not start, and is tried again: {' '.join(str(error).split())}"
                 log.error("the engine %s", self.status)
 
@@ -144,8 +141,15 @@ class Replica:
             loaded.cancel()
 
     async def _serve(self, info: EngineInfo) -> None:
+        """Hand the engine that has loaded to the owner. If that raises, end the engine and raise the same."""
+        assert self.link is not None
         self.is_ready, self.status = True, "is ready"
-        await self._owner.replica_ready(info)
+        try:
+            await self._owner.replica_ready(info)
+        except BaseException:
+            self.is_ready = False
+            await self.link.kill()
+            raise
 
     async def _watch(self) -> Exit:
         """Wait until the engine ends, or end it because it stopped. Return how it ended."""

@@ -36,9 +36,13 @@ class ProcessLink:
 
     def __init__(self, config: EngineConfig, path: Path):
         self._memory_kills = memory_kills()
-        self._socket, theirs = socket.socketpair()
         work = WorkRecord.share()
-        self._work = WorkRecord(work)
+        try:
+            self._work = WorkRecord(work)
+            self._socket, theirs = socket.socketpair()
+        except BaseException:
+            os.close(work)
+            raise
         try:
             self._process = subprocess.Popen(
                 # -P: files in the current folder must not take the place of modules.

@@ -87,8 +87,8 @@ class HttpProtocol(HttpToolsProtocol):
         self.pipeline.clear()
         if self._running is not None:
             self._running.disconnect()
-        # These refer to this object: without them it is freed at once, with the bodies of its requests.
-        self.cycle = self._running = self.parser = None  # type: ignore[assignment]
+        # Cycles refer to this object: without them it is freed at once, with the bodies of its requests.
+        self.cycle = self._running = None  # type: ignore[assignment]
 
     def close_idle(self) -> None:
         self.transport.close()
