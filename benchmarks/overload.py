@@ -107,7 +107,7 @@ class Load:
             if then == start and now > start + 5:
                 tokens_then, then = self.tally.tokens, now
             if len(self.tally.memory) < now - start:
-                self.tally.memory.append(self.server.memory())
+                self.tally.memory.append(await asyncio.to_thread(self.server.memory))
                 self.tally.descriptors.append(self.server.descriptors())
             await asyncio.sleep(0.01)
         throughput = (self.tally.tokens - tokens_then) / (time.monotonic() - then)

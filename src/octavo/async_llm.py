@@ -12,7 +12,7 @@ from .frontend.admission import FrontendStats
 from .frontend.chat import Conversation, conversations
 from .frontend.frontend import Frontend
 from .frontend.inbox import Inbox
-from .frontend.links import ProcessLink
+from .frontend.links.process import EngineProcess, ProcessLink
 from .frontend.live import LiveRequest
 from .frontend.requests import Prompt, Request, make_request, make_requests, tokenize_all
 from .outputs import RequestOutput
@@ -44,16 +44,20 @@ class AsyncLLM:
         self._set_up(EngineConfig.from_keywords(model=model, **settings))
 
     @classmethod
-    def from_config(cls, config: EngineConfig) -> "AsyncLLM":
-        """Make an AsyncLLM of settings that are complete."""
+    def from_config(cls, config: EngineConfig, process: EngineProcess | None = None) -> "AsyncLLM":
+        """Make an AsyncLLM of settings that are complete.
+
+        Args:
+            process: for the first engine, started earlier to import its modules meanwhile; a new one by default.
+        """
         llm = cls.__new__(cls)
-        llm._set_up(config)
+        llm._set_up(config, process)
         return llm
 
-    def _set_up(self, config: EngineConfig) -> None:
+    def _set_up(self, config: EngineConfig, process: EngineProcess | None = None) -> None:
         self.config = config
         path = resolve(config.model, config.revision)
-        self._link = ProcessLink(config, path)  # loads while this process does the rest
+        self._link = ProcessLink(config, path, process)  # loads while this process does the rest
         try:
             self.tokenizer = Tokenizer.load(path)
             self.generation_defaults = generation_defaults(path) if config.generation_config == "auto" else {}

@@ -12,7 +12,7 @@ from .config import EngineConfig
 from .engine.messages import EngineStats
 from .frontend.chat import Conversation, conversations
 from .frontend.frontend import Frontend
-from .frontend.links import ThreadLink
+from .frontend.links.thread import ThreadLink
 from .frontend.live import LiveRequest, Sink
 from .frontend.loop_thread import LoopThread
 from .frontend.progress import generation_bar

@@ -179,16 +179,16 @@ def test_settings_it_cannot_serve(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_threads_come_and_go_and_leave_the_caller_alone() -> None:
-    def threads() -> int:
-        return len(list(Path("/proc/self/task").iterdir()))
+    def threads() -> set[str]:
+        return {task.name for task in Path("/proc/self/task").iterdir()}
 
-    before = threads()
+    before = threads()  # some of earlier tests' may end meanwhile
     backend = load(PLAIN, threads=2)
     backend.step(step_batch([(TOKENS[:5], 0, [0])]))
-    assert threads() == before + min(2, len(AFFINITY)) - 1
+    assert len(threads() - before) == min(2, len(AFFINITY)) - 1
     assert os.sched_getaffinity(0) == AFFINITY
     backend.close()
-    assert threads() == before
+    assert threads() <= before
 
 
 @pytest.mark.skipif(len(AFFINITY) < 2, reason="needs two processors")

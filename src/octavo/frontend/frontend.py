@@ -21,9 +21,7 @@ from octavo.text import Tokenizer
 
 from .admission import Admission, FrontendStats
 from .ledger import Ledger
-from .links import Link
-from .links.engine_loop import raised
-from .links.link import Exit
+from .links.link import Exit, Link
 from .links.messages import (
     Abort,
     AskStats,
@@ -406,7 +404,7 @@ class Frontend:
         if message.failed is None:
             job.set_result(None)
         else:
-            job.set_exception(raised(message.failed))
+            job.set_exception(message.failed.exception())
 
     def _fail_waiting(self, error: OctavoError) -> None:
         answers: list[asyncio.Future[Any]] = [*self._stats.values(), *self._jobs.values()]

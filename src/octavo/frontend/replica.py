@@ -9,9 +9,7 @@ from typing import Protocol
 from octavo.engine.messages import EngineInfo
 from octavo.errors import EngineDead
 
-from .links import Link
-from .links.engine_loop import raised
-from .links.link import Exit
+from .links.link import Exit, Link
 from .links.messages import HEARTBEAT, Alive, Failed, FromEngine, Loading, Ready, ToEngine, Tokens
 
 TICK = HEARTBEAT  # seconds between two looks at the engine
@@ -192,7 +190,7 @@ class Replica:
                     self._loaded.set_result(message.info)
             case Failed():
                 if self._loaded is not None and not self._loaded.done():
-                    self._loaded.set_exception(raised(message))
+                    self._loaded.set_exception(message.exception())
             case _:
                 if isinstance(message, Tokens):
                     self._failures = 0

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import dataclasses
 import errno
+import gc
 import json
 import os
 import resource
@@ -17,15 +18,17 @@ from typing import TYPE_CHECKING, NoReturn
 import typer
 import uvloop
 
-from octavo.async_llm import AsyncLLM
 from octavo.config import EngineConfig
 from octavo.errors import ConfigError
+from octavo.frontend.links.process import EngineProcess
 from octavo.terminal import printable
 from octavo.version import __version__
 
 from .config import ServerConfig
 
 if TYPE_CHECKING:
+    from octavo.async_llm import AsyncLLM
+
     from .edge.draining import DrainingServer
 
 BACKLOG = 4096  # connections that may wait to be accepted; the kernel's somaxconn may allow fewer
@@ -44,11 +47,21 @@ def serve(engine: EngineConfig, config: ServerConfig) -> None:
         listeners = [stack.enter_context(listener) for listener in listen(config.host, config.port)]
         connections = min(config.max_connections, _raise_file_limit() - OTHER_FILES)
         config = dataclasses.replace(config, max_connections=max(connections, 1))
-        llm = AsyncLLM.from_config(engine)  # loading begins, in the engine's process
-        uvloop.run(_run(llm, config, listeners))
+        uvloop.run(_run(_begin_loading(engine), config, listeners))
 
 
-async def _run(llm: AsyncLLM, config: ServerConfig, listeners: list[socket.socket]) -> None:
+def _begin_loading(config: EngineConfig) -> "AsyncLLM":
+    process = EngineProcess()  # imports its modules while this process imports its own
+    try:
+        from octavo.async_llm import AsyncLLM
+
+        return AsyncLLM.from_config(config, process)
+    except BaseException:
+        process.end()
+        raise
+
+
+async def _run(llm: "AsyncLLM", config: ServerConfig, listeners: list[socket.socket]) -> None:
     """Serve in a task of its own, which signals stop: by draining once it serves, by cancelling it before or again."""
     from .edge.draining import on_signals  # imported here, as the engine process loads weights meanwhile
 
@@ -66,7 +79,7 @@ async def _run(llm: AsyncLLM, config: ServerConfig, listeners: list[socket.socke
 
 
 async def _serve(
-    llm: AsyncLLM, config: ServerConfig, listeners: list[socket.socket], servers: "list[DrainingServer]"
+    llm: "AsyncLLM", config: ServerConfig, listeners: list[socket.socket], servers: "list[DrainingServer]"
 ) -> None:
     """Load, then serve. `servers` gets the server when it starts."""
     from .app import create_app
@@ -79,6 +92,7 @@ async def _serve(
         app = create_app(llm, config, draining=lambda: servers[0].should_exit)
         server = DrainingServer(app, config, access_log, on_ready=lambda: _announce(llm, listeners[0]))
         servers.append(server)
+        gc.freeze()  # else the collector looks through all modules now and then, and every stream waits for it
         await server.serve(listeners)
     finally:
         await llm.close()
@@ -163,7 +177,7 @@ def _exit_on_signals() -> Generator[None, None, None]:
             signal.signal(each, handler)
 
 
-def _announce(llm: AsyncLLM, listener: socket.socket) -> None:
+def _announce(llm: "AsyncLLM", listener: socket.socket) -> None:
     host, port = listener.getsockname()[:2]
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # listening everywhere; here is one place to call
     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

@@ -93,7 +93,7 @@ class EngineLoop:
         """Called by a thread that does file I/O."""
         cancelled = Failed("EngineDead", "the engine has stopped")
         error = None if job.cancelled() else job.exception()
-        self._state_jobs.put(StateDone(id, cancelled if job.cancelled() else failure(error) if error else None))
+        self._state_jobs.put(StateDone(id, cancelled if job.cancelled() else Failed.of(error) if error else None))
         self._wake()
 
     def _finish_state_jobs(self) -> None:
@@ -102,22 +102,3 @@ class EngineLoop:
         self.engine.end_saves()
         while not self._state_jobs.empty():
             self._send(self._state_jobs.get())
-
-
-def failure(error: BaseException) -> Failed:
-    """Return the message that tells of an error: its class if it is one of errors.py, else EngineDead with its name."""
-    from octavo import errors
-
-    name = type(error).__name__
-    known = isinstance(error, errors.OctavoError) and hasattr(errors, name)
-    text = " ".join(str(error).split())
-    return Failed(name, text) if known else Failed("EngineDead", f"{name}: {text}" if text else name)
-
-
-def raised(failed: Failed) -> Exception:
-    """Return the exception that a message tells of."""
-    from octavo import errors
-
-    error = getattr(errors, failed.error, errors.EngineDead)(failed.message)
-    assert isinstance(error, Exception)
-    return error

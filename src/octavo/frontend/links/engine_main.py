@@ -4,6 +4,7 @@ ProcessLink starts it. FD is one end of a socket pair, the other end of which is
 in whatever way, so does this process. WORK is the file descriptor of a WorkRecord.
 """
 
+import gc
 import logging
 import os
 import select
@@ -121,24 +122,17 @@ def main(fd: int, work: int) -> int:
     except (BrokenPipeError, ConnectionResetError):
         pass  # the frontend has gone
     except OctavoError as error:
-        from .engine_loop import failure
-
-        connection.send(failure(error))
+        connection.send(Failed.of(error))
         return 1
     except Exception as error:
         log.exception("the engine failed")
-        connection.send(Failed("EngineDead", f"{type(error).__name__}: {error}"))
+        connection.send(Failed.of(error))
         return 1
     return 0
 
 
 def _serve(connection: Connection, heartbeat: Heartbeat, work: int) -> None:
-    messages: list[ToEngine] | None = []
-    while not messages:
-        if (messages := connection.receive(block=True)) is None:
-            return
-    [load] = messages
-    assert isinstance(load, Load)
+    # Imported here, so that the heartbeat has begun, and before the first message, so that it has not to wait.
     from octavo.config import EngineConfig
     from octavo.engine.loading import load_engine
     from octavo.engine.work_record import WorkRecord
@@ -146,6 +140,12 @@ def _serve(connection: Connection, heartbeat: Heartbeat, work: int) -> None:
 
     from .engine_loop import EngineLoop
 
+    messages: list[ToEngine] | None = []
+    while not messages:
+        if (messages := connection.receive(block=True)) is None:
+            return
+    [load] = messages
+    assert isinstance(load, Load)
     reported = time.monotonic()
 
     with loading_bar() as show:
@@ -160,6 +160,7 @@ def _serve(connection: Connection, heartbeat: Heartbeat, work: int) -> None:
         engine = load_engine(EngineConfig(**load.config), Path(load.path), progress, WorkRecord(work))
     loop = EngineLoop(engine, connection.send, connection.wake)
     heartbeat.loop = loop
+    gc.freeze()  # what is loaded stays: the collector need not look through it during a step
     connection.send(Ready(engine.info))
     loop.run(connection.receive)
     engine.close()

@@ -5,6 +5,7 @@ from typing import Any
 
 import msgspec
 
+from octavo import errors
 from octavo.engine.messages import EngineInfo, EngineRequest, EngineStats, TokenOutput
 
 
@@ -95,6 +96,19 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
 
     error: str
     message: str
+
+    @classmethod
+    def of(cls, error: BaseException) -> "Failed":
+        """Return the message for an error: EngineDead with its name if it is none of errors.py."""
+        name, text = type(error).__name__, " ".join(str(error).split())
+        if isinstance(error, errors.OctavoError) and hasattr(errors, name):
+            return cls(name, text)
+        return cls("EngineDead", f"{name}: {text}" if text else name)
+
+    def exception(self) -> Exception:
+        error = getattr(errors, self.error, errors.EngineDead)(self.message)
+        assert isinstance(error, Exception)
+        return error
 
 
 class Alive(msgspec.Struct, frozen=True, tag=True):

@@ -26,25 +26,24 @@ KILL_PATIENCE = 2.0  # seconds for the kernel to end a killed process
 log = logging.getLogger("octavo")
 
 
-class ProcessLink:
-    """See Link. The two processes share a socket pair, so there is no name, file or port that others could find.
+class EngineProcess:
+    """A new process, which imports the engine's modules and then waits for a ProcessLink to tell it what to load.
 
-    Raises OSError if the process cannot be started.
+    The two processes share a socket pair, so there is no name, file or port that others could find. Raises OSError if
+    the process cannot be started.
     """
 
-    heartbeats = True
-
-    def __init__(self, config: EngineConfig, path: Path):
-        self._memory_kills = memory_kills()
+    def __init__(self) -> None:
+        self.memory_kills = memory_kills()  # before it began
         work = WorkRecord.share()
         try:
-            self._work = WorkRecord(work)
-            self._socket, theirs = socket.socketpair()
+            self.work = WorkRecord(work)
+            self.socket, theirs = socket.socketpair()
         except BaseException:
             os.close(work)
             raise
         try:
-            self._process = subprocess.Popen(
+            self.popen = subprocess.Popen(
                 # -P: files in the current folder must not take the place of modules.
                 [sys.executable, "-P", "-m", "octavo.frontend.links.engine_main", str(theirs.fileno()), str(work)],
                 pass_fds=[theirs.fileno(), work],
@@ -52,20 +51,39 @@ class ProcessLink:
                 stdout=subprocess.DEVNULL,
             )
         except BaseException:
-            self._socket.close()
+            self.socket.close()
             raise
         finally:
             theirs.close()
             os.close(work)
-        self.pid: int = self._process.pid
+
+    def end(self) -> None:
+        """Kill the process and wait for its end."""
+        self.popen.kill()
+        self.popen.wait(KILL_PATIENCE)
+        self.socket.close()
+
+
+class ProcessLink:
+    """See Link. Raises OSError if the process cannot be started.
+
+    Args:
+        process: a new one by default.
+    """
+
+    heartbeats = True
+
+    def __init__(self, config: EngineConfig, path: Path, process: EngineProcess | None = None):
+        self._process = process or EngineProcess()
+        self.pid: int = self._process.popen.pid
         self._transport: asyncio.Transport | None = None
         self._protocol: _Frames | None = None
-        self._socket.sendall(frame(Load(dataclasses.asdict(config), str(path))))
+        self._process.socket.sendall(frame(Load(dataclasses.asdict(config), str(path))))
 
     async def connect(self, on_message: Callable[[FromEngine], None], on_end: Callable[[], None]) -> None:
         self._protocol = protocol = _Frames(on_message, on_end)
         loop = asyncio.get_running_loop()
-        self._transport, _ = await loop.create_unix_connection(lambda: protocol, sock=self._socket)
+        self._transport, _ = await loop.create_unix_connection(lambda: protocol, sock=self._process.socket)
 
     def send(self, message: ToEngine) -> None:
         data = frame(message)
@@ -79,10 +97,10 @@ class ProcessLink:
 
     async def kill(self) -> Exit:
         if self._transport is None or not self._transport.is_closing() or not await self._wait(KILL_PATIENCE):
-            self._process.kill()
+            self._process.popen.kill()
             await self._wait(KILL_PATIENCE)
         self._disconnect()
-        return self._exit(self._process.poll())
+        return self._exit(self._process.popen.poll())
 
     def _disconnect(self) -> None:
         if self._protocol is not None:
@@ -90,31 +108,27 @@ class ProcessLink:
         if self._transport is not None:
             self._transport.close()
         else:
-            self._socket.close()
+            self._process.socket.close()
 
     def discard(self) -> None:
         """End the process if it was never connected; without an event loop."""
-        if self._protocol is not None:
-            return
-        self._process.kill()
-        self._process.wait(KILL_PATIENCE)
-        self._socket.close()
+        if self._protocol is None:
+            self._process.end()
 
     async def _wait(self, seconds: float) -> bool:
         """Wait for the process to end. Return whether it has."""
-
-        deadline = time.monotonic() + seconds
-        while self._process.poll() is None and time.monotonic() < deadline:
+        deadline, poll = time.monotonic() + seconds, self._process.popen.poll
+        while poll() is None and time.monotonic() < deadline:
             await asyncio.sleep(LOOK)
-        return self._process.poll() is not None
+        return poll() is not None
 
     def _exit(self, code: int | None) -> Exit:
-        work = self._work.read()
+        work = self._process.work.read()
         if code is None:
             return Exit("it does not end", is_fault=False, work=work)
         if code >= 0:
             return Exit(f"exit code {code}", is_fault=True, work=work)
-        if -code == signal.SIGKILL and memory_kills() > self._memory_kills:
+        if -code == signal.SIGKILL and memory_kills() > self._process.memory_kills:
             return Exit("killed by SIGKILL when memory had run out", is_fault=True, work=work)
         name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
         return Exit(f"killed by {name}", is_fault=-code != signal.SIGKILL, work=work)

@@ -14,9 +14,9 @@ from octavo.engine.work_record import WorkRecord
 from octavo.errors import OctavoError
 from octavo.frontend.progress import loading_bar
 
-from .engine_loop import EngineLoop, failure
+from .engine_loop import EngineLoop
 from .link import Exit
-from .messages import FromEngine, Ready, ToEngine
+from .messages import Failed, FromEngine, Ready, ToEngine
 
 log = logging.getLogger("octavo")
 
@@ -62,7 +62,7 @@ class ThreadLink:
             self._deliver(Ready(self.engine.info))
             EngineLoop(self.engine, self._deliver, lambda: self._inbox.put(None)).run(self._receive)
         except OctavoError as error:
-            self._deliver(failure(error))
+            self._deliver(Failed.of(error))
         except Exception as error:
             log.exception("the engine failed")
             self._exit = Exit(f"{type(error).__name__}: {error}", is_fault=True, work=self._work.read())
