@@ -59,7 +59,7 @@ class AsyncLLM:
         path = resolve(config.model, config.revision)
         self._link = ProcessLink(config, path, process)  # loads while this process does the rest
         try:
-            self.tokenizer = Tokenizer.load(path)
+            self.tokenizer = Tokenizer.load(path, **config.template_limits)
             self.generation_defaults = generation_defaults(path) if config.generation_config == "auto" else {}
             self.default_sampling_params = SamplingParams(**self.generation_defaults)  # type: ignore[arg-type]
         except BaseException:

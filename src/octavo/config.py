@@ -35,6 +35,7 @@ DTYPES = {"auto": "auto", "bf16": "bfloat16", "bfloat16": "bfloat16", "float32":
 KV_CACHE_DTYPES = {"auto": "bf16", "bf16": "bf16", "bfloat16": "bf16", "int8": "int8"}
 QUANTIZATIONS = ("auto", "none", "8bit", "4bit")
 POLICIES = ("fcfs", "priority", "fair", "deadline")
+TEMPLATE_SECONDS, TEMPLATE_MEMORY = 0.75, 80 * 2**20  # for rendering a chat
 _NAME = Rule("the name of a model", bool)
 _DEVICE = Rule("auto, cpu or cuda", lambda value: re.fullmatch(r"auto|cpu|cuda(:\d+)?", value) is not None)
 _DTYPE = Rule("auto, bfloat16 or float32", DTYPES.__contains__)
@@ -74,6 +75,12 @@ class EngineConfig(Settings):
         "auto",
         "Sampling parameters where a request names none: auto (the model's own recommendation) or none.",
         one_of("auto", "none"),
+    )
+    chat_template_timeout: float = setting(
+        TEMPLATE_SECONDS, "Seconds of processor time that the chat template may take.", positive("seconds")
+    )
+    chat_template_memory: Size = setting(
+        TEMPLATE_MEMORY, "Memory that the chat template may take, beside eight times the size of the chat."
     )
     max_model_len: int | None = setting(
         None, "Tokens of prompt and output together; by default the model's own limit.", at_least(2)
@@ -153,6 +160,11 @@ class EngineConfig(Settings):
         if name not in settings_of(EngineConfig):
             raise ConfigError(f"unknown setting {name!r}; the settings are {', '.join(settings_of(EngineConfig))}")
         return replace(self, **{name: value})
+
+    @property
+    def template_limits(self) -> dict[str, Any]:
+        """Return the limits of chat templates as arguments of Tokenizer.load."""
+        return {"template_seconds": self.chat_template_timeout, "template_memory": self.chat_template_memory}
 
     @classmethod
     def from_keywords(cls, **keywords: Any) -> "EngineConfig":

@@ -51,7 +51,7 @@ class LLM:
     def _set_up(self, config: EngineConfig) -> None:
         self.config = config
         path: Path = resolve(config.model, config.revision)
-        self.tokenizer = Tokenizer.load(path)
+        self.tokenizer = Tokenizer.load(path, **config.template_limits)
         self.generation_defaults = generation_defaults(path) if config.generation_config == "auto" else {}
         self.default_sampling_params = SamplingParams(**self.generation_defaults)  # type: ignore[arg-type]
         self._thread = LoopThread()

@@ -1,6 +1,7 @@
 """The Python API, as a user of vLLM would use it, on a tiny random model."""
 
 import asyncio
+import shutil
 import threading
 
 import numpy as np
@@ -145,6 +146,20 @@ def test_chat_uses_the_template(llm):
     ids = llm.tokenizer.encode(prompt, add_special_tokens=False)
     assert llm.chat(messages, GREEDY)[0].prompt_token_ids == ids
     assert [output.prompt_token_ids for output in llm.chat([messages, messages], GREEDY)] == [ids, ids]
+
+
+def test_the_limits_of_chat_templates_are_settings(tiny_llama, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_llama, folder)
+    messages = [{"role": "user", "content": "Hello"}]
+    loop = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    for source, settings, problem in (
+        (loop, {"chat_template_timeout": 0.05}, "took longer than 0.05 s"),
+        ("{{ 'x' * 30000000 }}", {"chat_template_memory": "10MiB"}, "too much memory"),
+    ):
+        (folder / "chat_template.jinja").write_text(source)
+        with LLM(str(folder), **settings) as llm, pytest.raises(InvalidRequest, match=problem):
+            llm.chat(messages, GREEDY)
 
 
 def test_agenerate_joins_batches(llm):

@@ -294,6 +294,20 @@ def test_malformed_http_is_answered_in_openais_schema(server: ServerProcess, sen
     error_code(reply)
 
 
+@pytest.mark.parametrize("coding", [b"gzip, chunked", b"gzip", b"identity, chunked", b"x"])
+def test_an_unknown_transfer_coding_is_501(server: ServerProcess, coding: bytes) -> None:
+    """Its chunks would else be taken for the body itself."""
+    reply = exchange(
+        server,
+        b"POST "
+        + COMPLETIONS.encode()
+        + b" HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: "
+        + coding
+        + b"\r\n\r\n0\r\n\r\n",
+    )
+    assert reply.startswith(b"HTTP/1.1 501 ")
+
+
 def test_what_is_malformed_after_a_sound_request_leaves_that_alone(server: ServerProcess) -> None:
     reply = exchange(server, request(BODY | {"max_tokens": 300, "stream": True}, close=False) + b"GARBAGE\r\n\r\n")
     assert reply.startswith(b"HTTP/1.1 200 ") and b"data: [DONE]" in reply and reply.count(b"HTTP/1.1") == 1

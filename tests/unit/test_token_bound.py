@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from tokenizers import Tokenizer as Backend
 from octavo.errors import InvalidRequest, PromptTooLong
 from octavo.text import Tokenizer, tokenizer
 from octavo.text.gguf_vocabulary import WORD_REGEXES
-from octavo.text.offload import encode_off_loop
+from octavo.text.offload import off_loop
 from tiny_models import real_text
 
 SAMPLES = [
@@ -179,18 +180,19 @@ def test_long_texts_leave_the_event_loop_alone() -> None:
     text = "z q " * 50_000
 
     async def main() -> int:
-        long = asyncio.ensure_future(encode_off_loop(ours, [text, "hi"]))
+        long = asyncio.ensure_future(off_loop(ours, len(text), lambda: ours.encode(text)))
         turns = 0
         while not long.done():
             turns += 1
             await asyncio.sleep(0)
-        assert await long == [ours.encode(text), ours.encode("hi")]
+        assert await long == ours.encode(text)
         with pytest.raises(PromptTooLong):
-            await encode_off_loop(ours, [text], max_tokens=100)
+            await off_loop(ours, len(text), lambda: ours.encode(text, max_tokens=100))
         return turns
 
     assert asyncio.run(main()) > 100
-    assert asyncio.run(encode_off_loop(ours, ["hi"])) == [ours.encode("hi")]
+    here = asyncio.run(off_loop(ours, 2, threading.current_thread))
+    assert here is threading.current_thread()
 
 
 def test_truncation_and_padding_of_the_file_are_ignored(tmp_path: Path) -> None:

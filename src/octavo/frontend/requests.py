@@ -1,6 +1,5 @@
 """What `generate` accepts, as requests: prompts with the parameters, terms and KV state of each."""
 
-import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypedDict, TypeVar, cast
@@ -10,8 +9,8 @@ from octavo.errors import InvalidRequest, PromptTooLong
 from octavo.params import SamplingParams, ServiceTerms, Terms, plain
 from octavo.states import KVState
 from octavo.text import Tokenizer
+from octavo.text.offload import off_loop
 
-LONG_PROMPT = 20_000  # characters or tokens; tokenizing takes about 1 µs for each
 MAX_ID = 256  # characters of a request id that the user chooses
 
 
@@ -125,8 +124,7 @@ async def tokenize_all(requests: list[Request], tokenizer: Tokenizer, info: Engi
     def work() -> list[list[int]]:
         return [tokenize(request, tokenizer, info) for request in requests]
 
-    is_long = sum(len(request.prompt) for request in requests) > LONG_PROMPT
-    return await asyncio.get_running_loop().run_in_executor(tokenizer.threads, work) if is_long else work()
+    return await off_loop(tokenizer, sum(len(request.prompt) for request in requests), work)
 
 
 def check_length(num_tokens: int, info: EngineInfo, has_state: bool = False) -> None:

@@ -16,13 +16,12 @@ from typing import Any
 
 import msgspec
 
+from octavo.config import TEMPLATE_MEMORY, TEMPLATE_SECONDS
 from octavo.errors import InvalidRequest
 
 MAX_MESSAGES = 10_000  # of a conversation
 MAX_INPUT_BYTES = 16 << 20  # of a conversation as JSON, with tools and all other variables
 MAX_PROMPT_BYTES = 64 << 20
-RENDER_SECONDS = 0.75  # of processor time; of wall-clock time twice as much
-RENDER_MEMORY = 80 << 20  # bytes, beside what the process has when it is idle; more for large inputs
 MAX_WORKERS = 4  # processes per template
 
 _START_SECONDS = 20.0  # for Python to start, import jinja2 and compile the template
@@ -41,12 +40,12 @@ class ChatTemplate:
     first process starts with the first rendering, in 0.15 s, or with `start`.
     """
 
-    def __init__(self, source: str, *, seconds: float = RENDER_SECONDS, memory: int = RENDER_MEMORY) -> None:
+    def __init__(self, source: str, *, seconds: float = TEMPLATE_SECONDS, memory: int = TEMPLATE_MEMORY) -> None:
         """Make a template of `source`, which is compiled with the first rendering.
 
         Args:
-            seconds: Processor time that a rendering may take.
-            memory: Bytes that a rendering may allocate, beside eight times the size of its input.
+            seconds: Processor time that a rendering may take; of wall-clock time it may take twice as much.
+            memory: Bytes that a rendering may allocate beyond those of the idle process and eight times its input.
         """
         self._seconds = seconds
         self._setup = msgspec.json.encode({"source": source, "memory": memory, "seconds": seconds})

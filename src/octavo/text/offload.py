@@ -1,26 +1,23 @@
-"""Tokenizing for event loops: short texts at once, long ones in threads, which release the GIL while they tokenize."""
+"""Work on texts for event loops: on short texts at once, on long ones in threads, which release the GIL meanwhile."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable
+from typing import TypeVar
 
 from .tokenizer import Tokenizer
 
-INLINE_CHARACTERS = 4096  # tokenized in about a millisecond
+INLINE_LENGTH = 4096  # characters, which are tokenized in about a millisecond, or token ids
+
+Result = TypeVar("Result")
 
 
-async def encode_off_loop(
-    tokenizer: Tokenizer, texts: Sequence[str], add_special_tokens: bool = True, max_tokens: int | None = None
-) -> list[list[int]]:
-    """Return the token ids of each text, as `Tokenizer.encode` does, without blocking the event loop.
+async def off_loop(tokenizer: Tokenizer, length: int, work: Callable[[], Result]) -> Result:
+    """Return what `work` returns, without blocking the event loop for long.
 
-    Raises:
-        InvalidRequest: A text is not Unicode.
-        PromptTooLong: A text has more than `max_tokens` tokens.
+    Args:
+        tokenizer: its threads run `work` if `length` is more than INLINE_LENGTH.
+        length: characters and token ids that `work` goes through.
     """
-
-    def encode() -> list[list[int]]:
-        return [tokenizer.encode(text, add_special_tokens, max_tokens) for text in texts]
-
-    if sum(map(len, texts)) <= INLINE_CHARACTERS:
-        return encode()
-    return await asyncio.get_running_loop().run_in_executor(tokenizer.threads, encode)
+    if length <= INLINE_LENGTH:
+        return work()
+    return await asyncio.get_running_loop().run_in_executor(tokenizer.threads, work)

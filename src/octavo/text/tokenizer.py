@@ -11,6 +11,7 @@ from typing import Any
 
 import tokenizers
 
+from octavo.config import TEMPLATE_MEMORY, TEMPLATE_SECONDS
 from octavo.errors import (
     DamagedWeights,
     InvalidRequest,
@@ -74,6 +75,7 @@ class Tokenizer:
         self.bos_token_id = bos_token_id
         self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
         self._template = template
+        self._template_limits: dict[str, Any] = {}
         self._special_tokens = special_tokens or {}
         self._special_ids = frozenset(i for i, token in backend.get_added_tokens_decoder().items() if token.special)
         self._bytes: dict[int, bytes] = {}
@@ -82,15 +84,22 @@ class Tokenizer:
         self._cuts_before_spaces = _cuts_before_spaces(backend)
 
     @classmethod
-    def load(cls, path: Path) -> "Tokenizer":
+    def load(
+        cls, path: Path, *, template_seconds: float = TEMPLATE_SECONDS, template_memory: int = TEMPLATE_MEMORY
+    ) -> "Tokenizer":
         """Load the tokenizer of a directory with tokenizer.json, or of a .gguf file.
+
+        Args:
+            template_seconds, template_memory: Limits of a rendering, see ChatTemplate.
 
         Raises:
             ModelNotFound: A file is missing, may not be read, or is not a regular file.
             DamagedWeights: A file is damaged or too large.
             UnsupportedModel: The kind of vocabulary is not supported.
         """
-        return _from_directory(path) if path.is_dir() else _from_gguf(path)
+        tokenizer = _from_directory(path) if path.is_dir() else _from_gguf(path)
+        tokenizer._template_limits = {"seconds": template_seconds, "memory": template_memory}
+        return tokenizer
 
     def save(self, folder: Path) -> None:
         """Write the files that `load` reads from a directory."""
@@ -227,7 +236,7 @@ class Tokenizer:
 
     @cached_property
     def _chat_template(self) -> ChatTemplate | None:
-        return None if self._template is None else ChatTemplate(self._template)
+        return None if self._template is None else ChatTemplate(self._template, **self._template_limits)
 
     def prepare(self) -> None:
         """Compute now what the first long text and the first chat need. Takes tenths of a second, in any thread."""

@@ -214,6 +214,11 @@ class HttpProtocol(HttpToolsProtocol):
     def on_header(self, name: bytes, value: bytes) -> None:
         super().on_header(name, value)
         self._count_header(len(name) + len(value) + 4)
+        if name.lower() == b"transfer-encoding" and value.strip().lower() != b"chunked":
+            self._refusal = ApiError(
+                501, "of Transfer-Encoding, chunked alone is supported; compress a body with Content-Encoding: gzip"
+            )
+            raise self._refusal
 
     def _count_header(self, size: int) -> None:
         self._header_size += size

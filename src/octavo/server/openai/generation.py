@@ -13,7 +13,7 @@ from octavo.frontend.requests import Request, make_requests
 from octavo.outputs import RequestOutput
 from octavo.params import SamplingParams
 from octavo.server.edge.access_log import RequestRecord
-from octavo.text.offload import encode_off_loop
+from octavo.text.offload import off_loop
 
 from .kv_states import Continuation
 from .replies import KVCacheState, PromptTokensDetails, Usage
@@ -96,6 +96,10 @@ class Generation:
 
 async def tokenized(llm: AsyncLLM, prompts: list[str | list[int]], add_special_tokens: bool = True) -> list[list[int]]:
     """Return prompts as token ids. Raises InvalidRequest, PromptTooLong."""
-    texts = [prompt for prompt in prompts if isinstance(prompt, str)]
-    encoded = iter(await encode_off_loop(llm.tokenizer, texts, add_special_tokens, llm.info.max_model_len - 1))
-    return [next(encoded) if isinstance(prompt, str) else prompt for prompt in prompts]
+    encode, limit = llm.tokenizer.encode, llm.info.max_model_len - 1
+
+    def work() -> list[list[int]]:
+        return [encode(prompt, add_special_tokens, limit) if isinstance(prompt, str) else prompt for prompt in prompts]
+
+    length = sum(len(prompt) for prompt in prompts if isinstance(prompt, str))
+    return await off_loop(llm.tokenizer, length, work)
