@@ -18,6 +18,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--many", action="store_true", help="more prompts and more text in the tests that take minutes")
+
+
+@pytest.fixture(scope="session")
+def many(request: pytest.FixtureRequest) -> bool:
+    """Whether to test with the full amount of prompts and text, or with a sample of it."""
+    return bool(request.config.getoption("--many"))
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Name in tiny_models.CONFIGS -> directory of that model."""
