@@ -6,7 +6,7 @@ _SLACK = 64
 
 
 class Deadlines:
-    """A deadline for each of a set of ids, in seconds of any one clock. Operations take O(log n), amortized."""
+    """A set of ids with a deadline each, in seconds of one clock. Operations take O(log n), amortized."""
 
     def __init__(self) -> None:
         self._at: dict[str, float] = {}
@@ -17,7 +17,7 @@ class Deadlines:
 
     @property
     def next(self) -> float | None:
-        """A time before which no deadline comes: the earliest one, or that of an id that was forgotten."""
+        """Return a time before which there is no deadline. It may be that of a forgotten id. None if there is none."""
         return self._heap[0][0] if self._at else None
 
     def set(self, id: str, at: float) -> None:

@@ -1,4 +1,4 @@
-"""From an EngineConfig to an engine that is ready to step.
+"""Load an engine according to an EngineConfig.
 
 `load_engine` opens the checkpoint and loads the backend; `assemble` makes the engine around a backend.
 """
@@ -39,7 +39,7 @@ def load_engine(
     """Open the checkpoint at `path`, compile the model on the configured backend and allocate the KV pool.
 
     Args:
-        progress: called while weights are read, progress(done bytes, total bytes).
+        progress: called while weights are read, as progress(done bytes, total bytes).
         work: see Engine.
 
     Raises:
@@ -49,7 +49,7 @@ def load_engine(
     checkpoint = open_checkpoint(path)
     spec, parameters = describe_model(checkpoint.config, checkpoint.tensors)
     if config.max_model_len and config.max_model_len > spec.max_positions:
-        raise ConfigError(f"max_model_len is {config.max_model_len}, but the model ends at {spec.max_positions} tokens")
+        raise ConfigError(f"max_model_len must be at most the model's {spec.max_positions}, not {config.max_model_len}")
     max_model_len = config.max_model_len or spec.max_positions
     backend = _backend_factory(config)(
         spec,
