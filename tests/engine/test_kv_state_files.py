@@ -131,7 +131,7 @@ def test_files_that_cannot_be_used(llm: LLM, tmp_path: Path) -> None:
     with pytest.raises(InvalidKVState, match="No such file"):
         llm.load_kv_cache_state(tmp_path / "missing")
     (tmp_path / "text").write_text("a letter, not a state\n" * 9)
-    with pytest.raises(InvalidKVState, match="no file of KV pages"):
+    with pytest.raises(InvalidKVState, match="not a file of KV pages"):
         llm.load_kv_cache_state(str(tmp_path / "text"))
     with pytest.raises(InvalidKVState, match="tokens beyond this model's vocabulary"):
         save_state(

@@ -169,7 +169,7 @@ def test_two_names_for_one_tensor(tiny_llama: Path, tmp_path: Path) -> None:
     def twice(writer: gguf.GGUFWriter) -> None:
         writer.add_tensor("model.norm.weight", np.ones(96, np.float32))
 
-    with pytest.raises(DamagedWeights, match=r"two tensors that are 'model\.norm\.weight'"):
+    with pytest.raises(DamagedWeights, match=r"two tensors named 'model\.norm\.weight'"):
         open_checkpoint(edited(tiny_llama, tmp_path / "model.gguf", twice))
 
 

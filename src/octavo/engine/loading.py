@@ -96,9 +96,9 @@ def assemble(
     """Return an engine with the settings of `config`, on a backend whose pool of `num_pages` pages is allocated.
 
     Args:
-        policy: in place of the one that `config` names.
+        policy: replaces the policy that `config` names.
         fingerprint, work, clock: see Engine.
-        transfers: to other tiers than those that `config` names.
+        transfers: replaces the transfers to the tiers that `config` names.
 
     Raises:
         ConfigError: the policy or the folder of kv_disk cannot be used.
@@ -144,13 +144,14 @@ def _backend_factory(config: EngineConfig) -> BackendFactory:
 
 
 def _page_fingerprint(checkpoint: Checkpoint, backend: Backend) -> str:
-    """Return a hash of all that decides the bits of a page's K and V, given its tokens."""
+    """Return a hash of everything that determines the bits of a page's K and V, besides its tokens."""
     parts = (__version__, fingerprint(checkpoint), backend.arithmetic, backend.page_size)
     return blake2b(repr(parts).encode(), digest_size=16).hexdigest()
 
 
 def _num_pages(config: EngineConfig, spec: "DecoderSpec", page_bytes: int, max_model_len: int) -> int:
-    """Return the size of the KV pool: kv_cache_memory, else a full batch of long sequences, in half the free memory.
+    """Return the number of pages of the KV pool: as kv_cache_memory says, or else enough for a full batch of long
+    sequences, but at most half of the free memory.
 
     Raises ConfigError, and OutOfMemory if the pool is too small for one page, or for an explicit max_model_len.
     """

@@ -1,4 +1,4 @@
-"""The cost model: the time of a step as a function of its shape. Measured once, kept as a JSON file."""
+"""The cost model: the time of a step as a function of its shape, measured once and stored in a JSON file."""
 
 from bisect import bisect_left
 from dataclasses import dataclass
@@ -23,8 +23,8 @@ class Shape:
     sequences: int
     rows: int
     sampled: int  # rows
-    kv_tokens: int  # whose keys and values are read: once for all rows of a sequence
-    pairs: int  # of a row and a token that it attends to
+    kv_tokens: int  # tokens whose keys and values are read, once for all rows of a sequence
+    pairs: int  # pairs of a row and a token that it attends to
 
     @classmethod
     def of(cls, batch: StepBatch) -> "Shape":

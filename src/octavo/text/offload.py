@@ -1,4 +1,4 @@
-"""Tokenizing for event loops: short texts at once, long ones in threads, which release the GIL while they tokenize."""
+"""Tokenize for event loops: short texts at once, long ones in threads, which release the GIL while they tokenize."""
 
 import asyncio
 from collections.abc import Sequence

@@ -66,7 +66,7 @@ class TorchBackend:
         assert self._pool is not None, "allocate_kv comes first"
         keys, values = self._pool.keys, self._pool.values
         if not 0 <= page < len(keys):
-            raise ValueError("a page is not in the KV pool")
+            raise ValueError("the page is not in the KV pool")
         return [pages[page].view(torch.uint8).view(-1) for pages in (keys, values)]
 
     def step(self, batch: StepBatch) -> StepResult:
@@ -100,12 +100,12 @@ def load(
 ) -> TorchBackend:
     """Load the backend: a BackendFactory (see backends.base).
 
-    Weights are dequantized; the KV cache has the dtype of the arithmetic.
+    Weights are dequantized. The KV cache has the data type of the computation.
 
     Args:
         dtype: "float32" or "bfloat16"; "auto" is bfloat16.
         quantization: "auto" or "none".
-        device: a device of PyTorch; "auto" is cpu.
+        device: the name of a PyTorch device; "auto" is cpu.
 
     Raises:
         ConfigError, OutOfMemory

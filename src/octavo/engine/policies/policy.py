@@ -123,7 +123,7 @@ class Priority(Policy):
 
 
 class Deadline(Policy):
-    """Requests go in order of the time when their first token is due: arrival plus `ttft_target`."""
+    """Requests are served in order of the time at which their first token is due: arrival plus `ttft_target`."""
 
     def rank(self, seq: Sequence) -> float:
         return seq.arrival + (DEFAULT_TTFT_TARGET if seq.ttft_target is None else seq.ttft_target)

@@ -192,7 +192,7 @@ def _check_private(folder: Path) -> None:
     if _writable_by_others(folder.stat()):
         raise ConfigError(
             f"kv_disk: other users can write to {folder} and could change answers with forged pages; "
-            f"give a folder that belongs to you and that only you can write to (chmod go-w)"
+            f"give a folder of your own that only you can write to (chmod go-w)"
         )
 
 
