@@ -1,5 +1,5 @@
-// The passes of scan.h. kScanLanes partial sums are kept in as many vector registers as that takes, and are added in
-// one order, so that the result does not depend on the instruction set.
+// The passes of scan.h. kScanLanes partial sums are kept in vector registers and added in a fixed order, so that the
+// result does not depend on the instruction set.
 #pragma once
 
 #include "scan.h"
@@ -20,7 +20,7 @@ OCTAVO_INLINE const float* stretch(const float* x, int32_t i, int32_t n, float f
 
 OCTAVO_INLINE int32_t end_of_chunk(int32_t start, int32_t n) { return n - start < kScanChunk ? n : start + kScanChunk; }
 
-// Return the sum of the lanes, added in one order.
+// Return the sum of the lanes, added in a fixed order.
 OCTAVO_INLINE float sum_lanes(const F32* sums) {
     float lane[kScanLanes];
     std::memcpy(lane, sums, sizeof lane);
