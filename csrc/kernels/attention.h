@@ -143,7 +143,7 @@ struct Queries {
     }
 
     // Return the rows that attend to some of the positions start ... start + size - 1: those from position `start` on,
-    // up to the first one whose window begins after them. The sums of a row include only such ranges, so they are the
+    // before the first one whose window begins after them. A row sums only over such ranges, so its sums are the
     // same in any tile.
     OCTAVO_INLINE int64_t from(int64_t start) const { return larger(start - first, 0); }
     OCTAVO_INLINE int64_t to(int64_t start, int64_t size) const {

@@ -69,7 +69,7 @@ class QueueFull(OctavoError, RuntimeError):
         self.retry_after = retry_after
 
     def __reduce__(self) -> tuple[type["QueueFull"], tuple[object, ...], dict[str, object]]:
-        # The default would call the constructor with the message alone.
+        # By default, pickle would call the constructor with only the message.
         return type(self), (*self.args, self.retry_after), self.__dict__
 
 

@@ -22,7 +22,7 @@ class SamplingBatch:
     """
 
     temperature: np.ndarray  # float32 [R]
-    top_k: np.ndarray  # int32 [R], 0 keeps all tokens
+    top_k: np.ndarray  # int32 [R], 0: all
     top_p: np.ndarray  # float32 [R], 1: all
     min_p: np.ndarray  # float32 [R], 0: all
     seeds: np.ndarray  # uint64 [R]

@@ -195,7 +195,7 @@ class Bench:
         """Measure the prefill of one prompt, `chunk` tokens per step, up to its first token of output."""
         runs = []
         for run in range(1 + PREFILL_RUNS):
-            if run == 1:  # the first is to warm up
+            if run == 1:  # the first run is a warm-up
                 self.backend.profile(True)
             self._add([self._prompt(length)], max_tokens=1)
             seconds = 0.0

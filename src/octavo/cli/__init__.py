@@ -55,7 +55,7 @@ def main() -> NoReturn:
         # Build only the flags of the command that is run: building those of all commands takes noticeable time.
         commands = [name for name in sys.argv[1:2] if name in _COMMANDS] or _COMMANDS
         code: Any = _app(commands)(prog_name="octavo", standalone_mode=False)
-        if sys.stdout is not None:  # it is None where the caller closed it
+        if sys.stdout is not None:  # None if the caller closed it
             sys.stdout.flush()
     except OctavoError as error:
         _fail(str(error), _ENGINE_FAILED if isinstance(error, EngineDead) else _USAGE)
@@ -66,7 +66,7 @@ def main() -> NoReturn:
         _fail(f"{message}{' See' if message.endswith('?') else '; see'} {command} --help")
     except (KeyboardInterrupt, typer.Abort):
         code = _INTERRUPTED
-    except BrokenPipeError:  # the reader of a pipe has left; nothing may be written to stdout at exit either
+    except BrokenPipeError:  # the reader of a pipe has ended; nothing may be written to stdout at exit either
         _discard_output()
         code = 0
     except OSError as error:

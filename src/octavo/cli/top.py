@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from octavo.server.stats import ServerStats
 
 PERIOD = 1.0  # seconds between two frames
-TIMEOUT = 5.0  # seconds for the server to answer
+TIMEOUT = 5.0  # seconds in which the server must answer
 
 
 def register(app: typer.Typer) -> None:
@@ -49,7 +49,7 @@ def top(
 
 
 def fetch_stats(http: "httpx.Client", url: str) -> "ServerStats":
-    """Return the answer to GET /stats. Raises ConfigError if there is no Octavo server, or its engine is down."""
+    """Return the answer to GET /stats. Raises ConfigError if no Octavo server answers, or its engine is down."""
     import httpx
     import msgspec
 

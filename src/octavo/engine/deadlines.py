@@ -10,7 +10,7 @@ class Deadlines:
 
     def __init__(self) -> None:
         self._at: dict[str, float] = {}
-        self._heap: list[tuple[float, str]] = []  # removed ids stay until they surface or outnumber the others
+        self._heap: list[tuple[float, str]] = []  # removed ids stay until they reach the top or outnumber the others
 
     def __len__(self) -> int:
         return len(self._at)

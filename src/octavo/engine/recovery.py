@@ -2,7 +2,7 @@
 
 from .sequence import Sequence
 
-FULL_STEP = 64  # rows of a step that is measured; a token of a smaller step costs more than one of a prompt
+FULL_STEP = 64  # minimum rows of a measured step; in smaller steps, a token costs more than in a prompt
 SMOOTHING = 0.1  # weight of the latest step in the average
 
 

@@ -85,6 +85,6 @@ class Sequence:
 
     @property
     def num_draft_tokens(self) -> int:
-        """Return the number of draft tokens to try now; 0 if sampling depends on earlier tokens, as with penalties."""
+        """Return the number of draft tokens to try now; 0 if a penalty or min_tokens makes sampling depend on them."""
         params = self.request.params
         return 0 if params.penalized or self.num_outputs < params.min_tokens else self.draft_limit

@@ -50,7 +50,7 @@ class Admission:
     def check(self, live: int, asked: int) -> None:
         """Check whether `asked` completions may join the `live` ones.
 
-        Raises QueueFull if they must wait, InvalidRequest if they are too many even for an idle server.
+        Raises QueueFull if there is currently no place for them, InvalidRequest if they would be too many even alone.
         """
         if asked > self.limit:
             raise InvalidRequest(

@@ -90,7 +90,7 @@ class Frontend:
         Raises any error from loading the model, and DamagedWeights if the tokenizer has tokens that the model lacks.
         """
         self._loop = asyncio.get_running_loop()
-        _ = self._tokenizer.last_token_id  # while the engine loads
+        _ = self._tokenizer.last_token_id  # computed while the engine loads
         info = await self.replica.start(link)
         try:
             self._tokenizer.check_vocabulary(info.vocab_size)

@@ -21,7 +21,7 @@ STEP_SECONDS = 5.0  # time that any step may take
 STEP_LIMIT = 20  # a computation may also take this many times the slowest one so far, scaled to its number of tokens
 QUICK_RESTARTS = 3  # restarts without a pause, while no engine computes a token or lives for STABLE seconds
 STABLE = 10.0
-FIRST_PAUSE, MAX_PAUSE = 0.25, 10.0  # seconds between further restarts; each pause is twice the one before
+FIRST_PAUSE, MAX_PAUSE = 0.25, 10.0  # seconds; the k-th further restart waits for FIRST_PAUSE * 2^k, up to MAX_PAUSE
 
 log = logging.getLogger("octavo")
 
@@ -30,18 +30,18 @@ class ReplicaOwner(Protocol):
     """The frontend's methods that a replica calls."""
 
     async def replica_ready(self, info: EngineInfo) -> None:
-        """Called when an engine has loaded, the first one or a replacement. It accepts messages from now on.
+        """Take over a loaded engine, the first one or a replacement. It accepts messages from now on.
 
         If this raises, because the engine cannot replace the one before, the engine is ended.
         """
         ...
 
     def replica_lost(self, exit: Exit) -> None:
-        """Called when the engine has ended. Messages that it has not answered are lost."""
+        """Note that the engine has ended. Messages that it has not answered are lost."""
         ...
 
     def replica_message(self, message: FromEngine) -> None:
-        """Called with the engine's answers: Tokens, Stats and StateDone."""
+        """Handle an answer of the engine: Tokens, Stats or StateDone."""
         ...
 
 

@@ -222,12 +222,12 @@ class KVCache:
 
     @property
     def seconds_per_page(self) -> float:
-        """The measured time to fetch a page from a lower tier."""
+        """Return the measured time to fetch a page from a lower tier, in seconds."""
         return self.transfers.seconds_per_page if self.transfers is not None else math.inf
 
     @property
     def has_tiers(self) -> bool:
-        """Whether pages may be found below the pool, now."""
+        """Return whether there is currently a tier that may have pages."""
         return self.transfers is not None and self.transfers.has_tiers
 
     def is_fetching(self, page: int) -> bool:
@@ -240,19 +240,19 @@ class KVCache:
 
     @property
     def num_fetching(self) -> int:
-        """The number of pages being filled from a lower tier."""
+        """Return the number of pages being filled from a lower tier."""
         return len(self._fetching)
 
     @property
     def is_moving(self) -> bool:
-        """Whether pages are being fetched or saved, or wait to be saved."""
+        """Return whether pages are being fetched or saved, or wait to be saved."""
         return bool(self._fetching or self._unsaved or self._num_saving)
 
     def _finish_fetch(self, done: Finished, prefetch: Prefetch) -> None:
         prefetch.pending -= 1
         if done.ok:
             self.pool.publish(done.page, done.key)
-        # A failed page is of no use, nor is one whose content another page got meanwhile.
+        # Release a page whose fetch failed, or whose content another page has received in the meantime.
         if self.pool.find(done.key) != done.page and done.page in prefetch.pages:
             prefetch.pages.remove(done.page)
             self.pool.release(done.page)

@@ -191,5 +191,5 @@ def _announce(llm: "AsyncLLM", listener: socket.socket) -> None:
     curl = shlex.join(["curl", f"{url}/v1/{route}", "-H", "Content-Type: application/json", "-d", json.dumps(body)])
     try:
         typer.echo(f"\nOctavo {__version__} serves {printable(model)} on {url}; Ctrl-C ends it. Try it:\n\n{curl}\n")
-    except OSError:  # stdout is a full disk or a closed pipe; what is buffered must not be flushed at exit either
+    except OSError:  # stdout is a full disk or a closed pipe; its buffer must not be flushed at exit either
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

@@ -35,7 +35,7 @@ class FinishedRequest:
 
     tenant: str
     salt: str
-    origin: str  # of the state that it continued, see KVState
+    origin: str  # origin of the state that it continued; see KVState
     outputs: list[Segment]
     cost: int  # tokens
 

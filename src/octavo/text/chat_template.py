@@ -28,7 +28,7 @@ MAX_WORKERS = 4  # processes per template
 _START_SECONDS = 20.0  # for Python to start, import jinja2 and compile the template
 _PATIENCE = 0.3  # seconds that a request waits for a busy worker before another one is started
 
-# glibc returns blocks of this size to the system when they are freed, which it otherwise stops to do after the first.
+# With this setting, glibc always returns freed blocks of this size to the system; by default, only the first one.
 _RETURN_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
 
 _RENDERED, _OUT_OF_MEMORY = b"+", b"m"  # as in template_worker.py, which takes long to import
@@ -158,9 +158,9 @@ class _Workers:
         self._count = 0
 
     def acquire(self) -> "_Worker":
-        """Return a worker that nobody else uses; start one if there is none, or if all have been busy for long."""
+        """Return an idle worker. Start one if there is none yet, or if all have been busy for _PATIENCE seconds."""
         if self._process != os.getpid():
-            self._reset()  # a forked child must not talk to the workers of its parent
+            self._reset()  # a forked child must not use the workers of its parent
         give_up = time.monotonic() + _PATIENCE
         with self._free:
             while True:

@@ -50,7 +50,7 @@ class TokenBound:
         if not self._exists:
             return 0
         changes = self._composes and not text.isascii()
-        complete, begun = 0, 0.0  # tokens of the segments so far; the weight of the last segment, which may go on
+        complete, begun = 0, 0.0  # tokens of the complete segments; weight of the last segment, which may continue
         before = _HOLE
         for start in range(0, len(text), _CHUNK):
             data = self._bytes(text[start : start + _CHUNK], changes)

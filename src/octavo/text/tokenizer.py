@@ -26,9 +26,9 @@ from .chat_template import ChatTemplate
 from .gguf_vocabulary import WORD_REGEXES, tokenizer_from_metadata
 from .token_bound import TokenBound, component_steps
 
-MAX_TOKENIZER_BYTES = 256 << 20  # of a tokenizer.json; the largest known ones have about 40 MiB
-MAX_SETTINGS_BYTES = 16 << 20  # of any other file
-PIECE = 1 << 16  # characters; longer texts are tokenized in pieces of about so many
+MAX_TOKENIZER_BYTES = 256 << 20  # limit for tokenizer.json; the largest known ones have about 40 MiB
+MAX_SETTINGS_BYTES = 16 << 20  # limit for any other file
+PIECE = 1 << 16  # characters; longer texts are tokenized in pieces of about this size
 _LETTER_AND_SPACE = re.compile("[A-Za-z](?= [A-Za-z])")
 
 # GGUF names one or two end tokens. If a vocabulary has these as control tokens, they end a text as well.
@@ -220,7 +220,7 @@ class Tokenizer:
 
     @property
     def chat_template(self) -> ChatTemplate:
-        """The model's chat template. Raises InvalidRequest if it has none."""
+        """Return the model's chat template. Raises InvalidRequest if the model has none."""
         if self._chat_template is None:
             raise InvalidRequest("this model has no chat template; send a plain prompt instead", "messages")
         return self._chat_template

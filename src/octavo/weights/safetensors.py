@@ -55,7 +55,7 @@ def open_safetensors(folder: Path) -> dict[str, Tensor]:
     if missing := sorted(file_of.keys() - tensors.keys()):
         raise DamagedWeights(
             f"{folder}: {file_of[missing[0]]} does not have the tensor {shortened(repr(missing[0]))} that {INDEX} "
-            "says it has; download it again"
+            "lists; download it again"
         )
     return tensors
 

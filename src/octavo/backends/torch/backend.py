@@ -52,7 +52,7 @@ class TorchBackend:
         if content.shape != (self.page_bytes,):
             raise ValueError("content must have page_bytes bytes")
         staged = torch.empty(self.page_bytes, dtype=torch.uint8)
-        staged.numpy()[:] = content  # PyTorch takes no read-only array
+        staged.numpy()[:] = content  # PyTorch does not accept read-only arrays
         for half, part in zip(self._halves(page), staged.chunk(2), strict=True):
             half.copy_(part)
 

@@ -110,7 +110,7 @@ class Heartbeat(threading.Thread):
 
 def main(fd: int, work: int) -> int:
     """Load the model that the first message names, and serve it. Return the exit code."""
-    # The frontend decides when this process ends: Ctrl-C or SIGTERM for the whole group must not cut draining short.
+    # Ignore signals: Ctrl-C or SIGTERM for the whole process group must not end this process while the server drains.
     for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(ignored, signal.SIG_IGN)
     os.set_inheritable(fd, False)

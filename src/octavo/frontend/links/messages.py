@@ -112,7 +112,7 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
 
 
 class Alive(msgspec.Struct, frozen=True, tag=True):
-    """Sent every HEARTBEAT seconds by a thread of an engine process, whatever the engine is doing.
+    """Sent every HEARTBEAT seconds by a separate thread of an engine process, even while a step runs.
 
     Attributes:
         step_seconds: duration of the current step so far, including the messages handled before it; 0 while idle.

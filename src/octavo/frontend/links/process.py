@@ -44,7 +44,7 @@ class EngineProcess:
             raise
         try:
             self.popen = subprocess.Popen(
-                # -P: files in the current folder must not take the place of modules.
+                # -P: files in the current folder must not shadow modules.
                 [sys.executable, "-P", "-m", "octavo.frontend.links.engine_main", str(theirs.fileno()), str(work)],
                 pass_fds=[theirs.fileno(), work],
                 stdin=subprocess.DEVNULL,

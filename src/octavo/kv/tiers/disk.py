@@ -30,8 +30,8 @@ _log = logging.getLogger("octavo")
 class DiskTier:
     """A Tier of files.
 
-    Whoever writes pages can control answers, so a folder that other users can write to is refused. A failure to write
-    (a full disk, a removed folder) is logged once.
+    Forged pages could change answers, so a folder that other users can write to is refused. A failure to write (a full
+    disk, a removed folder) is logged once.
 
     Args:
         folder: the folder of the files; created if it does not exist.
