@@ -6,7 +6,7 @@
 namespace octavo {
 
 constexpr int64_t kQuantGroup = 32;  // values of a row in a group, which has one scale, or one for each half
-constexpr int64_t kRotated = 64;     // rows with one scale are rotated in runs of at least this many values
+constexpr int64_t kRotated = 64;     // rows with one scale are rotated in runs of at least so many values
 
 // Either bf16 (16 bits); or unsigned integers q of 8 or 4 bits, in groups of 32 along a row:
 // value = scale * q + minimum.

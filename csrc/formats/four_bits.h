@@ -1,4 +1,4 @@
-// Search for the scale, the minimum and the 4-bit integers that approximate a group of values best.
+// The search for the scale, the minimum and the 4-bit integers that approximate a group of values best.
 #pragma once
 
 #include "kernels/simd.h"

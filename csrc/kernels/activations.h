@@ -1,4 +1,4 @@
-// Write a row x [columns] of activations in the form that the next linear reads (Element):
+// Writing a row x [columns] of activations in the form that the next linear reads (Element):
 //
 //   bf16       round(x)
 //   i8_groups  for each group of 32 columns: s = max|x| / 127, q = round(x / s)

@@ -150,7 +150,7 @@ struct Cut {
     int64_t row_tiles;
 };
 
-// Memory that is needed soon: kernels prefetch it into the second-level cache while they compute.
+// Memory that is needed soon: kernels prefetch it into the second-level cache as they compute.
 struct Ahead {
     const char *at = nullptr, *end = nullptr;
 

@@ -20,7 +20,7 @@ OCTAVO_INLINE const float* stretch(const float* x, int32_t i, int32_t n, float f
 
 OCTAVO_INLINE int32_t end_of_chunk(int32_t start, int32_t n) { return n - start < kScanChunk ? n : start + kScanChunk; }
 
-// Return the sum of the lanes, added in a fixed order.
+// Return the sum of the lanes, added in one order.
 OCTAVO_INLINE float sum_lanes(const F32* sums) {
     float lane[kScanLanes];
     std::memcpy(lane, sums, sizeof lane);

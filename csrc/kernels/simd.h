@@ -83,7 +83,7 @@ OCTAVO_INLINE F32 fma(F32 a, F32 b, F32 c) {
 #endif
 }
 
-// Return the sum of the lanes, added in a fixed order.
+// Return the sum of the lanes, added in one order.
 OCTAVO_INLINE float sum(F32 v) {
 #ifdef OCTAVO_AVX512
     return _mm512_reduce_add_ps((__m512)v);

@@ -24,7 +24,7 @@ from .weights import generation_defaults, resolve
 STATS_PATIENCE = 1.0  # seconds to wait for the engine's statistics
 
 Increment = tuple[int, RequestOutput]
-"""The index of a prompt and an increment of its output."""
+"""The index of a prompt, and an increment of its output."""
 
 
 class AsyncLLM:
@@ -124,7 +124,7 @@ class AsyncLLM:
         priority: int | Sequence[int] = 0,
         **terms: Unpack[Terms],
     ) -> list[RequestOutput]:
-        """Answer one conversation or several. The other arguments are those of `generate`.
+        """Answer one conversation, or each of several. The other arguments are those of `generate`.
 
         Args:
             messages: a list of {"role": ..., "content": ...}, or a list of such lists.

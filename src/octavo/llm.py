@@ -122,7 +122,7 @@ class LLM:
         priority: int | Sequence[int] = 0,
         **terms: Unpack[Terms],
     ) -> list[RequestOutput]:
-        """Answer one conversation or several. The other arguments are those of `generate`.
+        """Answer one conversation, or each of several. The other arguments are those of `generate`.
 
         Args:
             messages: a list of {"role": ..., "content": ...}, or a list of such lists.

@@ -36,7 +36,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     top_p: Annotated[
         float, Meta(description="Sample from the smallest set of most likely tokens with at least this probability.")
     ] = 1.0
-    top_k: Annotated[int, Meta(description="Sample from this many of the most likely tokens; 0 or -1: from all.")] = 0
+    top_k: Annotated[int, Meta(description="Sample from this many most likely tokens; 0 or -1: from all.")] = 0
     min_p: Annotated[
         float, Meta(description="Drop tokens less likely than this fraction of the most likely token's probability.")
     ] = 0.0
@@ -57,7 +57,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         Meta(description="Seed of sampling: the same seed gives the same text; if unset, a random one is drawn."),
     ] = None
     logprobs: Annotated[
-        int | None, Meta(description="Return log-probabilities of this many of the most likely tokens, up to 20.")
+        int | None, Meta(description="Return log-probabilities of this many most likely tokens (up to 20).")
     ] = None
     presence_penalty: Annotated[
         float, Meta(description="Subtract this from the logits of tokens in the output, -2 to 2.")

@@ -166,7 +166,7 @@ def resolve(
                 notes.add(spelling, value, reading)
             for setting_name, meant in (reading.settings if reading else {name: value}).items():
                 if other := given.get(setting_name):
-                    same = f"{other} and {spelling} are the same setting; leave one out"
+                    same = f"{other} and {spelling} are the same setting: leave one out"
                     raise ConfigError(f"{spelling} is set twice" if other == spelling else same)
                 given[setting_name] = spelling
                 if setting_name not in owners:

@@ -71,7 +71,7 @@ def find_endpoint(base_url: str, path: str, model: str | None, api_key: str | No
     except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{root}/models did not answer like an OpenAI-compatible server: {error}") from None
     if model is None and not models:
-        raise ConfigError(f"{root}/models lists no models; name one with --model")
+        raise ConfigError(f"{root}/models lists no models: name one with --model")
     return Endpoint(root, path, model or models[0], headers, ignore_eos)
 
 

@@ -49,7 +49,7 @@ def throughput(
     seed: Seed = 0,
     output_json: OutputJson = None,
 ) -> None:
-    """Run many prompts at once in the engine and report tokens per second."""
+    """Run many prompts at once in the engine, and report tokens per second."""
     from octavo.bench.engine import Load, run_batches
     from octavo.bench.report import median_run, show
 

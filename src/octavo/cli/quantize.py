@@ -34,7 +34,7 @@ def quantize(
     ] = False,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
 ) -> None:
-    """Quantize a model and write it to a directory that every command accepts as a model."""
+    """Quantize a model and write it to a directory, which every command accepts as a model."""
     from octavo.backends.cpu import quantize
     from octavo.frontend.progress import loading_bar
     from octavo.model import describe_model
@@ -107,7 +107,7 @@ def _check_target(target: Path, source: Path, force: bool) -> None:
     except OctavoError:
         settings = None
     if not isinstance(settings, dict) or settings.get("quant_method") != METHOD:
-        raise ConfigError(f"{target} was not written by octavo quantize, so --force does not replace it")
+        raise ConfigError(f"{target} was not written by octavo quantize: --force does not replace it")
 
 
 @contextlib.contextmanager

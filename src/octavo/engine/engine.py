@@ -245,7 +245,7 @@ class Engine:
         self._transfers.close(SECONDS_TO_CLOSE)
 
     def close(self) -> None:
-        """Save the full pages that are not saved yet within SECONDS_TO_CLOSE, then free the backend."""
+        """Save the full pages that are not saved yet, within SECONDS_TO_CLOSE, and free the backend."""
         self.kv.flush(SECONDS_TO_CLOSE)
         self.end_transfers()
         self.backend.close()

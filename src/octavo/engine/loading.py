@@ -39,7 +39,7 @@ def load_engine(
     """Open the checkpoint at `path`, compile the model on the configured backend and allocate the KV pool.
 
     Args:
-        progress: called while weights are read, as progress(done bytes, total bytes).
+        progress: called while weights are read, progress(done bytes, total bytes).
         work: see Engine.
 
     Raises:

@@ -26,7 +26,7 @@ class LiveCompletion:
     detokenizer: Detokenizer
     stops: StopStrings
     token_ids: list[int] = field(default_factory=list)
-    text: list[str] = field(default_factory=list)  # in pieces
+    text: list[str] = field(default_factory=list)  # pieces
     logprobs: list[dict[int, Logprob]] = field(default_factory=list)
     cumulative_logprob: float = 0.0
     finish_reason: FinishReason | None = None

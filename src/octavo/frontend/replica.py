@@ -111,7 +111,7 @@ class Replica:
                 await self._serve(await self._load(self._connect()))
                 return
             except Exception as error:  # the next attempt may succeed
-                self.status = f"does not start and will be started again: {' '.join(str(error).split())}"
+                self.status = f"does not start and is tried again: {' '.join(str(error).split())}"
                 log.error("the engine %s", self.status)
 
     def _pause(self) -> float:

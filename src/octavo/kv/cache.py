@@ -96,7 +96,7 @@ class KVCache:
             return None
         self.extend(table, len(prefix.tokens))
         if partial is not None and self._copy_page is not None:
-            self._copy_page(partial, table.pages[table.num_full])  # the original stays for other forks
+            self._copy_page(partial, table.pages[table.num_full])  # the original stays, for other forks
             self.pool.release(partial)
         if self.transfers is not None and self._saves:
             self.transfers.touch([prefix.key(i) for i in range(table.num_full)])

@@ -35,7 +35,7 @@ async def health(_: Request) -> Response:
 
 
 async def ready(api: Api, _: Request) -> Response:
-    """Answer 200 if requests are served now, otherwise 503 with the reason."""
+    """Answer 200 if requests are served now, else 503 with the reason."""
     is_ready, reason = readiness(api)
     return Json({"ready": is_ready, "reason": reason}, 200 if is_ready else 503)
 

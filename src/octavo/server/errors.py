@@ -104,7 +104,7 @@ def is_expected(error: Exception) -> bool:
 def invalid_body(error: ValidationError) -> ApiError:
     """Convert the first error in a body to one line with the field's path."""
     if error.error_count() > MAX_DETAILS:
-        return ApiError(400, f"the body has {error.error_count()} invalid values", code="invalid_body")
+        return ApiError(400, f"the body has {error.error_count()} wrong values", code="invalid_body")
     first = error.errors(include_url=False, include_input=False)[0]
     path = _path(first)
     if first["type"] == "missing":

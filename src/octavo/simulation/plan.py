@@ -85,7 +85,7 @@ def _check(config: EngineConfig, costs: CostModel) -> None:
     defaults = EngineConfig()
     for name, measured in costs.settings.items():
         if (value := getattr(config, name, measured)) not in (getattr(defaults, name, None), measured):
-            raise ConfigError(f"the cost model was measured with {name} {measured}; measure again with {value}")
+            raise ConfigError(f"the cost model was measured with {name} {measured}: measure again with {value}")
     if (config.kv_disk or config.kv_host_memory) and not costs.seconds_per_page:
         raise ConfigError(
             "the cost model was measured without a lower tier of the KV cache; measure again with --kv-disk FOLDER"

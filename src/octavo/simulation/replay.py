@@ -1,4 +1,4 @@
-"""Replay a trace through an engine: in virtual time on a simulated backend, in real time on a real one."""
+"""Replay of a trace through an engine: in virtual time on a simulated backend, in real time on a real one."""
 
 from collections import deque
 from collections.abc import Callable, Sequence

@@ -86,7 +86,7 @@ def read_trace(path: Path) -> list[TraceRequest]:
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from None
     if not requests:
-        raise ConfigError(f"{path} is empty; it must have a JSON object on each line")
+        raise ConfigError(f"{path} is empty: it must have a JSON object on each line")
     return sorted(requests, key=lambda request: request.at)
 
 

@@ -18,7 +18,7 @@ class StateFiles:
 
     def __init__(self, kv: KVCache, backend: Backend, transfers: Transfers):
         self._kv, self._backend, self._transfers = kv, backend, transfers
-        self._saves: list[tuple[Future[None], list[int]]] = []  # each with the pages acquired for it
+        self._saves: list[tuple[Future[None], list[int]]] = []  # with the pages acquired for it
         self._files: dict[str, Future[StateFile]] = {}  # by the state's id
 
     def save(self, path: Path, prefix: Prefix, saved: Prefix, fingerprint: str) -> "Future[None]":

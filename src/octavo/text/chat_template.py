@@ -201,7 +201,7 @@ class _Workers:
 
 
 class _Worker:
-    """One process that renders (see template_worker.py), used by one thread at a time."""
+    """One process that renders, see template_worker.py, used by one thread at a time."""
 
     def __init__(self, setup: bytes) -> None:
         """Start the process without waiting for it. Raises InvalidRequest if that is impossible."""

@@ -88,7 +88,7 @@ class Tokenizer:
         Raises:
             ModelNotFound: A file is missing, may not be read, or is not a regular file.
             DamagedWeights: A file is damaged or too large.
-            UnsupportedModel: The type of vocabulary is not supported.
+            UnsupportedModel: The kind of vocabulary is not supported.
         """
         return _from_directory(path) if path.is_dir() else _from_gguf(path)
 
@@ -222,7 +222,7 @@ class Tokenizer:
     def chat_template(self) -> ChatTemplate:
         """Return the model's chat template. Raises InvalidRequest if the model has none."""
         if self._chat_template is None:
-            raise InvalidRequest("this model has no chat template; send a plain prompt instead", "messages")
+            raise InvalidRequest("this model has no chat template: send a plain prompt instead", "messages")
         return self._chat_template
 
     @cached_property
@@ -321,7 +321,7 @@ def _decoding(backend: tokenizers.Tokenizer) -> tuple[bool, bool]:
     """Return whether the vocabulary is byte-level, and whether decoding drops a text's first space.
 
     Raises:
-        UnsupportedModel: The decoder is of another type.
+        UnsupportedModel: The decoder is of another kind.
     """
     decoder = json.loads(backend.decoder.__getstate__()) if backend.decoder else {"type": None}
     steps = {step["type"]: step for step in decoder.get("decoders", [decoder])}
@@ -361,7 +361,7 @@ def _from_gguf(path: Path) -> Tokenizer:
 def _from_directory(path: Path) -> Tokenizer:
     file = path / "tokenizer.json"
     if not file.exists():
-        raise ModelNotFound(f"{path} has no tokenizer.json; download the model's tokenizer files too")
+        raise ModelNotFound(f"{path} has no tokenizer.json: download the model's tokenizer files too")
     backend = _read_backend(file)
     settings, generation, config = (
         _read_json(path / name) for name in ("tokenizer_config.json", "generation_config.json", "config.json")

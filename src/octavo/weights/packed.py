@@ -22,7 +22,7 @@ from octavo.machine import available_cores
 from .safetensors import SINGLE, read_metadata
 from .tensor import Tensor, require_finite
 
-METHOD = "octavo"  # quant_method in config.json
+METHOD = "octavo"  # the quant_method in config.json
 
 _BLOCK = 32
 _MOST = 65504  # the largest magnitude that is quantized, since scales and minima are in half precision

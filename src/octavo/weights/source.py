@@ -1,4 +1,4 @@
-"""Resolve the name of a model to its files, which are downloaded if needed."""
+"""Resolving the name of a model to its files, which are downloaded if needed."""
 
 import importlib.util
 import re

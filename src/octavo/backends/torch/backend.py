@@ -66,7 +66,7 @@ class TorchBackend:
         assert self._pool is not None, "allocate_kv comes first"
         keys, values = self._pool.keys, self._pool.values
         if not 0 <= page < len(keys):
-            raise ValueError("the page is not in the KV pool")
+            raise ValueError("a page is not in the KV pool")
         return [pages[page].view(torch.uint8).view(-1) for pages in (keys, values)]
 
     def step(self, batch: StepBatch) -> StepResult:

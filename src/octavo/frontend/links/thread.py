@@ -91,5 +91,5 @@ class ThreadLink:
         assert self._loop is not None
         try:
             self._loop.call_soon_threadsafe(function)
-        except RuntimeError:  # the event loop is closed, and so is the frontend
+        except RuntimeError:  # the event loop is closed: so is the frontend
             self._closing = True

@@ -160,7 +160,7 @@ def _text(values: dict[str, Any]) -> str:
 def _quoted(value: Any) -> str:
     if isinstance(value, str) and value.isprintable() and value and not set(value) & set(' "='):
         return value
-    # Escape everything but ASCII: a name may contain characters that move a terminal's cursor.
+    # Escape unprintable characters: a name may contain some that move a terminal's cursor.
     text = msgspec.json.encode(value).decode()
     return "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in text)
 

@@ -6,7 +6,7 @@ from octavo.server.errors import ApiError
 
 
 class Connection(Protocol):
-    """A connection that can be closed to free a place for another."""
+    """A connection that can be closed to make place for another."""
 
     def close_idle(self) -> None:
         """Close the connection. Called only while no request uses it."""

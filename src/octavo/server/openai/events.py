@@ -128,7 +128,7 @@ class EventStream(Response):
     async def _send_error(self, send: Send, error: Exception) -> None:
         note_error(self._generation.record, error)
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(1):  # a client that does not read must not delay the server's shutdown
+            async with asyncio.timeout(1):  # a client that does not read must not delay the server's end
                 await self._send(send, event(error_reply(error)[1]), more=False)
 
     async def _send(self, send: Send, body: bytes, more: bool = True) -> None:

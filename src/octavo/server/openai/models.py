@@ -16,7 +16,7 @@ def routes(api: Api) -> list[Route]:
     """Return the routes of this family."""
     return [
         route("GET", "/v1/models", partial(list_models, api)),
-        route("GET", "/v1/models/{name:path}", partial(get_model, api)),  # names of hub models contain a slash
+        route("GET", "/v1/models/{name:path}", partial(get_model, api)),  # names of hub models have a slash
     ]
 
 
