@@ -16,7 +16,7 @@ def check_plot(file: Path) -> None:
     if file.suffix not in SUFFIXES:
         raise ConfigError(f"--plot must name a file that ends in {' or '.join(SUFFIXES)}, not {file}")
     if not file.parent.is_dir():
-        raise ConfigError(f"cannot write {file}: the directory {file.parent} does not exist")
+        raise ConfigError(f"cannot write {file}: there is no directory {file.parent}")
 
 
 def plot(title: str, steps: list[dict[str, Any]], file: Path) -> None:
