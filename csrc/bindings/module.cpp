@@ -124,8 +124,8 @@ nb::object squares(const Program& program, int observed) {
     return array;
 }
 
-// Return a page of the KV pool, uint8 [page_bytes], without a copy. The array keeps the pool's memory, and only that:
-// it outlives the program, and the pool that allocate_kv replaces.
+// Return a page of the KV pool, uint8 [page_bytes], without a copy. The array keeps the pool's memory alive, even after
+// the program is closed or allocate_kv has replaced the pool.
 nb::object export_page(const Program& program, int64_t page) {
     const std::byte* data = program.page(page);
     auto pool = std::make_unique<std::shared_ptr<const Memory>>(program.kv_memory());
@@ -206,7 +206,7 @@ nb::tuple linears(const LinearWeights& weights) {
 }  // namespace
 
 NB_MODULE(_native, module) {
-    nb::set_leak_warnings(false);  // users need not know that an engine was alive at exit
+    nb::set_leak_warnings(false);  // no warnings if an engine is still alive at exit
     bind_sampler(module);
     bind_quants(module);
     module.def("available_isas", &available_isas);

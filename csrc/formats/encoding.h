@@ -5,7 +5,7 @@
 
 namespace octavo {
 
-constexpr int64_t kQuantGroup = 32;  // values of a row that form a group, with one scale or, for its halves, two
+constexpr int64_t kQuantGroup = 32;  // values of a row in a group, which has one scale, or one for each half
 constexpr int64_t kRotated = 64;     // rows with one scale are rotated in runs of at least so many values
 
 // Either bf16 (16 bits); or unsigned integers q of 8 or 4 bits, in groups of 32 along a row:
@@ -13,14 +13,14 @@ constexpr int64_t kRotated = 64;     // rows with one scale are rotated in runs 
 struct Encoding {
     int bits = 16;
     int scales = 1;        // per group: 2 if its halves have one each; 0 if the row has one and is rotated
-    bool minimum = false;  // whether each scale has a minimum; without, minimum = -zero() * scale
-    bool wide = false;     // whether scales and minima are float; if not, half precision
+    bool minimum = false;  // whether each scale has a minimum; if not, minimum = -zero() * scale
+    bool wide = false;     // whether scales and minima are float instead of half precision
 
     constexpr bool operator==(const Encoding&) const = default;
     constexpr bool is_integer() const { return bits < 16; }
     constexpr bool per_row() const { return scales == 0; }
     constexpr int64_t column_multiple() const { return per_row() ? kRotated : kQuantGroup; }
-    constexpr int parts() const { return scales == 2 ? 2 : 1; }  // of a group, each with a scale of its own
+    constexpr int parts() const { return scales == 2 ? 2 : 1; }  // parts of a group, each with its own scale
     constexpr int zero() const { return 1 << (bits - 1); }
 
     // Bytes for 16 rows: of a group's integers; of a line (one scale, or one minimum, of each row); of a group's lines.
@@ -28,7 +28,7 @@ struct Encoding {
     constexpr int64_t line_bytes() const { return wide ? 64 : 32; }
     constexpr int64_t scale_bytes() const { return is_integer() ? scales * (minimum ? 2 : 1) * line_bytes() : 0; }
 
-    // The smallest encoding that stores without loss whatever this one or `other` does.
+    // Return the smallest encoding that stores all values of this encoding and of `other` without loss.
     constexpr Encoding joined(Encoding other) const {
         if (!is_integer() || !other.is_integer()) return {};
         Encoding joint{bits > other.bits ? bits : other.bits, scales > other.scales ? scales : other.scales,

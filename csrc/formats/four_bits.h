@@ -24,8 +24,8 @@ OCTAVO_INLINE F32 nearest_of_16(F32 x) {
     return (x + 0x1.8p23f) - 0x1.8p23f;
 }
 
-// The ranges that a search starts from: which values q = 0 and q = 15 stand for, as fractions of the way from the
-// group's lowest value to its highest.
+// The ranges from which a search starts: the values for q = 0 and q = 15, as fractions of the range from the group's
+// lowest to its highest value.
 constexpr float kRanges[][2] = {{0, 1}, {0, 0.97f}, {0.03f, 1}, {-0.07f, 1}, {-0.07f, 1.07f}};
 constexpr int kIterations = 3;
 

@@ -1,4 +1,4 @@
-// Packing: from the bytes of tensors in their file to the layout that the kernels read.
+// Packing: convert the bytes of tensors in their files to the layout that the kernels read.
 #pragma once
 
 #include <vector>
@@ -15,15 +15,15 @@ struct Part {
     const int64_t* row_order;  // row i is stored as row row_order[i]; null: as row i
 };
 
-// Whether an encoding of integers stores every value of a format without loss. Other formats can only be quantized to
-// kW8 and kW4.
+// Return whether an encoding of integers stores every value of a format without loss. Other formats can only be
+// quantized to kW8 and kW4.
 bool holds_losslessly(Encoding encoding, int format);
 
-// Packs block `block` of a weight. `column_weights` (see quantize.h) and `search` are for what is quantized to 4 bits.
+// Packs block `block` of a weight. `column_weights` (see quantize.h) and `search` are for weights quantized to 4 bits.
 // `scratch` must have 17 rows of weight.columns + 64 floats.
 //
-// Returns -1, or the index of a part with a value that cannot be stored: NaN, infinity, or one that is too large for
-// what it is quantized to (see kMost8 and kMost4 in pack.cpp).
+// Returns -1, or the index of a part with a value that cannot be stored: NaN, infinity, or a value that is too large to
+// be quantized (see kMost8 and kMost4 in pack.cpp).
 int pack_block(const Weight& weight, const std::vector<Part>& parts, const float* column_weights, FourBitsKernel search,
                int64_t block, float* scratch);
 

@@ -22,24 +22,24 @@ struct Group {
     float scale[2], minimum[2];
 };
 
-// The format called "BF16", "Q4_1", ...; -1 if there is none.
+// Return the format with the name "BF16", "Q4_1", ...; -1 if there is none.
 int format_named(const std::string& name);
 
-// Bytes of a row of n values; 0 if there is no such format or n is not a multiple of its block size.
+// Return the bytes of a row of n values; 0 if there is no such format or n is not a multiple of its block size.
 size_t row_bytes(int format, int64_t n);
 
-// The smallest encoding that stores every value of a format without loss.
+// Return the smallest encoding that stores every value of a format without loss.
 Encoding encoding_of(int format);
 
 // Dequantizes n values: one row, or several contiguous ones. `src` need not be aligned. Returns false, and writes
 // nothing, if row_bytes(format, n) is 0.
 bool dequantize_row(int format, const void* src, float* dst, int64_t n);
 
-// Reads the integers, scales and minima of a row of n values. The format's encoding must be one of integers. Returns the
-// integer that stands for zero in a format without minima (where minimum = -zero * scale), and 0 in one with minima.
+// Reads the integers, scales and minima of a row of n values. The format's encoding must have integers. Returns the
+// integer that stands for zero in a format without minima (minimum = -zero * scale), and 0 in a format with minima.
 int read_groups(int format, const void* src, Group* dst, int64_t n);
 
-// Whether all magnitudes are at most `limit`, which infinities and NaN are not.
+// Return whether all magnitudes are at most `limit`; false for infinities and NaN.
 bool all_within(const float* values, int64_t n, float limit);
 
 float from_half(uint16_t half);

@@ -12,8 +12,8 @@ namespace octavo::OCTAVO_ISA {
 
 constexpr int kGroupVectors = int(kQuantGroup) / kLanes;
 
-// Return max(|values|, so_far) by lane, as bits. Compared as integers, NaN is larger than any number, so it becomes the
-// scale and is not lost.
+// Return max(|values|, so_far) by lane, as bits. They are compared as integers, where NaN is larger than any number, so
+// a NaN becomes the scale and is not lost.
 OCTAVO_INLINE I32 magnitude_bits(F32 values, I32 so_far) {
     const I32 magnitude = (I32)values & 0x7fffffff;
     return so_far > magnitude ? so_far : magnitude;

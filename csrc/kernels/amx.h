@@ -191,9 +191,9 @@ constexpr IntegerTile16Table make_integer_tiles_16(std::integer_sequence<int, kN
 }
 
 constexpr IntegerTile16Table kIntegerTiles16 = make_integer_tiles_16(std::make_integer_sequence<int, kEncodings>());
-constexpr int64_t kFewRows = 8;  // with fewer rows than this, vectors are faster
+constexpr int64_t kFewRows = 8;  // with fewer rows, vectors are faster than tiles
 
-// As integer_product, which it calls for few rows, and for encodings with two scales in a group.
+// Compute integer_product, which this calls for few rows, and for encodings with two scales in a group.
 OCTAVO_INLINE void integer_product_on_tiles(const Matrix& a, int64_t row, int64_t rows, const Weight& weight,
                                             int64_t block, int64_t blocks, float* c, int64_t c_stride, Ahead ahead,
                                             std::byte* widened) {

@@ -1,5 +1,5 @@
 // Attention over the KV cache (its layout is in rope_and_cache.h). For a query q of a row at position p, over the
-// positions i that it sees, max(0, p - window + 1) <= i <= p:
+// positions i to which it attends, max(0, p - window + 1) <= i <= p:
 //
 //   out = sum over i of 2^(q . K[i]) V[i]  /  sum over i of 2^(q . K[i])        q is scaled by log2(e) / sqrt(head_dim)
 //
@@ -142,8 +142,9 @@ struct Queries {
         return next.block(smaller(next.tile_begin() + past, next.end - 1));
     }
 
-    // The rows at positions `start` ... see something of start ... start + size - 1, up to the one whose window begins
-    // past it. A row takes part only in what it sees something of: the same, and the same sums, in any tile.
+    // Return the rows that attend to some of the positions start ... start + size - 1: those from position `start` on,
+    // before the first one whose window begins after them. A row sums only over such ranges, so its sums are the
+    // same in any tile.
     OCTAVO_INLINE int64_t from(int64_t start) const { return larger(start - first, 0); }
     OCTAVO_INLINE int64_t to(int64_t start, int64_t size) const {
         return op.window ? smaller(start + size - 1 + op.window - first, tile.rows.count) : tile.rows.count;

@@ -1,7 +1,7 @@
 // The interface between a program and the kernels: plain data, and a table of kernels for each instruction set.
 //
-// A step runs the program's instructions one after another, with a barrier between any two. Each instruction is cut
-// into tiles, which any thread may run in any order; how it is cut never changes a bit of the result.
+// A step runs the program's instructions one after another, with a barrier between any two. Each instruction is divided
+// into tiles, which any thread may run in any order; the division never changes a bit of the result.
 //
 // The kernels' headers are compiled once per instruction set, each time with its compiler flags. They must not
 // instantiate inline functions of the standard library: the linker keeps one copy of such a function for the whole
@@ -23,11 +23,11 @@ using bf16 = uint16_t;
 
 constexpr int64_t kBlock = 16;          // output columns in a block of a packed weight
 constexpr int64_t kSpan = 32;           // positions in a block of the KV cache, the unit in which attention walks
-constexpr int64_t kMaxPanel = 6;        // most blocks in a tile of a linear
-constexpr int64_t kGroup = 32;          // most rows whose sums a linear keeps before it writes them out
-constexpr int64_t kPart = 512;          // positions that attention sums separately, and then merges in order
-constexpr int64_t kPeakFloats = 512;    // most floats that peak_products writes
-constexpr int64_t kAttentionRows = 48;  // most (position, query head) pairs in a tile of attention, but >= 1 position
+constexpr int64_t kMaxPanel = 6;        // maximum blocks in a tile of a linear
+constexpr int64_t kGroup = 32;          // maximum rows whose sums a linear keeps before it writes them out
+constexpr int64_t kPart = 512;          // positions in a part of attention's sums; parts are merged in order
+constexpr int64_t kPeakFloats = 512;    // maximum floats that peak_products writes
+constexpr int64_t kAttentionRows = 48;  // maximum (position, query head) pairs in a tile of attention; >= 1 position
 
 enum class Activation { none, silu, gelu_tanh };
 

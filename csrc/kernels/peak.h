@@ -38,8 +38,8 @@ int64_t peak_products(float* out) {
     constexpr int kWide = kTileArea / kTileRows;
     alignas(64) std::byte row[4 * kWords] = {}, columns[kWide * 4 * kBlock] = {};
     static_assert(kTileRows * kWide * kBlock <= kPeakFloats);
-    int64_t stride = 0;      // all rows and words are the same memory. The compiler must not know it,
-    asm("" : "+r"(stride));  // or it would compute one product only
+    int64_t stride = 0;      // all rows and words are the same memory, which is hidden from the compiler:
+    asm("" : "+r"(stride));  // otherwise it would compute only one product
     product_tile<Sum, kTileRows, kWide>({row, stride}, {columns, stride, 4 * kBlock}, kWords, false, out,
                                         kWide * kBlock, {}, 0);
     return kWords * kTileRows * kWide * kBlock * kOperations<Sum>;

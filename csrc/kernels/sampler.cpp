@@ -1,11 +1,10 @@
-// How a row is sampled. A draw inverts the cumulative distribution over the tokens that are left, in order of token id:
-// that takes one random number per row, and neither the logarithms of the Gumbel-max method nor a sort.
+// The method of sampling. A draw inverts the cumulative distribution over the remaining tokens, in order of token id.
+// This takes one random number per row, and neither the logarithms of the Gumbel-max method nor a sort.
 //
-// Truncation (top_k, top_p, min_p) does not sort either. First a lower bound selects the few tokens that can be in the
-// set:
+// Truncation (top_k, top_p, min_p) does not sort either. First a lower bound selects the few tokens that can remain:
 //   top_k  the k-th largest of the maxima of many disjoint groups of logits, which is at most the k-th largest logit;
 //   top_p  a weight of (1 - top_p) * total / vocab: all tokens below it weigh less than (1 - top_p) * total together.
-// Then bisection over floats finds, among those few, the smallest logit of the set.
+// Then bisection over floats finds, among those few, the smallest logit that remains.
 #include "sampler.h"
 
 #include <algorithm>

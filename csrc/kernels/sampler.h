@@ -1,5 +1,5 @@
-// Sampling: from one row of raw logits to the next token. SamplingBatch in src/octavo/backends/base.py defines what is
-// computed; sampler.cpp explains how.
+// Sampling: compute the next token from a row of raw logits. SamplingBatch in src/octavo/backends/base.py defines the
+// result; sampler.cpp explains the method.
 #pragma once
 
 #include <array>
@@ -30,7 +30,7 @@ struct SamplingRow {
     int32_t bias_length;
 };
 
-// The arrays of a SamplingBatch, as they come from Python.
+// The arrays of a SamplingBatch, as passed from Python.
 struct SamplingBatch {
     int32_t rows;
     const float* temperature;

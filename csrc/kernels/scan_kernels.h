@@ -1,5 +1,5 @@
-// The passes of scan.h. kScanLanes partial sums are kept in as many vector registers as that takes, and are added in
-// one order, so that the result does not depend on the instruction set.
+// The passes of scan.h. kScanLanes partial sums are kept in vector registers and added in a fixed order, so that the
+// result does not depend on the instruction set.
 #pragma once
 
 #include "scan.h"

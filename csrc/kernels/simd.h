@@ -55,8 +55,8 @@ OCTAVO_INLINE F32 zero() { return F32{}; }
 OCTAVO_INLINE F32 select(I32 mask, F32 yes, F32 no) { return mask ? yes : no; }
 OCTAVO_INLINE F32 max(F32 a, F32 b) { return a > b ? a : b; }
 
-// Prefetch `bytes` from `from` on into the first-level cache: memory that another core has just written takes long to
-// load.
+// Prefetch `bytes` from `from` on into the first-level cache: loading memory that another core has just written is
+// slow.
 OCTAVO_INLINE void prefetch(const void* from, int64_t bytes) {
     for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(from) + i);
 }

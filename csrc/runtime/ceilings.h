@@ -1,4 +1,4 @@
-// The machine's roofline: how fast it can read memory and multiply at best.
+// The machine's roofline: the peak rates of reading memory and of multiplying.
 #pragma once
 
 #include "kernels/kernels.h"

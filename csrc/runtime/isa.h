@@ -1,4 +1,4 @@
-// Which instruction sets this machine has, and the kernels for each.
+// The instruction sets of this machine, and the kernels for each.
 #pragma once
 
 #include <string>
@@ -8,8 +8,8 @@
 
 namespace octavo {
 
-// Return those of amx, avx512, avx2 and portable that this machine can run, fastest first. Requests the operating
-// system's permission to use AMX.
+// Return the instruction sets among amx, avx512, avx2 and portable that this machine can run, the fastest first.
+// Requests the operating system's permission to use AMX.
 std::vector<std::string> available_isas();
 
 // Return the kernels of an available instruction set. Throws std::invalid_argument for any other name.

@@ -123,8 +123,8 @@ void Program::validate(const Batch& batch) const {
     }
 }
 
-// Cut the sequences' rows into tiles of attention. A tile that would still run when the other threads are done is cut
-// further, into parts of its context.
+// Divide the sequences' rows into tiles of attention. A tile that would still run when the other threads are done is
+// divided further, into parts of its context.
 void Program::cut_attention(const Batch& batch) {
     const int64_t group = sizes_.heads / sizes_.kv_heads, span = std::max<int64_t>(1, kAttentionRows / group);
     const auto seen = [&](const RowTile& rows) { return int64_t(batch.positions[rows.first + rows.count - 1]) + 1; };
@@ -277,8 +277,8 @@ void Program::run_tile(int index, int64_t tile, bool more, int thread) {
     }
 }
 
-// Run instruction `index`. Each thread owns a contiguous range of tiles, so it knows what to prefetch and finds much of
-// its input in its own cache. A thread that has finished its range takes tiles from the others'.
+// Run instruction `index`. Each thread has a contiguous range of tiles, so it knows which memory to prefetch and finds
+// much of its input in its own cache. A thread that has finished its range takes tiles from the ranges of others.
 void Program::run_tiles(int index, int thread) {
     const int64_t tiles = plans_[index].tiles;
     const int threads = pool_.size();

@@ -1,7 +1,6 @@
 // A model's forward pass as a flat list of instructions: recorded once, then run in one call per step.
 //
-// Life of a program: record ops (vector() to finish()), pack() the weights, allocate_kv(), then step() any number of
-// times.
+// Usage: record ops (vector() to finish()), pack() the weights, allocate_kv(), then call step() any number of times.
 #pragma once
 
 #include <atomic>
@@ -45,8 +44,8 @@ struct Batch {
     const int32_t *tokens, *positions, *query_start, *page_tables, *sample_rows;
 };
 
-// Where the arrays of StepResult are written: tokens, logprobs and ranks [sampled], top_* [sampled, top]. If no row
-// wants logprobs, `top` is 0 and all pointers but `tokens` are null.
+// Pointers to the arrays of StepResult: tokens, logprobs and ranks [sampled], top_* [sampled, top]. If no row wants
+// logprobs, `top` is 0 and all pointers but `tokens` are null.
 struct Sampled {
     int32_t* tokens;
     float* logprobs;
@@ -66,8 +65,7 @@ public:
     Program(const std::string& isa, std::vector<int> cores, const Sizes& sizes, std::vector<double> frequencies);
 
     // Recording. Ints are handles: of vectors (norm weights and biases), of weights, and of buffers of activations.
-    // Each op returns the buffer that it writes. What an op computes is in src/octavo/model/ops.py and beside its
-    // kernel.
+    // Each op returns the buffer that it writes. src/octavo/model/ops.py and the kernels describe what an op computes.
     int vector(const float* values, int64_t length);
     int weight(int64_t rows, int64_t columns, Encoding encoding);
     int embed(int weight);
@@ -81,8 +79,8 @@ public:
     void finish(int logits);  // lay out the memory; `logits` is the buffer to sample from
 
     int64_t weight_bytes() const { return weight_bytes_; }
-    // Write a weight that is stored in `parts`, which have its rows in order. `importance` [columns] or null: how much
-    // the square of an error counts in each column, for what is rounded to 4 bits. Returns as pack_block.
+    // Write a weight that is stored in `parts`, which have its rows in order. `importance` [columns] or null: the
+    // weight of squared errors in each column, for weights rounded to 4 bits. Returns the result of pack_block.
     int pack(int weight, const std::vector<Part>& parts, int64_t rows, int64_t columns, const float* importance);
 
     int64_t page_bytes() const;

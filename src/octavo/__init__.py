@@ -46,7 +46,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import on first use, so that `import octavo` costs nothing."""
+    """Import names on first use, so that `import octavo` is fast."""
     from importlib import import_module
 
     if name not in _HOME:

@@ -21,34 +21,34 @@ from .states import KVState, StateBook
 from .text import Tokenizer
 from .weights import generation_defaults, resolve
 
-STATS_PATIENCE = 1.0  # seconds to wait for the engine's figures
+STATS_PATIENCE = 1.0  # seconds to wait for the engine's statistics
 
 Increment = tuple[int, RequestOutput]
 """The index of a prompt, and an increment of its output."""
 
 
 class AsyncLLM:
-    """A model served by an engine process that loads from the constructor on. Keywords are the fields of EngineConfig.
+    """A model in an engine process, which the constructor starts. The keywords are the fields of EngineConfig.
 
         async with AsyncLLM("smollm2") as llm:
             async for increment in llm.stream("Once upon a time", SamplingParams(max_tokens=64)):
                 print(increment.text, end="")
 
-    It belongs to the event loop that starts it. If the engine crashes, a new one continues every request where it was.
-    `LLM` has the same methods.
+    Use it only on the event loop that starts it. If the engine crashes, a new one continues every request where it
+    stopped. `LLM` has the same methods.
     """
 
-    info: EngineInfo  # from `start` on
+    info: EngineInfo  # set by `start`
 
     def __init__(self, model: str = "smollm2", **settings: Any):
         self._set_up(EngineConfig.from_keywords(model=model, **settings))
 
     @classmethod
     def from_config(cls, config: EngineConfig, process: EngineProcess | None = None) -> "AsyncLLM":
-        """Make an AsyncLLM of settings that are complete.
+        """Return an AsyncLLM with exactly these settings. OCTAVO_* variables are ignored.
 
         Args:
-            process: for the first engine, started earlier to import its modules meanwhile; a new one by default.
+            process: the process for the first engine, if it was started earlier to save time; by default a new one.
         """
         llm = cls.__new__(cls)
         llm._set_up(config, process)
@@ -57,7 +57,7 @@ class AsyncLLM:
     def _set_up(self, config: EngineConfig, process: EngineProcess | None = None) -> None:
         self.config = config
         path = resolve(config.model, config.revision)
-        self._link = ProcessLink(config, path, process)  # loads while this process does the rest
+        self._link = ProcessLink(config, path, process)  # loads while this process continues
         try:
             self.tokenizer = Tokenizer.load(path, **config.template_limits)
             self.generation_defaults = generation_defaults(path) if config.generation_config == "auto" else {}
@@ -68,9 +68,9 @@ class AsyncLLM:
         self._frontend = Frontend(config, self.tokenizer, lambda: ProcessLink(config, path), has_queue_limit=True)
 
     async def start(self) -> None:
-        """Wait until the engine is ready. Raises what loading raised."""
+        """Wait until the engine is ready. Raises any error from loading the model."""
         self.info = await self._frontend.start(self._link)
-        self.tokenizer.threads.submit(self.tokenizer.prepare)  # meanwhile the first requests can come
+        self.tokenizer.threads.submit(self.tokenizer.prepare)  # in parallel with the first requests
 
     def generate(
         self,
@@ -82,19 +82,19 @@ class AsyncLLM:
         priority: int | Sequence[int] = 0,
         **terms: Unpack[Terms],
     ) -> "Generation":
-        """Complete prompts: `await` the result for whole outputs, or iterate over it, as with vLLM, for increments.
+        """Complete prompts. `await` the result for whole outputs, or iterate over it, as in vLLM, for increments.
 
         Args:
             prompts: one prompt or several, each as text, as token ids, or as a PromptDict.
-            sampling_params: for all prompts, or one each; `default_sampling_params` by default.
-            request_id: names the request for `abort` and `get_kv_cache_state`; for one prompt only.
-            kv_cache_state: the state that the prompts continue, one for all or one each; what it covers is not computed
+            sampling_params: one for all prompts, or one each; `default_sampling_params` by default.
+            request_id: the request's id for `abort` and `get_kv_cache_state`; for one prompt only.
+            kv_cache_state: the state that the prompts continue, one for all or one each. Its tokens are not computed
                 again.
-            priority: for all prompts, or one each.
-            terms: tenant, ttft_target, timeout and cache_salt, as of ServiceTerms.
+            priority: one for all prompts, or one each.
+            terms: tenant, ttft_target, timeout and cache_salt; see ServiceTerms.
 
         Awaiting raises QueueFull, InvalidRequest, PromptTooLong or InvalidKVState before anything is computed, and
-        RequestTimeout, RequestFailed or EngineDead at any time. All prompts are taken, or none.
+        RequestTimeout, RequestFailed or EngineDead at any time. Either all prompts are accepted or none.
         """
 
         def requests() -> list[Request]:
@@ -113,7 +113,7 @@ class AsyncLLM:
         priority: int | Sequence[int] = 0,
         **terms: Unpack[Terms],
     ) -> list[RequestOutput]:
-        """Return one whole RequestOutput for each prompt, in order; see `generate`."""
+        """Complete prompts. Return one whole RequestOutput for each prompt, in order; see `generate`."""
         return await self.generate(prompts, sampling_params, kv_cache_state=kv_cache_state, priority=priority, **terms)
 
     async def chat(
@@ -133,7 +133,7 @@ class AsyncLLM:
         return await self.agenerate(prompts, sampling_params, priority=priority, **terms)
 
     def chat_tokens(self, messages: Conversation) -> list[int]:
-        """Return the token ids of the prompt that the model's chat template makes of a conversation."""
+        """Render a conversation with the model's chat template, and return the prompt's token ids."""
         return self.tokenizer.encode(self.tokenizer.chat(messages), add_special_tokens=False)
 
     async def stream(
@@ -146,9 +146,9 @@ class AsyncLLM:
         priority: int = 0,
         **terms: Unpack[Terms],
     ) -> AsyncGenerator[RequestOutput, None]:
-        """Yield increments of one request as they come: the `outputs` of each hold what is new.
+        """Yield the increments of one request as they are computed. Their `outputs` hold only the new parts.
 
-        The request is aborted when the generator is closed. The arguments, and what is raised, are those of `generate`.
+        Closing the generator aborts the request. Arguments and exceptions are those of `generate`.
         """
         params = sampling_params or self.default_sampling_params
         request = make_request(prompt, params, priority, terms, kv_cache_state)
@@ -158,7 +158,7 @@ class AsyncLLM:
                     yield increment
 
     async def generate_requests(self, requests: list[Request], request_id: str | None = None) -> list[RequestOutput]:
-        """Return one whole RequestOutput for each request; see `generate`."""
+        """Complete requests. Return one whole RequestOutput for each request, in order; see `generate`."""
         done: Inbox[LiveRequest] = Inbox()
 
         def sink(live: LiveRequest, output: RequestOutput | Exception) -> None:
@@ -180,7 +180,7 @@ class AsyncLLM:
     async def stream_requests(
         self, requests: list[Request], request_id: str | None = None
     ) -> AsyncGenerator[list[Increment], None]:
-        """Yield, each time, the increments of all requests that have come since the last time; see `stream`."""
+        """Yield lists of increments: each holds all that have arrived since the one before; see `stream`."""
         inbox: Inbox[RequestOutput] = Inbox()
 
         def sink(_: LiveRequest, increment: RequestOutput | Exception) -> None:
@@ -201,16 +201,16 @@ class AsyncLLM:
             self._frontend.abort(lives)
 
     def check_capacity(self, completions: int) -> None:
-        """Raise what `generate` would for so many completions, whatever their prompts: QueueFull, InvalidRequest."""
+        """Raise QueueFull or InvalidRequest if `generate` would refuse so many completions."""
         self._frontend.check_capacity(completions)
 
     async def abort(self, request_id: str) -> None:
-        """End a request: its iterator gets a last increment, with finish_reason "abort"."""
+        """Abort a request. Its iterator yields a last increment with finish_reason "abort"."""
         if live := self._frontend.find(request_id):
             self._frontend.abort([live], notify=True)
 
     async def get_kv_cache_state(self, request_id: str, index: int = 0) -> KVState:
-        """Do what LLM.get_kv_cache_state does. The `save` of these states is a coroutine."""
+        """Do what LLM.get_kv_cache_state does. The returned state's `save` is a coroutine function."""
         return self._frontend.keep_state(request_id, index)
 
     async def load_kv_cache_state(
@@ -221,28 +221,28 @@ class AsyncLLM:
 
     @property
     def kv_cache_states(self) -> StateBook:
-        """All KV states that are held, to be found by their handles. From `start` on."""
+        """Return the book of all KV states, in which they can be found by handle. Available after `start`."""
         return self._frontend.states
 
     async def stats(self) -> EngineStats:
-        """Return the engine's figures, between two steps. Raises EngineDead if there are none within a second."""
+        """Return the engine's statistics, measured between two steps. Raises EngineDead after a second."""
         return await self._frontend.engine_stats(STATS_PATIENCE)
 
     def frontend_stats(self) -> FrontendStats:
-        """Return the frontend's figures. Raises EngineDead after `close`."""
+        """Return the frontend's statistics. Raises EngineDead after `close`."""
         return self._frontend.stats()
 
     def readiness(self) -> tuple[bool, str]:
-        """Return whether an engine is ready to serve, and how it is, for people: "the engine is ready"."""
+        """Return whether an engine is ready to serve, and its status as text, such as "the engine is ready"."""
         return self._frontend.readiness()
 
     async def close(self) -> None:
-        """End the engine process. Live requests get EngineDead."""
+        """End the engine process. Live requests fail with EngineDead."""
         await self._frontend.close()
         self._link.discard()
 
     async def shutdown(self) -> None:
-        """Do what `close` does, under the name that it has in LLM."""
+        """Do what `close` does, under the name of LLM's method."""
         await self.close()
 
     async def __aenter__(self) -> "AsyncLLM":
@@ -262,7 +262,7 @@ class AsyncLLM:
 
 
 class Generation:
-    """Prompts being completed: await it for the whole outputs, or iterate over it for increments; once."""
+    """A running completion of prompts. Await it for the whole outputs, or iterate over it for increments, once."""
 
     def __init__(self, llm: AsyncLLM, requests: Callable[[], list[Request]], request_id: str | None):
         self._llm, self._requests, self._request_id = llm, requests, request_id
@@ -278,7 +278,7 @@ class Generation:
         return await anext(self._increments)
 
     async def aclose(self) -> None:
-        """Abort what still runs."""
+        """Abort the requests that still run."""
         await self._increments.aclose()
 
     async def _iterate(self) -> AsyncGenerator[RequestOutput, None]:

@@ -47,7 +47,7 @@ _POLICY = Rule(
     lambda value: value in POLICIES or re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", value) is not None,
 )
 _WEIGHTS = Rule(
-    "such as premium=4,trial=0.5, with weights from 0.000001 to 1000000",
+    "pairs such as premium=4,trial=0.5, with weights from 0.000001 to 1000000",
     lambda value: all(1e-6 <= weight <= 1e6 for weight in value.values()),
 )
 
@@ -57,7 +57,7 @@ class EngineConfig(Settings):
     """Settings of one engine. Sizes are in bytes, times in seconds.
 
     Raises:
-        ConfigError: For a value that cannot work; one line that says what would.
+        ConfigError: For an invalid value. The message is one line that names the setting and the valid values.
     """
 
     model: str = setting("smollm2", "A Hugging Face directory, a .gguf file, a hub name, or the alias smollm2.", _NAME)
@@ -65,15 +65,18 @@ class EngineConfig(Settings):
     served_model_name: str | None = setting(None, "The model's name in the API; by default the value of model.")
     backend: str = setting("auto", "cpu (native kernels) or torch; auto is cpu.", one_of("auto", "cpu", "torch"))
     device: str = setting("auto", "Device of the torch backend: cpu or cuda.", _DEVICE)
-    dtype: str = setting("auto", "Arithmetic: bfloat16, or float32 (torch backend only).", _DTYPE)
+    dtype: str = setting(
+        "auto", "Data type of the computation: bfloat16 (auto), or float32 (torch backend only).", _DTYPE
+    )
     quantization: str = setting(
         "none",
-        "Weights in arithmetic: bf16 (none), the file's own integers (auto), or quantized at load to 8bit or 4bit.",
+        "Format of the weights: bfloat16 (none), integers as the file stores them (auto), or quantized at load "
+        "to 8 or 4 bits (8bit, 4bit).",
         one_of(*QUANTIZATIONS),
     )
     generation_config: str = setting(
         "auto",
-        "Sampling parameters where a request names none: auto (the model's own recommendation) or none.",
+        "Default sampling parameters: those that the model's files recommend (auto), or Octavo's own defaults (none).",
         one_of("auto", "none"),
     )
     chat_template_timeout: float = setting(
@@ -83,49 +86,56 @@ class EngineConfig(Settings):
         TEMPLATE_MEMORY, "Memory that the chat template may take, beside eight times the size of the chat."
     )
     max_model_len: int | None = setting(
-        None, "Tokens of prompt and output together; by default the model's own limit.", at_least(2)
+        None, "Maximum tokens of prompt and output together; by default the model's own limit.", at_least(2)
     )
-    max_batch_size: int = setting(256, "Sequences that run at the same time.", at_least(1))
+    max_batch_size: int = setting(256, "Maximum number of sequences that run at the same time.", at_least(1))
     max_batch_tokens: int = setting(
-        512, "Tokens computed in one step; longer prompts are computed in chunks.", _BATCH_TOKENS
+        512, "Maximum number of tokens computed in one step; longer prompts are split into chunks.", _BATCH_TOKENS
     )
     kv_cache_page_size: int = setting(32, "Tokens in a page of the KV cache: a multiple of 32.", _PAGE_SIZE)
     kv_cache_dtype: str = setting(
         "bf16", "Keys and values in the cache: bf16, or int8 for half the memory (cpu backend only).", _KV_CACHE_DTYPE
     )
     kv_cache_memory: Size | None = setting(
-        None, "Memory of the KV cache, such as 4GiB; by default what a full batch needs, at most half of what is free."
+        None, "Memory of the KV cache, such as 4GiB; by default enough for a full batch, up to half of the free memory."
     )
-    kv_disk: str | None = setting(None, "Folder that keeps KV pages evicted from memory, also across restarts.")
-    kv_disk_size: Size = setting(20 * 2**30, "Disk space for kv_disk; the least recently used pages are evicted.")
+    kv_disk: str | None = setting(None, "Folder for KV pages evicted from memory; they are kept across restarts.")
+    kv_disk_size: Size = setting(
+        20 * 2**30, "Disk space for kv_disk; when it is full, the least recently used pages are deleted."
+    )
     kv_host_memory: Size | None = setting(
         None, "Host memory for KV pages evicted from the device, such as 8GiB (torch backend only)."
     )
-    kv_state_quota: int = setting(1_000_000, "Tokens that the KV states of one tenant may hold together.", at_least(0))
+    kv_state_quota: int = setting(1_000_000, "Maximum number of tokens in all KV states of one tenant.", at_least(0))
     kv_state_ttl: float = setting(3600.0, "Seconds that a KV state is kept after its last use.", positive("seconds"))
     enable_prefix_caching: bool = setting(True, "Reuse KV pages of earlier requests for prompts with the same prefix.")
     speculative_tokens: int = setting(
         0,
-        "Draft tokens per step, looked up in the sequence's own text and verified: the output stays the same.",
+        "Draft tokens per sequence and step, copied from the sequence's own text; they never change the output.",
         at_least(0),
     )
     scheduling_policy: str = setting(
-        "fcfs", "Order of requests: fcfs, priority, fair (between tenants), deadline, or package.module:Class.", _POLICY
+        "fcfs", "Order of requests: fcfs, priority, fair (to tenants), deadline, or package.module:ClassName.", _POLICY
     )
     priority_aging: float = setting(
-        10.0, "Seconds of waiting that outweigh one step of priority, so that every request runs.", positive("seconds")
+        10.0,
+        "Seconds of waiting that make up for one step of priority, so that every request is served in the end.",
+        positive("seconds"),
     )
     tenant_weights: dict[str, float] = setting(
-        {}, "Shares of tenants under the policy fair, such as premium=4,trial=0.5; 1 by default.", _WEIGHTS
+        {}, "Relative shares of tenants (policy fair), such as premium=4,trial=0.5; others have 1.", _WEIGHTS
     )
     preemption: str = setting(
         "auto",
-        "How a preempted sequence gets its KV pages back: swap (from kv_disk), recompute, or the faster one (auto).",
+        "How a preempted sequence gets its KV pages back: fetched from kv_disk or kv_host_memory (swap), recomputed "
+        "(recompute), or the faster way (auto).",
         one_of("auto", "swap", "recompute"),
     )
-    max_queue: int = setting(10_000, "Requests that may wait; more are refused with HTTP 503.", at_least(0))
+    max_queue: int = setting(
+        10_000, "Maximum number of waiting completions; requests beyond it are answered 503.", at_least(0)
+    )
     request_timeout: float | None = setting(
-        None, "Seconds after which a request fails, unless it sets its own; unlimited by default.", positive("seconds")
+        None, "Timeout in seconds of requests that set none; unlimited by default.", positive("seconds")
     )
     threads: int | None = setting(
         None, "Compute threads; by default one per available core, each pinned to its core.", at_least(1)
@@ -168,9 +178,9 @@ class EngineConfig(Settings):
 
     @classmethod
     def from_keywords(cls, **keywords: Any) -> "EngineConfig":
-        """Return the settings of keyword arguments and OCTAVO_* variables, with vLLM's keywords as aliases.
+        """Return the settings given by keyword arguments and OCTAVO_* variables, with vLLM's keywords as aliases.
 
-        None leaves a setting to its variable or default. Warns of what was ignored. Raises ConfigError.
+        A keyword that is None counts as not given. Warns of ignored keywords. Raises ConfigError.
         """
         resolved = resolve((cls,), VLLM, [environment_source(), keyword_source(keywords)], hint=False)
         for warning in resolved.warnings:
@@ -179,14 +189,17 @@ class EngineConfig(Settings):
 
     @classmethod
     def from_sources(cls, flags: Mapping[str, Any], file: Path | None = None) -> "EngineConfig":
-        """Return the settings of flags (None: not given), a YAML file and OCTAVO_* variables. Raises ConfigError."""
+        """Return the settings given by flags, a YAML file and OCTAVO_* variables. Raises ConfigError.
+
+        A flag that is None counts as not given.
+        """
         return resolve_flags((cls,), flags, file).build(cls)
 
 
 def resolve_flags(classes: tuple[type, ...], flags: Mapping[str, Any], file: Path | None) -> Resolved:
-    """Merge flags (None: not given), a YAML file and OCTAVO_* variables for several classes of settings.
+    """Merge flags, a YAML file and OCTAVO_* variables for several classes of settings.
 
-    Raises ConfigError.
+    A flag that is None counts as not given. Raises ConfigError.
     """
     files = [file_source(file)] if file else []
     return resolve(classes, VLLM, [environment_source(), *files, flag_source(flags)])

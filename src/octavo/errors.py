@@ -1,16 +1,19 @@
-"""Errors that a user can act on. `str(error)` is one line: what is wrong, and what would be right."""
+"""Errors that a user can act on. `str(error)` is one line that says what is wrong and what would be right."""
 
 
 class OctavoError(Exception):
-    """Base class of every error that Octavo raises on purpose. The command line prints it and exits with code 2."""
+    """Base class of every error that Octavo raises on purpose.
+
+    The command line prints the message and exits with code 2, or with 1 for EngineDead.
+    """
 
 
 class ConfigError(OctavoError, ValueError):
-    """A setting of the engine, the server or the command line that cannot work."""
+    """An unknown or invalid setting of the engine, the server or the command line."""
 
 
 class ModelNotFound(OctavoError, FileNotFoundError):
-    """A model name that is no directory, no .gguf file, no alias and no hub repository."""
+    """A model name that is neither a directory, a .gguf file, an alias nor a hub repository."""
 
 
 class UnsupportedModel(OctavoError, ValueError):
@@ -18,7 +21,7 @@ class UnsupportedModel(OctavoError, ValueError):
 
 
 class DamagedWeights(OctavoError, ValueError):
-    """A weight file that is truncated, inconsistent or not in the format that its name says."""
+    """A weight file that is truncated, inconsistent or not in the format that its name indicates."""
 
 
 class OutOfMemory(OctavoError, MemoryError):
@@ -39,7 +42,7 @@ class InvalidRequest(OctavoError, ValueError):
 
 
 class PromptTooLong(InvalidRequest):
-    """A prompt that fills the model's context, so that not one token could be generated."""
+    """A prompt that fills the model's context and leaves no space for an output token."""
 
 
 class InvalidKVState(InvalidRequest):
@@ -66,7 +69,7 @@ class QueueFull(OctavoError, RuntimeError):
         self.retry_after = retry_after
 
     def __reduce__(self) -> tuple[type["QueueFull"], tuple[object, ...], dict[str, object]]:
-        # The default would call the constructor with the message alone.
+        # By default, pickle would call the constructor with only the message.
         return type(self), (*self.args, self.retry_after), self.__dict__
 
 
@@ -83,7 +86,7 @@ class EngineDead(OctavoError, RuntimeError):
 
 
 def shortened(value: object, limit: int = 200) -> str:
-    """Return `value` as text on one line for an error message, its middle left out beyond `limit` characters."""
+    """Return `value` as one line for an error message. Text longer than `limit` characters loses its middle."""
     text = " ".join(str(value).split())
     half = limit // 2
     return text if len(text) <= limit else f"{text[:half]} ... {text[-half:]}"

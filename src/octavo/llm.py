@@ -23,19 +23,19 @@ from .states import KVState
 from .text import Tokenizer
 from .weights import generation_defaults, resolve
 
-CLOSE_PATIENCE = 15.0  # seconds for the engine to end its step and write its pages
+CLOSE_PATIENCE = 15.0  # seconds to wait for the engine to finish its step and write its pages
 
 
 class LLM:
-    """A model, ready to generate. Keywords are the fields of EngineConfig.
+    """A loaded model that generates text. The keywords of the constructor are the fields of EngineConfig.
 
         llm = LLM("smollm2", max_model_len=4096)
         print(llm.generate("Once upon a time", SamplingParams(max_tokens=64))[0].text)
 
-    Any number of threads and asyncio tasks may call it at the same time; their requests share batches, which changes no
-    token of any of them. `AsyncLLM` has the same methods.
+    Any number of threads and asyncio tasks may call the methods at the same time. Their requests share batches, which
+    does not change their tokens. `AsyncLLM` has the same methods.
 
-    Raises subclasses of OctavoError, see errors.py.
+    The methods raise subclasses of OctavoError; see errors.py.
     """
 
     def __init__(self, model: str = "smollm2", **settings: Any):
@@ -43,7 +43,7 @@ class LLM:
 
     @classmethod
     def from_config(cls, config: EngineConfig) -> "LLM":
-        """Return an LLM with these settings, whatever the environment says."""
+        """Return an LLM with exactly these settings. OCTAVO_* variables are ignored."""
         llm = cls.__new__(cls)
         llm._set_up(config)
         return llm
@@ -76,16 +76,16 @@ class LLM:
         priority: int | Sequence[int] = 0,
         **terms: Unpack[Terms],
     ) -> list[RequestOutput]:
-        """Complete prompts. Return one RequestOutput each, in order.
+        """Complete prompts. Return one RequestOutput for each prompt, in order.
 
         Args:
             prompts: one prompt or several, each as text, as token ids, or as a PromptDict.
-            sampling_params: for all prompts, or one each; `default_sampling_params` by default.
+            sampling_params: one for all prompts, or one each; `default_sampling_params` by default.
             use_tqdm: whether to show a progress bar on a terminal.
-            kv_cache_state: the state that the prompts continue, one for all or one each; what it covers is not computed
+            kv_cache_state: the state that the prompts continue, one for all or one each. Its tokens are not computed
                 again.
-            priority: for all prompts, or one each.
-            terms: tenant, ttft_target, timeout and cache_salt, as of ServiceTerms.
+            priority: one for all prompts, or one each.
+            terms: tenant, ttft_target, timeout and cache_salt; see ServiceTerms.
 
         Raises InvalidRequest, PromptTooLong, InvalidKVState, RequestTimeout, RequestFailed, EngineDead.
         """
@@ -131,7 +131,7 @@ class LLM:
         return self.generate(prompts, sampling_params, use_tqdm, priority=priority, **terms)
 
     def chat_tokens(self, messages: Conversation) -> list[int]:
-        """Return the token ids of the prompt that the model's chat template makes of a conversation."""
+        """Render a conversation with the model's chat template, and return the prompt's token ids."""
         return self.tokenizer.encode(self.tokenizer.chat(messages), add_special_tokens=False)
 
     async def agenerate(
@@ -143,7 +143,7 @@ class LLM:
         priority: int | Sequence[int] = 0,
         **terms: Unpack[Terms],
     ) -> list[RequestOutput]:
-        """Do what `generate` does, for asyncio: other tasks run meanwhile, and their prompts join the batch."""
+        """Do what `generate` does, without blocking the event loop. Prompts of other tasks join the batch."""
         requests = make_requests(
             prompts, sampling_params, self.default_sampling_params, priority, terms, kv_cache_state
         )
@@ -177,9 +177,9 @@ class LLM:
         priority: int = 0,
         **terms: Unpack[Terms],
     ) -> Iterator[RequestOutput]:
-        """Yield increments of one request as they come: the `outputs` of each hold what is new.
+        """Yield the increments of one request as they are computed. Their `outputs` hold only the new parts.
 
-        The request is aborted when the iterator is closed. The arguments are those of `generate`.
+        Closing the iterator aborts the request. The arguments are those of `generate`.
         """
         params = sampling_params or self.default_sampling_params
         request = make_request(prompt, params, priority, terms, kv_cache_state)
@@ -197,30 +197,31 @@ class LLM:
             self._thread.post(self._frontend.abort, lives)
 
     def get_kv_cache_state(self, request_id: str, index: int = 0) -> KVState:
-        """Return a handle on all tokens of a finished request, output included, to continue from.
+        """Return a handle on the tokens of a finished request, prompt and output, from which requests can continue.
 
         Args:
-            index: which of the request's `n` completions.
+            index: the completion's index among the request's `n`.
 
-        The state is kept until kv_state_ttl seconds after its last use. Raises InvalidRequest for a request that is
+        The state is kept until kv_state_ttl seconds after its last use. Raises InvalidRequest if the request is
         unknown, still runs, or ended too long ago; QuotaExceeded; EngineDead.
         """
         return self._thread.call(self._frontend.keep_state, request_id, index)
 
     def load_kv_cache_state(self, path: str | Path, *, tenant: str = "", cache_salt: str | None = None) -> KVState:
-        """Return the state in a file that `KVState.save` wrote, on the same kind of machine with the same model.
+        """Load a state from a file that `KVState.save` wrote, on the same type of machine with the same model.
 
-        Load only files that you trust: whoever wrote one decides what the model takes its text to have been.
-        Raises InvalidKVState if the file is damaged, or of another model, recipe or tenant; QuotaExceeded; EngineDead.
+        Load only files that you trust: their author decides which text the model believes to have processed.
+        Raises InvalidKVState if the file is damaged or belongs to another model, recipe, machine type or tenant;
+        QuotaExceeded; EngineDead.
         """
         return self._thread.run(self._frontend.load_state(Path(path).absolute(), tenant, cache_salt or ""))
 
     def stats(self) -> EngineStats:
-        """Return the engine's figures, between two steps. Raises EngineDead."""
+        """Return the engine's statistics, measured between two steps. Raises EngineDead."""
         return self._thread.run(self._frontend.engine_stats())
 
     def shutdown(self) -> None:
-        """Free threads and memory now, not when the object is collected. Live requests get EngineDead."""
+        """Free threads and memory now instead of at garbage collection. Live requests fail with EngineDead."""
         if self._finalizer.detach():
             _shut_down(self._thread, self._frontend, wait=True)
 
@@ -236,7 +237,7 @@ class LLM:
 
 
 class _StateOwner:
-    """What the methods of an LLM's KV states call, from any thread."""
+    """The StateOwner of an LLM's KV states, for any thread."""
 
     frontend: Frontend
 
@@ -251,7 +252,7 @@ class _StateOwner:
 
 
 def _shut_down(thread: LoopThread, frontend: Frontend, wait: bool = False) -> None:
-    """End the engine. The garbage collector may call this in any thread, of which only the main one may wait."""
+    """End the engine. The garbage collector may call this in any thread, so only the main thread waits for the end."""
 
     async def close() -> None:
         await frontend.close()

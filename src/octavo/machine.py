@@ -1,6 +1,6 @@
-"""The processors and memory that this process may use: the machine's, or its container's limits if these are lower.
+"""The processors and memory that this process may use: those of the machine, or the container's limits if lower.
 
-Limits are those of Linux control groups, version 2 or 1, of the group that the process is in and of every group above.
+Limits come from Linux control groups, version 2 or 1: the group of this process and every group above it.
 """
 
 import math
@@ -17,8 +17,8 @@ VMSTAT = Path("/proc/vmstat")
 def available_cores(cgroups: Path = CGROUPS, membership: Path = MEMBERSHIP) -> int:
     """Return how many threads can compute at the same time: at least 1.
 
-    It is the number of processors in the affinity mask, or the group's quota of processor time (`docker run --cpus`),
-    rounded up, if that is lower.
+    This is the number of processors in the affinity mask, or the control group's quota of processor time
+    (`docker run --cpus`), rounded up, if that is lower.
     """
     quotas = [
         *(_quota(folder / "cpu.max") for folder in _groups(cgroups, membership, None)),
@@ -49,7 +49,7 @@ def available_memory(cgroups: Path = CGROUPS, membership: Path = MEMBERSHIP, mem
 
 
 def memory_kills(vmstat: Path = VMSTAT) -> int:
-    """Return how many processes the kernel has killed since it started because memory ran out; 0 if it does not say."""
+    """Return how many processes the kernel has killed since boot because memory ran out; 0 if unknown."""
     return _field(vmstat, "oom_kill") or 0
 
 
@@ -61,8 +61,8 @@ def _available_on_machine(meminfo: Path) -> int:
 def _groups(cgroups: Path, membership: Path, controller: str | None) -> Iterator[Path]:
     """Yield the folder of this process's group and those above it, for a controller of version 1 or (None) version 2.
 
-    In a container, the kernel may name groups by their path on the host, which does not exist here: then the root of
-    the hierarchy is the container's own group.
+    In a container, the kernel may name groups by their path on the host, which does not exist in the container. In that
+    case, the root of the hierarchy is the container's own group.
     """
     mounts = [cgroups / controller] if controller else [cgroups, cgroups / "unified"]
     path = _path_of_group(membership, controller)
@@ -117,7 +117,7 @@ def _field(file: Path, name: str) -> int | None:
 
 
 def _read(file: Path) -> str:
-    """Return the text of a small file of the kernel's; "" if it cannot be read."""
+    """Return the text of a small kernel file; "" if it cannot be read."""
     try:
         return file.read_text()
     except (OSError, UnicodeDecodeError):

@@ -1,4 +1,4 @@
-"""What a request returns, under vLLM's names."""
+"""Outputs of requests, with vLLM's names."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -45,7 +45,7 @@ class CompletionOutput:
 
 @dataclass(slots=True)
 class RequestMetrics:
-    """When a request reached each stage, in seconds since the epoch (`time.time()`); None until it does.
+    """The times at which a request reached each stage, in seconds since the epoch (`time.time()`); None before that.
 
     Attributes:
         cached_tokens: Tokens of the prompt that were found in the prefix cache.
@@ -69,7 +69,7 @@ class RequestOutput:
     Attributes:
         prompt: The prompt's text; None if the prompt was given as token ids.
         finished: Whether every completion has ended.
-        seed: The seed that was used: the request's, or the one drawn for it.
+        seed: The seed of sampling: the request's, or the one drawn for it.
     """
 
     request_id: str

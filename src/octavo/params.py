@@ -1,7 +1,7 @@
 """How a request is sampled (SamplingParams) and served (ServiceTerms), with vLLM's names and defaults.
 
-These two classes are the only list of request parameters: flags, HTTP fields and keywords derive from their fields. The
-description of a field is its help text.
+These two classes are the only list of request parameters: command-line flags, HTTP fields and keywords are derived from
+their fields. A field's description is its help text.
 """
 
 import math
@@ -14,7 +14,7 @@ from .errors import InvalidRequest
 
 MAX_LOGPROBS = 20
 MAX_STOP_STRINGS, MAX_STOP_CHARACTERS = 16, 1024
-MAX_PRIORITY = 1000  # in either direction, so that aging makes up for any difference within hours
+MAX_PRIORITY = 1000  # and at least -1000, so that aging makes up for any difference within hours
 MAX_SECONDS = 86_400.0  # of a request's timeout or target
 MAX_NAME = 256  # characters of a tenant's name or of a salt
 MAX_INTEGER = 2**31 - 1
@@ -41,15 +41,20 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         float, Meta(description="Drop tokens less likely than this fraction of the most likely token's probability.")
     ] = 0.0
     max_tokens: Annotated[
-        int | None, Meta(description="Tokens to generate at most; if unset, until the context is full.")
+        int | None, Meta(description="Maximum number of tokens to generate; if unset, until the context is full.")
     ] = 16
-    min_tokens: Annotated[int, Meta(description="Tokens to generate before end-of-sequence or a stop can end it.")] = 0
+    min_tokens: Annotated[
+        int, Meta(description="Minimum number of tokens to generate before end-of-sequence or a stop ends the output.")
+    ] = 0
     stop: Annotated[
-        list[str] | str | None, Meta(description="End before this string (up to 16), which is left out of the output.")
+        list[str] | str | None, Meta(description="End the output before this string; up to 16 strings.")
     ] = None
-    stop_token_ids: Annotated[list[int] | None, Meta(description="End at this token id (up to 1,024).")] = None
+    stop_token_ids: Annotated[
+        list[int] | None, Meta(description="End the output at this token id; up to 1,024 ids.")
+    ] = None
     seed: Annotated[
-        int | None, Meta(description="The same seed gives the same text; if unset, a new one is drawn.")
+        int | None,
+        Meta(description="Seed of sampling: the same seed gives the same text; if unset, a random one is drawn."),
     ] = None
     logprobs: Annotated[
         int | None, Meta(description="Return log-probabilities of this many most likely tokens (up to 20).")
@@ -64,7 +69,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         float, Meta(description="Above 1: make tokens of the prompt and the output less likely.")
     ] = 1.0
     logit_bias: Annotated[
-        dict[int, float] | None, Meta(description="Token ids and what is added to their logits, -100 to 100.")
+        dict[int, float] | None,
+        Meta(description="Map of token ids to numbers that are added to their logits, -100 to 100."),
     ] = None
     ignore_eos: Annotated[bool, Meta(description="Continue after the end-of-sequence token.")] = False
     speculative_tokens: Annotated[
@@ -117,7 +123,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
 
 
 class Terms(TypedDict, total=False):
-    """Keywords of every method that generates, beside `priority`: see ServiceTerms."""
+    """Keyword arguments of every method that generates, besides `priority`; see ServiceTerms."""
 
     tenant: str
     ttft_target: float | None
@@ -126,25 +132,25 @@ class Terms(TypedDict, total=False):
 
 
 class ServiceTerms(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """How a request is scheduled and isolated. None of it changes a token.
+    """How a request is scheduled and isolated. These terms never change the tokens.
 
-    Cached prefixes are shared only between requests of the same tenant with the same `cache_salt`, so that nobody else
-    can find out from response times whether a prompt was seen before.
+    Requests share cached prefixes only if they have the same tenant and the same `cache_salt`, so that other users
+    cannot find out from response times whether a prompt was seen before.
 
     Raises:
         InvalidRequest: A ValueError, for a value of the wrong type or out of range.
     """
 
-    priority: Annotated[int, Meta(description="-1000 to 1000, lower is sooner (scheduling_policy priority).")] = 0
+    priority: Annotated[int, Meta(description="-1000 to 1000, lower runs sooner (policy priority).")] = 0
     tenant: Annotated[
-        str, Meta(description="Who the request is for, at most 256 printable characters (scheduling_policy fair).")
+        str, Meta(description="User or group that the request is for, at most 256 printable characters (policy fair).")
     ] = ""
     ttft_target: Annotated[
-        float | None, Meta(description="Seconds to the first token that are aimed at (scheduling_policy deadline).")
+        float | None, Meta(description="Target for the time to the first token, in seconds (policy deadline).")
     ] = None
     timeout: Annotated[
         float | None,
-        Meta(description="Seconds until the request fails, at most a day; if unset, the engine's request_timeout."),
+        Meta(description="Timeout in seconds, at most a day; if unset, the engine's request_timeout."),
     ] = None
     cache_salt: Annotated[
         str | None, Meta(description="Share cached prefixes only with the same salt, 1 to 256 printable characters.")
@@ -197,7 +203,7 @@ class _Fields:
         self._store(param, given, value)
 
     def name(self, param: str, shortest: int, what: str) -> None:
-        # Printable, because names are shown on terminals; and what is printable can be encoded as UTF-8.
+        # Names are shown on terminals, so they must be printable. Printable text can also be encoded as UTF-8.
         given = getattr(self._struct, param)
         ok = isinstance(given, str) and shortest <= len(given) <= MAX_NAME and given.isprintable()
         self.need(ok, param, what)
@@ -234,13 +240,13 @@ class _Fields:
 
 
 def plain(value: Any) -> Any:
-    """Return a numpy (or PyTorch) number or array as Python's; anything else as it is."""
+    """Convert a numpy or PyTorch number or array to Python numbers; return anything else unchanged."""
     convert = getattr(value, "tolist", None)
     return value if convert is None else convert()
 
 
 def _integer(value: Any) -> int | None:
-    """Return `value` as an int; None if it is no integer. True is none."""
+    """Return `value` as an int; None if it is not an integer. Booleans are not integers here."""
     if type(value) is int:
         return value
     value = plain(value)
@@ -248,7 +254,7 @@ def _integer(value: Any) -> int | None:
 
 
 def _number(value: Any) -> float | None:
-    """Return `value` as a finite float; None if it is no such number. True is none."""
+    """Return `value` as a float; None if it is not a finite number. Booleans are not numbers here."""
     if type(value) is not float:
         value = plain(value)
         if not isinstance(value, int | float) or isinstance(value, bool):
@@ -261,6 +267,6 @@ def _number(value: Any) -> float | None:
 
 
 def _list(value: Any) -> list[Any] | None:
-    """Return a list, a tuple or an array of one dimension as a list; None for anything else."""
+    """Convert a list, a tuple or a one-dimensional array to a list; return None for anything else."""
     value = plain(value)
     return list(value) if isinstance(value, list | tuple) else None

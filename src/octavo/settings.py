@@ -1,7 +1,7 @@
-"""Settings from flags, keywords, a YAML file, environment variables and defaults, with one conversion for all of them.
+"""Read settings from flags, keywords, a YAML file, environment variables and defaults, with one conversion for all.
 
 A class of settings is a frozen dataclass whose fields are made by `setting`, or by `dataclasses.field` with a `help` in
-its metadata. A class that inherits from Settings converts and checks its fields whenever one is constructed.
+its metadata. If it inherits from Settings, its constructor converts and checks the fields.
 """
 
 import dataclasses
@@ -23,10 +23,10 @@ from .errors import ConfigError
 
 S = TypeVar("S")
 Size = Annotated[int, "size"]
-"""Bytes, also written as 4GiB or 500MB."""
+"""A number of bytes, which may be written as 4GiB or 500MB."""
 
 PREFIX = "OCTAVO_"
-NOT_SETTINGS = frozenset({"OCTAVO_ISA"})  # environment variables that are read elsewhere
+NOT_SETTINGS = frozenset({"OCTAVO_ISA"})  # environment variables that other modules read
 _BOOLEANS = dict.fromkeys(("1", "true", "yes", "on"), True) | dict.fromkeys(("0", "false", "no", "off"), False)
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 _COUNTS = {"k": 10**3, "m": 10**6, "g": 10**9, "K": 2**10, "M": 2**20, "G": 2**30}  # 32k and 32K, as with vLLM
@@ -37,7 +37,7 @@ _SHOWN = 120  # characters of a wrong value in an error message
 
 @dataclass(frozen=True)
 class Rule:
-    """What a setting must be. An error says "{name} must be {what}"."""
+    """A condition on a setting. The error message is "{name} must be {what}, not {value}"."""
 
     what: str
     holds: Callable[[Any], bool]
@@ -56,7 +56,7 @@ def one_of(*choices: str) -> Rule:
 
 
 def setting(default: Any, help: str, rule: Rule | None = None) -> Any:
-    """Declare a field of a class of settings. None passes every rule of an optional field."""
+    """Declare a field of a class of settings. Optional fields may be None whatever their rule."""
     if isinstance(default, dict):
         return field(default_factory=lambda: dict(default), metadata={"help": help, "rule": rule})
     return field(default=default, metadata={"help": help, "rule": rule})
@@ -81,9 +81,12 @@ class Settings:
 
 @dataclass(frozen=True)
 class Reading:
-    """What a foreign spelling of a setting means: settings by name, and a note for the user ("" for none).
+    """The meaning of a foreign spelling of a setting, such as vLLM's.
 
-    `ignored` says that it has no effect here.
+    Attributes:
+        settings: Octavo's settings by name.
+        note: Text for the user about the translation; "" for none.
+        ignored: Whether the foreign setting has no effect in Octavo.
     """
 
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -96,8 +99,8 @@ class Alias:
     """A foreign spelling of a setting, such as vLLM's.
 
     Attributes:
-        read: Returns what a value means; None if the value is Octavo's own spelling. Raises ConfigError for what cannot
-            be honored and must not be ignored.
+        read: Returns the meaning of a value, or None if the value is Octavo's own spelling. Raises ConfigError for a
+            value that Octavo does not support and must not ignore.
         is_flag: Whether it is a flag without a value on the command line.
     """
 
@@ -107,7 +110,7 @@ class Alias:
 
 @dataclass(frozen=True)
 class Source:
-    """Values by name, and how their source spells a name, such as "--max-batch-size" or "OCTAVO_MAX_BATCH_SIZE"."""
+    """Values by name, and how their source spells names, such as "--max-batch-size" or "OCTAVO_MAX_BATCH_SIZE"."""
 
     kind: str  # environment, file, flag or keyword
     values: Mapping[str, Any]
@@ -117,12 +120,12 @@ class Source:
 
 @dataclass
 class Resolved:
-    """The settings that any source gave, each from the source of the highest rank.
+    """The settings given by any source. If several sources give one, the source of the highest rank wins.
 
     Attributes:
-        values: By name, converted; a name that is missing has its default.
-        origins: By name, such as "flag --max-batch-size".
-        warnings: One line each, for the user.
+        values: Converted values by name; a missing name has its default.
+        origins: The origin of each value by name, such as "flag --max-batch-size".
+        warnings: Lines for the user.
     """
 
     values: dict[str, Any] = field(default_factory=dict)
@@ -137,15 +140,16 @@ class Resolved:
 def resolve(
     classes: Sequence[type], aliases: Mapping[str, Alias], sources: Iterable[Source], hint: bool = True
 ) -> Resolved:
-    """Merge sources of settings, those of lower rank first.
+    """Merge sources of settings.
 
     Args:
-        classes: The classes that a name may be a setting of.
-        aliases: Foreign spellings. Where one is also a setting's name, it says what foreign values of it mean.
-        hint: Whether to warn of every environment variable that is no setting, or only of likely typing errors.
+        classes: The classes of settings; each name must be a field of one of them.
+        aliases: Foreign spellings by name. An alias that is also the name of a setting translates its foreign values.
+        sources: The sources in order of rank, the lowest first.
+        hint: Whether to warn of every unknown OCTAVO_ variable, or only of likely misspellings.
 
     Raises:
-        ConfigError: For an unknown name in a file or keyword, and a value that cannot be converted.
+        ConfigError: For an unknown name in a file, flag or keyword, and for an invalid value.
     """
     owners = {name: kind for kind in classes for name in settings_of(kind)}
     resolved, notes = Resolved(), _Notes()
@@ -166,7 +170,7 @@ def resolve(
                     raise ConfigError(f"{spelling} is set twice" if other == spelling else same)
                 given[setting_name] = spelling
                 if setting_name not in owners:
-                    continue  # of the server, where there is only an engine
+                    continue  # a setting of the server, in a process that has only an engine
                 try:
                     resolved.values[setting_name] = checked(owners[setting_name], setting_name, meant)
                 except ConfigError as error:
@@ -194,7 +198,7 @@ def file_source(file: Path) -> Source:
     import yaml
 
     class Loader(yaml.SafeLoader):
-        """Refuses a key that stands twice in a mapping, where YAML would silently keep the last."""
+        """Refuses a key that occurs twice in a mapping; YAML would silently keep the last one."""
 
         def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
             keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
@@ -229,7 +233,7 @@ def keyword_source(keywords: Mapping[str, Any]) -> Source:
 
 
 def checked(kind: type, name: str, value: Any) -> Any:
-    """Return `value`, from whatever source, as the type of a field that obeys the field's rule.
+    """Convert `value`, from any source, to the type of the field `name` of `kind`, and check the field's rule.
 
     Raises:
         ConfigError: "{name} must be {what}, not {value}".
@@ -251,11 +255,11 @@ def checked(kind: type, name: str, value: Any) -> Any:
 
 
 def convert(value: Any, hint: Any) -> Any:
-    """Return `value` as the type `hint`.
+    """Convert `value` to the type `hint`.
 
     Text becomes a number, true or false (also yes, no, on, off, 1, 0), a size, a list (a,b), a mapping (a=4,b=0.5) or,
-    where a setting may be unset, None ("none" or ""). Numbers may be numpy's, text may be a path. Nothing else is
-    converted: 2024 is no text, and true is no number.
+    if the setting is optional, None ("none", "null" or ""). numpy numbers and paths are accepted. Nothing else is
+    converted: the number 2024 is not accepted as text, nor true as a number.
 
     Raises:
         ValueError: `value` is of another type.
@@ -273,7 +277,7 @@ def convert(value: Any, hint: Any) -> Any:
     if isinstance(value, str):
         value = _from_text(value, base)
     elif isinstance(value, bool) and base in (int, float):
-        raise ValueError("a boolean is no number")
+        raise ValueError("a boolean is not a number")
     elif base is int and isinstance(value, float) and value.is_integer():
         value = int(value)
     if not _can_be_sent(value):
@@ -287,7 +291,7 @@ def convert(value: Any, hint: Any) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """Return numpy numbers and arrays as Python's, also those in a mapping."""
+    """Convert numpy numbers and arrays to Python's, including those in a mapping."""
     if isinstance(value, Mapping):
         return {key: _plain(each) for key, each in value.items()}
     return value.tolist() if hasattr(value, "tolist") else value
@@ -326,7 +330,7 @@ def format_value(kind: type, name: str, value: Any) -> str:
 
 
 def metavar(kind: type, name: str) -> str:
-    """Return what a flag's help shows in place of its value."""
+    """Return the placeholder for a flag's value in help texts, such as INTEGER."""
     base = _base(_type_of(kind, name))
     names = {int: "INTEGER", float: "NUMBER", Size: "SIZE", str: "TEXT"}
     return names.get(base, "TEXT")
@@ -347,7 +351,7 @@ def settings_of(kind: Any) -> "Mapping[str, dataclasses.Field[Any]]":
 
 
 class _Notes:
-    """Collects what was made of foreign spellings, for one line."""
+    """Collects the notes on foreign spellings, and joins them to one line."""
 
     def __init__(self) -> None:
         self._understood: list[str] = []
@@ -375,11 +379,11 @@ def _report_unknown(key: str, source: Source, known: Sequence[str], warnings: li
     close = difflib.get_close_matches(name, known, 1, cutoff=0.6 if hint else 0.8)
     if source.kind == "environment":
         if close:
-            warnings.append(f"{source.spell(name, '')} is no setting; did you mean {source.spell(close[0], '')}?")
+            warnings.append(f"{source.spell(name, '')} is not a setting; did you mean {source.spell(close[0], '')}?")
         elif hint:
-            warnings.append(f"{source.spell(name, '')} is no setting; octavo config lists them")
+            warnings.append(f"{source.spell(name, '')} is not a setting; octavo config lists all settings")
         return
-    advice = f"did you mean {close[0]}?" if close else "octavo config lists them"
+    advice = f"did you mean {close[0]}?" if close else "octavo config lists all settings"
     raise ConfigError(f"{source.where}unknown setting {key!r}: {advice}")
 
 
@@ -413,11 +417,11 @@ def _describe(hint: Any) -> str:
         str: "text",
         Size: "a size such as 4GiB or 500MB",
     }
-    return names.get(base, "such as a=1,b=2" if get_origin(base) is dict else "a list such as a,b")
+    return names.get(base, "pairs such as a=1,b=2" if get_origin(base) is dict else "a list such as a,b")
 
 
 def _from_text(text: str, base: Any) -> Any:
-    """Return text as what `msgspec.convert` can make the type `base` of."""
+    """Parse text into a value that `msgspec.convert` can convert to the type `base`."""
     if base is str:
         return text
     text = text.strip()
@@ -438,7 +442,7 @@ def _from_text(text: str, base: Any) -> Any:
         return parts
     pairs = [part.partition("=") for part in parts]
     if not all(name.strip() and equals for name, equals, _ in pairs):
-        raise ValueError("no name=value")
+        raise ValueError("not of the form name=value")
     return {name.strip(): value.strip() for name, _, value in pairs}
 
 

@@ -1,4 +1,4 @@
-"""Text on terminals: what comes from models, clients and files must not control the terminal that shows it."""
+"""Print text from models, clients and files without letting it control the terminal."""
 
 import sys
 import unicodedata
@@ -17,7 +17,7 @@ def printable(text: str, lines: bool = True) -> str:
     """Return `text` with escapes, such as \\x1b or \\u202e, in place of control and direction characters.
 
     Args:
-        lines: Whether newlines and tabs stay as they are.
+        lines: Whether to keep newlines and tabs.
     """
     if text.isprintable():  # false for every character that is replaced
         return text
@@ -25,7 +25,10 @@ def printable(text: str, lines: bool = True) -> str:
 
 
 def write_text(text: str, stream: TextIO | None = None) -> None:
-    """Write model output to stdout at once: made printable on a terminal, exactly as it is elsewhere."""
+    """Write model output to a stream (stdout by default) and flush it.
+
+    On a terminal, control characters are escaped; elsewhere the text is written unchanged.
+    """
     stream = stream or sys.stdout
     stream.write(printable(text) if stream.isatty() else text)
     stream.flush()

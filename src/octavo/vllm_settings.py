@@ -1,7 +1,7 @@
-"""vLLM's spellings of settings, so that its command lines, configuration files and keywords work as they stand.
+"""vLLM's spellings of settings, so that its command lines, configuration files and keywords work unchanged.
 
-What has no effect here and changes neither answers nor safety is ignored, with a note. What would change an answer or
-leave a server less protected than its owner believes is refused.
+A setting of vLLM's that Octavo lacks is ignored, with a note, if ignoring it is harmless. It is refused if ignoring it
+would change answers, or would leave a server less protected than its owner believes.
 """
 
 import json
@@ -11,7 +11,7 @@ from typing import Any
 from .errors import ConfigError
 from .settings import Alias, Reading, convert
 
-PAGE_TOKENS = 32  # a page holds a multiple of so many tokens
+PAGE_TOKENS = 32  # the number of tokens in a page is a multiple of this
 
 
 def _is_off(value: Any) -> bool:
@@ -61,7 +61,7 @@ def _read_block_size(value: Any) -> Reading:
 
 
 def _read_max_model_len(value: Any) -> Reading | None:
-    """vLLM's auto and -1 are the model's own limit."""
+    """Translate vLLM's auto and -1, which stand for the model's own limit."""
     return Reading({"max_model_len": None}) if str(value).strip().lower() in ("auto", "-1") else None
 
 
@@ -74,7 +74,7 @@ def _read_speculative_config(value: Any) -> Reading:
         raise ConfigError(f"speculative_config must be JSON such as {example}, not {value!r}") from None
     if method in ("ngram", "ngram_gpu", "suffix"):
         return Reading({"speculative_tokens": tokens}, f"is speculative_tokens {tokens}")
-    why = "drafts come from the text only, with speculative_tokens; the output is the same without"
+    why = "draft tokens come from the sequence's own text only: see speculative_tokens; the output is the same"
     return Reading(note=f"({why})", ignored=True)
 
 
@@ -94,8 +94,8 @@ def _read_no_access_log(value: Any) -> Reading:
 _OWN_INTEGERS = ("auto", "is quantization auto: the file's own integers")
 _EIGHT_BITS_KV = ("int8", "is kv_cache_dtype int8: 8 bits, with scales")
 _HALF = ("auto", "is computed in bfloat16")
-_NO_TLS = "this server speaks plain HTTP only; put a proxy with TLS before it"
-_LOCAL = "one device, one process"
+_NO_TLS = "this server speaks plain HTTP only; put a proxy with TLS in front of it"
+_LOCAL = "the engine runs on one device in one process"
 _NO_TOOLS = "tool calls are not parsed yet; requests with tools are refused"
 _LOGGING = "see access_log"
 _OTHER_ANSWERS = "it would change answers"
@@ -152,20 +152,20 @@ _VALUES: dict[str, Alias] = {
     "max_long_partial_prefills": _ignored("max_batch_tokens bounds a step"),
     "long_prefill_token_threshold": _ignored("max_batch_tokens bounds a step"),
     "prefix_caching_hash_algo": _ignored("there is one"),
-    "max_logprobs": _ignored("requests may ask for 20"),
+    "max_logprobs": _ignored("the limit is always 20"),
     "uvicorn_log_level": _ignored(_LOGGING),
     "max_log_len": _ignored(_LOGGING),
     "task": _ignored("models generate text"),
     "runner": _ignored("models generate text"),
     "model_impl": _ignored("there is one"),
     "api_key": _refused(
-        "api_key", "this version checks no keys, so anyone would be served; put a proxy that checks them before it"
+        "api_key", "this version checks no keys and would serve anyone; put a proxy that checks keys in front of it"
     ),
     "ssl_keyfile": _refused("ssl_keyfile", _NO_TLS),
     "ssl_certfile": _refused("ssl_certfile", _NO_TLS),
     "ssl_ca_certs": _refused("ssl_ca_certs", _NO_TLS),
     "ssl_cert_reqs": _refused("ssl_cert_reqs", _NO_TLS),
-    "middleware": _refused("middleware", "it could be what checks who calls; put it into a proxy"),
+    "middleware": _refused("middleware", "without it, authentication might be missing; put it into a proxy"),
     "max_new_tokens": _refused(
         "max_new_tokens", "the output of a request is limited by its max_tokens and max_model_len"
     ),
@@ -213,4 +213,4 @@ _FLAGS: dict[str, Alias] = {
 }
 
 VLLM: Mapping[str, Alias] = _VALUES | _FLAGS
-"""By vLLM's name. Where it is also Octavo's name of a setting: what vLLM's values of it mean."""
+"""Aliases by vLLM's name. If Octavo has a setting of the same name, the alias translates vLLM's values of it."""

@@ -131,7 +131,7 @@ def test_flags_win_over_the_file_and_the_file_over_the_environment(tiny_llama: P
     file.write_text(f"model: {tiny_llama}\nmax-model-len: 3\n")
     prompt = "four or more tokens"
     model = str(tiny_llama)
-    assert "than the 2 tokens" in complaint("generate", model, prompt, "--config", file, OCTAVO_MAX_MODEL_LEN="100")
+    assert "than 2 tokens" in complaint("generate", model, prompt, "--config", file, OCTAVO_MAX_MODEL_LEN="100")
     assert answer("generate", model, prompt, "--config", file, *GREEDY, "--max-model-len", "100")
     file.write_text("max-modle-len: 3\n")
     assert "max-modle-len" in complaint("generate", model, prompt, "--config", file)

@@ -47,7 +47,7 @@ def test_a_mistake_in_the_environment() -> None:
     assert "max_batch_size must be an integer of at least 1, not 'x'" in complaint("config", OCTAVO_MAX_BATCH_SIZE="x")
     done = octavo("config", OCTAVO_MAX_BATCHSIZE="4")
     assert (done.returncode, done.stderr.count("\n")) == (0, 1)
-    assert "OCTAVO_MAX_BATCHSIZE is no setting; did you mean OCTAVO_MAX_BATCH_SIZE?" in done.stderr
+    assert "OCTAVO_MAX_BATCHSIZE is not a setting; did you mean OCTAVO_MAX_BATCH_SIZE?" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -455,7 +455,7 @@ def test_measure_then_simulate(tiny_llama: Path, tmp_path: Path) -> None:
         (["TRACE", "--cost-model", "missing"], "cannot read missing"),
         (["TRACE", "--cost-model", "COSTS", "--quantization", "4bit"], "measured with quantization 8bit"),
         (["TRACE", "--cost-model", "COSTS", "--speculative-tokens", "4"], "speculative_tokens"),
-        (["TRACE", "--cost-model", "COSTS", "--kv-disk", "folder"], "measure with --kv-disk"),
+        (["TRACE", "--cost-model", "COSTS", "--kv-disk", "folder"], "measure again with --kv-disk"),
         (["TRACE", "--cost-model", "COSTS", "--sweep", "quantization=8bit,4bit"], "quantization 8bit"),
         (["--measure", "--cost-model", "no/folder/costs"], "no such folder"),
         (["TRACE", "--cost-model", "COSTS", "--sweep", "pages"], "--sweep must be"),

@@ -138,7 +138,7 @@ def test_bad_requests_harm_nobody(tiny_llama):
         for prompt, error in (("", InvalidRequest), ([9] * 600, PromptTooLong), ([512], InvalidRequest)):
             with pytest.raises(error):
                 await llm.agenerate(prompt)
-        with pytest.raises(InvalidRequest, match="stop_token_ids names tokens beyond the vocabulary of 512"):
+        with pytest.raises(InvalidRequest, match="stop_token_ids has token ids beyond the vocabulary of 512"):
             await llm.agenerate("a", SamplingParams(stop_token_ids=[512]))
         (output,) = await good
         assert len(output.outputs[0].token_ids) == 400

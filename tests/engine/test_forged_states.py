@@ -150,5 +150,5 @@ def test_an_engine_that_is_killed_keeps_them_apart(
 def test_a_pipe_is_no_state(llm: LLM, tmp_path: Path) -> None:
     """Without a writer, to open one would wait for ever."""
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(InvalidKVState, match="no regular file"):
+    with pytest.raises(InvalidKVState, match="not a regular file"):
         llm.load_kv_cache_state(tmp_path / "pipe")

@@ -131,9 +131,9 @@ def test_files_that_cannot_be_used(llm: LLM, tmp_path: Path) -> None:
     with pytest.raises(InvalidKVState, match="No such file"):
         llm.load_kv_cache_state(tmp_path / "missing")
     (tmp_path / "text").write_text("a letter, not a state\n" * 9)
-    with pytest.raises(InvalidKVState, match="no file of KV pages"):
+    with pytest.raises(InvalidKVState, match="not a file of KV pages"):
         llm.load_kv_cache_state(str(tmp_path / "text"))
-    with pytest.raises(InvalidKVState, match="tokens that this model has not"):
+    with pytest.raises(InvalidKVState, match="tokens beyond this model's vocabulary"):
         save_state(
             tmp_path / "crafted",
             tokens=[512],
@@ -161,9 +161,9 @@ def test_other_models_and_recipes_are_refused(
     state = first_turn(llm)
     state.save(tmp_path / "a.kv")
     with LLM(str(tiny_llama), **recipe) as other:
-        with pytest.raises(InvalidKVState, match="is of another model, quantization or layout"):
+        with pytest.raises(InvalidKVState, match="belongs to another model, quantization or layout"):
             other.load_kv_cache_state(tmp_path / "a.kv")
-        with pytest.raises(InvalidKVState, match="is of another model, quantization or layout"):
+        with pytest.raises(InvalidKVState, match="belongs to another model, quantization or layout"):
             other.generate("x", GREEDY, kv_cache_state=state)
 
 

@@ -150,7 +150,7 @@ def test_a_dropped_state_is_refused(llm: LLM) -> None:
 def test_states_of_another_engine_are_refused(llm: LLM, tiny_llama: Path) -> None:
     with LLM(str(tiny_llama)) as other:
         state = first_turn(other)
-        with pytest.raises(InvalidKVState, match="is another engine's"):
+        with pytest.raises(InvalidKVState, match="belongs to another engine"):
             llm.generate("x", GREEDY, kv_cache_state=state)
     state.drop()  # its engine is gone
     with pytest.raises(EngineDead):

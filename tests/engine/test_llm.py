@@ -253,7 +253,7 @@ def test_a_sink_that_fails_ends_its_own_request_only(llm):
         ({"kv_cache_memory": "lots"}, ConfigError, "kv_cache_memory must be a size such as 4GiB"),
         ({"kv_cache_memory": "1000TiB"}, OutOfMemory, ""),
         ({"kv_cache_memory": "1"}, OutOfMemory, "set kv_cache_memory to at least"),
-        ({"max_model_len": 513}, ConfigError, "max_model_len is 513, but the model ends at 512 tokens"),
+        ({"max_model_len": 513}, ConfigError, "max_model_len must be at most the model's 512, not 513"),
         ({"tensor_parallel_size": 4}, ConfigError, "tensor_parallel_size must be 1"),
         ({"backend": "cpu", "dtype": "float32"}, ConfigError, "torch"),
     ],

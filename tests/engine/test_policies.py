@@ -317,7 +317,11 @@ def test_a_policy_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, t
         ("empty:Mine", "", "empty has no Mine"),
         ("other:Mine", "class Mine: pass", "other has Mine, which is not a subclass of Policy"),
         ("thing:Mine", "Mine = 3", "thing has Mine, which is not a subclass of Policy"),
-        ("fails:Mine", MINE + "def __init__(self, config):\n        {}['seat']", "does not start: KeyError: 'seat'"),
+        (
+            "fails:Mine",
+            MINE + "def __init__(self, config):\n        {}['seat']",
+            "its constructor raised KeyError: 'seat'",
+        ),
     ],
 )
 def test_a_bad_policy_fails_at_the_start(

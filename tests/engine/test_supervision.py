@@ -64,7 +64,7 @@ def hostile(monkeypatch: pytest.MonkeyPatch) -> None:
         ("Crash", "exit code 139"),
         ("KillItself", "killed by SIGKILL"),
         ("Segfault", "killed by SIGSEGV"),
-        ("HoldTheLock", "no sign of life for 2.5 s"),
+        ("HoldTheLock", "no message for 2.5 s"),
     ],
 )
 def test_a_request_that_crashes_engines_fails_alone(tiny_llama: Path, hostile: None, policy: str, reason: str) -> None:

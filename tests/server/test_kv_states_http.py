@@ -164,7 +164,7 @@ def test_requests_that_have_no_one_state(client: openai.OpenAI) -> None:
             told = error(openai.BadRequestError, complete, client, state=state, **options)
             assert told["param"] == "kv_cache_state" and "n must be 1" in told["message"]
         error(openai.BadRequestError, chat, client, HELLO, state, n=2)
-    assert "is no chat's" in error(openai.BadRequestError, chat, client, HELLO, handle)["message"]
+    assert "is not from a chat" in error(openai.BadRequestError, chat, client, HELLO, handle)["message"]
     told = error(openai.BadRequestError, complete, client, "x", handle, extra={"cache_salt": "s"})
     assert "of another tenant or cache_salt" in told["message"]
     handle = chat(client, HELLO).kv_cache_state["id"]

@@ -32,7 +32,7 @@ def test_the_bound() -> None:
         admission.check(live, asked)
     for live, asked in ((5, 1), (4, 2), (1, 5)):
         assert refused(admission, live, asked) >= 1
-    with pytest.raises(InvalidRequest, match="6 completions in one call are more than the 5"):
+    with pytest.raises(InvalidRequest, match="6 completions in one call exceed the limit of 5"):
         admission.check(0, 6)
     assert admission.refused == 3
 
@@ -146,7 +146,7 @@ def test_a_full_server(tiny_llama: Path, stream: bool) -> None:
             pass
         for body in ({"prompt": ["x"] * 7}, {"prompt": ["x", "y"], "n": 4}):
             reply = http.post("/v1/completions", json=body | {"stream": stream})
-            assert reply.status_code == 400 and "more than the 6" in reply.json()["error"]["message"]
+            assert reply.status_code == 400 and "exceed the limit of 6" in reply.json()["error"]["message"]
 
 
 USER = {"role": "user", "content": "x"}

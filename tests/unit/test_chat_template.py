@@ -114,7 +114,7 @@ def test_limits_of_the_input(monkeypatch: pytest.MonkeyPatch) -> None:
     with made("{{ messages[0].content * 100 }}") as template:
         for messages, reason in [
             (HELLO * 400_000, "at most 10,000 messages"),
-            ([{"role": "user", "content": "x" * 10_000}], "at most 10,000 are taken"),
+            ([{"role": "user", "content": "x" * 10_000}], "the limit is 10,000"),
             ([{"role": "user", "content": "x" * 1000}], "a prompt of over 10,000 bytes"),
             ([{"role": "user", "content": "\ud800"}], "valid Unicode"),
             ([{"role": "user", "content": object()}], "must be JSON"),

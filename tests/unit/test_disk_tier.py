@@ -281,7 +281,7 @@ def test_a_folder_that_is_removed_and_comes_back(tmp_path: Path, caplog: pytest.
 def test_a_folder_that_cannot_be_used(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for folder in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/octavo")):
-        with pytest.raises(ConfigError, match="give a folder that may be written to") as error:
+        with pytest.raises(ConfigError, match="give a folder that you can write to") as error:
             open_tier(folder)
         assert "\n" not in str(error.value)
     with pytest.raises(ConfigError, match="kv_disk_size must be at least"):

@@ -117,7 +117,7 @@ def test_one_name_twice_in_a_safetensors_header(tiny_llama: Path, tmp_path: Path
         b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"a":{"dtype":"I64","shape":[1],"data_offsets":[0,8]}}'
     )
     (model / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
-    refuse(lambda: open_checkpoint(model), DamagedWeights, "two tensors of one name|duplicate|damaged")
+    refuse(lambda: open_checkpoint(model), DamagedWeights, "two tensors have the same name|duplicate|damaged")
 
 
 # Content

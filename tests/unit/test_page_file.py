@@ -160,10 +160,10 @@ def test_a_state_comes_back(tmp_path: Path) -> None:
 def test_what_is_no_state_is_refused_in_one_line(tmp_path: Path) -> None:
     good = write_pages(tmp_path / "good")
     damages = {
-        "no file of KV pages": b"GGUF" + good,
+        "not a file of KV pages": b"GGUF" + good,
         "incomplete": good[:-1],
         "header is damaged": good[:-1] + bytes([good[-1] ^ 1]),
-        "is of format 7": good[:8] + b"\x07" + good[9:],
+        "has format 7": good[:8] + b"\x07" + good[9:],
     }
     for message, content in damages.items():
         (tmp_path / "bad").write_bytes(content)

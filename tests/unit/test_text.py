@@ -270,7 +270,9 @@ def test_end_tokens_that_are_no_ids(value: Any, tiny_llama: Path, tmp_path: Path
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).write_bytes((tiny_llama / name).read_bytes())
     (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": value}))
-    with pytest.raises(DamagedWeights, match=r"config.json has eos_token_id = .*; it must be a token id or several"):
+    with pytest.raises(
+        DamagedWeights, match=r"config.json has eos_token_id = .*; it must be a token id or a list of them"
+    ):
         Tokenizer.load(tmp_path)
 
 

@@ -218,10 +218,10 @@ U8, U32, STRING, ARRAY = (number(kind, 4) for kind in (0, 4, 8, 9))
         (header([string(b"k") + ARRAY + U32 + number(60)], []), "an array runs past the end"),
         (header([string(b"k") + ARRAY + U8 + number(2**62)], []), "does not fit in the file"),
         (header([string(b"k") + ARRAY + ARRAY + number(1)], []), "value type 9"),
-        (header([string(b"k") + U8 + b"\0"] * 2, []), "key 'k' twice"),
+        (header([string(b"k") + U8 + b"\0"] * 2, []), "key 'k' occurs twice"),
         (header([string(b"\xff") + U8 + b"\0"], []), "invalid start byte"),
         (header([string(b"general.alignment") + U32 + number(0, 4)], []), "alignment 0"),
-        (header([], [tensor_info([1])] * 2), "two tensors of one name"),
+        (header([], [tensor_info([1])] * 2), "two tensors have the same name"),
         (header([], [tensor_info([])]), "0 dimensions"),
         (header([], [tensor_info([0])]), "does not fit in the file"),
         (header([], [tensor_info([2**62, 2**62])]), "does not fit in the file"),
@@ -394,7 +394,7 @@ def test_tensors_must_fit_the_config(tiny_model: TinyModel) -> None:
         DamagedWeights, match=r"gate_proj.weight' has shape \[160, 96\]; its config requires \[192, 96\]"
     ):
         describe_model(checkpoint.config | {"intermediate_size": 192}, checkpoint.tensors)
-    with pytest.raises(UnsupportedModel, match=r"q_norm\.weight' that a model of its config does not use"):
+    with pytest.raises(UnsupportedModel, match=r"q_norm\.weight' that a model with its config does not use"):
         extra = Tensor("model.layers.0.self_attn.q_norm.weight", (32,), "F32", np.zeros((1, 128), np.uint8))
         describe_model(checkpoint.config, {**checkpoint.tensors, extra.name: extra})
     strange = Tensor(name, (96, 160), "F8_E4M3", np.zeros((96, 160), np.uint8))

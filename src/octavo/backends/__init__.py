@@ -1,1 +1,1 @@
-"""The only door to hardware. Import the backend you want: each brings dependencies of its own."""
+"""Backends: the only code that uses the hardware. Import only the one that you use: each has its own dependencies."""

@@ -1,4 +1,4 @@
-"""Backend: the interface to the hardware. The batch of one step, and what a backend must compute from it."""
+"""Backend: the interface to the hardware. Defines the batch of one step and the result that a backend must compute."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -97,14 +97,14 @@ class Backend(Protocol):
 
     Only `step` and `logits` may take long.
 
-    A row's result must be bitwise the same whatever else is in the batch, however its prompt was cut into chunks, and
-    whichever pages were allocated for it. (The torch backend is an oracle for tests and exempt.)
+    A row's result must be bitwise the same for any other rows in the batch, any division of its prompt into chunks, and
+    any pages allocated for it. (The torch backend, an oracle for tests, is exempt.)
 
     Attributes:
         page_size: tokens per KV page.
         page_bytes: bytes of one KV page, all layers together.
-        arithmetic: names all that decides a page's bits beside weights and page size: kernels, instruction set, recipe,
-            dtypes.
+        arithmetic: identifies everything that determines a page's bits besides weights and page size: kernels,
+            instruction set, recipe, dtypes.
     """
 
     spec: DecoderSpec
@@ -113,14 +113,14 @@ class Backend(Protocol):
     arithmetic: str
 
     def allocate_kv(self, num_pages: int) -> None:
-        """Allocate the KV pool. Raises OutOfMemory, which says how many pages would fit."""
+        """Allocate the KV pool. Raises OutOfMemory, whose message says how many pages would fit."""
         ...
 
     def export_page(self, page: int) -> np.ndarray:
-        """Return a page's content, uint8 [page_bytes], read-only: a view of the pool if possible, else a copy.
+        """Return a page's content, uint8 [page_bytes], read-only: a view of the pool if possible, otherwise a copy.
 
-        Any thread may call this, while the page is referenced and no step writes it. The layout of the bytes is the
-        backend's own; an engine of the same fingerprint may import them. Raises ValueError if there is no such page.
+        Any thread may call this while the page is referenced and no step writes to it. The backend chooses the layout
+        of the bytes; engines with the same fingerprint may import them. Raises ValueError if there is no such page.
         """
         ...
 
@@ -169,10 +169,10 @@ class BackendFactory(Protocol):
         Args:
             parameters: by the canonical names of model/decoder.py; each is read once.
             page_size: tokens per KV page.
-            max_batch_tokens: rows of a step at most.
-            max_batch_size: sampled rows of a step at most.
-            quantization: how weights are held: "auto", "none", "8bit" or "4bit" (see EngineConfig).
-            kv_cache_dtype: how keys and values are held: "bf16" or "int8".
+            max_batch_tokens: maximum number of rows in a step.
+            max_batch_size: maximum number of sampled rows in a step.
+            quantization: format of the weights: "auto", "none", "8bit" or "4bit" (see EngineConfig).
+            kv_cache_dtype: format of keys and values: "bf16" or "int8".
 
         Raises:
             ConfigError, OutOfMemory

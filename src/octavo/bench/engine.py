@@ -74,7 +74,9 @@ def run_batch(engine: Engine, prompts: list[list[int]], output_len: int, advance
     """
     longest = max(map(len, prompts)) + output_len
     if longest > engine.info.max_model_len:
-        raise PromptTooLong(f"{longest} tokens in and out do not fit in the context of {engine.info.max_model_len}")
+        raise PromptTooLong(
+            f"{longest} tokens of prompt and output do not fit in the context of {engine.info.max_model_len}"
+        )
     params = SamplingParams(temperature=0, max_tokens=output_len, ignore_eos=True, seed=0)
     before = engine.stats()
     started = time.perf_counter()

@@ -1,4 +1,4 @@
-"""A load generator for any OpenAI-compatible server: many streamed requests, and when each token arrives.
+"""A load generator for any OpenAI-compatible server: sends many streaming requests and records when tokens arrive.
 
 The client often shares its cores with the server, so it must use little processor time: an asyncio.Protocol feeds the
 httptools parser on uvloop. (An httpx stream uses several times as much for the same tokens.)
@@ -94,8 +94,8 @@ async def measure(
     """Send every prompt, after one unmeasured request that warms the server up.
 
     Args:
-        concurrency: Requests in flight at the same time, at most.
-        request_rate: Arrivals per second, as a Poisson process; None: all at once.
+        concurrency: Maximum number of requests in flight at the same time.
+        request_rate: Arrivals per second of a Poisson process; None for all at once.
         advance: Called with 1 when a request has finished.
 
     Raises:

@@ -10,7 +10,7 @@ SUFFIXES = (".png", ".svg")
 
 
 def check_plot(file: Path) -> None:
-    """Raise ConfigError if `file` cannot be plotted to. Called before anything is measured."""
+    """Raise ConfigError if no plot can be written to `file`. Called before anything is measured."""
     if importlib.util.find_spec("matplotlib") is None:
         raise ConfigError("--plot needs matplotlib: pip install 'octavo[plot]'")
     if file.suffix not in SUFFIXES:

@@ -18,7 +18,7 @@ from octavo.errors import ConfigError
 from octavo.terminal import console as plain_console
 from octavo.version import __version__
 
-REFRESH_SECONDS = 0.5  # between redraws of a progress bar, which take time from what is being measured
+REFRESH_SECONDS = 0.5  # between redraws of a progress bar, which slow down the measured program
 
 # JSON key -> heading, for figures with a mean and percentiles over requests or tokens
 SPREADS = {
@@ -47,8 +47,8 @@ class RequestTimes:
     """One request. Times are in seconds of time.perf_counter().
 
     Attributes:
-        arrivals: When each token arrived; over HTTP, each chunk with text.
-        error: Why it failed; None if it did not.
+        arrivals: The arrival of each token; over HTTP, of each chunk with text.
+        error: The reason for a failure; None if the request succeeded.
     """
 
     sent: float
@@ -60,7 +60,7 @@ class RequestTimes:
 
 @dataclass(frozen=True)
 class Run:
-    """Requests that ran together, and for how many seconds.
+    """Requests that ran together, and the duration of the run in seconds.
 
     Attributes:
         python_share: Fraction of the time in engine steps that was spent outside the backend; None if unknown.

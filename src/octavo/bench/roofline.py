@@ -1,4 +1,4 @@
-"""octavo bench roofline: the time of steps, the least time that this machine could take, and where the time goes.
+"""octavo bench roofline: measure steps, the least time they could take on this machine, and where the time is spent.
 
 The model is the roofline of Williams, Waterman and Patterson (Communications of the ACM, 2009): a step takes at least
 
@@ -30,7 +30,7 @@ from .report import progress
 
 BATCH_SIZES, CONTEXT, PREFILLS = (1, 8, 64, 256), 128, (512, 2048)
 MORE_BATCH_SIZES, MORE_CONTEXTS = (2, 4, 16, 32, 128), (512, 1024, 2048, 4096, 7500)  # for the plot
-WARM_UP, STEPS = 2, 12  # of decode, for each figure
+WARM_UP, STEPS = 2, 12  # decode steps for each figure
 PREFILL_RUNS = 3
 # Parts of a step's time -> ops of the native program. The other ops are "row_wise"; time outside the program is "host".
 PARTS = {"linear": ("linear",), "attention": ("attention",), "head": ("head",), "sampling": ("sample",)}
@@ -57,10 +57,10 @@ class Work:
     linear: float
     attention: float
     head: float
-    integers: float = 0  # operations, of those above, that are on int8
+    integers: float = 0  # int8 operations among those above
 
     def floor(self, ceilings: Ceilings) -> tuple[float, str]:
-        """Return the least seconds that the work takes, and what limits it: "memory" or "compute"."""
+        """Return the least seconds that the work takes, and the limiting resource: "memory" or "compute"."""
         memory = (self.weight_bytes + self.kv_bytes) / ceilings.bytes_per_second
         floats = self.linear + self.attention + self.head - self.integers
         arithmetic = floats / ceilings.operations_per_second + self.integers / ceilings.integer_operations_per_second
@@ -133,7 +133,7 @@ def measure(config: EngineConfig, seed: int, for_plot: bool) -> tuple[Ceilings, 
             for length in prefills:
                 measured.append(bench.prefill(length, config.max_batch_tokens))
                 advance(1)
-        # Other programs may have taken time in one of the two measurements: the better one is nearer to the peak.
+        # Other programs may have slowed down one of the two measurements, so the faster one is nearer to the peak.
         best = map(max, before, engine.backend.ceilings())
         ceilings = Ceilings(engine.backend.isa, config.num_threads, *best)
         return ceilings, [each.report(ceilings) for each in measured]
@@ -195,7 +195,7 @@ class Bench:
         """Measure the prefill of one prompt, `chunk` tokens per step, up to its first token of output."""
         runs = []
         for run in range(1 + PREFILL_RUNS):
-            if run == 1:  # the first is to warm up
+            if run == 1:  # the first run is a warm-up
                 self.backend.profile(True)
             self._add([self._prompt(length)], max_tokens=1)
             seconds = 0.0

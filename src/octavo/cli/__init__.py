@@ -46,16 +46,16 @@ def _root(
 def main() -> NoReturn:
     """Run the command line and exit.
 
-    Exit codes: 0; 2 after an error that the user can correct, 1 after one of an engine, either printed as one line; 130
-    after Ctrl-C.
+    Exit codes: 0 on success, 1 after a failure of an engine, 2 after an error that the user can correct, 130 after
+    Ctrl-C. Errors are printed as one line.
     """
     _set_errors(sys.stdin, "surrogateescape")  # a prompt that is not valid text becomes an InvalidRequest
     _set_errors(sys.stdout, "replace")  # a model may write characters that the terminal's encoding lacks
     try:
-        # Only the command that is run, if it is named: the flags of all of them take a while to make.
+        # Build only the flags of the command that is run: building those of all commands takes noticeable time.
         commands = [name for name in sys.argv[1:2] if name in _COMMANDS] or _COMMANDS
         code: Any = _app(commands)(prog_name="octavo", standalone_mode=False)
-        if sys.stdout is not None:  # it is None where the caller closed it
+        if sys.stdout is not None:  # None if the caller closed it
             sys.stdout.flush()
     except OctavoError as error:
         _fail(str(error), _ENGINE_FAILED if isinstance(error, EngineDead) else _USAGE)
@@ -66,11 +66,11 @@ def main() -> NoReturn:
         _fail(f"{message}{' See' if message.endswith('?') else '; see'} {command} --help")
     except (KeyboardInterrupt, typer.Abort):
         code = _INTERRUPTED
-    except BrokenPipeError:  # the reader of a pipe has left; nothing may be written to stdout at exit either
+    except BrokenPipeError:  # the reader of a pipe has ended; nothing may be written to stdout at exit either
         _discard_output()
         code = 0
     except OSError as error:
-        if error.filename is not None or sys.stdout is None:  # no failure of a stream
+        if error.filename is not None or sys.stdout is None:  # the error is not a failure of stdout
             raise
         _discard_output()
         _fail(f"cannot write the output: {error.strerror}")
@@ -78,7 +78,7 @@ def main() -> NoReturn:
 
 
 def _discard_output() -> None:
-    """Have what is still buffered for stdout go nowhere at exit."""
+    """Discard what is still buffered for stdout, so that nothing is written at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

@@ -1,4 +1,4 @@
-"""octavo bench: the speed of the engine (throughput, latency), its limits (roofline), and the speed of any server."""
+"""octavo bench: measure the engine (throughput, latency, roofline) or any OpenAI-compatible server (serve)."""
 
 import dataclasses
 from collections import Counter
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 InputLen = Annotated[int, typer.Option(min=1, help="Tokens in each prompt.")]
 OutputLen = Annotated[int, typer.Option(min=1, help="Tokens to generate for each prompt.")]
 NumPrompts = Annotated[int, typer.Option(min=1, help="Number of requests.")]
-Seed = Annotated[int, typer.Option(help="The same seed gives the same prompts.")]
+Seed = Annotated[int, typer.Option(help="Seed of the random prompts; the same seed gives the same prompts.")]
 OutputJson = Annotated[Path | None, typer.Option(help="Also write the figures to this file, as JSON.")]
 
 
@@ -44,7 +44,7 @@ def throughput(
     output_len: OutputLen = 128,
     num_prompts: NumPrompts = 64,
     repeat: Annotated[
-        int, typer.Option(min=1, help="Number of runs; the one with the median output rate is shown.")
+        int, typer.Option(min=1, help="Number of runs; the run with the median output rate is shown.")
     ] = 1,
     seed: Seed = 0,
     output_json: OutputJson = None,
@@ -69,7 +69,7 @@ def latency(
     seed: Seed = 0,
     output_json: OutputJson = None,
 ) -> None:
-    """Run small batches one after another, and report the time that a request takes."""
+    """Run small batches one after another and report the latency of requests."""
     from octavo.bench.engine import Load, run_batches
     from octavo.bench.report import joined, show, summarize
 
@@ -89,7 +89,7 @@ def roofline(
     ] = None,
     output_json: OutputJson = None,
 ) -> None:
-    """Measure the machine's peak rates, how near decode and prefill steps come to them, and where time goes."""
+    """Measure the machine's peak rates, which share of them decode and prefill steps reach, and where time is spent."""
     from octavo.bench import plot as bench_plot
     from octavo.bench import roofline as bench_roofline
     from octavo.bench.report import write_json
@@ -120,7 +120,10 @@ def serve(
         float | None, typer.Option(min=0.001, help="Arrivals per second, at random times; by default all at once.")
     ] = None,
     ignore_eos: Annotated[
-        bool, typer.Option(help="Request exactly output-len tokens; turn it off for servers that refuse the field.")
+        bool,
+        typer.Option(
+            help="Send ignore_eos, so that every output has output-len tokens; turn it off for servers that refuse it."
+        ),
     ] = True,
     api_key: Annotated[str | None, typer.Option(envvar="OPENAI_API_KEY", help="API key of the server.")] = None,
     seed: Seed = 0,
@@ -129,7 +132,7 @@ def serve(
     ] = None,
     output_json: OutputJson = None,
 ) -> None:
-    """Send streamed requests to an OpenAI-compatible server, and report throughput and latencies."""
+    """Send streaming requests to an OpenAI-compatible server and report throughput and latencies."""
     import uvloop
 
     from octavo.bench.http import find_endpoint, measure, random_prompts

@@ -23,7 +23,7 @@ _HELP = """\
 /reset        start a new conversation
 /system TEXT  start a new conversation with these instructions
 /help         print this list
-/exit         leave, as Ctrl-D does; Ctrl-C stops an answer"""
+/exit         leave (also Ctrl-D); Ctrl-C stops an answer"""
 
 
 def register(app: typer.Typer) -> None:
@@ -44,7 +44,7 @@ def chat(
 
     with LLM.from_config(config) as llm:
         if not llm.tokenizer.has_chat_template:
-            raise InvalidRequest(f"{config.model} has no chat template: try octavo generate")
+            raise InvalidRequest(f"{config.model} has no chat template; use octavo generate instead")
         _Chat(llm, params, config.model_name, system).run()
 
 
@@ -53,7 +53,7 @@ class _Chat:
 
     def __init__(self, llm: "LLM", params: SamplingParams, name: str, system: str | None) -> None:
         self.llm, self.params, self.name = llm, params, name
-        # Answers do not pass through it: Rich would expand tabs and wrap lines.
+        # Not used for answers: Rich would expand tabs and wrap lines.
         self.remarks = console(stderr=True, soft_wrap=True)
         self.interactive = sys.stdin.isatty() and sys.stdout.isatty()
         self.restart(system)
@@ -83,7 +83,7 @@ class _Chat:
                     else "new conversation without instructions"
                 )
             elif command.startswith("/"):
-                self.complain(f"no command {command}; /help lists them")
+                self.complain(f"unknown command {command}; /help lists the commands")
             else:
                 self.answer(line)
 
@@ -139,7 +139,7 @@ class _Chat:
         self.say(f"{tokens} tokens{speed}{end}")
 
     def say(self, text: str) -> None:
-        """Print a remark in a dim style; nothing unless both stdin and stdout are terminals."""
+        """Print a remark in a dim style, if both stdin and stdout are terminals."""
         if self.interactive:
             self.remarks.print(printable(text), style="dim")
 

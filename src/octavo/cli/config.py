@@ -1,4 +1,4 @@
-"""octavo config: every setting, its value and where the value comes from."""
+"""octavo config: print every setting, its value and the origin of the value."""
 
 import json
 from typing import Annotated
@@ -23,7 +23,7 @@ def show(
 ) -> None:
     """Print every setting of octavo serve, its value, and where the value comes from.
 
-    Takes the flags, the --config file and the environment variables of octavo serve, and loads no model.
+    Accepts the same flags, --config file and environment variables as octavo serve. Loads no model.
     """
     built: dict[type, object] = {kind: settings.build(kind) for kind in PANELS}
     if as_json:

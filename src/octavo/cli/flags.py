@@ -21,18 +21,18 @@ from octavo.vllm_settings import VLLM
 
 Result = TypeVar("Result")
 
-CLASSES = (EngineConfig, ServerConfig)  # a --config file may have settings of both, whichever the command uses
+CLASSES = (EngineConfig, ServerConfig)  # a --config file may set fields of both, even if the command uses only one
 PANELS = {EngineConfig: "Engine", ServerConfig: "Server"}
 SHORT = {"tensor_parallel_size": ("-tp",)}
 _BOOLEANS = {name for kind in CLASSES for name in settings_of(kind) if is_boolean(kind, name)}
 _FOREIGN = "octavo.vllm_flags"  # key of the context's `meta`
-# Sampling parameters of no use to one stream of text, and one that is a setting of the engine too.
+# Sampling parameters that are useless for one stream of text, and one that is also a setting of the engine.
 _NOT_FLAGS = ("n", "logprobs", "logit_bias", "speculative_tokens")
-_TOKENS_PER_REQUEST = "--max-new-tokens"  # another usual name of --max-tokens
+_TOKENS_PER_REQUEST = "--max-new-tokens"  # another common name for --max-tokens
 
 
 class Command(TyperCommand):
-    """A command that also takes vLLM's flags. They are no typer options, which take long to make."""
+    """A command that also accepts vLLM's flags. They are not typer options, since those are slow to build."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         own = {name for param in self.get_params(ctx) for name in (*param.opts, *param.secondary_opts)}
@@ -47,7 +47,7 @@ def settings_flags(
     """Replace the parameter `settings: Resolved` of a command by --config and a flag for each setting of `classes`.
 
     Args:
-        model_argument: Whether the model may also be named by an argument, beside --model.
+        model_argument: Whether the model may be given as an argument as well as by --model.
     """
     flags = [*([_model_argument()] if model_argument else []), _config_flag(), _context()]
     for kind in classes:
@@ -66,7 +66,7 @@ def sampling_flags(max_tokens: int | None) -> Callable[[Callable[..., Result]], 
     """Replace the parameter `params: SamplingParams` of a command by a flag for each sampling parameter.
 
     Args:
-        max_tokens: The default of --max-tokens; None: until the context is full.
+        max_tokens: The default of --max-tokens; None generates until the context is full.
     """
     defaults: dict[str, Any] = {"temperature": 0.7, "max_tokens": max_tokens}
     fields = [f for f in msgspec.structs.fields(SamplingParams) if f.name not in _NOT_FLAGS]
@@ -84,7 +84,7 @@ def _resolve(values: Mapping[str, Any]) -> Resolved:
     file, context = given.pop("config_file"), given.pop("context")
     argument, flag = given.pop("model_argument", None), given.get("model")
     if argument and flag and argument != flag:
-        raise ConfigError(f"two models given, {argument} and --model {flag}: leave one out")
+        raise ConfigError(f"two models are given, {argument} and --model {flag}; leave one out")
     given["model"] = argument or flag
     resolved = resolve_flags(CLASSES, given | context.meta[_FOREIGN], file)
     for warning in resolved.warnings:
@@ -132,7 +132,7 @@ def _model_argument() -> inspect.Parameter:
 
 
 def _config_flag() -> inspect.Parameter:
-    help = "YAML file of settings: lines `name: value`, for any of these flags."
+    help = "YAML file of settings, in lines `name: value`. The names are those of the flags."
     return _parameter(
         "config_file", Path, typer.Option("--config", metavar="FILE", help=help, rich_help_panel="Engine")
     )
@@ -187,7 +187,7 @@ def _expand(
     flags: Sequence[inspect.Parameter],
     build: Callable[[Mapping[str, Any]], Any],
 ) -> Callable[..., Result]:
-    """Return `command` with its parameter `name` replaced by `flags`; it is called with what `build` makes of them."""
+    """Return `command` with its parameter `name` replaced by `flags`; `build` makes the parameter of their values."""
     signature = inspect.signature(command, eval_str=True)
     names = [parameter.name for parameter in flags]
 

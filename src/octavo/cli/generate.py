@@ -22,9 +22,11 @@ def generate(
     params: SamplingParams,
     config: EngineConfig,
     prompt: Annotated[str, typer.Argument(help="Text to complete; - reads it from stdin.")],
-    chat: Annotated[bool, typer.Option("--chat", help="Treat the prompt as a chat message, and answer it.")] = False,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Send the prompt as a chat message and print the answer.")
+    ] = False,
 ) -> None:
-    """Complete a prompt, or answer it with --chat."""
+    """Complete a prompt, or, with --chat, answer it."""
     from octavo.llm import LLM
 
     text = sys.stdin.read() if prompt == "-" else prompt

@@ -18,7 +18,7 @@ def pull(
     model: Annotated[str, typer.Argument(help="A hub name, a directory, a .gguf file, or the alias smollm2.")],
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
 ) -> None:
-    """Download a model unless it is on this machine already; print its path and size."""
+    """Download a model unless it is already on this machine, and print its path and size."""
     from octavo.weights import resolve
 
     path = resolve(model, revision)
@@ -26,7 +26,7 @@ def pull(
 
 
 def _size(path: Path) -> int:
-    """Return the bytes of the file, or of all files in the directory, that can be read."""
+    """Return the size in bytes of a file, or of all readable files in a directory."""
     total = 0
     for file in path.rglob("*") if path.is_dir() else [path]:
         with contextlib.suppress(OSError):

@@ -27,7 +27,7 @@ def quantize(
     source: Annotated[str, typer.Argument(help="A hub name, a directory, a .gguf file, or the alias smollm2.")],
     target: Annotated[Path, typer.Argument(help="The directory to write.")],
     bits: Annotated[
-        int, typer.Option(help="8; or 4, which keeps 8 for the embedding, the head and the last layer.")
+        int, typer.Option(help="8 or 4 bits; with 4, the embedding, the head and the last layer still have 8.")
     ] = 8,
     force: Annotated[
         bool, typer.Option("--force", help="Replace a directory that octavo quantize wrote earlier.")
@@ -99,9 +99,9 @@ def _check_target(target: Path, source: Path, force: bool) -> None:
     if not target.exists():
         return
     if not force:
-        raise ConfigError(f"{target} exists; choose another name, or replace it with --force")
+        raise ConfigError(f"{target} exists; choose another name, or use --force to replace it")
     if target.resolve() in (source.resolve(), *source.resolve().parents):
-        raise ConfigError(f"{target} holds the model that is to be quantized; choose another name")
+        raise ConfigError(f"{target} contains the model to be quantized; choose another name")
     try:
         settings = read_config(target).get("quantization_config")
     except OctavoError:
@@ -112,9 +112,9 @@ def _check_target(target: Path, source: Path, force: bool) -> None:
 
 @contextlib.contextmanager
 def _complete_or_absent(target: Path) -> Iterator[Path]:
-    """Yield a directory to fill, which is renamed to `target` at the end, or deleted if there is an error.
+    """Yield a directory to fill. It is renamed to `target` at the end, or deleted after an error.
 
-    Raises ConfigError if it cannot be written.
+    Raises ConfigError if `target` cannot be written.
     """
     folder = target.with_name(f".{target.name}.{os.getpid()}")
     replaced = folder.with_suffix(".replaced")

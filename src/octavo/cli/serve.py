@@ -19,8 +19,8 @@ def register(app: typer.Typer) -> None:
 def serve(settings: Resolved) -> None:
     """Serve a model over HTTP with OpenAI's API.
 
-    Settings are also keys of a --config file and OCTAVO_... environment variables; see octavo config. vLLM's flags
-    are understood too.
+    Every setting is also a key of a --config file and an environment variable OCTAVO_...; see octavo config. vLLM's
+    flags are accepted too.
     """
     engine, server = settings.build(EngineConfig), settings.build(ServerConfig)
     if os.environ.get("VLLM_API_KEY"):

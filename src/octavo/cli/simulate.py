@@ -1,4 +1,4 @@
-"""octavo simulate: how the engine would serve a trace of requests, in virtual time, to plan capacity."""
+"""octavo simulate: simulate how the engine serves a trace of requests, in virtual time, to plan capacity."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,13 +27,13 @@ def simulate(
         Path | None,
         typer.Argument(help="Requests to replay, one JSON object per line; by default a generated trace."),
     ] = None,
-    cost_model: Annotated[Path | None, typer.Option(help="File with the cost of steps, written by --measure.")] = None,
+    cost_model: Annotated[Path | None, typer.Option(help="Cost model file, written by --measure.")] = None,
     measure: Annotated[
-        bool, typer.Option("--measure", help="Load --model, time its steps, and write the file --cost-model.")
+        bool, typer.Option("--measure", help="Load --model, time its steps, and write the --cost-model file.")
     ] = False,
     rate: Annotated[
         str | None,
-        typer.Option(help="Generated trace: arrivals, such as 10000/min or 20/s; all at once by default."),
+        typer.Option(help="Generated trace: arrival rate, such as 10000/min or 20/s; by default all at once."),
     ] = None,
     requests: Annotated[int, typer.Option(min=1, help="Generated trace: number of requests.")] = 1000,
     input_len: InputLen = 128,
@@ -41,7 +41,7 @@ def simulate(
     seed: Seed = 0,
     write_trace: Annotated[Path | None, typer.Option(help="Write the generated trace to this file.")] = None,
     pages: Annotated[
-        int | None, typer.Option(min=1, help="Pages of the KV cache; by default as many as the measured engine had.")
+        int | None, typer.Option(min=1, help="Pages of the KV cache; by default the number in the measured engine.")
     ] = None,
     sweep: Annotated[
         list[str] | None,
@@ -55,7 +55,7 @@ def simulate(
 ) -> None:
     """Replay a trace through the real scheduler and page pool, with a cost model in place of the model.
 
-    First run --measure --cost-model FILE on the machine in question; then TRACE --cost-model FILE on any machine.
+    First run --measure --cost-model FILE on the machine that will serve; then TRACE --cost-model FILE on any machine.
     """
     from octavo.bench.report import write_json
     from octavo.simulation import CostModel
@@ -112,7 +112,9 @@ def _arrivals(
 
     if trace:
         if rate or write_to:
-            raise ConfigError("--rate and --write-trace are for a generated trace: leave out the trace file, or both")
+            raise ConfigError(
+                "--rate and --write-trace need a generated trace; leave out the trace file, or these flags"
+            )
         return read_trace(trace)
     generated = poisson_trace(parse_rate(rate) if rate else None, requests, input_len, output_len, seed)
     if write_to:

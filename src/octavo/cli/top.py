@@ -1,4 +1,4 @@
-"""octavo top: what a server is doing, live in the terminal."""
+"""octavo top: show live statistics of a server in the terminal."""
 
 import os
 import select
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from octavo.server.stats import ServerStats
 
 PERIOD = 1.0  # seconds between two frames
-TIMEOUT = 5.0  # seconds for the server to answer
+TIMEOUT = 5.0  # seconds in which the server must answer
 
 
 def register(app: typer.Typer) -> None:
@@ -27,9 +27,11 @@ def register(app: typer.Typer) -> None:
 
 def top(
     url: Annotated[str, typer.Option(help="Address of the server.")] = "http://127.0.0.1:8000",
-    once: Annotated[bool, typer.Option("--once", help="Print one frame, with rates over a second, and exit.")] = False,
+    once: Annotated[
+        bool, typer.Option("--once", help="Print one frame, with rates measured over one second, and exit.")
+    ] = False,
 ) -> None:
-    """Show requests, batches, speed and KV pages of a running server, live. q or Ctrl-C quits."""
+    """Show live requests, batches, speed and KV pages of a running server. Press q or Ctrl-C to quit."""
     import httpx
 
     from octavo.terminal import console
@@ -47,7 +49,7 @@ def top(
 
 
 def fetch_stats(http: "httpx.Client", url: str) -> "ServerStats":
-    """Return the answer to GET /stats. Raises ConfigError if there is no Octavo server, or its engine is down."""
+    """Return the answer to GET /stats. Raises ConfigError if no Octavo server answers, or its engine is down."""
     import httpx
     import msgspec
 
@@ -65,11 +67,11 @@ def fetch_stats(http: "httpx.Client", url: str) -> "ServerStats":
         cause = msgspec.json.decode(reply.content, type=ErrorReply).error.message
     except msgspec.MsgspecError:
         cause = f"HTTP {reply.status_code} to GET /stats"
-    raise ConfigError(f"the server at {url} is no Octavo server of this version, or its engine is down: {cause}")
+    raise ConfigError(f"the server at {url} is not an Octavo server of this version, or its engine is down: {cause}")
 
 
 def watch(http: "httpx.Client", url: str, before: "ServerStats") -> None:
-    """Draw frames until q is pressed. While the server does not answer, the last frame stays, below the error."""
+    """Draw frames until q is pressed. If the server stops answering, show the error above the last frame."""
     from rich.console import Group
     from rich.live import Live
     from rich.text import Text
@@ -92,7 +94,7 @@ def watch(http: "httpx.Client", url: str, before: "ServerStats") -> None:
 
 @contextmanager
 def _keys() -> Generator["_Pressed"]:
-    """Switch the terminal to deliver single keys without echo, and back at the end."""
+    """Switch the terminal to single keys without echo, and restore it at the end."""
     import termios
     import tty
 
@@ -106,7 +108,7 @@ def _keys() -> Generator["_Pressed"]:
 
 
 class _Pressed:
-    """Waits for keys of a terminal."""
+    """Waits for key presses on a terminal."""
 
     def __init__(self, terminal: int) -> None:
         self._terminal = terminal

@@ -1,4 +1,4 @@
-"""What octavo top draws: one frame, from a server's statistics at two moments."""
+"""The screen of octavo top: one frame, drawn from a server's statistics at two moments."""
 
 from dataclasses import dataclass
 
@@ -17,7 +17,7 @@ _BAR = 16  # characters
 
 @dataclass(frozen=True)
 class Mark:
-    """How a page is drawn. Marks differ in shape as well as color."""
+    """How to draw a KV page. Marks differ in shape and in color."""
 
     glyph: str
     style: str
@@ -34,7 +34,7 @@ _MARKS = {
 
 
 def frame(now: ServerStats, before: ServerStats | None) -> RenderableType:
-    """Return a frame. Rates are measured from `before` to `now`, and shown as – without it."""
+    """Return a frame. Rates are measured between `before` and `now`; without `before` they are shown as –."""
     rates = _Rates(now, before)
     rows = Table.grid(padding=(0, 2))
     rows.add_column(style="bold")
@@ -63,7 +63,7 @@ class _Rates:
         self._now, self._before = now, before if same else None
 
     def grown(self, counter: str) -> float | None:
-        """Return a counter's growth; None without `before`, or if the engine has restarted since."""
+        """Return a counter's growth since `before`; None without `before` or if the engine has restarted since."""
         if self._before is None:
             return None
         return float(getattr(self._now.engine, counter) - getattr(self._before.engine, counter))
@@ -151,7 +151,7 @@ def _swapped(engine: EngineStats, rates: _Rates) -> Text:
 
 
 def _bar(parts: list[tuple[int, str]], whole: int) -> Text:
-    """Return a bar of `whole` with one segment per part; a part above 0 has at least one character."""
+    """Return a bar that stands for `whole`, with one segment per part. A part above 0 gets at least one character."""
     bar = Text()
     for part, style in parts:
         left = _BAR - len(bar)

@@ -1,8 +1,8 @@
 """BatchBuilder: turns a StepPlan into the flat arrays of a StepBatch.
 
-What does not change from step to step lies in columns, a row per running sequence (its slot). So a step gathers with a
-few numpy calls, and a step of the same sequences as the last one gathers no parameters at all. For a decoding sequence,
-Python reads three things: its slot, num_computed and its last token.
+Values that do not change from step to step are kept in columns with one row (slot) per running sequence. So a step
+gathers them with a few numpy calls, and a step with the same sequences as the one before gathers no parameters at all.
+For a decoding sequence, Python reads only its slot, num_computed and last token.
 """
 
 import math
@@ -29,15 +29,15 @@ class BatchBuilder:
     """Builds the batches of an engine.
 
     Args:
-        max_running: sequences that may run at a time: the number of slots.
-        max_pages: pages that a sequence may have.
+        max_running: maximum number of running sequences, which is the number of slots.
+        max_pages: maximum number of pages of a sequence.
         page_size: tokens per page.
     """
 
     def __init__(self, max_running: int, max_pages: int, page_size: int):
         n = max_running
         self._page_size = page_size
-        self._table_of: list[PageTable | None] = [None] * n  # whose columns are filled in
+        self._table_of: list[PageTable | None] = [None] * n  # page table of the sequence whose columns are filled in
         self._num_pages = np.zeros(n, np.int32)  # entries of the page table that are filled in
         self._page_tables = np.zeros((n, max_pages), np.int32)
         self._num_prompt = np.zeros(n, np.int32)
@@ -88,9 +88,9 @@ class BatchBuilder:
         )
 
     def _fill_columns(self, seq: Sequence) -> None:
-        """Set the columns of a sequence's slot, unless they are its own already."""
+        """Set the columns of a sequence's slot, unless they are filled in for this sequence already."""
         slot, params, column = seq.slot, seq.request.params, self._parameters
-        if self._table_of[slot] is seq.page_table:  # a new object with every admission
+        if self._table_of[slot] is seq.page_table:  # every admission makes a new page table
             return
         self._table_of[slot] = seq.page_table
         self._num_pages[slot] = 0
@@ -117,7 +117,7 @@ class BatchBuilder:
     def _sampling(
         self, sequences: list[Sequence], owner: np.ndarray, slots: np.ndarray, outputs: np.ndarray
     ) -> SamplingBatch:
-        """Return how to sample each row: row r is output number outputs[r] of sequences[owner[r]], in slots[r]."""
+        """Return the SamplingBatch. Row r is output number outputs[r] of sequences[owner[r]], which has slots[r]."""
         if self._gathered_slots is None or not np.array_equal(slots, self._gathered_slots):
             self._gathered = {name: column[slots] for name, column in self._parameters.items()}
             self._gathered_slots = slots
@@ -130,7 +130,7 @@ class BatchBuilder:
 
 
 def _sampled_rows(plan: StepPlan, num_drafts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return, for each row to be sampled, the index of its sequence and how many draft tokens come before it."""
+    """Return, for each row to be sampled, the index of its sequence and the number of draft tokens before it."""
     samples = num_drafts + 1
     for i in range(plan.num_decoding, len(plan.sequences)):
         if not plan.completes(i):
@@ -140,7 +140,7 @@ def _sampled_rows(plan: StepPlan, num_drafts: np.ndarray) -> tuple[np.ndarray, n
 
 
 def _gather_tokens(plan: StepPlan) -> np.ndarray:
-    single = 0 if plan.drafts else plan.num_decoding  # so many sequences have one token to compute and no draft
+    single = 0 if plan.drafts else plan.num_decoding  # number of sequences with one token to compute and no draft
     tokens = array("i", [seq.tokens[-1] for seq in plan.sequences[:single]])
     for i in range(single, len(plan.sequences)):
         seq = plan.sequences[i]
@@ -152,7 +152,7 @@ def _gather_tokens(plan: StepPlan) -> np.ndarray:
 def _histories(
     sequences: list[Sequence], owner: np.ndarray, penalized: np.ndarray, outputs: np.ndarray
 ) -> dict[str, np.ndarray]:
-    """Return the fields of SamplingBatch that penalties need: the tokens so far of the rows that have one."""
+    """Return the fields of SamplingBatch for penalties: the tokens so far of each row with a penalty."""
     if not penalized.any():
         zeros = np.zeros(len(owner) + 1, np.int32)
         return {"history": _NO_TOKENS, "history_start": zeros, "history_outputs": zeros[1:]}
@@ -165,7 +165,7 @@ def _histories(
 
 
 def _biases(sequences: list[Sequence], owner: np.ndarray, biased: np.ndarray) -> dict[str, np.ndarray]:
-    """Return the fields of SamplingBatch with what is added to the logits of the rows that want it."""
+    """Return the fields of SamplingBatch for biases, which are added to the logits of some rows."""
     if not biased.any():
         return {"bias_tokens": _NO_TOKENS, "bias_values": _NO_VALUES, "bias_start": np.zeros(len(owner) + 1, np.int32)}
     biases = [_bias(sequences[i]) if wanted else _NO_BIAS for i, wanted in zip(owner, biased, strict=True)]
@@ -177,7 +177,7 @@ def _biases(sequences: list[Sequence], owner: np.ndarray, biased: np.ndarray) ->
 
 
 def _bias(seq: Sequence) -> dict[int, float]:
-    """Return what is added to a sequence's next logits: logit_bias, and -inf for stop tokens before min_tokens."""
+    """Return the biases of a sequence's next logits: logit_bias, and -inf for stop tokens before min_tokens."""
     params = seq.request.params
     bias = dict(params.logit_bias or {})
     if seq.num_outputs < params.min_tokens:
@@ -186,7 +186,7 @@ def _bias(seq: Sequence) -> dict[int, float]:
 
 
 def _starts(rows: list[Any]) -> np.ndarray:
-    """Return where each of the rows begins, and the last one ends, if they are concatenated: int32 [len(rows) + 1]."""
+    """Return the offsets of the concatenated rows, and the end of the last one: int32 [len(rows) + 1]."""
     starts = np.zeros(len(rows) + 1, np.int32)
     np.cumsum([len(row) for row in rows], out=starts[1:])
     return starts

@@ -6,18 +6,18 @@ _SLACK = 64
 
 
 class Deadlines:
-    """A deadline for each of a set of ids, in seconds of any one clock. Operations take O(log n), amortized."""
+    """A set of ids with a deadline each, in seconds of one clock. Operations take O(log n), amortized."""
 
     def __init__(self) -> None:
         self._at: dict[str, float] = {}
-        self._heap: list[tuple[float, str]] = []  # removed ids stay until they surface or outnumber the others
+        self._heap: list[tuple[float, str]] = []  # removed ids stay until they reach the top or outnumber the others
 
     def __len__(self) -> int:
         return len(self._at)
 
     @property
     def next(self) -> float | None:
-        """A time before which no deadline comes: the earliest one, or that of an id that was forgotten."""
+        """Return a time before which there is no deadline. It may be that of a forgotten id. None if there is none."""
         return self._heap[0][0] if self._at else None
 
     def set(self, id: str, at: float) -> None:

@@ -1,4 +1,4 @@
-"""The engine: schedule, execute, sample, emit. One plain synchronous `step()`."""
+"""The engine: one synchronous `step()` that schedules, executes, samples and emits tokens."""
 
 import time
 from array import array
@@ -29,21 +29,22 @@ SECONDS_TO_CLOSE = 3.0  # the frontend kills an engine process that does not end
 class Engine:
     """Generates tokens for many requests at once on one backend, whose KV pool of `num_pages` pages is allocated.
 
-    Not thread-safe: all calls must come from one thread, except where a method says so. The engine holds nothing that
-    cannot be rebuilt from the requests and from the tokens it has returned.
+    Not thread-safe: call the methods from one thread, except for those marked "from any thread". All state of the
+    engine can be rebuilt from the requests and from the tokens it has returned.
 
     Args:
-        max_model_len: tokens of prompt and output together.
-        max_batch_size: sequences that run at a time.
-        max_batch_tokens: tokens that a step computes.
+        max_model_len: maximum tokens of prompt and output together.
+        max_batch_size: maximum number of running sequences.
+        max_batch_tokens: maximum number of tokens that a step computes.
         policy: the order in which requests are served; first come, first served by default.
-        transfers: to the tiers below the pool; there are none by default.
+        transfers: moves pages to and from the tiers below the pool; by default there are no tiers.
         preemption: see Recovery.
-        fingerprint: names all that decides the bits of a page; engines share pages only if theirs are equal.
-        speculative_tokens: draft tokens per sequence and step, for requests that name no number.
-        request_timeout: in seconds, for requests that name none; None: none.
-        work: where the engine notes what it is busy with.
-        clock: in seconds, monotonic; a simulation's is virtual.
+        fingerprint: identifies everything that determines the bits of a page. Engines share pages only if their
+            fingerprints are equal.
+        speculative_tokens: draft tokens per sequence and step, for requests that set none.
+        request_timeout: timeout in seconds of requests that set none; None for no timeout.
+        work: the record of the engine's current work.
+        clock: returns monotonic time in seconds; a simulation passes a virtual clock.
     """
 
     def __init__(
@@ -84,11 +85,11 @@ class Engine:
         self._deadlines = Deadlines()
         self._request_timeout = request_timeout
         self._speculative_tokens = speculative_tokens
-        self.rows = 0  # tokens that the backend computes at the moment; may be read by any thread
+        self.rows = 0  # tokens that the backend is computing now; may be read by any thread
         self.slowest_step = (0.0, 1)  # seconds and rows of the slowest step so far
         self._work = work or WorkRecord()
         self._num_added = 0
-        self._plan = StepPlan([], [])  # of the last step
+        self._plan = StepPlan([], [])  # plan of the last step
         self._steps = self._tokens_computed = self._tokens_generated = 0
         self._prompt_tokens = self._cached_tokens = 0
         self._draft_tokens = self._accepted_tokens = 0
@@ -96,7 +97,7 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        """Whether `step` has anything to do."""
+        """Return whether `step` has anything to do."""
         return self.scheduler.has_work or bool(self._failures) or self.kv.is_moving
 
     @property
@@ -136,18 +137,19 @@ class Engine:
         self._work.nothing()
 
     def abort(self, ids: Iterable[str]) -> None:
-        """Drop requests and release their pages at once. Unknown and finished ids are ignored."""
+        """Abort requests and release their pages at once. Unknown and finished ids are ignored."""
         for id in ids:
             if seq := self._live.pop(id, None):
                 self._deadlines.forget(id)
                 self.scheduler.abort(seq)
 
     def pin(self, id: str, tokens: Iterable[int], tenant: str = "", salt: str = "", origin: str = "") -> None:
-        """Keep what is computed of a KV state's tokens until `unpin`, or until sequences need the pages.
+        """Keep the pages of a KV state that are computed until `unpin`, or until running sequences need them.
 
         Args:
-            id: of the state.
-            tenant, salt, origin: of the state, as in EngineRequest.
+            id: the id of the state.
+            tokens: the tokens of the state.
+            tenant, salt, origin: those of the state, as in EngineRequest.
         """
         self.kv.pin(id, self._prefix(array("i", tokens), tenant, salt, origin))
 
@@ -157,7 +159,7 @@ class Engine:
         self._state_files.close(id)
 
     def save_state(self, path: Path, tokens: Iterable[int], tenant: str, salt: str, origin: str = "") -> "Future[None]":
-        """Write a KV state to a file while steps go on. Call `end_saves` when the future is done.
+        """Begin to write a KV state to a file, in a thread. Call `end_saves` when the returned future is done.
 
         The future raises RequestFailed if the file cannot be written.
         """
@@ -170,16 +172,16 @@ class Engine:
         self._state_files.end_saves()
 
     def load_state(self, id: str, path: Path) -> "Future[StateFile]":
-        """Find pages in a KV state's file, for requests with the origin `id`, until `unpin`.
+        """Open a KV state's file, so that requests with the origin `id` find pages in it until `unpin`.
 
         The future is done when the file is open; it raises InvalidKVState.
         """
         return self._state_files.load(id, path)
 
     def step(self) -> list[TokenOutput]:
-        """Compute one batch and return the new tokens, as well as requests that failed or timed out.
+        """Compute one batch. Return its new tokens, and the outputs of requests that failed or timed out.
 
-        Without a batch to compute it waits for transfers, for MAX_IDLE seconds at most.
+        If there is no batch to compute, wait for transfers, at most MAX_IDLE seconds.
         """
         started = time.perf_counter()
         outputs, self._failures = self._failures + self._time_out(), []
@@ -206,7 +208,7 @@ class Engine:
         return outputs
 
     def stats(self) -> EngineStats:
-        """Return figures of the present state. From any thread."""
+        """Return statistics of the current state. From any thread."""
         pool, transfers = self.kv.pool, self.kv.transfers
         plan = self._plan if self.has_work else StepPlan([], [])
         return EngineStats(
@@ -239,7 +241,7 @@ class Engine:
         )
 
     def end_transfers(self) -> None:
-        """Finish the transfers that are under way, within SECONDS_TO_CLOSE, and begin no more. From any thread."""
+        """Finish pending transfers within SECONDS_TO_CLOSE, and begin no new ones. From any thread."""
         self._transfers.close(SECONDS_TO_CLOSE)
 
     def close(self) -> None:
@@ -255,7 +257,7 @@ class Engine:
         return self._request_timeout if request.timeout is None else request.timeout
 
     def _time_out(self) -> list[TokenOutput]:
-        """Drop the requests whose deadline has passed, running or waiting, and return an output for each."""
+        """Abort the requests whose deadline has passed, running or waiting, and return an output for each."""
         outputs = []
         for id in self._deadlines.passed(self.clock()):
             seq = self._live.pop(id)
@@ -265,7 +267,7 @@ class Engine:
         return outputs
 
     def _problem(self, request: EngineRequest) -> str | None:
-        """Return why a request cannot be served, or None. The frontend has checked this before."""
+        """Return the reason why a request cannot be served, or None. The frontend makes the same checks earlier."""
         if request.id in self._live:
             return f"there is a live request with the id {request.id!r}"
         if not 0 < len(request.prompt) + len(request.output) < self.max_model_len:
@@ -298,9 +300,9 @@ class Engine:
         return outputs
 
     def _append_accepted(self, seq: Sequence, draft: "array[int]", result: StepResult, row: int) -> list[TokenOutput]:
-        """Append the tokens sampled after accepted draft tokens, in rows of `result` from `row` on.
+        """Append the tokens sampled after accepted draft tokens, which are the rows of `result` from `row` on.
 
-        A draft token is accepted if it is the sequence's last token, and all those before it were accepted.
+        A draft token is accepted if it equals the token sampled before it and all earlier draft tokens were accepted.
         """
         outputs: list[TokenOutput] = []
         for token in draft:
@@ -332,7 +334,7 @@ class Engine:
         """Return the output of a token that may end the sequence, and end it unless min_tokens forbids that."""
         reason = message = stop_token = None
         if token < 0:
-            reason, message = "error", "the model gave logits that are not numbers"
+            reason, message = "error", "the model computed logits that are NaN or infinite"
         elif token in seq.stop_tokens and seq.num_outputs >= seq.request.params.min_tokens:
             reason, stop_token = "stop", token if token not in seq.request.eos else None
         elif len(seq.tokens) >= seq.max_tokens:
@@ -344,7 +346,7 @@ class Engine:
         return TokenOutput(seq.id, token, reason, stop_token, logprobs, seq.cached_tokens, message)
 
     def _fail(self, seq: Sequence, reason: str) -> None:
-        """Let the next step return an error for a sequence that the scheduler has removed."""
+        """Make the next step return an error for a sequence that the scheduler has removed."""
         del self._live[seq.id]
         self._deadlines.forget(seq.id)
         self._failures.append(TokenOutput(seq.id, -1, "error", message=reason))

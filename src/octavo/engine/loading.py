@@ -1,4 +1,4 @@
-"""From an EngineConfig to an engine that is ready to step.
+"""Load an engine according to an EngineConfig.
 
 `load_engine` opens the checkpoint and loads the backend; `assemble` makes the engine around a backend.
 """
@@ -49,7 +49,7 @@ def load_engine(
     checkpoint = open_checkpoint(path)
     spec, parameters = describe_model(checkpoint.config, checkpoint.tensors)
     if config.max_model_len and config.max_model_len > spec.max_positions:
-        raise ConfigError(f"max_model_len is {config.max_model_len}, but the model ends at {spec.max_positions} tokens")
+        raise ConfigError(f"max_model_len must be at most the model's {spec.max_positions}, not {config.max_model_len}")
     max_model_len = config.max_model_len or spec.max_positions
     backend = _backend_factory(config)(
         spec,
@@ -96,9 +96,9 @@ def assemble(
     """Return an engine with the settings of `config`, on a backend whose pool of `num_pages` pages is allocated.
 
     Args:
-        policy: in place of the one that `config` names.
+        policy: replaces the policy that `config` names.
         fingerprint, work, clock: see Engine.
-        transfers: to other tiers than those that `config` names.
+        transfers: replaces the transfers to the tiers that `config` names.
 
     Raises:
         ConfigError: the policy or the folder of kv_disk cannot be used.
@@ -144,13 +144,14 @@ def _backend_factory(config: EngineConfig) -> BackendFactory:
 
 
 def _page_fingerprint(checkpoint: Checkpoint, backend: Backend) -> str:
-    """Return a hash of all that decides the bits of a page's K and V, given its tokens."""
+    """Return a hash of everything that determines the bits of a page's K and V, besides its tokens."""
     parts = (__version__, fingerprint(checkpoint), backend.arithmetic, backend.page_size)
     return blake2b(repr(parts).encode(), digest_size=16).hexdigest()
 
 
 def _num_pages(config: EngineConfig, spec: "DecoderSpec", page_bytes: int, max_model_len: int) -> int:
-    """Return the size of the KV pool: kv_cache_memory, else a full batch of long sequences, in half the free memory.
+    """Return the number of pages of the KV pool: as kv_cache_memory says, or else enough for a full batch of long
+    sequences, but at most half of the free memory.
 
     Raises ConfigError, and OutOfMemory if the pool is too small for one page, or for an explicit max_model_len.
     """

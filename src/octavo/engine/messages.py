@@ -1,4 +1,4 @@
-"""What goes into an engine and what comes out of it. Plain data that crosses a process."""
+"""Inputs and outputs of an engine: plain data that can be sent between processes."""
 
 import msgspec
 
@@ -11,15 +11,16 @@ class EngineRequest(msgspec.Struct, frozen=True, array_like=True):
     Attributes:
         id: unique among live requests.
         prompt: token ids.
-        params: resolved: n = 1, seed and max_tokens set, no stop strings (the frontend looks for those).
-        age: seconds since the request arrived, at the time this message is sent.
+        params: resolved parameters: n = 1, seed and max_tokens set, no stop strings (the frontend searches for them).
+        age: seconds from the request's arrival until this message was sent.
         eos: the tokenizer's end-of-sequence tokens; empty if the request ignores them.
-        output: tokens that an earlier engine already generated for it; they are recomputed, not sent again.
-        after: the id of a live request with the same prompt; this one waits until that prompt is in the cache.
-        tenant, salt: pages are shared only between requests with the same two, and the same origin.
-        origin: the origin of the KV state that it continues (KVState.origin); "" if it continues none.
+        output: tokens that an earlier engine already generated. Their K and V are recomputed; they are not sent again.
+        after: the id of a live request with the same prompt; this request waits until that prompt is in the cache.
+        tenant, salt: only requests with the same tenant, salt and origin share pages.
+        origin: the origin of the KV state that the request continues (KVState.origin); "" if it continues none.
         priority: lower goes first.
-        ttft_target, timeout: seconds from arrival to the first and to the last token.
+        ttft_target: target for the seconds from arrival to the first token.
+        timeout: limit on the seconds from arrival to the last token.
     """
 
     id: str
@@ -53,9 +54,9 @@ class TokenOutput(msgspec.Struct, frozen=True, array_like=True):
         token: -1 if the request ended without one.
         finish_reason: set on the last output: "stop", "length", "error" (the request could not be continued) or
             "timeout".
-        stop_token: the entry of stop_token_ids that ended it.
+        stop_token: the entry of stop_token_ids that ended the request.
         cached_tokens: tokens of the prompt that were found in the prefix cache.
-        message: why it ended in an error or a timeout.
+        message: the reason for an error or a timeout.
     """
 
     id: str
@@ -68,7 +69,10 @@ class TokenOutput(msgspec.Struct, frozen=True, array_like=True):
 
 
 class EngineInfo(msgspec.Struct, frozen=True):
-    """What a frontend must know of its engine. `fingerprint` names all that decides the bits of a page's K and V."""
+    """Properties of an engine that its frontend needs.
+
+    `fingerprint` identifies everything that determines the bits of a page's K and V.
+    """
 
     max_model_len: int
     vocab_size: int
@@ -78,21 +82,20 @@ class EngineInfo(msgspec.Struct, frozen=True):
 
 
 class EngineStats(msgspec.Struct, frozen=True):
-    """The engine's state between two steps; counters count from its start.
+    """The engine's state between two steps. Counters count from its start.
 
     Attributes:
-        running, waiting: sequences.
-        waiting_for_pages: of those that wait, the ones whose pages are being fetched from a lower tier, or have been.
-        waiting_for_prompt: of those that wait, the ones that start when another completion's prompt is computed.
-        free_pages, cached_pages, num_pages: pages of the pool; the others are in use.
-        preemptions: sequences that lost their pages and waited again.
+        running, waiting: number of sequences.
+        waiting_for_pages: waiting sequences whose pages are being fetched from a lower tier, or have been.
+        waiting_for_prompt: waiting sequences that start when another completion's prompt is computed.
+        free_pages, cached_pages, num_pages: free, cached and all pages of the pool; the others are in use.
+        preemptions: number of preemptions.
         tokens_computed: rows of all steps, without those of draft tokens.
-        prompt_tokens, cached_tokens: tokens of all prompts that were computed, and how many of them were found in the
-            prefix cache.
-        draft_tokens, accepted_tokens: draft tokens computed, and accepted.
+        prompt_tokens, cached_tokens: tokens of all computed prompts, and those of them found in the prefix cache.
+        draft_tokens, accepted_tokens: computed and accepted draft tokens.
         step_seconds, backend_seconds: time in Engine.step, and the part of it in the backend.
-        decode_rows, prefill_rows, draft_rows: rows of the last step, of sequences with one token to compute, of those
-            with more, and of draft tokens; 0 when there is nothing to do.
+        decode_rows, prefill_rows, draft_rows: rows of the last step: of sequences with one token to compute, of
+            sequences with more, and of draft tokens; 0 while the engine is idle.
         page_map: see octavo.kv.page_map.
         num_pinned: pages referenced by KV states.
         num_fetching, pages_fetched: pages being fetched from a lower tier, and fetched so far.

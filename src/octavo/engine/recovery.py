@@ -1,8 +1,8 @@
-"""Recovery: decides whether pages in a lower tier are fetched or recomputed. The tokens are the same either way."""
+"""Recovery: decides whether to fetch pages from a lower tier or to recompute them. Both give the same tokens."""
 
 from .sequence import Sequence
 
-FULL_STEP = 64  # rows; the cost of a token in a smaller step says little about a prompt's
+FULL_STEP = 64  # minimum rows of a measured step; in smaller steps, a token costs more than in a prompt
 SMOOTHING = 0.1  # weight of the latest step in the average
 
 
@@ -13,7 +13,7 @@ class Recovery:
 
     Args:
         preemption: how preempted sequences get their pages back: "swap" (always fetch), "recompute" or "auto"
-            (whichever is faster). New prompts always go by the faster way.
+            (the faster of the two). For new prompts, the faster one is always chosen.
         page_size: tokens per page.
     """
 
@@ -30,7 +30,7 @@ class Recovery:
             self._seconds_per_token = (1 - SMOOTHING) * before + SMOOTHING * latest
 
     def should_fetch(self, seq: Sequence, seconds_per_page: float) -> bool:
-        """Return whether the pages of `seq` that a lower tier has are to be fetched."""
+        """Return whether to fetch the pages of `seq` that a lower tier has, rather than recompute them."""
         if seq.num_outputs and self._preemption != "auto":
             return self._preemption == "swap"
         if self._seconds_per_token is None:

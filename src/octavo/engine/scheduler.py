@@ -1,4 +1,4 @@
-"""Scheduler: decides what each step computes: a list of (sequence, number of new tokens), without phases."""
+"""Scheduler: plans each step as a list of (sequence, number of new tokens), without prefill and decode phases."""
 
 from array import array
 from collections.abc import Callable
@@ -12,17 +12,17 @@ from .recovery import Recovery
 from .sequence import Sequence
 from .speculation import FREE_ROWS, propose_draft
 
-MAX_FETCHING = 16  # sequences that may wait for their pages to be fetched, or for a slot once they are
+MAX_FETCHING = 16  # sequences whose pages are being fetched, or have been while they wait for a slot
 
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """What one step computes.
+    """The sequences and tokens that one step computes.
 
     Attributes:
-        sequences: the first `num_decoding` have one token to compute each.
-        chunks: chunks[i] tokens of sequences[i] are computed, from its num_computed on.
-        drafts: drafts[i] are draft tokens computed after them; only for a sequence that its chunk completes.
+        sequences: the sequences of the step; the first `num_decoding` have one token to compute each.
+        chunks: the number of tokens to compute of each sequence, beginning at its num_computed.
+        drafts: the draft tokens to compute after them; none if the chunk does not complete the sequence.
     """
 
     sequences: list[Sequence]
@@ -38,19 +38,19 @@ class StepPlan:
 class Scheduler:
     """Plans steps of at most `max_batch_tokens` tokens of at most `max_batch_size` sequences.
 
-    Every running sequence gets a token in every step. The remaining tokens go to prompts, of running and of waiting
-    sequences alike, in the policy's order. A sequence that needs a page when none is available gets one from the
-    policy's victim, which waits again and is recomputed later; nobody is admitted in such a step.
+    Every running sequence gets a token in every step. The remaining tokens go to prompts of running and waiting
+    sequences, in the policy's order. If a sequence needs a page and none is available, the policy chooses a victim,
+    which is preempted: it waits again and is recomputed later. No sequence is admitted in such a step.
 
-    The next few waiting sequences whose pages are in a lower tier leave the queue while those are fetched. They release
-    the pages again if running sequences, or the first of them, need them. docs/scheduling.md says why every request
-    is served in the end.
+    The next few waiting sequences whose pages are in a lower tier leave the queue while their pages are fetched. They
+    release the pages again if running sequences, or the first of the fetching ones, need them. docs/scheduling.md
+    proves that every request is served in the end.
 
     Args:
         kv: allocates pages.
-        policy: orders waiting sequences and names victims; its faults fail the requests that caused them.
+        policy: orders waiting sequences and chooses victims. If it fails, the request that caused it fails.
         recovery: decides between fetching and recomputing pages.
-        on_failure: called with a sequence that failed, after it was removed, and with the reason.
+        on_failure: called with a failed sequence, after its removal, and the reason.
     """
 
     def __init__(
@@ -65,14 +65,14 @@ class Scheduler:
         self.kv = kv
         self.recovery = recovery
         self.max_batch_tokens = max_batch_tokens
-        self.max_running = min(max_batch_size, max_batch_tokens)  # so that a step has a token for each
+        self.max_running = min(max_batch_size, max_batch_tokens)  # so that each gets a token in every step
         self.running: dict[Sequence, None] = {}  # in order of admission
         self.preemptions = 0
         self._policy = PolicyGuard(policy, self._fail)
         self._on_failure = on_failure
-        self._fetching: list[Sequence] = []  # their pages are being fetched, or have been; in the order of the queue
+        self._fetching: list[Sequence] = []  # pages are being fetched, or have been; in queue order
         self._followers: dict[str, list[Sequence]] = {}  # by the id of the request whose prompt they wait for
-        self._short_of_pages = False  # a sequence could not be admitted in the last step
+        self._short_of_pages = False  # whether pages were too few to admit a sequence in the last step
         self._slots = list(range(self.max_running - 1, -1, -1))
 
     @property
@@ -81,17 +81,17 @@ class Scheduler:
 
     @property
     def num_waiting(self) -> int:
-        """The number of sequences that wait for whatever reason."""
+        """Return the number of sequences that wait for any reason."""
         return len(self._policy) + self.num_waiting_for_pages + self.num_waiting_for_prompt
 
     @property
     def num_waiting_for_pages(self) -> int:
-        """The number of sequences whose pages are being fetched from a lower tier, or have been."""
+        """Return the number of waiting sequences whose pages are being fetched from a lower tier, or have been."""
         return len(self._fetching)
 
     @property
     def num_waiting_for_prompt(self) -> int:
-        """The number of sequences that wait for another completion's prompt."""
+        """Return the number of sequences that wait for another completion's prompt."""
         return sum(map(len, list(self._followers.values())))
 
     @property
@@ -99,7 +99,7 @@ class Scheduler:
         return bool(self.running or self._policy or self._fetching or self._followers)
 
     def add(self, seq: Sequence, after: Sequence | None = None) -> None:
-        """Queue a sequence; if the prompt of `after` is still to be computed, only then."""
+        """Queue a sequence. If the prompt of `after` is not computed yet, queue it only when it is."""
         if not self._policy.set_place(seq):
             return
         if after is not None and after.num_computed < after.num_prompt:
@@ -108,7 +108,7 @@ class Scheduler:
             self._policy.add(seq)
 
     def end_prompt(self, seq: Sequence) -> None:
-        """Queue the sequences that waited for the prompt of `seq`: it is computed, or never will be."""
+        """Queue the sequences that waited for the prompt of `seq`, which is computed, or failed or was aborted."""
         for follower in self._followers.pop(seq.id, ()):
             self._policy.add(follower)
 
@@ -141,12 +141,12 @@ class Scheduler:
             decoding = [seq for seq in decoding if not seq.aborted]
         plan = StepPlan(decoding, [1] * len(decoding), len(decoding))
         self._plan_prompts(plan, prompts, may_admit=not preempted)
-        if not preempted:  # pages are scarce: those that become free are for running sequences
+        if not preempted:  # after a preemption, pages that become free are for running sequences
             self._add_drafts(plan)
         return plan
 
     def _preempt_for_waiting(self) -> None:
-        """Preempt the sequence that the policy names, if the next waiting one lacks a slot or pages."""
+        """If the next waiting sequence lacks a slot or pages, preempt the sequence that the policy chooses, if any."""
         waiting = self._next_waiting()
         if waiting and (self._short_of_pages or not self._slots) and len(self.running) > 1:
             victim = self._policy.preempt_for(waiting, self.running.keys())
@@ -156,7 +156,7 @@ class Scheduler:
     def _continue_running(self) -> tuple[list[Sequence], list[Sequence], bool]:
         """Return the running sequences with one token to compute, those with more, and whether pages ran short.
 
-        Since a sequence is admitted with pages for all of its tokens, only the former may need a page.
+        Sequences are admitted with pages for all of their tokens, so only those with one token may need a page.
         """
         decoding: list[Sequence] = []
         prompts: list[Sequence] = []
@@ -180,9 +180,9 @@ class Scheduler:
         return [seq for seq in decoding if seq.slot >= 0], [seq for seq in prompts if seq.slot >= 0], True
 
     def _plan_prompts(self, plan: StepPlan, prompts: list[Sequence], may_admit: bool) -> None:
-        """Give the tokens that decoding leaves to `prompts`, which run, and to waiting sequences."""
+        """Distribute the step's remaining tokens among running `prompts` and waiting sequences."""
         self._policy.sort(prompts)
-        spare = self.max_batch_tokens - len(self.running)  # each running sequence is sure of one
+        spare = self.max_batch_tokens - len(self.running)  # one is reserved for each running sequence
         waiting = self._next_waiting() if may_admit and self._slots else None
         self._short_of_pages = False
         while prompts or (waiting and spare > 0):
@@ -207,8 +207,8 @@ class Scheduler:
             spare -= chunk - 1
 
     def _admit(self, seq: Sequence) -> bool:
-        """Let a waiting sequence run, which needs a free slot. Return False if it lacks pages or failed."""
-        # A page is reserved for each running sequence, or this one would soon be preempted for them.
+        """Admit a waiting sequence into a free slot. Return False if it lacks pages or failed."""
+        # Reserve a page for each running sequence: otherwise this one would soon be preempted for them.
         allocated = self.kv.allocate(seq.prefix, reserve=len(self.running))
         while allocated is None:
             if not seq.prefetch or not self._give_up_fetching(behind=seq):
@@ -245,15 +245,15 @@ class Scheduler:
             if seq.prefetch is None:
                 return
             self._fetching.append(seq)
-            seq.num_computed = len(seq.prefetch.pages) * self.kv.page_size  # as far as the policy is concerned
+            seq.num_computed = len(seq.prefetch.pages) * self.kv.page_size  # the value that the policy sees
             if self._policy.pop(seq):
                 seq.admitted = True
             seq.num_computed = 0
 
     def _give_up_fetching(self, behind: Sequence | None = None) -> bool:
-        """Return the last of the sequences whose pages are fetched to the queue, without its pages.
+        """Put the last of the fetching sequences back into the queue, and release its pages.
 
-        Returns False if there is none, or if it is `behind` itself.
+        Returns False if there is none, or if it is `behind`.
         """
         if not self._fetching or self._fetching[-1] is behind:
             return False
@@ -283,7 +283,7 @@ class Scheduler:
                 free -= len(draft)
 
     def _preempt(self, seq: Sequence) -> None:
-        """Return a running sequence to the queue, without its pages."""
+        """Put a running sequence back into the queue, and release its pages."""
         self._stop(seq)
         self.preemptions += 1
         self._policy.add(seq)

@@ -1,4 +1,4 @@
-"""One forward pass after loading, so that weights that compute NaN are found before the first request."""
+"""Self-test: one forward pass after loading, to find weights that compute NaN before the first request."""
 
 import time
 
@@ -7,15 +7,15 @@ import numpy as np
 from octavo.backends.base import Backend, SamplingBatch, StepBatch
 from octavo.errors import DamagedWeights
 
-_TOKENS = 2  # more would cost more than reading the weights once
+_TOKENS = 2  # few, so that the step takes no longer than reading the weights once
 
 
 def self_test(backend: Backend, max_tokens: int) -> tuple[float, int]:
     """Run a step of at most 2 tokens, and no more than `max_tokens`, and check that its logits are finite.
 
-    It uses page 0 of the KV pool, which must be allocated and hold nothing that is still needed. Raises DamagedWeights.
+    The step overwrites page 0 of the KV pool, which must be allocated. Raises DamagedWeights.
 
-    Returns how many seconds the step took, and its number of tokens.
+    Returns the duration of the step in seconds, and its number of tokens.
     """
     started = time.monotonic()
     length = min(_TOKENS, max_tokens, backend.spec.max_positions)

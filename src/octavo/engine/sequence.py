@@ -16,20 +16,20 @@ class Sequence:
 
     Attributes:
         order: number of the request in order of arrival at this engine, from 0.
-        stop_tokens: tokens that end it: end-of-sequence tokens and stop_token_ids.
+        stop_tokens: tokens that end the sequence: end-of-sequence tokens and stop_token_ids.
         tokens: prompt and output.
         prefix: the page keys of `tokens`.
-        max_tokens: of prompt and output together.
-        draft_limit: draft tokens that a step may try.
-        arrival: on the engine's clock, in seconds.
-        num_computed: K and V of so many of `tokens` are in the pages of `page_table`.
-        cached_tokens: tokens found in the prefix cache when it was first admitted.
-        prefetch: pages that are fetched for it while it waits.
-        place: (rank, order), the rank being the policy's; sorts sequences.
-        slot: row of the batch columns while it runs; -1 while it waits.
-        admitted: it has run before; if it waits, it was preempted.
-        aborted: it has been taken out, or has failed.
-        tenant: the same object for all sequences of a tenant, which makes counting them fast.
+        max_tokens: maximum tokens of prompt and output together.
+        draft_limit: maximum number of draft tokens in a step.
+        arrival: time of arrival on the engine's clock, in seconds.
+        num_computed: number of `tokens` whose K and V are in the pages of `page_table`.
+        cached_tokens: tokens found in the prefix cache at the first admission.
+        prefetch: pages that are being fetched while the sequence waits.
+        place: (rank, order), by which sequences are sorted; the rank comes from the policy.
+        slot: row of the batch columns while the sequence runs; -1 while it waits.
+        admitted: whether the sequence has been admitted before; if it waits, it was preempted.
+        aborted: whether the sequence was removed or has failed.
+        tenant: the same object for all sequences of a tenant, so that counting them is fast.
     """
 
     request: EngineRequest
@@ -85,6 +85,6 @@ class Sequence:
 
     @property
     def num_draft_tokens(self) -> int:
-        """The number of draft tokens to try now; 0 where the way a token is sampled depends on the one before it."""
+        """Return the number of draft tokens to try now; 0 if a penalty or min_tokens makes sampling depend on them."""
         params = self.request.params
         return 0 if params.penalized or self.num_outputs < params.min_tokens else self.draft_limit

@@ -1,4 +1,4 @@
-"""Draft tokens without a draft model: what followed the last time that the same few tokens occurred.
+"""Draft tokens without a draft model: the tokens that followed the last occurrence of the same few tokens.
 
 Prompt lookup decoding (Saxena, 2023). A step computes draft tokens as further rows of their sequence and samples after
 each of them; a draft token is accepted if it is the token sampled before it. The output is the same as without drafts,
@@ -7,8 +7,8 @@ since a row's result does not depend on the batch.
 
 from array import array
 
-LONGEST, SHORTEST = 4, 2  # tokens at the end of the text that must have occurred before
-FREE_ROWS = 16  # a CPU step of so many rows takes 1.5 times one of a single row: it reads the weights once for all
+LONGEST, SHORTEST = 4, 2  # number of last tokens that must have occurred before
+FREE_ROWS = 16  # rows of a CPU step that takes 1.5 times as long as one row, since the weights are read once
 
 
 def propose_draft(tokens: "array[int]", limit: int) -> "array[int]":
@@ -18,7 +18,7 @@ def propose_draft(tokens: "array[int]", limit: int) -> "array[int]":
     for length in range(min(LONGEST, len(tokens) - 1), SHORTEST - 1, -1):
         end = text[-length * width :]
         at = text.rfind(end, 0, len(text) - width)
-        while at > 0 and at % width:  # a match that does not begin where a token begins
+        while at > 0 and at % width:  # skip matches that do not begin at the first byte of a token
             at = text.rfind(end, 0, at + len(end) - 1)
         if at >= 0 and at % width == 0:
             start = at // width + length

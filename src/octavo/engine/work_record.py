@@ -1,4 +1,4 @@
-"""WorkRecord: what an engine is busy with, in memory that outlives its process."""
+"""WorkRecord: a record of an engine's current work, in memory that outlives its process."""
 
 import mmap
 import os
@@ -13,12 +13,12 @@ _START = 5
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What an engine was busy with when it ended.
+    """The work that an engine was doing when it ended.
 
     Attributes:
-        alone: the id of the request for which it ran code, a policy's or its own; None if it was not for one alone.
-        prompts: in a step, the ids of requests whose prompts were computed, beside a token for each that decodes; None
-            if no step was being computed.
+        alone: if the engine or a policy ran code for one request alone, the id of the request; otherwise None.
+        prompts: if a step was being computed, the ids of the requests whose prompts were in it; all decoding requests
+            were in it too. None if no step was being computed.
     """
 
     alone: str | None = None
@@ -26,12 +26,12 @@ class Work:
 
 
 class WorkRecord:
-    """A note that an engine keeps of its work, read by its frontend after a crash to find the request that caused it.
+    """A record of an engine's current work, which its frontend reads after a crash to find the request that caused it.
 
-    A note takes about a microsecond. Written by one thread; `read` is for when that has ended.
+    Writing takes about a microsecond. Only one thread may write; call `read` only after this thread has ended.
 
     Args:
-        fd: of memory that two processes share, from `share`; by default the memory of this process alone.
+        fd: a file descriptor of shared memory, from `share`; by default memory of this process is used.
     """
 
     def __init__(self, fd: int | None = None):
@@ -39,7 +39,7 @@ class WorkRecord:
 
     @staticmethod
     def share() -> int:
-        """Return a file descriptor of new memory for a record. Raises OSError."""
+        """Return a file descriptor of new shared memory for a record. Raises OSError."""
         fd = os.memfd_create("octavo-work-record")
         os.ftruncate(fd, _SIZE)
         return fd
@@ -49,11 +49,11 @@ class WorkRecord:
         self._note(_ONE, id)
 
     def computing(self, prompts: Sequence[str]) -> None:
-        """Note that a step is computed, with prompts of these requests."""
+        """Note that a step is computed, which has prompts of these requests."""
         self._note(_STEP, "\n".join(prompts))
 
     def nothing(self) -> None:
-        """Note that what runs is for no request in particular."""
+        """Note that the engine runs code that belongs to no particular request."""
         self._memory[0] = _UNKNOWN
 
     def read(self) -> Work:

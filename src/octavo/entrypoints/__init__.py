@@ -1,1 +1,1 @@
-"""Ways in under the names that vLLM's users know."""
+"""Entry points under the module names that vLLM's users know."""

@@ -1,4 +1,4 @@
-"""The installed command `octavo`: octavo.cli, or a line that says which extra it needs."""
+"""The installed command `octavo`: run octavo.cli, or print which extra must be installed."""
 
 import re
 import sys
@@ -22,7 +22,7 @@ def main() -> NoReturn:
 
 
 def _extra_with(package: str) -> str | None:
-    """Return the extra of Octavo's that installs this package, or None."""
+    """Return the name of Octavo's extra that installs this package, or None."""
     for requirement in requires("octavo") or []:
         name = re.match(r"[\w.-]+", requirement)
         extra = re.search(r"extra == ['\"](\w+)['\"]", requirement)

@@ -1,1 +1,1 @@
-"""What files look like: GGUF headers, and files of KV pages."""
+"""File formats: GGUF headers, and files of KV pages."""

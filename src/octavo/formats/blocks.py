@@ -1,4 +1,4 @@
-"""The tensor formats that Octavo reads, from block_formats.def, which the native kernels are compiled with too."""
+"""The tensor formats that Octavo reads, parsed from block_formats.def, which the native kernels include too."""
 
 import re
 from dataclasses import dataclass
@@ -7,9 +7,9 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class BlockFormat:
-    """A way to store a row of a tensor: blocks of `values` values in `nbytes` bytes each.
+    """A format of a tensor's rows: blocks of `values` values in `nbytes` bytes each.
 
-    `number` is the GGML type in GGUF files; 1000 and above are Octavo's own, which no file holds.
+    `number` is the GGML type in GGUF files; 1000 and above are Octavo's own, which do not occur in files.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Opening files that somebody else wrote: regular files only, of bounded size."""
+"""Open untrusted files: only regular files, of bounded size."""
 
 import mmap
 import os
@@ -19,7 +19,7 @@ def read_file(path: Path, limit: int) -> bytes:
     with open_regular(path) as file:
         content = file.read(limit + 1)
     if len(content) > limit:
-        raise DamagedWeights(f"{path} is larger than {limit >> 20} MiB, the most that such a file may have")
+        raise DamagedWeights(f"{path} is larger than {limit >> 20} MiB, the limit for such files")
     return content
 
 
@@ -33,14 +33,14 @@ def map_file(path: Path) -> mmap.mmap:
     with open_regular(path) as file:
         try:
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except ValueError:  # mmap's answer to an empty file
+        except ValueError:  # mmap raises it for an empty file
             raise DamagedWeights(f"{path} is empty; download it again") from None
         except OSError as error:
             raise ModelNotFound(f"cannot read {shortened(path)}: {error.strerror}") from None
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """Open a regular file for reading. Opening a FIFO or a device could wait forever, so those are refused.
+    """Open a regular file for reading. FIFOs and devices are refused, since opening one could wait forever.
 
     Raises:
         ModelNotFound: There is no such file, it may not be read, or it is not a regular file.

@@ -49,7 +49,7 @@ class GgufTensor:
 
 @dataclass(frozen=True)
 class GgufHeader:
-    """What the header of a GGUF file holds.
+    """The content of a GGUF file's header.
 
     `metadata`: numbers, booleans, strings and lists of these, by key. `mapped`: the whole file, read-only.
     """
@@ -64,7 +64,7 @@ def read_header(path: Path) -> GgufHeader:
 
     Raises:
         ModelNotFound: There is no such regular file, or it may not be read.
-        DamagedWeights: It is not a GGUF file, is truncated or contradicts itself.
+        DamagedWeights: It is not a GGUF file, or it is truncated or inconsistent.
         UnsupportedModel: Its version, or the format of one of its tensors, is not supported.
     """
     mapped = map_file(path)
@@ -78,7 +78,7 @@ def read_header(path: Path) -> GgufHeader:
 
 
 class _Malformed(Exception):
-    """A file that breaks the format's rules; the message says which, in a few words."""
+    """A file that violates the format. The message names the violation in a few words."""
 
 
 class _Parser:
@@ -100,11 +100,11 @@ class _Parser:
         for _ in range(num_keys):
             key = self.string()
             if key in metadata:
-                raise _Malformed(f"key {key!r} twice")
+                raise _Malformed(f"key {key!r} occurs twice")
             metadata[key] = self.value(self.u32())
         infos = [self.tensor_info() for _ in range(num_tensors)]
         if len({name for name, *_ in infos}) < num_tensors:
-            raise _Malformed("two tensors of one name")
+            raise _Malformed("two tensors have the same name")
         alignment = metadata.get("general.alignment", 32)
         if not isinstance(alignment, int) or alignment <= 0 or alignment & (alignment - 1):
             raise _Malformed(f"alignment {alignment!r} is not a power of two")
@@ -141,7 +141,7 @@ class _Parser:
         if count * smallest > self.size - self.at:
             raise _Malformed(f"a count of {count} does not fit in the file")
         if count > limit:
-            raise _Malformed(f"a count of {count}, where at most {limit} are supported")
+            raise _Malformed(f"a count of {count} exceeds the limit of {limit}")
         return count
 
     def string(self) -> str:
@@ -173,7 +173,7 @@ class _Parser:
 
     def scalars(self, kind: int, count: int) -> list[Any]:
         if kind not in _SCALARS:
-            raise _Malformed(f"value type {kind}")
+            raise _Malformed(f"value type {kind} is unknown")
         dtype = np.dtype(_SCALARS[kind]).newbyteorder("<")
         start, self.at = self.at, self.at + count * dtype.itemsize
         if self.at > self.size:

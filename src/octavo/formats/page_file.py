@@ -1,11 +1,11 @@
-"""Files of KV pages: a single page, as the disk tier keeps it, or many, which with their tokens are a saved KV state.
+"""Files of KV pages. The disk tier writes files of one page; a saved KV state has many pages and their tokens.
 
     64 bytes    magic, version, offset, length and checksum of the header; zeros
     pages       page_bytes each
     header      MessagePack, see Header
 
-The header comes last, so that pages can be written one at a time. A file gets its name when it is complete. Whatever
-the system still loses or damages, for instance in a power failure, is detected by checksums: XXH3, 128 bits.
+The header comes last, so that pages can be written one at a time. A file gets its name when it is complete. Loss or
+damage after that, for instance in a power failure, is detected by checksums (XXH3, 128 bits).
 """
 
 import os
@@ -27,7 +27,7 @@ TEMPORARY = r"\.[0-9a-f]{16}\.tmp"  # suffix of a file's name until it is comple
 
 
 class BadPageFile(ValueError):
-    """Not a page file, or damaged, or of another version."""
+    """The file is not a page file, is damaged, or has another version of the format."""
 
 
 class Header(msgspec.Struct, frozen=True):
@@ -35,7 +35,7 @@ class Header(msgspec.Struct, frozen=True):
 
     Attributes:
         page_bytes: size of each page.
-        keys: of the pages, in order of position in the file.
+        keys: the keys of the pages, in the order of the file.
         checksums: XXH3 of each page, 16 bytes.
         fingerprint, tokens, metadata: as passed to `write_page_file`.
     """
@@ -58,12 +58,12 @@ def write_page_file(
     metadata: Mapping[str, str] | None = None,
     durable: bool = False,
 ) -> None:
-    """Write pages to `path`, all or nothing, readable by the owner only.
+    """Write pages to `path`, completely or not at all. Only the owner can read the file.
 
     Args:
-        pages: key and content (uint8 [page_bytes]) of each.
-        fingerprint, tokens, metadata: stored as they are.
-        durable: wait until the file would survive a power failure.
+        pages: key and content (uint8 [page_bytes]) of each page.
+        fingerprint, tokens, metadata: stored unchanged.
+        durable: whether to wait until the file would survive a power failure.
 
     Raises:
         OSError
@@ -127,7 +127,7 @@ class PageFile:
         content = np.empty(self.header.page_bytes, np.uint8)
         os.preadv(self._file.fileno(), [content.data], _START + index * content.nbytes)
         if xxh3_128_digest(content.data) != self.header.checksums[index]:
-            raise BadPageFile("a page of it is damaged")
+            raise BadPageFile("one of its pages is damaged")
         return content
 
     def close(self) -> None:
@@ -137,13 +137,13 @@ class PageFile:
         descriptor = self._file.fileno()
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
-            raise BadPageFile("it is no regular file")
+            raise BadPageFile("it is not a regular file")
         preamble = os.pread(descriptor, _PREAMBLE.size, 0)
         if len(preamble) < _PREAMBLE.size or not preamble.startswith(_MAGIC):
-            raise BadPageFile("it is no file of KV pages")
+            raise BadPageFile("it is not a file of KV pages")
         _, version, start, length, checksum = _PREAMBLE.unpack(preamble)
         if version != _VERSION:
-            raise BadPageFile(f"it is of format {version}, and this version of Octavo reads format {_VERSION}")
+            raise BadPageFile(f"it has format {version}, but this version of Octavo reads format {_VERSION}")
         if start + length != status.st_size:
             raise BadPageFile("it is incomplete")
         if length > _MAX_HEADER:
@@ -165,5 +165,5 @@ def _private(path: str, flags: int) -> int:
 
 
 def _without_blocking(path: str, flags: int) -> int:
-    """Open a file; a named pipe without a writer does not block, and is refused afterwards."""
+    """Open a file without blocking on a named pipe that has no writer. Pipes are refused afterwards."""
     return os.open(path, flags | os.O_NONBLOCK)

@@ -1,4 +1,4 @@
-"""Who is let in: a bound on the completions that live in a server, and a time at which the refused may come again."""
+"""Admission control: limit the completions in a server, and tell refused clients when to retry."""
 
 import math
 import time
@@ -8,13 +8,20 @@ import msgspec
 
 from octavo.errors import InvalidRequest, QueueFull
 
-UNKNOWN_PACE = 1.0  # seconds for one place to become free, before it was measured
-MEMORY = 256  # places: what was measured before the last so many counts little
-MIN_WAIT, MAX_WAIT = 1, 60  # seconds that a refused client is told to wait; the openai client heeds up to 60
+UNKNOWN_PACE = 1.0  # seconds until a place becomes free, as long as none is measured
+MEMORY = 256  # number of latest places that dominate the measurement
+MIN_WAIT, MAX_WAIT = 1, 60  # seconds in Retry-After; the openai client ignores values above 60
 
 
 class FrontendStats(msgspec.Struct, frozen=True):
-    """`live`: completions that run or wait, of at most `limit`. Requests since the start: refused, and timed out."""
+    """Statistics of the frontend.
+
+    Attributes:
+        live: Completions that run or wait.
+        limit: Maximum of `live`; 0 for no limit.
+        refused: Requests refused since the start because the queue was full.
+        timed_out: Requests that have timed out since the start.
+    """
 
     live: int
     limit: int
@@ -23,11 +30,11 @@ class FrontendStats(msgspec.Struct, frozen=True):
 
 
 class Admission:
-    """At most `at_once` completions that run and `queue` that wait.
+    """Admits at most `at_once` running completions and `queue` waiting ones.
 
-    The refused are told different times, so that they do not all come back at once: each is to come when places will
-    have become free for all who were refused before it, and for itself. How fast places become free is measured
-    while there is a queue; with less to do than it could, an engine would seem slower than it is.
+    Refused requests get different retry times, so that they do not all come back at once: the time until places have
+    become free for all requests that were refused before, and for this one. The rate at which places become free is
+    measured only while there is a queue: an engine with less work would seem slower than it is.
     """
 
     def __init__(self, at_once: int, queue: int, clock: Callable[[], float] = time.monotonic):
@@ -35,16 +42,20 @@ class Admission:
         self.refused = 0  # requests, since the start
         self._at_once = at_once
         self._clock = clock
-        self._promised = 0  # places for those who were refused, not become free yet
-        self._seconds = 0.0  # in which, while there was a queue,
-        self._freed = 0.0  # so many places became free
-        self._last = 0.0  # time up to which that is measured
+        self._promised = 0  # places that refused requests were promised and that are not free yet
+        self._seconds = 0.0  # measured time with a queue
+        self._freed = 0.0  # places that became free in this time
+        self._last = 0.0  # end of the measured time
 
     def check(self, live: int, asked: int) -> None:
-        """May `asked` completions join the `live` ones? Raises QueueFull, or InvalidRequest if they never can."""
+        """Check whether `asked` completions may join the `live` ones.
+
+        Raises QueueFull if there is currently no place for them, InvalidRequest if they would be too many even alone.
+        """
         if asked > self.limit:
-            limits = f"the {self.limit} that may be here at once (max_batch_size and max_queue)"
-            raise InvalidRequest(f"{asked} completions in one call are more than {limits}")
+            raise InvalidRequest(
+                f"{asked} completions in one call exceed the limit of {self.limit} (max_batch_size plus max_queue)"
+            )
         if live <= self._at_once:
             self._last = self._clock()
         if live + asked <= self.limit:
@@ -56,7 +67,7 @@ class Admission:
         raise QueueFull(f"the queue is full, with {live} completions; try again in {wait} s", wait)
 
     def left(self, places: int, live: int) -> None:
-        """Of `live` completions, so many have just left."""
+        """Note that `places` of the `live` completions have just ended."""
         if not places:
             return
         self._promised = max(self._promised - places, 0)

@@ -1,10 +1,10 @@
-"""What `chat` accepts: one conversation or several."""
+"""The argument of `chat`: one conversation or several."""
 
 from collections.abc import Sequence
 from typing import Any, cast
 
 Conversation = list[dict[str, Any]]
-"""Messages in OpenAI's format: {"role": ..., "content": ...}, and what else the model's chat template reads."""
+"""Messages in OpenAI's format: {"role": ..., "content": ...}, plus any other keys that the model's template reads."""
 
 
 def conversations(messages: Conversation | Sequence[Conversation]) -> list[Conversation]:

@@ -1,4 +1,4 @@
-"""Frontend: live requests over an engine that may crash at any time without one of them being lost."""
+"""Frontend: keeps live requests while the engine that serves them may crash and be replaced at any time."""
 
 import asyncio
 import itertools
@@ -48,16 +48,16 @@ log = logging.getLogger("octavo")
 class Frontend:
     """The requests of one model, its KV states, and the engine that serves them.
 
-    For the event loop that calls `start`: every method is called on it, and so is every sink. A sink that raises ends
-    its own request.
+    Call all methods on the event loop that calls `start`; sinks are called on it too. If a sink raises, its own request
+    is aborted.
 
     Args:
-        connect: starts an engine that loads the model.
-        has_queue_limit: whether `submit` raises QueueFull beyond what max_batch_size and max_queue allow.
-        state_owner: what the methods of KV states call; this frontend by default.
+        connect: starts an engine, which begins to load the model.
+        has_queue_limit: whether `submit` raises QueueFull beyond max_batch_size plus max_queue completions.
+        state_owner: the object that the methods of KV states call; this frontend by default.
     """
 
-    info: EngineInfo  # from `start` on
+    info: EngineInfo  # set by `start`
     states: StateBook
 
     def __init__(
@@ -74,7 +74,7 @@ class Frontend:
         self._ledger: Ledger | None = None
         self.replica = Replica(connect, self)
         self._readmission = Readmission(self._send_request)
-        self._jobs: dict[str, asyncio.Future[None]] = {}  # LoadState and SaveState under way, by id
+        self._jobs: dict[str, asyncio.Future[None]] = {}  # pending LoadState and SaveState messages, by id
         self._stats: dict[int, asyncio.Future[EngineStats]] = {}
         self._stats_ids = itertools.count()
         self._deadline: asyncio.TimerHandle | None = None
@@ -87,10 +87,10 @@ class Frontend:
     async def start(self, link: Link) -> EngineInfo:
         """Wait until the engine that `link` has begun to load is ready.
 
-        Raises what loading raised, DamagedWeights if the tokenizer has tokens that the model has not.
+        Raises any error from loading the model, and DamagedWeights if the tokenizer has tokens that the model lacks.
         """
         self._loop = asyncio.get_running_loop()
-        _ = self._tokenizer.last_token_id  # while the engine loads
+        _ = self._tokenizer.last_token_id  # computed while the engine loads
         info = await self.replica.start(link)
         try:
             self._tokenizer.check_vocabulary(info.vocab_size)
@@ -100,13 +100,13 @@ class Frontend:
         return info
 
     def readiness(self) -> tuple[bool, str]:
-        """Return whether an engine is ready to serve, and how it is, for people: "the engine is ready"."""
+        """Return whether an engine is ready to serve, and its status as text, such as "the engine is ready"."""
         return self.replica.is_ready, f"the engine {self.replica.status}"
 
     # Requests
 
     def check_capacity(self, completions: int) -> None:
-        """Raise QueueFull or InvalidRequest if so many more completions may not be asked for; EngineDead."""
+        """Raise QueueFull or InvalidRequest if `submit` would refuse so many completions; EngineDead."""
         ledger = self._living()
         if self._admission is not None:
             self._admission.check(ledger.num_completions, completions)
@@ -114,11 +114,12 @@ class Frontend:
     def submit(
         self, requests: list[Request], tokens: list[list[int]], sink: Sink, request_id: str | None = None
     ) -> list[LiveRequest]:
-        """Start requests, all or none.
+        """Start all requests, or none if one of them is invalid.
 
         Args:
             tokens: the prompts' token ids, from `requests.tokenize`.
-            sink: called with the live request and each of its increments, or the error that ended it.
+            sink: called with the live request and each of its increments, or with the error that ended it.
+            request_id: the id of a single request; by default a random one.
 
         Raises QueueFull, InvalidRequest, PromptTooLong, InvalidKVState, EngineDead.
         """
@@ -137,10 +138,10 @@ class Frontend:
         return lives
 
     def abort(self, lives: Iterable[LiveRequest], notify: bool = False) -> None:
-        """End requests. Ended ones are left alone.
+        """Abort requests. Requests that have ended are ignored.
 
         Args:
-            notify: whether the sink gets a last increment, with finish_reason "abort".
+            notify: whether to send the sink a last increment with finish_reason "abort".
         """
         for live in lives:
             if self._close(live) and notify:
@@ -150,13 +151,13 @@ class Frontend:
         return self._ledger.get(request_id) if self._ledger is not None else None
 
     def stats(self) -> FrontendStats:
-        """Raises EngineDead."""
+        """Return the frontend's statistics. Raises EngineDead."""
         ledger, admission = self._living(), self._admission
         limit, refused = (admission.limit, admission.refused) if admission else (0, 0)
         return FrontendStats(ledger.num_completions, limit, refused, self._timed_out)
 
     async def engine_stats(self, patience: float | None = None) -> EngineStats:
-        """Return the engine's figures. Raises EngineDead if there is no engine, or it takes `patience` seconds."""
+        """Return the engine's statistics. Raises EngineDead without a ready engine, or after `patience` seconds."""
         self._living()
         if not self.replica.is_ready:
             raise EngineDead(f"the engine {self.replica.status}")
@@ -177,7 +178,7 @@ class Frontend:
     def keep_state(self, request_id: str, index: int) -> KVState:
         """Make a state of a finished request. Raises InvalidRequest, QuotaExceeded, EngineDead."""
         if request_id in self._living():
-            raise InvalidRequest(f"the request {request_id!r} still runs: it has no state before its end", "request_id")
+            raise InvalidRequest(f"the request {request_id!r} still runs; it has a state after its end", "request_id")
         return self.states.keep(request_id, index)
 
     async def load_state(self, path: Path, tenant: str, salt: str) -> KVState:
@@ -212,7 +213,7 @@ class Frontend:
     # The end
 
     async def close(self) -> None:
-        """End the engine. Live requests get EngineDead."""
+        """End the engine. Live requests fail with EngineDead."""
         self._closed = True
         if self._deadline is not None:
             self._deadline.cancel()
@@ -222,7 +223,7 @@ class Frontend:
             self._fail(live, error)
         await self.replica.close()
 
-    # What the replica tells
+    # Callbacks of the replica (see ReplicaOwner)
 
     async def replica_ready(self, info: EngineInfo) -> None:
         if self._ledger is None:
@@ -232,7 +233,7 @@ class Frontend:
             )
             self._ledger = Ledger(self._tokenizer, info, self._config.request_timeout)
         elif info.fingerprint != self.info.fingerprint:
-            raise EngineDead("the model's files have changed since the server started: put them back, or start it anew")
+            raise EngineDead("the model's files have changed since the start: restore them, or restart Octavo")
         await self._open_state_files()
         if num_live := len(self._ledger):
             log.warning("a new engine continues %d requests", num_live)
@@ -243,7 +244,7 @@ class Frontend:
         self._fail_waiting(EngineDead(f"the engine ended ({exit.reason})"))
         if culprit := self._readmission.engine_lost(self._ledger, exit):
             reason = f"the engine failed {culprit.crashes} times while it served this request ({exit.reason})"
-            log.error("the request %s is given up: %s", culprit.id, reason)
+            log.error("the request %s is aborted: %s", culprit.id, reason)
             self._fail(culprit, RequestFailed(reason))
 
     def replica_message(self, message: FromEngine) -> None:
@@ -262,7 +263,7 @@ class Frontend:
         live_before, ended, stopped = self._ledger.num_completions, 0, list[str]()
         for output in outputs:
             if (found := self._ledger.find(output.id)) is None:
-                continue  # aborted meanwhile
+                continue  # the request was aborted in the meantime
             live, completion = found
             if output.finish_reason in ("error", "timeout"):
                 timed_out = output.finish_reason == "timeout"
@@ -279,7 +280,7 @@ class Frontend:
             if completion.finish_reason:
                 self._ledger.finish(completion)
                 ended += 1
-                if not output.finish_reason:  # a stop string, of which the engine does not know
+                if not output.finish_reason:  # a stop string ended it; the engine does not know stop strings
                     stopped.append(output.id)
             if live.progress < TRIAL_TOKENS:
                 self._readmission.progressed(live)
@@ -295,7 +296,7 @@ class Frontend:
     # Inside
 
     def _living(self) -> Ledger:
-        """Return the ledger. Raises EngineDead where nothing can be served."""
+        """Return the ledger. Raises EngineDead if this process, event loop or frontend cannot serve requests."""
         if os.getpid() != self._pid:
             raise EngineDead("this LLM belongs to the process that was forked: create one in this process")
         if self._loop is not None and asyncio.get_running_loop() is not self._loop:
@@ -314,14 +315,14 @@ class Frontend:
     def _send_request(self, live: LiveRequest) -> None:
         try:
             self.replica.send(Submit(live.owed()))
-        except Exception as error:  # what cannot be encoded fails alone
+        except Exception as error:  # a request that cannot be encoded fails alone
             self._fail(live, InvalidRequest(f"the request cannot be sent: {error}"))
 
     def _deliver(self, live: LiveRequest, output: RequestOutput | Exception) -> None:
         try:
             live.sink(live, output)
         except Exception:
-            log.exception("what reads the request %s failed, so it is aborted", live.id)
+            log.exception("the sink of the request %s raised, so the request is aborted", live.id)
             self._close(live)
 
     def _fail(self, live: LiveRequest, error: Exception) -> None:
@@ -354,7 +355,7 @@ class Frontend:
         )
 
     def _watch_deadlines(self) -> None:
-        """Have `_time_out` called at the next deadline."""
+        """Schedule `_time_out` for the next deadline."""
         assert self._ledger is not None
         if (at := self._ledger.next_deadline) == self._deadline_at:
             return
@@ -375,15 +376,15 @@ class Frontend:
         self._watch_deadlines()
 
     async def _open_state_files(self) -> None:
-        """Before a new engine serves anything, so that it reads pages that it would have to compute otherwise."""
+        """Open the files of loaded states in a new engine, before it gets requests that would recompute their pages."""
         loaded = self.states.loaded()
         jobs = [asyncio.ensure_future(self._job(LoadState(state.id, str(state.file)))) for state in loaded]
         if jobs:
             done, late = await asyncio.wait(jobs, timeout=FILE_PATIENCE)
             for job in done:
-                job.exception()  # a file that is gone: its tokens are computed
+                job.exception()  # marked as retrieved: if a file is gone, its tokens are recomputed
             for state, job in zip(loaded, jobs, strict=True):
-                if job in late:  # it may be what this engine failed of: the next one is not told of it
+                if job in late:  # the file may make engines fail or hang, so the next engine does not open it
                     job.cancel()
                     state.file = None
 

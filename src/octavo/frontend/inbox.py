@@ -1,4 +1,4 @@
-"""Inbox: from callbacks to a task, with one wake-up for all that has come."""
+"""Inbox: a queue from callbacks to a task, which takes all items at once."""
 
 import asyncio
 from typing import Generic, TypeVar
@@ -7,9 +7,9 @@ Item = TypeVar("Item")
 
 
 class Inbox(Generic[Item]):
-    """What callbacks on the loop put in, for one task to take out: unlike from an asyncio.Queue, all of it at once.
+    """A queue from callbacks on the event loop to one task. Unlike an asyncio.Queue, it returns all items at once.
 
-    So what a step of the engine brings is one wake-up, and a reader that is slow catches up in one go.
+    So the items of one step cost one wake-up, and a slow reader catches up at once.
     """
 
     def __init__(self) -> None:
@@ -22,12 +22,12 @@ class Inbox(Generic[Item]):
         self._wake()
 
     def fail(self, error: Exception) -> None:
-        """`take` raises `error` when all that came before it has been taken."""
+        """Make `take` raise `error` after all earlier items were taken."""
         self._error = error
         self._wake()
 
     async def take(self) -> list[Item]:
-        """All that has come since the last time, in order; waits until there is something."""
+        """Wait until there are items, then return all of them in order."""
         if not self._items and self._error is None:
             self._waiter = asyncio.get_running_loop().create_future()
             await self._waiter

@@ -18,14 +18,14 @@ from octavo.text.stop_strings import StopStrings
 from .live import LiveCompletion, LiveRequest, Sink
 from .requests import Request, check_id
 
-SEED_BITS = 53  # what JavaScript, and so many a JSON parser, keeps of an integer
+SEED_BITS = 53  # JavaScript, and JSON parsers with its numbers, keep integers exact up to 53 bits
 
 
 class Ledger:
-    """The live requests by their users' ids, their completions by the engine's, and their deadlines. Not thread-safe.
+    """The live requests by request id, their completions by the engine's ids, and their deadlines. Not thread-safe.
 
     Args:
-        request_timeout: seconds, for requests that name none; None for no limit.
+        request_timeout: timeout in seconds of requests that set none; None for no limit.
     """
 
     def __init__(self, tokenizer: Tokenizer, info: EngineInfo, request_timeout: float | None):
@@ -47,15 +47,19 @@ class Ledger:
 
     @property
     def num_completions(self) -> int:
-        """The number of unfinished completions."""
+        """Return the number of unfinished completions."""
         return len(self._completions)
 
     def find(self, engine_id: str) -> tuple[LiveRequest, LiveCompletion] | None:
-        """Return the unfinished completion that the engine calls `engine_id`."""
+        """Return the unfinished completion with the engine's id `engine_id`, and its request."""
         return self._completions.get(engine_id)
 
     def open(self, request: Request, tokens: list[int], sink: Sink, id: str | None = None) -> LiveRequest:
-        """Enter a request whose prompt has become `tokens`, those of its KV state included. Raises InvalidRequest."""
+        """Add a request and return it. Raises InvalidRequest.
+
+        Args:
+            tokens: the whole prompt, including the tokens of its KV state.
+        """
         if id is not None:
             check_id(id)
         live = self._live_request(request, tokens, sink, id or f"req-{uuid.uuid4().hex}")
@@ -68,14 +72,14 @@ class Ledger:
         return live
 
     def finish(self, completion: LiveCompletion) -> None:
-        """Note that a completion has ended; with the last one, its request leaves the ledger."""
+        """Remove a completion that has ended. After the last completion, remove its request."""
         live, _ = self._completions.pop(completion.request.id)
         if live.finished:
             del self._live[live.id]
             self._deadlines.forget(live.id)
 
     def close(self, live: LiveRequest) -> list[str]:
-        """Remove a request that has not ended. Return the engine's ids of what is unfinished; [] if it is not here."""
+        """Remove a request. Return the engine's ids of its unfinished completions; [] if it is not in the ledger."""
         if self._live.get(live.id) is not live:
             return []
         del self._live[live.id]
@@ -89,12 +93,12 @@ class Ledger:
         return self._live.get(id)
 
     def overdue(self) -> list[LiveRequest]:
-        """Return the requests whose time is up, each once."""
+        """Return the requests whose deadline has passed. Each is returned once."""
         return [self._live[id] for id in self._deadlines.passed(time.monotonic())]
 
     @property
     def next_deadline(self) -> float | None:
-        """The earliest deadline, in seconds of time.monotonic()."""
+        """Return the earliest deadline, in seconds of time.monotonic()."""
         return self._deadlines.next
 
     def _live_request(self, request: Request, tokens: list[int], sink: Sink, id: str) -> LiveRequest:

@@ -1,4 +1,4 @@
-"""A live request as its user sees it: text, stop strings, logprobs and metrics, made of the engine's token outputs."""
+"""Live requests: convert the engine's token outputs to text, logprobs and metrics, and check stop strings."""
 
 import time
 from collections.abc import Callable
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class LiveCompletion:
-    """One completion of a request: what the engine was sent for it, and everything that it has returned."""
+    """One completion of a request: the message to the engine, and all output so far."""
 
     request: EngineRequest
     index: int
@@ -33,11 +33,11 @@ class LiveCompletion:
     stop_reason: str | int | None = None
 
     def output(self) -> CompletionOutput:
-        """Return everything so far."""
+        """Return the whole output so far."""
         return self.increment("".join(self.text), self.token_ids, self.logprobs)
 
     def increment(self, text: str, tokens: list[int], logprobs: list[dict[int, Logprob]]) -> CompletionOutput:
-        """Return a new part of the completion, with its present status."""
+        """Return a new part of the completion, with its current status."""
         wanted = self.request.params.logprobs is not None
         return CompletionOutput(
             self.index,
@@ -58,12 +58,12 @@ class LiveRequest:
     """A request until its last token.
 
     Attributes:
-        sink: called with an increment for every step that computed a token of it, or with the error that ended it.
-        arrival: time.monotonic() in seconds.
+        sink: called with each increment, one per step that computed a token, or with the error that ended the request.
+        arrival: time of arrival, in seconds of time.monotonic().
         state: the KV state that the prompt begins with.
-        sent: whether the present engine has been sent it.
-        progress: tokens that the present engine has computed of it; not counted beyond TRIAL_TOKENS.
-        crashes: how many engines have failed while they served it.
+        sent: whether the request was sent to the current engine.
+        progress: tokens that the current engine has computed for the request; not counted beyond TRIAL_TOKENS.
+        crashes: number of engines that failed while they served the request.
     """
 
     id: str
@@ -85,16 +85,16 @@ class LiveRequest:
 
     @property
     def engine_ids(self) -> list[str]:
-        """The engine's ids of the completions."""
+        """Return the engine's ids of the completions."""
         return [completion.request.id for completion in self.completions]
 
     @property
     def num_tokens(self) -> int:
-        """The number of output tokens so far."""
+        """Return the number of output tokens so far."""
         return sum(len(completion.token_ids) for completion in self.completions)
 
     def owed(self) -> list[EngineRequest]:
-        """Return what to send an engine so that each unfinished completion continues where it was."""
+        """Return the messages with which an engine continues each unfinished completion after its last token."""
         age = time.monotonic() - self.arrival
         return [
             msgspec.structs.replace(completion.request, output=list(completion.token_ids), age=age)
@@ -103,11 +103,11 @@ class LiveRequest:
         ]
 
     def whole(self) -> RequestOutput:
-        """Return everything so far."""
+        """Return the whole output so far."""
         return self._output([completion.output() for completion in self.completions])
 
     def advance(self, completion: LiveCompletion, output: TokenOutput) -> RequestOutput:
-        """Take in one token and return the increment. A stop string may end the completion before the engine does."""
+        """Add one token of the engine and return the increment. A stop string may end the completion earlier."""
         if self.metrics.first_token_time is None:
             self.metrics.first_token_time = self._wall_time()
             self.metrics.cached_tokens = output.cached_tokens
@@ -128,7 +128,7 @@ class LiveRequest:
         return self._output([completion.increment(text, tokens, logprobs)])
 
     def abort(self) -> RequestOutput:
-        """End what is unfinished, and return the increment that says so."""
+        """End all unfinished completions with finish_reason "abort", and return their last increment."""
         unfinished = [completion for completion in self.completions if not completion.finish_reason]
         for completion in unfinished:
             self._finish(completion, "abort", None)
@@ -141,13 +141,13 @@ class LiveRequest:
             self.metrics.finished_time = self._wall_time()
 
     def _wall_time(self) -> float:
-        """Return the arrival's wall-clock time plus what has passed since: clocks may be set meanwhile."""
+        """Return the arrival's wall-clock time plus the time since then, in case the clock was set in between."""
         return self.metrics.arrival_time + time.monotonic() - self.arrival
 
     def _text(self, completion: LiveCompletion, output: TokenOutput) -> str:
-        """Return the text that has become certain with one more token."""
+        """Return the text that is final after one more token."""
         if output.finish_reason == "stop":
-            return ""  # the end-of-sequence or stop token is no part of the text
+            return ""  # the end-of-sequence or stop token is not part of the text
         text = completion.detokenizer.push(output.token)
         armed = len(completion.token_ids) + 1 >= self.params.min_tokens
         text, stop = completion.stops.push(text, armed)

@@ -1,4 +1,4 @@
-"""LoopThread: an event loop in a thread of its own, for callers that have none."""
+"""LoopThread: an event loop in a separate thread, for callers without an event loop."""
 
 import asyncio
 import concurrent.futures
@@ -12,11 +12,11 @@ from octavo.errors import EngineDead
 
 Result = TypeVar("Result")
 
-LOOK = 1.0  # seconds between two looks at whether the thread still runs
+LOOK = 1.0  # seconds between checks whether the thread still runs
 
 
 class LoopThread:
-    """Runs functions and coroutines on its event loop, for any thread. Raises EngineDead once it is closed."""
+    """Runs functions and coroutines of any thread on its loop. `run` and `call` raise EngineDead after `close`."""
 
     def __init__(self) -> None:
         self._pid = os.getpid()
@@ -54,13 +54,13 @@ class LoopThread:
         return self.run(call())
 
     def post(self, function: Callable[..., Any], *arguments: Any) -> None:
-        """Call a function on the loop soon. Takes no lock and never waits, so that a finalizer may do it."""
+        """Schedule a function call on the loop. Takes no lock and never waits, so finalizers may call it."""
         if os.getpid() == self._pid and self._loop is not None:
             with contextlib.suppress(RuntimeError):  # the loop is closed, and everything on it has ended
                 self._loop.call_soon_threadsafe(function, *arguments)
 
     def close(self) -> None:
-        """Stop the loop soon; what still runs on it is cancelled."""
+        """Stop the loop soon, and cancel the tasks that still run on it."""
         self.post(lambda: self._stop.set())
 
     def join(self, seconds: float) -> None:

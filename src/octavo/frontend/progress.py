@@ -1,4 +1,4 @@
-"""Progress bars on a terminal; silence elsewhere."""
+"""Progress bars, shown only if stderr is a terminal."""
 
 import contextlib
 import sys
@@ -8,7 +8,7 @@ from importlib.util import find_spec
 
 @contextlib.contextmanager
 def loading_bar(label: str = "loading weights") -> Iterator[Callable[[int, int], None]]:
-    """A `Progress` for the loading, or other work, of weights. The bar appears with the first report of work."""
+    """Show a progress bar for loading weights or similar work. Yield a function to call with (done, total) bytes."""
     if not sys.stderr.isatty() or not find_spec("rich"):
         yield lambda done, total: None
         return
@@ -23,7 +23,10 @@ def loading_bar(label: str = "loading weights") -> Iterator[Callable[[int, int],
 
 @contextlib.contextmanager
 def generation_bar(num_requests: int, enabled: bool) -> Iterator[Callable[[int], None]]:
-    """To be told of each finished request's output tokens: counts requests, and tokens per second."""
+    """Show a progress bar of requests and tokens per second.
+
+    Yield a function to call with the number of output tokens of each finished request.
+    """
     if not enabled or not sys.stderr.isatty() or not find_spec("rich"):
         yield lambda tokens: None
         return

@@ -1,4 +1,4 @@
-"""Readmission: after a crash, find the request that caused it while all others go on."""
+"""Readmission: after a crash, find the request that caused it, and let all others continue."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
@@ -8,25 +8,25 @@ from octavo.engine.work_record import Work
 from .links.link import Exit
 from .live import LiveRequest
 
-ENOUGH_FAULTS = 2  # engines that must fail of a request before it is given up
-SUSPECT_KILLS = 3  # kills from outside, with no token between them, after which a request is under suspicion too
-ENOUGH_KILLS = 5  # and after which it is given up
-TRIAL_TOKENS = 2  # tokens that end a trial: of a step that computes a prompt, and of one that decodes
+ENOUGH_FAULTS = 2  # faults of engines after which the request that they served fails
+SUSPECT_KILLS = 3  # kills from outside without a token in between after which a request becomes a suspect
+ENOUGH_KILLS = 5  # kills from outside after which a suspect fails
+TRIAL_TOKENS = 2  # tokens that end a trial: one from a step that computes the prompt, one from a decode step
 LONG_TRIAL = 3  # crashes after which a trial lasts until the request ends
 
 
 class Readmission:
     """Sends live requests to an engine: all at once, or one at a time while one of them is suspected of crashing it.
 
-    The engine's record of its work says what it was busy with when it failed:
+    The engine's WorkRecord shows its work at the time of the failure:
 
-    - One request alone: if the next engine fails of it too, it is the cause. The others are sent before it, and it only
-      when one of them has computed a token.
-    - A step, or nothing in particular: the requests in the step, or all, are suspects. The next engine gets them one at
-      a time, each when the one before has computed TRIAL_TOKENS or ended. If that engine fails too, the one on trial is
-      the cause. The others, and those that arrive meanwhile, wait until the suspects are through.
+    - One request alone: this request is the cause if the next engine fails on it too. The next engine gets all other
+      requests first, and this one after another request has computed a token.
+    - A step, or nothing in particular: the requests in the step, or all requests, are suspects. The next engine gets
+      one suspect at a time: each is on trial until it has computed TRIAL_TOKENS or ended. If this engine fails too, the
+      request on trial is the cause. All other requests, including new ones, wait until the last suspect's trial ends.
 
-    An engine that was killed from outside raises no suspicion at first.
+    If an engine was killed from outside, its requests become suspects only after SUSPECT_KILLS such kills.
 
     Args:
         send: sends one request to the engine.
@@ -36,25 +36,25 @@ class Readmission:
         self._send = send
         self._is_ready = False
         self._suspects: deque[LiveRequest] = deque()  # to be sent one at a time, before all others
-        self._waiting: deque[LiveRequest] = deque()  # to be sent then
-        self._last: deque[LiveRequest] = deque()  # to be sent when others have made progress, if there are others
+        self._waiting: deque[LiveRequest] = deque()  # to be sent after the suspects
+        self._last: deque[LiveRequest] = deque()  # to be sent after a token of another request, if there are others
         self._trial: LiveRequest | None = None
 
     def add(self, live: LiveRequest) -> None:
-        """Send a new request, or let it wait for its turn."""
+        """Send a new request, or queue it while there is no engine or a trial is running."""
         if self._is_ready and self._trial is None:
             self._pass_on(live)
         else:
             self._waiting.append(live)
 
     def engine_lost(self, lives: Iterable[LiveRequest], exit: Exit) -> LiveRequest | None:
-        """Take all requests back. Return the one that has caused the loss, if that is known; it is not sent again.
+        """Queue all requests that the engine had. Return the one that caused its end, if known; it is not sent again.
 
         Args:
             lives: every live request.
         """
         self._is_ready, trial, self._trial = False, self._trial, None
-        # Those that computed tokens are less likely to be the cause: they come first, so that they wait least.
+        # Requests with progress are less likely to be the cause, so they come first and wait least.
         sent = sorted((live for live in lives if live.sent), key=lambda live: (not live.progress, live.arrival))
         busy_with = _busy_with(sent, exit.work)
         alone = exit.work.alone is not None
@@ -84,7 +84,7 @@ class Readmission:
         return culprit
 
     def engine_ready(self) -> None:
-        """Begin to send to a new engine."""
+        """Begin to send requests to a new engine."""
         self._is_ready = True
         has_others = bool(self._suspects or self._waiting)
         self._next()
@@ -92,7 +92,7 @@ class Readmission:
             self._send_last()
 
     def progressed(self, live: LiveRequest) -> None:
-        """Note that the engine has computed a token of a request; to be called for the first TRIAL_TOKENS at least."""
+        """Note that the engine has computed a token of a request. Call this at least for the first TRIAL_TOKENS."""
         live.progress += 1
         if live is self._trial and live.progress >= TRIAL_TOKENS and live.crashes < LONG_TRIAL:
             self._trial = None
@@ -100,7 +100,7 @@ class Readmission:
         self._send_last()
 
     def ended(self, live: LiveRequest) -> None:
-        """Forget a request that has ended, for whatever reason."""
+        """Forget a request that has ended for any reason."""
         if live is self._trial:
             self._trial = None
             self._next()
@@ -111,7 +111,7 @@ class Readmission:
         self._send_last()
 
     def _next(self) -> None:
-        """Send the next suspect; when there is none left, everybody else."""
+        """Send the next suspect, or, if there is none left, all waiting requests."""
         while self._is_ready and self._trial is None and (self._suspects or self._waiting):
             if self._suspects:
                 self._trial = self._suspects.popleft()
@@ -130,7 +130,7 @@ class Readmission:
 
 
 def _busy_with(sent: Sequence[LiveRequest], work: Work) -> Sequence[LiveRequest]:
-    """Return those of the requests that the engine had been sent with which it was busy."""
+    """Return the requests among `sent` that the engine was working on."""
     if work.alone is not None:
         return [live for live in sent if work.alone in live.engine_ids]
     if work.prompts is not None:

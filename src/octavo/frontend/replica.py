@@ -1,4 +1,4 @@
-"""Replica: one engine kept running. When its link ends or falls silent, a new one takes its place."""
+"""Replica: keep one engine running. If it ends or sends no heartbeat, replace it by a new one."""
 
 import asyncio
 import logging
@@ -12,48 +12,48 @@ from octavo.errors import EngineDead
 from .links.link import Exit, Link
 from .links.messages import HEARTBEAT, Alive, Failed, FromEngine, Loading, Ready, ToEngine, Tokens
 
-TICK = HEARTBEAT  # seconds between two looks at the engine
-SILENT_TICKS = 5  # looks without a message in between, after which an engine that is ready counts as stopped
-LOADING_TICKS = 10  # the same for one that loads, whose threads may wait for a disk
-FIRST_SIGN = 60.0  # seconds for a new process to say something at all
-NEXT_SIGN = 5.0  # the same for one that replaces another; twice that for each engine in a row that has failed
-STEP_SECONDS = 5.0  # that any step may take
-STEP_LIMIT = 20  # times the slowest computation so far, scaled to its tokens, that a computation may take
+TICK = HEARTBEAT  # seconds between checks of the engine
+SILENT_TICKS = 5  # consecutive checks without a message after which a ready engine counts as stopped
+LOADING_TICKS = 10  # the same for a loading engine, whose threads may wait for a disk
+FIRST_SIGN = 60.0  # seconds within which the first engine's process must send its first message
+NEXT_SIGN = 5.0  # the same for a replacement; doubled for each failed engine in a row, up to FIRST_SIGN
+STEP_SECONDS = 5.0  # time that any step may take
+STEP_LIMIT = 20  # a computation may also take this many times the slowest one so far, scaled to its number of tokens
 QUICK_RESTARTS = 3  # restarts without a pause, while no engine computes a token or lives for STABLE seconds
 STABLE = 10.0
-FIRST_PAUSE, MAX_PAUSE = 0.25, 10.0  # seconds between further restarts; each pause is twice the one before
+FIRST_PAUSE, MAX_PAUSE = 0.25, 10.0  # seconds; the k-th further restart waits for FIRST_PAUSE * 2^k, up to MAX_PAUSE
 
 log = logging.getLogger("octavo")
 
 
 class ReplicaOwner(Protocol):
-    """What a replica tells its frontend."""
+    """The frontend's methods that a replica calls."""
 
     async def replica_ready(self, info: EngineInfo) -> None:
-        """The engine has loaded, for the first time or again; it may be sent messages from now on.
+        """Take over a loaded engine, the first one or a replacement. It accepts messages from now on.
 
-        Raises whatever makes this engine unfit to take the place of the one before; it is ended then.
+        If this raises, because the engine cannot replace the one before, the engine is ended.
         """
         ...
 
     def replica_lost(self, exit: Exit) -> None:
-        """The engine has ended; what it was sent and has not answered is lost."""
+        """Note that the engine has ended. Messages that it has not answered are lost."""
         ...
 
     def replica_message(self, message: FromEngine) -> None:
-        """The engine said something other than how it is."""
+        """Handle an answer of the engine: Tokens, Stats or StateDone."""
         ...
 
 
 class Replica:
-    """One supervised engine. For one event loop.
+    """One supervised engine. To be used on one event loop.
 
-    If the first engine does not load, `start` raises why; later ones are tried again, with longer and longer pauses,
-    for as long as the frontend lives. An engine is ended and replaced if it sends nothing for SILENT_TICKS looks, or if
-    a step takes longer than STEP_SECONDS and, while it computes, than STEP_LIMIT allows by the speed measured so far.
+    If the first engine does not load, `start` raises the error. A replacement that does not load is started again, with
+    longer and longer pauses, as long as the frontend lives. An engine is ended and replaced if SILENT_TICKS checks in a
+    row find no message from it, or if a step takes longer than both STEP_SECONDS and STEP_LIMIT allow.
 
     Args:
-        connect: starts an engine that loads.
+        connect: starts an engine, which begins to load.
     """
 
     def __init__(self, connect: Callable[[], Link], owner: ReplicaOwner):
@@ -61,27 +61,30 @@ class Replica:
         self._task: asyncio.Task[None] | None = None
         self._loaded: asyncio.Future[EngineInfo] | None = None
         self._ended = asyncio.Event()
-        self._heard = False  # since the last tick
-        self._alive = Alive()  # the latest
-        self._failures = 0  # restarts since an engine has worked
+        self._heard = False  # whether a message has arrived since the last check
+        self._alive = Alive()  # the latest heartbeat
+        self._failures = 0  # restarts since an engine last computed a token or lived for STABLE seconds
         self.link: Link | None = None
         self.is_ready = False
-        self.status = "is loading"  # for people: the engine ...
+        self.status = "is loading"  # for messages: "the engine is loading"
 
     async def start(self, link: Link) -> EngineInfo:
-        """Wait until the first engine, which `link` has begun to load, is ready. Raises what loading raised."""
+        """Wait until the first engine, which `link` has begun to load, is ready. Raises any error from loading."""
         info = await self._load(link)
         await self._serve(info)
         self._task = asyncio.create_task(self._keep_running())
         return info
 
     def send(self, message: ToEngine) -> None:
-        """Send a message to the engine if it is ready; the next one is told what is owed. Raises as Link.send."""
+        """Send a message to the engine if it is ready; otherwise drop it. Raises the errors of Link.send.
+
+        Dropping is safe: when an engine becomes ready, the owner sends it all live requests.
+        """
         if self.is_ready and self.link is not None:
             self.link.send(message)
 
     async def close(self) -> None:
-        """End the engine, in good order if it answers."""
+        """End the engine: cleanly if it is ready, otherwise by killing it."""
         if self._task is not None:
             self._task.cancel()
             await asyncio.wait((self._task,))
@@ -107,18 +110,18 @@ class Replica:
             try:
                 await self._serve(await self._load(self._connect()))
                 return
-            except Exception as error:  # whatever it is, the next attempt may succeed
-                self.status = f"does not start, and is tried again: {' '.join(str(error).split())}"
+            except Exception as error:  # the next attempt may succeed
+                self.status = f"does not start and is tried again: {' '.join(str(error).split())}"
                 log.error("the engine %s", self.status)
 
     def _pause(self) -> float:
-        """Return how long to wait before the next restart, and count it."""
+        """Count a restart, and return the seconds to wait before it."""
         self._failures += 1
         extra = self._failures - QUICK_RESTARTS
         return min(FIRST_PAUSE * 2.0 ** min(extra, 10), MAX_PAUSE) if extra > 0 else 0.0
 
     async def _load(self, link: Link) -> EngineInfo:
-        """Wait until `link` is ready. Raises what loading raised, or EngineDead."""
+        """Wait until the engine behind `link` is ready. Raises any error from loading, or EngineDead."""
         self.link, self._heard, self._alive = link, False, Alive()
         self._ended = asyncio.Event()
         loaded: asyncio.Future[EngineInfo] = asyncio.get_running_loop().create_future()
@@ -139,7 +142,7 @@ class Replica:
             loaded.cancel()
 
     async def _serve(self, info: EngineInfo) -> None:
-        """Hand the engine that has loaded to the owner. If that raises, end the engine and raise the same."""
+        """Announce the loaded engine to the owner. If the owner raises, kill the engine and raise the same error."""
         assert self.link is not None
         self.is_ready, self.status = True, "is ready"
         try:
@@ -150,7 +153,7 @@ class Replica:
             raise
 
     async def _watch(self) -> Exit:
-        """Wait until the engine ends, or end it because it stopped. Return how it ended."""
+        """Wait until the engine ends, or kill it if it hangs. Return how it ended."""
         assert self.link is not None
         problem, is_fault = None, False
         first_sign = min(NEXT_SIGN * 2.0 ** min(self._failures, 10), FIRST_SIGN) if self._failures else FIRST_SIGN
@@ -161,18 +164,18 @@ class Replica:
             try:
                 await asyncio.wait_for(self._ended.wait(), TICK)
             except TimeoutError:
-                # Counted in looks, not in seconds: while this process was stopped too, nothing is the engine's fault.
+                # Silence is counted in checks, not seconds: while this process is stopped, so are the checks.
                 silent, self._heard = (0, False) if self._heard else (silent + 1, False)
                 patience = min(patience, usual) if not silent else patience
                 if self.link.heartbeats and silent >= patience:
-                    problem = f"no sign of life for {silent * TICK:g} s"
+                    problem = f"no message for {silent * TICK:g} s"
                 elif self._alive.step_seconds > (limit := self._step_limit()):
                     problem, is_fault = f"a step took longer than {limit:.0f} s", True
         exit = await self.link.kill()
         return exit if problem is None else Exit(problem, is_fault, exit.work)
 
     def _step_limit(self) -> float:
-        """Return the seconds that the present step may take."""
+        """Return the seconds that the current step may take."""
         alive = self._alive
         if not alive.rows:
             return STEP_SECONDS

@@ -1,4 +1,4 @@
-"""What `generate` accepts, as requests: prompts with the parameters, terms and KV state of each."""
+"""Convert the arguments of `generate` to requests: prompts with the parameters, terms and KV state of each."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,11 +11,11 @@ from octavo.states import KVState
 from octavo.text import Tokenizer
 from octavo.text.offload import off_loop
 
-MAX_ID = 256  # characters of a request id that the user chooses
+MAX_ID = 256  # characters in a request id chosen by the user
 
 
 class PromptDict(TypedDict, total=False):
-    """A prompt as vLLM's users write it: `prompt` or `prompt_token_ids`, and optionally its own `cache_salt`."""
+    """A prompt in vLLM's form: `prompt` or `prompt_token_ids`, and optionally its own `cache_salt`."""
 
     prompt: str
     prompt_token_ids: list[int]
@@ -28,10 +28,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One prompt with everything that was asked for it.
+    """One prompt with its parameters, terms and KV state.
 
     Attributes:
-        prompt: text or token ids; what follows `state`, if there is one.
+        prompt: text or token ids; if there is a `state`, only the part after it.
         state: the KV state that the prompt continues.
     """
 
@@ -76,10 +76,10 @@ def make_requests(
     terms: Terms,
     states: KVState | Sequence[KVState] | None = None,
 ) -> list[Request]:
-    """Make a request of each prompt; the other arguments are for all prompts, or one each. Raises InvalidRequest.
+    """Make a request of each prompt. The other arguments are one for all prompts, or one each. Raises InvalidRequest.
 
     Args:
-        default: the parameters where `params` is None.
+        default: the parameters if `params` is None.
     """
     prompts = plain(prompts)
     several = isinstance(prompts, (list, tuple)) and not (prompts and isinstance(plain(prompts[0]), int))
@@ -102,7 +102,7 @@ def _one_each(given: T | Sequence[T], count: int, what: str) -> Sequence[T]:
 def tokenize(request: Request, tokenizer: Tokenizer, info: EngineInfo) -> list[int]:
     """Return the token ids of a request's prompt, without those of its KV state. May be called by any thread.
 
-    Raises InvalidRequest for tokens that the model does not have, here or in the parameters; PromptTooLong.
+    Raises InvalidRequest if the prompt or the parameters have token ids beyond the vocabulary; PromptTooLong.
     """
     _check_params(request.params, info.vocab_size)
     prompt = request.prompt
@@ -119,7 +119,7 @@ def tokenize(request: Request, tokenizer: Tokenizer, info: EngineInfo) -> list[i
 
 
 async def tokenize_all(requests: list[Request], tokenizer: Tokenizer, info: EngineInfo) -> list[list[int]]:
-    """Return the token ids of each request; long prompts are tokenized in another thread. Raises as `tokenize`."""
+    """Return the token ids of each request's prompt. Tokenize long prompts in another thread. Raises as `tokenize`."""
 
     def work() -> list[list[int]]:
         return [tokenize(request, tokenizer, info) for request in requests]
@@ -128,7 +128,7 @@ async def tokenize_all(requests: list[Request], tokenizer: Tokenizer, info: Engi
 
 
 def check_length(num_tokens: int, info: EngineInfo, has_state: bool = False) -> None:
-    """Raise InvalidRequest for an empty prompt, PromptTooLong for one that leaves no place for an output token."""
+    """Raise InvalidRequest for an empty prompt, PromptTooLong for one that leaves no space for an output token."""
     if not num_tokens and not has_state:
         raise InvalidRequest("the prompt is empty", "prompt")
     limit = info.max_model_len
@@ -148,4 +148,4 @@ def check_id(id: str) -> None:
 def _check_params(params: SamplingParams, vocab_size: int) -> None:
     for name, tokens in (("stop_token_ids", params.stop_token_ids), ("logit_bias", params.logit_bias)):
         if any(token >= vocab_size for token in tokens or ()):
-            raise InvalidRequest(f"{name} names tokens beyond the vocabulary of {vocab_size}", name)
+            raise InvalidRequest(f"{name} has token ids beyond the vocabulary of {vocab_size}", name)

@@ -1,7 +1,7 @@
 """KVCache: page tables of sequences over one PagePool, and the prefix cache.
 
-A token's K and V are bitwise the same however they were computed. So a page that is found is as good as a computed one,
-a lost page costs time only, and a fork is a sequence whose prefix is found.
+A token's K and V are bitwise the same however they were computed. So a cached page is the same as a newly computed one,
+losing a page costs only time, and forking a sequence is finding its prefix in the cache.
 """
 
 import math
@@ -15,7 +15,7 @@ from .partial_pages import PartialPages
 from .prefix import Prefix
 from .transfers import Finished, Transfers
 
-SAVING_SHARE = 8  # at most one page in so many is referenced for saving alone
+SAVING_SHARE = 8  # at most one page in this many is referenced only because it is being saved
 
 
 @dataclass(slots=True)
@@ -29,22 +29,22 @@ class PageTable:
 
 @dataclass(slots=True)
 class Prefetch:
-    """The referenced pages of a waiting sequence, `pending` of which are still being filled from a lower tier."""
+    """The acquired pages of a waiting sequence. `pending` of them are still being filled from a lower tier."""
 
     pages: list[int]
     pending: int = 0
 
 
 class KVCache:
-    """Allocates and finds the pages of sequences. Not thread-safe, except where a method says so.
+    """Allocates and finds the pages of sequences. Not thread-safe, except for methods marked "from any thread".
 
     Args:
-        num_pages: pages of the pool.
-        page_size: tokens that a page holds.
-        prefix_caching: whether computed pages are kept and found by later sequences.
-        copy_page: copies the content of one page into another on the device, copy_page(source, target); without it,
+        num_pages: number of pages in the pool.
+        page_size: tokens per page.
+        prefix_caching: whether to keep computed pages for later sequences.
+        copy_page: copies the content of one page into another on the device, as copy_page(source, target); if None,
             partial pages are not kept.
-        transfers: to the tiers below the pool; None: there are none.
+        transfers: moves pages to and from the tiers below the pool; None if there are no tiers.
     """
 
     def __init__(
@@ -69,26 +69,26 @@ class KVCache:
         self._fetching: dict[int, Prefetch] = {}  # by page
 
     def pages_for(self, num_tokens: int) -> int:
-        """Return how many pages hold `num_tokens` tokens."""
+        """Return the number of pages that `num_tokens` tokens need."""
         return -(-num_tokens // self.page_size)
 
     def allocate(self, prefix: Prefix, reserve: int = 0) -> tuple[PageTable, int] | None:
-        """Allocate pages for all tokens of a sequence, reusing those that are cached.
+        """Allocate pages for all tokens of a sequence, reusing cached ones.
 
-        At least the last token is left to compute, since its logits are wanted.
+        At least the last token is left to compute, since its logits are needed.
 
         Args:
-            reserve: pages that must remain available.
+            reserve: number of pages that must remain available.
 
         Returns:
-            The page table, and how many tokens of it are already computed; None if too few pages are available.
+            The page table, and the number of its tokens that are already computed; None if too few pages are available.
         """
         table = self._match_prefix(prefix)
         missing = self.pages_for(len(prefix.tokens)) - table.num_full + reserve
         partial, partial_length = self._match_partial(table)
         if partial is not None:
             self.pool.acquire(partial)
-            if not self._reclaim(missing):  # it may suffice without the reference to the partial page
+            if not self._reclaim(missing):  # releasing the partial page may free enough
                 self.pool.release(partial)
                 partial, partial_length = None, 0
         if not self._reclaim(missing):
@@ -115,7 +115,7 @@ class KVCache:
         return True
 
     def commit(self, table: PageTable, num_computed: int) -> None:
-        """Publish the pages that became full, K and V of the first `num_computed` tokens being computed."""
+        """Publish the pages that have become full, now that K and V of the first `num_computed` tokens are computed."""
         if not self.prefix_caching:
             return
         while table.num_full < num_computed // self.page_size:
@@ -137,7 +137,7 @@ class KVCache:
         table.num_full = 0
 
     def pin(self, id: str, prefix: Prefix) -> None:
-        """Keep what is computed of the tokens of KV state `id`, until `unpin` or until sequences need the pages."""
+        """Acquire the computed pages of KV state `id`, until `unpin` or until sequences need the pages."""
         self.unpin(id)
         table = self._match_prefix(prefix)
         partial, _ = self._match_partial(table)
@@ -151,7 +151,7 @@ class KVCache:
         self._release_all(self._pins.pop(id, []))
 
     def prefetch(self, prefix: Prefix, reserve: int = 0) -> Prefetch | None:
-        """Begin to fetch the pages of these tokens that only lower tiers have, and reference them.
+        """Acquire the pages of these tokens, and begin to fetch those that only lower tiers have.
 
         Returns None if there is nothing to fetch, or if fewer than `reserve` pages would remain available.
         """
@@ -173,23 +173,23 @@ class KVCache:
             return None
         prefetch = Prefetch(pages)
         for key in missing:
-            page = self.pool.allocate()  # this reference is the transfer's: the sequence may be gone before it ends
+            page = self.pool.allocate()  # the transfer's own reference, as the sequence may end before it
             if self.transfers.fetch(page, key):
                 self.pool.acquire(page)
                 pages.append(page)
                 prefetch.pending += 1
                 self._fetching[page] = prefetch
-            else:  # the tier has lost it meanwhile
+            else:  # the tier has lost the page in the meantime
                 self.pool.release(page)
         return prefetch
 
     def end_prefetch(self, prefetch: Prefetch) -> None:
-        """Release the pages of a sequence that is admitted, or waits no more."""
+        """Release the prefetched pages of a sequence that is admitted or no longer waits."""
         self._release_all(prefetch.pages)
         prefetch.pages.clear()
 
     def collect(self) -> None:
-        """Take over the results of finished transfers, and begin to save pages that became full."""
+        """Publish the pages of finished fetches, and begin to save pages that have become full."""
         if self.transfers is None:
             return
         for done in self.transfers.finished():
@@ -222,12 +222,12 @@ class KVCache:
 
     @property
     def seconds_per_page(self) -> float:
-        """The measured time to fetch a page from a lower tier."""
+        """Return the measured time to fetch a page from a lower tier, in seconds."""
         return self.transfers.seconds_per_page if self.transfers is not None else math.inf
 
     @property
     def has_tiers(self) -> bool:
-        """Whether pages may be found below the pool, now."""
+        """Return whether there is currently a tier that may have pages."""
         return self.transfers is not None and self.transfers.has_tiers
 
     def is_fetching(self, page: int) -> bool:
@@ -240,19 +240,19 @@ class KVCache:
 
     @property
     def num_fetching(self) -> int:
-        """The number of pages being filled from a lower tier."""
+        """Return the number of pages being filled from a lower tier."""
         return len(self._fetching)
 
     @property
     def is_moving(self) -> bool:
-        """Whether pages are being fetched or saved, or wait to be saved."""
+        """Return whether pages are being fetched or saved, or wait to be saved."""
         return bool(self._fetching or self._unsaved or self._num_saving)
 
     def _finish_fetch(self, done: Finished, prefetch: Prefetch) -> None:
         prefetch.pending -= 1
         if done.ok:
             self.pool.publish(done.page, done.key)
-        # A failed page is of no use, nor is one whose content another page got meanwhile.
+        # Release a page whose fetch failed, or whose content another page has received in the meantime.
         if self.pool.find(done.key) != done.page and done.page in prefetch.pages:
             prefetch.pages.remove(done.page)
             self.pool.release(done.page)
@@ -271,7 +271,7 @@ class KVCache:
         return table
 
     def _match_partial(self, table: PageTable) -> tuple[int | None, int]:
-        """Return a partial page that continues the full pages of `table`, and how many tokens they have in common."""
+        """Return a partial page that continues the full pages of `table`, and how many of its tokens can be used."""
         if not self.prefix_caching or self._copy_page is None:
             return None, 0
         tokens, start = table.prefix.tokens, table.num_full * self.page_size
@@ -279,12 +279,12 @@ class KVCache:
         return self._partial.find(table.prefix.parent(table.num_full), tokens[start:end])
 
     def _reclaim(self, pages: int) -> bool:
-        """Return whether `pages` pages are available, after unpinning KV states for them, least recently used first."""
+        """Unpin KV states, least recently used first, until `pages` pages are available. Return whether they are."""
         while self.pool.num_available < pages and self._pins:
             self._release_all(self._pins.popitem(last=False)[1])
         return self.pool.num_available >= pages
 
     def _release_all(self, pages: list[int]) -> None:
-        """Release pages, the last one first, so that a prefix is evicted after what follows it."""
+        """Release pages, the last one first, so that the pages of a prefix are evicted after the pages that follow."""
         for page in reversed(pages):
             self.pool.release(page)

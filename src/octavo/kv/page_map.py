@@ -1,17 +1,17 @@
-"""The state of the page pool as a string: a letter for each of at most 512 cells."""
+"""Show the state of the page pool as a string of at most 512 letters, each for a range of pages."""
 
 from .cache import KVCache
 from .page_pool import CACHED, FREE, IN_USE
 
 PINNED, MOVING = "p", "m"  # in use by a KV state; being filled from a lower tier
 MAX_CELLS = 512
-MAX_SAMPLES = 8  # pages looked at for a cell, evenly spaced, so that the cost does not grow with the pool
+MAX_SAMPLES = 8  # evenly spaced pages that are checked for a cell, so that the cost does not grow with the pool
 
 _STATES = (IN_USE, CACHED, FREE, PINNED, MOVING)
 
 
 def page_map(kv: KVCache) -> str:
-    """Return one letter per cell: cell i of n stands for the i-th n-th of the pool, and shows its commonest state."""
+    """Return one letter per cell. Cells divide the pool into equal ranges and show their most common states."""
     num_pages = kv.pool.num_pages
     cells = min(num_pages, MAX_CELLS)
     pinned = kv.pinned_pages()

@@ -1,16 +1,16 @@
-"""PagePool: which KV pages are in use, and which unused ones still have content worth keeping.
+"""PagePool: keeps track of which KV pages are in use, and which unused pages have cached content.
 
 A page is free (no content), in use (referenced by one or more sequences, states or transfers), or cached (unreferenced,
-with content that a key finds). Cached pages are evicted least recently used first. Every operation is O(1).
+with content that `find` returns by key). The least recently used cached page is evicted first. Every operation is O(1).
 """
 
 from collections import OrderedDict
 
-FREE, IN_USE, CACHED = ".", "h", "c"  # as GET /stats shows them
+FREE, IN_USE, CACHED = ".", "h", "c"  # letters of the page map in GET /stats
 
 
 class PagePool:
-    """The bookkeeping of pages 0 .. num_pages - 1; their memory is the backend's."""
+    """The bookkeeping of pages 0 .. num_pages - 1. The backend owns their memory."""
 
     def __init__(self, num_pages: int):
         self.num_pages = num_pages
@@ -23,7 +23,7 @@ class PagePool:
 
     @property
     def num_available(self) -> int:
-        """The number of pages that can be allocated: the free and the cached ones."""
+        """Return the number of pages that can be allocated: free and cached ones."""
         return len(self._free) + len(self._cached)
 
     @property
@@ -35,9 +35,9 @@ class PagePool:
         return IN_USE if self._references[page] else FREE if self._key[page] is None else CACHED
 
     def allocate(self) -> int:
-        """Return a page with one reference and undefined content. If none is free, a cached page is evicted for it.
+        """Return a page with one reference and undefined content. If none is free, evict a cached page.
 
-        Needs num_available > 0.
+        num_available must be above 0.
         """
         if self._free:
             page = self._free.pop()
@@ -57,20 +57,20 @@ class PagePool:
         self._references[page] += 1
 
     def publish(self, page: int, key: bytes) -> None:
-        """Let `find` return a page in use for `key`, unless another page already has that content."""
+        """Make `find` return a page in use for `key`, unless another page already has this content."""
         if key not in self._page_of:
             self._page_of[key] = page
             self._key[page] = key
 
     def evict(self, page: int) -> None:
-        """Let `find` return a published page no more. If it is unreferenced, it is free then."""
+        """Make `find` no longer return a published page. If the page is unreferenced, it becomes free."""
         self._forget_key(page)
         if page in self._cached:
             del self._cached[page]
             self._free.append(page)
 
     def release(self, page: int) -> None:
-        """Drop one reference. An unreferenced page is cached if it was published, else free."""
+        """Drop one reference. After the last one, the page is cached if it was published, otherwise free."""
         self._references[page] -= 1
         if self._references[page] == 0:
             if self._key[page] is None:

@@ -1,29 +1,30 @@
-"""The partial last pages of finished sequences, from which the next turns of their conversations are copied."""
+"""An index of the partial last pages of finished sequences, which the next turns of conversations copy."""
 
 from array import array
 from itertools import takewhile
 
 from .page_pool import PagePool
 
-MAX_SIBLINGS = 32  # partial pages kept after the same full page; a look-up compares with each of them
+MAX_SIBLINGS = 32  # partial pages kept per preceding full page; a look-up compares with each of them
 
 
 class PartialPages:
     """An index of partial pages by the key of the full page before them (or the root) and by their tokens.
 
-    The pages are cached pages of `pool`, each published under a key made from its parent's and its own number, so that
-    an evicted one is known by the pool not finding it. The latest MAX_SIBLINGS of each parent are kept.
+    The pages are cached pages of `pool`. Each is published under a key made from its parent's key and its own number:
+    if the pool does not find this key, the page was evicted. The latest MAX_SIBLINGS pages of each parent are kept.
     """
 
     def __init__(self, pool: PagePool):
         self._pool = pool
         self._after: dict[bytes, dict[int, array[int]]] = {}
-        self._parent: dict[int, bytes] = {}  # of each page in the index
+        self._parent: dict[int, bytes] = {}  # parent's key of each page in the index
 
     def add(self, page: int, parent: bytes, tokens: "array[int]") -> None:
-        """Index a page in use that begins with the K and V of `tokens`, which follow those of `parent`.
+        """Index a page in use that begins with the K and V of `tokens`, which follow the page `parent`.
 
-        Siblings that are a prefix of it are evicted; if it is a prefix of a sibling, it is not indexed.
+        Siblings whose tokens are a prefix of `tokens` are evicted. If `tokens` is a prefix of a sibling's tokens, the
+        page is not indexed.
         """
         self._remove(page)
         siblings = self._after.get(parent, {})
@@ -39,7 +40,7 @@ class PartialPages:
         self._pool.publish(page, _key(parent, page))
 
     def find(self, parent: bytes, tokens: "array[int]") -> tuple[int | None, int]:
-        """Return the page after `parent` that agrees with the most of `tokens`, and with how many; None, 0 if none."""
+        """Return the page after `parent` with the longest common prefix with `tokens`, and its length; or (None, 0)."""
         best, most = None, 0
         for page, its_tokens in self._after.get(parent, {}).items():
             common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(its_tokens, tokens, strict=False)))
@@ -48,7 +49,7 @@ class PartialPages:
         return best, most
 
     def _is_valid(self, page: int) -> bool:
-        """Return whether the pool has not evicted the page."""
+        """Return whether the pool still has the page."""
         return self._pool.find(_key(self._parent[page], page)) == page
 
     def _evict(self, page: int) -> None:
@@ -64,5 +65,5 @@ class PartialPages:
 
 
 def _key(parent: bytes, page: int) -> bytes:
-    """Return the key of a partial page; it is longer than that of a full page, so the two never collide."""
+    """Return the key of a partial page. It is longer than the key of a full page, so the two never collide."""
     return parent + page.to_bytes(4, "little")

@@ -1,9 +1,9 @@
-"""Keys of pages: by these the prefix cache and the tiers below it know the content of a page.
+"""Keys of pages, which identify the content of a page in the prefix cache and in the tiers below it.
 
     key[i] = BLAKE2b(tokens of page i, keyed with key[i - 1]),  key[-1] = root
 
-The root stands for the model, the tenant, the salt and the origin. So equal keys mean equal prefixes, and a request can
-neither find nor time a page that was computed under another root.
+The root is a hash of the fingerprint, the tenant, the salt and the origin. So equal keys mean equal prefixes, and a
+request cannot find a page that was computed under another root, nor detect it by timing.
 """
 
 from array import array
@@ -18,8 +18,8 @@ def root_key(fingerprint: str, tenant: str, salt: str, origin: str = "") -> byte
     """Return the key that the first page of a prompt is chained to.
 
     Args:
-        fingerprint: names all that decides the bits of a page (EngineInfo.fingerprint).
-        tenant, salt: of the request.
+        fingerprint: identifies everything that determines the bits of a page (EngineInfo.fingerprint).
+        tenant, salt: those of the request.
         origin: the id of the loaded KV state that the request continues; "" if it continues none.
     """
     root = blake2b(msgspec.msgpack.encode((fingerprint, tenant, salt)), digest_size=KEY_BYTES).digest()
@@ -27,7 +27,7 @@ def root_key(fingerprint: str, tenant: str, salt: str, origin: str = "") -> byte
 
 
 def origin_root(root: bytes, origin: str) -> bytes:
-    """Return the root of sequences that continue the loaded KV state `origin`, from the root of all others."""
+    """Return the root of sequences that continue the loaded KV state `origin`, given the root without an origin."""
     return blake2b(origin.encode(), key=root, person=b"octavo-origin", digest_size=KEY_BYTES).digest()
 
 

@@ -1,4 +1,4 @@
-"""Transfers: moves pages between the pool and the tiers below it in its own threads, so that no step waits for I/O."""
+"""Transfers: move pages between the pool and the tiers below it in threads, so that steps never wait for I/O."""
 
 import logging
 import time
@@ -25,7 +25,7 @@ _log = logging.getLogger("octavo")
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """A transfer that has ended; `ok`: successfully. The page needs no reference for it any more."""
+    """A transfer that has ended. `ok` is whether it succeeded. The transfer no longer needs its page."""
 
     kind: Literal["save", "fetch"]
     page: int
@@ -34,23 +34,24 @@ class Finished:
 
 
 class Transfers:
-    """Queues of saves and fetches, which threads execute. The engine's thread fills them and collects the results.
+    """Queues of saves and fetches, executed by threads. The engine's thread adds transfers and collects results.
 
-    A page must stay referenced from the request of a transfer until `finished` returns it. Pages are saved to every
-    tier, and fetched from the first that has them. Fetches go before saves, since sequences wait for them.
+    A page must stay referenced from the call that begins its transfer until `finished` returns the transfer. Pages are
+    saved to every tier, and fetched from the first tier that has them. Fetches go before saves, since sequences wait
+    for them.
 
     Args:
         backend: exports and imports the content of pages.
-        tiers: the fastest first.
-        threads: how many; they start with the first job.
-        max_saves: saves that may be pending at a time.
+        tiers: the tiers below the pool, the fastest first.
+        threads: number of threads; they start with the first job.
+        max_saves: maximum number of pending saves.
     """
 
     def __init__(self, backend: Backend, tiers: Sequence[Tier], *, threads: int = 2, max_saves: int = 64):
         self.pages_saved = self.pages_fetched = self.failures = self.pending_saves = 0
         self.seconds_per_page = backend.page_bytes / _INITIAL_SPEED  # averaged over successive fetches
         self._backend, self._stores, self.max_saves = backend, tuple(tiers), max_saves
-        self._tiers: tuple[Tier, ...] = self._stores  # and those of loaded KV states
+        self._tiers: tuple[Tier, ...] = self._stores  # the stores and the files of loaded KV states
         lock = Lock()
         self._job_queued, self._job_done = Condition(lock), Condition(lock)
         self._fetches: deque[_Job] = deque()
@@ -63,12 +64,12 @@ class Transfers:
 
     @property
     def has_stores(self) -> bool:
-        """Whether there is a tier to save to."""
+        """Return whether there is a tier to save to."""
         return bool(self._stores)
 
     @property
     def has_tiers(self) -> bool:
-        """Whether there is a tier to fetch from, now."""
+        """Return whether there is currently a tier to fetch from."""
         return bool(self._tiers)
 
     def tier_of(self, key: bytes) -> Tier | None:
@@ -76,7 +77,7 @@ class Transfers:
         return next((tier for tier in self._tiers if key in tier), None)
 
     def save(self, page: int, key: bytes) -> bool:
-        """Begin to write a page to the tiers. Return False if they have it, or if too many saves are pending."""
+        """Begin to write a page to all tiers. Return False if they have it, or if too many saves are pending."""
         if self._closed or self.pending_saves >= self.max_saves or all(key in tier for tier in self._stores):
             return False
         self._submit(self._others, partial(self._save, page, key), saves=1)
@@ -92,13 +93,13 @@ class Transfers:
     def touch(self, keys: Sequence[bytes]) -> None:
         """Mark successive pages of a sequence as recently used in the tiers; the first will be evicted last.
 
-        Without this, pages that are always found in the pool would be evicted below it and missing after a restart.
+        Otherwise the tiers would evict pages that are always found in the pool, and they would be lost in a restart.
         """
         if keys and len(self._others) < self.max_saves:
             self._submit(self._others, partial(self._touch, keys))
 
     def run(self, job: Callable[[], T]) -> "Future[T]":
-        """Run another job that takes long, such as writing a KV state, in turn with the saves."""
+        """Run another long job, such as writing a KV state, in the queue of the saves."""
         return self._submit(self._others, job)
 
     def finished(self) -> list[Finished]:
@@ -113,7 +114,7 @@ class Transfers:
             return self._job_done.wait_for(lambda: bool(self._finished), timeout)
 
     def add_tier(self, tier: Tier) -> None:
-        """Fetch from one more tier, such as a loaded KV state; nothing is saved to it. From any thread."""
+        """Add a tier to fetch from, such as a loaded KV state. Nothing is saved to it. From any thread."""
         with self._job_queued:
             self._tiers += (tier,)
 
@@ -123,7 +124,7 @@ class Transfers:
             self._tiers = tuple(other for other in self._tiers if other is not tier)
 
     def close(self, timeout: float = 5.0) -> None:
-        """Finish queued saves and jobs, for at most `timeout` seconds; cancel the rest, and all queued fetches."""
+        """Cancel queued fetches, finish queued saves and jobs for at most `timeout` seconds, and cancel the rest."""
         deadline = time.monotonic() + timeout
         with self._job_queued:
             self._closed = True
@@ -209,7 +210,7 @@ class Transfers:
             self._finish(Finished("fetch", page, key, ok))
 
     def _measure(self, ok: bool) -> None:
-        """Update seconds_per_page with the time since the previous fetch ended, or since this one began if alone."""
+        """Update seconds_per_page with the time since the previous fetch ended (or this one began, if it was alone)."""
         now = time.perf_counter()
         if ok:
             weight = max(_SMOOTHING, 1 / self.pages_fetched)

@@ -1,4 +1,4 @@
-"""Reading the values of a config.json. A wrong value is a one-line error here, not a failure in a kernel later."""
+"""Read and check the values of a config.json, so that a wrong value is a one-line error, not a later kernel failure."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -17,7 +17,7 @@ from .spec import DecoderSpec
 
 
 def describe(spec: DecoderSpec, ops: Ops[T]) -> T:
-    """Run the forward pass through `ops`. Returns the logits of the rows that are sampled."""
+    """Run the forward pass through `ops`. Returns the logits of the sampled rows."""
     x = ops.embed("embed")
     for i in range(spec.num_layers):
         x = describe_layer(spec, i, ops, x)
@@ -36,8 +36,8 @@ def describe_layer(spec: DecoderSpec, i: int, ops: Ops[T], x: T) -> T:
 
 
 def needs_8_bits(spec: DecoderSpec, weight: str) -> bool:
-    """Return whether a weight keeps 8 bits when the model is quantized to 4.
+    """Return whether a weight keeps 8 bits when the model is quantized to 4 bits.
 
-    So do the embedding, the head and the last layer, whose errors reach the logits directly.
+    True for the embedding, the head and the last layer, whose errors affect the logits directly.
     """
     return weight in ("embed", "head") or weight.startswith(f"layers.{spec.num_layers - 1}.")

@@ -1,4 +1,4 @@
-"""The operations that a decoder is written in and that every backend implements."""
+"""The operations of which a decoder is composed. Every backend implements them."""
 
 from typing import Generic, Literal, Protocol, TypeVar
 

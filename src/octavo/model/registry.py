@@ -1,4 +1,4 @@
-"""Finding the family of a checkpoint, its DecoderSpec and its parameters, and checking that every tensor fits."""
+"""Find the family of a checkpoint, its DecoderSpec and its parameters, and check that every tensor fits."""
 
 import re
 from collections.abc import Mapping
@@ -36,13 +36,13 @@ FAMILIES: tuple[Family, ...] = (llama, mistral, qwen2, qwen3)
 def describe_model(
     checkpoint_config: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> tuple[DecoderSpec, dict[str, Parameter]]:
-    """Return the model's spec, and its parameters by the canonical names of decoder.py, not read yet.
+    """Return the model's spec, and its parameters by the canonical names of decoder.py. Nothing is read yet.
 
-    A head that differs from the embedding is used, even if the config says that they are tied, as transformers does.
+    As in transformers, a head that differs from the embedding is used even if the config says that they are tied.
 
     Raises:
         UnsupportedModel: The family, a variant of it or the format of a tensor is not supported.
-        DamagedWeights: The config makes no sense, or a tensor is missing or does not fit it.
+        DamagedWeights: The config is invalid, or a tensor is missing or does not fit the config.
     """
     family = find_family(checkpoint_config)
     spec = family.spec(checkpoint_config)
@@ -55,7 +55,7 @@ def describe_model(
         used.update(names)
     if unused := [name for name in tensors if name not in used and not _UNUSED.fullmatch(name)]:
         found = shortened(repr(unused[0]))
-        raise UnsupportedModel(f"the checkpoint has a tensor {found} that a model of its config does not use")
+        raise UnsupportedModel(f"the checkpoint has a tensor {found} that a model with its config does not use")
     return spec, parameters
 
 
@@ -102,10 +102,10 @@ def parameter_shapes(spec: DecoderSpec) -> dict[str, tuple[tuple[int, ...], ...]
 def _resolve_tie(
     spec: DecoderSpec, family: Family, tensors: Mapping[str, Tensor]
 ) -> tuple[DecoderSpec, Mapping[str, Tensor]]:
-    """Decide whether embedding and head are tied by the tensors that there are.
+    """Decide from the checkpoint's tensors whether embedding and head are tied.
 
-    Where the config ties them: if the checkpoint has both and they differ, they are not tied; if it only has the head,
-    that is the embedding too.
+    If the config ties them, but the checkpoint has both and they differ, they are not tied. If the checkpoint has only
+    the head, it serves as the embedding too.
     """
     (embed_name,), (head_name,) = family.WEIGHTS["embed"], family.WEIGHTS["head"]
     embed, head = tensors.get(embed_name), tensors.get(head_name)
@@ -117,7 +117,7 @@ def _resolve_tie(
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:
-    """Return whether two tensors have the same values. Reads only as far as they do."""
+    """Return whether two tensors have the same values. Stops reading at the first difference."""
     if one.shape != other.shape or any(tensor.format not in BLOCK_FORMATS for tensor in (one, other)):
         return False
     stored = one.format == other.format and one.row_order is None and other.row_order is None

@@ -1,4 +1,4 @@
-"""Reading the rotary embedding of a config.json of any version, with the context that its scaling makes usable."""
+"""Read the rotary embedding of a config.json of any version, and the context length that its scaling allows."""
 
 import math
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ def rope_spec(config: Mapping[str, Any], head_dim: int) -> RopeSpec:
     """Read `rope_parameters` (transformers 5), or `rope_theta` and `rope_scaling` (earlier versions).
 
     The rope_type "factors", with a list `factors` of head_dim / 2 divisors, is Octavo's own: .gguf files have them.
-    Raises UnsupportedModel for other scalings than linear and llama3, DamagedWeights for values that make no sense.
+    Raises UnsupportedModel for other scalings than linear and llama3, DamagedWeights for invalid values.
     """
     values = _values(config)
     theta = number(values, "rope_theta", 10000.0)
@@ -38,9 +38,9 @@ def rope_spec(config: Mapping[str, Any], head_dim: int) -> RopeSpec:
 
 
 def max_positions(config: Mapping[str, Any], default: int) -> int:
-    """Return how many tokens a sequence may have: max_position_embeddings, times the factor of linear scaling.
+    """Return the maximum number of tokens in a sequence: max_position_embeddings, times the factor of linear scaling.
 
-    As vLLM does. Other scalings either extend no further than max_position_embeddings (llama3) or are not supported.
+    This is vLLM's rule. Other scalings do not extend max_position_embeddings (llama3) or are not supported.
     Raises DamagedWeights.
     """
     positions = integer(config, "max_position_embeddings", default)
@@ -52,7 +52,7 @@ def max_positions(config: Mapping[str, Any], default: int) -> int:
 
 def _values(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings of the rotary embedding, wherever the config has them. Raises UnsupportedModel."""
-    # Where a config has both, rope_scaling alone counts, as in transformers.
+    # If a config has both, only rope_scaling counts, as in transformers.
     scaling = table(config, "rope_scaling") or table(config, "rope_parameters")
     values = {"rope_theta": config.get("rope_theta"), **scaling}
     if nested := [key for key, value in values.items() if isinstance(value, Mapping)]:
@@ -65,7 +65,7 @@ def _values(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _kind(values: Mapping[str, Any]) -> Any:
-    """Return the type of scaling. Raises DamagedWeights for a factor without a type: it could mean any scaling."""
+    """Return the type of scaling. Raises DamagedWeights for a factor without a type, which would be ambiguous."""
     kind = values.get("rope_type", values.get("type"))
     if kind is None and values.get("factor", 1.0) != 1.0:
         raise DamagedWeights("the model's rope_scaling has a factor but no rope_type; add one, such as linear")

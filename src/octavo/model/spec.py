@@ -10,8 +10,8 @@ import numpy as np
 class RopeSpec:
     """Rotary position embedding (Su et al., 2021), on pairs (i, i + dim / 2) as in Hugging Face models.
 
-    Pair i is rotated by theta ** (-2i / dim) / factors[i] radians per position. No factors means that all are 1.
-    Every kind of scaling (linear, llama3, ...) is converted to such factors, so backends do not know the kinds.
+    Pair i is rotated by theta ** (-2i / dim) / factors[i] radians per position. If there are no factors, all are 1.
+    Every type of scaling (linear, llama3, ...) is converted to such factors, so backends need not know the types.
     """
 
     theta: float = 10000.0
@@ -51,15 +51,15 @@ class DecoderSpec:
 
     @property
     def q_size(self) -> int:
-        """Width of the queries of all heads."""
+        """Return the width of the queries of all heads."""
         return self.num_heads * self.head_dim
 
     @property
     def kv_size(self) -> int:
-        """Width of the keys of all heads, and of the values."""
+        """Return the width of the keys of all heads, which is also that of the values."""
         return self.num_kv_heads * self.head_dim
 
     @property
     def qkv_size(self) -> int:
-        """Width of queries, keys and values together."""
+        """Return the width of queries, keys and values together."""
         return self.q_size + 2 * self.kv_size

@@ -1,4 +1,4 @@
-"""For operators: GET /health, /ready, /stats and /version. None of them waits for an engine for more than a second."""
+"""Routes for operators: GET /health, /ready, /stats and /version. They wait for an engine for a second at most."""
 
 import asyncio
 from functools import partial
@@ -16,7 +16,7 @@ from .errors import ApiError
 from .openai.replies import Json
 from .stats import server_stats
 
-STATS_SECONDS = 1.0  # that an engine may take to report
+STATS_SECONDS = 1.0  # time limit for an engine to report its statistics
 
 
 def routes(api: Api) -> list[Route]:
@@ -30,7 +30,7 @@ def routes(api: Api) -> list[Route]:
 
 
 async def health(_: Request) -> Response:
-    """Answer 200: this process serves. Whether an engine does is /ready's answer."""
+    """Answer 200 as long as this process serves, even while no engine is ready (see /ready)."""
     return Response()
 
 
@@ -41,7 +41,7 @@ async def ready(api: Api, _: Request) -> Response:
 
 
 def readiness(api: Api) -> tuple[bool, str]:
-    """Return whether requests are served now, and if not, why. Never waits."""
+    """Return whether requests are served now, and the reason if they are not. Never waits."""
     if api.draining():
         return False, "the server is shutting down"
     return api.llm.readiness()

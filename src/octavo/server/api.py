@@ -1,4 +1,4 @@
-"""What the routes share."""
+"""Api: the objects that all routes share."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,11 +12,11 @@ from .errors import ApiError
 
 @dataclass(frozen=True)
 class Api:
-    """A started `llm`, and how to serve it.
+    """A started `llm` with the server's settings.
 
     Args:
-        started: when the server started, in Unix time.
-        draining: tells whether the server is shutting down.
+        started: Unix time at which the server started, in seconds.
+        draining: returns whether the server is shutting down.
     """
 
     llm: AsyncLLM
@@ -26,7 +26,7 @@ class Api:
     draining: Callable[[], bool]
 
     def check_model(self, name: str | None) -> None:
-        """Raise ApiError 404 for a model that is not served. No name means the one that is."""
+        """Raise ApiError 404 unless `name` is the served model. None stands for the served model."""
         served = self.llm.config.model_name
         if name is not None and name != served:
             raise ApiError(404, f"the model {name!r} is not served here; {served!r} is", "model", "model_not_found")

@@ -16,11 +16,11 @@ from .openai import chat, completions, kv_states, models
 def create_app(
     llm: AsyncLLM, config: ServerConfig | None = None, draining: Callable[[], bool] = lambda: False
 ) -> Dispatcher:
-    """Return the ASGI application that serves `llm`, which has been started.
+    """Return the ASGI application that serves `llm`, which must be started already.
 
     Args:
         config: settings; defaults if None.
-        draining: tells whether the server is shutting down, for GET /ready.
+        draining: returns whether the server is shutting down, for GET /ready.
     """
     config = config or ServerConfig()
     api = Api(llm, config, BodyReader(config), int(time.time()), draining)

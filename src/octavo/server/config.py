@@ -14,24 +14,28 @@ class ServerConfig(Settings):
     """Settings of the HTTP server. Sizes are in bytes, times in seconds.
 
     Raises:
-        ConfigError: For a value that cannot work; one line that says what would.
+        ConfigError: For an invalid value. The message is one line that names the setting and the valid values.
     """
 
     host: str = setting(
-        "127.0.0.1", "Address to listen on: 0.0.0.0 for all of IPv4, :: or an empty string for IPv4 and IPv6."
+        "127.0.0.1", "Address to listen on; 0.0.0.0: all IPv4 addresses; :: or an empty string: all IPv4 and IPv6 ones."
     )
     port: int = setting(8000, "Port to listen on; 0 takes a free one.", _PORT)
     access_log: str = setting(
-        "text", "One line on standard output for each request: text, json or none.", one_of("text", "json", "none")
+        "text",
+        "Format of the access log, one line per request on standard output: text, json or none.",
+        one_of("text", "json", "none"),
     )
     access_log_prompts: bool = setting(False, "Include prompts and messages in the access log.")
     cors_origins: str | None = setting(
         None, "Web origins whose pages may call the server, separated by commas, or * for all. None by default."
     )
     drain_timeout: float = setting(
-        60.0, "Seconds that running requests have to finish after SIGTERM, SIGHUP or Ctrl-C.", _NOT_NEGATIVE
+        60.0, "Seconds that running requests may take to finish after SIGTERM, SIGHUP or Ctrl-C.", _NOT_NEGATIVE
     )
-    first_byte_timeout: float = setting(30.0, "Seconds that a new connection may stay silent.", positive("seconds"))
+    first_byte_timeout: float = setting(
+        30.0, "Seconds until the first byte of a connection must arrive.", positive("seconds")
+    )
     header_timeout: float = setting(15.0, "Seconds in which the header of a request must arrive.", positive("seconds"))
     body_timeout: float = setting(
         30.0,
@@ -46,26 +50,27 @@ class ServerConfig(Settings):
     )
     max_connections: int = setting(
         8192,
-        "Open connections. Beyond them the longest idle one is closed, or else new ones are answered 503.",
+        "Maximum number of open connections. A new one then closes the longest idle one, or is answered 503.",
         at_least(1),
     )
-    max_header_bytes: Size = setting(65_536, "Bytes in the header of a request; longer ones are answered 431.")
-    max_header_count: int = setting(128, "Fields in the header of a request; more are answered 431.", at_least(1))
-    max_body_bytes: Size = setting(8 * 2**20, "Bytes in the body of a request; longer ones are answered 413.")
+    max_header_bytes: Size = setting(65_536, "Maximum size of a request's header; longer ones are answered 431.")
+    max_header_count: int = setting(128, "Maximum number of header fields; more are answered 431.", at_least(1))
+    max_body_bytes: Size = setting(8 * 2**20, "Maximum size of a request's body; longer ones are answered 413.")
     max_pending_body_bytes: Size = setting(
-        128 * 2**20, "Bytes of all bodies that are still arriving; requests beyond them are answered 503."
+        128 * 2**20, "Maximum size of all bodies that are still arriving; requests beyond it are answered 503."
     )
     max_json_values: int = setting(
         200_000,
-        "Values in a JSON body, a key counted as four, estimated from its punctuation; more are answered 413.",
+        "Maximum number of values in a JSON body, estimated from its punctuation; a key counts as four. More are "
+        "answered 413.",
         at_least(1),
     )
-    max_messages: int = setting(2048, "Messages in a chat.", at_least(1))
-    max_content_parts: int = setting(4096, "Content parts in all messages of a chat together.", at_least(1))
-    max_completions: int = setting(1024, "Completions that one request may ask for: prompts times n.", at_least(1))
-    max_stop_length: int = setting(1024, "Characters in a stop string.", at_least(1))
+    max_messages: int = setting(2048, "Maximum number of messages in a chat.", at_least(1))
+    max_content_parts: int = setting(4096, "Maximum number of content parts in all messages of a chat.", at_least(1))
+    max_completions: int = setting(1024, "Maximum number of completions per request: prompts times n.", at_least(1))
+    max_stop_length: int = setting(1024, "Maximum number of characters in a stop string.", at_least(1))
 
     @property
     def allowed_origins(self) -> frozenset[str]:
-        """The web origins of `cors_origins`; {"*"} for all."""
+        """Return the web origins in `cors_origins`; {"*"} stands for all."""
         return frozenset(filter(None, (origin.strip().rstrip("/") for origin in (self.cors_origins or "").split(","))))

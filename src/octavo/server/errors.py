@@ -1,4 +1,4 @@
-"""Every failure as OpenAI's {"error": {"message", "type", "param", "code"}}, with a message of one line."""
+"""Convert exceptions to OpenAI's {"error": {"message", "type", "param", "code"}}, with a message of one line."""
 
 import difflib
 import re
@@ -21,17 +21,17 @@ from octavo.errors import (
 
 from .openai.replies import ErrorBody, ErrorReply, Json
 
-MAX_MESSAGE = 400  # characters: an error may quote what the client sent, and that may be megabytes
-MAX_DETAILS = 1000  # errors in a body: each takes pydantic microseconds to describe, and a body may hold many
-MIN_HINTED = 5  # letters: shorter names are near to too many others
+MAX_MESSAGE = 400  # characters in a message; an error may quote megabytes that the client sent
+MAX_DETAILS = 1000  # errors in a body that are described; each description takes pydantic microseconds
+MIN_HINTED = 5  # letters in a name that gets a hint; shorter names resemble too many others
 
 
 class ApiError(Exception):
     """A request refused with an HTTP status.
 
     Args:
-        param: the field at fault.
-        code: for programs to tell errors apart.
+        param: the name of the field at fault.
+        code: identifies the kind of error for programs.
     """
 
     def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None):
@@ -42,14 +42,14 @@ class ApiError(Exception):
 
 
 class ServerStopping(ApiError):
-    """The server is shutting down and the time for running requests is over."""
+    """A request that did not finish within the drain timeout of a server that shuts down."""
 
     def __init__(self) -> None:
         super().__init__(503, "the server is shutting down", code="server_stopping")
 
 
 def error_reply(error: Exception) -> tuple[int, ErrorReply]:
-    """Return HTTP status and body for any exception; 500 without details for one that is a bug."""
+    """Return the HTTP status and body for any exception. An unexpected exception becomes a 500 without details."""
     match error:
         case ApiError():
             return error.status, _reply(error.status, str(error), error.param, error.code)
@@ -74,15 +74,15 @@ def error_reply(error: Exception) -> tuple[int, ErrorReply]:
 
 
 def error_headers(error: Exception) -> Mapping[str, str] | None:
-    """Return the header fields that tell programs what to do about `error`."""
+    """Return the header fields for `error`: whether, and after how many seconds, a client should retry."""
     match error:
         case QueueFull():
             return {"retry-after": str(error.retry_after)}
         case ApiError() if error.status == 503:
             return {"retry-after": "1"}
         case RequestTimeout():
-            # OpenAI's clients repeat a request after any status from 500 on, unless this header forbids it. A request
-            # that took too long would only take time from others again. (408 would not help: browsers repeat it.)
+            # OpenAI's clients retry after any status of 500 or more unless this header forbids it. A retry of a request
+            # that timed out would again take time from other requests. (Browsers retry after status 408, too.)
             return {"x-should-retry": "false"}
         case HTTPException():
             return error.headers
@@ -97,12 +97,12 @@ def error_response(error: Exception) -> Json:
 
 
 def is_expected(error: Exception) -> bool:
-    """Return whether `error` was raised on purpose, for a client to read. Any other is a bug and belongs in the log."""
+    """Return whether `error` was raised on purpose for the client. Any other error is a bug and must be logged."""
     return isinstance(error, (ApiError, OctavoError, HTTPException))
 
 
 def invalid_body(error: ValidationError) -> ApiError:
-    """Return the first thing wrong with a body, as one line with the field's path."""
+    """Convert the first error in a body to one line with the field's path."""
     if error.error_count() > MAX_DETAILS:
         return ApiError(400, f"the body has {error.error_count()} wrong values", code="invalid_body")
     first = error.errors(include_url=False, include_input=False)[0]
@@ -113,17 +113,17 @@ def invalid_body(error: ValidationError) -> ApiError:
 
 
 def unknown_field(path: str, name: str, known: Iterable[str]) -> ApiError:
-    """Return the error for an unknown field `name` at `path`, with a hint if it is one of `known` misspelt."""
+    """Return the error for an unknown field `name` at `path`, with a hint if it is a misspelling of one in `known`."""
     near = misspelt(name, known)
     hint = f"; did you mean {near}?" if near else ""
     return ApiError(400, f"unknown field {path[:100]}{hint}", path[:100], "unknown_field")
 
 
 def misspelt(name: str, known: Iterable[str]) -> str | None:
-    """Return the one name of `known` that `name` is a slip of, or None.
+    """Return the name in `known` of which `name` is a misspelling, or None.
 
-    A slip is a letter or two left out, doubled or swapped: names of other meanings, such as length_penalty beside
-    presence_penalty, top_a beside top_p or min_tokens beside max_tokens, are further from each other than that.
+    A misspelling has one or two letters left out, doubled or swapped. Names with different meanings, such as
+    length_penalty and presence_penalty, top_a and top_p, or min_tokens and max_tokens, differ by more.
     """
     if not MIN_HINTED <= len(name) <= 40:
         return None
@@ -139,13 +139,13 @@ def _reply(status: int, message: str, param: str | None, code: str | None) -> Er
 
 
 def _in_json_terms(message: str) -> str:
-    """Input should be a valid dictionary or instance of Message -> should be an object"""
+    """Translate "Input should be a valid dictionary or instance of Message" to "should be an object", for example."""
     message = re.sub(r"a valid dictionary( or instance of \w+)?", "an object", message.removeprefix("Input "))
     return message.replace("a valid list", "an array")
 
 
 def _path(error: ErrorDetails) -> str:
-    """("messages", 0, "content") -> messages[0].content"""
+    """Return the path of an error's field, such as messages[0].content for ("messages", 0, "content")."""
     path = ""
     for part in error["loc"]:
         path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else part

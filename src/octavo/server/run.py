@@ -1,4 +1,4 @@
-"""The server process: listen, start the engine, announce the address, serve, drain."""
+"""Run the server process: listen, start the engine, announce the address, serve, drain."""
 
 import asyncio
 import contextlib
@@ -33,14 +33,16 @@ if TYPE_CHECKING:
 
 BACKLOG = 4096  # connections that may wait to be accepted; the kernel's somaxconn may allow fewer
 MAX_FILES = 65_536  # open files, one for each connection
-OTHER_FILES = 256  # that the process needs beside its connections
+OTHER_FILES = 256  # open files that the process needs besides its connections
 ALL_ADDRESSES = {"": ("::", "0.0.0.0"), "::": ("::", "0.0.0.0")}
 
 
 def serve(engine: EngineConfig, config: ServerConfig) -> None:
-    """Serve until SIGTERM, SIGHUP or Ctrl-C; drain; return. A second signal, or one while loading, ends it at once.
+    """Serve until SIGTERM, SIGHUP or Ctrl-C, then let running requests finish and return.
 
-    Raises ConfigError if it cannot listen on the address, and what loading the model raises.
+    A second signal, or a signal while the model loads, ends the server at once.
+
+    Raises ConfigError if the server cannot listen on the address, and any error from loading the model.
     """
     _open_standard_streams()
     with _exit_on_signals(), contextlib.ExitStack() as stack:
@@ -62,8 +64,8 @@ def _begin_loading(config: EngineConfig) -> "AsyncLLM":
 
 
 async def _run(llm: "AsyncLLM", config: ServerConfig, listeners: list[socket.socket]) -> None:
-    """Serve in a task of its own, which signals stop: by draining once it serves, by cancelling it before or again."""
-    from .edge.draining import on_signals  # imported here, as the engine process loads weights meanwhile
+    """Serve in a separate task. The first signal while it serves starts draining; any other signal cancels the task."""
+    from .edge.draining import on_signals  # imported late: the engine process is already loading weights
 
     servers: list[DrainingServer] = []
     serving = asyncio.ensure_future(_serve(llm, config, listeners, servers))
@@ -81,7 +83,7 @@ async def _run(llm: "AsyncLLM", config: ServerConfig, listeners: list[socket.soc
 async def _serve(
     llm: "AsyncLLM", config: ServerConfig, listeners: list[socket.socket], servers: "list[DrainingServer]"
 ) -> None:
-    """Load, then serve. `servers` gets the server when it starts."""
+    """Load, then serve. The server is appended to `servers` when it starts."""
     from .app import create_app
     from .edge.access_log import AccessLog
     from .edge.draining import DrainingServer
@@ -92,7 +94,7 @@ async def _serve(
         app = create_app(llm, config, draining=lambda: servers[0].should_exit)
         server = DrainingServer(app, config, access_log, on_ready=lambda: _announce(llm, listeners[0]))
         servers.append(server)
-        gc.freeze()  # else the collector looks through all modules now and then, and every stream waits for it
+        gc.freeze()  # otherwise the collector scans all modules from time to time, which delays every stream
         await server.serve(listeners)
     finally:
         await llm.close()
@@ -100,10 +102,10 @@ async def _serve(
 
 
 def listen(host: str, port: int) -> list[socket.socket]:
-    """Return listening sockets, all on one port: for every address that `host` has; 0 takes a free port.
+    """Return one listening socket for every address of `host`, all on the same port. Port 0 takes a free port.
 
-    An empty host and :: stand for all addresses of IPv4 and IPv6, those of a family that the machine lacks excepted.
-    Clients that connect before the engine is ready wait for it. Raises ConfigError.
+    An empty host and :: stand for all addresses of IPv4 and IPv6, if the machine has both. Clients that connect before
+    the engine is ready wait. Raises ConfigError if an address is unknown or taken.
     """
     addresses = _addresses(host, port)
     listeners: list[socket.socket] = []
@@ -122,13 +124,13 @@ def listen(host: str, port: int) -> list[socket.socket]:
         listener.close()
     assert failure is not None
     if failure.errno == errno.EADDRINUSE:
-        message = f"port {port} on {host or 'all addresses'} is taken: end what uses it, or choose another --port"
-        raise ConfigError(message) from None
+        where = f"port {port} on {host or 'all addresses'}"
+        raise ConfigError(f"{where} is in use: stop the program that uses it, or choose another --port") from None
     raise ConfigError(f"cannot listen on {host} port {port}: {failure.strerror or failure}") from None
 
 
 def _addresses(host: str, port: int) -> list[tuple[int, tuple[str, int]]]:
-    """Return the families and addresses that `host` stands for, each once."""
+    """Return the address families and addresses of `host`, without duplicates."""
     found: dict[tuple[int, tuple[str, int]], None] = {}
     for name in ALL_ADDRESSES.get(host, (host,)):
         try:
@@ -140,7 +142,7 @@ def _addresses(host: str, port: int) -> list[tuple[int, tuple[str, int]]]:
 
 
 def _raise_file_limit() -> int:
-    """Allow as many open files as the machine lets this process, up to MAX_FILES. Return how many."""
+    """Raise this process's limit of open files as far as the machine allows, to MAX_FILES at most. Return the limit."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = MAX_FILES if hard == resource.RLIM_INFINITY else min(MAX_FILES, hard)
     if soft != resource.RLIM_INFINITY and soft < wanted:
@@ -150,9 +152,9 @@ def _raise_file_limit() -> int:
 
 
 def _open_standard_streams() -> None:
-    """Open those of standard input, output and error that are closed onto /dev/null.
+    """Open /dev/null for each of standard input, output and error that is closed.
 
-    Otherwise the next file or socket gets the number of a standard stream, and what is printed.
+    Otherwise the next file or socket would get the number of a standard stream, and printed text would go to it.
     """
     while (descriptor := os.open(os.devnull, os.O_RDWR)) < 3:
         os.set_inheritable(descriptor, True)  # for the engine's process
@@ -163,7 +165,7 @@ def _open_standard_streams() -> None:
 
 @contextlib.contextmanager
 def _exit_on_signals() -> Generator[None, None, None]:
-    """Let SIGTERM and SIGHUP raise SystemExit in this block: the kernel ignores them for PID 1 without a handler."""
+    """Raise SystemExit on SIGTERM and SIGHUP in this block. Without a handler, the kernel ignores them for PID 1."""
 
     def leave(number: int, _: object) -> NoReturn:
         raise SystemExit(128 + number)
@@ -179,7 +181,7 @@ def _exit_on_signals() -> Generator[None, None, None]:
 
 def _announce(llm: "AsyncLLM", listener: socket.socket) -> None:
     host, port = listener.getsockname()[:2]
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # listening everywhere; here is one place to call
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # an address to connect to
     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     model = llm.config.model_name
     if llm.tokenizer.has_chat_template:
@@ -189,5 +191,5 @@ def _announce(llm: "AsyncLLM", listener: socket.socket) -> None:
     curl = shlex.join(["curl", f"{url}/v1/{route}", "-H", "Content-Type: application/json", "-d", json.dumps(body)])
     try:
         typer.echo(f"\nOctavo {__version__} serves {printable(model)} on {url}; Ctrl-C ends it. Try it:\n\n{curl}\n")
-    except OSError:  # nobody can read it: a full disk, a closed pipe. Nor what would be flushed at exit.
+    except OSError:  # stdout is a full disk or a closed pipe; its buffer must not be flushed at exit either
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

@@ -14,7 +14,10 @@ if TYPE_CHECKING:  # `octavo top` imports this file for the structs alone
 
 
 class Limits(msgspec.Struct, kw_only=True):
-    """Settings that bound the figures; all but the first and third are in tokens."""
+    """Settings that bound the statistics.
+
+    Units: max_batch_size in sequences, max_queue in completions, the others in tokens.
+    """
 
     max_batch_size: int
     max_batch_tokens: int
@@ -26,7 +29,8 @@ class Limits(msgspec.Struct, kw_only=True):
 class ServerStats(msgspec.Struct, kw_only=True):
     """A snapshot of the server and its engine, at `time` (Unix time, in seconds).
 
-    Counters only grow: a rate is the difference of two snapshots' counters over that of their times.
+    Counters never decrease. To get a rate, divide the difference between two snapshots' counters by the difference
+    between their times.
     """
 
     time: float

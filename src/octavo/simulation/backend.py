@@ -12,7 +12,7 @@ from .costs import CostModel, Shape
 VOCABULARY = 2**31
 _FACTOR, _STEP = 1103515245, 12345
 
-NO_MODEL = "a simulated backend has no K and V, and no logits"
+NO_MODEL = "a simulated backend has neither K and V nor logits"
 
 
 def text(number: int, length: int) -> np.ndarray:

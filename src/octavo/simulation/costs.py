@@ -1,4 +1,4 @@
-"""The cost model: the time of a step as a function of its shape. Measured once, kept as a JSON file."""
+"""The cost model: the time of a step as a function of its shape, measured once and stored in a JSON file."""
 
 from bisect import bisect_left
 from dataclasses import dataclass
@@ -23,8 +23,8 @@ class Shape:
     sequences: int
     rows: int
     sampled: int  # rows
-    kv_tokens: int  # whose keys and values are read: once for all rows of a sequence
-    pairs: int  # of a row and a token that it attends to
+    kv_tokens: int  # tokens whose keys and values are read, once for all rows of a sequence
+    pairs: int  # pairs of a row and a token that it attends to
 
     @classmethod
     def of(cls, batch: StepBatch) -> "Shape":
@@ -56,9 +56,9 @@ class CostModel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     max_model_len: Annotated[int, msgspec.Meta(ge=2)]
     rows_ms: Curve  # linear layers and everything row-wise
     sampled_ms: Curve  # head and sampler, by sampled rows
-    kv_token_us: Cost  # attention, with the next one
+    kv_token_us: Cost  # attention, together with pair_us
     pair_us: Cost
-    step_ms: Cost  # Python outside the backend, with the next two
+    step_ms: Cost  # Python outside the backend, together with sequence_us and row_us
     sequence_us: Cost
     row_us: Cost
     seconds_per_page: Cost = 0.0  # to fetch a page from a lower tier; 0: there was none

@@ -1,4 +1,4 @@
-"""Measurement of a cost model: times steps of chosen shapes on a real engine and fits the costs to them."""
+"""Measure a cost model: time steps of chosen shapes on a real engine, and fit the costs to these times."""
 
 import platform
 import secrets

@@ -1,4 +1,4 @@
-"""What `octavo simulate` runs: the simulation of one configuration, or of every combination of a sweep."""
+"""Run the simulations of `octavo simulate`: of one configuration, or of every combination of a sweep."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from .replay import Replay, simulate
 from .report import summarize
 from .trace import TraceRequest
 
-PAGES = "pages"  # what a sweep calls the size of the KV cache, which is no setting
+PAGES = "pages"  # an axis of sweeps: the size of the KV cache, which is not a setting
 
 
 def sweep(
@@ -30,7 +30,7 @@ def sweep(
     """Simulate every combination of `axes`: settings, or "pages", with the values to try.
 
     Returns:
-        (What was set, summary) of each combination; one with nothing set if there are no axes.
+        (Values by name, summary) of each combination; without axes, of one combination without values.
 
     Raises:
         ConfigError: For a setting or value that does not exist, or that the cost model does not cover.
@@ -46,7 +46,7 @@ def parse_axis(text: str) -> tuple[str, list[str]]:
     """Return the name and values of an axis such as pages=500,1000. Raises ConfigError."""
     name, _, values = text.partition("=")
     if not name or not all(values.split(",")):
-        raise ConfigError(f"--sweep must be such as pages=500,1000, not {text!r}")
+        raise ConfigError(f"--sweep must be name=values such as pages=500,1000, not {text!r}")
     return name.strip().replace("-", "_"), values.split(",")
 
 
@@ -59,7 +59,7 @@ def _run(
 ) -> dict[str, Any]:
     """Return the summary of one simulation, with the throughput that the engine sustains.
 
-    The latter is measured by a second simulation, in which every request arrives at the start and none is refused.
+    This throughput comes from a second simulation, in which all requests arrive at the start and none is refused.
     """
     for name, value in chosen.items():
         if name == PAGES:
@@ -88,10 +88,10 @@ def _check(config: EngineConfig, costs: CostModel) -> None:
             raise ConfigError(f"the cost model was measured with {name} {measured}: measure again with {value}")
     if (config.kv_disk or config.kv_host_memory) and not costs.seconds_per_page:
         raise ConfigError(
-            "the cost model was measured without a lower tier of the KV cache: measure with --kv-disk FOLDER"
+            "the cost model was measured without a lower tier of the KV cache; measure again with --kv-disk FOLDER"
         )
     if config.speculative_tokens:
-        raise ConfigError("a simulation has no text to draft tokens from: leave out speculative_tokens")
+        raise ConfigError("a simulation has no text from which to draft tokens; leave out speculative_tokens")
 
 
 def _parse_pages(text: str) -> int:

@@ -17,12 +17,12 @@ from .trace import Prompts, TraceRequest
 
 @dataclass(slots=True)
 class Served:
-    """A request and how it was served. Times are in seconds from the start of the replay.
+    """A request of a trace and the times of its tokens, in seconds from the start of the replay.
 
     Attributes:
-        first: When its first token came; None before.
-        last: When its last token came.
-        problem: Why it did not get all its tokens; None if it did.
+        first: The time of its first token; None before that.
+        last: The time of its last token.
+        problem: The reason why it did not get all its tokens; None if it did.
     """
 
     request: TraceRequest
@@ -59,7 +59,7 @@ class Gauge:
 
 @dataclass(slots=True)
 class Replay:
-    """A trace and how it was served.
+    """The result of replaying a trace.
 
     Attributes:
         seconds: Duration of the replay.
@@ -130,8 +130,8 @@ def replay(
 
     Args:
         trace: In order of arrival.
-        wait: Lets some seconds of the engine's clock pass.
-        max_live: Requests that run or wait at the same time; further ones are refused, as by a server.
+        wait: Waits for a number of seconds on the engine's clock.
+        max_live: Maximum number of requests that run or wait; further ones are refused, as by a server.
         advance: Called with the number of requests that have just finished.
     """
     done, prompts = Replay(), Prompts()

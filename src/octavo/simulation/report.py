@@ -90,7 +90,7 @@ def print_report(summary: dict[str, Any]) -> None:
 
 
 def verdict(summary: dict[str, Any]) -> str:
-    """Return a sentence on whether the engine keeps up: the arrival rate against `sustained_per_second`."""
+    """Return a sentence that says whether the engine keeps up with the arrival rate (see `sustained_per_second`)."""
     offered, sustained = summary["offered_per_second"], summary["sustained_per_second"]
     if not sustained:
         return "No request was completed."
@@ -108,7 +108,7 @@ def verdict(summary: dict[str, Any]) -> str:
 
 
 def print_sweep(rows: Sequence[tuple[dict[str, str], dict[str, Any]]]) -> None:
-    """Print a table with a row for each simulation: (what was set, summary). Times are in seconds."""
+    """Print a table with a row for each simulation: (values by name, summary). Times are in seconds."""
     headings = ("Sustains\n/min", "First\ntoken", "p95", "Whole\nrequest", "p95", "Pages,\npeak", "Queue,\nmean")
     names = [name.replace("_", "\n") for name in rows[0][0]]
     table = Table(*names, *headings, "Pre-\nempted", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
@@ -148,7 +148,7 @@ def print_costs(costs: CostModel, ratios: Sequence[float]) -> None:
         f"Error of the model: {np.median(errors):.1%} in the median of the timed steps, {errors.max():.1%} at most."
     )
     if np.median(errors) > NOISY:
-        console.print("That is much: the machine seems to have been busy. Measure again when it is idle.")
+        console.print("This error is large; the machine seems to have been busy. Measure again when it is idle.")
 
 
 def _tenant(served: Sequence[Served]) -> dict[str, Any]:

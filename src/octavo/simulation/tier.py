@@ -48,7 +48,7 @@ class KeysOnly:
 
 
 class SimulatedTransfers(Transfers):
-    """Transfers that take `seconds_per_page` each: fetches one after another, and saves in parallel to them."""
+    """Transfers that take `seconds_per_page` each. Fetches run one after another, saves in parallel to them."""
 
     def __init__(self, backend: Backend, clock: VirtualClock, capacity: int, seconds_per_page: float):
         self._tier = KeysOnly(capacity)

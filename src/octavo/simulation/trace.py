@@ -1,4 +1,4 @@
-"""Traces: when requests arrive and how long they are. Read from a file of JSON lines, or generated."""
+"""Traces: the arrival times and lengths of requests, read from a file of JSON lines or generated."""
 
 import random
 import re
@@ -76,7 +76,7 @@ class Prompts:
 
 
 def read_trace(path: Path) -> list[TraceRequest]:
-    """Return the requests of a file in order of arrival. Raises ConfigError, with the number of a wrong line."""
+    """Return the requests in a file in order of arrival. Raises ConfigError, which gives the number of a wrong line."""
     requests = []
     try:
         with path.open("rb") as lines:
@@ -99,7 +99,7 @@ def write_trace(path: Path, requests: Sequence[TraceRequest]) -> None:
 
 
 def poisson_trace(rate: float | None, requests: int, input_len: int, output_len: int, seed: int) -> list[TraceRequest]:
-    """Return equal requests that arrive as a Poisson process of `rate` per second; all at once if it is None."""
+    """Return requests of equal lengths that arrive as a Poisson process of `rate` per second; None for all at once."""
     rng = random.Random(seed)
     at, trace = 0.0, []
     for _ in range(requests):
@@ -122,7 +122,9 @@ def parse_rate(value: str) -> float:
     """Return the requests per second of "10000/min", "20/s" or "0.5". Raises ConfigError."""
     match = re.fullmatch(r"(\d+(?:\.\d*)?)(?:/([a-z]+))?", value.strip())
     if not match or float(match[1]) <= 0 or (match[2] or "s") not in _SECONDS:
-        raise ConfigError(f"rate must be such as 10000/min, 20/s or 0.5 (per second), not {value!r}")
+        raise ConfigError(
+            f"rate must be a number of requests such as 10000/min, 20/s or 0.5 (per second), not {value!r}"
+        )
     return float(match[1]) / _SECONDS[match[2] or "s"]
 
 

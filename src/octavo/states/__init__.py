@@ -1,7 +1,7 @@
 """KV states: handles by which a user keeps a conversation and continues it later.
 
-handle.py is what a user holds, book.py which states exist and who owns them, file.py a state on disk, and jobs.py the
-engine's part in saving and loading files.
+handle.py has the handle of a user, book.py the list of all states and their owners, file.py the format of saved states,
+and jobs.py the engine's part in saving and loading them.
 """
 
 from .book import StateBook

@@ -1,7 +1,7 @@
-"""StateBook: which KV states exist, whose they are, and how much each tenant holds.
+"""StateBook: all KV states, their owners, and the number of tokens that each tenant holds.
 
-A state is its tokens. Their keys and values are in the engine's cache, where the state pins them; what the engine loses
-is computed again when the state is continued. The frontend keeps the book, so a crash of the engine does not reach it.
+A state consists of its tokens. Their keys and values are pages in the engine's cache, pinned by the state. Lost pages
+are computed again when the state is continued. The book is in the frontend, so it survives crashes of the engine.
 """
 
 import secrets
@@ -18,11 +18,11 @@ from octavo.errors import InvalidKVState, InvalidRequest, QuotaExceeded
 from .handle import KVState, Segment, StateOwner
 
 MAX_REMEMBERED = 4_000_000  # tokens of finished requests
-MIN_REMEMBERED = 256  # tokens that a finished request counts as at least
+MIN_REMEMBERED = 256  # minimum cost of a finished completion, in tokens
 
 
 class StatePins(Protocol):
-    """The frontend's methods that the book calls: let the engine keep a state's pages, or release them."""
+    """The frontend's methods that the book calls: make the engine keep a state's pages, or release them."""
 
     def pin_state(self, state: KVState) -> None: ...
 
@@ -31,11 +31,11 @@ class StatePins(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class FinishedRequest:
-    """A finished request, from which a state can be made: one segment for each of its completions."""
+    """A finished request, from which states can be made. `outputs` has one segment for each completion."""
 
     tenant: str
     salt: str
-    origin: str  # of the state that it continued, see KVState
+    origin: str  # origin of the state that it continued; see KVState
     outputs: list[Segment]
     cost: int  # tokens
 
@@ -44,12 +44,12 @@ class StateBook:
     """The states that users hold, and the recently finished requests that states can be made of. Not thread-safe.
 
     Args:
-        pins: told of states whose pages the engine should keep or release.
-        owner: what the methods of a state call.
-        fingerprint: of the engine (EngineInfo.fingerprint).
-        quota: tokens that one tenant's states may have together; a common beginning counts once.
+        pins: called when the engine should keep or release a state's pages.
+        owner: the object that the methods of a state call.
+        fingerprint: the engine's fingerprint (EngineInfo.fingerprint).
+        quota: maximum number of tokens in all states of one tenant; tokens that states share count once.
         ttl: seconds after which an unused state is dropped.
-        clock: in seconds, monotonic.
+        clock: returns monotonic time in seconds.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class StateBook:
         self._remembered = 0  # tokens of finished requests
 
     def loaded(self) -> list[KVState]:
-        """Return the states that came from files; a new engine must open those files."""
+        """Return the states that were loaded from files. A new engine must open these files."""
         return [state for state in self._states.values() if state.file]
 
     def remember(
@@ -81,12 +81,12 @@ class StateBook:
         outputs: Sequence[list[int]],
         continued: KVState | None,
     ) -> None:
-        """Take note of a finished request, so that `keep` can make a state of it.
+        """Remember a finished request, so that `keep` can make a state of it.
 
         Args:
-            prompt: all prompt tokens, those of `continued` included.
+            prompt: all prompt tokens, including those of `continued`.
             outputs: the tokens of each completion.
-            continued: the state that the request continued; it counts as used, and its pages are pinned again.
+            continued: the state that the request continued. This counts as a use, and pins the state's pages again.
         """
         before = continued._segment if continued else None
         new = prompt[before.num_tokens :] if before else prompt
@@ -105,8 +105,8 @@ class StateBook:
     def keep(self, request_id: str, index: int = 0) -> KVState:
         """Make a state of completion number `index` of a finished request. Raises InvalidRequest, QuotaExceeded."""
         if (finished := self._finished.get(request_id)) is None:
-            known = f"only the latest, of {MAX_REMEMBERED:,} tokens together, are remembered"
-            raise InvalidRequest(f"there is no finished request {request_id!r}: {known}", "request_id")
+            known = f"only the latest requests, up to {MAX_REMEMBERED:,} tokens together, are remembered"
+            raise InvalidRequest(f"there is no finished request {request_id!r}; {known}", "request_id")
         if not 0 <= index < len(finished.outputs):
             raise InvalidRequest(f"index must be from 0 to {len(finished.outputs) - 1}, not {index}", "index")
         return self._open(finished.outputs[index], finished.tenant, finished.salt, finished.origin)
@@ -118,17 +118,17 @@ class StateBook:
     def use(self, state: KVState, tenant: str, salt: str) -> list[int]:
         """Return the tokens of a state that `tenant` continues with `salt`. Raises InvalidKVState."""
         if state.fingerprint != self._fingerprint:
-            raise InvalidKVState("this KV state is of another model, quantization or layout of the KV cache")
+            raise InvalidKVState("this KV state belongs to another model, quantization or layout of the KV cache")
         if (state.tenant, state.salt) != (tenant, salt):
-            raise InvalidKVState("this KV state is of another tenant or cache_salt: name those that it was made with")
+            raise InvalidKVState("this KV state is of another tenant or cache_salt; use those that it was made with")
         self._drop_expired()
         if self._states.get(state.id) is not state:
-            raise InvalidKVState("this KV state was dropped, has expired (see kv_state_ttl), or is another engine's")
+            raise InvalidKVState("this KV state was dropped, has expired (kv_state_ttl), or belongs to another engine")
         self._touch(state)
         return state.token_ids
 
     def find(self, id: str, tenant: str) -> KVState | None:
-        """Return the tenant's state of that id, or None. This counts as a use of it."""
+        """Return the tenant's state with this id, or None. Counts as a use of the state."""
         self._drop_expired()
         state = self._states.get(id)
         if state is None or state.tenant != tenant:
@@ -143,7 +143,7 @@ class StateBook:
         if held + tokens > self._quota:
             raise QuotaExceeded(
                 f"a KV state of {tokens:,} more tokens would exceed the quota of {self._quota:,} (kv_state_quota), "
-                f"{held:,} of which are in use: drop states that are not needed any more"
+                f"{held:,} of which are in use; drop states that are no longer needed"
             )
 
     def drop(self, state: KVState) -> None:

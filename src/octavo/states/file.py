@@ -1,4 +1,4 @@
-"""Saved KV states: a page file of the state's tokens and of those pages that were available when it was saved."""
+"""Saved KV states: page files with a state's tokens and the pages that were available when it was saved."""
 
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,11 +21,11 @@ def save_state(
     page_bytes: int,
     pages: Iterable[tuple[bytes, np.ndarray]],
 ) -> None:
-    """Write a state, all or nothing.
+    """Write a state to a file, completely or not at all.
 
     Args:
-        pages: key and content, uint8 [page_bytes], of each page, consumed one at a time. Pages may be missing: they are
-            recomputed when the state is continued. Keys are those of sequences without an origin, see `root_key`.
+        pages: key and content, uint8 [page_bytes], of each page, consumed one at a time. Missing pages are recomputed
+            when the state is continued. Keys are those of sequences without an origin; see `root_key`.
 
     Raises:
         OSError
@@ -34,10 +34,10 @@ def save_state(
 
 
 class StateFile:
-    """The pages of a saved state: a read-only Tier, for sequences that continue the loaded state and for no others.
+    """The pages of a saved state: a read-only Tier, only for sequences that continue the loaded state.
 
-    Checksums find accidents, not intent: whoever wrote the file chose what its pages make a model say. So its pages are
-    found under the keys of `origin` alone, and only where the file's own keys follow from its tokens.
+    Checksums find accidental damage but not forged pages, with which the file's author could control a model's output.
+    So the pages are found only under keys with this `origin`, and only if the file's own keys follow from its tokens.
 
     Args:
         origin: the id of the loaded state.
@@ -61,7 +61,7 @@ class StateFile:
             pages = [(loaded.key(i), saved.key(i)) for i in range(len(tokens) // page_size)]
         except (ValueError, OverflowError):
             self._file.close()
-            raise InvalidKVState(f"{path} is no usable KV state: it contradicts itself; save it again") from None
+            raise InvalidKVState(f"{path} is not a usable KV state: it is inconsistent; save it again") from None
         self._saved_key = {key: saved_key for key, saved_key in pages if saved_key in self._file}
 
     def __contains__(self, key: bytes) -> bool:
@@ -70,7 +70,7 @@ class StateFile:
     def read(self, key: bytes) -> np.ndarray | None:
         try:
             return self._file.read(self._saved_key[key])
-        except (OSError, ValueError, KeyError):  # ValueError also if it has been closed
+        except (OSError, ValueError, KeyError):  # ValueError also after `close`
             self._saved_key.pop(key, None)
             return None
 
@@ -89,11 +89,13 @@ def read_saved_tokens(path: Path, fingerprint: str, vocab_size: int, tenant: str
     with _open(path) as file:
         header = file.header
     if header.fingerprint != fingerprint:
-        raise InvalidKVState(f"{path} is of another model, quantization or layout of the KV cache, or machine")
+        raise InvalidKVState(
+            f"{path} belongs to another model, quantization or layout of the KV cache, or machine type"
+        )
     if header.metadata.get("root") != root_key(fingerprint, tenant, salt).hex():
-        raise InvalidKVState(f"{path} is of another tenant or cache_salt: name those that it was saved with")
+        raise InvalidKVState(f"{path} is of another tenant or cache_salt; use those that it was saved with")
     if not header.tokens or not all(0 <= token < vocab_size for token in header.tokens):
-        raise InvalidKVState(f"{path} is no usable KV state: it has tokens that this model has not")
+        raise InvalidKVState(f"{path} is not a usable KV state: it has tokens beyond this model's vocabulary")
     return header.tokens
 
 
@@ -106,4 +108,4 @@ def _open(path: Path) -> PageFile:
             f"cannot read the KV state {path} ({error.strerror}); give a file that was saved"
         ) from None
     except BadPageFile as error:
-        raise InvalidKVState(f"{path} is no usable KV state: {error}; save it again") from None
+        raise InvalidKVState(f"{path} is not a usable KV state: {error}; save it again") from None

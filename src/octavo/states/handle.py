@@ -1,4 +1,4 @@
-"""KVState: a user's handle on a conversation, and the tokens that it stands for."""
+"""KVState: a user's handle on a conversation, and the tokens of the conversation."""
 
 import time
 from array import array
@@ -7,16 +7,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-MIN_CHARGE = 32  # tokens that a segment counts as at least: bookkeeping takes memory, too
+MIN_CHARGE = 32  # minimum charge for a segment, in tokens, as its bookkeeping takes memory too
 
 
 @dataclass(slots=True, eq=False)
 class Segment:
-    """The tokens that a state adds to the one it continued. States share the segments that they have in common."""
+    """The tokens that a state adds to the state it continued. States with a common beginning share its segments."""
 
     tokens: "array[int]"
     before: "Segment | None" = None
-    references: int = 0  # number of states, and of referenced segments, that build on this one
+    references: int = 0  # number of states and of referenced segments that end with, or continue, this one
     num_tokens: int = field(init=False)  # including all segments before
 
     def __post_init__(self) -> None:
@@ -24,7 +24,7 @@ class Segment:
 
     @property
     def charge(self) -> int:
-        """The tokens that count toward the tenant's quota for this segment."""
+        """Return the number of tokens that this segment counts toward its tenant's quota."""
         return max(len(self.tokens), MIN_CHARGE)
 
     def back(self) -> Iterator["Segment"]:
@@ -49,17 +49,18 @@ class KVState:
 
     Get one from `get_kv_cache_state` or `load_kv_cache_state`, and pass it as `kv_cache_state` to any method that
     generates, for the same tenant and cache_salt. It is kept until `drop`, until the end of a `with` block, or until
-    it was not used for kv_state_ttl seconds.
+    it has not been used for kv_state_ttl seconds.
 
     Attributes:
         id: the handle, also over HTTP.
-        tenant, salt: whose it is; requests with another tenant or cache_salt cannot use it.
-        fingerprint: names the model, the quantization and the layout of the KV cache (EngineInfo.fingerprint).
+        tenant, salt: the owner; requests with another tenant or cache_salt cannot use the state.
+        fingerprint: identifies the model, the quantization and the layout of the KV cache (EngineInfo.fingerprint).
         created_at: Unix time in seconds.
-        origin: the id of the loaded state that it is, or that the conversation once continued; "" if it comes from no
-            file. Pages are shared between requests and states of one origin only, since a file's pages may be forged.
-        file: the path that it was loaded from, or None.
-        messages: the conversation in OpenAI's format, where a chat server keeps it, or None.
+        origin: if the state was loaded from a file, its own id; if the conversation once continued a loaded state, the
+            id of that state; otherwise "". Only requests and states of the same origin share pages, since a file's
+            pages may be forged.
+        file: the path that the state was loaded from, or None.
+        messages: the conversation in OpenAI's format, if a chat server keeps it, or None.
     """
 
     id: str
@@ -76,7 +77,7 @@ class KVState:
 
     @property
     def expires_at(self) -> float:
-        """The Unix time, in seconds, at which it is dropped unless it is used before."""
+        """Return the Unix time, in seconds, at which the state is dropped unless it is used before."""
         return time.time() + self._deadline - time.monotonic()
 
     @property
@@ -85,21 +86,21 @@ class KVState:
 
     @property
     def token_ids(self) -> list[int]:
-        """Prompt and output tokens, from the beginning."""
+        """Return all tokens of the conversation, prompts and outputs."""
         tokens: list[int] = []
         for segment in reversed([*self._segment.back()]):
             tokens.extend(segment.tokens)
         return tokens
 
     def drop(self) -> None:
-        """Give the state up. States that continue it are not affected."""
+        """Drop the state. States that continue it are not affected."""
         self._owner.drop_state(self)
 
     def save(self, path: str | Path) -> Any:
-        """Write the state to `path`: its tokens, and those of their KV pages that the engine has at hand.
+        """Write the state to `path`: its tokens, and those of its KV pages that the engine still has.
 
-        The file appears whole or not at all. With AsyncLLM this returns a coroutine to await. Raises InvalidKVState if
-        the state is gone, RequestFailed if the file cannot be written.
+        The file is written completely or not at all. With AsyncLLM, this returns a coroutine. Raises InvalidKVState if
+        the state was dropped or has expired, RequestFailed if the file cannot be written.
         """
         return self._owner.save_state(self, Path(path))
 

@@ -1,4 +1,4 @@
-"""The engine's part in saving and loading KV states: files are written and read while steps go on."""
+"""The engine's part in saving and loading KV states: file I/O in threads while the engine runs steps."""
 
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -22,16 +22,18 @@ class StateFiles:
         self._files: dict[str, Future[StateFile]] = {}  # by the state's id
 
     def save(self, path: Path, prefix: Prefix, saved: Prefix, fingerprint: str) -> "Future[None]":
-        """Write the tokens of a state and its full pages, as far as they are available.
+        """Write the tokens of a state and those of its full pages that are available.
 
         Args:
-            prefix: the state's tokens, with the keys that its pages are found under.
-            saved: the same tokens, with the keys that its pages get in the file.
+            prefix: the state's tokens, with the keys of its pages in the pool and the tiers.
+            saved: the same tokens, with the keys of its pages in the file.
 
         Returns:
             A future that raises RequestFailed if the file cannot be written.
         """
-        sources: list[tuple[bytes, bytes, int | None]] = []  # key in the file, key here, page; None: a tier has it
+        sources: list[
+            tuple[bytes, bytes, int | None]
+        ] = []  # key in the file, key here, page (None if only a tier has it)
         for i in range(len(prefix.tokens) // self._kv.page_size):
             key = prefix.key(i)
             page = self._kv.pool.find(key)
@@ -59,7 +61,7 @@ class StateFiles:
         return future
 
     def end_saves(self) -> None:
-        """Release the pages of saves that have ended."""
+        """Release the pages acquired for saves that have ended."""
         for future, pages in self._saves:
             if future.done():
                 for page in reversed(pages):
@@ -67,7 +69,7 @@ class StateFiles:
         self._saves = [save for save in self._saves if not save[0].done()]
 
     def load(self, id: str, path: Path) -> "Future[StateFile]":
-        """Find pages in a state's file, for sequences whose origin is `id`, until `close`.
+        """Open a state's file, so that sequences whose origin is `id` find pages in it until `close`.
 
         Returns:
             A future that is done when the file is open; it raises InvalidKVState.

@@ -27,7 +27,7 @@ MAX_WORKERS = 4  # processes per template
 _START_SECONDS = 20.0  # for Python to start, import jinja2 and compile the template
 _PATIENCE = 0.3  # seconds that a request waits for a busy worker before another one is started
 
-# glibc returns blocks of this size to the system when they are freed, which it otherwise stops to do after the first.
+# With this setting, glibc always returns freed blocks of this size to the system; by default, only the first one.
 _RETURN_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
 
 _RENDERED, _OUT_OF_MEMORY = b"+", b"m"  # as in template_worker.py, which takes long to import
@@ -36,8 +36,8 @@ _RENDERED, _OUT_OF_MEMORY = b"+", b"m"  # as in template_worker.py, which takes 
 class ChatTemplate:
     """A model's chat template, a Jinja program with the conventions of Hugging Face's apply_chat_template.
 
-    A rendering that takes too long or too much is refused; meanwhile, others are done by other processes. The
-    first process starts with the first rendering, in 0.15 s, or with `start`.
+    A rendering that exceeds its limits of time or memory is refused; it does not delay renderings in other processes.
+    The first process starts with the first rendering, in 0.15 s, or with `start`.
     """
 
     def __init__(self, source: str, *, seconds: float = TEMPLATE_SECONDS, memory: int = TEMPLATE_MEMORY) -> None:
@@ -63,16 +63,16 @@ class ChatTemplate:
 
         Args:
             messages: Objects with a "role" and a "content": a string, a list of {"type": "text", "text": ...}, or None.
-                Parts go to the template as they are if it loops over them itself; else they are joined with newlines.
+                If the template does not loop over parts itself, they are joined with newlines.
             add_generation_prompt: End with the header of the assistant's answer. Default: True, unless
                 continue_final_message is set.
             continue_final_message: End with the last message's content, for the model to continue it; a string names
                 another field to continue, such as "reasoning_content".
-            variables: What else the template knows, such as `tools`; values must be JSON.
+            variables: Other variables of the template, such as `tools`; values must be JSON.
 
         Raises:
-            InvalidRequest: The template is broken, refuses the messages (with its own reason, if it gives one), or goes
-                beyond a limit of this module.
+            InvalidRequest: The template is broken, refuses the messages (with its own reason, if it gives one), or
+                exceeds a limit of this module.
         """
         request = _request(messages, add_generation_prompt, continue_final_message, variables)
         worker = self._workers.acquire()
@@ -89,12 +89,12 @@ class ChatTemplate:
         raise InvalidRequest(refusal["message"], refusal["param"])
 
     async def arender(self, messages: list[dict[str, Any]], **variables: Any) -> str:
-        """Do as `render`, without blocking the event loop."""
+        """Do what `render` does, without blocking the event loop."""
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._threads, lambda: self.render(messages, **variables))
 
     def start(self) -> None:
-        """Start a process now, so that the first rendering need not wait for it. Does not wait for it either."""
+        """Begin to start a process, so that the first rendering need not wait for it. Returns at once."""
         self._workers.release(self._workers.acquire())
 
     def close(self) -> None:
@@ -109,7 +109,7 @@ class ChatTemplate:
 def _request(
     messages: Any, add_generation_prompt: bool | None, continue_final_message: bool | str, variables: dict[str, Any]
 ) -> bytes:
-    """Return a rendering as JSON. Raises InvalidRequest for what cannot be one, or is too large."""
+    """Encode a request to a worker as JSON. Raises InvalidRequest if that is impossible or the result is too large."""
     if not isinstance(messages, list) or not messages:
         raise InvalidRequest("messages must be a list of at least one message", "messages")
     if len(messages) > MAX_MESSAGES:
@@ -119,8 +119,8 @@ def _request(
             raise InvalidRequest(f"messages[{i}].content must be a string or a list of text parts", "messages")
     if continue_final_message and add_generation_prompt:
         raise InvalidRequest(
-            "continue_final_message and add_generation_prompt exclude each other: the prompt can end with the last "
-            "message, or with the header of a new one",
+            "continue_final_message and add_generation_prompt exclude each other: the prompt ends either with the last "
+            "message or with the header of a new one",
             "continue_final_message",
         )
     if add_generation_prompt is None:
@@ -139,7 +139,7 @@ def _request(
     except (TypeError, ValueError, OverflowError, RecursionError) as error:
         raise InvalidRequest(f"messages and the template's variables must be JSON: {error}", "messages") from None
     if len(request) > MAX_INPUT_BYTES:
-        raise InvalidRequest(f"messages have {len(request):,} bytes; at most {MAX_INPUT_BYTES:,} are taken", "messages")
+        raise InvalidRequest(f"messages have {len(request):,} bytes; the limit is {MAX_INPUT_BYTES:,}", "messages")
     return request
 
 
@@ -157,9 +157,9 @@ class _Workers:
         self._count = 0
 
     def acquire(self) -> "_Worker":
-        """Return a worker that nobody else uses; start one if there is none, or if all have been busy for long."""
+        """Return an idle worker. Start one if there is none yet, or if all have been busy for _PATIENCE seconds."""
         if self._process != os.getpid():
-            self._reset()  # a forked child must not talk to the workers of its parent
+            self._reset()  # a forked child must not use the workers of its parent
         give_up = time.monotonic() + _PATIENCE
         with self._free:
             while True:
@@ -183,7 +183,7 @@ class _Workers:
             raise
 
     def release(self, worker: "_Worker") -> None:
-        """Take back a worker, closed or not. One idle worker is kept."""
+        """Return a worker to the pool, closed or not. One idle worker is kept."""
         with self._free:
             if worker.alive and not self._idle:
                 self._idle.append(worker)
@@ -208,7 +208,7 @@ class _Worker:
         program = str(Path(__file__).with_name("template_worker.py"))
         try:
             with theirs:
-                # -P: the current folder may hold a jinja2.py. A new session: Ctrl-C is not meant for the worker.
+                # -P: the current folder may have a jinja2.py. A new session: Ctrl-C must not reach the worker.
                 self._process = subprocess.Popen(
                     [sys.executable, "-P", program],
                     stdin=theirs.fileno(),
@@ -229,7 +229,7 @@ class _Worker:
         return self.close.alive and self._process.poll() is None
 
     def ask(self, request: bytes, seconds: float) -> bytearray:
-        """Return the answer to `request`. Raises InvalidRequest, and ends the process, if it hits a limit."""
+        """Return the answer to `request`. If it exceeds a limit, end the process and raise InvalidRequest."""
         try:
             if not self._ready:
                 self._exchange(self._setup, _START_SECONDS)
@@ -249,7 +249,7 @@ class _Worker:
         return answer
 
     def _exchange(self, frame: bytes, seconds: float) -> bytearray:
-        """Send a frame and return the one that answers it. Raises OSError if the process ends, TimeoutError."""
+        """Send a frame and return the answer. Raises OSError if the process ends, and TimeoutError."""
         deadline = time.monotonic() + seconds
         self._socket.settimeout(seconds)
         self._socket.sendall(len(frame).to_bytes(8, "little"))

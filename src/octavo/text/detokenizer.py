@@ -1,4 +1,4 @@
-"""Incremental detokenizing: tokens to text, in whole characters."""
+"""Incremental detokenizer: converts tokens to text, in whole characters."""
 
 import codecs
 
@@ -10,7 +10,7 @@ _new_decoder = codecs.getincrementaldecoder("utf-8")
 class Detokenizer:
     """Converts the tokens of one output to text, one at a time, in O(1) each. Special tokens have no text.
 
-    The texts joined are `tokenizer.decode` of all tokens, with one difference: with a SentencePiece vocabulary the
+    The joined texts equal `tokenizer.decode` of all tokens, with one difference: with a SentencePiece vocabulary, the
     space before the first word is kept, because an output continues its prompt.
     """
 

@@ -1,7 +1,7 @@
 """Tokenizers made from GGUF metadata, which have a vocabulary but no tokenizer.json.
 
-`tokenizer.ggml.pre` names how text is split before merging. What each name means is defined by llama.cpp's
-src/llama-vocab.cpp only.
+`tokenizer.ggml.pre` names the rules by which text is split before merging. These rules are defined only in llama.cpp's
+src/llama-vocab.cpp.
 """
 
 import logging
@@ -14,7 +14,7 @@ from octavo.errors import DamagedWeights, UnsupportedModel, shortened
 
 _log = logging.getLogger("octavo")
 
-_CONTROL, _USER_DEFINED = 3, 4  # of tokenizer.ggml.token_type
+_CONTROL, _USER_DEFINED = 3, 4  # values of tokenizer.ggml.token_type
 
 _WORDS_AND_SPACES = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|" + _WORDS_AND_SPACES
@@ -30,12 +30,12 @@ WORD_REGEXES = frozenset([_LLAMA3, _QWEN2, _TEKKEN])
 
 @dataclass(frozen=True)
 class _Style:
-    """How text is split for a byte-level vocabulary."""
+    """The rules by which text is split for a byte-level vocabulary."""
 
-    split: str | None = None  # a regular expression; None: GPT-2's, which the tokenizers library has built in
+    split: str | None = None  # a regular expression; None: that of GPT-2, which is built into the tokenizers library
     single_digits: bool = False
     whole_words: bool = False  # a word that is in the vocabulary is one token, even if no merges lead to it
-    add_bos: bool = False  # unless the file says otherwise
+    add_bos: bool = False  # the default if the file does not say
     nfc: bool = False
 
 
@@ -61,12 +61,12 @@ def tokenizer_from_metadata(metadata: dict[str, Any], source: str) -> Tokenizer:
 
     Raises:
         UnsupportedModel: The vocabulary is neither byte-level nor SentencePiece's BPE, or its `pre` is unknown.
-        DamagedWeights: The vocabulary contradicts itself.
+        DamagedWeights: The vocabulary is inconsistent.
     """
     kind = metadata.get("tokenizer.ggml.model")
     if kind not in ("gpt2", "llama"):
         raise UnsupportedModel(
-            f"{source} has a vocabulary of the kind {shortened(kind, 40)!r}; Octavo reads 'gpt2' and 'llama'"
+            f"{source} has a vocabulary of type {shortened(kind, 40)!r}; supported are 'gpt2' and 'llama'"
         )
     tokens = metadata.get("tokenizer.ggml.tokens")
     if not isinstance(tokens, list) or not tokens or not all(isinstance(token, str) for token in tokens):
@@ -83,7 +83,7 @@ def tokenizer_from_metadata(metadata: dict[str, Any], source: str) -> Tokenizer:
         _add_template(tokenizer, metadata, tokens, add_bos)
     except UnsupportedModel:
         raise
-    except BaseException as error:  # plain Exception for damage; Rust's panics are no Exception
+    except BaseException as error:  # Exception for damage; Rust's panics are not subclasses of Exception
         if isinstance(error, Exception) or type(error).__name__ == "PanicException":
             raise DamagedWeights(f"{source} is damaged: its vocabulary is inconsistent ({shortened(error)})") from None
         raise
@@ -94,15 +94,15 @@ def _byte_level(metadata: dict[str, Any], vocabulary: dict[str, int], source: st
     pre = metadata.get("tokenizer.ggml.pre")
     if pre is None:
         _log.warning(
-            "%s does not say how its text is split before tokenizing (tokenizer.ggml.pre); GPT-2's rules are used. If "
-            "they are not the model's, ITS ANSWERS ARE WORSE: convert the model again with a recent llama.cpp",
+            "%s does not say how its text is split before tokenizing (tokenizer.ggml.pre), so GPT-2's rules are used. "
+            "If the model has other rules, ITS ANSWERS ARE WORSE: convert the model again with a recent llama.cpp",
             source,
         )
         pre = "default"
     style = _STYLES.get(pre) if isinstance(pre, str) else None
     if style is None:
         known = ", ".join(sorted(_STYLES))
-        raise UnsupportedModel(f"{source} splits text as {shortened(pre, 40)!r} does; Octavo knows {known}")
+        raise UnsupportedModel(f"{source} splits text by the rules {shortened(pre, 40)!r}; supported are {known}")
     merges = [_halves(merge) for merge in metadata["tokenizer.ggml.merges"]]
     tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=style.whole_words))
     steps: list[Any] = []
@@ -148,7 +148,7 @@ def _sentencepiece(metadata: dict[str, Any], vocabulary: dict[str, int]) -> Toke
 
 
 def _merges_from_scores(vocabulary: dict[str, int], scores: list[float]) -> list[tuple[str, str]]:
-    """Return merges in the order in which SentencePiece does them: first those that make the token of highest score."""
+    """Return merges in SentencePiece's order: merges into tokens of higher score come first."""
     merges: list[tuple[float, int, int, str, str]] = []
     for token, i in vocabulary.items():
         for cut in range(1, len(token)):
@@ -159,7 +159,7 @@ def _merges_from_scores(vocabulary: dict[str, int], scores: list[float]) -> list
 
 
 def _add_special_tokens(tokenizer: Tokenizer, metadata: dict[str, Any], tokens: list[str]) -> None:
-    """Add control tokens and user-defined tokens, which are single tokens wherever they stand in a text."""
+    """Add control tokens and user-defined tokens, which are single tokens wherever they occur in a text."""
     types = metadata.get("tokenizer.ggml.token_type", [])
     for kind, add in ((_CONTROL, tokenizer.add_special_tokens), (_USER_DEFINED, tokenizer.add_tokens)):
         names = [token for token, type_ in zip(tokens, types, strict=False) if type_ == kind and token]
@@ -167,7 +167,7 @@ def _add_special_tokens(tokenizer: Tokenizer, metadata: dict[str, Any], tokens: 
 
 
 def _add_template(tokenizer: Tokenizer, metadata: dict[str, Any], tokens: list[str], add_bos: bool) -> None:
-    """Make encode() put BOS before a text and EOS after it, if the model wants them."""
+    """Make encode() put BOS before a text and EOS after it, if the model requires them."""
     pieces = ["$A"]
     specials: list[tuple[str, int]] = []
     bos, eos = metadata.get("tokenizer.ggml.bos_token_id"), metadata.get("tokenizer.ggml.eos_token_id")

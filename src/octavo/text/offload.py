@@ -1,4 +1,4 @@
-"""Work on texts for event loops: on short texts at once, on long ones in threads, which release the GIL meanwhile."""
+"""Tokenize for event loops: short texts at once, long ones in threads, which release the GIL while they tokenize."""
 
 import asyncio
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Stop strings in streamed text, found in time linear in the text."""
+"""Find stop strings in streamed text, in time linear in the text."""
 
 from collections import deque
 from functools import lru_cache
@@ -19,15 +19,15 @@ class StopStrings:
         self._length = 0
 
     def push(self, text: str, armed: bool = True) -> tuple[str, str | None]:
-        """Take the next piece of the text, which must not come after a stop string has been found.
+        """Add the next piece of the text. Must not be called after a stop string has been found.
 
         Args:
             text: The next piece.
             armed: Whether to search. If not, a stop string that ends or begins in this piece is plain text.
 
         Returns:
-            The text that is now certain to be no part of a stop string, and the stop string that was found, or None.
-            Of several that end in one piece, the one that begins first counts, and of those the longest.
+            The text that cannot be part of a stop string, and the stop string that was found, or None. Of several that
+            end in one piece, the one that begins first counts, and of those the longest.
         """
         if self._automaton is None:
             return text, None
@@ -42,7 +42,7 @@ class StopStrings:
         return self._release(begin), stop
 
     def flush(self, text: str = "") -> str:
-        """Return the text that was held back, followed by `text`. For the end of a text."""
+        """Return the text that was held back, followed by `text`. To be called at the end of the text."""
         if not self._held:
             return text
         text = "".join(self._held) + text
@@ -51,7 +51,7 @@ class StopStrings:
         return text
 
     def _release(self, count: int) -> str:
-        """Return the first `count` characters that are held back, and hold them no longer."""
+        """Remove and return the first `count` characters that are held back."""
         self._length -= count
         released = []
         while count:
@@ -67,16 +67,16 @@ class StopStrings:
 class _Automaton:
     """The automaton of Aho and Corasick (1975, "Efficient string matching: an aid to bibliographic search").
 
-    A state is the longest end of the text so far that begins a stop string; state 0 is the empty one. Searching takes
-    amortized O(1) per character, whatever the stop strings.
+    A state is the longest suffix of the text so far that begins a stop string; state 0 is the empty suffix. Searching
+    takes amortized O(1) per character, independent of the stop strings.
     """
 
     def __init__(self, stops: tuple[str, ...]):
         self.first = frozenset(stop[0] for stop in stops)
         self._next: list[dict[str, int]] = [{}]
-        self._depth = [0]  # of each state: how many characters it stands for
+        self._depth = [0]  # of each state: its number of characters
         self._stop: list[str | None] = [None]  # the longest stop string that ends in the state
-        self._shorter = [0]  # the state of the longest proper end that also begins a stop string
+        self._shorter = [0]  # the state of the longest proper suffix that begins a stop string
         for stop in stops:
             self._add(stop)
         self._link()
@@ -110,17 +110,17 @@ class _Automaton:
         return following or 0
 
     def search(self, state: int, text: str) -> tuple[int, str | None, int]:
-        """Go through `text` from `state`.
+        """Search `text`, beginning in `state`.
 
         Returns:
-            Where in `text` the stop string begins that was found, or if none was, the end of the text that may begin
-            one (negative: before `text`); that stop string or None; and the new state.
+            The index in `text` at which the found stop string begins, or, if none was found, at which the suffix that
+            may begin one does (negative: before `text`); the found stop string or None; and the new state.
         """
         begin, found = len(text), None
         for end, character in enumerate(text, 1):
             state = self._step(state, character)
             if end - self._depth[state] > begin:
-                break  # nothing that begins as early can follow
+                break  # no later match can begin as early
             stop = self._stop[state]
             if stop is not None and end - len(stop) <= begin:
                 begin, found = end - len(stop), stop

@@ -1,14 +1,15 @@
 """The process that renders one chat template: `python -P template_worker.py`, started by chat_template.py.
 
-A template is a program. Here it can run away or fill the memory without hurting the server: the kernel ends the process
-at its limits, and the parent starts another. The process ends when its standard input does, that is, with its parent.
+A template is a program, which may loop forever or fill the memory. In its own process it cannot hurt the server: the
+kernel ends the process at its limits, and the parent starts another one. The process also ends when its standard input
+is closed, which happens when its parent ends.
 
 Only the standard library and jinja2 are imported, and nothing of octavo, so that it starts quickly.
 
-Frames, both ways: 8 bytes of length, little-endian, then so many bytes. The first frame from the parent is JSON,
-{"source", "memory", "seconds"}; its answer is empty and says that the template is compiled. Each further frame is a
-request, {"messages", "continue_field", "variables"}. Its answer is a status byte, followed by the prompt (RENDERED) or
-by {"message", "param"} (REFUSED). After OUT_OF_MEMORY the process ends.
+A frame, in both directions, is a length (8 bytes, little-endian) followed by that many bytes. The first frame from the
+parent is JSON, {"source", "memory", "seconds"}; the empty answer means that the template is compiled. Each later frame
+is a request, {"messages", "continue_field", "variables"}. Its answer is a status byte, followed by the prompt
+(RENDERED) or by {"message", "param"} (REFUSED). After OUT_OF_MEMORY the process ends.
 """
 
 import contextlib
@@ -54,10 +55,10 @@ class Template:
         self._takes_strings = not self.takes_parts or any(test.name == "string" for test in tree.find_all(nodes.Test))
 
     def render(self, messages: list[Any], continue_field: str | None, variables: dict[str, Any]) -> str:
-        """Return the prompt of a conversation. With `continue_field` it ends where that field of the last message does.
+        """Return the prompt of a conversation. With `continue_field`, it ends with that field of the last message.
 
         Raises:
-            Refused: The messages have a wrong shape, or the template raised an exception.
+            Refused: The messages are malformed, or the template raised an exception.
             MemoryError: The template needs more memory than this process may have.
         """
         messages = [self._message(i, message) for i, message in enumerate(messages)]
@@ -101,7 +102,7 @@ class Template:
 
 
 def _up_to_mark(prompt: str) -> str:
-    """Return what stands before the mark. A template that trims messages also trims the mark, and then this text."""
+    """Return the text before the mark. A mark without its space shows that the template trims: trim the text too."""
     at = prompt.rfind(_CONTINUATION.strip())
     if at < 0:
         raise Refused("the chat template leaves out the last message, so it cannot be continued", "messages")
@@ -167,7 +168,7 @@ def _unfiltered(node: nodes.Node | None) -> nodes.Node | None:
     return node
 
 
-# What templates find beside Jinja's own filters and functions
+# Filters and functions for templates in addition to Jinja's own
 
 
 class _GenerationTag(Extension):
@@ -216,7 +217,7 @@ def _one_line(error: object) -> str:
 def main() -> None:
     """Answer requests until the standard input ends."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)  # a server that drains still renders; at its end the input ends
+        signal.signal(number, signal.SIG_IGN)  # a draining server still renders; when it ends, so does the input
     for number in (signal.SIGPROF, signal.SIGALRM):
         signal.signal(number, signal.SIG_DFL)  # the timers of _limited end the process
     for kind in (resource.RLIMIT_CORE, resource.RLIMIT_FSIZE):
@@ -261,9 +262,9 @@ def _answer(template: Template | None, fault: str, request: bytes) -> bytes:
 
 @contextlib.contextmanager
 def _limited(memory: int, seconds: float) -> Iterator[None]:
-    """Let allocations fail beyond `memory` bytes of address space; end the process after `seconds` of processor time.
+    """Make allocations beyond `memory` bytes of address space fail, and end the process after `seconds` of CPU time.
 
-    The wall-clock timer counts only if the parent, which keeps the time otherwise, is gone.
+    Wall-clock time is limited by the parent. The wall-clock timer here matters only if the parent has ended.
     """
     _, most = resource.getrlimit(resource.RLIMIT_AS)
     signal.setitimer(signal.ITIMER_PROF, seconds)

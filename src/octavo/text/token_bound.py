@@ -1,4 +1,4 @@
-"""A lower bound of the number of tokens of a text, found without tokenizing it. The proof is in docs/text.md."""
+"""Compute a lower bound of the number of tokens in a text without tokenizing it. The proof is in docs/text.md."""
 
 import json
 import re
@@ -13,21 +13,21 @@ from tokenizers import models
 if TYPE_CHECKING:
     from .tokenizer import Tokenizer
 
-_CHUNK = 1 << 16  # characters looked at in one go
+_CHUNK = 1 << 16  # characters processed at a time
 _HOLE = 0xFF  # a byte that UTF-8 never has; stands for text that normalization may change
-_SPACE = "▁"  # what SentencePiece vocabularies write for a space
+_SPACE = "▁"  # stands for a space in SentencePiece vocabularies
 
 
 class TokenBound:
-    """Computes how many tokens a text has at least.
+    """Computes a lower bound of the number of tokens in a text.
 
-    Tokens cover the bytes of a text without overlap. So a byte b counts for at least 1 / (bytes of the longest token
-    with b in it), and where two bytes follow each other that do so in no token, one token ends and another begins.
-    Bytes that may vanish or change before they are tokenized count for nothing.
+    Tokens cover the bytes of a text without overlap. So each byte b counts for at least 1 / (bytes of the longest token
+    that contains b). If no token contains two bytes next to each other, a token boundary lies between them wherever
+    they occur in this order. Bytes that may vanish or change before they are tokenized count for nothing.
     """
 
     def __init__(self, tokenizer: "Tokenizer") -> None:
-        """Go through the vocabulary, which takes tenths of a second for the largest ones."""
+        """Analyze the vocabulary. This takes tenths of a second for the largest vocabularies."""
         backend = tokenizer.backend
         self._steps = component_steps(backend.normalizer) + component_steps(backend.pre_tokenizer)
         self._exists = _keeps_text(self._steps, backend.model)
@@ -46,11 +46,11 @@ class TokenBound:
         self._joined |= nothing[:, None] | nothing[None, :]
 
     def __call__(self, text: str, enough: int) -> int:
-        """Return a number of tokens that `text` has at least; beyond `enough`, counting may end early."""
+        """Return a lower bound of the number of tokens in `text`. Counting may stop beyond `enough`."""
         if not self._exists:
             return 0
         changes = self._composes and not text.isascii()
-        complete, begun = 0, 0.0  # tokens of the segments so far; the weight of the last segment, which may go on
+        complete, begun = 0, 0.0  # tokens of the complete segments; weight of the last segment, which may continue
         before = _HOLE
         for start in range(0, len(text), _CHUNK):
             data = self._bytes(text[start : start + _CHUNK], changes)
@@ -68,12 +68,12 @@ class TokenBound:
         if self._writes_spaces:
             text = text.replace(_SPACE, " ")
         if changes:
-            # The last character counts for nothing: what follows it may be a mark that is composed with it.
+            # The last character counts for nothing: the next one may be a mark that is composed with it.
             text = _changeable().sub("\udcff", text[:-1]) + "\udcff"
         return np.frombuffer(text.encode("utf-8", "surrogateescape"), np.uint8)
 
     def _spellings(self, tokenizer: "Tokenizer", vocabulary: dict[str, int]) -> list[bytes]:
-        """Return how each token may read in a text, in every way that it might."""
+        """Return all byte strings that tokens may stand for in a text."""
         plain = [token.content for token in tokenizer.backend.get_added_tokens_decoder().values()]
         plain += [name for name in vocabulary if name.startswith("<0x")]
         plain += [unicodedata.normalize("NFC", content) for content in plain]
@@ -83,10 +83,10 @@ class TokenBound:
         return [spelling for spelling in spellings + [content.encode() for content in plain] if spelling]
 
     def _certain(self, tokenizer: "Tokenizer", vocabulary: dict[str, int], byte_level: bool) -> npt.NDArray[np.bool_]:
-        """Return for each byte whether it is always part of a token of its own place.
+        """Return for each byte whether it always becomes part of a token at its place.
 
-        Unknown characters may vanish, or many of them make one token; and a token with `lstrip` or `rstrip` takes any
-        amount of white space with it.
+        This is not so for unknown characters, which may vanish or be merged into one token, nor for white space next to
+        a token with `lstrip` or `rstrip`, which absorbs any amount of it.
         """
         backend = tokenizer.backend
         added = backend.get_added_tokens_decoder()
@@ -119,9 +119,9 @@ def _longest(spellings: list[bytes]) -> npt.NDArray[np.float64]:
 
 
 def _neighbors(spellings: list[bytes]) -> npt.NDArray[np.bool_]:
-    """Return for each two bytes whether they follow each other in a token."""
+    """Return for each pair of bytes whether they occur next to each other in a token."""
     data = np.frombuffer(b"".join(spellings), np.uint8)
-    inside = np.ones(len(data), dtype=bool)  # whether a byte goes on a token that has begun
+    inside = np.ones(len(data), dtype=bool)  # whether a byte continues a token
     inside[np.cumsum([0] + [len(spelling) for spelling in spellings[:-1]])] = False
     neighbors = np.zeros((256, 256), dtype=bool)
     neighbors[data[:-1][inside[1:]], data[1:][inside[1:]]] = True
@@ -139,7 +139,7 @@ def component_steps(component: Any) -> list[dict[str, Any]]:
 
 
 def _keeps_text(steps: list[dict[str, Any]], model: Any) -> bool:
-    """Return whether it is known of all steps that they lose nothing, so that a text's tokens cover all of it."""
+    """Return whether all steps are known to lose no text, so that the tokens cover the whole text."""
     if not isinstance(model, (models.BPE, models.Unigram)):
         return False
     if getattr(model, "continuing_subword_prefix", None) or getattr(model, "end_of_word_suffix", None):
@@ -163,9 +163,10 @@ def _keeps(step: dict[str, Any]) -> bool:
 
 @lru_cache(maxsize=1)
 def _changeable() -> re.Pattern[str]:
-    """Return a pattern of text that NFC may change: characters that it changes or that may be composed, after another.
+    """Return a pattern of text that NFC may change: characters that it changes or composes, and the one before them.
 
-    Above U+FFFF, all but emoji and ideographs count: this Python may know an older Unicode than the tokenizer.
+    Above U+FFFF, all characters but emoji and ideographs count, since this Python may know an older Unicode than the
+    tokenizer.
     """
     changeable = {code for code in range(0x80, 0x10000) if not 0xD800 <= code < 0xE000 and _changes(chr(code))}
     for code in range(0x80, 0x10000):

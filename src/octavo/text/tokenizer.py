@@ -27,16 +27,16 @@ from .chat_template import ChatTemplate
 from .gguf_vocabulary import WORD_REGEXES, tokenizer_from_metadata
 from .token_bound import TokenBound, component_steps
 
-MAX_TOKENIZER_BYTES = 256 << 20  # of a tokenizer.json; the largest known ones have about 40 MiB
-MAX_SETTINGS_BYTES = 16 << 20  # of any other file
-PIECE = 1 << 16  # characters; longer texts are tokenized in pieces of about so many
+MAX_TOKENIZER_BYTES = 256 << 20  # limit for tokenizer.json; the largest known ones have about 40 MiB
+MAX_SETTINGS_BYTES = 16 << 20  # limit for any other file
+PIECE = 1 << 16  # characters; longer texts are tokenized in pieces of about this size
 _LETTER_AND_SPACE = re.compile("[A-Za-z](?= [A-Za-z])")
 
-# GGUF names one end token, sometimes two; these, where a vocabulary has them as control tokens, end a text as well.
+# GGUF names one or two end tokens. If a vocabulary has these as control tokens, they end a text as well.
 _END_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>")
 _SPECIAL_ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 
-# The printable characters that byte-level vocabularies spell bytes with (GPT-2's encoder.py, bytes_to_unicode).
+# The printable characters that stand for bytes in byte-level vocabularies (GPT-2's encoder.py, bytes_to_unicode).
 _PRINTABLE = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
 _OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
 _BYTE_OF = {chr(byte): byte for byte in _PRINTABLE} | {chr(256 + n): byte for n, byte in enumerate(_OTHERS)}
@@ -68,7 +68,7 @@ class Tokenizer:
         Raises:
             UnsupportedModel: The vocabulary is neither byte-level nor SentencePiece's.
         """
-        backend.no_truncation()  # tokenizer.json may ask for both, which is meant for training
+        backend.no_truncation()  # tokenizer.json may enable truncation and padding, which are meant for training
         backend.no_padding()
         self.backend = backend
         self.eos_token_ids = eos_token_ids
@@ -116,7 +116,7 @@ class Tokenizer:
             model_vocab_size: Rows of the model's embedding.
 
         Raises:
-            DamagedWeights: A token's id is beyond them.
+            DamagedWeights: A token's id is too large.
         """
         if (last := self.last_token_id) >= model_vocab_size:
             token = shortened(self.backend.id_to_token(last), 40)
@@ -127,7 +127,7 @@ class Tokenizer:
 
     @cached_property
     def last_token_id(self) -> int:
-        """The largest id of a token, -1 if there is none. Takes some 20 ms the first time."""
+        """Return the largest token id, -1 if there is no token. Takes some 20 ms the first time."""
         return max(self.backend.get_vocab(with_added_tokens=True).values(), default=-1)
 
     @property
@@ -135,19 +135,19 @@ class Tokenizer:
         return self._template is not None
 
     def encode(self, text: str, add_special_tokens: bool = True, max_tokens: int | None = None) -> list[int]:
-        """Return the token ids of `text`. Special tokens that are spelled out in it count as such.
+        """Return the token ids of `text`. Special tokens that are spelled out in the text are recognized.
 
-        Other threads run meanwhile. Memory is bounded by `max_tokens`, not by the text, wherever the vocabulary allows
-        to tokenize it in pieces.
+        Releases the GIL. If the vocabulary allows tokenizing a text in pieces, memory is bounded by `max_tokens`, not
+        by the length of the text.
 
         Args:
-            add_special_tokens: Put BOS before it (EOS after it) if the model wants that. Not for what `chat` returns,
-                where the template has done so.
-            max_tokens: How many tokens are accepted, special ones included. Default: any number.
+            add_special_tokens: Put BOS before the text (and EOS after it) if the model requires it. Use False for the
+                result of `chat`, since the template adds them.
+            max_tokens: Maximum number of tokens, including special ones. Default: no limit.
 
         Raises:
             InvalidRequest: The text is not Unicode (lone surrogates).
-            PromptTooLong: It has more than `max_tokens` tokens.
+            PromptTooLong: The text has more than `max_tokens` tokens.
         """
         _check_unicode(text)
         before, after = self._template_ids if add_special_tokens else ((), ())
@@ -165,12 +165,12 @@ class Tokenizer:
         return ids
 
     def min_tokens(self, text: str, enough: int = sys.maxsize) -> int:
-        """Return a number of tokens that `text` has at least, without BOS and EOS, and without tokenizing it.
+        """Return a lower bound of the number of tokens in `text`, without BOS and EOS, and without tokenizing it.
 
-        Takes about 20 ms per megabyte, and tenths of a second the first time. Zero where nothing is certain.
+        Takes about 20 ms per megabyte, and tenths of a second the first time. Returns 0 if there is no better bound.
 
         Args:
-            enough: Beyond so many tokens, counting may end early.
+            enough: Counting may stop beyond this number.
 
         Raises:
             InvalidRequest: The text is not Unicode (lone surrogates).
@@ -185,7 +185,7 @@ class Tokenizer:
         return text.removeprefix(" ") if self._strip_first_space else text
 
     def token_text(self, token: int) -> str:
-        """Return the text of one token, special or not. A part of a character becomes U+FFFD."""
+        """Return the text of one token, which may be special. A part of a character becomes U+FFFD."""
         return self.token_bytes(token).decode("utf-8", "replace")
 
     def token_bytes(self, token: int) -> bytes:
@@ -196,7 +196,7 @@ class Tokenizer:
         return known
 
     def whole_text(self, token: int) -> str | None:
-        """Return what `token` adds to a text that ends with a complete character.
+        """Return the text that `token` adds to a text that ends with a complete character.
 
         Returns:
             "" for a special token, None if the token's bytes are not complete characters.
@@ -211,7 +211,7 @@ class Tokenizer:
     def chat(self, messages: list[dict[str, Any]], **template_kwargs: Any) -> str:
         """Return the prompt of a conversation. Encode it with add_special_tokens=False.
 
-        Blocks the calling thread for a fraction of a millisecond, and up to about two seconds in bad cases.
+        Blocks the calling thread, usually for a fraction of a millisecond, at most for about two seconds.
 
         Args:
             messages: See `ChatTemplate.render`.
@@ -219,17 +219,17 @@ class Tokenizer:
                 such as `tools`.
 
         Raises:
-            InvalidRequest: There is no template, it refuses the messages, or they go beyond a limit.
+            InvalidRequest: There is no template, it refuses the messages, or they exceed a limit.
         """
         return self.chat_template.render(messages, **(self._special_tokens | template_kwargs))
 
     async def achat(self, messages: list[dict[str, Any]], **template_kwargs: Any) -> str:
-        """Do as `chat`, without blocking the event loop."""
+        """Do what `chat` does, without blocking the event loop."""
         return await self.chat_template.arender(messages, **(self._special_tokens | template_kwargs))
 
     @property
     def chat_template(self) -> ChatTemplate:
-        """The model's chat template. Raises InvalidRequest if it has none."""
+        """Return the model's chat template. Raises InvalidRequest if the model has none."""
         if self._chat_template is None:
             raise InvalidRequest("this model has no chat template: send a plain prompt instead", "messages")
         return self._chat_template
@@ -239,14 +239,14 @@ class Tokenizer:
         return None if self._template is None else ChatTemplate(self._template, **self._template_limits)
 
     def prepare(self) -> None:
-        """Compute now what the first long text and the first chat need. Takes tenths of a second, in any thread."""
+        """Prepare for the first long text and the first chat. Takes tenths of a second. May be called by any thread."""
         _ = self._bound
         if self._chat_template is not None:
             self._chat_template.start()
 
     @cached_property
     def threads(self) -> ThreadPoolExecutor:
-        """Threads to tokenize long texts in. Few, so that as few texts take memory at a time."""
+        """Return the threads for long texts. They are few, to limit the texts that take memory at the same time."""
         return ThreadPoolExecutor(2, "octavo-tokenizer")
 
     @cached_property
@@ -255,13 +255,13 @@ class Tokenizer:
 
     @cached_property
     def _template_ids(self) -> tuple[list[int], list[int]]:
-        """The special tokens before and after a text."""
+        """Return the special tokens before and after a text."""
         bare, whole = (self.backend.encode("a", add_special_tokens=special).ids for special in (False, True))
         at = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), 0)
         return whole[:at], whole[at + len(bare) :]
 
     def _pieces(self, text: str) -> Iterator[str]:
-        """Cut a long text where its tokens are those of the pieces, if such places are known: before some spaces."""
+        """Cut a long text before some spaces, if that never changes its tokens. Otherwise yield it whole."""
         start = 0
         while self._cuts_before_spaces and len(text) - start > PIECE:
             cut = _LETTER_AND_SPACE.search(text, start + PIECE)
@@ -276,7 +276,7 @@ class Tokenizer:
         if piece is None:
             return b""
         if self._byte_level:
-            # Added tokens are mostly spelled in plain text, which byte-level decoding leaves alone.
+            # Added tokens are mostly spelled in plain text, which byte-level decoding does not change.
             values = [_BYTE_OF.get(character) for character in piece]
             return piece.encode() if None in values else bytes(value for value in values if value is not None)
         if byte := re.fullmatch("<0x([0-9A-Fa-f]{2})>", piece):
@@ -294,13 +294,13 @@ def _check_unicode(text: str) -> None:
 
 
 def _too_long(max_tokens: int | None) -> PromptTooLong:
-    return PromptTooLong(f"the prompt has more than the {max_tokens} tokens that the model's context leaves", "prompt")
+    return PromptTooLong(f"the prompt has more than {max_tokens} tokens, the limit in the model's context", "prompt")
 
 
 def _cuts_before_spaces(backend: tokenizers.Tokenizer) -> bool:
-    """Return whether a letter and a following space are never in one piece of text that is tokenized as a unit.
+    """Return whether text is always split between a letter and a following space before it is tokenized.
 
-    Known of the regular expressions that most byte-level vocabularies cut text with; not so for SentencePiece.
+    True for the regular expressions of most byte-level vocabularies, not for SentencePiece.
     """
     steps = component_steps(backend.pre_tokenizer)
     splits = [step for step in steps if step["type"] == "Split"]
@@ -340,7 +340,7 @@ def _decoding(backend: tokenizers.Tokenizer) -> tuple[bool, bool]:
         return False, steps["Metaspace"].get("prepend_scheme", "always") != "never"
     if "Replace" in steps:
         return False, "Strip" in steps
-    raise UnsupportedModel(f"the tokenizer decodes by {decoder['type']}; Octavo knows ByteLevel and SentencePiece")
+    raise UnsupportedModel(f"the tokenizer's decoder is {decoder['type']}; supported are ByteLevel and SentencePiece")
 
 
 def _from_gguf(path: Path) -> Tokenizer:
@@ -385,7 +385,7 @@ def _from_directory(path: Path) -> Tokenizer:
         values = value if isinstance(value, list) else [] if value is None else [value]
         if not all(type(i) is int for i in values):
             raise DamagedWeights(
-                f"{path / source} has {name} = {shortened(repr(value))}; it must be a token id or several"
+                f"{path / source} has {name} = {shortened(repr(value))}; it must be a token id or a list of them"
             )
         return [i for i in values if i >= 0]
 
@@ -406,14 +406,14 @@ def _read_backend(file: Path) -> tokenizers.Tokenizer:
     content = read_file(file, MAX_TOKENIZER_BYTES)
     try:
         return tokenizers.Tokenizer.from_buffer(content)
-    except BaseException as error:  # plain Exception for damage; Rust's panics are no Exception
+    except BaseException as error:  # Exception for damage; Rust's panics are not subclasses of Exception
         if isinstance(error, Exception) or type(error).__name__ == "PanicException":
             raise DamagedWeights(f"{file} is damaged: {shortened(error)}") from None
         raise
 
 
 def _directory_template(path: Path, settings: dict[str, Any]) -> str | None:
-    """Return the template of chat_template.jinja, or of tokenizer_config.json: one, or the default of several."""
+    """Return the template in chat_template.jinja or in tokenizer_config.json; of several, the default one."""
     file = path / "chat_template.jinja"
     if file.exists():
         return _read_text(file)
@@ -422,9 +422,9 @@ def _directory_template(path: Path, settings: dict[str, Any]) -> str | None:
         if isinstance(template, list):
             template = {entry["name"]: entry["template"] for entry in template}.get("default")
     except (KeyError, TypeError):
-        template = []  # an entry is no object with a name and a template
+        template = []  # an entry is not an object with a name and a template
     if template is not None and not isinstance(template, str):
-        raise DamagedWeights(f"{path / 'tokenizer_config.json'} is damaged: chat_template is no template")
+        raise DamagedWeights(f"{path / 'tokenizer_config.json'} is damaged: chat_template is not a template")
     return template
 
 
@@ -433,7 +433,7 @@ def _special_token(path: Path, settings: dict[str, Any], name: str) -> str | Non
     token = settings.get(name)
     content = token.get("content") if isinstance(token, dict) else token
     if content is not None and not isinstance(content, str):
-        raise DamagedWeights(f"{path / 'tokenizer_config.json'} is damaged: {name} is {shortened(content)}, no string")
+        raise DamagedWeights(f"{path / 'tokenizer_config.json'} is damaged: {name} is {shortened(content)}, not text")
     return content
 
 
@@ -444,13 +444,13 @@ def _read_json(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(text := _read_text(file))
         if "\\u" in text:
-            json.dumps(content, ensure_ascii=False).encode()  # raises for lone surrogates, which no text can hold
+            json.dumps(content, ensure_ascii=False).encode()  # raises for lone surrogates
     except DamagedWeights:
         raise
     except (ValueError, RecursionError) as error:
         raise DamagedWeights(f"{file} is damaged: {shortened(error)}") from None
     if not isinstance(content, dict):
-        raise DamagedWeights(f"{file} is damaged: it holds no JSON object")
+        raise DamagedWeights(f"{file} is damaged: it is not a JSON object")
     return content
 
 

@@ -1,4 +1,4 @@
-"""Where weights come from: from a model's name to its files, and from files to mapped tensors."""
+"""Weights: find a model's files by name, and map their tensors."""
 
 from .checkpoint import Checkpoint, open_checkpoint
 from .fingerprint import fingerprint

@@ -1,4 +1,4 @@
-"""A checkpoint on disk: its configuration and its tensors, whatever the format of the files."""
+"""A checkpoint on disk: its configuration and its tensors, in the same form for every file format."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +17,8 @@ class Checkpoint:
         path: The directory or .gguf file.
         config: The keys and values of a Hugging Face config.json.
         tensors: The weights, by their Hugging Face names.
-        stored: The tensors that the files hold. They differ from `tensors` where the weights are computed from
-            several stored tensors (AWQ and GPTQ).
+        stored: The tensors in the files. They differ from `tensors` if weights are computed from several stored
+            tensors (AWQ and GPTQ).
     """
 
     path: Path
@@ -32,7 +32,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
     Raises:
         ModelNotFound: A file is missing or cannot be read.
-        DamagedWeights: A file is truncated, contradicts itself or another one.
+        DamagedWeights: A file is truncated, or inconsistent in itself or with another file.
         UnsupportedModel: The weights are in a format that Octavo does not read.
     """
     from .gguf import open_gguf

@@ -13,9 +13,9 @@ _PIECES, _PIECE = 8, 512  # of each large tensor: how many, and their size in by
 def fingerprint(checkpoint: Checkpoint) -> str:
     """Return a hex digest of the configuration and of each tensor's name, shape, format and a sample of its bytes.
 
-    Small tensors are hashed whole, of larger ones 8 pieces of 512 bytes, evenly spaced. This takes a few milliseconds
-    whatever the model's size. Training changes most values of a tensor and so the digest; a single value that is
-    changed by hand may go unnoticed.
+    Small tensors are hashed completely, larger ones in 8 evenly spaced pieces of 512 bytes. This takes a few
+    milliseconds for models of any size. Training changes most values of a tensor and therefore the digest. A change of
+    a single value may not change it.
     """
     hash = blake2b(json.dumps(checkpoint.config, sort_keys=True, default=str).encode(), digest_size=16)
     for name, tensor in sorted(checkpoint.stored.items()):

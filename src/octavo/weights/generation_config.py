@@ -31,9 +31,8 @@ def generation_defaults(path: Path) -> dict[str, float | int]:
             "general.sampling" keys are read.
 
     Returns:
-        Some of temperature, top_p, top_k, min_p, repetition_penalty and max_tokens (which the file calls
-        max_new_tokens), by the names of SamplingParams. Values that are null are left out, as is everything else in
-        the file.
+        Some of temperature, top_p, top_k, min_p, repetition_penalty and max_tokens (max_new_tokens in the file), by the
+        names of SamplingParams. Null values and all other keys of the file are ignored.
 
     Raises:
         DamagedWeights: A value is out of range or of the wrong type, or the file is not JSON.

@@ -1,6 +1,6 @@
 """A .gguf file read as a Hugging Face checkpoint: its metadata as a config.json, its tensors by Hugging Face names.
 
-What a key means, and what holds if it is absent, is as in llama.cpp (src/llama-model.cpp, load_hparams).
+The meaning of keys, and the defaults of absent ones, are those of llama.cpp (src/llama-model.cpp, load_hparams).
 """
 
 import math
@@ -69,7 +69,7 @@ def open_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
     Raises:
         ModelNotFound: There is no such file, or it cannot be read.
-        DamagedWeights: The file is truncated, contradicts itself, or lacks a key that a model needs.
+        DamagedWeights: The file is truncated or inconsistent, or lacks a required key.
         UnsupportedModel: The model is of an architecture or variant that Octavo does not run.
     """
     header = read_header(path)
@@ -91,7 +91,7 @@ def open_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     for info in header.tensors:
         name = _hugging_face_name(info.name)
         if name in tensors:
-            raise DamagedWeights(f"{path} has two tensors that are {shortened(repr(name))}; download it again")
+            raise DamagedWeights(f"{path} has two tensors named {shortened(repr(name))}; download it again")
         tensor = mapped(info, name)
         if header.metadata["general.architecture"] == "llama":
             tensor = replace(tensor, row_order=_row_order(path, tensor, config))
@@ -135,7 +135,7 @@ def _config(path: Path, metadata: dict[str, Any], infos: dict[str, GgufTensor]) 
 
 
 def _scalar(path: Path, key: str, value: Any, num_layers: Any) -> Any:
-    """Return the value of a key; of an array with one value per layer, the value that all layers have.
+    """Return the value of a key. For an array with one value per layer, return the value that all layers share.
 
     Raises UnsupportedModel if layers differ.
     """
@@ -164,7 +164,7 @@ def _head_dim(path: Path, keys: dict[str, Any], config: dict[str, Any]) -> Any:
 
 
 def _rope_parameters(path: Path, keys: dict[str, Any]) -> dict[str, Any]:
-    """Return the rotary embedding as config.json spells it. A factor without a type means linear scaling."""
+    """Return the rotary embedding in the form of config.json. A factor without a type means linear scaling."""
     kind = keys.get("rope.scaling.type", "linear")
     factor = keys.get("rope.scaling.factor", keys.get("rope.scale_linear", 1.0))
     if factor == 0 or kind == "none":
@@ -178,7 +178,7 @@ def _rope_parameters(path: Path, keys: dict[str, Any]) -> dict[str, Any]:
 
 
 def _hugging_face_name(name: str) -> str:
-    """Return the Hugging Face name of a GGUF tensor. Names of tensors that no supported model has are kept."""
+    """Return the Hugging Face name of a GGUF tensor. Names of unknown tensors are returned unchanged."""
     match = re.fullmatch(r"(blk\.\d+\.)?(\w+)\.(weight|bias)", name)
     if match is None or match[2] not in _NAMES:
         return name

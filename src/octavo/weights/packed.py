@@ -34,7 +34,7 @@ Quantize = Callable[[np.ndarray, str, np.ndarray | None], np.ndarray]
 
 
 def open_packed(folder: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Give the uint8 tensors of a directory the formats that its file names. Raises DamagedWeights."""
+    """Set the formats of a directory's uint8 tensors from the file's metadata. Raises DamagedWeights."""
     formats = read_metadata(folder)
     result = {}
     for name, tensor in tensors.items():
@@ -65,11 +65,11 @@ def write_packed(
         folder: An existing directory.
         config: The model's config.json.
         tensors: The weights by name.
-        bits: For each matrix by name, 8 (Q8_0) or 4 (Q4_1). A matrix that is quantized to no more bits already is
-            copied, and so is one whose columns are not a multiple of 32.
+        bits: For each matrix by name, 8 (Q8_0) or 4 (Q4_1). A matrix is copied unchanged if it is already quantized to
+            at most this many bits, or if its number of columns is not a multiple of 32.
         quantize: The quantizer, such as octavo.backends.cpu.quantize.
         importances: For some tensors by name, the weights of squared errors in each column (see Quantize).
-        progress: Called as progress(bytes written, bytes in all).
+        progress: Called as progress(bytes written, total bytes).
 
     Raises:
         DamagedWeights: A tensor has a value that is NaN or infinite.
@@ -104,7 +104,7 @@ class _Entry:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape in the file, where a quantized matrix is rows of bytes."""
+        """Return the shape in the file, in which a quantized matrix consists of rows of bytes."""
         if not self.quantized:
             return self.tensor.shape
         format = BLOCK_FORMATS[self.format]

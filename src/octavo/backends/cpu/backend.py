@@ -27,7 +27,7 @@ class CpuBackend:
     def __init__(self, spec: DecoderSpec, program: Program, page_size: int, isa: str, arithmetic: str):
         self.spec, self.page_size, self.isa, self.arithmetic = spec, page_size, isa, arithmetic
         self.page_bytes, self.weight_bytes = program.page_bytes, program.weight_bytes
-        # Weights of the layers and of the head: bytes that a step reads, and the share of values that are integers.
+        # For the weights of the layers, and those of the head: bytes that a step reads, and the share of integers.
         self.layer_bytes, self.layer_integers = program.layers
         self.head_bytes, self.head_integers = program.head
         self._program: Program | None = program
@@ -104,9 +104,10 @@ def load(
 
     Args:
         dtype: auto or bfloat16.
-        quantization: none: all weights in bfloat16. auto: 8-bit or 4-bit integers where the checkpoint stores such, and
-            bfloat16 elsewhere. 8bit, 4bit: weights of more bits are quantized as they are packed; with 4bit, those that
-            model.decoder.needs_8_bits keep 8, and errors are weighted by each column's importance (calibration.py).
+        quantization: none: all weights in bfloat16. auto: 8-bit or 4-bit integers where the checkpoint stores them,
+            bfloat16 elsewhere. 8bit, 4bit: weights with more bits are quantized when they are packed. With 4bit, the
+            weights for which model.decoder.needs_8_bits is true keep 8 bits, and errors are weighted by each column's
+            importance (calibration.py).
         kv_cache_dtype: bf16; or int8, with a scale for each K and each V of a position and kv head.
 
     Raises:
@@ -126,7 +127,7 @@ def load(
     try:
         program.finish(describe(spec, recorder))
     except MemoryError:
-        message = f"there is no memory for steps of {max_batch_tokens} tokens; use a smaller max_batch_tokens"
+        message = f"there is not enough memory for steps of {max_batch_tokens} tokens; use a smaller max_batch_tokens"
         raise OutOfMemory(message) from None
     if program.weight_bytes > (available := available_memory()):
         raise OutOfMemory(
@@ -146,7 +147,7 @@ def _pack_all(
     importances: Iterable[tuple[str, np.ndarray]],
     progress: Progress,
 ) -> None:
-    """Pack all weights: those with measured importances as these arrive, then the others."""
+    """Pack all weights: first those with measured importances, as they arrive, then the others."""
     total = sum(parameters[name].nbytes for name in weights)
     done, left = 0, dict(weights)
     for name, importance in chain(importances, ((name, None) for name in weights)):

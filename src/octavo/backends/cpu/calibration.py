@@ -30,8 +30,8 @@ def measure_importances(
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Yield the name and the importances, float32 [columns], of each weight of each layer but the last.
 
-    Yields nothing if no weight is to be rounded to 4 bits. Results are the same on every run with the same instruction
-    set. Only one layer at a time is held in memory, in bfloat16. Raises ConfigError or UnsupportedModel.
+    Yields nothing if no weight is to be rounded to 4 bits. Results are the same in every run with the same instruction
+    set. Only one layer at a time is in memory, in bfloat16. Raises ConfigError or UnsupportedModel.
     """
     if not any(_is_rounded(spec, name, parameter) for name, parameter in parameters.items()):
         return
@@ -62,7 +62,7 @@ def _is_rounded(spec: DecoderSpec, name: str, parameter: Parameter) -> bool:
 
 
 class _Observer(Recorder):
-    """Records the ops of a layer, and an observation of the input of each linear."""
+    """Records the ops of a layer, and an op `observe` for the input of each linear."""
 
     def __init__(self, *arguments: Any):
         super().__init__(*arguments)

@@ -1,4 +1,4 @@
-"""Creating a native program for a model, and packing weights into it."""
+"""Create a native program for a model, and pack weights into it."""
 
 import os
 
@@ -10,7 +10,7 @@ from octavo.weights.tensor import Parameter, not_finite
 
 from ._native import Program, available_isas
 
-ANY_CORE = -1  # in a list of processors: a thread that the system may move
+ANY_CORE = -1  # in a list of processors: the thread is not pinned
 
 
 def new_program(
@@ -37,10 +37,10 @@ def new_program(
 
 
 def pack(program: Program, handle: int, parameter: Parameter, importance: np.ndarray | None = None) -> None:
-    """Write a weight into the program.
+    """Write a weight into the program. Raises DamagedWeights if a value is NaN or infinite.
 
-    importance: float32 [columns], how much the square of an error counts in each column, for what is rounded to 4 bits.
-    Raises DamagedWeights if a value is NaN or infinite.
+    Args:
+        importance: float32 [columns], the weight of squared errors in each column, for weights rounded to 4 bits.
     """
     parts = []
     for part in parameter.parts:
@@ -53,7 +53,7 @@ def pack(program: Program, handle: int, parameter: Parameter, importance: np.nda
 
 
 def choose_isa() -> str:
-    """Return the instruction set named by OCTAVO_ISA, by default the best available. Raises ConfigError."""
+    """Return the instruction set that OCTAVO_ISA names, or else the best available one. Raises ConfigError."""
     available = available_isas()
     wanted = os.environ.get("OCTAVO_ISA", available[0])
     if wanted not in available:
@@ -64,7 +64,8 @@ def choose_isa() -> str:
 def _choose_cores(threads: int) -> list[int]:
     """Return the processor of each thread, or ANY_CORE for all of them.
 
-    Threads are pinned only if there is one for every processor: fewer, and two engines would choose the same ones.
+    Threads are pinned only if there is one for every processor. With fewer threads, two engines would choose the same
+    processors.
     """
     processors = sorted(os.sched_getaffinity(0))
     return processors if threads >= len(processors) else [ANY_CORE] * threads

@@ -15,7 +15,7 @@ from ._native import Activation, Encoding, Program, encoding_for
 class Recorder:
     """Ops (see model.ops) whose handles are buffers of the native program.
 
-    `weights` maps the name of each weight that the ops use to its handle; recording does not pack them.
+    `weights` maps the name of each weight that the ops use to its handle. Recording does not pack weights.
     """
 
     def __init__(self, spec: DecoderSpec, program: Program, parameters: Mapping[str, Parameter], quantization: str):
@@ -55,10 +55,10 @@ class Recorder:
         return self.weights[name]
 
     def _encoding(self, name: str) -> Encoding:
-        """Return how to store a weight.
+        """Return the encoding in which to store a weight.
 
-        4bit keeps integers of the checkpoint that have as few bits. 8bit always quantizes anew: with one scale per row,
-        products are faster.
+        4bit keeps the checkpoint's integers if they have at most 4 bits. 8bit always quantizes again, since products
+        are faster with one scale per row.
         """
         own = encoding_for([part.format for part in self._parameters[name].parts])
         if self._quantization in ("auto", "none"):

@@ -1,4 +1,4 @@
-"""Plain PyTorch, on CPU or CUDA: the oracle."""
+"""Plain PyTorch on CPU or CUDA: the reference for tests."""
 
 from .backend import load
 

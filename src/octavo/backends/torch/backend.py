@@ -52,7 +52,7 @@ class TorchBackend:
         if content.shape != (self.page_bytes,):
             raise ValueError("content must have page_bytes bytes")
         staged = torch.empty(self.page_bytes, dtype=torch.uint8)
-        staged.numpy()[:] = content  # PyTorch takes no read-only array
+        staged.numpy()[:] = content  # PyTorch does not accept read-only arrays
         for half, part in zip(self._halves(page), staged.chunk(2), strict=True):
             half.copy_(part)
 
@@ -100,12 +100,12 @@ def load(
 ) -> TorchBackend:
     """Load the backend: a BackendFactory (see backends.base).
 
-    Weights are dequantized; the KV cache has the dtype of the arithmetic.
+    Weights are dequantized. The KV cache has the data type of the computation.
 
     Args:
         dtype: "float32" or "bfloat16"; "auto" is bfloat16.
         quantization: "auto" or "none".
-        device: a device of PyTorch; "auto" is cpu.
+        device: the name of a PyTorch device; "auto" is cpu.
 
     Raises:
         ConfigError, OutOfMemory

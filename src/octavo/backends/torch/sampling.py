@@ -49,7 +49,7 @@ def _next_token(x: np.ndarray, sampling: SamplingBatch, r: int) -> int:
     if 0 < (top_k := int(sampling.top_k[r])) < len(x):
         weights[order[top_k:]] = 0
     if (top_p := float(sampling.top_p[r])) < 1:
-        before = np.cumsum(weights[order]) - weights[order]  # weight of all that are likelier
+        before = np.cumsum(weights[order]) - weights[order]  # weight of all more likely tokens
         weights[order[before >= top_p * weights.sum()]] = 0
     weights[weights < float(sampling.min_p[r])] = 0  # the largest weight is 1
     cumulative = np.cumsum(weights)

@@ -1,4 +1,4 @@
-"""Scheduling policies: the order in which waiting sequences are admitted, and which running one gives way."""
+"""Scheduling policies: the order in which waiting sequences are admitted and running ones preempted."""
 
 from .fair import Fair
 from .policy import DEFAULT_TTFT_TARGET, Deadline, Policy, Priority

@@ -1,8 +1,9 @@
 """`fair`: tenants share the engine in proportion to their weights, measured in tokens served.
 
 The virtual token counter of Sheng et al. (Fairness in Serving Large Language Models, OSDI 2024): each tenant has a
-counter of the service it received over its weight. The waiting tenant with the least counter is served next, first come
-first served within it. docs/scheduling.md has the reasons, and why every request is served in the end.
+counter of the service it has received, divided by its weight. The waiting tenant with the least counter is served next;
+its own requests are served in order of arrival. docs/scheduling.md explains the design, and proves that every request
+is served in the end.
 """
 
 import heapq
@@ -17,10 +18,10 @@ from octavo.engine.sequence import Sequence
 
 from .policy import Policy, WaitingQueue
 
-# The cost of a prompt token that has to be computed, and of an output token (the first one comes with the prompt). In
-# time, an output token costs 2 to 5 times as much, in steps of 64 and of 8 rows (docs/performance.md).
+# The cost of a prompt token that has to be computed, and of an output token (the first one comes with the prompt). An
+# output token takes 2 to 5 times the time of a prompt token, in steps of 64 and of 8 rows (docs/performance.md).
 PROMPT_TOKEN, OUTPUT_TOKEN = 1.0, 4.0
-REMEMBERED = 10_000  # tenants without waiting requests whose counters are kept: more than can run
+REMEMBERED = 10_000  # tenants without waiting requests whose counters are kept; more than can run at a time
 
 _tenant = attrgetter("tenant")
 _Entry = tuple[float, int, "_Account"]  # counter, order of the account's first sequence
@@ -31,9 +32,9 @@ class _Account:
     """A tenant's account.
 
     Attributes:
-        counter: the cost of all that it was served, over its weight.
+        counter: the cost of the service it has received, divided by its weight.
         queue: its waiting sequences.
-        entry: its valid entry in the heap of accounts with waiting sequences; other entries of it there are outdated.
+        entry: its valid entry in the heap of accounts with waiting sequences; its other entries there are outdated.
     """
 
     tenant: str
@@ -53,21 +54,23 @@ class _Account:
 class Fair(Policy):
     """Weighted fair shares of tokens between tenants.
 
-    - A prompt is charged when it is admitted: the tokens that the cache does not have, once, even if it is preempted.
-      Output is charged as it is generated.
+    - A prompt is charged at its first admission, for the tokens that are not in the cache, and not again after a
+      preemption. Output is charged as it is generated.
     - When a tenant begins to wait, its counter is raised above the *floor*: the counter of the tenant served last,
-      before it was charged for that. So time without requests earns no credit. (Sheng et al. raise it to the least
-      counter of the waiting tenants. The floor is not above that and needs no search, and the tenant goes before one
-      that has just been served. Start-time fair queueing calls it virtual time.)
-    - A tenant that has less than half of its share of the running sequences, its share being one at least, is admitted
-      at the cost of the tenant that is the furthest above its share: that one's latest sequence is preempted.
+      before the charge for that service. So time without requests earns no credit. (Sheng et al. raise it to the least
+      counter of the waiting tenants. The floor is not above that counter and needs no search, and the tenant goes
+      before one that has just been served. Start-time fair queueing calls the floor virtual time.)
+    - If a waiting tenant has less than half of its share of the running sequences, and its share is at least one, the
+      latest sequence of the tenant furthest above its share is preempted to admit it.
     """
 
     def __init__(self, config: EngineConfig):
         super().__init__(config)
         self._weights = config.tenant_weights
         self._waiting: dict[str, _Account] = {}
-        self._others: OrderedDict[str, _Account] = OrderedDict()  # do not wait; the next to forget first
+        self._others: OrderedDict[str, _Account] = (
+            OrderedDict()
+        )  # accounts without waiting sequences; the next to forget comes first
         self._waiting_weight = 0.0  # of all tenants that wait
         self._heap: list[_Entry] = []
         self._floor = 0.0
@@ -95,7 +98,7 @@ class Fair(Policy):
             counter, _, account = entry
             if account.entry is not entry:
                 heapq.heappop(self._heap)
-            elif account.counter > counter:  # it was served meanwhile: move it back
+            elif account.counter > counter:  # the tenant was served in the meantime: move it back
                 heapq.heapreplace(self._heap, account.enter())
             else:
                 return account.queue.first()

@@ -1,4 +1,4 @@
-"""PolicyGuard: keeps the faults of a user's policy from the engine."""
+"""PolicyGuard: protects the engine from faults of a user's policy."""
 
 import logging
 import math
@@ -15,14 +15,14 @@ _log = logging.getLogger("octavo")
 
 
 class PolicyGuard:
-    """Calls a policy for the scheduler. What the policy raises, and results of the wrong kind, end here.
+    """Calls a policy for the scheduler, catches the policy's exceptions and checks its results.
 
-    A fault is attributed to the request that the call was about, or else to the only request at hand where the policy
-    raised; that request fails. A fault that cannot be attributed is logged once, and a default takes the place of the
-    result. If it was in `peek`, requests are served in order of rank from then on.
+    After a fault, the request that the call was about fails. If the call was about several, it is the only one in the
+    local variables of the frame that raised. If there is no such request, the fault is logged once and a default
+    replaces the result. If this happens in `peek`, requests are served in order of rank from then on.
 
     Args:
-        fail: called with a sequence and the reason for which it fails; must remove the sequence.
+        fail: called with a sequence and the reason why it fails; must remove the sequence.
     """
 
     def __init__(self, policy: Policy, fail: Callable[[Sequence, str], None]):
@@ -70,7 +70,7 @@ class PolicyGuard:
                 seq = self.policy.peek()
                 if seq is None or seq in self._waiting:
                     return seq
-                raise TypeError(f"peek returned a {type(seq).__name__} that is no waiting sequence")
+                raise TypeError(f"peek returned a {type(seq).__name__} that is not a waiting sequence")
             except _FAULTS as error:
                 if not self._fail_culprit(error, self._waiting):
                     self._replace_policy(error)
@@ -86,7 +86,7 @@ class PolicyGuard:
         return True
 
     def charge(self, decoding: list[Sequence]) -> bool:
-        """Return False if one of the sequences may have failed."""
+        """Charge one output token for each sequence. Return False if one of the sequences may have failed."""
         try:
             self.policy.charge(decoding)
         except _FAULTS as error:
@@ -96,12 +96,12 @@ class PolicyGuard:
         return True
 
     def victim(self, running: Collection[Sequence]) -> Sequence | None:
-        """Return the sequence to preempt; None if a sequence failed instead. By default, the one admitted last."""
+        """Return the sequence to preempt; None if a sequence failed instead. The default is the one admitted last."""
         try:
             seq = self.policy.victim(running)
             if seq in running:
                 return seq
-            raise TypeError(f"victim returned a {type(seq).__name__} that is no running sequence")
+            raise TypeError(f"victim returned a {type(seq).__name__} that is not a running sequence")
         except _FAULTS as error:
             if self._fail_culprit(error, running):
                 return None
@@ -113,7 +113,7 @@ class PolicyGuard:
             seq = self.policy.preempt_for(waiting, running)
             if seq is None or seq in running:
                 return seq
-            raise TypeError(f"preempt_for returned a {type(seq).__name__} that is no running sequence")
+            raise TypeError(f"preempt_for returned a {type(seq).__name__} that is not a running sequence")
         except _FAULTS as error:
             if not self._fail_culprit(error, [waiting, *running]):
                 self._log("preempt_for", error)
@@ -127,7 +127,7 @@ class PolicyGuard:
             sequences[:] = [seq for seq in sequences if self._has_key(seq)]
             try:
                 sequences.sort(key=self.policy.key, reverse=True)
-            except _FAULTS as error:  # each compares with its place, but not all with each other
+            except _FAULTS as error:  # each key can be compared with its place, but not all keys with each other
                 self._log("key", error)
                 sequences.sort(key=lambda seq: seq.place, reverse=True)
 
@@ -142,7 +142,7 @@ class PolicyGuard:
             return None
 
     def _has_key(self, seq: Sequence) -> bool:
-        """Return whether the sequence has a key that compares with its place; otherwise it fails."""
+        """Return whether the sequence has a key that can be compared with its place. If not, fail the sequence."""
         try:
             bool(self.policy.key(seq) < seq.place)
         except _FAULTS as error:
@@ -154,9 +154,9 @@ class PolicyGuard:
         self._fail_sequence(seq, f"the scheduling policy failed: {type(error).__name__}: {error}")
 
     def _fail_culprit(self, error: BaseException, among: Collection[Sequence]) -> bool:
-        """Fail the sequence that the policy was busy with, if that can be told; return whether it can.
+        """Fail the sequence that the policy was working on, if it can be found. Return whether it was found.
 
-        It is the only one of `among` in the local variables of the innermost frame that has any sequence in them.
+        It is found if the innermost frame with any sequence in its local variables has exactly one of `among`.
         """
         culprits: set[Sequence] = set()
         trace = error.__traceback__.tb_next if error.__traceback__ else None  # without the guard's own frame

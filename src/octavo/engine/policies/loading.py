@@ -1,4 +1,4 @@
-"""From the name of a scheduling policy to the policy."""
+"""Load a scheduling policy by name."""
 
 import importlib
 import sys
@@ -14,17 +14,19 @@ _BUILT_IN: dict[str, type[Policy]] = {"fcfs": Policy, "priority": Priority, "dea
 
 
 def load_policy(config: EngineConfig) -> Policy:
-    """Return a new policy of the kind that `scheduling_policy` names. Raises ConfigError."""
+    """Return a new instance of the policy that `scheduling_policy` names. Raises ConfigError."""
     name = config.scheduling_policy
     policy = _BUILT_IN.get(name) or _import_policy(name)
     try:
         return policy(config)
     except Exception as error:  # a user's constructor may raise anything
-        raise ConfigError(f"scheduling_policy {name} does not start: {type(error).__name__}: {error}") from error
+        raise ConfigError(
+            f"scheduling_policy {name}: its constructor raised {type(error).__name__}: {error}"
+        ) from error
 
 
 def _import_policy(name: str) -> type[Policy]:
-    """Return the class that package.module:ClassName names. Raises ConfigError."""
+    """Import and return the class package.module:ClassName. Raises ConfigError."""
     module_name, class_name = name.split(":")
     _search_current_folder()
     try:
@@ -41,7 +43,7 @@ def _import_policy(name: str) -> type[Policy]:
 
 
 def _search_current_folder() -> None:
-    """Let imports find modules of the current folder, after all others, so that none of them is shadowed."""
+    """Add the current folder to the end of the import path, so that its modules shadow no others."""
     try:
         folder = str(Path.cwd())
     except FileNotFoundError:  # it has been deleted

@@ -1,4 +1,4 @@
-"""Policy: the order in which requests are served. It holds the waiting sequences and names those to preempt.
+"""Policy: the order in which requests are served. It holds the waiting sequences and chooses those to preempt.
 
 `fcfs`, `priority` and `deadline` order requests by a rank that is fixed on arrival; `fair` (fair.py) keeps accounts.
 """
@@ -9,14 +9,14 @@ from collections.abc import Collection, Iterable
 from octavo.config import EngineConfig
 from octavo.engine.sequence import Sequence
 
-# The target of requests that name none under `deadline`: how long people keep their attention on a computer that does
-# not answer (Nielsen, Usability Engineering, 1993). Requests with a shorter target go before others that came up to so
-# much earlier.
+# The target of requests that set none under `deadline`: the time for which people keep their attention on a computer
+# that does not answer (Nielsen, Usability Engineering, 1993). A request with a shorter target goes before requests
+# without one that arrived earlier, by at most this time.
 DEFAULT_TTFT_TARGET = 10.0
 
 
 class WaitingQueue:
-    """A heap of sequences by place. Operations take O(log n); removed ones are dropped when they surface."""
+    """A heap of sequences by place. Operations take O(log n). Removed sequences stay until they reach the top."""
 
     def __init__(self) -> None:
         self._heap: list[tuple[tuple[float, int], Sequence]] = []
@@ -47,7 +47,7 @@ class WaitingQueue:
 
 
 class Policy:
-    """First come, first served; the base class of all policies. The simplest override `rank` alone:
+    """First come, first served; the base class of all policies. The simplest policies override only `rank`:
 
         class ShortPromptsFirst(Policy):
             def rank(self, seq):
@@ -55,12 +55,13 @@ class Policy:
 
     `--scheduling-policy package.module:ShortPromptsFirst` uses it. `self.config` is the EngineConfig.
 
-    The scheduler calls `add` when a sequence begins to wait, be it new or preempted (`seq.admitted` tells which). It
-    admits only the sequence that `peek` returns, and then calls `pop`, `seq.num_computed` tokens having been found in
-    the cache. If a waiting sequence is aborted or fails, it calls `remove`. All calls come from one thread.
+    The scheduler calls `add` when a sequence begins to wait: `seq.admitted` is False for a new sequence, True for a
+    preempted one. It admits only the sequence that `peek` returns, and then calls `pop`; by then, `seq.num_computed` is
+    the number of tokens found in the cache. If a waiting sequence is aborted or fails, the scheduler calls `remove`.
+    All calls come from one thread.
 
-    An exception, or a result of the wrong kind, fails the request that caused it; see docs/scheduling.md, which also
-    says why every request is served in the end, and what a subclass must keep of that.
+    An exception, or a result of the wrong type, fails the request that caused it. docs/scheduling.md describes this,
+    and proves that every request is served in the end, under conditions that subclasses must keep.
     """
 
     def __init__(self, config: EngineConfig):
@@ -88,41 +89,41 @@ class Policy:
         return self._queue.first()
 
     def pop(self) -> None:
-        """Remove the sequence that `peek` returned: it is admitted."""
+        """Remove the sequence that `peek` returned, because it is admitted."""
         self._queue.pop()
 
     def remove(self, seq: Sequence) -> None:
-        """Remove a sequence that waits no more, if it is there."""
+        """Remove a sequence that no longer waits, if it is in the queue."""
         self._queue.remove(seq)
 
     def charge(self, decoding: Iterable[Sequence]) -> None:
-        """Account for one output token of each of these sequences. Called once a step."""
+        """Account for one output token of each of these sequences. Called once per step."""
 
     def victim(self, running: Collection[Sequence]) -> Sequence:
-        """Return the sequence to preempt, since running ones need its pages.
+        """Return the sequence to preempt when running sequences need pages.
 
         Args:
-            running: in order of admission, not empty.
+            running: the running sequences in order of admission; never empty.
         """
         return max(running, key=self.key)
 
     def preempt_for(self, waiting: Sequence, running: Collection[Sequence]) -> Sequence | None:
-        """Return a running sequence to preempt so that `waiting` can be admitted; None: it waits (the default).
+        """Return a running sequence to preempt so that `waiting` can be admitted, or None (the default) to let it wait.
 
-        Called at most once a step, when `waiting` is the next, lacks a slot or pages, and more than one sequence runs.
+        Called at most once per step, if the next sequence `waiting` lacks a slot or pages and more than one runs.
         """
         return None
 
 
 class Priority(Policy):
-    """Lower priorities go first; `priority_aging` seconds of waiting make up for a priority higher by one."""
+    """Requests with lower `priority` go first. `priority_aging` seconds of waiting make up for one step of priority."""
 
     def rank(self, seq: Sequence) -> float:
         return seq.arrival + seq.priority * self.config.priority_aging
 
 
 class Deadline(Policy):
-    """Requests go in order of the time when their first token is due: arrival plus `ttft_target`."""
+    """Requests are served in order of the time at which their first token is due: arrival plus `ttft_target`."""
 
     def rank(self, seq: Sequence) -> float:
         return seq.arrival + (DEFAULT_TTFT_TARGET if seq.ttft_target is None else seq.ttft_target)

@@ -1,4 +1,4 @@
-"""EngineLoop: run one engine on messages, whichever link they come by."""
+"""EngineLoop: run one engine, driven by messages from any link."""
 
 import time
 from collections.abc import Callable
@@ -31,10 +31,10 @@ Receive = Callable[[bool], list[ToEngine] | None]
 
 
 class EngineLoop:
-    """Takes in messages between steps, steps while there is work, and sends what comes of it.
+    """Handles messages between steps, steps the engine while there is work, and sends the results.
 
     Args:
-        engine: stepped by the thread that calls `run`, and by no other.
+        engine: used only by the thread that calls `run`.
         send: delivers a message to the frontend; called by the same thread.
         wake: makes a blocked `receive` return; called by threads that do file I/O.
     """
@@ -43,11 +43,11 @@ class EngineLoop:
         self.engine = engine
         self._send, self._wake = send, wake
         self._step_started = 0.0  # time.monotonic(); 0 while there is nothing to do
-        self._state_jobs: SimpleQueue[StateDone] = SimpleQueue()  # that have ended
+        self._state_jobs: SimpleQueue[StateDone] = SimpleQueue()  # answers of jobs that have ended
 
     @property
     def alive(self) -> Alive:
-        """How the present step comes on. May be read by any thread."""
+        """Return a heartbeat with the progress of the current step. May be called by any thread."""
         started = self._step_started
         return Alive(time.monotonic() - started if started else 0.0, self.engine.rows, *self.engine.slowest_step)
 
@@ -55,8 +55,8 @@ class EngineLoop:
         """Serve until `receive` returns None, then return.
 
         Args:
-            receive: returns the messages that have come since its last call; if its argument is True it waits until
-                there is one, or until `wake`. None means that the frontend has gone.
+            receive: returns the messages that have arrived since its last call, or None if the frontend has ended. If
+                its argument is True, it waits for a message or for `wake`.
         """
         while (messages := receive(not self.engine.has_work)) is not None:
             self._step_started = time.monotonic()
@@ -90,7 +90,7 @@ class EngineLoop:
                 self._send(Stats(message.id, engine.stats()))
 
     def _state_job_ended(self, id: str, job: "Future[Any]") -> None:
-        """Called by a thread that does file I/O."""
+        """Queue the answer to a SaveState or LoadState message. Called by a thread that does file I/O."""
         cancelled = Failed("EngineDead", "the engine has stopped")
         error = None if job.cancelled() else job.exception()
         self._state_jobs.put(StateDone(id, cancelled if job.cancelled() else Failed.of(error) if error else None))

@@ -1,7 +1,7 @@
 """The main program of an engine process: `python -P -m octavo.frontend.links.engine_main FD WORK`.
 
-ProcessLink starts it. FD is one end of a socket pair, the other end of which is the frontend's: when the frontend ends,
-in whatever way, so does this process. WORK is the file descriptor of a WorkRecord.
+ProcessLink starts it. FD is one end of a socket pair, of which the frontend has the other end: when the frontend's
+process ends for any reason, so does this one. WORK is the file descriptor of a WorkRecord.
 """
 
 import gc
@@ -33,7 +33,7 @@ from .messages import (
 )
 
 RECEIVE_BYTES = 1 << 20
-SECONDS_TO_CLOSE = 3.0  # for pages on their way to a disk
+SECONDS_TO_CLOSE = 3.0  # time to finish writing pages to a disk
 
 log = logging.getLogger("octavo")
 
@@ -58,7 +58,7 @@ class Connection:
         os.eventfd_write(self._wake, 1)
 
     def receive(self, block: bool) -> list[ToEngine] | None:
-        """Return the messages that have come; see EngineLoop.run."""
+        """Return the messages that have arrived; see EngineLoop.run."""
         messages: list[ToEngine] = []
         while ready := self._poll.poll(None if block else 0):
             block = False
@@ -83,13 +83,13 @@ class Connection:
 
 
 class Heartbeat(threading.Thread):
-    """Tells the frontend that this process runs and how long its step takes; ends the process with the frontend."""
+    """Sends heartbeats with the duration of the current step. Ends this process when the frontend ends."""
 
     def __init__(self, connection: Connection):
         super().__init__(name="octavo-heartbeat", daemon=True)
         from .engine_loop import EngineLoop
 
-        self.loop: EngineLoop | None = None  # once the model is loaded
+        self.loop: EngineLoop | None = None  # set when the model is loaded
         self._connection = connection
 
     def run(self) -> None:
@@ -102,15 +102,15 @@ class Heartbeat(threading.Thread):
         except OSError:
             pass
         if self.loop is not None:
-            # The main thread sees the same and ends; if it does not, because a step hangs, the process ends without it.
+            # The main thread notices this too and ends. If it cannot, because a step hangs, end the process anyway.
             time.sleep(SECONDS_TO_CLOSE + 1)
             self.loop.engine.end_transfers()
         os._exit(0)
 
 
 def main(fd: int, work: int) -> int:
-    """Load what the first message says and serve. Return the exit code."""
-    # The frontend decides when this process ends: Ctrl-C or SIGTERM for the whole group must not cut draining short.
+    """Load the model that the first message names, and serve it. Return the exit code."""
+    # Ignore signals: Ctrl-C or SIGTERM for the whole process group must not end this process while the server drains.
     for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(ignored, signal.SIG_IGN)
     os.set_inheritable(fd, False)
@@ -120,7 +120,7 @@ def main(fd: int, work: int) -> int:
     try:
         _serve(connection, heartbeat, work)
     except (BrokenPipeError, ConnectionResetError):
-        pass  # the frontend has gone
+        pass  # the frontend has ended
     except OctavoError as error:
         connection.send(Failed.of(error))
         return 1
@@ -132,7 +132,7 @@ def main(fd: int, work: int) -> int:
 
 
 def _serve(connection: Connection, heartbeat: Heartbeat, work: int) -> None:
-    # Imported here, so that the heartbeat has begun, and before the first message, so that it has not to wait.
+    # Imported here because the heartbeat must begin first, and before the first message to save time.
     from octavo.config import EngineConfig
     from octavo.engine.loading import load_engine
     from octavo.engine.work_record import WorkRecord
@@ -160,7 +160,7 @@ def _serve(connection: Connection, heartbeat: Heartbeat, work: int) -> None:
         engine = load_engine(EngineConfig(**load.config), Path(load.path), progress, WorkRecord(work))
     loop = EngineLoop(engine, connection.send, connection.wake)
     heartbeat.loop = loop
-    gc.freeze()  # what is loaded stays: the collector need not look through it during a step
+    gc.freeze()  # loaded objects stay; otherwise the collector would scan them during steps
     connection.send(Ready(engine.info))
     loop.run(connection.receive)
     engine.close()

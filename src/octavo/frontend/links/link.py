@@ -10,11 +10,11 @@ from .messages import FromEngine, ToEngine
 
 
 class Link(Protocol):
-    """One engine that loads from the constructor on. A frontend replaces it by a new one when it ends.
+    """A connection to one engine. The constructor starts loading. A frontend makes a new link when the engine ends.
 
     Attributes:
-        pid: of the engine's process, or None if it is a thread of this one.
-        heartbeats: whether the engine sends `Alive` messages, so that its silence means something.
+        pid: the id of the engine's process, or None if the engine is a thread of this process.
+        heartbeats: whether the engine sends `Alive` messages regularly.
     """
 
     @property
@@ -35,11 +35,11 @@ class Link(Protocol):
         ...
 
     async def close(self) -> None:
-        """End the engine in good order, within seconds, and free what it used. Nothing is delivered from now on."""
+        """End the engine cleanly within seconds, and free its resources. No more messages are delivered."""
         ...
 
     async def kill(self) -> "Exit":
-        """End the engine at once if it has not ended yet. Return how it ended. Nothing is delivered from now on."""
+        """End the engine at once if it still runs, and return how it ended. No more messages are delivered."""
         ...
 
 
@@ -48,10 +48,10 @@ class Exit:
     """How an engine ended.
 
     Attributes:
-        reason: for people, such as "exit code 1" or "killed by SIGSEGV".
+        reason: text such as "exit code 1" or "killed by SIGSEGV".
         is_fault: whether the engine failed by itself, so that one of its requests may be the cause; False if it was
             killed from outside.
-        work: what it was busy with.
+        work: the work that it was doing.
     """
 
     reason: str

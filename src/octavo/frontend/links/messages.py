@@ -1,4 +1,4 @@
-"""Messages between a frontend and an engine. On a byte stream each is a frame: its length (uint32), and MessagePack."""
+"""Messages between a frontend and an engine. In a byte stream, each is a uint32 length followed by MessagePack."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -22,7 +22,7 @@ class Load(msgspec.Struct, frozen=True, tag=True):
 
 
 class Submit(msgspec.Struct, frozen=True, tag=True):
-    """Start requests, or continue those that have output tokens already."""
+    """Start requests, or continue requests that have output tokens already."""
 
     requests: list[EngineRequest]
 
@@ -34,7 +34,7 @@ class Abort(msgspec.Struct, frozen=True, tag=True):
 
 
 class Pin(msgspec.Struct, frozen=True, tag=True):
-    """Keep the pages of a KV state in the pool as long as there is memory for them."""
+    """Keep the pages of a KV state in the pool until running sequences need them."""
 
     id: str
     tokens: list[int]
@@ -44,7 +44,7 @@ class Pin(msgspec.Struct, frozen=True, tag=True):
 
 
 class Unpin(msgspec.Struct, frozen=True, tag=True):
-    """Give up the pages of a KV state, and close its file if it has one."""
+    """Release the pages of a KV state, and close its file if it has one."""
 
     id: str
 
@@ -61,14 +61,14 @@ class SaveState(msgspec.Struct, frozen=True, tag=True):
 
 
 class LoadState(msgspec.Struct, frozen=True, tag=True):
-    """Read pages of a KV state from its file, from now on until Unpin. Answered by StateDone."""
+    """Open the file of a KV state, to read pages from it until Unpin. Answered by StateDone."""
 
     id: str
     path: str
 
 
 class AskStats(msgspec.Struct, frozen=True, tag=True):
-    """Answered by Stats of the same id."""
+    """Request the engine's statistics. Answered by Stats with the same id."""
 
     id: int
 
@@ -99,7 +99,7 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
 
     @classmethod
     def of(cls, error: BaseException) -> "Failed":
-        """Return the message for an error: EngineDead with its name if it is none of errors.py."""
+        """Return the message for an error. An error that is not in errors.py becomes EngineDead with its name."""
         name, text = type(error).__name__, " ".join(str(error).split())
         if isinstance(error, errors.OctavoError) and hasattr(errors, name):
             return cls(name, text)
@@ -112,13 +112,12 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
 
 
 class Alive(msgspec.Struct, frozen=True, tag=True):
-    """Sent every HEARTBEAT seconds by a thread of an engine process, whatever the engine is doing.
+    """Sent every HEARTBEAT seconds by a separate thread of an engine process, even while a step runs.
 
     Attributes:
-        step_seconds: how long the present step has taken so far, with the messages before it; 0 while there is nothing
-            to do.
-        rows: tokens that the backend computes in it; 0 while Python runs, scheduling for example.
-        slowest_seconds, slowest_rows: the time of the slowest computation so far, and its tokens.
+        step_seconds: duration of the current step so far, including the messages handled before it; 0 while idle.
+        rows: number of tokens that the backend is computing; 0 while Python code runs, such as scheduling.
+        slowest_seconds, slowest_rows: duration and number of tokens of the slowest computation so far.
     """
 
     step_seconds: float = 0.0
@@ -139,7 +138,7 @@ class Stats(msgspec.Struct, frozen=True, tag=True):
 
 
 class StateDone(msgspec.Struct, frozen=True, tag=True):
-    """The answer to SaveState and LoadState. `failed` is None if it was done."""
+    """The answer to SaveState and LoadState. `failed` is None on success."""
 
     id: str
     failed: Failed | None = None
@@ -148,7 +147,7 @@ class StateDone(msgspec.Struct, frozen=True, tag=True):
 ToEngine = Load | Submit | Abort | AskStats | Pin | Unpin | SaveState | LoadState
 FromEngine = Loading | Ready | Failed | Alive | Tokens | Stats | StateDone
 
-HEARTBEAT = 0.5  # seconds
+HEARTBEAT = 0.5  # seconds between Alive messages
 _LENGTH_BYTES = 4
 
 _encode = msgspec.msgpack.Encoder().encode
@@ -163,13 +162,13 @@ def frame(message: ToEngine | FromEngine) -> bytes:
 
 
 class FrameReader:
-    """Cuts a byte stream into the payloads of its frames."""
+    """Splits a byte stream into the payloads of its frames."""
 
     def __init__(self) -> None:
         self._buffer = bytearray()
 
     def feed(self, data: bytes) -> Iterator[bytes]:
-        """Yield the payloads that are complete with `data`."""
+        """Add `data`, and yield the payloads that are complete now."""
         self._buffer += data
         start = 0
         while len(self._buffer) >= start + _LENGTH_BYTES:
@@ -183,9 +182,9 @@ class FrameReader:
 
 
 def decode_to_engine(payload: bytes) -> tuple[ToEngine | None, list[TokenOutput]]:
-    """Decode a message, and the error of each request in it that cannot be decoded.
+    """Decode a message. Return it, and an error output for each of its requests that cannot be decoded.
 
-    A request that this engine cannot read fails alone: the others of its message are served.
+    Thus an invalid request fails alone, and the other requests of its message are served.
     """
     try:
         return _decode_to_engine(payload), []

@@ -1,4 +1,4 @@
-"""ProcessLink: an engine in a process of its own, which may crash or be killed without harm to this one."""
+"""ProcessLink: an engine in a separate process, which may crash or be killed without harm to this process."""
 
 import asyncio
 import dataclasses
@@ -19,22 +19,22 @@ from octavo.machine import memory_kills
 from .link import Exit
 from .messages import FrameReader, FromEngine, Load, ToEngine, decode_from_engine, frame
 
-CLOSE_PATIENCE = 5.0  # seconds for an engine to end in good order
-LOOK = 0.01  # seconds between two looks at whether a process has ended
+CLOSE_PATIENCE = 5.0  # seconds for an engine to end cleanly
+LOOK = 0.01  # seconds between checks whether a process has ended
 KILL_PATIENCE = 2.0  # seconds for the kernel to end a killed process
 
 log = logging.getLogger("octavo")
 
 
 class EngineProcess:
-    """A new process, which imports the engine's modules and then waits for a ProcessLink to tell it what to load.
+    """A new process, which imports the engine's modules and then waits for a Load message from a ProcessLink.
 
-    The two processes share a socket pair, so there is no name, file or port that others could find. Raises OSError if
-    the process cannot be started.
+    The two processes share a socket pair, which has no name, file or port to which others could connect. Raises OSError
+    if the process cannot be started.
     """
 
     def __init__(self) -> None:
-        self.memory_kills = memory_kills()  # before it began
+        self.memory_kills = memory_kills()  # counter before the process starts
         work = WorkRecord.share()
         try:
             self.work = WorkRecord(work)
@@ -44,7 +44,7 @@ class EngineProcess:
             raise
         try:
             self.popen = subprocess.Popen(
-                # -P: files in the current folder must not take the place of modules.
+                # -P: files in the current folder must not shadow modules.
                 [sys.executable, "-P", "-m", "octavo.frontend.links.engine_main", str(theirs.fileno()), str(work)],
                 pass_fds=[theirs.fileno(), work],
                 stdin=subprocess.DEVNULL,
@@ -65,10 +65,10 @@ class EngineProcess:
 
 
 class ProcessLink:
-    """See Link. Raises OSError if the process cannot be started.
+    """A Link to an engine process. Raises OSError if the process cannot be started.
 
     Args:
-        process: a new one by default.
+        process: the process to use; by default a new one.
     """
 
     heartbeats = True
@@ -111,7 +111,7 @@ class ProcessLink:
             self._process.socket.close()
 
     def discard(self) -> None:
-        """End the process if it was never connected; without an event loop."""
+        """End a process to which `connect` was never called. Needs no event loop."""
         if self._protocol is None:
             self._process.end()
 
@@ -125,7 +125,7 @@ class ProcessLink:
     def _exit(self, code: int | None) -> Exit:
         work = self._process.work.read()
         if code is None:
-            return Exit("it does not end", is_fault=False, work=work)
+            return Exit("the process does not end", is_fault=False, work=work)
         if code >= 0:
             return Exit(f"exit code {code}", is_fault=True, work=work)
         if -code == signal.SIGKILL and memory_kills() > self._process.memory_kills:
@@ -135,7 +135,7 @@ class ProcessLink:
 
 
 class _Frames(asyncio.Protocol):
-    """Cuts what an engine sends into messages."""
+    """Decodes the messages that an engine sends."""
 
     def __init__(self, on_message: Callable[[FromEngine], None], on_end: Callable[[], None]):
         self._on_message: Callable[[FromEngine], None] | None = on_message
@@ -143,7 +143,7 @@ class _Frames(asyncio.Protocol):
         self._frames = FrameReader()
 
     def detach(self) -> None:
-        """Deliver nothing any more."""
+        """Stop delivering messages."""
         self._on_message = self._on_end = None
 
     def data_received(self, data: bytes) -> None:

@@ -22,7 +22,7 @@ log = logging.getLogger("octavo")
 
 
 class ThreadLink:
-    """See Link. A thread cannot be killed, so a step that hangs is beyond help here."""
+    """A Link to an engine in a thread. A thread cannot be killed, so an engine whose step hangs is not replaced."""
 
     pid: int | None = None
     heartbeats = False
@@ -30,7 +30,7 @@ class ThreadLink:
     def __init__(self, config: EngineConfig, path: Path):
         self.engine: Engine | None = None
         self._config, self._path = config, path
-        self._inbox: SimpleQueue[ToEngine | None] = SimpleQueue()  # None: look for other things to do
+        self._inbox: SimpleQueue[ToEngine | None] = SimpleQueue()  # None wakes the loop
         self._closing = False
         self._exit = Exit("the engine was shut down", is_fault=False)
         self._work = WorkRecord()
@@ -76,7 +76,7 @@ class ThreadLink:
         self._on_end()
 
     def _receive(self, block: bool) -> list[ToEngine] | None:
-        """Return the messages that have come; see EngineLoop.run."""
+        """Return the messages that have arrived; see EngineLoop.run."""
         messages = []
         while not self._inbox.empty() or block:
             if (message := self._inbox.get()) is not None:

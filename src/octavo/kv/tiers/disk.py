@@ -1,8 +1,8 @@
 """DiskTier: pages on disk, which outlive the process and fill the pool again after a restart.
 
-Each page is a file of its own, FOLDER/ab/abcdef….page, named by its key. The folder is the index: it is listed at
-start. Several servers of one user may share a folder. Each then knows the pages that it wrote and those there when
-it started; a page that another server deletes is treated as any other loss.
+Each page is a separate file, FOLDER/ab/abcdef….page, named by its key. The folder is listed at start, so there is no
+other index. Several servers of one user may share a folder. Each server knows the pages that it wrote and those that
+were there when it started. If another server deletes a page, it counts as lost.
 """
 
 import logging
@@ -22,7 +22,7 @@ from octavo.errors import ConfigError
 from octavo.formats.page_file import TEMPORARY, BadPageFile, PageFile, page_file_bytes, write_page_file
 
 _NAME = re.compile(rf"([0-9a-f]{{32}})\.page({TEMPORARY})?")
-_STALE = 60.0  # seconds; another server may still be writing a younger temporary file
+_STALE = 60.0  # age in seconds of abandoned temporary files; another server may still be writing a younger one
 
 _log = logging.getLogger("octavo")
 
@@ -30,17 +30,17 @@ _log = logging.getLogger("octavo")
 class DiskTier:
     """A Tier of files.
 
-    Pages that others could have written would give others' answers, so a folder that they can write to is refused.
-    A failure to write (a full disk, a removed folder) is logged once.
+    Forged pages could change answers, so a folder that other users can write to is refused. A failure to write (a full
+    disk, a removed folder) is logged once.
 
     Args:
-        folder: created if it does not exist.
-        capacity_bytes: of all files together; the least recently used are deleted beyond it.
+        folder: the folder of the files; created if it does not exist.
+        capacity_bytes: maximum size of all files; beyond it, the least recently used ones are deleted.
         page_bytes: size of a page's content.
-        retry_seconds: after a failure, nothing is written for so long.
+        retry_seconds: time after a failed write in which nothing is written.
 
     Raises:
-        ConfigError: the folder cannot be made or written to, others can write to it, or a page exceeds the capacity.
+        ConfigError: the folder cannot be created or written to, others can write to it, or a page exceeds the capacity.
     """
 
     name = "disk"
@@ -58,7 +58,7 @@ class DiskTier:
             self._files = _scan(self._folder)
         except OSError as error:
             raise ConfigError(
-                f"kv_disk: cannot write in {self._folder} ({error.strerror}); give a folder that may be written to"
+                f"kv_disk: cannot write in {self._folder} ({error.strerror}); give a folder that you can write to"
             ) from None
         self._used = sum(self._files.values())
         self._lock = Lock()
@@ -106,18 +106,20 @@ class DiskTier:
         return True
 
     def touch(self, key: bytes) -> bool:
-        """Mark a page as just used; the file's modification time carries this over a restart."""
+        """Mark a page as just used. The file's modification time keeps this across restarts."""
         with self._lock:
             if key not in self._files:
                 return False
             self._files.move_to_end(key)
         now = time.time_ns()
         try:
-            os.utime(self._path(key), ns=(now, now))  # the kernel's own time of a write may be 4 ms old: many pages
+            os.utime(
+                self._path(key), ns=(now, now)
+            )  # the kernel's own timestamps are up to 4 ms old, too coarse to order many pages
         except FileNotFoundError:
             self._forget(key)
             return False
-        except OSError:  # on a disk that can only be read
+        except OSError:  # the disk is read-only
             pass
         return True
 
@@ -129,7 +131,7 @@ class DiskTier:
         return self._folder / name[:2] / f"{name}.page"
 
     def _reserve(self, size: int) -> None:
-        """Count `size` bytes as used, and delete the least recently used pages until all fits."""
+        """Count `size` more bytes as used, and delete the least recently used pages until all files fit."""
         with self._lock:
             self._used += size
             deleted = []
@@ -145,7 +147,7 @@ class DiskTier:
             self._used -= self._files.pop(key, 0)
 
     def _delete(self, key: bytes) -> None:
-        with suppress(OSError):  # deleted by another server, or on a disk that can only be read
+        with suppress(OSError):  # deleted by another server, or the disk is read-only
             self._path(key).unlink()
 
     def _failed(self, error: OSError) -> None:
@@ -154,15 +156,15 @@ class DiskTier:
             known, self._failing = self._failing, True
             self._retry_at = time.monotonic() + self._retry_seconds
         if not known:
-            hint = "new pages are kept in memory only, until it works again"
+            hint = "new pages are kept only in memory until writing works again"
             _log.warning("kv_disk: cannot write in %s (%s); %s", self._folder, error.strerror, hint)
 
 
 def _scan(folder: Path) -> OrderedDict[bytes, int]:
     """Return the sizes of the pages in `folder`, least recently used first.
 
-    Deletes what a killed process did not complete, and ignores files that others can write to. Raises OSError, and
-    ConfigError if others can write to a subfolder.
+    Deletes files that a killed process did not complete, and ignores files that others can write to. Raises OSError,
+    and ConfigError if others can write to a subfolder.
     """
     found = []
     for part in os.scandir(folder):
@@ -189,7 +191,7 @@ def _check_private(folder: Path) -> None:
     """Raise ConfigError if other users can write to `folder`."""
     if _writable_by_others(folder.stat()):
         raise ConfigError(
-            f"kv_disk: other users can write to {folder}, and so put pages there that change answers; "
+            f"kv_disk: other users can write to {folder} and could change answers with forged pages; "
             f"give a folder of your own that only you can write to (chmod go-w)"
         )
 

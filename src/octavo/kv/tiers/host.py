@@ -1,4 +1,4 @@
-"""HostTier: pages in host memory, below those of a device."""
+"""HostTier: a tier of pages in host memory, below a device's pool."""
 
 from collections import OrderedDict
 from threading import Lock
@@ -7,7 +7,7 @@ import numpy as np
 
 
 class HostTier:
-    """A Tier of copies of pages, at most `capacity_bytes` of them together."""
+    """A Tier of copies of pages in host memory, with at most `capacity_bytes` together."""
 
     name = "host"
 

@@ -17,14 +17,14 @@ class Tier(Protocol):
     def read(self, key: bytes) -> np.ndarray | None:
         """Return the content of a page, uint8 [page_bytes], read-only. May block.
 
-        None means that the page is lost or damaged; the tier does not contain it any more.
+        None means that the page is lost or damaged. The tier no longer contains it.
         """
         ...
 
     def write(self, key: bytes, content: np.ndarray) -> bool:
-        """Store a page, evicting the least recently used ones if the capacity requires it. May block.
+        """Store a page, evicting the least recently used pages if necessary. May block.
 
-        Return False if it could not be stored.
+        Returns False if the page could not be stored.
         """
         ...
 

@@ -1,1 +1,1 @@
-"""Model families, one small file each: reading a config.json into a DecoderSpec, and the names of the weights."""
+"""Model families, one small file each: convert a config.json to a DecoderSpec, and name the weights."""

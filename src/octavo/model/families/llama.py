@@ -11,7 +11,7 @@ from octavo.model.spec import DecoderSpec
 
 ARCHITECTURE, MODEL_TYPE = "LlamaForCausalLM", "llama"
 
-# Canonical name (see decoder.py): the tensors that are stacked in it.
+# By canonical name (see decoder.py): the tensors that are stacked in a parameter.
 WEIGHTS: dict[str, tuple[str, ...]] = {
     "embed": ("model.embed_tokens.weight",),
     "layers.{i}.attn_norm": ("model.layers.{i}.input_layernorm.weight",),
@@ -35,9 +35,9 @@ _ACTIVATIONS: dict[str, Literal["silu", "gelu_tanh"]] = {"silu": "silu", "gelu_p
 
 @dataclass(frozen=True)
 class Defaults:
-    """What a family's configuration class in transformers assumes where config.json is silent.
+    """Defaults for keys that config.json lacks, from the family's configuration class in transformers.
 
-    `num_kv_heads` None: as many as query heads, which is also what an explicit null means.
+    `num_kv_heads` None means as many as query heads, as does an explicit null in config.json.
     """
 
     max_positions: int = 2048
@@ -48,7 +48,7 @@ def spec(config: Mapping[str, Any], defaults: Defaults = Defaults()) -> DecoderS
     """Return the DecoderSpec of a config.json.
 
     Raises:
-        DamagedWeights: A value is missing or makes no sense.
+        DamagedWeights: A value is missing or invalid.
         UnsupportedModel: The config describes a variant that Octavo does not run.
     """
     hidden_size, num_heads = integer(config, "hidden_size"), integer(config, "num_attention_heads")

@@ -13,7 +13,7 @@ from .llama import WEIGHTS
 __all__ = ["ARCHITECTURE", "MODEL_TYPE", "WEIGHTS", "spec"]
 ARCHITECTURE, MODEL_TYPE = "MistralForCausalLM", "mistral"
 _DEFAULTS = llama.Defaults(max_positions=131072, num_kv_heads=8)
-_WINDOW = 4096  # where config.json is silent; null means none
+_WINDOW = 4096  # the default if config.json lacks the key; null means no window
 
 
 def spec(config: Mapping[str, Any]) -> DecoderSpec:

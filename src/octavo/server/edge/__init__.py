@@ -1,1 +1,1 @@
-"""Between the network and the routes: HTTP, timeouts, limits, request ids, the access log, CORS, draining."""
+"""The layer between the network and the routes: HTTP, timeouts, limits, request ids, access log, CORS, draining."""

@@ -19,10 +19,10 @@ CLIENT_LEFT = 499  # nginx's status for a client that disconnected before its re
 
 @dataclass(slots=True)
 class RequestRecord:
-    """What is known about one HTTP request, for the access log and the response's header.
+    """One HTTP request, for the access log and the response's header.
 
-    The route fills in `model` and what follows it. Times are of time.perf_counter(). `response_headers` are added to
-    the header of the response, whatever produces it.
+    The route fills in `model` and the attributes after it. `started` is in seconds of time.perf_counter().
+    `response_headers` are added to the header of every response, including error responses.
     """
 
     id: str
@@ -45,7 +45,7 @@ class RequestRecord:
 
     @classmethod
     def of(cls, scope: Any) -> "RequestRecord":
-        """Return the record of an ASGI request, which `HttpProtocol` has made; or a new one, under another server."""
+        """Return the record that `HttpProtocol` made for an ASGI request; under another server, make a new one."""
         record = scope.get("octavo.record")
         if record is None:
             client = scope.get("client") or ("-", 0)
@@ -54,7 +54,7 @@ class RequestRecord:
         return record  # type: ignore[no-any-return]
 
     def start_headers(self) -> list[tuple[bytes, bytes]]:
-        """Return the fields that every response has, at the time at which it starts."""
+        """Return the header fields of every response. To be called when the response starts."""
         milliseconds = (time.perf_counter() - self.started) * 1e3
         return [
             (b"x-request-id", self.id.encode()),
@@ -68,8 +68,8 @@ class AccessLog:
 
     Args:
         style: "text", "json" or "none".
-        stream: where to; None drops everything.
-        prompts: include the prompts of requests.
+        stream: the destination; None drops everything.
+        prompts: whether to include the prompts of requests.
     """
 
     def __init__(self, style: str, stream: TextIO | None, prompts: bool = False):
@@ -94,7 +94,7 @@ class AccessLog:
         self._queue.put((datetime.now(UTC), time.perf_counter() - record.started, record))
 
     def close(self) -> None:
-        """Write what is queued, for a second at most."""
+        """Write the queued lines; give up after a second."""
         if self._thread is not None:
             self._queue.put(None)
             self._thread.join(timeout=1.0)
@@ -114,11 +114,12 @@ class AccessLog:
 
 
 def fields(now: datetime, seconds: float, record: RequestRecord, prompts: bool = False) -> dict[str, Any]:
-    """Return the fields of a line by name; those that do not apply are left out.
+    """Return the fields of a line by name. Fields that do not apply are left out.
 
     Args:
-        now: when the request ended.
-        seconds: how long it took.
+        now: the time at which the request ended.
+        seconds: its duration.
+        prompts: whether to include the prompt.
     """
     first = record.time_to_first_token
     values = {
@@ -147,7 +148,10 @@ def _json(values: dict[str, Any]) -> str:
 
 
 def _text(values: dict[str, Any]) -> str:
-    """The first fields bare, the others as name=value; values are quoted so that none can break the line."""
+    """Format a line as text: the first fields as bare values, the others as name=value.
+
+    Values are quoted where necessary, so that no value can contain a line break or look like another field.
+    """
     head = [str(values.pop(name)) for name in ("time", "client", "method", "path", "status") if name in values]
     head = [word if word.isprintable() and " " not in word else _quoted(word) for word in head]
     return " ".join([*head, *(f"{name}={_quoted(value)}" for name, value in values.items())]) + "\n"
@@ -156,7 +160,7 @@ def _text(values: dict[str, Any]) -> str:
 def _quoted(value: Any) -> str:
     if isinstance(value, str) and value.isprintable() and value and not set(value) & set(' "='):
         return value
-    # ASCII alone: a name may hold characters that move a terminal's cursor.
+    # Escape unprintable characters: a name may contain some that move a terminal's cursor.
     text = msgspec.json.encode(value).decode()
     return "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in text)
 

@@ -1,4 +1,4 @@
-"""Reads the bodies of requests: bounded while they arrive, decompressed if need be, parsed as JSON."""
+"""Read the bodies of requests within limits, decompress them if necessary, and parse them as JSON."""
 
 import asyncio
 import contextlib
@@ -16,9 +16,9 @@ from .access_log import CLIENT_LEFT
 from .limits import ByteBudget
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # some editors and languages put it before UTF-8 text
-KEY_COST = 4  # values that take as long as the key of an object
-ESCAPES = 4  # escapes in strings that take as long as one value
-DIGITS = 32  # digits of long integers that take as long as one value
+KEY_COST = 4  # parsing a key of an object takes as long as this many values
+ESCAPES = 4  # parsing this many escapes in strings takes as long as one value
+DIGITS = 32  # parsing this many digits of long integers takes as long as one value
 GZIP = 16 + zlib.MAX_WBITS
 
 _MARKS = (b",", b"[", b"{", b"\\")
@@ -26,7 +26,7 @@ _UNCOUNTED = bytes(set(range(256)) - set(b"".join(_MARKS) + b"0123456789"))
 
 
 class BodyReader:
-    """Reads bodies within the limits of `config`, for one and for all of them together."""
+    """Reads bodies within the limits of `config`: those for each body and those for all bodies together."""
 
     def __init__(self, config: ServerConfig):
         self._max_bytes = config.max_body_bytes
@@ -34,12 +34,13 @@ class BodyReader:
         self._pending = ByteBudget(config.max_pending_body_bytes)
 
     async def read_json(self, request: Request, admit: Callable[[], object] = lambda: None) -> Any:
-        """Return the body as dicts, lists and so on, with bounded depth and size, and no invalid Unicode.
+        """Read a request's body and parse it. Depth and size of the result are bounded; its text is valid Unicode.
 
         Args:
             admit: called when the body has arrived; if it raises, the body is not parsed.
 
-        Raises ApiError: 413 too large, 415 not JSON or in an unknown encoding, 503 too many bodies, 400 not valid JSON.
+        Raises ApiError: 400 for invalid JSON, 413 for a body that is too large, 415 for another content type or an
+            unknown encoding, 503 if too many bodies are arriving.
         """
         # A web page can make a browser post text/plain to localhost, but not application/json.
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
@@ -58,7 +59,9 @@ class BodyReader:
         encoding = request.headers.get("content-encoding", "").strip().lower() or "identity"
         if encoding not in ("identity", "gzip", "x-gzip"):
             raise ApiError(415, "Content-Encoding must be gzip or left out", code="unsupported_media_type")
-        if int(request.headers.get("content-length", "0")) > self._max_bytes:  # digits: the HTTP parser checks that
+        if (
+            int(request.headers.get("content-length", "0")) > self._max_bytes
+        ):  # the HTTP parser has checked that it is a number
             raise self._too_large()
         body = bytearray()
         try:
@@ -74,7 +77,7 @@ class BodyReader:
             self._pending.release(len(body))
 
     async def _decompress(self, body: bytearray) -> bytes:
-        """Return what a gzip body holds. The thread leaves the event loop free, since zlib releases the GIL."""
+        """Decompress a gzip body, in a thread so that the event loop stays free: zlib releases the GIL."""
         stream = zlib.decompressobj(GZIP)
         with contextlib.suppress(zlib.error):
             plain = await asyncio.to_thread(stream.decompress, body, self._max_bytes + 1)
@@ -85,11 +88,12 @@ class BodyReader:
         raise ApiError(400, "the body is not valid gzip", code="invalid_encoding")
 
     async def _check_values(self, body: bytes | bytearray) -> None:
-        """Bound the time that parsing takes on the event loop: 0.2 µs for a value, 1 for a key, 0.05 for an escape, and
-        up to 0.01 for a digit, since an integer of n digits, at most 4,300, takes time proportional to n².
+        """Raise ApiError 413 if parsing the body would block the event loop for too long.
 
-        Every value but the first follows a comma or an opening bracket. Those within strings are counted too. A large
-        body is looked at in several turns of the loop. Raises ApiError 413.
+        Parsing takes about 0.2 µs for a value, 1 µs for a key, 0.05 µs for an escape and up to 0.01 µs for a digit (an
+        integer of n digits, at most 4,300, takes time proportional to n²). The number of values is estimated from
+        commas and opening brackets, since every value but the first follows one; those inside strings count too.
+        The search of a large body is split over several turns of the event loop.
         """
         if len(body) <= self._max_values:
             return

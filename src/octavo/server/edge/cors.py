@@ -4,17 +4,17 @@ from collections.abc import Collection
 
 Headers = list[tuple[bytes, bytes]]
 
-PREFLIGHT_SECONDS = b"600"  # that a browser may remember the answer to a preflight
+PREFLIGHT_SECONDS = b"600"  # for which a browser may cache the answer to a preflight request
 EXPOSED = b"x-request-id, openai-processing-ms, retry-after"
 _METHODS = b"GET, HEAD, POST, DELETE, OPTIONS"
 
 
 def response_headers(request: Headers, allowed: Collection[str]) -> Headers:
-    """Return what to add to a response so that the page that sent `request` may read it.
+    """Return the header fields that allow the web page that sent `request` to read the response.
 
     Args:
         request: the request's header, names in lower case.
-        allowed: origins such as https://example.org, or "*" for every one; empty turns CORS off.
+        allowed: origins such as https://example.org, or "*" for all origins; empty turns CORS off.
     """
     if not allowed:
         return []
@@ -28,7 +28,7 @@ def response_headers(request: Headers, allowed: Collection[str]) -> Headers:
 
 
 def preflight_headers(request: Headers, allowed: Collection[str]) -> Headers:
-    """Return the fields of a response to OPTIONS beside those of `response_headers`."""
+    """Return the header fields of a response to OPTIONS, in addition to those of `response_headers`."""
     if not allowed or _value(request, b"access-control-request-method") is None:
         return [(b"allow", _METHODS)]
     wanted = _value(request, b"access-control-request-headers") or b"authorization, content-type"

@@ -1,4 +1,4 @@
-"""From a request to its route, and from an exception to its response."""
+"""Dispatch requests to their routes, and convert exceptions to responses."""
 
 import asyncio
 import logging
@@ -22,7 +22,7 @@ log = logging.getLogger("octavo.server")
 
 
 class Endpoint:
-    """A handler as an ASGI application: without Starlette's own wrapping, which handles errors that we handle once."""
+    """A handler as an ASGI application, without Starlette's error handling: `Dispatcher` handles all errors."""
 
     def __init__(self, handler: Handler):
         self._handler = handler
@@ -33,7 +33,7 @@ class Endpoint:
 
 
 def route(method: str, path: str, handler: Handler) -> Route:
-    """Return a route; that of GET answers HEAD too."""
+    """Return a route. A route for GET answers HEAD too."""
     return Route(path, Endpoint(handler), methods=[method])
 
 
@@ -49,7 +49,7 @@ class Dispatcher:
         self._origins = origins
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        scope["app"] = self  # Starlette's router then raises HTTPException rather than answer in plain text
+        scope["app"] = self  # makes Starlette's router raise HTTPException instead of answering in plain text
         record = RequestRecord.of(scope)
         record.response_headers += cors.response_headers(scope["headers"], self._origins)
         try:
@@ -58,7 +58,7 @@ class Dispatcher:
                 await Response(status_code=204)(scope, receive, send)
             else:
                 await self._router(scope, receive, send)
-        except asyncio.CancelledError:  # by the server, whose drain timeout is over; or the client has left
+        except asyncio.CancelledError:  # the drain timeout is over, or the client has disconnected
             await self._answer(ServerStopping(), record, scope, receive, send)
         except Exception as error:
             await self._answer(error, record, scope, receive, send)
@@ -66,7 +66,7 @@ class Dispatcher:
     async def _answer(
         self, error: Exception, record: RequestRecord, scope: Scope, receive: Receive, send: Send
     ) -> None:
-        if isinstance(error, HTTPException):  # from the router: 404, or 405
+        if isinstance(error, HTTPException):  # 404 or 405 from the router
             error.detail = f"{error.detail}: {scope['method']} {scope['path']}"
         elif not is_expected(error):
             log.error("a request failed", exc_info=error)
@@ -75,6 +75,6 @@ class Dispatcher:
 
 
 def note_error(record: RequestRecord, error: Exception) -> None:
-    """Give the access log the code of an error, or its kind if it has no code."""
+    """Store the code of an error, or its type if it has no code, for the access log."""
     body: Any = error_reply(error)[1].error
     record.error = body.code or body.type

@@ -1,4 +1,4 @@
-"""uvicorn's server with Octavo's protocol and signals: the first signal drains, the second one ends at once."""
+"""uvicorn's server with Octavo's HTTP protocol and signal handling."""
 
 import asyncio
 import contextlib
@@ -18,7 +18,7 @@ from .http_protocol import Edge, HttpProtocol
 from .limits import ConnectionLimit
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-CANCEL_SECONDS = 1.0  # for requests that were cut off to send their error
+CANCEL_SECONDS = 1.0  # time for requests that the drain timeout ended to send their error
 
 
 class DrainingServer(uvicorn.Server):
@@ -27,13 +27,13 @@ class DrainingServer(uvicorn.Server):
     Args:
         app: the ASGI application.
         config: timeouts and limits.
-        access_log: where each request is recorded.
+        access_log: receives a record of each request.
         on_ready: called when the server accepts requests.
     """
 
     def __init__(self, app: Any, config: ServerConfig, access_log: AccessLog, on_ready: Callable[[], None]):
         edge = Edge(config, ConnectionLimit(config.max_connections), access_log)
-        uvicorn_log.disabled = True  # its lines are about broken requests, which the access log has
+        uvicorn_log.disabled = True  # it logs malformed requests, which are in the access log already
         super().__init__(
             uvicorn.Config(
                 app,
@@ -59,18 +59,18 @@ class DrainingServer(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         await super().shutdown(sockets)
-        if self.server_state.tasks:  # cut off: each sends its error
+        if self.server_state.tasks:  # cancelled by the drain timeout; each sends its error
             await asyncio.wait(set(self.server_state.tasks), timeout=CANCEL_SECONDS)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
-        """Leave signals to `until_signal`: uvicorn would raise them again when it has drained."""
+        """Leave signals to `on_signals`: uvicorn would raise them again after draining."""
         yield
 
 
 @contextlib.contextmanager
 def on_signals(action: Callable[[], None]) -> Generator[None, None, None]:
-    """Call `action` on the event loop for every SIGINT, SIGTERM and SIGHUP, unless nohup had SIGHUP ignored."""
+    """Call `action` on the event loop for every SIGINT, SIGTERM and SIGHUP. SIGHUP stays ignored if it was (nohup)."""
     loop = asyncio.get_running_loop()
     signals = [each for each in SIGNALS if each is not signal.SIGHUP or signal.getsignal(each) is not signal.SIG_IGN]
     for each in signals:

@@ -1,11 +1,12 @@
 """HTTP/1 on one connection: uvicorn's protocol on httptools, with timeouts, limits and the corrections below.
 
-- A request to upgrade to another protocol, such as h2c, is served as if it did not ask, its body included (RFC 9110,
-  section 7.8). httptools stops at such a header and loses the body.
-- A response to HTTP/1.0 is never chunked (RFC 9112, section 6.1); its end is the end of the connection.
-- A client that has sent its request and closed its sending side gets its response; `_probe` detects one that has left.
-- The application's task is cancelled when its client disconnects.
-- Errors are OpenAI's JSON, those of malformed HTTP too.
+- A request to upgrade to another protocol, such as h2c, is served over HTTP/1, including its body (RFC 9110,
+  section 7.8). httptools alone stops at such a header and loses the body.
+- A response to HTTP/1.0 is never chunked (RFC 9112, section 6.1); it ends with the connection.
+- A client that closes its sending side after the request still gets its response; `_probe` detects a client that has
+  disconnected.
+- When a client disconnects, the application's task for it is cancelled.
+- All errors are OpenAI's JSON, including those for malformed HTTP.
 """
 
 import asyncio
@@ -28,11 +29,11 @@ from .access_log import AccessLog, RequestRecord
 from .ids import request_id
 from .limits import ConnectionLimit
 
-MIN_BODY_RATE = 65_536  # bytes per second by which a body extends its own timeout
-LINGER_SECONDS = 2.0  # a refused client may go on sending so long, lest a reset destroy the response on its way
-MAX_DISCARDED = 65_536  # bytes of a body that a response did not need and that are read, to keep the connection
-STATUS_START = b"HTTP/1.1 "  # how every response begins
-PROBE_SECONDS = (0.02, 0.1, 0.5, 2.0)  # between looks at a half-closed connection; the last one repeats
+MIN_BODY_RATE = 65_536  # every so many bytes of a body extend its timeout by a second
+LINGER_SECONDS = 2.0  # for which data of a refused client is discarded: closing at once could destroy the response
+MAX_DISCARDED = 65_536  # bytes of an unneeded body that are read in order to keep the connection open
+STATUS_START = b"HTTP/1.1 "  # the beginning of every response
+PROBE_SECONDS = (0.02, 0.1, 0.5, 2.0)  # between probes of a half-closed connection; the last interval repeats
 TCP = socket.IPPROTO_TCP
 CLOSE_WAIT = 8  # the state, in Linux's TCP_INFO, of a connection whose peer has closed its sending side
 
@@ -41,7 +42,7 @@ log = logging.getLogger("octavo.server")
 
 @dataclass(frozen=True)
 class Edge:
-    """What the connections of a server share."""
+    """The objects that all connections of a server share."""
 
     config: ServerConfig
     connections: ConnectionLimit
@@ -49,7 +50,7 @@ class Edge:
 
 
 class HttpProtocol(HttpToolsProtocol):
-    """One connection. uvicorn makes it with its own arguments; `edge` comes from functools.partial."""
+    """One connection. uvicorn passes its own arguments to the constructor; functools.partial adds `edge`."""
 
     def __init__(self, *arguments: Any, edge: Edge, **keywords: Any):
         super().__init__(*arguments, **keywords)
@@ -58,12 +59,12 @@ class HttpProtocol(HttpToolsProtocol):
         self._timer: asyncio.TimerHandle | None = None
         self._send_timer: asyncio.TimerHandle | None = None
         self._in_header = False
-        self._header_size = 0  # of the fields that are complete
-        self._header_received = 0  # bytes in calls that brought header alone
+        self._header_size = 0  # bytes of the complete fields
+        self._header_received = 0  # bytes of reads that contained nothing but header
         self._body_received = 0
         self._body_began = 0.0
         self._upgrading = False
-        self._refusal: ApiError | None = None  # what is wrong with the header being read
+        self._refusal: ApiError | None = None  # the error in the header that is being read
         self._running: Cycle | None = None  # the request being answered; self.cycle is the one being parsed
         self._lingering = False
         self._half_closed = False
@@ -87,14 +88,14 @@ class HttpProtocol(HttpToolsProtocol):
         self.pipeline.clear()
         if self._running is not None:
             self._running.disconnect()
-        # Cycles refer to this object: without them it is freed at once, with the bodies of its requests.
+        # Break the reference cycle, so that this object and the bodies of its requests are freed at once.
         self.cycle = self._running = None  # type: ignore[assignment]
 
     def close_idle(self) -> None:
         self.transport.close()
 
     def shutdown(self) -> None:
-        """Close the connection, after the response that is under way if there is one."""
+        """Close the connection, after the current response if there is one."""
         if self._running is None:
             self.transport.close()
         else:
@@ -109,11 +110,11 @@ class HttpProtocol(HttpToolsProtocol):
         return True
 
     def _probe(self, attempt: int) -> None:
-        """Find out whether a client that has closed its sending side is still there.
+        """Find out whether a client that has closed its sending side is still connected.
 
-        TCP shows the same for a client that has closed its socket, until something is sent to it: its kernel then
-        answers with a reset, which changes the state of the connection. So the bytes with which every response begins
-        are sent ahead; to a client that is still there they make no difference.
+        A client that has closed its whole socket looks the same to TCP until something is sent to it. Its kernel then
+        answers with a reset, which changes the state of the connection. So this sends the bytes with which every
+        response begins, which do not affect a client that is still connected.
         """
         if self.transport.is_closing() or self._running is None:
             return
@@ -128,7 +129,7 @@ class HttpProtocol(HttpToolsProtocol):
     # Timeouts
 
     def _set_timer(self, seconds: float | None, action: Callable[[], object] | None = None) -> None:
-        """Replace what happens to this connection when it makes no progress; None: nothing does."""
+        """Call `action` if the connection makes no progress for `seconds`; None cancels the timer."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -179,12 +180,12 @@ class HttpProtocol(HttpToolsProtocol):
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade as stop:
             if self.parser.get_method() == b"CONNECT":
-                self._refusal = ApiError(405, "CONNECT is not supported: this is no proxy")
+                self._refusal = ApiError(405, "CONNECT is not supported: this server is not a proxy")
                 raise httptools.HttpParserError("CONNECT") from None
             self._feed_without_upgrade(data[stop.args[0] :])
 
     def _feed_without_upgrade(self, rest: bytes) -> None:
-        """Parse the header again, without the fields that made httptools stop, and what follows it."""
+        """Parse the header again without the fields that made httptools stop, then parse `rest`."""
         lines = [b"%b %b HTTP/%b" % (self.parser.get_method(), self.url, self.parser.get_http_version().encode())]
         for name, value in self.headers:
             if name == b"connection":
@@ -234,7 +235,7 @@ class HttpProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         self._in_header = False
         if self.parser.should_upgrade():
-            self._upgrading = True  # the parser stops here; `_feed` goes on
+            self._upgrading = True  # the parser stops here, and `_feed` continues
             return
         version = self.parser.get_http_version()
         url = httptools.parse_url(self.url)
@@ -262,7 +263,7 @@ class HttpProtocol(HttpToolsProtocol):
         if not self._upgrading:
             if self.cycle is self._running:
                 self._set_timer(None)
-            elif self._running is None:  # the rest of a body that the response did not need
+            elif self._running is None:  # the end of a body that the response did not need
                 self._set_timer(self._settings.idle_timeout, self.transport.close)
             self.cycle.more_body = False
             self.cycle.message_event.set()
@@ -277,7 +278,7 @@ class HttpProtocol(HttpToolsProtocol):
         task.add_done_callback(self.tasks.discard)
 
     def response_complete(self, cycle: "Cycle") -> None:
-        """Go on after a response: to the next request, or to the end of the connection."""
+        """Serve the next request after a response, or close the connection."""
         self.server_state.total_requests += 1
         self._running = None
         if self.transport.is_closing():
@@ -296,10 +297,10 @@ class HttpProtocol(HttpToolsProtocol):
             self._set_timer(timeout, self.transport.close)
 
     def _refuse(self, error: ApiError) -> None:
-        """Answer with an error what cannot be parsed or arrives too slowly, and end the connection."""
+        """Answer malformed or slow input with an error, and close the connection."""
         running, self._lingering = self._running, True
         if running is not None and (running.response_started or not running.more_body):
-            running.keep_alive = False  # what is wrong comes after a sound request, which gets its response
+            running.keep_alive = False  # the error follows a valid request, which still gets its response
             return
         record = running.record if running else RequestRecord(request_id([]), "-", "-", self._client_host)
         record.error, record.status, record.complete = error.code, error.status, True
@@ -319,7 +320,7 @@ class HttpProtocol(HttpToolsProtocol):
         self._linger()
 
     def _linger(self) -> None:
-        """Close the sending side, and discard what still arrives: to close at once could destroy the response."""
+        """Close the sending side and discard what still arrives: closing at once could destroy the response."""
         self._lingering = True
         self.pipeline.clear()
         if self.transport.can_write_eof():
@@ -361,11 +362,11 @@ class Cycle(RequestResponseCycle):
         self.record = record
         self.task: asyncio.Task[None] | None = None
         self._protocol = protocol
-        self._begun = False  # STATUS_START was sent
+        self._begun = False  # whether STATUS_START was sent
         self._header = b""  # of the response, until its body begins
 
     async def run(self, app: Any) -> None:
-        """Call the application, and end what it leaves unfinished."""
+        """Call the application, and complete or close a response that it leaves unfinished."""
         try:
             await app(self.scope, self.receive, self.send)
         except asyncio.CancelledError:
@@ -378,20 +379,20 @@ class Cycle(RequestResponseCycle):
             self._protocol.edge.access_log.write(self.record)
 
     def disconnect(self) -> None:
-        """The client has gone: end the application's work for it."""
+        """Cancel the application's task, because the client has disconnected."""
         self.disconnected = True
         self.message_event.set()
         if self.task is not None and not self.response_complete:
             self.task.cancel()
 
     def begin(self) -> None:
-        """Send the bytes with which every response begins, unless that was done."""
+        """Send the bytes with which every response begins, unless they were sent already."""
         if not self._begun and not self.response_started:
             self._begun = True
             self.transport.write(STATUS_START)
 
     async def send(self, message: Any) -> None:
-        """Send a response, an ASGI message at a time. The header waits for the first part of the body."""
+        """Send one ASGI message of a response. The header is held back until the first part of the body."""
         if self.flow.write_paused and not self.disconnected:
             await self.flow.drain()
         if self.disconnected or self.response_complete:
@@ -434,5 +435,5 @@ class Cycle(RequestResponseCycle):
         return start[len(STATUS_START) :] if self._begun else start
 
     def _declared_body(self) -> float:
-        """Return the bytes of the request's body; infinity if it is chunked."""
+        """Return the size of the request's body in bytes; infinity if it is chunked."""
         return next((float(value) for name, value in self.scope["headers"] if name == b"content-length"), math.inf)

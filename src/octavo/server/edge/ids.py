@@ -1,4 +1,4 @@
-"""Request ids: `x-request-id`, which a client or a proxy may set, and which every response repeats."""
+"""Request ids: the header field `x-request-id`, which a client or a proxy may set and every response repeats."""
 
 import re
 import uuid
@@ -8,7 +8,7 @@ _SOUND = re.compile(rb"[\x21-\x7e]{1,128}")  # visible ASCII: safe in a header a
 
 
 def request_id(headers: list[tuple[bytes, bytes]]) -> str:
-    """Return the id that the request came with, or a new one if it has none or an unusable one.
+    """Return the id in the request's header, or a new one if it is missing or not 1 to 128 visible ASCII characters.
 
     Args:
         headers: names, in lower case, and values.

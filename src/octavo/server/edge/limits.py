@@ -1,4 +1,4 @@
-"""Limits on what all connections hold together: how many there are, and the bytes of bodies that are arriving."""
+"""Limits for all connections together: their number, and the bytes of bodies that are arriving."""
 
 from typing import Protocol
 
@@ -9,13 +9,13 @@ class Connection(Protocol):
     """A connection that can be closed to make place for another."""
 
     def close_idle(self) -> None:
-        """Close the connection, which no request is using."""
+        """Close the connection. Called only while no request uses it."""
 
 
 class ConnectionLimit:
-    """Admits connections up to a maximum, closing the longest idle one for a new one.
+    """Admits connections up to a maximum. A new connection beyond it closes the one that has been idle longest.
 
-    So thousands of connections that nobody uses cannot keep others out.
+    Thus thousands of idle connections cannot keep others out.
     """
 
     def __init__(self, maximum: int):
@@ -24,7 +24,7 @@ class ConnectionLimit:
         self._idle: dict[Connection, None] = {}  # in the order in which they became idle
 
     def admit(self, connection: Connection) -> bool:
-        """Count a new connection, which is idle. Return False if there is no place for it."""
+        """Count a new connection, which is idle. Return False if all connections are busy."""
         if len(self._open) >= self._maximum:
             longest_idle = next(iter(self._idle), None)
             if longest_idle is None:
@@ -36,16 +36,16 @@ class ConnectionLimit:
         return True
 
     def set_busy(self, connection: Connection) -> None:
-        """A request has begun on it."""
+        """Note that a request has begun on a connection."""
         self._idle.pop(connection, None)
 
     def set_idle(self, connection: Connection) -> None:
-        """It waits for its next request."""
+        """Note that a connection waits for its next request."""
         if connection in self._open:
             self._idle[connection] = None
 
     def release(self, connection: Connection) -> None:
-        """It is closed."""
+        """Note that a connection is closed."""
         self._open.discard(connection)
         self._idle.pop(connection, None)
 
@@ -58,7 +58,7 @@ class ByteBudget:
         self._held = 0
 
     def acquire(self, size: int) -> None:
-        """Raises ApiError 503 if `size` more bytes would be too many."""
+        """Count `size` more bytes. Raises ApiError 503 if they would exceed the maximum."""
         if self._held + size > self._maximum:
             raise ApiError(
                 503, "too many request bodies are arriving at once; try again shortly", code="too_many_bodies"
@@ -66,5 +66,5 @@ class ByteBudget:
         self._held += size
 
     def release(self, size: int) -> None:
-        """Give back what was acquired."""
+        """Subtract bytes that were acquired."""
         self._held -= size

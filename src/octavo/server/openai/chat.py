@@ -40,7 +40,7 @@ async def chat_completions(api: Api, request: Request) -> Response:
     if continued := continuation(llm, body.kv_cache_state, params.n, terms):
         messages = continued.whole_chat(messages)
     text = await llm.tokenizer.achat(messages, **body.template_variables())
-    [prompt] = await tokenized(llm, [text], add_special_tokens=False)  # the template has them
+    [prompt] = await tokenized(llm, [text], add_special_tokens=False)  # the template adds them
     if continued:
         prompt = continued.after_state(prompt)
         terms["kv_cache_state"] = continued.state
@@ -90,7 +90,7 @@ def _chunk(generation: Generation) -> replies.ChatChunk:
 
 
 class _Choices:
-    """Returns the choices of an increment: the role, new text and the end, each for a chunk of its own, as OpenAI."""
+    """Returns the choices of an increment. As in OpenAI's API, the role, new text and the end get a chunk each."""
 
     def __init__(self, generation: Generation):
         self._tokenizer, self._top = generation.llm.tokenizer, generation.params.logprobs

@@ -53,7 +53,7 @@ async def completions(api: Api, request: Request) -> Response:
 
 
 class OnlyEcho(Generation):
-    """A generation whose answer is the prompt alone: the one token that is computed is left out."""
+    """A generation whose answer is only the prompt. One token is computed and left out."""
 
     def add(self, output: RequestOutput) -> None:
         for completion in output.outputs:
@@ -77,12 +77,14 @@ async def _whole(generation: Generation, echoed: list[str]) -> Response:
 
 
 class _Choices:
-    """Returns the choices of a chunk: one, unless the increment has nothing that a client could use."""
+    """Returns the choices of a chunk: none if the increment is of no use to a client, otherwise one."""
 
     def __init__(self, generation: Generation, echoed: list[str]):
         self._generation = generation
         self._echoed = echoed
-        self._offsets: dict[tuple[int, int], int] = {}  # of (prompt, completion): where the next token starts
+        self._offsets: dict[
+            tuple[int, int], int
+        ] = {}  # by (prompt, completion): where the next token starts in the text
 
     def __call__(self, prompt: int, new: CompletionOutput) -> Iterator[replies.CompletionChoice]:
         key = (prompt, new.index)
@@ -106,7 +108,7 @@ def _reply(generation: Generation) -> replies.Completion:
 def _choice(
     generation: Generation, prompt: int, new: CompletionOutput, echo: str, offset: int
 ) -> replies.CompletionChoice:
-    """Return a choice, its index counted through all prompts: first those of the first prompt, then of the second."""
+    """Return a choice. Its index counts the completions of all prompts, those of the first prompt first."""
     return replies.CompletionChoice(
         index=prompt * generation.params.n + new.index,
         text=echo + new.text,
@@ -117,7 +119,7 @@ def _choice(
 
 
 def _logprobs(new: CompletionOutput, offset: int, with_top: bool) -> replies.CompletionLogprobs | None:
-    """Return the new tokens' logprobs, if they were asked for. `offset`: where in the text the first one starts."""
+    """Return the new tokens' logprobs, or None if not requested. The first token starts at `offset` in the text."""
     if new.logprobs is None:
         return None
     tokens = _token_texts(new)
@@ -130,7 +132,7 @@ def _logprobs(new: CompletionOutput, offset: int, with_top: bool) -> replies.Com
 
 
 def _by_text(entries: dict[int, Logprob]) -> dict[str, float]:
-    """Return logprobs by text. Of tokens with the same text, such as parts of characters, the likeliest wins."""
+    """Return logprobs by text. If tokens have the same text, such as parts of a character, the most likely one wins."""
     return {entry.decoded_token: entry.logprob for entry in sorted(entries.values(), key=lambda entry: -entry.rank)}
 
 

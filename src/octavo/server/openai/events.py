@@ -1,4 +1,4 @@
-"""A streamed generation as server-sent events (https://html.spec.whatwg.org/multipage/server-sent-events.html)."""
+"""Stream a generation as server-sent events (https://html.spec.whatwg.org/multipage/server-sent-events.html)."""
 
 import asyncio
 import contextlib
@@ -19,28 +19,28 @@ from .generation import Generation
 from .replies import ChatChunk, Completion, encode
 
 DONE = b"data: [DONE]\n\n"
-PING = b": waiting\n\n"  # a comment, which clients skip
-PING_SECONDS = 15.0  # proxies close silent connections, often after 60
+PING = b": waiting\n\n"  # a comment, which clients ignore
+PING_SECONDS = 15.0  # between comments; proxies close silent connections, often after 60 s
 
 log = logging.getLogger("octavo.server")
 
 
 def event(data: Any) -> bytes:
-    """Return one server-sent event: one line, as JSON has no bare newlines."""
+    """Encode `data` as one server-sent event. It takes one line, as JSON contains no bare newlines."""
     return b"data: %b\n\n" % encode(data)
 
 
 class EventStream(Response):
     """The response that streams a generation; an error becomes the last event.
 
-    The header waits for the first event, so that a request that is refused until then gets its error's status. If that
-    takes long, because the request queues, comments keep the connection alive.
+    The header is held back until the first event, so that a request that fails before it gets the status of its error.
+    While a request waits in the queue, comments keep the connection alive.
 
     Args:
-        chunk: what all chunks have in common; it is filled in and encoded for each.
-        choices: returns a chunk's choices, one chunk each, for an increment of one completion of the prompt with the
-            given index.
-        include_usage, continuous_usage: as of the request.
+        chunk: the fields that all chunks have in common; the same object is filled in and encoded for every chunk.
+        choices: called with the index of a prompt and an increment of one of its completions; returns the choices, each
+            of which is sent in a chunk of its own.
+        include_usage, continuous_usage: the request's options of these names.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class EventStream(Response):
         include_usage: bool,
         continuous_usage: bool,
     ):
-        headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}  # no proxy may hold events back
+        headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}  # proxies must not buffer events
         super().__init__(headers=headers, media_type="text/event-stream")
         del self.headers["content-length"]
         self._generation = generation
@@ -74,7 +74,7 @@ class EventStream(Response):
                         pings.cancel()
                         await self._send(send, events)
             await self._send(send, self._last_events(), more=False)
-        except asyncio.CancelledError:  # by the server, whose drain timeout is over; or the client has left
+        except asyncio.CancelledError:  # the drain timeout is over, or the client has disconnected
             if not self._started:
                 raise
             await self._send_error(send, ServerStopping())
@@ -98,7 +98,7 @@ class EventStream(Response):
             await asyncio.sleep(PING_SECONDS)
 
     def _events(self, increments: list[Increment]) -> bytes:
-        """Return the events of an increment; b"" if it has nothing that a client could use."""
+        """Return the events of increments; b"" if they are of no use to a client."""
         chunk, generation = self._chunk, self._generation
         events = []
         for prompt, output in increments:
@@ -115,7 +115,7 @@ class EventStream(Response):
         return b"".join(events)
 
     def _last_events(self) -> bytes:
-        """Return the events at the end: usage and the state kept, if the client asked for them, and the end itself."""
+        """Return the last events: usage and the kept KV state, if requested, and the end of the stream."""
         chunk = self._chunk
         chunk.kv_cache_state = self._generation.kept_state()
         if not self._include_usage and chunk.kv_cache_state is msgspec.UNSET:

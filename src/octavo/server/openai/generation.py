@@ -1,4 +1,4 @@
-"""What completions and chat completions share: one HTTP request as requests to the engine."""
+"""The common part of completions and chat completions: one HTTP request as requests to the engine."""
 
 import time
 import uuid
@@ -21,13 +21,13 @@ from .replies import KVCacheState, PromptTokensDetails, Usage
 
 @dataclass
 class Generation:
-    """Prompts to complete with the same parameters, and the fields that every reply about them has.
+    """Prompts to complete with the same parameters, and the fields of every reply to them.
 
     Args:
         prompts: token ids.
-        terms: the fields of ServiceTerms that are given; and `kv_cache_state`, if the prompt continues one.
-        record: for the access log; it gets the model and the tokens.
-        kind: the beginning of the reply's id.
+        terms: the given fields of ServiceTerms, and `kv_cache_state` if the prompt continues a state.
+        record: the access log's record of the request; receives the model and token counts.
+        kind: the prefix of the reply's id.
     """
 
     llm: AsyncLLM
@@ -42,7 +42,8 @@ class Generation:
     def __post_init__(self) -> None:
         self.id = f"{self.kind}-{uuid.uuid4().hex}"
         self.model = self.llm.config.model_name
-        # Names all that decides the tokens beside the request: with the same one, the same seed produces the same text.
+        # Identifies everything besides the request that determines the tokens. If it and the seed are the same, so is
+        # the text.
         self.fingerprint = f"fp_{self.llm.info.fingerprint[:12]}"
         self.record.model = self.model
         self.record.tenant = self.terms["tenant"]
@@ -50,7 +51,7 @@ class Generation:
         self.record.prompt_tokens = self.record.cached_tokens = self.record.completion_tokens = 0
 
     def add(self, output: RequestOutput) -> None:
-        """Count an increment, or a whole output, that the client gets."""
+        """Count the tokens of an increment, or of a whole output, that is sent to the client."""
         record = self.record
         for completion in output.outputs:
             record.completion_tokens += len(completion.token_ids)  # type: ignore[operator]
@@ -64,7 +65,7 @@ class Generation:
 
     @property
     def usage(self) -> Usage:
-        """Tokens so far."""
+        """Return the numbers of tokens so far."""
         prompt, completion = self.record.prompt_tokens or 0, self.record.completion_tokens or 0
         return Usage(
             prompt_tokens=prompt,
@@ -74,11 +75,11 @@ class Generation:
         )
 
     def kept_state(self) -> KVCacheState | msgspec.UnsetType | None:
-        """Return a reply's kv_cache_state, when all output was added."""
+        """Return the reply's kv_cache_state. To be called after all output was added."""
         return msgspec.UNSET if self.continuation is None else self.continuation.kept
 
     async def whole(self) -> list[RequestOutput]:
-        """Return the whole outputs, one per prompt. Cancelling aborts them."""
+        """Return the whole outputs, one per prompt. If the caller is cancelled, their requests are aborted."""
         outputs = await self.llm.generate_requests(self._requests())
         for output in outputs:
             self.add(output)

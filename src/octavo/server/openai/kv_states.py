@@ -1,7 +1,7 @@
-"""The extension `kv_cache_state`: the KV state after an answer is kept, and later requests continue it.
+"""The extension `kv_cache_state`: keep the KV state after an answer, and continue it in later requests.
 
-In a request, `true` keeps the state after the answer. The handle of a state continues that state and keeps the new one.
-A conversation sends only what is new, and so does each of its branches.
+In a request, `true` keeps the state after the answer. The handle of a state continues that state and also keeps the
+state after the new answer. So each turn of a conversation, or of a branch of it, sends only its new messages.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ def routes(api: Api) -> list[Route]:
 
 
 async def get_state(api: Api, request: Request) -> Response:
-    """Answer with a state's size and expiry, which this puts off. Raises ApiError 404."""
+    """Answer with a state's size and expiry time. Counts as a use of the state. Raises ApiError 404."""
     return Json(describe(_requested_state(api, request)))
 
 
@@ -48,12 +48,12 @@ async def delete_state(api: Api, request: Request) -> Response:
 
 @dataclass
 class Continuation:
-    """How a request uses KV states.
+    """A request's use of KV states.
 
     Args:
         state: the state that the prompt continues, if any.
-        messages: of a chat, all those up to the answer.
-        kept: the state after the answer, when that is complete; None if others have used up the quota meanwhile.
+        messages: in a chat, all messages before the answer.
+        kept: the state after the answer, once that is complete; None if the quota was used up in the meantime.
     """
 
     llm: AsyncLLM
@@ -64,11 +64,11 @@ class Continuation:
     _text: list[str] = field(default_factory=list)
 
     def whole_chat(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Return the whole conversation, of which `messages` is the new part. Raises InvalidRequest."""
+        """Return the messages of the continued state followed by the new `messages`. Raises InvalidRequest."""
         before: list[dict[str, Any]] = []
         if self.state is not None:
             if self.state.messages is None:
-                raise InvalidRequest("this KV state is no chat's: continue it with /v1/completions", PARAM)
+                raise InvalidRequest("this KV state is not from a chat; continue it with /v1/completions", PARAM)
             before = self.state.messages
         self.messages = before + messages
         return self.messages
@@ -76,8 +76,8 @@ class Continuation:
     def after_state(self, tokens: list[int]) -> list[int]:
         """Return the part of a chat's prompt after the state, or all of it if the prompt does not begin with the state.
 
-        The latter happens since the tokenizer may split a text into other tokens than the model chose for it. The
-        prefix cache still finds what is the same.
+        The prompt may differ from the state because the tokenizer may split the answer's text into other tokens than
+        the model generated. The prefix cache still finds the pages before the difference.
         """
         if self.state is None:
             return tokens
@@ -88,12 +88,12 @@ class Continuation:
         return tokens[len(known) :]
 
     def check_quota(self, prompt: list[int], params: SamplingParams) -> None:
-        """Raise QuotaExceeded if the state after the answer could not be kept, before there is an answer."""
+        """Raise QuotaExceeded, before anything is computed, if the state after the answer would exceed the quota."""
         tokens = max(len(prompt) + (params.max_tokens or 0), MIN_CHARGE)
         self.llm.kv_cache_states.check_quota(self.tenant, tokens)
 
     def add(self, output: RequestOutput) -> None:
-        """Take an increment, or a whole output. The last one keeps the state."""
+        """Add an increment, or a whole output. After the last one, keep the state."""
         self._text += [completion.text for completion in output.outputs]
         if output.finished:
             with contextlib.suppress(QuotaExceeded):
@@ -104,18 +104,18 @@ class Continuation:
 
 
 def continuation(llm: AsyncLLM, given: bool | str | None, n: int, terms: dict[str, Any]) -> Continuation | None:
-    """Return how a request with `n` completions uses states; None if it does not.
+    """Return the Continuation of a request with `n` completions; None if the request does not use KV states.
 
     Args:
         given: the request's `kv_cache_state`.
-        terms: the fields of ServiceTerms that are given, and the tenant.
+        terms: the given fields of ServiceTerms, and the tenant.
 
     Raises InvalidRequest, InvalidKVState, and ApiError for an unknown handle.
     """
     if given is None or given is False:
         return None
     if n != 1:
-        raise InvalidRequest("kv_cache_state is of one prompt and one completion: n must be 1", PARAM)
+        raise InvalidRequest("kv_cache_state needs one prompt and one completion: n must be 1", PARAM)
     tenant, state = terms["tenant"], None
     if isinstance(given, str):
         state = find_state(llm, given, tenant)
@@ -124,15 +124,15 @@ def continuation(llm: AsyncLLM, given: bool | str | None, n: int, terms: dict[st
 
 
 def find_state(llm: AsyncLLM, id: str, tenant: str) -> KVState:
-    """Return a tenant's state. Raises ApiError 404, the same for a state that does not exist and another tenant's."""
+    """Return a tenant's state. Raises ApiError 404 if it does not exist or belongs to another tenant."""
     state = llm.kv_cache_states.find(id, tenant)
     if state is None:
-        raise ApiError(404, "there is no such KV state, or no more", PARAM, "kv_cache_state_not_found")
+        raise ApiError(404, "this KV state does not exist or has expired", PARAM, "kv_cache_state_not_found")
     return state
 
 
 def describe(state: KVState) -> KVCacheState:
-    """Return a state as replies have it."""
+    """Return the description of a state for replies."""
     return KVCacheState(state.id, state.num_tokens, int(state.expires_at))
 
 

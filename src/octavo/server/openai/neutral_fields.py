@@ -1,8 +1,8 @@
-"""Fields of other servers' APIs that Octavo does not implement, with the values at which they change nothing.
+"""Fields of other servers' APIs that Octavo does not implement, and their neutral values, which have no effect.
 
-Clients send them unasked: SillyTavern, guidellm, sglang-router and vllm-router add their own to any body. At a neutral
-value such a field is accepted; at any other it is refused by name, since to ignore it would change the answer.
-A field that is not listed is accepted if it is null, false, zero or empty.
+Clients such as SillyTavern, guidellm, sglang-router and vllm-router add such fields to every body. A neutral value is
+accepted. Any other value is refused with the field's name, since ignoring it would change the answer. A field that is
+not listed is accepted if it is null, false, zero or empty.
 """
 
 from collections.abc import Collection, Mapping
@@ -23,7 +23,7 @@ ALIASES = {
 """Other servers' names for fields that Octavo has."""
 
 NEUTRAL: dict[str, Any] = {
-    # OpenAI: what is stored, billed, or hints at speed
+    # OpenAI: storage, billing and hints about speed
     **dict.fromkeys(("user", "metadata", "store", "service_tier", "safety_identifier", "prediction"), ANY),
     **dict.fromkeys(("prompt_cache_key", "prompt_cache_retention", "parallel_tool_calls", "moderation"), ANY),
     "reasoning_effort": ("none",),
@@ -37,7 +37,7 @@ NEUTRAL: dict[str, Any] = {
     "skip_special_tokens": (True,),
     "detokenize": (True,),
     "spaces_between_special_tokens": (True,),
-    "include_reasoning": (True, False),  # no model's reasoning is told apart from its answer
+    "include_reasoning": (True, False),  # reasoning is never separated from the answer
     "truncate_prompt_tokens": (-1,),
     "early_stopping": (False,),
     "response_role": ("assistant",),
@@ -65,7 +65,7 @@ NEUTRAL: dict[str, Any] = {
     "tfs_z": (1.0,),
     "typ_p": (1.0,),
     "n_keep": (0, -1),
-    "reasoning_format": ("none", "auto"),  # no model's reasoning is told apart from its answer
+    "reasoning_format": ("none", "auto"),  # reasoning is never separated from the answer
     "timings_per_token": ANY,
     "backend_sampling": ANY,
     "grammar": (),
@@ -106,8 +106,8 @@ def without_neutral(
     """Return the fields of `given` that are `known`.
 
     Args:
-        neutral: field -> the values that are accepted beside those that are null or empty.
-        path: where `given` stands in the body, for errors, such as messages[0].
+        neutral: field -> its neutral values besides null and empty ones.
+        path: the location of `given` in the body, for error messages, such as messages[0].
 
     Raises ApiError 400 for a field that is neither known nor neutral.
     """
@@ -125,13 +125,13 @@ def without_neutral(
         elif neutral[name] is not ANY and not _is_neutral(value, neutral[name]):
             message = f"{where} is not supported by this server"
             if neutral[name]:
-                message += f": leave it out or at {' or '.join(map(repr, neutral[name]))}"
+                message += f": leave it out or set it to {' or '.join(map(repr, neutral[name]))}"
             raise ApiError(400, message, where, "unsupported_field")
     return {name: value for name, value in given.items() if name in known}
 
 
 def resolve_aliases(given: dict[str, Any]) -> dict[str, Any]:
-    """Return `given` under Octavo's names. Raises ApiError 400 if two names of one field have different values."""
+    """Replace other servers' names of fields by Octavo's. Raises ApiError 400 if two names have different values."""
     if given.keys().isdisjoint(ALIASES):
         return given
     resolved = {name: value for name, value in given.items() if name not in ALIASES}
@@ -140,7 +140,7 @@ def resolve_aliases(given: dict[str, Any]) -> dict[str, Any]:
         if value is None or (name == "stop" and not value):
             continue
         if resolved.get(name) is not None and resolved[name] != value:
-            raise ApiError(400, f"{alias} and {name} mean the same, but have different values", alias)
+            raise ApiError(400, f"{alias} and {name} are the same field but have different values", alias)
         resolved[name] = value
     return resolved
 

@@ -1,7 +1,7 @@
-"""What a client may send: OpenAI's request bodies with vLLM's extra sampling fields, as strict pydantic models.
+"""Request bodies: those of OpenAI with vLLM's extra sampling fields, as strict pydantic models.
 
-null means "not given", as with OpenAI. Ranges are checked by SamplingParams and ServiceTerms. Fields that are not here
-are those of neutral_fields.py.
+null means "not given", as in OpenAI's API. SamplingParams and ServiceTerms check ranges. neutral_fields.py handles all
+other fields.
 """
 
 import functools
@@ -31,11 +31,11 @@ from octavo.server.errors import MAX_DETAILS, ApiError, invalid_body
 
 from . import neutral_fields
 
-MAX_ENTRIES = 4096  # in any list or map of a body that has no limit of its own
-MAX_TEXT = 4096  # characters in any string of a body that has no limit of its own
+MAX_ENTRIES = 4096  # in a list or map that has no limit of its own
+MAX_TEXT = 4096  # characters in a string that has no limit of its own
 TENANT_HEADER = "X-Octavo-Tenant"
 
-# Fields that a request and SamplingParams share, name and meaning.
+# Fields with the same name and meaning in requests and in SamplingParams.
 _SAMPLING_FIELDS = frozenset(SamplingParams.__struct_fields__) - {"max_tokens", "logprobs", "logit_bias", "top_p"}
 
 _TERMS = ServiceTerms.__struct_fields__
@@ -45,12 +45,12 @@ Defaults = Mapping[str, float | int]
 
 
 def _whole_number(value: Any) -> Any:
-    """8.0 -> 8: JSON has one type of numbers."""
+    """Convert 8.0 to 8, since JSON has only one type of numbers. Return other values unchanged."""
     return int(value) if type(value) is float and value.is_integer() else value
 
 
 def _prompts(value: Any) -> list[str | list[int]]:
-    """Return one entry per prompt, for any of the four shapes of `prompt`. (A union would report four errors.)"""
+    """Return one entry per prompt for any of the four forms of `prompt`. (A union type would report four errors.)"""
     if isinstance(value, str):
         prompts: Any = [value]
     elif isinstance(value, list) and value and isinstance(value[0], (int, float)):
@@ -65,7 +65,7 @@ def _prompts(value: Any) -> list[str | list[int]]:
 
 
 def _tokens(value: Any) -> Any:
-    """Return a prompt of token ids as integers, one of text as it is, None for anything else."""
+    """Return a text prompt unchanged, a prompt of token ids as integers, and None for anything else."""
     if not isinstance(value, list):
         return value if isinstance(value, str) else None
     if all(type(token) is int for token in value):
@@ -75,7 +75,7 @@ def _tokens(value: Any) -> Any:
 
 
 def _content(content: Any) -> str | list[dict[str, str]] | None:
-    """Return the content of a message: text, or text parts, which the chat template gets as it wants them."""
+    """Return the content of a message: text, or a list of text parts. Other parts are refused."""
     if content is None or isinstance(content, str):
         return content
     if not isinstance(content, list):
@@ -93,13 +93,13 @@ Whole = Annotated[int, BeforeValidator(_whole_number)]
 
 
 class Strict(BaseModel):
-    """A body, or a part of one: no field that is not declared, no number from a string, no NaN."""
+    """Base of bodies and their parts. Refuses undeclared fields, numbers written as strings, and NaN."""
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
 
 class StreamOptions(Strict):
-    """`continuous_usage_stats`: usage so far in every chunk, not in one at the end."""
+    """Options of a stream. `continuous_usage_stats` adds the usage so far to every chunk."""
 
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
@@ -117,7 +117,7 @@ _JSON_TYPES: dict[Any, Any] = {  # of a parameter's type, None left out
 
 
 def _json_field(hint: Any) -> tuple[Any, None]:
-    """Return the type and the default of a field for a parameter, as create_model takes them; null is "not given"."""
+    """Return the type of a parameter and the default None ("not given"), in the form that create_model expects."""
     types = [kind for kind in get_args(hint) if kind is not NoneType] if isinstance(hint, UnionType) else [hint]
     return _JSON_TYPES[functools.reduce(operator.or_, types)] | None, None
 
@@ -128,18 +128,18 @@ Parameters: Any = create_model("Parameters", __base__=Strict, **_FIELDS)
 
 
 class GenerationRequest(Parameters):  # type: ignore[misc]
-    """What the two kinds of completion have in common."""
+    """Base of CompletionRequest and ChatRequest."""
 
     neutral: ClassVar[dict[str, Any]]
 
     model: str | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    kv_cache_state: bool | str | None = None  # true: keep the state; a handle: continue that one too
+    kv_cache_state: bool | str | None = None  # true: keep the state; a handle: also continue that state
 
     @classmethod
     def from_json(cls, body: Any, config: ServerConfig) -> Self:
-        """Return a parsed body as a request. Raises ApiError 400 if it is not valid, or has too many entries."""
+        """Make a request of a parsed body. Raises ApiError 400 if the body is invalid or has too many entries."""
         if isinstance(body, dict):
             if len(body) > MAX_DETAILS:
                 raise ApiError(400, f"the body has {len(body)} fields", code="invalid_body")
@@ -158,7 +158,7 @@ class GenerationRequest(Parameters):  # type: ignore[misc]
 
     @classmethod
     def _limited(cls, body: dict[str, Any], config: ServerConfig) -> dict[str, Any]:
-        """Return `body`, or raise ApiError 400 if it has too many entries somewhere."""
+        """Return `body`. Raises ApiError 400 if a list, map or string in it is too long."""
         for name, value in body.items():
             if name not in ("prompt", "messages") and isinstance(value, (list, dict)) and len(value) > MAX_ENTRIES:
                 raise ApiError(400, f"{name} has {len(value)} entries; the limit is {MAX_ENTRIES}", name)
@@ -180,19 +180,19 @@ class GenerationRequest(Parameters):  # type: ignore[misc]
 
     @property
     def include_usage(self) -> bool:
-        """Whether a stream ends with a chunk of usage."""
+        """Return whether a stream ends with a chunk of usage."""
         return bool(self.stream_options and self.stream_options.include_usage)
 
     @property
     def continuous_usage(self) -> bool:
-        """Whether every chunk of a stream has usage so far."""
+        """Return whether every chunk of a stream has the usage so far."""
         return self.include_usage and bool(self.stream_options and self.stream_options.continuous_usage_stats)
 
     def params(self, defaults: Defaults, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
-        """Return the sampling parameters: those given, else those of `defaults`. Raises InvalidRequest."""
+        """Return the request's sampling parameters, with `defaults` for missing ones. Raises InvalidRequest."""
         given: dict[str, Any] = {name: value for name, value in defaults.items() if name != "max_tokens"}
         given.update({name: value for name in _SAMPLING_FIELDS if (value := getattr(self, name)) is not None})
-        if self.top_p == 0:  # the smallest set of tokens: the likeliest one
+        if self.top_p == 0:  # the smallest set of tokens: the most likely one
             given["top_k"] = 1
         elif self.top_p is not None:
             given["top_p"] = self.top_p
@@ -200,7 +200,7 @@ class GenerationRequest(Parameters):  # type: ignore[misc]
         return SamplingParams(max_tokens=max_tokens, logprobs=logprobs, logit_bias=bias or None, **given)
 
     def terms(self, headers: Headers) -> dict[str, Any]:
-        """Return the fields of ServiceTerms that are given, and the tenant."""
+        """Return the given fields of ServiceTerms, and the tenant."""
         given = {name: value for name in _TERMS if (value := getattr(self, name)) is not None}
         return given | {"tenant": tenant_of(headers, self.tenant)}
 
@@ -221,30 +221,33 @@ class CompletionRequest(GenerationRequest):
         many = isinstance(prompt, list) and len(prompt) > 0 and isinstance(prompt[0], (str, list))
         prompts = len(prompt) if isinstance(prompt, list) and many else 1
         if many and prompts * (n if isinstance(n, int) else 1) > config.max_completions:
-            raise ApiError(400, f"prompt asks for more than {config.max_completions} completions", "prompt")
+            limit = config.max_completions
+            raise ApiError(400, f"the prompts times n are more than {limit} completions (max_completions)", "prompt")
         return super()._limited(body, config)
 
     @property
     def only_echo(self) -> bool:
-        """Whether the answer is the prompt and nothing else."""
+        """Return whether the answer is only the prompt."""
         return bool(self.echo) and self.max_tokens == 0
 
     def sampling_params(self, defaults: Defaults) -> SamplingParams:
         """Return the sampling parameters, see `params`. Raises InvalidRequest."""
         if self.best_of is not None and self.best_of != (self.n or 1):
-            raise InvalidRequest("best_of must be equal to n: this server does not rank completions", "best_of")
+            raise InvalidRequest("best_of must equal n, since this server does not rank completions", "best_of")
         if self.echo and self.logprobs is not None:
-            raise InvalidRequest("echo with logprobs is not supported: this server has no logprobs of prompts", "echo")
+            raise InvalidRequest("echo with logprobs is not supported, as prompts have no logprobs here", "echo")
         if self.only_echo:
             if self.kv_cache_state:
                 raise InvalidRequest("kv_cache_state needs max_tokens of at least 1", "kv_cache_state")
-            return self.params(defaults, 1, None)  # the token is computed, so that the prompt is checked, and left out
+            return self.params(
+                defaults, 1, None
+            )  # one token is computed, so that the prompt is checked, and left out of the answer
         limit = defaults.get("max_tokens", 16) if self.max_tokens is None else self.max_tokens
         return self.params(defaults, int(limit), self.logprobs)
 
 
 class Message(Strict):
-    """One message of a chat. `tool_calls` and `tool_call_id` are for the template: nothing is called here."""
+    """One message of a chat. `tool_calls` and `tool_call_id` are passed to the template; no tool is called here."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Annotated[str | list[dict[str, str]] | None, PlainValidator(_content)] = None
@@ -258,7 +261,7 @@ class Message(Strict):
         return self
 
     def for_template(self) -> dict[str, Any]:
-        """Return the message as chat templates expect it: as transformers' users write it."""
+        """Return the message in the form that chat templates expect, which is that of transformers."""
         message: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role}
         message["content"] = self.content if self.content or self.tool_calls else ""
         if self.tool_calls:
@@ -269,7 +272,7 @@ class Message(Strict):
 
 
 def _with_arguments(call: dict[str, Any]) -> dict[str, Any]:
-    """Return a tool call with its arguments as an object: OpenAI writes them as a string of JSON."""
+    """Return a tool call with its arguments as an object. In OpenAI's API they are a string of JSON."""
     function = call.get("function")
     if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
         return call
@@ -281,7 +284,7 @@ def _with_arguments(call: dict[str, Any]) -> dict[str, Any]:
 
 
 class ResponseFormat(Strict):
-    """The form of an answer: text."""
+    """The format of an answer; only text is supported."""
 
     type: Literal["text"]
 
@@ -330,7 +333,10 @@ class ChatRequest(GenerationRequest):
         return self.params(defaults, limit, (self.top_logprobs or 0) if self.logprobs else None)
 
     def conversation(self) -> list[dict[str, Any]]:
-        """Return the messages for a chat template. No template knows "developer", OpenAI's newer name for "system"."""
+        """Return the messages for a chat template.
+
+        The role "developer", OpenAI's newer name for "system", becomes "system", since templates do not know it.
+        """
         return [message.for_template() for message in self.messages]
 
     def template_variables(self) -> dict[str, Any]:
@@ -346,22 +352,22 @@ class ChatRequest(GenerationRequest):
 
 
 def tenant_of(headers: Headers, named: str | None) -> str:
-    """Return whose request it is: the header's tenant, or else `named`, which is the body's or the query's.
+    """Return the tenant of a request: the header's, or else `named`, which comes from the body or the query.
 
-    A proxy that knows who is calling sets the header, which wins even if it is empty: a client must not be able to use
-    another tenant's quota or cache. Raises InvalidRequest if there is more than one header.
+    A proxy that authenticates clients sets the header. The header wins even if it is empty, so that a client cannot
+    use another tenant's quota or cache. Raises InvalidRequest if there is more than one such header.
     """
     match headers.getlist(TENANT_HEADER):
         case []:
             return named or ""
         case [tenant]:
             return tenant
-        case _:  # the client's own and the proxy's, which cannot be told apart
+        case _:  # the client may have sent one and the proxy another
             raise InvalidRequest(f"there is more than one header {TENANT_HEADER}", "tenant")
 
 
 def _token_id(key: str) -> int:
-    # At most 9 digits: int() itself takes "1_0", " 7" and "٣", and raises for thousands of digits.
+    # At most 9 ASCII digits: int() would also accept "1_0", " 7" and "٣", and raises for thousands of digits.
     if not (key.isascii() and key.isdecimal() and len(key) < 10):
         raise InvalidRequest(f"logit_bias must have token ids as its keys, not {key!r}", "logit_bias")
     return int(key)

@@ -30,7 +30,7 @@ class ErrorReply(msgspec.Struct):
 
 
 class ModelPermission(msgspec.Struct, kw_only=True):
-    """What vLLM and older versions of OpenAI's API say about a model; clients read that it is there."""
+    """A field of model cards in vLLM and older versions of OpenAI's API. Some clients require it."""
 
     id: str
     object: Literal["model_permission"] = "model_permission"
@@ -47,7 +47,7 @@ class ModelPermission(msgspec.Struct, kw_only=True):
 
 
 class ModelCard(msgspec.Struct, kw_only=True):
-    """A served model. `root`: the model under the name by which it was loaded; `max_model_len`: in tokens."""
+    """A served model. `root` is the name by which the model was loaded; `max_model_len` is in tokens."""
 
     id: str
     object: Literal["model"] = "model"
@@ -76,7 +76,7 @@ class Usage(msgspec.Struct):
 
 
 class KVCacheState(msgspec.Struct):
-    """A kept KV state. `id`: its handle; `expires_at`: in Unix time, and later after every use."""
+    """A kept KV state. `id` is its handle; `expires_at` is a Unix time in seconds, which every use postpones."""
 
     id: str
     tokens: int
@@ -84,12 +84,13 @@ class KVCacheState(msgspec.Struct):
 
 
 class Reply(msgspec.Struct, kw_only=True):
-    """What completions, chats and the chunks of their streams have in common.
+    """Base of completions, chats and the chunks of their streams.
 
     Attributes:
-        usage: in a chunk, present only if the client asked for it.
-        seed: the one given, or else drawn; the same seed produces the same text again. Absent for several prompts.
-        kv_cache_state: the state that was kept; None if it could not be; absent if the client asked for none.
+        usage: in a chunk, present only if requested.
+        seed: the request's seed, or the one drawn for it. The same seed gives the same text. Absent for several
+            prompts.
+        kv_cache_state: the kept state; None if it could not be kept; absent if not requested.
     """
 
     id: str
