@@ -3,7 +3,7 @@
 import pytest
 
 from octavo.frontend.links.messages import Alive, Tokens
-from octavo.frontend.replica import MAX_PAUSE, QUICK_RESTARTS, STEP_LIMIT, STEP_SECONDS, Replica
+from octavo.frontend.replica import FIRST_PAUSE, MAX_PAUSE, QUICK_RESTARTS, STEP_LIMIT, STEP_SECONDS, Replica
 
 
 class Owner:
@@ -21,7 +21,7 @@ def replica() -> Replica:
 def test_pauses_grow_until_an_engine_computes(replica: Replica) -> None:
     pauses = [replica._pause() for _ in range(QUICK_RESTARTS + 12)]
     assert pauses[:QUICK_RESTARTS] == [0.0] * QUICK_RESTARTS
-    assert pauses[QUICK_RESTARTS] > 0 and pauses == sorted(pauses) and pauses[-1] == MAX_PAUSE
+    assert pauses[QUICK_RESTARTS] == FIRST_PAUSE and pauses == sorted(pauses) and pauses[-1] == MAX_PAUSE
     replica._on_message(Tokens([]))
     assert replica._pause() == 0.0
 

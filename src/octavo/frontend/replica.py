@@ -21,7 +21,7 @@ STEP_SECONDS = 5.0  # time that any step may take
 STEP_LIMIT = 20  # a computation may also take this many times the slowest one so far, scaled to its number of tokens
 QUICK_RESTARTS = 3  # restarts without a pause, while no engine computes a token or lives for STABLE seconds
 STABLE = 10.0
-FIRST_PAUSE, MAX_PAUSE = 0.25, 10.0  # seconds; the k-th further restart waits for FIRST_PAUSE * 2^k, up to MAX_PAUSE
+FIRST_PAUSE, MAX_PAUSE = 0.25, 10.0  # seconds before further restarts; each pause is twice the one before
 
 log = logging.getLogger("octavo")
 
@@ -118,7 +118,7 @@ class Replica:
         """Count a restart, and return the seconds to wait before it."""
         self._failures += 1
         extra = self._failures - QUICK_RESTARTS
-        return min(FIRST_PAUSE * 2.0 ** min(extra, 10), MAX_PAUSE) if extra > 0 else 0.0
+        return min(FIRST_PAUSE * 2.0 ** min(extra - 1, 10), MAX_PAUSE) if extra > 0 else 0.0
 
     async def _load(self, link: Link) -> EngineInfo:
         """Wait until the engine behind `link` is ready. Raises any error from loading, or EngineDead."""

@@ -22,7 +22,7 @@ def page_map(kv: KVCache) -> str:
         return PINNED if page in pinned else kv.pool.state(page)
 
     def cell(first: int, end: int) -> str:
-        seen = [state(page) for page in range(first, end, max(1, (end - first) // MAX_SAMPLES))]
+        seen = [state(page) for page in range(first, end, -(-(end - first) // MAX_SAMPLES))]
         return max(_STATES, key=seen.count)
 
     return "".join(cell(i * num_pages // cells, (i + 1) * num_pages // cells) for i in range(cells))
