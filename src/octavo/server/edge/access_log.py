@@ -13,6 +13,7 @@ import msgspec
 from .ids import request_id
 
 PROBES = ("/health", "/ready")  # polled every second or so: logged only if they fail
+BATCH_SECONDS = 0.05  # lines of this time are written together: to wake the thread takes longer than to write a line
 MAX_QUEUED = 10_000  # lines; more are dropped while the log's reader is stalled
 CLIENT_LEFT = 499  # nginx's status for a client that disconnected before its response was complete
 
@@ -111,6 +112,7 @@ class AccessLog:
                 self._stream.write(line)
                 if self._queue.empty():
                     self._stream.flush()
+                    time.sleep(BATCH_SECONDS)
 
 
 def fields(now: datetime, seconds: float, record: RequestRecord, prompts: bool = False) -> dict[str, Any]:
