@@ -19,6 +19,7 @@ import pytest
 
 import hostile_policy
 from octavo import LLM, AsyncLLM, RequestOutput, SamplingParams
+from octavo.config import EngineConfig
 from octavo.errors import EngineDead, InvalidRequest, RequestFailed, RequestTimeout
 from octavo.frontend import replica
 from octavo.frontend.links import process
@@ -144,6 +145,16 @@ def test_killed_while_it_loads(tiny_llama: Path) -> None:
         assert tokens_of(await running) == expected
 
     run(tiny_llama, scenario)
+
+
+def test_a_process_that_ends_before_it_is_told_what_to_load(tiny_llama: Path) -> None:
+    """It was started early; what it lacks, a module perhaps, it has printed itself."""
+    early = process.EngineProcess()
+    early.popen.kill()
+    early.popen.wait(10)
+    llm = AsyncLLM.from_config(EngineConfig(model=str(tiny_llama)), early)
+    with pytest.raises(EngineDead, match="ended while it was loading"):
+        asyncio.run(llm.start())
 
 
 def test_the_model_is_away_for_a_while(tiny_llama: Path, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """ProcessLink: an engine in a separate process, which may crash or be killed without harm to this process."""
 
 import asyncio
+import contextlib
 import dataclasses
 import logging
 import os
@@ -78,7 +79,8 @@ class ProcessLink:
         self.pid: int = self._process.popen.pid
         self._transport: asyncio.Transport | None = None
         self._protocol: _Frames | None = None
-        self._process.socket.sendall(frame(Load(dataclasses.asdict(config), str(path))))
+        with contextlib.suppress(ConnectionError):  # the process has ended already, which `connect` reports
+            self._process.socket.sendall(frame(Load(dataclasses.asdict(config), str(path))))
 
     async def connect(self, on_message: Callable[[FromEngine], None], on_end: Callable[[], None]) -> None:
         self._protocol = protocol = _Frames(on_message, on_end)
