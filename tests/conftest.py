@@ -11,8 +11,10 @@ import pytest
 from octavo import LLM
 from server_process import ServerProcess
 
-# A shell starts background jobs, as CI may be one, with Ctrl-C ignored, and children inherit that: the tests press it.
+# A shell starts background jobs, as CI may be one, with Ctrl-C ignored, and nohup ignores SIGHUP. Child processes inherit
+# both, and tests send both.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
