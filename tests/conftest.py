@@ -11,8 +11,8 @@ import pytest
 from octavo import LLM
 from server_process import ServerProcess
 
-# A shell starts background jobs, as CI may be one, with Ctrl-C ignored, and nohup ignores SIGHUP. Child processes inherit
-# both, and tests send both.
+# A shell starts background jobs, as CI may be one, with Ctrl-C ignored, and nohup with SIGHUP ignored. Children inherit
+# that, and tests send both signals.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
