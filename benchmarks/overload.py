@@ -5,7 +5,8 @@
 First the peak: as many clients as max_batch_size, each asking again as soon as it is answered. Then requests arrive at
 `factor` times that rate, whether or not earlier ones are answered, while another process holds `idle` connections that
 say nothing and `slow` ones that send a byte per second, half of them in a header, half in a body. Then the peak once
-more. The queue is short and the KV pool small, so that both are full from the beginning.
+more. The queue is short and the KV pool small, so that both are full from the beginning. With `-- --threads 1` on two
+cores, the engine has a core of its own, as if the clients ran elsewhere.
 
 Printed: the throughput of what was admitted as a share of the peak, how long refusals took, memory and open file
 descriptors during and after, and the processors' time that each side took of the engine. Lost: requests that were

@@ -104,8 +104,8 @@ async def _serve(
 def listen(host: str, port: int) -> list[socket.socket]:
     """Return one listening socket for every address of `host`, all on the same port. Port 0 takes a free port.
 
-    An empty host and :: stand for all addresses of IPv4 and IPv6, if the machine has both. Clients that connect before
-    the engine is ready wait. Raises ConfigError if an address is unknown or taken.
+    An empty host and :: stand for all addresses of IPv4 and IPv6; a family that the machine lacks is left out. Clients
+    that connect before the engine is ready wait. Raises ConfigError if an address is unknown or taken.
     """
     addresses = _addresses(host, port)
     listeners: list[socket.socket] = []

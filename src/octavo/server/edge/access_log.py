@@ -13,7 +13,7 @@ import msgspec
 from .ids import request_id
 
 PROBES = ("/health", "/ready")  # polled every second or so: logged only if they fail
-BATCH_SECONDS = 0.05  # lines of this time are written together: to wake the thread takes longer than to write a line
+BATCH_SECONDS = 0.05  # pause after a flush: waking the thread for every line takes longer than writing the line
 MAX_QUEUED = 10_000  # lines; more are dropped while the log's reader is stalled
 CLIENT_LEFT = 499  # nginx's status for a client that disconnected before its response was complete
 

@@ -377,7 +377,7 @@ class Cycle(RequestResponseCycle):
             if not self.response_complete and not self.disconnected:
                 self.transport.close()
             if self.disconnected and not self.record.complete:
-                self.record.error = None  # what ended the application is the client's leaving, which the status tells
+                self.record.error = None  # the client disconnected, which is logged as status 499
             self._protocol.edge.access_log.write(self.record)
 
     def disconnect(self) -> None:

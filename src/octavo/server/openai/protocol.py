@@ -239,9 +239,8 @@ class CompletionRequest(GenerationRequest):
         if self.only_echo:
             if self.kv_cache_state:
                 raise InvalidRequest("kv_cache_state needs max_tokens of at least 1", "kv_cache_state")
-            return self.params(
-                defaults, 1, None
-            )  # one token is computed, so that the prompt is checked, and left out of the answer
+            # One token is computed, so that the prompt is checked, and left out of the answer.
+            return self.params(defaults, 1, None)
         limit = defaults.get("max_tokens", 16) if self.max_tokens is None else self.max_tokens
         return self.params(defaults, int(limit), self.logprobs)
 
