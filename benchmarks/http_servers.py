@@ -5,7 +5,8 @@
 Each candidate serves MODEL in a process of its own; 64 clients in this process stream completions. What is measured is
 the processor time (user and system) of the server process alone: not the engine's, not the clients'. `octavo` is
 `octavo serve`; the others run the same application behind another server. `NAME=PYTHON` runs a candidate with another
-interpreter, such as that of an older checkout; names that begin with "octavo" run `octavo serve`. Rounds alternate between the candidates.
+interpreter, such as that of an older checkout; names that begin with "octavo" run `octavo serve`. Rounds alternate
+between the candidates.
 
 The checks are those of HTTP that clients in the field depend on: see `CHECKS`.
 """
