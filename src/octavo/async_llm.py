@@ -1,4 +1,4 @@
-"""AsyncLLM: generate text from asyncio, with the engine in a process of its own."""
+"""AsyncLLM: generate text from asyncio, with one or more engines in processes of their own."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Generator, Sequence
@@ -8,13 +8,13 @@ from typing import Any, Unpack
 
 from .config import EngineConfig
 from .engine.messages import EngineInfo, EngineStats
-from .frontend.admission import FrontendStats
 from .frontend.chat import Conversation, conversations
 from .frontend.frontend import Frontend
 from .frontend.inbox import Inbox
 from .frontend.links.process import EngineProcess, ProcessLink
 from .frontend.live import LiveRequest
 from .frontend.requests import Prompt, Request, make_request, make_requests, tokenize_all
+from .frontend.stats import FrontendStats, ReplicaStats
 from .outputs import RequestOutput
 from .params import SamplingParams, Terms
 from .states import KVState, StateBook
@@ -28,13 +28,15 @@ Increment = tuple[int, RequestOutput]
 
 
 class AsyncLLM:
-    """A model in an engine process, which the constructor starts. The keywords are the fields of EngineConfig.
+    """A model in an engine process, or in several (data_parallel_size), which the constructor starts.
+
+    The keywords are the fields of EngineConfig.
 
         async with AsyncLLM("smollm2") as llm:
             async for increment in llm.stream("Once upon a time", SamplingParams(max_tokens=64)):
                 print(increment.text, end="")
 
-    Use it only on the event loop that starts it. If the engine crashes, a new one continues every request where it
+    Use it only on the event loop that starts it. If an engine crashes, another one continues every request where it
     stopped. `LLM` has the same methods.
     """
 
@@ -57,19 +59,28 @@ class AsyncLLM:
     def _set_up(self, config: EngineConfig, process: EngineProcess | None = None) -> None:
         self.config = config
         path = resolve(config.model, config.revision)
-        self._link = ProcessLink(config, path, process)  # loads while this process continues
+        self._path = path
+        self._links = [self._connect(0, process)]  # engines load while this process continues
         try:
+            self._links += [self._connect(number) for number in range(1, config.data_parallel_size)]
             self.tokenizer = Tokenizer.load(path, **config.template_limits)
             self.generation_defaults = generation_defaults(path) if config.generation_config == "auto" else {}
             self.default_sampling_params = SamplingParams(**self.generation_defaults)  # type: ignore[arg-type]
         except BaseException:
-            self._link.discard()
+            self._discard_links()
             raise
-        self._frontend = Frontend(config, self.tokenizer, lambda: ProcessLink(config, path), has_queue_limit=True)
+        self._frontend = Frontend(config, self.tokenizer, self._connect, has_queue_limit=True)
+
+    def _connect(self, replica: int, process: EngineProcess | None = None) -> ProcessLink:
+        return ProcessLink(self.config, self._path, process, replica)
+
+    def _discard_links(self) -> None:
+        for link in self._links:
+            link.discard()
 
     async def start(self) -> None:
-        """Wait until the engine is ready. Raises any error from loading the model."""
-        self.info = await self._frontend.start(self._link)
+        """Wait until all engines are ready. Raises any error from loading the model."""
+        self.info = await self._frontend.start(self._links)
         self.tokenizer.threads.submit(self.tokenizer.prepare)  # in parallel with the first requests
 
     def generate(
@@ -225,8 +236,15 @@ class AsyncLLM:
         return self._frontend.states
 
     async def stats(self) -> EngineStats:
-        """Return the engine's statistics, measured between two steps. Raises EngineDead after a second."""
+        """Return the engine's statistics, measured between two steps; those of several replicas are added.
+
+        Raises EngineDead if none answers within a second.
+        """
         return await self._frontend.engine_stats(STATS_PATIENCE)
+
+    async def replica_stats(self) -> list[ReplicaStats]:
+        """Return the statistics of each replica. Raises EngineDead after `close`."""
+        return await self._frontend.replica_stats(STATS_PATIENCE)
 
     def frontend_stats(self) -> FrontendStats:
         """Return the frontend's statistics. Raises EngineDead after `close`."""
@@ -237,9 +255,9 @@ class AsyncLLM:
         return self._frontend.readiness()
 
     async def close(self) -> None:
-        """End the engine process. Live requests fail with EngineDead."""
+        """End the engine processes. Live requests fail with EngineDead."""
         await self._frontend.close()
-        self._link.discard()
+        self._discard_links()
 
     async def shutdown(self) -> None:
         """Do what `close` does, under the name of LLM's method."""

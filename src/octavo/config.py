@@ -35,6 +35,7 @@ DTYPES = {"auto": "auto", "bf16": "bfloat16", "bfloat16": "bfloat16", "float32":
 KV_CACHE_DTYPES = {"auto": "bf16", "bf16": "bf16", "bfloat16": "bf16", "int8": "int8"}
 QUANTIZATIONS = ("auto", "none", "8bit", "4bit")
 POLICIES = ("fcfs", "priority", "fair", "deadline")
+MAX_REPLICAS = 256
 TEMPLATE_SECONDS, TEMPLATE_MEMORY = 0.75, 80 * 2**20  # for rendering a chat
 _NAME = Rule("the name of a model", bool)
 _DEVICE = Rule("auto, cpu or cuda", lambda value: re.fullmatch(r"auto|cpu|cuda(:\d+)?", value) is not None)
@@ -46,6 +47,7 @@ _POLICY = Rule(
     "fcfs, priority, fair, deadline, or package.module:ClassName",
     lambda value: value in POLICIES or re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", value) is not None,
 )
+_REPLICAS = Rule(f"from 1 to {MAX_REPLICAS}", lambda value: 1 <= value <= MAX_REPLICAS)
 _WEIGHTS = Rule(
     "pairs such as premium=4,trial=0.5, with weights from 0.000001 to 1000000",
     lambda value: all(1e-6 <= weight <= 1e6 for weight in value.values()),
@@ -139,6 +141,11 @@ class EngineConfig(Settings):
     )
     threads: int | None = setting(
         None, "Compute threads; by default one per available core, each pinned to its core.", at_least(1)
+    )
+    data_parallel_size: int = setting(
+        1,
+        "Replicas of the model, each in a process with its share of the cores; a request goes where it is done first.",
+        _REPLICAS,
     )
     tensor_parallel_size: int = setting(
         1, "Devices to spread the model over: only 1 so far.", Rule("1: this version runs on one device", (1).__eq__)

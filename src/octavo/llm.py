@@ -10,6 +10,7 @@ from typing import Any, Unpack
 
 from .config import EngineConfig
 from .engine.messages import EngineStats
+from .errors import ConfigError
 from .frontend.chat import Conversation, conversations
 from .frontend.frontend import Frontend
 from .frontend.links.thread import ThreadLink
@@ -49,6 +50,8 @@ class LLM:
         return llm
 
     def _set_up(self, config: EngineConfig) -> None:
+        if config.data_parallel_size > 1:
+            raise ConfigError("data_parallel_size must be 1 with LLM, whose engine is in this process; use AsyncLLM")
         self.config = config
         path: Path = resolve(config.model, config.revision)
         self.tokenizer = Tokenizer.load(path, **config.template_limits)
@@ -57,11 +60,11 @@ class LLM:
         self._thread = LoopThread()
         owner = _StateOwner(self._thread)
         self._frontend = owner.frontend = Frontend(
-            config, self.tokenizer, lambda: ThreadLink(config, path), has_queue_limit=False, state_owner=owner
+            config, self.tokenizer, lambda _: ThreadLink(config, path), has_queue_limit=False, state_owner=owner
         )
         self._finalizer = weakref.finalize(self, _shut_down, self._thread, self._frontend)
         try:
-            self.info = self._thread.run(self._frontend.start(ThreadLink(config, path)))
+            self.info = self._thread.run(self._frontend.start([ThreadLink(config, path)]))
         except BaseException:
             self.shutdown()
             raise

@@ -30,6 +30,16 @@ def available_cores(cgroups: Path = CGROUPS, membership: Path = MEMBERSHIP) -> i
     return max(1, math.ceil(min([len(os.sched_getaffinity(0)), *quotas])))
 
 
+def share_of_cores(number: int, of: int) -> set[int]:
+    """Return the processors for one of several processes that divide this process's processors among them.
+
+    Processes share processors if there are fewer of these. Neighboring processors stay together.
+    """
+    cores = sorted(os.sched_getaffinity(0))
+    first, end = number * len(cores) // of, (number + 1) * len(cores) // of
+    return set(cores[first:end] or [cores[number % len(cores)]])
+
+
 def available_memory(cgroups: Path = CGROUPS, membership: Path = MEMBERSHIP, meminfo: Path = MEMINFO) -> int:
     """Return the bytes that can be allocated without swapping and within the group's limit: at least 0.
 

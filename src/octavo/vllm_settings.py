@@ -139,7 +139,6 @@ _VALUES: dict[str, Alias] = {
     "tokenizer_mode": _ignored("there is one tokenizer"),
     "distributed_executor_backend": _ignored(_LOCAL),
     "pipeline_parallel_size": _ignored(_LOCAL),
-    "data_parallel_size": _ignored(_LOCAL),
     "api_server_count": _ignored(_LOCAL),
     "limit_mm_per_prompt": _ignored("text only"),
     "mm_processor_kwargs": _ignored("text only"),

@@ -106,7 +106,7 @@ def test_a_killed_engine_loses_nothing(tiny_llama):
 
         async def kill() -> None:
             await under_way.wait()
-            os.kill(llm._frontend.replica.link.pid, signal.SIGKILL)
+            os.kill(llm._frontend.replicas[0].link.pid, signal.SIGKILL)
 
         *disturbed, _ = await asyncio.gather(*map(watched, prompts), kill())
         assert disturbed == undisturbed
@@ -122,7 +122,7 @@ def test_an_engine_that_is_killed_again_and_again_loses_nothing(tiny_llama):
         tokens: list[int] = []
         async for increment in llm.generate("a", SEEDED):
             tokens += increment.outputs[0].token_ids
-            pid = llm._frontend.replica.link.pid
+            pid = llm._frontend.replicas[0].link.pid
             if len(killed) < 5 and pid not in killed:
                 killed.add(pid)
                 with contextlib.suppress(ProcessLookupError):  # a token that came before its end
@@ -148,7 +148,7 @@ def test_bad_requests_harm_nobody(tiny_llama):
 
 def test_the_engine_ends_with_its_frontend(tiny_llama):
     async def scenario(llm: AsyncLLM) -> None:
-        pids.append(llm._frontend.replica.link.pid)
+        pids.append(llm._frontend.replicas[0].link.pid)
 
     pids: list[int] = []
     run(tiny_llama, scenario)

@@ -169,4 +169,4 @@ def test_as_one_of_n(model, cases):
 def pool_of(model: dict[str, str]) -> int:
     """Bytes of a KV pool of PAGES pages of 32 tokens."""
     with LLM(**model, max_model_len=32) as llm:
-        return PAGES * llm._frontend.replica.link.engine.backend.page_bytes
+        return PAGES * llm._frontend.replicas[0].link.engine.backend.page_bytes

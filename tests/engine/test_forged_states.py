@@ -137,7 +137,7 @@ def test_an_engine_that_is_killed_keeps_them_apart(
         async with AsyncLLM(str(tiny_llama)) as victim, asyncio.timeout(60):
             state = await victim.load_kv_cache_state(forged)
             [first] = await victim.agenerate(TURN, GREEDY, kv_cache_state=state)
-            os.kill(victim._frontend.replica.link.pid, signal.SIGKILL)
+            os.kill(victim._frontend.replicas[0].link.pid, signal.SIGKILL)
             [second] = await victim.agenerate(TURN, GREEDY, kv_cache_state=state)
             assert second.outputs == first.outputs and second.metrics.cached_tokens > 0
             assert second.outputs[0].token_ids != expected

@@ -222,7 +222,7 @@ def test_files_and_an_engine_in_its_own_process(llm: LLM, tiny_llama: Path, tmp_
                 assert output.outputs == expected.outputs
                 assert output.metrics.cached_tokens == (state.num_tokens - 1) // 32 * 32
                 further = await other.get_kv_cache_state(output.request_id)
-                os.kill(other._frontend.replica.link.pid, signal.SIGKILL)
+                os.kill(other._frontend.replicas[0].link.pid, signal.SIGKILL)
             with pytest.raises(EngineDead, match="the engine"):
                 await further.save(tmp_path / "b.kv")
             await other.agenerate(" more", GREEDY, kv_cache_state=further)

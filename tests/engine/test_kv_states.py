@@ -333,7 +333,7 @@ def test_states_outlive_a_crash_of_the_engine(tiny_llama: Path) -> None:
             state = await llm.get_kv_cache_state(first.request_id)
             [expected] = await llm.agenerate(" more", GREEDY, kv_cache_state=state)
             assert expected.metrics.cached_tokens == state.num_tokens - 1
-            os.kill(llm._frontend.replica.link.pid, signal.SIGKILL)
+            os.kill(llm._frontend.replicas[0].link.pid, signal.SIGKILL)
             [output] = await llm.agenerate(" more", GREEDY, kv_cache_state=state)
             assert output.outputs == expected.outputs
             [output] = await llm.agenerate(" more", GREEDY, kv_cache_state=state)

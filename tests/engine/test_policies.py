@@ -301,7 +301,7 @@ def test_a_policy_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, t
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "latest.py").write_text(MINE + "def rank(self, seq):\n        return -seq.arrival\n")
     with LLM(str(tiny_llama), scheduling_policy="latest:Mine", max_batch_size=1) as llm:
-        policy = llm._frontend.replica.link.engine.scheduler.policy
+        policy = llm._frontend.replicas[0].link.engine.scheduler.policy
         assert (type(policy).__name__, policy.config) == ("Mine", llm.config)
         assert llm.generate([[5, 6], [7, 8]], SamplingParams(max_tokens=3))[1].outputs
         seq = sequence(0)

@@ -56,7 +56,7 @@ def test_the_same_tokens(tiny_llama: Path, settings: dict[str, object]):
         expected = results(llm, prompts, params)
         plain = llm.stats()
         if settings == {"kv_cache_memory": "tiny"}:
-            page_bytes = llm._frontend.replica.link.engine.backend.page_bytes
+            page_bytes = llm._frontend.replicas[0].link.engine.backend.page_bytes
             settings = {"kv_cache_memory": 8 * page_bytes, "max_model_len": 128}
     with LLM(str(tiny_llama), speculative_tokens=5, **settings) as llm:
         assert results(llm, prompts, params) == expected

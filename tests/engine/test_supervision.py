@@ -42,8 +42,8 @@ def tokens_of(outputs: list[RequestOutput]) -> list[list[int]]:
 
 
 def engine_pid(llm: AsyncLLM) -> int:
-    assert llm._frontend.replica.link is not None and llm._frontend.replica.link.pid is not None
-    return llm._frontend.replica.link.pid
+    assert llm._frontend.replicas[0].link is not None and llm._frontend.replicas[0].link.pid is not None
+    return llm._frontend.replicas[0].link.pid
 
 
 async def until_ready(llm: AsyncLLM, is_ready: bool = True) -> None:

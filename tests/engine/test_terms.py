@@ -47,7 +47,7 @@ def test_the_ends_of_the_ranges_are_in_them() -> None:
 def test_keywords_of_llm_arrive(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[EngineRequest] = []
     with LLM(str(tiny_llama)) as llm:
-        engine = llm._frontend.replica.link.engine
+        engine = llm._frontend.replicas[0].link.engine
         add = engine.add
         monkeypatch.setattr(engine, "add", lambda request: asked.append(request) or add(request))
         llm.generate(["a", "b"], SHORT, priority=[3, -1], **ALL)

@@ -11,7 +11,7 @@ QUESTION = "User: How do modules, classes and functions differ in what they defi
 
 def small_llm(model: Path, pages: int, **settings: Any) -> LLM:
     with LLM(str(model), kv_cache_memory="1MiB") as measuring:
-        page_bytes = measuring._frontend.replica.link.engine.backend.page_bytes
+        page_bytes = measuring._frontend.replicas[0].link.engine.backend.page_bytes
     return LLM(str(model), kv_cache_memory=pages * page_bytes, **settings)
 
 

@@ -30,10 +30,16 @@ class Engines:
     def __init__(self, names: str):
         self.lives = {name: Live(name, arrival) for arrival, name in enumerate(names)}
         self.sent: list[str] = []
-        self.readmission = Readmission(lambda live: self.sent.append(live.name))  # type: ignore[arg-type]
-        for live in self.lives.values():
-            self.readmission.add(live)  # type: ignore[arg-type]
+        self.waiting: list[Live] = list(self.lives.values())
+        self.readmission = Readmission(
+            lambda live: self.sent.append(live.name),  # type: ignore[arg-type]
+            self.opened,
+        )
         self.readmission.engine_ready()
+
+    def opened(self) -> None:
+        while self.waiting:
+            self.readmission.add(self.waiting.pop(0))  # type: ignore[arg-type]
 
     def token(self, *names: str) -> None:
         for name in names:
@@ -42,7 +48,9 @@ class Engines:
 
     def crash(self, work: Work, is_fault: bool = True) -> str | None:
         self.sent = []
-        culprit = self.readmission.engine_lost(self.lives.values(), Exit("", is_fault, work))  # type: ignore[arg-type]
+        exit = Exit("", is_fault, work)
+        culprit, others = self.readmission.engine_lost(self.lives.values(), exit)  # type: ignore[arg-type]
+        self.waiting[:0] = others  # type: ignore[arg-type]
         if culprit is not None:
             del self.lives[culprit.name]  # type: ignore[attr-defined]
         self.readmission.engine_ready()
@@ -99,8 +107,8 @@ def test_new_requests_wait_for_suspects() -> None:
     engines = Engines("ab")
     engines.crash(Work())
     engines.lives["n"] = Live("n", 9)
-    engines.readmission.add(engines.lives["n"])  # type: ignore[arg-type]
-    assert engines.sent == ["a"]
+    engines.waiting.append(engines.lives["n"])
+    assert engines.sent == ["a"] and not engines.readmission.is_open
     engines.token("a", "b")
     assert engines.sent == ["a", "b", "n"]
 

@@ -9,7 +9,7 @@ from octavo.frontend.replica import FIRST_PAUSE, MAX_PAUSE, QUICK_RESTARTS, STEP
 class Owner:
     """Takes messages, and does nothing."""
 
-    def replica_message(self, _: object) -> None:
+    def replica_message(self, *_: object) -> None:
         pass
 
 

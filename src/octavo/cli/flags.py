@@ -23,7 +23,7 @@ Result = TypeVar("Result")
 
 CLASSES = (EngineConfig, ServerConfig)  # a --config file may set fields of both, even if the command uses only one
 PANELS = {EngineConfig: "Engine", ServerConfig: "Server"}
-SHORT = {"tensor_parallel_size": ("-tp",)}
+SHORT = {"data_parallel_size": ("-dp",), "tensor_parallel_size": ("-tp",)}
 _BOOLEANS = {name for kind in CLASSES for name in settings_of(kind) if is_boolean(kind, name)}
 _FOREIGN = "octavo.vllm_flags"  # key of the context's `meta`
 # Sampling parameters that are useless for one stream of text, and one that is also a setting of the engine.

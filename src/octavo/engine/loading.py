@@ -34,13 +34,18 @@ if TYPE_CHECKING:
 
 
 def load_engine(
-    config: EngineConfig, path: Path, progress: Progress | None = None, work: WorkRecord | None = None
+    config: EngineConfig,
+    path: Path,
+    progress: Progress | None = None,
+    work: WorkRecord | None = None,
+    engines: int = 1,
 ) -> Engine:
     """Open the checkpoint at `path`, compile the model on the configured backend and allocate the KV pool.
 
     Args:
         progress: called while weights are read, progress(done bytes, total bytes).
         work: see Engine.
+        engines: number of engines that load at the same time and divide the free memory among them.
 
     Raises:
         ConfigError, DamagedWeights, UnsupportedModel, OutOfMemory
@@ -65,7 +70,7 @@ def load_engine(
         device=config.device,
         progress=progress or _silent,
     )
-    num_pages = _num_pages(config, spec, backend.page_bytes, max_model_len)
+    num_pages = _num_pages(config, spec, backend.page_bytes, max_model_len, available_memory() // 2 // engines)
     backend.allocate_kv(num_pages)
     slowest = self_test(backend, config.max_batch_tokens)
     engine = assemble(
@@ -149,16 +154,16 @@ def _page_fingerprint(checkpoint: Checkpoint, backend: Backend) -> str:
     return blake2b(repr(parts).encode(), digest_size=16).hexdigest()
 
 
-def _num_pages(config: EngineConfig, spec: "DecoderSpec", page_bytes: int, max_model_len: int) -> int:
+def _num_pages(config: EngineConfig, spec: "DecoderSpec", page_bytes: int, max_model_len: int, most: int) -> int:
     """Return the number of pages of the KV pool: as kv_cache_memory says, or else enough for a full batch of long
-    sequences, but at most half of the free memory.
+    sequences, but at most `most` bytes.
 
     Raises ConfigError, and OutOfMemory if the pool is too small for one page, or for an explicit max_model_len.
     """
     page_size = config.kv_cache_page_size
     pages_per_sequence = -(-max_model_len // page_size)
     if config.kv_cache_memory is None:
-        num_pages = min(config.max_batch_size * pages_per_sequence, available_memory() // 2 // page_bytes)
+        num_pages = min(config.max_batch_size * pages_per_sequence, most // page_bytes)
     else:
         num_pages = config.kv_cache_memory // page_bytes
     needed = pages_per_sequence if config.max_model_len else 1

@@ -20,19 +20,19 @@ class Recovery:
     def __init__(self, preemption: str, page_size: int):
         self._preemption = preemption
         self._page_size = page_size
-        self._seconds_per_token: float | None = None
+        self.seconds_per_token: float | None = None  # measured
 
     def record_step(self, rows: int, seconds: float) -> None:
         """Take the duration of a step into account."""
         if rows >= FULL_STEP:
             latest = seconds / rows
-            before = latest if self._seconds_per_token is None else self._seconds_per_token
-            self._seconds_per_token = (1 - SMOOTHING) * before + SMOOTHING * latest
+            before = latest if self.seconds_per_token is None else self.seconds_per_token
+            self.seconds_per_token = (1 - SMOOTHING) * before + SMOOTHING * latest
 
     def should_fetch(self, seq: Sequence, seconds_per_page: float) -> bool:
         """Return whether to fetch the pages of `seq` that a lower tier has, rather than recompute them."""
         if seq.num_outputs and self._preemption != "auto":
             return self._preemption == "swap"
-        if self._seconds_per_token is None:
+        if self.seconds_per_token is None:
             return True
-        return seconds_per_page < self._page_size * self._seconds_per_token
+        return seconds_per_page < self._page_size * self.seconds_per_token

@@ -4,29 +4,11 @@ import math
 import time
 from collections.abc import Callable
 
-import msgspec
-
 from octavo.errors import InvalidRequest, QueueFull
 
 UNKNOWN_PACE = 1.0  # seconds until a place becomes free, as long as none is measured
 MEMORY = 256  # number of latest places that dominate the measurement
 MIN_WAIT, MAX_WAIT = 1, 60  # seconds in Retry-After; the openai client ignores values above 60
-
-
-class FrontendStats(msgspec.Struct, frozen=True):
-    """Statistics of the frontend.
-
-    Attributes:
-        live: Completions that run or wait.
-        limit: Maximum of `live`; 0 for no limit.
-        refused: Requests refused since the start because the queue was full.
-        timed_out: Requests that have timed out since the start.
-    """
-
-    live: int
-    limit: int
-    refused: int
-    timed_out: int
 
 
 class Admission:

@@ -1,32 +1,34 @@
-"""Frontend: keeps live requests while the engine that serves them may crash and be replaced at any time."""
+"""Frontend: keeps live requests while the engines that serve them may crash, be replaced, come and go at any time."""
 
 import asyncio
-import itertools
 import logging
 import os
 import time
 import uuid
-from collections.abc import Callable, Iterable
+from array import array
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 from octavo.config import EngineConfig
 from octavo.engine.messages import EngineInfo, EngineStats, TokenOutput
 from octavo.errors import EngineDead, InvalidRequest, OctavoError, RequestFailed, RequestTimeout
+from octavo.kv import Prefix, root_key
 from octavo.outputs import RequestOutput
 from octavo.states import KVState, StateBook
 from octavo.states.file import read_saved_tokens
 from octavo.states.handle import StateOwner
 from octavo.text import Tokenizer
 
-from .admission import Admission, FrontendStats
+from .admission import Admission
+from .calls import Calls
 from .ledger import Ledger
 from .links.link import Exit, Link
 from .links.messages import (
     Abort,
-    AskStats,
     FromEngine,
     LoadState,
+    Pages,
     Pin,
     SaveState,
     StateDone,
@@ -34,27 +36,35 @@ from .links.messages import (
     Submit,
     Tokens,
     Unpin,
+    WatchPages,
 )
 from .live import LiveRequest, Sink
-from .readmission import TRIAL_TOKENS, Readmission
+from .readmission import TRIAL_TOKENS
 from .replica import Replica
 from .requests import Request, check_length
+from .router import Router, cached_pages
+from .stats import FrontendStats, ReplicaStats, total
 
 FILE_PATIENCE = 5.0  # seconds for a new engine to open the files of KV states
+DRAIN_LOOK = 0.02  # seconds between checks of a replica that is drained
 
 log = logging.getLogger("octavo")
 
 
 class Frontend:
-    """The requests of one model, its KV states, and the engine that serves them.
+    """The requests of one model, its KV states, and the replicas that serve them.
 
     Call all methods on the event loop that calls `start`; sinks are called on it too. If a sink raises, its own request
     is aborted.
 
     Args:
-        connect: starts an engine, which begins to load the model.
-        has_queue_limit: whether `submit` raises QueueFull beyond max_batch_size plus max_queue completions.
+        connect: starts an engine, which begins to load the model; called with the replica's number, from 0.
+        has_queue_limit: whether `submit` raises QueueFull beyond the completions that replicas run at once plus
+            max_queue.
         state_owner: the object that the methods of KV states call; this frontend by default.
+
+    Attributes:
+        replicas: those that serve or are loading.
     """
 
     info: EngineInfo  # set by `start`
@@ -64,19 +74,19 @@ class Frontend:
         self,
         config: EngineConfig,
         tokenizer: Tokenizer,
-        connect: Callable[[], Link],
+        connect: Callable[[int], Link],
         has_queue_limit: bool,
         state_owner: StateOwner | None = None,
     ):
-        self._config, self._tokenizer = config, tokenizer
+        self._config, self._tokenizer, self._connect = config, tokenizer, connect
         self._state_owner = state_owner or self
-        self._admission = Admission(config.max_batch_size, config.max_queue) if has_queue_limit else None
+        at_once = config.max_batch_size * config.data_parallel_size
+        self._admission = Admission(at_once, config.max_queue) if has_queue_limit else None
         self._ledger: Ledger | None = None
-        self.replica = Replica(connect, self)
-        self._readmission = Readmission(self._send_request)
-        self._jobs: dict[str, asyncio.Future[None]] = {}  # pending LoadState and SaveState messages, by id
-        self._stats: dict[int, asyncio.Future[EngineStats]] = {}
-        self._stats_ids = itertools.count()
+        self.replicas: list[Replica] = []
+        self._router = Router()
+        self._waiting: OrderedDict[LiveRequest, None] = OrderedDict()  # requests for which no replica is open
+        self._calls = Calls()
         self._deadline: asyncio.TimerHandle | None = None
         self._deadline_at: float | None = None  # time.monotonic()
         self._timed_out = 0
@@ -84,24 +94,59 @@ class Frontend:
         self._pid = os.getpid()
         self._loop: asyncio.AbstractEventLoop | None = None
 
-    async def start(self, link: Link) -> EngineInfo:
-        """Wait until the engine that `link` has begun to load is ready.
+    async def start(self, links: Sequence[Link]) -> EngineInfo:
+        """Wait until the engines that `links` have begun to load are ready, each in a replica of its own.
 
         Raises any error from loading the model, and DamagedWeights if the tokenizer has tokens that the model lacks.
+        Then all engines have ended.
         """
         self._loop = asyncio.get_running_loop()
-        _ = self._tokenizer.last_token_id  # computed while the engine loads
-        info = await self.replica.start(link)
+        _ = self._tokenizer.last_token_id  # computed while the engines load
+        self.replicas = [self._new_replica(number, len(links)) for number in range(len(links))]
+        starts = [replica.start(link) for replica, link in zip(self.replicas, links, strict=True)]
+        results = await asyncio.gather(*starts, return_exceptions=True)
         try:
-            self._tokenizer.check_vocabulary(info.vocab_size)
+            for result in results:
+                if isinstance(result, BaseException):
+                    raise result
+            self._tokenizer.check_vocabulary(self.info.vocab_size)
         except BaseException:
-            await self.close()
+            await self.stop()
             raise
-        return info
+        return self.info
+
+    async def stop(self) -> None:
+        """End all engines. Requests that they had, and later ones, wait until `start` is called again."""
+        replicas, self.replicas = self.replicas, []
+        for live in self._ledger or ():
+            if live.replica is not None:
+                self._take_back(live)
+                self._waiting[live] = None
+        await asyncio.gather(*(replica.close() for replica in replicas))
+
+    async def drain(self, replica: Replica) -> None:
+        """Move a replica's requests to the other ones, then end it. Without an open one, wait until they have ended.
+
+        Requests on trial stay until their trial ends; see Readmission.
+        """
+        replica.is_leaving = True
+        while replica in self.replicas and (lives := self._lives_of(replica)):
+            if any(other.is_open for other in self.replicas):
+                for live in lives:
+                    if live.sent and (live.progress or replica.readmission.is_open):
+                        self._take_back(live)
+                        self._place(live)
+            await asyncio.sleep(DRAIN_LOOK)
+        if replica in self.replicas:
+            self.replicas.remove(replica)
+            await replica.close()
 
     def readiness(self) -> tuple[bool, str]:
-        """Return whether an engine is ready to serve, and its status as text, such as "the engine is ready"."""
-        return self.replica.is_ready, f"the engine {self.replica.status}"
+        """Return whether an engine is ready to serve, and the status as text, such as "the engine is ready"."""
+        ready = sum(replica.is_ready for replica in self.replicas)
+        if len(self.replicas) == 1:
+            return ready > 0, f"the engine {self.replicas[0].status}"
+        return ready > 0, f"{ready} of {len(self.replicas)} engines are ready"
 
     # Requests
 
@@ -133,7 +178,7 @@ class Frontend:
                 ledger.close(live)
             raise
         for live in lives:
-            self._readmission.add(live)
+            self._place(live)
         self._watch_deadlines()
         return lives
 
@@ -156,22 +201,37 @@ class Frontend:
         limit, refused = (admission.limit, admission.refused) if admission else (0, 0)
         return FrontendStats(ledger.num_completions, limit, refused, self._timed_out)
 
-    async def engine_stats(self, patience: float | None = None) -> EngineStats:
-        """Return the engine's statistics. Raises EngineDead without a ready engine, or after `patience` seconds."""
+    async def replica_stats(self, patience: float | None = None) -> list[ReplicaStats]:
+        """Return the statistics of each replica. Its engine's are None if it does not answer within `patience` seconds.
+
+        Raises EngineDead after `close`.
+        """
         self._living()
-        if not self.replica.is_ready:
-            raise EngineDead(f"the engine {self.replica.status}")
-        id = next(self._stats_ids)
-        answer: asyncio.Future[EngineStats] = asyncio.get_running_loop().create_future()
-        self._stats[id] = answer
-        try:
-            self.replica.send(AskStats(id))
-            async with asyncio.timeout(patience):
-                return await answer
-        except TimeoutError:
-            raise EngineDead("the engine is busy and has not answered yet") from None
-        finally:
-            del self._stats[id]
+        replicas = list(self.replicas)
+        asked = (self._calls.stats(replica, patience) for replica in replicas)
+        answers = await asyncio.gather(*asked, return_exceptions=True)
+        return [
+            ReplicaStats(
+                name=replica.name,
+                pid=replica.link.pid if replica.link is not None else None,
+                is_ready=replica.is_ready,
+                status=str(answer) if isinstance(answer, EngineDead) else f"the engine {replica.status}",
+                completions=replica.load.completions,
+                queued_tokens=replica.load.queued_tokens,
+                engine=answer if isinstance(answer, EngineStats) else None,
+            )
+            for replica, answer in zip(replicas, answers, strict=True)
+        ]
+
+    async def engine_stats(self, patience: float | None = None) -> EngineStats:
+        """Return the sum of the statistics of all engines that answer within `patience` seconds.
+
+        Raises EngineDead if there is none.
+        """
+        replicas = await self.replica_stats(patience)
+        if engines := [replica.engine for replica in replicas if replica.engine is not None]:
+            return total(engines)
+        raise EngineDead(replicas[0].status if replicas else "no engine is loaded")
 
     # KV states
 
@@ -188,44 +248,80 @@ class Frontend:
         tokens = await asyncio.to_thread(read_saved_tokens, path, info.fingerprint, info.vocab_size, tenant, salt)
         state = self.states.adopt(path, tokens, tenant, salt)
         try:
-            await self._job(LoadState(state.id, str(path)))
+            await self._open_in_all(state)
         except BaseException:
             state.drop()
             raise
         return state
+
+    async def _open_in_all(self, state: KVState) -> None:
+        """Make all ready engines open a state's file. Raises the error of one if none of them can, EngineDead."""
+        replicas = [replica for replica in self.replicas if replica.is_ready]
+        message = LoadState(state.id, str(state.file))
+        results = await asyncio.gather(
+            *(self._calls.run(replica, message) for replica in replicas), return_exceptions=True
+        )
+        if None not in results:
+            raise next(iter(results), None) or EngineDead(self.readiness()[1])
 
     async def save_state(self, state: KVState, path: Path) -> None:
         """Write a state to a file. Raises InvalidKVState, RequestFailed, EngineDead."""
         self._living()
         tokens = self.states.use(state, state.tenant, state.salt)
         job = f"save-{uuid.uuid4().hex}"
-        await self._job(SaveState(job, str(path.absolute()), tokens, state.tenant, state.salt, state.origin))
+        message = SaveState(job, str(path.absolute()), tokens, state.tenant, state.salt, state.origin)
+        while True:
+            replica = self._replica_for(state)
+            try:
+                return await self._calls.run(replica, message)
+            except EngineDead:
+                if replica.is_ready or not any(other.is_ready for other in self.replicas):
+                    raise
 
     def drop_state(self, state: KVState) -> None:
         self.states.drop(state)
 
     def pin_state(self, state: KVState) -> None:
-        self.replica.send(Pin(state.id, state.token_ids, state.tenant, state.salt, state.origin))
+        if self.replicas:
+            message = Pin(state.id, state.token_ids, state.tenant, state.salt, state.origin)
+            self._replica_for(state).send(message)
 
     def unpin_state(self, state: KVState) -> None:
-        self.replica.send(Unpin(state.id))
+        for replica in self.replicas:
+            replica.send(Unpin(state.id))
+
+    def _replica_for(self, state: KVState) -> Replica:
+        """Return the ready replica that has most pages of a state. Raises EngineDead if there is none."""
+        ready = [replica for replica in self.replicas if replica.is_ready]
+        if not ready:
+            raise EngineDead(self.readiness()[1])
+        if len(ready) == 1:
+            return ready[0]
+        prefix = self._prefix(state.token_ids, state.tenant, state.salt, state.origin)
+        pages = cached_pages([replica.load for replica in ready], prefix, self.info.page_size)
+        return ready[pages.index(max(pages))]
 
     # The end
 
     async def close(self) -> None:
-        """End the engine. Live requests fail with EngineDead."""
+        """End all engines. Live requests fail with EngineDead."""
         self._closed = True
         if self._deadline is not None:
             self._deadline.cancel()
         error = EngineDead("the engine was shut down")
-        self._fail_waiting(error)
+        self.fail_all(error)
+        for replica in self.replicas:
+            self._calls.fail(replica, error)
+        await self.stop()
+
+    def fail_all(self, error: OctavoError) -> None:
+        """End all live requests with an error."""
         for live in self._ledger or ():
             self._fail(live, error)
-        await self.replica.close()
 
-    # Callbacks of the replica (see ReplicaOwner)
+    # Callbacks of the replicas (see ReplicaOwner)
 
-    async def replica_ready(self, info: EngineInfo) -> None:
+    async def replica_ready(self, replica: Replica, info: EngineInfo) -> None:
         if self._ledger is None:
             self.info = info
             self.states = StateBook(
@@ -234,36 +330,61 @@ class Frontend:
             self._ledger = Ledger(self._tokenizer, info, self._config.request_timeout)
         elif info.fingerprint != self.info.fingerprint:
             raise EngineDead("the model's files have changed since the start: restore them, or restart Octavo")
-        await self._open_state_files()
-        if num_live := len(self._ledger):
-            log.warning("a new engine continues %d requests", num_live)
-        self._readmission.engine_ready()
+        await self._open_state_files(replica)
+        if len(self.replicas) > 1:
+            replica.send(WatchPages())
+        if interrupted := sum(live.was_sent and not live.sent for live in self._ledger):
+            log.warning("a new engine continues %d requests", interrupted)
+        replica.readmission.engine_ready()
 
-    def replica_lost(self, exit: Exit) -> None:
-        assert self._ledger is not None
-        self._fail_waiting(EngineDead(f"the engine ended ({exit.reason})"))
-        if culprit := self._readmission.engine_lost(self._ledger, exit):
+    def replica_lost(self, replica: Replica, exit: Exit) -> None:
+        self._calls.fail(replica, EngineDead(f"the engine ended ({exit.reason})"))
+        replica.load.clear()
+        culprit, others = replica.readmission.engine_lost(self._lives_of(replica), exit)
+        if culprit:
             reason = f"the engine failed {culprit.crashes} times while it served this request ({exit.reason})"
             log.error("the request %s is aborted: %s", culprit.id, reason)
             self._fail(culprit, RequestFailed(reason))
+        for live in reversed(others):
+            live.replica = None
+            self._waiting[live] = None
+            self._waiting.move_to_end(live, last=False)
+        if others and any(other.is_open for other in self.replicas):
+            log.warning("other engines continue %d requests of %s", len(others), replica.name)
+        self._place_waiting()
 
-    def replica_message(self, message: FromEngine) -> None:
+    def replica_opened(self, replica: Replica) -> None:
+        self._place_waiting()
+
+    def replica_send(self, replica: Replica, live: LiveRequest) -> None:
+        assert self._ledger is not None
+        if live.was_sent:
+            self._ledger.renew(live)
+        live.replica, live.was_sent = replica, True
+        owed = live.owed()
+        replica.load.add(live, live.tokens_to_compute, len(owed))
+        try:
+            replica.send(Submit(owed))
+        except Exception as error:  # a request that cannot be encoded fails alone
+            self._fail(live, InvalidRequest(f"the request cannot be sent: {error}"))
+
+    def replica_message(self, replica: Replica, message: FromEngine) -> None:
         match message:
             case Tokens():
-                self._take_tokens(message.outputs)
-            case Stats():
-                if (answer := self._stats.get(message.id)) and not answer.done():
-                    answer.set_result(message.stats)
-            case StateDone():
-                self._end_job(message)
+                self._take_tokens(replica, message.outputs)
+            case Pages():
+                if not replica.load.publish(message.number, message.gained, message.lost):
+                    replica.send(WatchPages())
+            case Stats() | StateDone():
+                self._calls.answered(replica, message)
 
-    def _take_tokens(self, outputs: list[TokenOutput]) -> None:
+    def _take_tokens(self, replica: Replica, outputs: list[TokenOutput]) -> None:
         """Pass the tokens of a step on to the sinks."""
         assert self._ledger is not None
         live_before, ended, stopped = self._ledger.num_completions, 0, list[str]()
         for output in outputs:
             if (found := self._ledger.find(output.id)) is None:
-                continue  # the request was aborted in the meantime
+                continue  # the request was aborted, or continues elsewhere
             live, completion = found
             if output.finish_reason in ("error", "timeout"):
                 timed_out = output.finish_reason == "timeout"
@@ -279,19 +400,24 @@ class Frontend:
                 continue
             if completion.finish_reason:
                 self._ledger.finish(completion)
+                self._router.ended(len(completion.token_ids))
+                replica.load.completions -= 1
                 ended += 1
                 if not output.finish_reason:  # a stop string ended it; the engine does not know stop strings
                     stopped.append(output.id)
             if live.progress < TRIAL_TOKENS:
-                self._readmission.progressed(live)
+                replica.load.started(live)
+                replica.readmission.progressed(live)
             if increment.finished:
                 self._remember(live)
-                self._readmission.ended(live)
+                replica.readmission.ended(live)
             self._deliver(live, increment)
         if stopped:
-            self.replica.send(Abort(stopped))
+            replica.send(Abort(stopped))
         if self._admission is not None:
             self._admission.left(ended, live_before)
+        if len(self.replicas) > 1:
+            self._relieve_others(replica)
 
     # Inside
 
@@ -312,11 +438,69 @@ class Frontend:
         check_length(len(whole), self.info)
         return whole
 
-    def _send_request(self, live: LiveRequest) -> None:
-        try:
-            self.replica.send(Submit(live.owed()))
-        except Exception as error:  # a request that cannot be encoded fails alone
-            self._fail(live, InvalidRequest(f"the request cannot be sent: {error}"))
+    # Placing requests
+
+    def _new_replica(self, number: int, of: int) -> Replica:
+        return Replica(lambda: self._connect(number), self, f"engine {number}" if of > 1 else "the engine")
+
+    def _lives_of(self, replica: Replica) -> list[LiveRequest]:
+        return [live for live in self._ledger or () if live.replica is replica]
+
+    def _place(self, live: LiveRequest) -> None:
+        """Send a request to the best open replica. Without an open one, it waits."""
+        candidates = [replica for replica in self.replicas if replica.is_open]
+        if not candidates:
+            live.replica = None
+            self._waiting[live] = None
+            return
+        live.tokens_to_compute, best = live.num_sequence_tokens, 0
+        if len(candidates) > 1:
+            loads = [replica.load for replica in candidates]
+            best, cached = self._router.choose(loads, self._prefix_of(live), self.info.page_size)
+            live.tokens_to_compute -= cached
+        candidates[best].readmission.add(live)
+
+    def _place_waiting(self) -> None:
+        while self._waiting and any(replica.is_open for replica in self.replicas):
+            self._place(self._waiting.popitem(last=False)[0])
+
+    def _take_back(self, live: LiveRequest) -> None:
+        """Abort a request in its replica's engine, and forget its place."""
+        replica, live.replica = live.replica, None
+        if replica is None:
+            self._waiting.pop(live, None)
+            return
+        if live.sent:
+            unfinished = live.unfinished
+            replica.send(Abort([completion.request.id for completion in unfinished]))
+            replica.load.remove(live, len(unfinished))
+        replica.readmission.ended(live)
+        live.sent, live.progress = False, 0
+
+    def _relieve_others(self, replica: Replica) -> None:
+        """Move a request here that another replica would begin later than in its next step, if that is sooner here."""
+        busiest = max(self.replicas, key=lambda other: other.load.queued_tokens).load
+        if replica.load.unstarted or len(busiest.unstarted) < 2 or not replica.is_open:
+            return
+        live = next(reversed(busiest.unstarted))
+        assert isinstance(live, LiveRequest)
+        if live.replica is None or not live.replica.is_open:
+            return
+        ahead = self._router.work(busiest) - self._router.work(replica.load)
+        if ahead > live.num_sequence_tokens + self._config.max_batch_tokens:
+            self._take_back(live)
+            live.tokens_to_compute = live.num_sequence_tokens
+            replica.readmission.add(live)
+
+    def _prefix_of(self, live: LiveRequest) -> Prefix:
+        """Return the page keys of the tokens with which an engine would continue a request."""
+        completion = live.unfinished[0]
+        request = completion.request
+        tokens = live.prompt_token_ids + completion.token_ids
+        return self._prefix(tokens, request.tenant, request.salt, request.origin)
+
+    def _prefix(self, tokens: list[int], tenant: str, salt: str, origin: str) -> Prefix:
+        return Prefix(root_key(self.info.fingerprint, tenant, salt, origin), array("i", tokens), self.info.page_size)
 
     def _deliver(self, live: LiveRequest, output: RequestOutput | Exception) -> None:
         try:
@@ -333,12 +517,9 @@ class Frontend:
         """End a request, here and in the engine. Return whether it was live."""
         assert self._ledger is not None
         live_before = self._ledger.num_completions
-        engine_ids = self._ledger.close(live)
-        if not engine_ids:
+        if not self._ledger.close(live):
             return False
-        if live.sent:
-            self.replica.send(Abort(engine_ids))
-        self._readmission.ended(live)
+        self._take_back(live)
         self._count_left(live_before)
         return True
 
@@ -375,10 +556,12 @@ class Frontend:
             self._fail(live, RequestTimeout(message))
         self._watch_deadlines()
 
-    async def _open_state_files(self) -> None:
+    async def _open_state_files(self, replica: Replica) -> None:
         """Open the files of loaded states in a new engine, before it gets requests that would recompute their pages."""
         loaded = self.states.loaded()
-        jobs = [asyncio.ensure_future(self._job(LoadState(state.id, str(state.file)))) for state in loaded]
+        jobs = [
+            asyncio.ensure_future(self._calls.run(replica, LoadState(state.id, str(state.file)))) for state in loaded
+        ]
         if jobs:
             done, late = await asyncio.wait(jobs, timeout=FILE_PATIENCE)
             for job in done:
@@ -387,28 +570,3 @@ class Frontend:
                 if job in late:  # the file may make engines fail or hang, so the next engine does not open it
                     job.cancel()
                     state.file = None
-
-    async def _job(self, message: LoadState | SaveState) -> None:
-        if not self.replica.is_ready:
-            raise EngineDead(f"the engine {self.replica.status}")
-        self._jobs[message.id] = done = asyncio.get_running_loop().create_future()
-        try:
-            self.replica.send(message)
-            await done
-        finally:
-            self._jobs.pop(message.id, None)
-
-    def _end_job(self, message: StateDone) -> None:
-        job = self._jobs.get(message.id)
-        if job is None or job.done():
-            return
-        if message.failed is None:
-            job.set_result(None)
-        else:
-            job.set_exception(message.failed.exception())
-
-    def _fail_waiting(self, error: OctavoError) -> None:
-        answers: list[asyncio.Future[Any]] = [*self._stats.values(), *self._jobs.values()]
-        for answer in answers:
-            if not answer.done():
-                answer.set_exception(error)

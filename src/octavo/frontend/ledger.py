@@ -84,10 +84,23 @@ class Ledger:
             return []
         del self._live[live.id]
         self._deadlines.forget(live.id)
-        unfinished = [each.request.id for each in live.completions if not each.finish_reason]
+        unfinished = [completion.request.id for completion in live.unfinished]
         for engine_id in unfinished:
             del self._completions[engine_id]
         return unfinished
+
+    def renew(self, live: LiveRequest) -> None:
+        """Give the unfinished completions new engine's ids, before they are sent to another engine.
+
+        So late outputs of the engine before are not found in the ledger.
+        """
+        first: str | None = None
+        for completion in live.unfinished:
+            del self._completions[completion.request.id]
+            id = str(next(self._engine_ids))
+            completion.request = msgspec.structs.replace(completion.request, id=id, after=first)
+            self._completions[id] = (live, completion)
+            first = first or id
 
     def get(self, id: str) -> LiveRequest | None:
         return self._live.get(id)

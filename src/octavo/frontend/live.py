@@ -16,6 +16,8 @@ from octavo.text.stop_strings import StopStrings
 if TYPE_CHECKING:
     from octavo.states import KVState
 
+    from .replica import Replica
+
 
 @dataclass(slots=True)
 class LiveCompletion:
@@ -61,7 +63,10 @@ class LiveRequest:
         sink: called with each increment, one per step that computed a token, or with the error that ended the request.
         arrival: time of arrival, in seconds of time.monotonic().
         state: the KV state that the prompt begins with.
-        sent: whether the request was sent to the current engine.
+        replica: the replica that the request was sent to, or waits for after a crash; None if any replica may take it.
+        sent: whether the request was sent to the replica's current engine.
+        was_sent: whether the request was ever sent to an engine.
+        tokens_to_compute: tokens to compute before the first token, as far as the frontend knows the engine's cache.
         progress: tokens that the current engine has computed for the request; not counted beyond TRIAL_TOKENS.
         crashes: number of engines that failed while they served the request.
     """
@@ -79,7 +84,10 @@ class LiveRequest:
     timeout: float | None = None
     state: "KVState | None" = None
     finished: bool = False
+    replica: "Replica | None" = None
     sent: bool = False
+    was_sent: bool = False
+    tokens_to_compute: int = 0
     progress: int = 0
     crashes: int = 0
 
@@ -93,13 +101,22 @@ class LiveRequest:
         """Return the number of output tokens so far."""
         return sum(len(completion.token_ids) for completion in self.completions)
 
+    @property
+    def num_sequence_tokens(self) -> int:
+        """Return the number of tokens with which an engine would continue the first unfinished completion."""
+        return len(self.prompt_token_ids) + len(self.unfinished[0].token_ids)
+
+    @property
+    def unfinished(self) -> list[LiveCompletion]:
+        """Return the completions that have not ended."""
+        return [completion for completion in self.completions if not completion.finish_reason]
+
     def owed(self) -> list[EngineRequest]:
         """Return the messages with which an engine continues each unfinished completion after its last token."""
         age = time.monotonic() - self.arrival
         return [
             msgspec.structs.replace(completion.request, output=list(completion.token_ids), age=age)
-            for completion in self.completions
-            if not completion.finish_reason
+            for completion in self.unfinished
         ]
 
     def whole(self) -> RequestOutput:
@@ -129,7 +146,7 @@ class LiveRequest:
 
     def abort(self) -> RequestOutput:
         """End all unfinished completions with finish_reason "abort", and return their last increment."""
-        unfinished = [completion for completion in self.completions if not completion.finish_reason]
+        unfinished = self.unfinished
         for completion in unfinished:
             self._finish(completion, "abort", None)
         return self._output([completion.increment("", [], []) for completion in unfinished])

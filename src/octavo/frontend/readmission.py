@@ -1,4 +1,4 @@
-"""Readmission: after a crash, find the request that caused it, and let all others continue."""
+"""Readmission: after a crash of a replica, find the request that caused it, and let all others continue."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
@@ -16,45 +16,53 @@ LONG_TRIAL = 3  # crashes after which a trial lasts until the request ends
 
 
 class Readmission:
-    """Sends live requests to an engine: all at once, or one at a time while one of them is suspected of crashing it.
+    """Sends live requests to one replica: all at once, or one at a time while one is suspected of crashing engines.
 
     The engine's WorkRecord shows its work at the time of the failure:
 
-    - One request alone: this request is the cause if the next engine fails on it too. The next engine gets all other
-      requests first, and this one after another request has computed a token.
+    - One request alone: this request is the cause if the next engine fails on it too. The next engine gets it after
+      another request has computed a token, if it has other requests.
     - A step, or nothing in particular: the requests in the step, or all requests, are suspects. The next engine gets
       one suspect at a time: each is on trial until it has computed TRIAL_TOKENS or ended. If this engine fails too, the
-      request on trial is the cause. All other requests, including new ones, wait until the last suspect's trial ends.
+      request on trial is the cause. The replica takes no other requests until the last suspect's trial ends.
 
     If an engine was killed from outside, its requests become suspects only after SUSPECT_KILLS such kills.
 
     Args:
         send: sends one request to the engine.
+        opened: called when the replica begins to take any request.
     """
 
-    def __init__(self, send: Callable[[LiveRequest], None]):
-        self._send = send
+    def __init__(self, send: Callable[[LiveRequest], None], opened: Callable[[], None]):
+        self._send, self._opened = send, opened
         self._is_ready = False
-        self._suspects: deque[LiveRequest] = deque()  # to be sent one at a time, before all others
-        self._waiting: deque[LiveRequest] = deque()  # to be sent after the suspects
+        self._has_others = False  # whether the current engine was sent a request
+        self._suspects: deque[LiveRequest] = deque()  # to be sent one at a time
         self._last: deque[LiveRequest] = deque()  # to be sent after a token of another request, if there are others
         self._trial: LiveRequest | None = None
 
-    def add(self, live: LiveRequest) -> None:
-        """Send a new request, or queue it while there is no engine or a trial is running."""
-        if self._is_ready and self._trial is None:
-            self._pass_on(live)
-        else:
-            self._waiting.append(live)
+    @property
+    def is_open(self) -> bool:
+        """Return whether any request may be sent: there is an engine, and no trial."""
+        return self._is_ready and self._trial is None
 
-    def engine_lost(self, lives: Iterable[LiveRequest], exit: Exit) -> LiveRequest | None:
-        """Queue all requests that the engine had. Return the one that caused its end, if known; it is not sent again.
+    def add(self, live: LiveRequest) -> None:
+        """Send a request. The replica must be open."""
+        live.sent, live.progress = True, 0
+        self._has_others = True
+        self._send(live)
+
+    def engine_lost(self, lives: Iterable[LiveRequest], exit: Exit) -> tuple[LiveRequest | None, list[LiveRequest]]:
+        """Take back the requests that were sent to the engine, and keep those that may have caused its end.
 
         Args:
-            lives: every live request.
+            lives: every live request of this replica.
+
+        Returns:
+            The request that caused the end, if known, which must not be sent again; and the requests that any replica
+            may continue now. Those with progress come first: they are less likely to be the cause, and wait least.
         """
         self._is_ready, trial, self._trial = False, self._trial, None
-        # Requests with progress are less likely to be the cause, so they come first and wait least.
         sent = sorted((live for live in lives if live.sent), key=lambda live: (not live.progress, live.arrival))
         busy_with = _busy_with(sent, exit.work)
         alone = exit.work.alone is not None
@@ -65,14 +73,13 @@ class Readmission:
         culprit = accused if accused and accused in busy_with and accused.crashes >= enough else None
 
         if culprit is not None:
-            self._waiting.extendleft(reversed(self._suspects))
-            suspects = []
+            freed, suspects = [*self._suspects], []
         elif alone:
-            suspects = [*self._suspects]
+            freed, suspects = [], [*self._suspects]
         elif exit.is_fault or any(live.crashes >= SUSPECT_KILLS for live in busy_with):
-            suspects = [*busy_with, *self._suspects]
+            freed, suspects = [], [*busy_with, *self._suspects]
         else:
-            suspects = [*([trial] if trial in sent else []), *self._suspects]
+            freed, suspects = [], [*([trial] if trial in sent else []), *self._suspects]
         others = [live for live in sent if live is not culprit and live not in suspects]
         if alone:
             self._last.extend(live for live in busy_with if live is not culprit)
@@ -80,15 +87,13 @@ class Readmission:
         for live in sent:
             live.sent, live.progress = False, 0
         self._suspects = deque(suspects)
-        self._waiting.extendleft(reversed(others))
-        return culprit
+        return culprit, others + freed
 
     def engine_ready(self) -> None:
         """Begin to send requests to a new engine."""
-        self._is_ready = True
-        has_others = bool(self._suspects or self._waiting)
-        self._next()
-        if not has_others:
+        self._is_ready, self._has_others = True, False
+        self._proceed()
+        if not self._has_others:
             self._send_last()
 
     def progressed(self, live: LiveRequest) -> None:
@@ -96,37 +101,33 @@ class Readmission:
         live.progress += 1
         if live is self._trial and live.progress >= TRIAL_TOKENS and live.crashes < LONG_TRIAL:
             self._trial = None
-            self._next()
+            self._proceed()
         self._send_last()
 
     def ended(self, live: LiveRequest) -> None:
-        """Forget a request that has ended for any reason."""
+        """Forget a request that has ended for any reason, or continues on another replica."""
         if live is self._trial:
             self._trial = None
-            self._next()
+            self._proceed()
         elif not live.sent:
-            for queue in (self._suspects, self._waiting, self._last):
+            for queue in (self._suspects, self._last):
                 if live in queue:
                     queue.remove(live)
         self._send_last()
 
-    def _next(self) -> None:
-        """Send the next suspect, or, if there is none left, all waiting requests."""
-        while self._is_ready and self._trial is None and (self._suspects or self._waiting):
-            if self._suspects:
-                self._trial = self._suspects.popleft()
-                self._pass_on(self._trial)
-            else:
-                self._pass_on(self._waiting.popleft())
+    def _proceed(self) -> None:
+        """Send the next suspect, or take any request if there is none left."""
+        if not self.is_open:
+            return
+        if self._suspects:
+            self._trial = self._suspects.popleft()
+            self.add(self._trial)
+        else:
+            self._opened()
 
     def _send_last(self) -> None:
-        if self._is_ready and self._trial is None and not (self._suspects or self._waiting):
-            while self._last:
-                self._pass_on(self._last.popleft())
-
-    def _pass_on(self, live: LiveRequest) -> None:
-        live.sent, live.progress = True, 0
-        self._send(live)
+        while self.is_open and self._last:
+            self.add(self._last.popleft())
 
 
 def _busy_with(sent: Sequence[LiveRequest], work: Work) -> Sequence[LiveRequest]:

@@ -1,4 +1,4 @@
-"""Replica: keep one engine running. If it ends or sends no heartbeat, replace it by a new one."""
+"""Replica: keep one engine of a model running. If it ends or sends no heartbeat, replace it by a new one."""
 
 import asyncio
 import logging
@@ -11,6 +11,9 @@ from octavo.errors import EngineDead
 
 from .links.link import Exit, Link
 from .links.messages import HEARTBEAT, Alive, Failed, FromEngine, Loading, Ready, ToEngine, Tokens
+from .live import LiveRequest
+from .readmission import Readmission
+from .router import Load
 
 TICK = HEARTBEAT  # seconds between checks of the engine
 SILENT_TICKS = 5  # consecutive checks without a message after which a ready engine counts as stopped
@@ -29,19 +32,27 @@ log = logging.getLogger("octavo")
 class ReplicaOwner(Protocol):
     """The frontend's methods that a replica calls."""
 
-    async def replica_ready(self, info: EngineInfo) -> None:
+    async def replica_ready(self, replica: "Replica", info: EngineInfo) -> None:
         """Take over a loaded engine, the first one or a replacement. It accepts messages from now on.
 
         If this raises, because the engine cannot replace the one before, the engine is ended.
         """
         ...
 
-    def replica_lost(self, exit: Exit) -> None:
+    def replica_lost(self, replica: "Replica", exit: Exit) -> None:
         """Note that the engine has ended. Messages that it has not answered are lost."""
         ...
 
-    def replica_message(self, message: FromEngine) -> None:
-        """Handle an answer of the engine: Tokens, Stats or StateDone."""
+    def replica_message(self, replica: "Replica", message: FromEngine) -> None:
+        """Handle an answer of the engine: Tokens, Stats, StateDone or Pages."""
+        ...
+
+    def replica_send(self, replica: "Replica", live: LiveRequest) -> None:
+        """Send a request to the engine."""
+        ...
+
+    def replica_opened(self, replica: "Replica") -> None:
+        """Note that the replica begins to take any request."""
         ...
 
 
@@ -54,10 +65,19 @@ class Replica:
 
     Args:
         connect: starts an engine, which begins to load.
+        name: for messages about this replica's engines, such as "the engine" or "engine 2".
+
+    Attributes:
+        readmission: the order in which requests are sent to the next engine after a crash.
+        load: the router's knowledge about this replica.
+        is_leaving: whether the replica is being drained, so that it takes no more requests.
     """
 
-    def __init__(self, connect: Callable[[], Link], owner: ReplicaOwner):
-        self._connect, self._owner = connect, owner
+    def __init__(self, connect: Callable[[], Link], owner: ReplicaOwner, name: str = "the engine"):
+        self._connect, self._owner, self.name = connect, owner, name
+        self.readmission = Readmission(lambda live: owner.replica_send(self, live), lambda: owner.replica_opened(self))
+        self.load = Load()
+        self.is_leaving = False
         self._task: asyncio.Task[None] | None = None
         self._loaded: asyncio.Future[EngineInfo] | None = None
         self._ended = asyncio.Event()
@@ -67,6 +87,11 @@ class Replica:
         self.link: Link | None = None
         self.is_ready = False
         self.status = "is loading"  # for messages: "the engine is loading"
+
+    @property
+    def is_open(self) -> bool:
+        """Return whether the replica takes any request."""
+        return self.readmission.is_open and not self.is_leaving
 
     async def start(self, link: Link) -> EngineInfo:
         """Wait until the first engine, which `link` has begun to load, is ready. Raises any error from loading."""
@@ -99,8 +124,8 @@ class Replica:
             if time.monotonic() - begun > STABLE:
                 self._failures = 0
             self.is_ready, self.status = False, f"ended ({exit.reason}) and is starting again"
-            log.error("the engine ended unexpectedly (%s)", exit.reason)
-            self._owner.replica_lost(exit)
+            log.error("%s ended unexpectedly (%s)", self.name, exit.reason)
+            self._owner.replica_lost(self, exit)
             await self._restart()
 
     async def _restart(self) -> None:
@@ -112,7 +137,7 @@ class Replica:
                 return
             except Exception as error:  # the next attempt may succeed
                 self.status = f"does not start and is tried again: {' '.join(str(error).split())}"
-                log.error("the engine %s", self.status)
+                log.error("%s %s", self.name, self.status)
 
     def _pause(self) -> float:
         """Count a restart, and return the seconds to wait before it."""
@@ -146,7 +171,7 @@ class Replica:
         assert self.link is not None
         self.is_ready, self.status = True, "is ready"
         try:
-            await self._owner.replica_ready(info)
+            await self._owner.replica_ready(self, info)
         except BaseException:
             self.is_ready = False
             await self.link.kill()
@@ -186,6 +211,7 @@ class Replica:
         match message:
             case Alive():
                 self._alive = message
+                self.load.seconds_per_token = message.seconds_per_token or self.load.seconds_per_token
             case Loading():
                 self.status = f"is loading ({message.done / max(message.total, 1):.0%})"
             case Ready():
@@ -197,4 +223,4 @@ class Replica:
             case _:
                 if isinstance(message, Tokens):
                     self._failures = 0
-                self._owner.replica_message(message)
+                self._owner.replica_message(self, message)

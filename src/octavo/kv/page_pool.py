@@ -5,6 +5,7 @@ with content that `find` returns by key). The least recently used cached page is
 """
 
 from collections import OrderedDict
+from collections.abc import Collection
 
 FREE, IN_USE, CACHED = ".", "h", "c"  # letters of the page map in GET /stats
 
@@ -20,6 +21,7 @@ class PagePool:
         # In order of last use. (A plain dict would skip over all deleted entries each time that its first is popped.)
         self._cached: OrderedDict[int, None] = OrderedDict()
         self._page_of: dict[bytes, int] = {}
+        self._changes: dict[bytes, bool] | None = None  # keys that `find` has gained (True) and lost since `changes`
 
     @property
     def num_available(self) -> int:
@@ -56,11 +58,29 @@ class PagePool:
         self._cached.pop(page, None)
         self._references[page] += 1
 
+    @property
+    def keys(self) -> Collection[bytes]:
+        """Return the keys of all published pages."""
+        return self._page_of.keys()
+
+    def watch(self) -> None:
+        """Begin to record changes of `keys`."""
+        self._changes = {}
+
+    def take_changes(self) -> dict[bytes, bool]:
+        """Return the keys that were published (True) or forgotten (False) since the last call; {} if not watched."""
+        if not self._changes:
+            return {}
+        changes, self._changes = self._changes, {}
+        return changes
+
     def publish(self, page: int, key: bytes) -> None:
         """Make `find` return a page in use for `key`, unless another page already has this content."""
         if key not in self._page_of:
             self._page_of[key] = page
             self._key[page] = key
+            if self._changes is not None:
+                self._changes[key] = True
 
     def evict(self, page: int) -> None:
         """Make `find` no longer return a published page. If the page is unreferenced, it becomes free."""
@@ -83,3 +103,5 @@ class PagePool:
         assert key is not None
         del self._page_of[key]
         self._key[page] = None
+        if self._changes is not None:
+            self._changes[key] = False

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from octavo.engine.messages import EngineStats
-from octavo.frontend.admission import FrontendStats
+from octavo.frontend.stats import FrontendStats
 from octavo.version import __version__
 
 if TYPE_CHECKING:  # `octavo top` imports this file for the structs alone

@@ -17,6 +17,7 @@ from .messages import (
     Failed,
     FromEngine,
     LoadState,
+    Pages,
     Pin,
     SaveState,
     StateDone,
@@ -25,6 +26,7 @@ from .messages import (
     ToEngine,
     Tokens,
     Unpin,
+    WatchPages,
 )
 
 Receive = Callable[[bool], list[ToEngine] | None]
@@ -43,13 +45,15 @@ class EngineLoop:
         self.engine = engine
         self._send, self._wake = send, wake
         self._step_started = 0.0  # time.monotonic(); 0 while there is nothing to do
+        self._pages_sent = 0  # number of the next Pages message
         self._state_jobs: SimpleQueue[StateDone] = SimpleQueue()  # answers of jobs that have ended
 
     @property
     def alive(self) -> Alive:
         """Return a heartbeat with the progress of the current step. May be called by any thread."""
         started = self._step_started
-        return Alive(time.monotonic() - started if started else 0.0, self.engine.rows, *self.engine.slowest_step)
+        engine, seconds = self.engine, time.monotonic() - started if started else 0.0
+        return Alive(seconds, engine.rows, *engine.slowest_step, engine.scheduler.recovery.seconds_per_token or 0.0)
 
     def run(self, receive: Receive) -> None:
         """Serve until `receive` returns None, then return.
@@ -65,6 +69,7 @@ class EngineLoop:
             self._finish_state_jobs()
             if self.engine.has_work and (outputs := self.engine.step()):
                 self._send(Tokens(outputs))
+            self._publish_pages()
             self._step_started = 0.0
 
     def _take_in(self, message: ToEngine) -> None:
@@ -86,8 +91,19 @@ class EngineLoop:
             case LoadState():
                 load = engine.load_state(message.id, Path(message.path))
                 load.add_done_callback(partial(self._state_job_ended, message.id))
+            case WatchPages():
+                engine.kv.pool.watch()
+                self._send(Pages(0, b"".join(engine.kv.pool.keys)))
+                self._pages_sent = 1
             case AskStats():
                 self._send(Stats(message.id, engine.stats()))
+
+    def _publish_pages(self) -> None:
+        if changes := self.engine.kv.pool.take_changes():
+            gained = b"".join(key for key, is_there in changes.items() if is_there)
+            lost = b"".join(key for key, is_there in changes.items() if not is_there)
+            self._send(Pages(self._pages_sent, gained, lost))
+            self._pages_sent += 1
 
     def _state_job_ended(self, id: str, job: "Future[Any]") -> None:
         """Queue the answer to a SaveState or LoadState message. Called by a thread that does file I/O."""

@@ -137,6 +137,7 @@ def _serve(connection: Connection, heartbeat: Heartbeat, work: int) -> None:
     from octavo.engine.loading import load_engine
     from octavo.engine.work_record import WorkRecord
     from octavo.frontend.progress import loading_bar
+    from octavo.machine import share_of_cores
 
     from .engine_loop import EngineLoop
 
@@ -147,6 +148,9 @@ def _serve(connection: Connection, heartbeat: Heartbeat, work: int) -> None:
     [load] = messages
     assert isinstance(load, Load)
     reported = time.monotonic()
+    config, cores = EngineConfig(**load.config), share_of_cores(load.replica, load.replicas)
+    if load.replicas > 1:
+        os.sched_setaffinity(0, cores)  # of this thread, and of those that it starts
 
     with loading_bar() as show:
 
@@ -157,7 +161,7 @@ def _serve(connection: Connection, heartbeat: Heartbeat, work: int) -> None:
                 reported = time.monotonic()
                 connection.send(Loading(done, total))
 
-        engine = load_engine(EngineConfig(**load.config), Path(load.path), progress, WorkRecord(work))
+        engine = load_engine(config, Path(load.path), progress, WorkRecord(work), load.replicas)
     loop = EngineLoop(engine, connection.send, connection.wake)
     heartbeat.loop = loop
     gc.freeze()  # loaded objects stay; otherwise the collector would scan them during steps

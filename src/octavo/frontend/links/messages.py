@@ -15,10 +15,13 @@ class Load(msgspec.Struct, frozen=True, tag=True):
     Attributes:
         config: the fields of an EngineConfig.
         path: the model's directory or file.
+        replica, replicas: this engine's number, and the number of engines that share the machine's cores and memory.
     """
 
     config: dict[str, Any]
     path: str
+    replica: int = 0
+    replicas: int = 1
 
 
 class Submit(msgspec.Struct, frozen=True, tag=True):
@@ -73,6 +76,10 @@ class AskStats(msgspec.Struct, frozen=True, tag=True):
     id: int
 
 
+class WatchPages(msgspec.Struct, frozen=True, tag=True):
+    """Publish the pages of the cache from now on. Answered by Pages with all of them, then after each step."""
+
+
 class Loading(msgspec.Struct, frozen=True, tag=True):
     """Progress of loading, in bytes of weights."""
 
@@ -118,12 +125,14 @@ class Alive(msgspec.Struct, frozen=True, tag=True):
         step_seconds: duration of the current step so far, including the messages handled before it; 0 while idle.
         rows: number of tokens that the backend is computing; 0 while Python code runs, such as scheduling.
         slowest_seconds, slowest_rows: duration and number of tokens of the slowest computation so far.
+        seconds_per_token: measured time to compute a token of a prompt; 0 if unknown.
     """
 
     step_seconds: float = 0.0
     rows: int = 0
     slowest_seconds: float = 0.0
     slowest_rows: int = 1
+    seconds_per_token: float = 0.0
 
 
 class Tokens(msgspec.Struct, frozen=True, tag=True):
@@ -144,8 +153,22 @@ class StateDone(msgspec.Struct, frozen=True, tag=True):
     failed: Failed | None = None
 
 
-ToEngine = Load | Submit | Abort | AskStats | Pin | Unpin | SaveState | LoadState
-FromEngine = Loading | Ready | Failed | Alive | Tokens | Stats | StateDone
+class Pages(msgspec.Struct, frozen=True, tag=True):
+    """Pages that the engine's cache has gained and lost since the message before.
+
+    Attributes:
+        number: 0 for the answer to WatchPages, which has all pages; then 1 more with each message. After a gap, the
+            frontend sends WatchPages again.
+        gained, lost: concatenated keys, of KEY_BYTES each.
+    """
+
+    number: int
+    gained: bytes = b""
+    lost: bytes = b""
+
+
+ToEngine = Load | Submit | Abort | AskStats | Pin | Unpin | SaveState | LoadState | WatchPages
+FromEngine = Loading | Ready | Failed | Alive | Tokens | Stats | StateDone | Pages
 
 HEARTBEAT = 0.5  # seconds between Alive messages
 _LENGTH_BYTES = 4

@@ -70,17 +70,19 @@ class ProcessLink:
 
     Args:
         process: the process to use; by default a new one.
+        replica: the number of the replica among the data_parallel_size ones of the model.
     """
 
     heartbeats = True
 
-    def __init__(self, config: EngineConfig, path: Path, process: EngineProcess | None = None):
+    def __init__(self, config: EngineConfig, path: Path, process: EngineProcess | None = None, replica: int = 0):
         self._process = process or EngineProcess()
         self.pid: int = self._process.popen.pid
         self._transport: asyncio.Transport | None = None
         self._protocol: _Frames | None = None
         with contextlib.suppress(ConnectionError):  # the process has ended already, which `connect` reports
-            self._process.socket.sendall(frame(Load(dataclasses.asdict(config), str(path))))
+            load = Load(dataclasses.asdict(config), str(path), replica, config.data_parallel_size)
+            self._process.socket.sendall(frame(load))
 
     async def connect(self, on_message: Callable[[FromEngine], None], on_end: Callable[[], None]) -> None:
         self._protocol = protocol = _Frames(on_message, on_end)

@@ -1,0 +1,61 @@
+"""Calls: messages to engines that expect an answer: statistics, and files of KV states."""
+
+import asyncio
+import itertools
+from typing import Any
+
+from octavo.engine.messages import EngineStats
+from octavo.errors import EngineDead, OctavoError
+
+from .links.messages import AskStats, LoadState, SaveState, StateDone, Stats
+from .replica import Replica
+
+
+class Calls:
+    """The calls that wait for an answer. A call fails with EngineDead if its engine ends."""
+
+    def __init__(self) -> None:
+        self._ids = itertools.count()
+        self._waiting: dict[tuple[Replica, int | str], asyncio.Future[Any]] = {}
+
+    async def stats(self, replica: Replica, patience: float | None = None) -> EngineStats:
+        """Return the statistics of a replica's engine. Raises EngineDead, also after `patience` seconds."""
+        try:
+            async with asyncio.timeout(patience):
+                message = AskStats(next(self._ids))
+                stats: EngineStats = await self._call(replica, message.id, message)
+                return stats
+        except TimeoutError:
+            raise EngineDead("the engine is busy and has not answered yet") from None
+
+    async def run(self, replica: Replica, message: LoadState | SaveState) -> None:
+        """Make a replica's engine open or write the file of a KV state. Raises EngineDead, and the engine's error."""
+        await self._call(replica, message.id, message)
+
+    def answered(self, replica: Replica, message: Stats | StateDone) -> None:
+        """Pass on an answer."""
+        answer = self._waiting.get((replica, message.id))
+        if answer is None or answer.done():
+            return
+        if isinstance(message, Stats):
+            answer.set_result(message.stats)
+        elif message.failed is None:
+            answer.set_result(None)
+        else:
+            answer.set_exception(message.failed.exception())
+
+    def fail(self, replica: Replica, error: OctavoError) -> None:
+        """End all calls of a replica whose engine has ended."""
+        for (called, _), answer in self._waiting.items():
+            if called is replica and not answer.done():
+                answer.set_exception(error)
+
+    async def _call(self, replica: Replica, id: int | str, message: AskStats | LoadState | SaveState) -> Any:
+        if not replica.is_ready:
+            raise EngineDead(f"the engine {replica.status}")
+        self._waiting[replica, id] = answer = asyncio.get_running_loop().create_future()
+        try:
+            replica.send(message)
+            return await answer
+        finally:
+            del self._waiting[replica, id]

@@ -1,0 +1,56 @@
+"""Statistics of a frontend and of its replicas."""
+
+from collections.abc import Sequence
+
+import msgspec
+
+from octavo.engine.messages import EngineStats
+
+
+class FrontendStats(msgspec.Struct, frozen=True):
+    """Statistics of the frontend.
+
+    Attributes:
+        live: Completions that run or wait.
+        limit: Maximum of `live`; 0 for no limit.
+        refused: Requests refused since the start because the queue was full.
+        timed_out: Requests that have timed out since the start.
+    """
+
+    live: int
+    limit: int
+    refused: int
+    timed_out: int
+
+
+class ReplicaStats(msgspec.Struct, frozen=True):
+    """Statistics of one replica.
+
+    Attributes:
+        name: "the engine", or "engine 0", "engine 1" and so on if a model has several replicas.
+        pid: process of the engine; None if it is a thread of the frontend's process, or has ended.
+        is_ready: whether the engine serves requests.
+        status: text such as "the engine is ready".
+        completions: unfinished completions that it was sent.
+        queued_tokens: tokens to compute for those of them that have no token yet.
+        engine: its engine's statistics; None if it did not answer in time.
+    """
+
+    name: str
+    pid: int | None
+    is_ready: bool
+    status: str
+    completions: int
+    queued_tokens: int
+    engine: EngineStats | None
+
+
+def total(engines: Sequence[EngineStats]) -> EngineStats:
+    """Return the sums of all statistics, and the page maps one after the other."""
+    if len(engines) == 1:
+        return engines[0]
+    sums = {name: sum(getattr(each, name) for each in engines) for name in _NUMBERS}
+    return EngineStats(**sums, page_map="".join(each.page_map for each in engines))
+
+
+_NUMBERS = [name for name in EngineStats.__struct_fields__ if name != "page_map"]
