@@ -1,10 +1,12 @@
-"""Chaos: streaming clients of a real server whose engine is killed and suspended again and again.
+"""Chaos: streaming clients of a real server whose engines are killed and suspended again and again.
 
     python benchmarks/chaos.py [--model smollm2] [--clients 200] [--seconds 180] [--kills 20] [--suspensions 4]
+    python benchmarks/chaos.py ... -- --data-parallel-size 2
 
 Every client asks for one of a few requests, greedy or seeded, with n of 1 or 3, some of them continuing a KV state, and
-compares each stream with the answer of an undisturbed engine. Kills strike at random moments, also while an engine
-loads and while it is suspended. The exit code is 1 if a request was lost, or if a token was wrong, missing or repeated.
+compares each stream with the answer of an undisturbed engine. Kills strike a random engine at random moments, also
+while it loads and while it is suspended. The exit code is 1 if a request was lost, or if a token was wrong, missing or
+repeated.
 """
 
 import argparse
@@ -116,7 +118,7 @@ class Chaos:
             self.report.longest_gap_otherwise = max(self.report.longest_gap_otherwise, end - begin)
 
     async def disturb(self, end: float) -> None:
-        """Kill and suspend the engine at random moments; some kills hit an engine that loads or is suspended."""
+        """Kill and suspend engines at random moments; some kills hit an engine that loads or is suspended."""
         kinds = ["kill"] * self.arguments.kills + ["suspension"] * self.arguments.suspensions
         self.random.shuffle(kinds)
         pause = self.arguments.seconds / (len(kinds) + 1)
@@ -125,9 +127,9 @@ class Chaos:
             await asyncio.sleep(self.random.uniform(0.7, 1.1) * pause)
             if time.monotonic() > end:
                 return
-            pid = self.server.engine_pid()
-            if pid is None:
+            if not (pids := self.server.engine_pids()):
                 continue
+            pid = self.random.choice(pids)
             self.events.append((time.monotonic(), kind))
             if kind == "suspension":
                 os.kill(pid, signal.SIGSTOP)
@@ -138,12 +140,11 @@ class Chaos:
                 await asyncio.sleep(self.random.uniform(0, 1))
             kill(pid)
             if not double:  # and its successor while it loads
-                while (successor := self.server.engine_pid()) in (None, pid):
+                while not (successors := set(self.server.engine_pids()) - set(pids)):
                     await asyncio.sleep(0.005)
                 await asyncio.sleep(self.random.uniform(0, 0.4))
-                assert successor is not None
                 self.events.append((time.monotonic(), kind))
-                kill(successor)
+                kill(successors.pop())
 
 
 def kill(pid: int) -> None:

@@ -36,11 +36,12 @@ def serve(name: str, model: str, port: int) -> None:
     import uvloop
 
     from octavo import AsyncLLM
+    from octavo.fleet.fleet import Fleet
     from octavo.server.app import create_app
 
     async def main() -> None:
         async with AsyncLLM(model, served_model_name="tiny") as llm:
-            app = create_app(llm)
+            app = create_app(Fleet.of(llm))
             if name.startswith("uvicorn-"):
                 import uvicorn
 

@@ -46,12 +46,17 @@ class LiveServer:
         return host, int(port)
 
     def engine_pid(self) -> int | None:
-        """Return the pid of the engine; None while there is none."""
+        """Return the pid of an engine; None while there is none."""
+        return next(iter(self.engine_pids()), None)
+
+    def engine_pids(self) -> list[int]:
+        """Return the pids of all engines."""
+        pids = []
         for child in self._children():
             with contextlib.suppress(OSError):  # it has ended meanwhile
                 if b"engine_main" in Path(f"/proc/{child}/cmdline").read_bytes():
-                    return child
-        return None
+                    pids.append(child)
+        return pids
 
     def memory(self) -> int:
         """Return the resident bytes of the server and its children; what they share is counted once."""

@@ -8,6 +8,7 @@ from typing import Any, Unpack
 
 from .config import EngineConfig
 from .engine.messages import EngineInfo, EngineStats
+from .errors import OctavoError
 from .frontend.chat import Conversation, conversations
 from .frontend.frontend import Frontend
 from .frontend.inbox import Inbox
@@ -67,14 +68,15 @@ class AsyncLLM:
             self.generation_defaults = generation_defaults(path) if config.generation_config == "auto" else {}
             self.default_sampling_params = SamplingParams(**self.generation_defaults)  # type: ignore[arg-type]
         except BaseException:
-            self._discard_links()
+            self.discard()
             raise
         self._frontend = Frontend(config, self.tokenizer, self._connect, has_queue_limit=True)
 
     def _connect(self, replica: int, process: EngineProcess | None = None) -> ProcessLink:
         return ProcessLink(self.config, self._path, process, replica)
 
-    def _discard_links(self) -> None:
+    def discard(self) -> None:
+        """End engines that the constructor has started. Needs no event loop. Does nothing after `start`."""
         for link in self._links:
             link.discard()
 
@@ -82,6 +84,19 @@ class AsyncLLM:
         """Wait until all engines are ready. Raises any error from loading the model."""
         self.info = await self._frontend.start(self._links)
         self.tokenizer.threads.submit(self.tokenizer.prepare)  # in parallel with the first requests
+
+    async def load(self) -> None:
+        """Load engines again after `unload`. Requests that wait for them go on, or fail with the error of the load."""
+        self._links = [self._connect(number) for number in range(self.config.data_parallel_size)]
+        try:
+            await self._frontend.start(self._links)
+        except OctavoError as error:
+            self._frontend.fail_all(error)
+            raise
+
+    async def unload(self) -> None:
+        """End the engine processes and free their memory. KV states are kept. Requests wait until `load` is called."""
+        await self._frontend.stop()
 
     def generate(
         self,
@@ -215,6 +230,11 @@ class AsyncLLM:
         """Raise QueueFull or InvalidRequest if `generate` would refuse so many completions."""
         self._frontend.check_capacity(completions)
 
+    @property
+    def is_full(self) -> bool:
+        """Return whether `generate` would refuse any request because the queue is full."""
+        return self._frontend.is_full
+
     async def abort(self, request_id: str) -> None:
         """Abort a request. Its iterator yields a last increment with finish_reason "abort"."""
         if live := self._frontend.find(request_id):
@@ -257,7 +277,7 @@ class AsyncLLM:
     async def close(self) -> None:
         """End the engine processes. Live requests fail with EngineDead."""
         await self._frontend.close()
-        self._discard_links()
+        self.discard()
 
     async def shutdown(self) -> None:
         """Do what `close` does, under the name of LLM's method."""

@@ -41,6 +41,14 @@ class InvalidRequest(OctavoError, ValueError):
         self.param = param
 
 
+class UnknownModel(InvalidRequest):
+    """A request for a model that the server does not have (HTTP 404)."""
+
+
+class ModelBusy(OctavoError, RuntimeError):
+    """A change of a model while another change of it is under way (HTTP 409)."""
+
+
 class PromptTooLong(InvalidRequest):
     """A prompt that fills the model's context and leaves no space for an output token."""
 

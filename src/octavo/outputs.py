@@ -48,6 +48,7 @@ class RequestMetrics:
     """The times at which a request reached each stage, in seconds since the epoch (`time.time()`); None before that.
 
     Attributes:
+        replica: The engine that computed the first token, such as "engine 1", if the model has several.
         cached_tokens: Tokens of the prompt that were found in the prefix cache.
     """
 
@@ -55,6 +56,7 @@ class RequestMetrics:
     first_token_time: float | None = None
     finished_time: float | None = None
     cached_tokens: int = 0
+    replica: str | None = None
 
     @property
     def time_to_first_token(self) -> float | None:

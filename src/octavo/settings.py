@@ -57,8 +57,8 @@ def one_of(*choices: str) -> Rule:
 
 def setting(default: Any, help: str, rule: Rule | None = None) -> Any:
     """Declare a field of a class of settings. Optional fields may be None whatever their rule."""
-    if isinstance(default, dict):
-        return field(default_factory=lambda: dict(default), metadata={"help": help, "rule": rule})
+    if isinstance(default, dict | list):
+        return field(default_factory=default.copy, metadata={"help": help, "rule": rule})
     return field(default=default, metadata={"help": help, "rule": rule})
 
 
@@ -195,6 +195,14 @@ def environment_source(variables: Mapping[str, str] = os.environ) -> Source:
 
 def file_source(file: Path) -> Source:
     """Return the settings in a YAML file of `name: value` lines. Raises ConfigError."""
+    settings = read_yaml(file)
+    if not isinstance(settings, dict) or not all(isinstance(key, str) for key in settings):
+        raise ConfigError(f"{file} must hold `name: value` lines, such as max_batch_size: 64")
+    return Source("file", settings, lambda name, value: f"{name} in {file}", f"{file}: ")
+
+
+def read_yaml(file: Path) -> Any:
+    """Return the content of a YAML file; {} if it is empty. Raises ConfigError, also if a mapping has a key twice."""
     import yaml
 
     class Loader(yaml.SafeLoader):
@@ -214,10 +222,7 @@ def file_source(file: Path) -> Source:
         settings = yaml.load(content.decode("utf-8"), Loader)
     except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
         raise ConfigError(f"cannot read {file}: {' '.join(str(error).split())}") from None
-    settings = {} if settings is None else settings
-    if not isinstance(settings, dict) or not all(isinstance(key, str) for key in settings):
-        raise ConfigError(f"{file} must hold `name: value` lines, such as max_batch_size: 64")
-    return Source("file", settings, lambda name, value: f"{name} in {file}", f"{file}: ")
+    return {} if settings is None else settings
 
 
 def flag_source(flags: Mapping[str, Any]) -> Source:

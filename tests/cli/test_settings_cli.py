@@ -75,7 +75,7 @@ def test_an_api_key_is_refused_and_not_shown() -> None:
 
 def test_a_recipe_of_vllm_serves(tiny_llama: Path) -> None:
     with ServerProcess(tiny_llama, *RECIPE) as server:
-        stats = httpx.get(f"{server.url}/stats").json()
+        [stats] = httpx.get(f"{server.url}/stats").json()["models"]
         assert (stats["limits"]["max_batch_size"], stats["limits"]["page_size"]) == (4, 32)
         [line] = [line for line in server.stderr().splitlines() if line.startswith("octavo:")]
     for text in (

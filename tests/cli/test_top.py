@@ -48,11 +48,11 @@ def test_stats_of_a_request(server: ServerProcess) -> None:
     def stats() -> dict[str, Any]:
         return httpx.get(f"{server.url}/stats").json()
 
-    before = stats()["engine"]
+    before = stats()["models"][0]["engine"]
     prompt = list(range(5, 105))
     for _ in range(2):
         httpx.post(f"{server.url}/v1/completions", json={"prompt": prompt, "max_tokens": 3, "ignore_eos": True})
-    after = stats()
+    [after] = stats()["models"]
     grown = {name: after["engine"][name] - before[name] for name in ("prompt_tokens", "cached_tokens")}
     assert grown["prompt_tokens"] == 200
     assert 96 <= grown["cached_tokens"] < 100  # of the second one three pages, and perhaps of a fourth
@@ -98,12 +98,13 @@ def test_a_server_that_goes_away(tiny_llama: Path) -> None:
 
 
 def look(seconds: float, **engine: Any) -> ServerStats:
-    text = {"time": seconds, "version": "0", "model": "m", "policy": "fair"}
+    text = {"name": "m", "policy": "fair", "state": "loaded", "error": "", "aliases": [], "memory": 0}
     limits = dict.fromkeys(("max_batch_size", "max_batch_tokens", "max_queue", "max_model_len", "page_size"), 10)
     frontend = dict.fromkeys(("live", "limit", "refused", "timed_out"), 3)
     numbers = dict.fromkeys(set(EngineStats.__struct_fields__) - {"page_map"}, 0)
     engine = {**numbers, "page_map": ".hcpm", **engine}
-    return msgspec.convert({**text, "limits": limits, "frontend": frontend, "engine": engine}, ServerStats)
+    model = {**text, "limits": limits, "frontend": frontend, "engine": engine}
+    return msgspec.convert({"time": seconds, "version": "0", "models": [model]}, ServerStats)
 
 
 def drawn(now: ServerStats, before: ServerStats | None) -> str:

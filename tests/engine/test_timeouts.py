@@ -196,7 +196,7 @@ def test_the_openai_client_is_told_once(tiny_llama: Path) -> None:
         with pytest.raises(openai.InternalServerError) as error:
             client.completions.create(model="tiny", prompt="a", extra_body={"timeout": 0.05})
         assert (error.value.status_code, error.value.code) == (504, "request_timeout")
-        assert httpx.get(f"{server.url}/stats").json()["frontend"]["timed_out"] == 1
+        assert httpx.get(f"{server.url}/stats").json()["models"][0]["frontend"]["timed_out"] == 1
         assert all(chunk.choices for chunk in itertools.islice(other, 100))
         other.close()
 

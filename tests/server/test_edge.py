@@ -13,6 +13,7 @@ from typing import Any
 import httpx
 import pytest
 
+from octavo.fleet.fleet import Fleet
 from octavo.server.app import create_app
 from octavo.server.config import ServerConfig
 from octavo.server.edge.access_log import AccessLog, RequestRecord
@@ -577,7 +578,7 @@ def test_ready_says_why_not(http: httpx.Client, tiny_llama: Path) -> None:
 
     async def main() -> httpx.Response:
         async with serving(tiny_llama) as (llm, _, _):
-            transport = httpx.ASGITransport(create_app(llm, draining=lambda: True))  # type: ignore[arg-type]
+            transport = httpx.ASGITransport(create_app(Fleet.of(llm), draining=lambda: True))  # type: ignore[arg-type]
             async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
                 return await client.get("/ready")
 

@@ -18,6 +18,7 @@ from typing import Any, Self
 import httpx
 
 from octavo import AsyncLLM
+from octavo.fleet.fleet import Fleet
 from octavo.server.app import create_app
 from octavo.server.config import ServerConfig
 from octavo.server.edge.access_log import AccessLog
@@ -108,7 +109,7 @@ async def serving(
         listener = socket.create_server(("127.0.0.1", 0))
         address = listener.getsockname()
         config = config or ServerConfig()
-        app = create_app(llm, config, draining=lambda: server.should_exit)
+        app = create_app(Fleet.of(llm), config, draining=lambda: server.should_exit)
         server = DrainingServer(app, config, access_log or AccessLog("none", None), on_ready=lambda: None)
         task = asyncio.ensure_future(server.serve([listener]))
         yield llm, server, address

@@ -140,9 +140,11 @@ def test_a_full_server(tiny_llama: Path, stream: bool) -> None:
                 assert (reply.status_code, reply.json()["error"]["code"]) == (503, "queue_full")
                 assert 1 <= int(reply.headers["retry-after"]) <= 60
             assert http.get("/health").status_code == 200
-            stats = http.get("/stats").json()["frontend"]
+            stats = http.get("/stats").json()["models"][0]["frontend"]
             assert stats == {"live": 6, "limit": 6, "refused": 2, "timed_out": 0}
-        while http.get("/stats").json()["frontend"]["live"]:  # until the server has noticed that the stream was left
+        while http.get("/stats").json()["models"][0]["frontend"][
+            "live"
+        ]:  # until the server has noticed that the stream was left
             pass
         for body in ({"prompt": ["x"] * 7}, {"prompt": ["x", "y"], "n": 4}):
             reply = http.post("/v1/completions", json=body | {"stream": stream})

@@ -51,9 +51,17 @@ def test_top_shows_names_as_text() -> None:
 
     numbers = dict.fromkeys(set(EngineStats.__struct_fields__) - {"page_map"}, 0)
     limits = dict.fromkeys(("max_batch_size", "max_batch_tokens", "max_queue", "max_model_len", "page_size"), 1)
-    names = {"model": "\x1b]0;x\x07[red]m", "policy": "\u202ep", "version": "\x9b0m"}
+    names = {
+        "name": "\x1b]0;x\x07[red]m",
+        "policy": "\u202ep",
+        "state": "loaded",
+        "error": "",
+        "aliases": [],
+        "memory": 0,
+    }
     frontend = dict.fromkeys(("live", "limit", "refused", "timed_out"), 0)
-    stats = {"time": 1.0, **names, "limits": limits, "frontend": frontend, "engine": {**numbers, "page_map": ""}}
+    model = {**names, "limits": limits, "frontend": frontend, "engine": {**numbers, "page_map": ""}}
+    stats = {"time": 1.0, "version": "\x9b0m", "models": [model]}
     console = Console(width=100, file=io.StringIO(), force_terminal=True, color_system=None)
     with console.capture() as capture:
         console.print(frame(msgspec.convert(stats, ServerStats), None))

@@ -13,7 +13,7 @@ from octavo.errors import EngineDead, OctavoError
 from octavo.terminal import printable
 from octavo.version import __version__
 
-_COMMANDS = ("serve", "generate", "chat", "top", "config", "pull", "quantize", "bench", "simulate")
+_COMMANDS = ("serve", "generate", "chat", "top", "models", "config", "pull", "quantize", "bench", "simulate")
 _ENGINE_FAILED, _USAGE, _INTERRUPTED = 1, 2, 130
 
 

@@ -1,32 +1,78 @@
 """octavo serve: an OpenAI-compatible HTTP server."""
 
 import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from octavo.config import EngineConfig
+from octavo.errors import ConfigError
 from octavo.server.config import ServerConfig
-from octavo.settings import Resolved
+from octavo.settings import Resolved, settings_of
 
 from .flags import Command, settings_flags
+
+if TYPE_CHECKING:
+    from octavo.fleet.specs import FleetSpec
 
 
 def register(app: typer.Typer) -> None:
     app.command(cls=Command)(serve)
 
 
-@settings_flags(EngineConfig, ServerConfig)
-def serve(settings: Resolved) -> None:
-    """Serve a model over HTTP with OpenAI's API.
+@settings_flags(EngineConfig, ServerConfig, model_argument=False)
+def serve(
+    settings: Resolved,
+    given: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[MODEL]...",
+            help="One model or several: Hugging Face directories, .gguf files, hub names, or the alias smollm2.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Serve one model or several over HTTP with OpenAI's API.
 
     Every setting is also a key of a --config file and an environment variable OCTAVO_...; see octavo config. vLLM's
     flags are accepted too.
     """
-    engine, server = settings.build(EngineConfig), settings.build(ServerConfig)
+    server = settings.build(ServerConfig)
+    names = list(given or ())
+    flag = [settings.values["model"]] if settings.origins.get("model", "").startswith("flag") else []
+    if names and flag and names != flag:
+        raise ConfigError(f"two models are given, {names[0]} and --model {flag[0]}; leave one out")
+    if server.models is not None and (names or flag):
+        raise ConfigError(f"two kinds of models are given, {(names or flag)[0]} and --models; leave one out")
+    if len(names) == 1:
+        settings.values["model"] = names[0]
+    engine = settings.build(EngineConfig)
     if os.environ.get("VLLM_API_KEY"):
         typer.echo(
             "octavo: VLLM_API_KEY is set, but this version checks no keys: anyone who can connect is served", err=True
         )
     from octavo.server.run import serve as run
 
-    run(engine, server)
+    is_fleet = len(names) > 1 or server.models is not None or server.memory is not None
+    run((lambda: _fleet(settings, server, names or [engine.model])) if is_fleet else engine, server)
+
+
+def _fleet(settings: Resolved, server: ServerConfig, names: Sequence[str]) -> "FleetSpec":
+    """Return the description of several models; `settings` apply to all of them."""
+    from octavo.fleet.specs import FleetSpec, model_spec, read_models
+    from octavo.machine import available_memory
+
+    common: dict[str, Any] = {
+        name: value for name, value in settings.values.items() if name in settings_of(EngineConfig)
+    }
+    if server.models is not None:
+        spec = read_models(Path(server.models), common)
+    elif len(names) > 1 and "served_model_name" in common:
+        raise ConfigError("served_model_name is for one model; name several in a file, for --models")
+    else:
+        alone = common.pop("served_model_name", None)
+        spec = FleetSpec([model_spec(alone or name, {"model": name}, common) for name in names])
+    memory = server.memory or spec.memory or available_memory()
+    return FleetSpec(spec.models, spec.splits, memory)

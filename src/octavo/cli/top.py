@@ -27,11 +27,12 @@ def register(app: typer.Typer) -> None:
 
 def top(
     url: Annotated[str, typer.Option(help="Address of the server.")] = "http://127.0.0.1:8000",
+    model: Annotated[str | None, typer.Option(help="The model to show, of a server with several.")] = None,
     once: Annotated[
         bool, typer.Option("--once", help="Print one frame, with rates measured over one second, and exit.")
     ] = False,
 ) -> None:
-    """Show live requests, batches, speed and KV pages of a running server. Press q or Ctrl-C to quit."""
+    """Show live requests, batches, speed and KV pages of a running server, by model and engine. q or Ctrl-C ends it."""
     import httpx
 
     from octavo.terminal import console
@@ -42,14 +43,14 @@ def top(
     with httpx.Client(timeout=TIMEOUT) as http, suppress(KeyboardInterrupt):
         before = fetch_stats(http, url)
         if not once and sys.stdout.isatty() and sys.stdin.isatty():
-            watch(http, url, before)
+            watch(http, url, before, model)
             return
         time.sleep(PERIOD)
-        console().print(frame(fetch_stats(http, url), before))
+        console().print(frame(fetch_stats(http, url), before, model))
 
 
 def fetch_stats(http: "httpx.Client", url: str) -> "ServerStats":
-    """Return the answer to GET /stats. Raises ConfigError if no Octavo server answers, or its engine is down."""
+    """Return the answer to GET /stats. Raises ConfigError if no Octavo server of this version answers."""
     import httpx
     import msgspec
 
@@ -67,10 +68,10 @@ def fetch_stats(http: "httpx.Client", url: str) -> "ServerStats":
         cause = msgspec.json.decode(reply.content, type=ErrorReply).error.message
     except msgspec.MsgspecError:
         cause = f"HTTP {reply.status_code} to GET /stats"
-    raise ConfigError(f"the server at {url} is not an Octavo server of this version, or its engine is down: {cause}")
+    raise ConfigError(f"the server at {url} is not an Octavo server of this version: {cause}")
 
 
-def watch(http: "httpx.Client", url: str, before: "ServerStats") -> None:
+def watch(http: "httpx.Client", url: str, before: "ServerStats", model: str | None) -> None:
     """Draw frames until q is pressed. If the server stops answering, show the error above the last frame."""
     from rich.console import Group
     from rich.live import Live
@@ -80,7 +81,7 @@ def watch(http: "httpx.Client", url: str, before: "ServerStats") -> None:
 
     from .top_screen import frame
 
-    shown = frame(before, None)
+    shown = frame(before, None, model)
     with _keys() as pressed, Live(shown, screen=True, auto_refresh=False) as live:
         while not pressed("q", PERIOD):
             try:
@@ -88,7 +89,7 @@ def watch(http: "httpx.Client", url: str, before: "ServerStats") -> None:
             except ConfigError as error:
                 live.update(Group(Text(printable(str(error), lines=False), style="red"), shown), refresh=True)
                 continue
-            shown, before = frame(now, before), now
+            shown, before = frame(now, before, model), now
             live.update(shown, refresh=True)
 
 

@@ -7,9 +7,11 @@ from rich.table import Table
 from rich.text import Text
 
 from octavo.engine.messages import EngineStats
+from octavo.errors import ConfigError
+from octavo.frontend.stats import FrontendStats
 from octavo.kv.page_map import MOVING, PINNED
 from octavo.kv.page_pool import CACHED, FREE, IN_USE
-from octavo.server.stats import ServerStats
+from octavo.server.stats import Limits, ModelStats, ServerStats
 from octavo.terminal import printable
 
 _BAR = 16  # characters
@@ -33,45 +35,113 @@ _MARKS = {
 }
 
 
-def frame(now: ServerStats, before: ServerStats | None) -> RenderableType:
-    """Return a frame. Rates are measured between `before` and `now`; without `before` they are shown as –."""
-    rates = _Rates(now, before)
+def frame(now: ServerStats, before: ServerStats | None, model: str | None = None) -> RenderableType:
+    """Return a frame. Rates are measured between `before` and `now`; without `before` they are shown as –.
+
+    Args:
+        model: the model of which all statistics are shown; by default the first one that is loaded. If the server has
+            several models or engines, a table of them is shown above.
+    """
+    version = printable(now.version, lines=False)
+    parts: list[RenderableType] = []
+    several = len(now.models) > 1 or len(now.models[0].replicas) > 1
+    if several:
+        parts += [_overview(now, before), Text()]
+    shown = _shown(now, model)
+    names = f"{printable(shown.name, lines=False)} · {printable(shown.policy, lines=False)}"
+    title = Text.assemble(("octavo top", "bold cyan"), f"  {names} · version {version}")
+    if shown.engine is None or shown.limits is None or shown.frontend is None:
+        status = next((replica.status for replica in shown.replicas), shown.error or f"the model is {shown.state}")
+        return Group(title, Text(), *parts, Text(printable(status, lines=False), style="yellow"))
+    look = _Look(shown.engine, shown.limits, shown.frontend)
+    rates = _Rates(now.time, shown.engine, *_earlier(before, shown.name))
     rows = Table.grid(padding=(0, 2))
     rows.add_column(style="bold")
     for name, text in (
-        ("requests", _requests(now)),
-        ("queue", _queue(now)),
-        ("so far", _so_far(now)),
-        ("batch", _batch(now)),
+        ("requests", _requests(look)),
+        ("queue", _queue(look)),
+        ("so far", _so_far(look)),
+        ("batch", _batch(look)),
         ("steps", _steps(rates)),
         ("tokens", _tokens(rates)),
-        ("prefixes", _prefixes(now.engine, rates)),
-        ("pages", _pages(now.engine)),
-        ("swapped", _swapped(now.engine, rates)),
+        ("prefixes", _prefixes(look.engine, rates)),
+        ("pages", _pages(look.engine)),
+        ("swapped", _swapped(look.engine, rates)),
     ):
         rows.add_row(name, text)
-    names = f"{printable(now.model, lines=False)} · {printable(now.policy, lines=False)}"
-    title = Text.assemble(("octavo top", "bold cyan"), f"  {names} · version {printable(now.version, lines=False)}")
-    return Group(title, Text(), rows, Text(), _page_map(now.engine.page_map), _legend())
+    return Group(title, Text(), *parts, rows, Text(), _page_map(look.engine.page_map), _legend())
+
+
+@dataclass(frozen=True)
+class _Look:
+    """The statistics of one model that is loaded."""
+
+    engine: EngineStats
+    limits: Limits
+    frontend: FrontendStats
+
+
+def _shown(now: ServerStats, model: str | None) -> ModelStats:
+    """Return the model to show. Raises ConfigError if the server has no model of that name."""
+    if model is None:
+        return next((each for each in now.models if each.engine is not None), now.models[0])
+    for each in now.models:
+        if model in (each.name, *each.aliases):
+            return each
+    raise ConfigError(f"the server has no model {model!r}; it has {', '.join(each.name for each in now.models)}")
+
+
+def _earlier(before: ServerStats | None, name: str) -> tuple[float, EngineStats | None]:
+    for model in before.models if before is not None else ():
+        if model.name == name and before is not None:
+            return before.time, model.engine
+    return 0.0, None
+
+
+def _overview(now: ServerStats, before: ServerStats | None) -> Table:
+    """Return a table with a row for each engine, and one for each model without engines."""
+    table = Table("model", "engine", "state", "running", "waiting", "tokens/s", "cached", box=None, pad_edge=False)
+    for model in now.models:
+        name = printable(model.name, lines=False)
+        if not model.replicas:
+            state = f"{model.state}: {model.error}" if model.error else model.state
+            table.add_row(Text(name), "", Text(printable(state, lines=False)), "", "", "", "")
+        for index, replica in enumerate(model.replicas):
+            engine, earlier = replica.engine, _earlier_replica(before, model.name, index)
+            state = "ready" if replica.is_ready else replica.status
+            cells = [Text(name), Text(replica.name), Text(printable(state, lines=False))]
+            if engine is not None:
+                rates = _Rates(now.time, engine, *earlier)
+                hits = f"{engine.cached_tokens / engine.prompt_tokens:.0%}" if engine.prompt_tokens else "–"
+                numbers = (f"{engine.running:,}", f"{engine.waiting:,}", rates.per_second("tokens_generated"), hits)
+                cells += map(Text, numbers)
+            table.add_row(*cells)
+    return table
+
+
+def _earlier_replica(before: ServerStats | None, name: str, index: int) -> tuple[float, EngineStats | None]:
+    for model in before.models if before is not None else ():
+        if model.name == name and index < len(model.replicas) and before is not None:
+            return before.time, model.replicas[index].engine
+    return 0.0, None
 
 
 class _Rates:
-    """Rates and ratios of counters between two statistics of the same engine."""
+    """Rates and ratios of counters between two statistics of the same engine, or of the same model's engines."""
 
-    def __init__(self, now: ServerStats, before: ServerStats | None) -> None:
-        same = before is not None and before.time < now.time and before.engine.steps <= now.engine.steps
-        self._now, self._before = now, before if same else None
+    def __init__(self, time: float, now: EngineStats, before_time: float, before: EngineStats | None) -> None:
+        same = before is not None and before_time < time and before.steps <= now.steps
+        self._now, self._before, self._seconds = now, before if same else None, time - before_time
 
     def grown(self, counter: str) -> float | None:
         """Return a counter's growth since `before`; None without `before` or if the engine has restarted since."""
         if self._before is None:
             return None
-        return float(getattr(self._now.engine, counter) - getattr(self._before.engine, counter))
+        return float(getattr(self._now, counter) - getattr(self._before, counter))
 
     def per_second(self, counter: str) -> str:
         grown = self.grown(counter)
-        seconds = self._now.time - self._before.time if self._before else 0.0
-        return "–" if grown is None else f"{grown / seconds:,.0f}"
+        return "–" if grown is None else f"{grown / self._seconds:,.0f}"
 
     def share(self, part: str, whole: str) -> str:
         some, all = self.grown(part), self.grown(whole)
@@ -82,12 +152,12 @@ class _Rates:
         return "–" if seconds is None or not steps else f"{1000 * seconds / steps:.1f} ms"
 
 
-def _requests(now: ServerStats) -> Text:
+def _requests(now: _Look) -> Text:
     running, most = now.engine.running, now.limits.max_batch_size
     return Text.assemble(_bar([(running, "green")], most), f" {running:,} of {most:,} running")
 
 
-def _queue(now: ServerStats) -> Text:
+def _queue(now: _Look) -> Text:
     engine, most = now.engine, now.limits.max_queue
     of_those = (("for pages", engine.waiting_for_pages), ("for a fork's prefill", engine.waiting_for_prompt))
     return Text.assemble(
@@ -97,7 +167,7 @@ def _queue(now: ServerStats) -> Text:
     )
 
 
-def _so_far(now: ServerStats) -> Text:
+def _so_far(now: _Look) -> Text:
     refused, timed_out = now.frontend.refused, now.frontend.timed_out
     return Text.assemble(
         (f"{refused:,} refused", "red" if refused else ""),
@@ -107,7 +177,7 @@ def _so_far(now: ServerStats) -> Text:
     )
 
 
-def _batch(now: ServerStats) -> Text:
+def _batch(now: _Look) -> Text:
     engine, most = now.engine, now.limits.max_batch_tokens
     parts = [(engine.decode_rows, "green"), (engine.prefill_rows, "cyan"), (engine.draft_rows, "magenta")]
     return Text.assemble(

@@ -156,6 +156,12 @@ class Frontend:
         if self._admission is not None:
             self._admission.check(ledger.num_completions, completions)
 
+    @property
+    def is_full(self) -> bool:
+        """Return whether `check_capacity(1)` would raise QueueFull."""
+        ledger, admission = self._ledger, self._admission
+        return ledger is not None and admission is not None and ledger.num_completions >= admission.limit
+
     def submit(
         self, requests: list[Request], tokens: list[list[int]], sink: Sink, request_id: str | None = None
     ) -> list[LiveRequest]:
@@ -407,6 +413,7 @@ class Frontend:
                     stopped.append(output.id)
             if live.progress < TRIAL_TOKENS:
                 replica.load.started(live)
+                live.metrics.replica = live.metrics.replica or (replica.name if len(self.replicas) > 1 else None)
                 replica.readmission.progressed(live)
             if increment.finished:
                 self._remember(live)

@@ -1,22 +1,17 @@
 """Routes for operators: GET /health, /ready, /stats and /version. They wait for an engine for a second at most."""
 
-import asyncio
 from functools import partial
 
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from octavo.errors import EngineDead
 from octavo.version import __version__
 
 from .api import Api
 from .edge.dispatch import route
-from .errors import ApiError
 from .openai.replies import Json
 from .stats import server_stats
-
-STATS_SECONDS = 1.0  # time limit for an engine to report its statistics
 
 
 def routes(api: Api) -> list[Route]:
@@ -44,18 +39,12 @@ def readiness(api: Api) -> tuple[bool, str]:
     """Return whether requests are served now, and the reason if they are not. Never waits."""
     if api.draining():
         return False, "the server is shutting down"
-    return api.llm.readiness()
+    return api.fleet.readiness()
 
 
 async def stats(api: Api, _: Request) -> Response:
-    """Answer with ServerStats, or 503 if no engine reports within a second."""
-    try:
-        async with asyncio.timeout(STATS_SECONDS):
-            return Json(await server_stats(api.llm))
-    except TimeoutError:
-        raise ApiError(503, "the engine does not respond", code="engine_unresponsive") from None
-    except EngineDead as error:
-        raise ApiError(503, str(error), code="engine_dead") from None
+    """Answer with ServerStats. The statistics of an engine that does not report within a second are null."""
+    return Json(await server_stats(api.fleet))
 
 
 async def version(_: Request) -> Response:

@@ -2,31 +2,43 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from octavo.async_llm import AsyncLLM
+from octavo.fleet.fleet import Fleet
 
 from .config import ServerConfig
+from .edge.access_log import RequestRecord
 from .edge.body import BodyReader
-from .errors import ApiError
 
 
 @dataclass(frozen=True)
 class Api:
-    """A started `llm` with the server's settings.
+    """A started `fleet` with the server's settings.
 
     Args:
         started: Unix time at which the server started, in seconds.
         draining: returns whether the server is shutting down.
     """
 
-    llm: AsyncLLM
+    fleet: Fleet
     config: ServerConfig
     bodies: BodyReader
     started: int
     draining: Callable[[], bool]
 
-    def check_model(self, name: str | None) -> None:
-        """Raise ApiError 404 unless `name` is the served model. None stands for the served model."""
-        served = self.llm.config.model_name
-        if name is not None and name != served:
-            raise ApiError(404, f"the model {name!r} is not served here; {served!r} is", "model", "model_not_found")
+    async def model(
+        self, record: RequestRecord, name: str | None, user: str | None = None, timeout: float | None = None
+    ) -> AsyncLLM:
+        """Return the model for a request, loaded. It is kept until the request's response ends.
+
+        Args:
+            name: of a model, an alias or a split; None for the default model.
+            user: the user that the request names, for sticky splits.
+            timeout: the request's timeout in seconds, which also limits the wait for a model that is being loaded.
+
+        Raises UnknownModel, RequestTimeout, EngineDead.
+        """
+        model = await self.fleet.acquire(name, {"user": user, "request_id": record.id}, timeout)
+        record.on_end = partial(self.fleet.release, model)
+        return model.llm

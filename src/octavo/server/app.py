@@ -3,9 +3,9 @@
 import time
 from collections.abc import Callable
 
-from octavo.async_llm import AsyncLLM
+from octavo.fleet.fleet import Fleet
 
-from . import admin
+from . import admin, models_admin
 from .api import Api
 from .config import ServerConfig
 from .edge.body import BodyReader
@@ -14,15 +14,15 @@ from .openai import chat, completions, kv_states, models
 
 
 def create_app(
-    llm: AsyncLLM, config: ServerConfig | None = None, draining: Callable[[], bool] = lambda: False
+    fleet: Fleet, config: ServerConfig | None = None, draining: Callable[[], bool] = lambda: False
 ) -> Dispatcher:
-    """Return the ASGI application that serves `llm`, which must be started already.
+    """Return the ASGI application that serves `fleet`, whose models must be started already.
 
     Args:
         config: settings; defaults if None.
         draining: returns whether the server is shutting down, for GET /ready.
     """
     config = config or ServerConfig()
-    api = Api(llm, config, BodyReader(config), int(time.time()), draining)
-    families = (chat, completions, models, kv_states, admin)
+    api = Api(fleet, config, BodyReader(config), int(time.time()), draining)
+    families = (chat, completions, models, kv_states, admin, models_admin)
     return Dispatcher([route for family in families for route in family.routes(api)], config.allowed_origins)

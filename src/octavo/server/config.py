@@ -27,6 +27,17 @@ class ServerConfig(Settings):
         one_of("text", "json", "none"),
     )
     access_log_prompts: bool = setting(False, "Include prompts and messages in the access log.")
+    models: str | None = setting(
+        None, "YAML file of several models with their settings, aliases and splits (docs/fleet.md)."
+    )
+    memory: Size | None = setting(
+        None,
+        "Memory for several models together; idle ones are unloaded for others. By default, the free memory at start, "
+        "or what the container allows.",
+    )
+    admin_key: str | None = setting(
+        None, "Key for /v1/admin, whose routes load, unload and swap models; without a key, they are refused."
+    )
     cors_origins: str | None = setting(
         None, "Web origins whose pages may call the server, separated by commas, or * for all. None by default."
     )

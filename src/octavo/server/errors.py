@@ -11,12 +11,14 @@ from starlette.exceptions import HTTPException
 from octavo.errors import (
     EngineDead,
     InvalidRequest,
+    ModelBusy,
     OctavoError,
     PromptTooLong,
     QueueFull,
     QuotaExceeded,
     RequestFailed,
     RequestTimeout,
+    UnknownModel,
 )
 
 from .openai.replies import ErrorBody, ErrorReply, Json
@@ -55,8 +57,12 @@ def error_reply(error: Exception) -> tuple[int, ErrorReply]:
             return error.status, _reply(error.status, str(error), error.param, error.code)
         case PromptTooLong():
             return 400, _reply(400, str(error), error.param, "context_length_exceeded")
+        case UnknownModel():
+            return 404, _reply(404, str(error), error.param, "model_not_found")
         case InvalidRequest():
             return 400, _reply(400, str(error), error.param, None)
+        case ModelBusy():
+            return 409, _reply(409, str(error), None, "model_busy")
         case QuotaExceeded():
             return 429, _reply(429, str(error), None, "kv_state_quota_exceeded")
         case QueueFull():

@@ -12,7 +12,7 @@ import shlex
 import signal
 import socket
 import sys
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING, NoReturn
 
 import typer
@@ -27,7 +27,8 @@ from octavo.version import __version__
 from .config import ServerConfig
 
 if TYPE_CHECKING:
-    from octavo.async_llm import AsyncLLM
+    from octavo.fleet.fleet import Fleet
+    from octavo.fleet.specs import FleetSpec
 
     from .edge.draining import DrainingServer
 
@@ -37,10 +38,13 @@ OTHER_FILES = 256  # open files that the process needs besides its connections
 ALL_ADDRESSES = {"": ("::", "0.0.0.0"), "::": ("::", "0.0.0.0")}
 
 
-def serve(engine: EngineConfig, config: ServerConfig) -> None:
+def serve(engine: EngineConfig | Callable[[], "FleetSpec"], config: ServerConfig) -> None:
     """Serve until SIGTERM, SIGHUP or Ctrl-C, then let running requests finish and return.
 
     A second signal, or a signal while the model loads, ends the server at once.
+
+    Args:
+        engine: the settings of a single model; or a function that returns the description of several.
 
     Raises ConfigError if the server cannot listen on the address, and any error from loading the model.
     """
@@ -52,23 +56,25 @@ def serve(engine: EngineConfig, config: ServerConfig) -> None:
         uvloop.run(_run(_begin_loading(engine), config, listeners))
 
 
-def _begin_loading(config: EngineConfig) -> "AsyncLLM":
+def _begin_loading(engine: EngineConfig | Callable[[], "FleetSpec"]) -> "Fleet":
     process = EngineProcess()  # imports its modules while this process imports its own
     try:
-        from octavo.async_llm import AsyncLLM
+        from octavo.fleet.fleet import Fleet
+        from octavo.fleet.specs import FleetSpec, ModelSpec
 
-        return AsyncLLM.from_config(config, process)
+        spec = FleetSpec([ModelSpec(config=engine)]) if isinstance(engine, EngineConfig) else engine()
     except BaseException:
         process.end()
         raise
+    return Fleet.begin(spec, process)
 
 
-async def _run(llm: "AsyncLLM", config: ServerConfig, listeners: list[socket.socket]) -> None:
+async def _run(fleet: "Fleet", config: ServerConfig, listeners: list[socket.socket]) -> None:
     """Serve in a separate task. The first signal while it serves starts draining; any other signal cancels the task."""
     from .edge.draining import on_signals  # imported late: the engine process is already loading weights
 
     servers: list[DrainingServer] = []
-    serving = asyncio.ensure_future(_serve(llm, config, listeners, servers))
+    serving = asyncio.ensure_future(_serve(fleet, config, listeners, servers))
 
     def stop() -> None:
         if servers and not servers[0].should_exit:
@@ -81,7 +87,7 @@ async def _run(llm: "AsyncLLM", config: ServerConfig, listeners: list[socket.soc
 
 
 async def _serve(
-    llm: "AsyncLLM", config: ServerConfig, listeners: list[socket.socket], servers: "list[DrainingServer]"
+    fleet: "Fleet", config: ServerConfig, listeners: list[socket.socket], servers: "list[DrainingServer]"
 ) -> None:
     """Load, then serve. The server is appended to `servers` when it starts."""
     from .app import create_app
@@ -90,14 +96,14 @@ async def _serve(
 
     access_log = AccessLog(config.access_log, sys.stdout, config.access_log_prompts)
     try:
-        await llm.start()
-        app = create_app(llm, config, draining=lambda: servers[0].should_exit)
-        server = DrainingServer(app, config, access_log, on_ready=lambda: _announce(llm, listeners[0]))
+        await fleet.start()
+        app = create_app(fleet, config, draining=lambda: servers[0].should_exit)
+        server = DrainingServer(app, config, access_log, on_ready=lambda: _announce(fleet, listeners[0]))
         servers.append(server)
         gc.freeze()  # otherwise the collector scans all modules from time to time, which delays every stream
         await server.serve(listeners)
     finally:
-        await llm.close()
+        await fleet.close()
         access_log.close()
 
 
@@ -179,17 +185,18 @@ def _exit_on_signals() -> Generator[None, None, None]:
             signal.signal(each, handler)
 
 
-def _announce(llm: "AsyncLLM", listener: socket.socket) -> None:
+def _announce(fleet: "Fleet", listener: socket.socket) -> None:
     host, port = listener.getsockname()[:2]
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # an address to connect to
     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-    model = llm.config.model_name
-    if llm.tokenizer.has_chat_template:
+    model = fleet.default.name
+    if fleet.default.was_loaded and fleet.default.llm.tokenizer.has_chat_template:
         route, body = "chat/completions", {"model": model, "messages": [{"role": "user", "content": "Hello!"}]}
     else:
         route, body = "completions", {"model": model, "prompt": "Once upon a time"}
     curl = shlex.join(["curl", f"{url}/v1/{route}", "-H", "Content-Type: application/json", "-d", json.dumps(body)])
     try:
-        typer.echo(f"\nOctavo {__version__} serves {printable(model)} on {url}; Ctrl-C ends it. Try it:\n\n{curl}\n")
+        names = ", ".join(each.name for each in fleet.models)
+        typer.echo(f"\nOctavo {__version__} serves {printable(names)} on {url}; Ctrl-C ends it. Try it:\n\n{curl}\n")
     except OSError:  # stdout is a full disk or a closed pipe; its buffer must not be flushed at exit either
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

@@ -2,6 +2,7 @@
 
 import contextlib
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from queue import SimpleQueue
@@ -23,7 +24,8 @@ class RequestRecord:
     """One HTTP request, for the access log and the response's header.
 
     The route fills in `model` and the attributes after it. `started` is in seconds of time.perf_counter().
-    `response_headers` are added to the header of every response, including error responses.
+    `response_headers` are added to the header of every response, including error responses. `on_end` is called when the
+    response has ended.
     """
 
     id: str
@@ -34,7 +36,9 @@ class RequestRecord:
     status: int = 0
     complete: bool = False
     response_headers: list[tuple[bytes, bytes]] = field(default_factory=list)
+    on_end: Callable[[], None] | None = None
     model: str | None = None
+    replica: str | None = None
     tenant: str | None = None
     stream: bool = False
     prompt: Any = None
@@ -134,6 +138,7 @@ def fields(now: datetime, seconds: float, record: RequestRecord, prompts: bool =
         "duration_ms": round(seconds * 1e3, 1),
         "first_token_ms": None if first is None else round(first * 1e3, 1),
         "model": record.model,
+        "replica": record.replica,
         "tenant": record.tenant or None,
         "stream": record.stream or None,
         "prompt_tokens": record.prompt_tokens,

@@ -62,6 +62,9 @@ class Dispatcher:
             await self._answer(ServerStopping(), record, scope, receive, send)
         except Exception as error:
             await self._answer(error, record, scope, receive, send)
+        finally:
+            if record.on_end is not None:
+                record.on_end()
 
     async def _answer(
         self, error: Exception, record: RequestRecord, scope: Scope, receive: Receive, send: Send

@@ -27,11 +27,12 @@ def routes(api: Api) -> list[Route]:
 
 async def chat_completions(api: Api, request: Request) -> Response:
     """Answer a chat. Raises ApiError, OctavoError."""
-    llm, record = api.llm, RequestRecord.of(request.scope)
-    content = await api.bodies.read_json(request, admit=lambda: llm.check_capacity(1))
+    record = RequestRecord.of(request.scope)
+    content = await api.bodies.read_json(request, admit=api.fleet.check_capacity)
     body = ChatRequest.from_json(content, api.config)
-    api.check_model(body.model)
-    params, terms = body.sampling_params(llm.generation_defaults), body.terms(request.headers)
+    terms = body.terms(request.headers)
+    llm = await api.model(record, body.model, body.user_id, terms.get("timeout"))
+    params = body.sampling_params(llm.generation_defaults)
     llm.check_capacity(params.n)
     messages = body.conversation()
     record.stream = bool(body.stream)

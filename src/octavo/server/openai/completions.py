@@ -28,14 +28,15 @@ def routes(api: Api) -> list[Route]:
 
 async def completions(api: Api, request: Request) -> Response:
     """Complete prompts. Raises ApiError, OctavoError."""
-    llm, record = api.llm, RequestRecord.of(request.scope)
-    content = await api.bodies.read_json(request, admit=lambda: llm.check_capacity(1))
+    record = RequestRecord.of(request.scope)
+    content = await api.bodies.read_json(request, admit=api.fleet.check_capacity)
     body = CompletionRequest.from_json(content, api.config)
     record.stream = bool(body.stream)
     if api.config.access_log_prompts:
         record.prompt = body.prompt
-    api.check_model(body.model)
-    params, terms = body.sampling_params(llm.generation_defaults), body.terms(request.headers)
+    terms = body.terms(request.headers)
+    llm = await api.model(record, body.model, body.user_id, terms.get("timeout"))
+    params = body.sampling_params(llm.generation_defaults)
     count = len(body.prompt) * params.n
     llm.check_capacity(count)
     continued = continuation(llm, body.kv_cache_state, count, terms)

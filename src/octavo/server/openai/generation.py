@@ -59,6 +59,7 @@ class Generation:
             self._known_prompts.add(output.request_id)
             record.prompt_tokens += len(output.prompt_token_ids)  # type: ignore[operator]
             record.cached_tokens += output.metrics.cached_tokens  # type: ignore[operator]
+            record.replica = record.replica or output.metrics.replica
             record.time_to_first_token = record.time_to_first_token or output.metrics.time_to_first_token
         if self.continuation is not None:
             self.continuation.add(output)

@@ -125,7 +125,10 @@ def continuation(llm: AsyncLLM, given: bool | str | None, n: int, terms: dict[st
 
 def find_state(llm: AsyncLLM, id: str, tenant: str) -> KVState:
     """Return a tenant's state. Raises ApiError 404 if it does not exist or belongs to another tenant."""
-    state = llm.kv_cache_states.find(id, tenant)
+    return _found(llm.kv_cache_states.find(id, tenant))
+
+
+def _found(state: KVState | None) -> KVState:
     if state is None:
         raise ApiError(404, "this KV state does not exist or has expired", PARAM, "kv_cache_state_not_found")
     return state
@@ -137,5 +140,6 @@ def describe(state: KVState) -> KVCacheState:
 
 
 def _requested_state(api: Api, request: Request) -> KVState:
-    tenant = tenant_of(request.headers, request.query_params.get("tenant"))
-    return find_state(api.llm, request.path_params["id"], tenant)
+    tenant, id = tenant_of(request.headers, request.query_params.get("tenant")), request.path_params["id"]
+    books = (model.llm.kv_cache_states for model in api.fleet.all_models() if model.was_loaded)
+    return _found(next(filter(None, (book.find(id, tenant) for book in books)), None))

@@ -21,23 +21,31 @@ def routes(api: Api) -> list[Route]:
 
 
 async def list_models(api: Api, _: Request) -> Response:
-    """Answer with the models that are served."""
-    return Json(ModelList(data=[_card(api)]))
+    """Answer with all names that requests may use: of models, their aliases, and splits."""
+    return Json(ModelList(data=[_card(api, name) for name in api.fleet.names()]))
 
 
 async def get_model(api: Api, request: Request) -> Response:
-    """Answer with one model. Raises ApiError 404."""
-    api.check_model(request.path_params["name"])
-    return Json(_card(api))
+    """Answer with one of them. Raises UnknownModel."""
+    name = request.path_params["name"]
+    api.fleet.resolve(name)
+    return Json(_card(api, name))
 
 
-def _card(api: Api) -> ModelCard:
-    config = api.llm.config
-    permission = ModelPermission(id=f"modelperm-{config.model_name}", created=api.started)
-    return ModelCard(
-        id=config.model_name,
+def _card(api: Api, name: str) -> ModelCard:
+    card = ModelCard(
+        id=name,
         created=api.started,
-        root=config.model,
-        max_model_len=api.llm.info.max_model_len,
-        permission=[permission],
+        root=None,
+        permission=[ModelPermission(id=f"modelperm-{name}", created=api.started)],
     )
+    if (model := api.fleet.names()[name]) is None:
+        card.shares = dict(api.fleet.shares(name))
+        return card
+    card.root, card.state = model.spec.config.model, model.state
+    card.max_model_len = model.llm.info.max_model_len if model.was_loaded else None
+    if name == model.name:
+        card.aliases = list(model.spec.handling.aliases)
+    else:
+        card.parent = model.name
+    return card

@@ -24,7 +24,7 @@ ALIASES = {
 
 NEUTRAL: dict[str, Any] = {
     # OpenAI: storage, billing and hints about speed
-    **dict.fromkeys(("user", "metadata", "store", "service_tier", "safety_identifier", "prediction"), ANY),
+    **dict.fromkeys(("metadata", "store", "service_tier", "prediction"), ANY),
     **dict.fromkeys(("prompt_cache_key", "prompt_cache_retention", "parallel_tool_calls", "moderation"), ANY),
     "reasoning_effort": ("none",),
     "verbosity": ("medium",),

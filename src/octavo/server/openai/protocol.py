@@ -136,6 +136,8 @@ class GenerationRequest(Parameters):  # type: ignore[misc]
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     kv_cache_state: bool | str | None = None  # true: keep the state; a handle: also continue that state
+    user: Any = None
+    safety_identifier: Any = None  # OpenAI's newer name for it
 
     @classmethod
     def from_json(cls, body: Any, config: ServerConfig) -> Self:
@@ -198,6 +200,12 @@ class GenerationRequest(Parameters):  # type: ignore[misc]
             given["top_p"] = self.top_p
         bias = {_token_id(key): value for key, value in (self.logit_bias or {}).items()}
         return SamplingParams(max_tokens=max_tokens, logprobs=logprobs, logit_bias=bias or None, **given)
+
+    @property
+    def user_id(self) -> str | None:
+        """Return the end user whom the request names, if any, for sticky splits."""
+        user = self.safety_identifier if self.user is None else self.user
+        return user if isinstance(user, str) and user else None
 
     def terms(self, headers: Headers) -> dict[str, Any]:
         """Return the given fields of ServiceTerms, and the tenant."""

@@ -47,15 +47,27 @@ class ModelPermission(msgspec.Struct, kw_only=True):
 
 
 class ModelCard(msgspec.Struct, kw_only=True):
-    """A served model. `root` is the name by which the model was loaded; `max_model_len` is in tokens."""
+    """A name of a served model.
+
+    Attributes:
+        root: the name or path by which the model was loaded; None for a split.
+        parent: the model's own name if this is an alias of it.
+        max_model_len: in tokens; None if the model has not been loaded yet.
+        state: of the model: unloaded, loading, loaded, draining or failed; None for a split.
+        aliases: other names of the model.
+        shares: of a split: percent by model.
+    """
 
     id: str
     object: Literal["model"] = "model"
     created: int
     owned_by: str = "octavo"
-    root: str
+    root: str | None
     parent: str | None = None
-    max_model_len: int
+    max_model_len: int | None = None
+    state: str | None = None
+    aliases: list[str] = []
+    shares: dict[str, float] | None = None
     permission: list[ModelPermission]
 
 

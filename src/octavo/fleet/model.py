@@ -1,0 +1,153 @@
+"""Model: one model of a fleet, loaded or not, and the requests that use it."""
+
+import asyncio
+import time
+from typing import Literal
+
+from octavo.async_llm import AsyncLLM
+from octavo.frontend.links.process import EngineProcess
+from octavo.params import SamplingParams
+from octavo.weights import resolve
+
+from .memory import needs
+from .specs import ModelSpec
+
+State = Literal["unloaded", "loading", "loaded", "draining", "failed"]
+
+
+class Model:
+    """A model with its engines, while they are loaded. Use it on one event loop.
+
+    The tokenizer and the KV states of a model that has been loaded once are kept when it is unloaded.
+
+    Attributes:
+        spec: its settings, as given.
+        config: the engine's settings; within a memory budget, with a bounded KV cache.
+        state: "draining" while its last requests finish; "failed" if the latest load has failed.
+        error, failed_at: why and when the latest load failed; "" after a successful one.
+        is_off: whether an operator has unloaded it, so that requests do not load it again.
+        size: bytes that its engines may take, once `measure` has estimated them; otherwise 0.
+        num_waiting: requests that wait until the model is loaded.
+        last_used: time at which the latest request ended, in seconds of time.monotonic().
+    """
+
+    def __init__(self, spec: ModelSpec):
+        self.spec, self.name, self.config = spec, spec.name, spec.config
+        self.state: State = "unloaded"
+        self.error, self.failed_at = "", 0.0
+        self.is_off = False
+        self.size = 0
+        self.num_waiting = 0
+        self.last_used = time.monotonic()
+        self._llm: AsyncLLM | None = None
+        self._was_started = False
+        self._users = 0  # requests that use the model, from before they are tokenized until their response ends
+        self._idle, self._changed = asyncio.Event(), asyncio.Event()
+        self._idle.set()
+
+    @classmethod
+    def of(cls, llm: AsyncLLM) -> "Model":
+        """Return the model of an AsyncLLM that is already started."""
+        model = cls(ModelSpec(config=llm.config))
+        model._llm, model._was_started, model.state = llm, True, "loaded"
+        return model
+
+    @property
+    def llm(self) -> AsyncLLM:
+        """Return the model's API. The model must have been loaded."""
+        assert self._llm is not None
+        return self._llm
+
+    @property
+    def was_loaded(self) -> bool:
+        """Return whether `llm` can be used."""
+        return self._was_started
+
+    @property
+    def is_idle(self) -> bool:
+        """Return whether no request uses the model or waits for it."""
+        return self._users == 0 and not self.num_waiting
+
+    def acquire(self) -> None:
+        """Count a request that uses the model. Until `release`, the model is not unloaded."""
+        self._users += 1
+        self._idle.clear()
+
+    def release(self) -> None:
+        """Note that a request has ended."""
+        self._users -= 1
+        self.last_used = time.monotonic()
+        if not self._users:
+            self._idle.set()
+
+    async def idle(self) -> None:
+        """Wait until no request uses the model."""
+        await self._idle.wait()
+
+    def set_state(self, state: State) -> None:
+        self.state = state
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    async def changed(self) -> None:
+        """Wait until the state changes."""
+        await self._changed.wait()
+
+    def failed(self, error: BaseException) -> None:
+        """Note that a load has failed."""
+        self.error, self.failed_at = " ".join(str(error).split()) or type(error).__name__, time.monotonic()
+        self.set_state("failed")
+
+    def measure(self) -> None:
+        """Estimate `size`, and bound the KV cache accordingly. Reads the headers of the model's files, once.
+
+        Raises ModelNotFound, DamagedWeights, UnsupportedModel.
+        """
+        if not self.size:
+            needed = needs(self.config, resolve(self.config.model, self.config.revision))
+            self.size, self.config = needed.bytes, needed.config
+
+    def begin(self, process: EngineProcess | None = None) -> None:
+        """Begin to load in the background, so that `load` takes less time. Blocks while the tokenizer is read.
+
+        Raises any error from reading the model's files.
+        """
+        self.state = "loading"
+        self._llm = AsyncLLM.from_config(self.config, process)
+
+    def discard(self) -> None:
+        """End engines that `begin` has started. Needs no event loop."""
+        if self._llm is not None:
+            self._llm.discard()
+
+    async def load(self) -> None:
+        """Load the engines. Raises any error from loading; then they have ended."""
+        if self._llm is None:
+            await asyncio.to_thread(self.begin)
+        try:
+            await (self.llm.load() if self._was_started else self.llm.start())
+        except BaseException:
+            if not self._was_started:
+                await self.llm.close()
+                self._llm = None
+            raise
+        self._was_started, self.last_used, self.error = True, time.monotonic(), ""
+        self.set_state("loaded")
+
+    async def unload(self) -> None:
+        """Wait until no request uses the model, then end its engines."""
+        self.set_state("draining")
+        await self.idle()
+        if self._llm is not None:
+            await self._llm.unload()
+        self.set_state("unloaded")
+
+    async def close(self) -> None:
+        """End the engines at once. Requests fail with EngineDead."""
+        if self._llm is not None:
+            await self._llm.close()
+        self.set_state("unloaded")
+
+    async def warm_up(self) -> None:
+        """Compute one token, so that the first request finds everything in place."""
+        await self.llm.agenerate([[0]], SamplingParams(max_tokens=1))

@@ -1,0 +1,104 @@
+"""GET and POST /v1/admin/models: see, load, unload and swap the models of a running server, with the admin key."""
+
+import hmac
+from functools import partial
+from typing import Any, Literal
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from octavo.errors import (
+    ConfigError,
+    DamagedWeights,
+    EngineDead,
+    ModelNotFound,
+    OutOfMemory,
+    UnsupportedModel,
+)
+from octavo.fleet.specs import model_spec
+
+from .api import Api
+from .edge.dispatch import route
+from .errors import ApiError
+from .openai.replies import Json
+from .stats import server_stats
+
+PATH = "/v1/admin/models"
+WRONG_MODEL = (ConfigError, ModelNotFound, DamagedWeights, UnsupportedModel, OutOfMemory)
+
+
+class Change(msgspec.Struct, forbid_unknown_fields=True):
+    """The body of POST /v1/admin/models.
+
+    Attributes:
+        name: the model's name in the API.
+        model: for swap, and for load of a model that the server does not have: a directory, file, hub name or alias.
+        settings: its further settings, as in a models file. A swap keeps the other settings of the old model.
+    """
+
+    action: Literal["load", "unload", "swap"]
+    name: str
+    model: str | None = None
+    settings: dict[str, Any] = {}
+
+
+def routes(api: Api) -> list[Route]:
+    """Return the routes of this family."""
+    return [
+        route("GET", PATH, partial(list_models, api)),
+        route("POST", PATH, partial(change_models, api)),
+    ]
+
+
+async def list_models(api: Api, request: Request) -> Response:
+    """Answer with the statistics of all models, as GET /stats does. Raises ApiError 401 or 403."""
+    check_key(api.config.admin_key, request)
+    return Json(await server_stats(api.fleet))
+
+
+async def change_models(api: Api, request: Request) -> Response:
+    """Load, unload or swap a model, and answer when that has ended. It goes on if the client disconnects.
+
+    Raises ApiError: 400 for a model that cannot be loaded, 401 or 403 without the key, 404 for an unknown name, 409
+        while another change of the model is under way, 503 if its engine fails.
+    """
+    check_key(api.config.admin_key, request)
+    content = await api.bodies.read_json(request)
+    try:
+        change = msgspec.convert(content, Change)
+    except msgspec.ValidationError as error:
+        raise ApiError(400, f"the body is not valid: {error}") from None
+    try:
+        await _apply(api, change)
+    except WRONG_MODEL as error:
+        raise ApiError(400, str(error), code="model_not_loaded") from None
+    except EngineDead as error:
+        raise ApiError(503, str(error), code="model_not_loaded") from None
+    return Json({"name": change.name, "state": api.fleet.known(change.name).state})
+
+
+async def _apply(api: Api, change: Change) -> None:
+    if change.action == "unload":
+        if change.model or change.settings:
+            raise ApiError(400, "unload takes only a name", "model" if change.model else "settings")
+        await api.fleet.unload(change.name)
+        return
+    given = change.settings | ({"model": change.model} if change.model else {})
+    if change.action == "swap":
+        if not change.model and "model" not in change.settings:
+            raise ApiError(400, "swap needs the model that replaces the one of this name", "model")
+        inherited = api.fleet.known(change.name).spec.inherited()
+        await api.fleet.swap(model_spec(change.name, given, inherited))
+    else:
+        await api.fleet.load(change.name, model_spec(change.name, given) if given else None)
+
+
+def check_key(key: str | None, request: Request) -> None:
+    """Raise ApiError 403 if the server has no admin key, 401 unless the request has it as its bearer token."""
+    if key is None:
+        raise ApiError(403, "the admin routes are off: start the server with --admin-key", code="admin_disabled")
+    scheme, _, token = request.headers.get("authorization", "").partition(" ")
+    if scheme.lower() != "bearer" or not hmac.compare_digest(token.strip().encode(), key.encode()):
+        raise ApiError(401, "this route needs the header Authorization: Bearer with the server's admin key")
