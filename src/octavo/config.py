@@ -142,6 +142,12 @@ class EngineConfig(Settings):
     threads: int | None = setting(
         None, "Compute threads; by default one per available core, each pinned to its core.", at_least(1)
     )
+    kv_events: str | None = setting(
+        None, "ZeroMQ address, such as tcp://*:5557, on which cached pages are published as vLLM does, for routers."
+    )
+    kv_events_replay: str | None = setting(
+        None, "ZeroMQ address at which subscribers request messages again that they have missed."
+    )
     data_parallel_size: int = setting(
         1,
         "Replicas of the model, each in a process with its share of the cores; a request goes where it is done first.",

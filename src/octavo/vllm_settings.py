@@ -78,6 +78,19 @@ def _read_speculative_config(value: Any) -> Reading:
     return Reading(note=f"({why})", ignored=True)
 
 
+def _read_kv_events_config(value: Any) -> Reading:
+    try:
+        config = json.loads(value) if isinstance(value, str) else value
+        enabled, kind = config.get("enable_kv_cache_events", False), config.get("publisher", "zmq")
+        endpoint, replay = config.get("endpoint", "tcp://*:5557"), config.get("replay_endpoint")
+    except (ValueError, AttributeError, RecursionError):
+        example = '{"enable_kv_cache_events": true, "endpoint": "tcp://*:5557"}'
+        raise ConfigError(f"kv_events_config must be JSON such as {example}, not {value!r}") from None
+    if not enabled or kind != "zmq":
+        return Reading(note="(no events)", ignored=True)
+    return Reading({"kv_events": endpoint, "kv_events_replay": replay}, f"is kv_events {endpoint}")
+
+
 def _read_allowed_origins(value: Any) -> Reading:
     try:
         origins = json.loads(value) if isinstance(value, str) and value.strip().startswith("[") else value
@@ -123,6 +136,7 @@ _VALUES: dict[str, Alias] = {
             "int4": ("4bit", ""),
         },
     ),
+    "kv_events_config": Alias(_read_kv_events_config),
     "speculative_config": Alias(_read_speculative_config),
     "allowed_origins": Alias(_read_allowed_origins),
     "gpu_memory_utilization": _ignored("kv_cache_memory sets the size of the KV cache"),

@@ -110,6 +110,11 @@ class Engine:
             fingerprint=self.fingerprint,
         )
 
+    @property
+    def usual_root(self) -> bytes:
+        """Return the root of sequences without a tenant, salt and origin."""
+        return root_key(self.fingerprint, "", "")
+
     def add(self, request: EngineRequest) -> None:
         """Queue a request. If it can never be served, the next step returns an error for it."""
         if problem := self._problem(request):

@@ -22,6 +22,7 @@ from octavo.text import Tokenizer
 
 from .admission import Admission
 from .calls import Calls
+from .kv_events import KVEvents
 from .ledger import Ledger
 from .links.link import Exit, Link
 from .links.messages import (
@@ -87,6 +88,7 @@ class Frontend:
         self._router = Router()
         self._waiting: OrderedDict[LiveRequest, None] = OrderedDict()  # requests for which no replica is open
         self._calls = Calls()
+        self._events: KVEvents | None = None
         self._deadline: asyncio.TimerHandle | None = None
         self._deadline_at: float | None = None  # time.monotonic()
         self._timed_out = 0
@@ -319,6 +321,8 @@ class Frontend:
         for replica in self.replicas:
             self._calls.fail(replica, error)
         await self.stop()
+        if self._events is not None:
+            self._events.close()
 
     def fail_all(self, error: OctavoError) -> None:
         """End all live requests with an error."""
@@ -334,11 +338,13 @@ class Frontend:
                 self, self._state_owner, info.fingerprint, self._config.kv_state_quota, self._config.kv_state_ttl
             )
             self._ledger = Ledger(self._tokenizer, info, self._config.request_timeout)
+            if self._config.kv_events is not None:
+                self._events = KVEvents(self._config.kv_events, self._config.kv_events_replay, info.page_size)
         elif info.fingerprint != self.info.fingerprint:
             raise EngineDead("the model's files have changed since the start: restore them, or restart Octavo")
         await self._open_state_files(replica)
-        if len(self.replicas) > 1:
-            replica.send(WatchPages())
+        if len(self.replicas) > 1 or self._events is not None:
+            replica.send(WatchPages(with_content=self._events is not None))
         if interrupted := sum(live.was_sent and not live.sent for live in self._ledger):
             log.warning("a new engine continues %d requests", interrupted)
         replica.readmission.engine_ready()
@@ -346,6 +352,8 @@ class Frontend:
     def replica_lost(self, replica: Replica, exit: Exit) -> None:
         self._calls.fail(replica, EngineDead(f"the engine ended ({exit.reason})"))
         replica.load.clear()
+        if self._events is not None:
+            self._events.cleared(replica.number)
         culprit, others = replica.readmission.engine_lost(self._lives_of(replica), exit)
         if culprit:
             reason = f"the engine failed {culprit.crashes} times while it served this request ({exit.reason})"
@@ -380,7 +388,9 @@ class Frontend:
                 self._take_tokens(replica, message.outputs)
             case Pages():
                 if not replica.load.publish(message.number, message.gained, message.lost):
-                    replica.send(WatchPages())
+                    replica.send(WatchPages(with_content=self._events is not None))
+                elif self._events is not None:
+                    self._events.changed(replica.number, message)
             case Stats() | StateDone():
                 self._calls.answered(replica, message)
 
@@ -448,7 +458,7 @@ class Frontend:
     # Placing requests
 
     def _new_replica(self, number: int, of: int) -> Replica:
-        return Replica(lambda: self._connect(number), self, f"engine {number}" if of > 1 else "the engine")
+        return Replica(lambda: self._connect(number), self, number, f"engine {number}" if of > 1 else "the engine")
 
     def _lives_of(self, replica: Replica) -> list[LiveRequest]:
         return [live for live in self._ledger or () if live.replica is replica]

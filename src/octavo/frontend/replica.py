@@ -65,6 +65,7 @@ class Replica:
 
     Args:
         connect: starts an engine, which begins to load.
+        number: the replica's number among those of its model.
         name: for messages about this replica's engines, such as "the engine" or "engine 2".
 
     Attributes:
@@ -73,8 +74,8 @@ class Replica:
         is_leaving: whether the replica is being drained, so that it takes no more requests.
     """
 
-    def __init__(self, connect: Callable[[], Link], owner: ReplicaOwner, name: str = "the engine"):
-        self._connect, self._owner, self.name = connect, owner, name
+    def __init__(self, connect: Callable[[], Link], owner: ReplicaOwner, number: int = 0, name: str = "the engine"):
+        self._connect, self._owner, self.number, self.name = connect, owner, number, name
         self.readmission = Readmission(lambda live: owner.replica_send(self, live), lambda: owner.replica_opened(self))
         self.load = Load()
         self.is_leaving = False

@@ -7,7 +7,7 @@ losing a page costs only time, and forking a sequence is finding its prefix in t
 import math
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from .page_pool import PagePool
@@ -25,6 +25,15 @@ class PageTable:
     prefix: Prefix
     pages: list[int] = field(default_factory=list)
     num_full: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class PageContent:
+    """What a page is: the key of the page before it, the root of its sequence, and its tokens as bytes (int32)."""
+
+    parent: bytes
+    root: bytes
+    tokens: bytes
 
 
 @dataclass(slots=True)
@@ -67,6 +76,7 @@ class KVCache:
         self._max_saving = max(1, num_pages // SAVING_SHARE)
         self._num_saving = 0
         self._fetching: dict[int, Prefetch] = {}  # by page
+        self._content: dict[bytes, PageContent] | None = None  # of pages that are published or fetched, by key
 
     def pages_for(self, num_tokens: int) -> int:
         """Return the number of pages that `num_tokens` tokens need."""
@@ -120,7 +130,8 @@ class KVCache:
             return
         while table.num_full < num_computed // self.page_size:
             page, key = table.pages[table.num_full], table.prefix.key(table.num_full)
-            self.pool.publish(page, key)
+            if self.pool.publish(page, key):
+                self._note_content(table.prefix, table.num_full)
             table.num_full += 1
             if self._saves:
                 self._unsaved.append((page, key))
@@ -166,6 +177,7 @@ class KVCache:
                 pages.append(page)
             elif self.transfers.tier_of(key):
                 missing.append(key)
+                self._note_content(prefix, i)
             else:
                 break
         if not missing or not self._reclaim(len(missing) + reserve):
@@ -220,6 +232,22 @@ class KVCache:
             self.wait(0.05)
             self.collect()
 
+    def watch(self, with_content: bool) -> None:
+        """Begin to record which keys the pool gains and loses, and with `with_content` what their pages are."""
+        self.pool.watch()
+        self._content = {} if with_content else None
+
+    def take_content(self, keys: Iterable[bytes]) -> dict[bytes, PageContent]:
+        """Return, once, what the pages with these keys are, as far as it is recorded."""
+        content = self._content or {}
+        return {key: content.pop(key) for key in keys if key in content}
+
+    def _note_content(self, prefix: Prefix, page: int) -> None:
+        if self._content is not None:
+            tokens = prefix.tokens[page * self.page_size : (page + 1) * self.page_size]
+            content = PageContent(prefix.parent(page), prefix.parent(0), tokens.tobytes())
+            self._content[prefix.key(page)] = content
+
     @property
     def seconds_per_page(self) -> float:
         """Return the measured time to fetch a page from a lower tier, in seconds."""
@@ -250,8 +278,8 @@ class KVCache:
 
     def _finish_fetch(self, done: Finished, prefetch: Prefetch) -> None:
         prefetch.pending -= 1
-        if done.ok:
-            self.pool.publish(done.page, done.key)
+        if not (done.ok and self.pool.publish(done.page, done.key)) and self._content:
+            self._content.pop(done.key, None)
         # Release a page whose fetch failed, or whose content another page has received in the meantime.
         if self.pool.find(done.key) != done.page and done.page in prefetch.pages:
             prefetch.pages.remove(done.page)

@@ -74,13 +74,15 @@ class PagePool:
         changes, self._changes = self._changes, {}
         return changes
 
-    def publish(self, page: int, key: bytes) -> None:
-        """Make `find` return a page in use for `key`, unless another page already has this content."""
-        if key not in self._page_of:
-            self._page_of[key] = page
-            self._key[page] = key
-            if self._changes is not None:
-                self._changes[key] = True
+    def publish(self, page: int, key: bytes) -> bool:
+        """Make `find` return a page in use for `key`. Return False if another page already has this content."""
+        if key in self._page_of:
+            return False
+        self._page_of[key] = page
+        self._key[page] = key
+        if self._changes is not None:
+            self._changes[key] = True
+        return True
 
     def evict(self, page: int) -> None:
         """Make `find` no longer return a published page. If the page is unreferenced, it becomes free."""

@@ -9,6 +9,7 @@ from queue import SimpleQueue
 from typing import Any
 
 from octavo.engine.engine import Engine
+from octavo.kv.prefix import KEY_BYTES
 
 from .messages import (
     Abort,
@@ -29,6 +30,7 @@ from .messages import (
     WatchPages,
 )
 
+ZERO = bytes(KEY_BYTES)
 Receive = Callable[[bool], list[ToEngine] | None]
 
 
@@ -92,17 +94,29 @@ class EngineLoop:
                 load = engine.load_state(message.id, Path(message.path))
                 load.add_done_callback(partial(self._state_job_ended, message.id))
             case WatchPages():
-                engine.kv.pool.watch()
+                engine.kv.watch(message.with_content)
                 self._send(Pages(0, b"".join(engine.kv.pool.keys)))
                 self._pages_sent = 1
             case AskStats():
                 self._send(Stats(message.id, engine.stats()))
 
     def _publish_pages(self) -> None:
-        if changes := self.engine.kv.pool.take_changes():
-            gained = b"".join(key for key, is_there in changes.items() if is_there)
+        engine = self.engine
+        if changes := engine.kv.pool.take_changes():
+            gained = [key for key, is_there in changes.items() if is_there]
             lost = b"".join(key for key, is_there in changes.items() if not is_there)
-            self._send(Pages(self._pages_sent, gained, lost))
+            known = engine.kv.take_content(gained)
+            keys, content = [*known, *(key for key in gained if key not in known)], known.values()
+            usual = engine.usual_root if content else ZERO
+            pages = Pages(
+                self._pages_sent,
+                b"".join(keys),
+                lost,
+                parents=b"".join(ZERO if page.parent == page.root else page.parent for page in content),
+                roots=b"".join(ZERO if page.root == usual else page.root for page in content),
+                tokens=b"".join(page.tokens for page in content),
+            )
+            self._send(pages)
             self._pages_sent += 1
 
     def _state_job_ended(self, id: str, job: "Future[Any]") -> None:

@@ -77,7 +77,13 @@ class AskStats(msgspec.Struct, frozen=True, tag=True):
 
 
 class WatchPages(msgspec.Struct, frozen=True, tag=True):
-    """Publish the pages of the cache from now on. Answered by Pages with all of them, then after each step."""
+    """Publish the pages of the cache from now on. Answered by Pages with all of them, then after each step.
+
+    Attributes:
+        with_content: whether to publish the content of pages that are gained from now on.
+    """
+
+    with_content: bool = False
 
 
 class Loading(msgspec.Struct, frozen=True, tag=True):
@@ -160,11 +166,17 @@ class Pages(msgspec.Struct, frozen=True, tag=True):
         number: 0 for the answer to WatchPages, which has all pages; then 1 more with each message. After a gap, the
             frontend sends WatchPages again.
         gained, lost: concatenated keys, of KEY_BYTES each.
+        parents, roots, tokens: if requested, for each gained page, or the first ones, the key of the page before it,
+            the root of its sequence, and its token ids (int32). The key before a sequence's first page is zero, and so
+            is the root of sequences without a tenant, salt and origin.
     """
 
     number: int
     gained: bytes = b""
     lost: bytes = b""
+    parents: bytes = b""
+    roots: bytes = b""
+    tokens: bytes = b""
 
 
 ToEngine = Load | Submit | Abort | AskStats | Pin | Unpin | SaveState | LoadState | WatchPages
