@@ -115,9 +115,7 @@ async def server_info(api: Api, instance_id: str, _: Request) -> Response:
 async def model_info(api: Api, _: Request) -> Response:
     """Answer with ModelInfo."""
     config = api.llm.config
-    return Json(
-        ModelInfo(model_path=config.model, served_model_name=config.model_name, tokenizer_path=config.model)
-    )
+    return Json(ModelInfo(model_path=config.model, served_model_name=config.model_name, tokenizer_path=config.model))
 
 
 async def get_load(api: Api, _: Request) -> Response:
