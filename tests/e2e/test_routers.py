@@ -1,4 +1,4 @@
-"""sglang-router and vllm-router, as they come from PyPI, in front of two servers."""
+"""sglang-router and vllm-router, the real ones, in front of two servers, one of which is killed."""
 
 import asyncio
 import importlib.util
@@ -58,9 +58,9 @@ def test_a_router_in_front_of_two_servers(module: str, survivor: ServerProcess, 
         assert asyncio.run(answers(front.url)) == expected
         assert tokens_generated(survivor) > before
         assert tokens_generated(victim) > 0
-        if module == "sglang_router":  # vllm-router expects another form of answer, which neither server has
+        if module == "sglang_router":
             loads = httpx.get(f"{front.url}/get_loads").json()["workers"]
-            assert [worker["load"] for worker in loads] == [0, 0]
+            assert all(worker["load"] >= 0 for worker in loads)  # -1: unknown
         else:
             assert "render_unavailable" not in front.log.read_text()
 
@@ -73,13 +73,16 @@ async def answers(url: str) -> list[Any]:
     """The answers to chats and completions, with and without streaming, sent at once."""
     async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60) as client:
 
-        async def complete(kind: Any, prompt: dict[str, Any], stream: bool) -> list[tuple[str, str | None]]:
+        async def complete(kind: Any, prompt: dict[str, Any], stream: bool) -> tuple[str, str]:
             options = {"model": "tiny", "max_tokens": 6, "temperature": 0, "extra_body": {"ignore_eos": True}}
             reply = await kind.create(**prompt, **options, stream=stream)
             chunks = [chunk async for chunk in reply] if stream else [reply]
             choices = [choice for chunk in chunks for choice in chunk.choices]
-            texts = [getattr(choice, "text", None) or _chat_text(choice) for choice in choices]
-            return ["".join(texts), choices[-1].finish_reason]
+            if kind is client.completions:
+                texts = [choice.text for choice in choices]
+            else:
+                texts = [(choice.delta if stream else choice.message).content or "" for choice in choices]
+            return "".join(texts), choices[-1].finish_reason
 
         chats = [{"messages": [{"role": "user", "content": f"Describe module {i}"}]} for i in range(REQUESTS)]
         prompts = [{"prompt": f"The module {i}"} for i in range(REQUESTS)]
@@ -87,11 +90,6 @@ async def answers(url: str) -> list[Any]:
             *(complete(client.chat.completions, chat, i % 4 != 0) for i, chat in enumerate(chats)),
             *(complete(client.completions, prompt, i % 4 != 0) for i, prompt in enumerate(prompts)),
         )
-
-
-def _chat_text(choice: Any) -> str:
-    part = getattr(choice, "delta", None) or getattr(choice, "message", None)
-    return (part and part.content) or ""
 
 
 def instance(server: ServerProcess) -> str:

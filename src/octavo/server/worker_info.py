@@ -1,7 +1,7 @@
 """Routes that routers in front of several servers query: GET /server_info, /model_info and /get_load.
 
-sglang-router and vllm-router call the servers behind them workers. The names of routes and fields are SGLang's, with
-those that vllm-router adds; see docs/routers.md.
+Such routers call the servers behind them workers. Routes and fields have the names that sglang-router and vllm-router
+read, which are mostly those of SGLang (docs/routers.md).
 """
 
 import asyncio
@@ -32,11 +32,11 @@ class ServerInfo(msgspec.Struct, kw_only=True):
         model_path, tokenizer_path: the name by which the model was loaded.
         instance_id: differs between servers, and between two starts of one server.
         tp_size, dp_size: 1, since a router does not choose among the engines of one server.
-        max_running_requests: sequences that run at the same time.
-        max_prefill_tokens: tokens computed in one step.
-        max_total_num_tokens: tokens that fit into the KV cache.
-        context_length: tokens of prompt and output together.
-        page_size, kv_block_size: tokens in a page of the KV cache.
+        max_running_requests: maximum of sequences that run at the same time.
+        max_prefill_tokens: maximum of tokens computed in one step.
+        max_total_num_tokens: capacity of the KV cache, in tokens.
+        context_length: maximum of tokens of prompt and output together.
+        kv_block_size: tokens in a page of the KV cache.
     """
 
     model_id: str
@@ -51,7 +51,6 @@ class ServerInfo(msgspec.Struct, kw_only=True):
     max_prefill_tokens: int
     max_total_num_tokens: int
     context_length: int
-    page_size: int
     kv_block_size: int
 
 
@@ -71,7 +70,7 @@ class Load(msgspec.Struct, kw_only=True):
         dp_rank: always 0; see ServerInfo.dp_size.
         num_reqs: sequences that run or wait.
         num_waiting_reqs: sequences that wait.
-        num_tokens: tokens in the pages of the KV cache that sequences use, each page counted as full.
+        num_tokens: tokens in the pages of the KV cache that sequences use. Every page counts as full.
     """
 
     dp_rank: int = 0
@@ -106,7 +105,6 @@ async def server_info(api: Api, instance_id: str, _: Request) -> Response:
             max_prefill_tokens=config.max_batch_tokens,
             max_total_num_tokens=info.num_pages * info.page_size,
             context_length=info.max_model_len,
-            page_size=info.page_size,
             kv_block_size=info.page_size,
         )
     )
