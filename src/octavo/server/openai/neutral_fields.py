@@ -53,7 +53,7 @@ NEUTRAL: dict[str, Any] = {
     "separate_reasoning": (True, False),
     "stream_reasoning": (True, False),
     "logprob_start_len": (-1,),
-    "rid": ANY,
+    **dict.fromkeys(("rid", "data_parallel_rank", "routed_dp_rank"), ANY),  # which engine computes them
     **dict.fromkeys(("return_hidden_states", "return_logprob", "return_text_in_logprobs"), (False,)),
     **dict.fromkeys(("regex", "ebnf", "json_schema", "stop_regex", "lora_path", "session_params"), ()),
     **dict.fromkeys(("custom_logit_processor", "custom_params", "bootstrap_host", "bootstrap_room"), ()),

@@ -49,6 +49,11 @@ def _whole_number(value: Any) -> Any:
     return int(value) if type(value) is float and value.is_integer() else value
 
 
+def _given_model(name: Any) -> Any:
+    """Return None for "unknown", the model that sglang-router writes into chats without one."""
+    return None if name == "unknown" else name
+
+
 def _prompts(value: Any) -> list[str | list[int]]:
     """Return one entry per prompt for any of the four forms of `prompt`. (A union type would report four errors.)"""
     if isinstance(value, str):
@@ -132,7 +137,7 @@ class GenerationRequest(Parameters):  # type: ignore[misc]
 
     neutral: ClassVar[dict[str, Any]]
 
-    model: str | None = None
+    model: Annotated[str | None, BeforeValidator(_given_model)] = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     kv_cache_state: bool | str | None = None  # true: keep the state; a handle: also continue that state
