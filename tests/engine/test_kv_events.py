@@ -58,6 +58,7 @@ class Subscriber:
 
     def __init__(self, endpoint: str):
         self.context = zmq.asyncio.Context()
+        self.context.linger = 0
         self.socket = self.context.socket(zmq.SUB)
         self.socket.subscribe(b"")
         self.socket.connect(endpoint)
@@ -90,7 +91,10 @@ class Subscriber:
         while not condition():
             await self.take()
 
-    def close(self) -> None:
+    def __enter__(self) -> "Subscriber":
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self.context.destroy(linger=0)
 
 
@@ -125,8 +129,7 @@ async def subscribed(llm: AsyncLLM, subscriber: Subscriber) -> AsyncIterator[int
 
 
 def test_pages_of_a_prompt_and_of_a_tenant(tiny_llama: Path, endpoint: str) -> None:
-    async def main() -> None:
-        subscriber = Subscriber(endpoint)
+    async def main(subscriber: Subscriber) -> None:
         async with AsyncLLM(str(tiny_llama), kv_events=endpoint) as llm, asyncio.timeout(60):
             async for _ in subscribed(llm, subscriber):
                 pass
@@ -148,16 +151,15 @@ def test_pages_of_a_prompt_and_of_a_tenant(tiny_llama: Path, endpoint: str) -> N
             await subscriber.until(lambda: of_other.keys() <= subscriber.pages[0].keys())
             keys = subscriber.stored[2].extra_keys
             assert keys is not None and len(set(keys)) == 1 and keys[0] is not None
-        subscriber.close()
 
-    asyncio.run(main())
+    with Subscriber(endpoint) as subscriber:
+        asyncio.run(main(subscriber))
 
 
 def test_evicted_pages_and_a_crash(tiny_llama: Path, endpoint: str) -> None:
     """A subscriber knows what the frontend's router knows, which the engine's messages say."""
 
-    async def main() -> None:
-        subscriber = Subscriber(endpoint)
+    async def main(subscriber: Subscriber) -> None:
         settings: dict[str, Any] = {"data_parallel_size": 2, "max_model_len": 128, "kv_cache_memory": 24576 * 8}
         async with AsyncLLM(str(tiny_llama), kv_events=endpoint, **settings) as llm, asyncio.timeout(60):
             async for token in subscribed(llm, subscriber):
@@ -179,9 +181,9 @@ def test_evicted_pages_and_a_crash(tiny_llama: Path, endpoint: str) -> None:
             assert replicas[0].link is not None and replicas[0].link.pid is not None
             os.kill(replicas[0].link.pid, signal.SIGKILL)
             await subscriber.until(lambda: subscriber.pages[0] == {} and knows_all())
-        subscriber.close()
 
-    asyncio.run(main())
+    with Subscriber(endpoint) as subscriber:
+        asyncio.run(main(subscriber))
 
 
 def test_messages_again(tiny_llama: Path, endpoint: str) -> None:
@@ -194,6 +196,7 @@ def test_messages_again(tiny_llama: Path, endpoint: str) -> None:
             for token in (5, 6, 7):
                 await llm.agenerate([[token] * 64], ONE)
             context = zmq.asyncio.Context()
+            context.linger = 0
             client = context.socket(zmq.DEALER)
             client.connect(replay)
             numbers: list[int] = []

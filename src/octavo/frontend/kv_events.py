@@ -19,6 +19,7 @@ from octavo.kv.prefix import KEY_BYTES
 from .links.messages import Pages
 
 REPLAYED = 10_000  # latest batches that a subscriber may request again
+LINGER = 100  # milliseconds to send what is queued at the end
 LOOK = 0.05  # seconds between checks for such requests
 TOPIC = b""
 END = (-1).to_bytes(8, "big", signed=True)  # the number of the message that ends a replay
@@ -88,7 +89,7 @@ class KVEvents:
             self._publisher = _bound(self._context, zmq.PUB, endpoint, "kv_events")
             self._replays = _bound(self._context, zmq.ROUTER, replay, "kv_events_replay") if replay else None
         except ConfigError:
-            self._context.destroy(linger=0)
+            self._context.destroy()
             raise
         self._thread = threading.Thread(target=self._run, name="octavo-kv-events", daemon=True)
         self._thread.start()
@@ -127,7 +128,7 @@ class KVEvents:
             self._publisher.send_multipart((TOPIC, number.to_bytes(8, "big"), payload))
             number += 1
             self._replay(latest)
-        self._context.destroy(linger=100)
+        self._context.destroy()
 
     def _replay(self, latest: "deque[tuple[int, bytes]]") -> None:
         """Answer requests for messages from a number on. The answer ends with the number -1."""
@@ -171,6 +172,7 @@ def _bound(context: Any, kind: int, endpoint: str, setting: str) -> Any:
     import zmq
 
     socket = context.socket(kind)
+    socket.linger = LINGER
     try:
         socket.bind(endpoint)
     except zmq.ZMQError as error:
