@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from .page_pool import PagePool
 from .partial_pages import PartialPages
-from .prefix import Prefix
+from .prefix import KEY_BYTES, Prefix
 from .transfers import Finished, Transfers
 
 SAVING_SHARE = 8  # at most one page in this many is referenced only because it is being saved
@@ -232,10 +232,22 @@ class KVCache:
             self.wait(0.05)
             self.collect()
 
-    def watch(self, with_content: bool) -> None:
-        """Begin to record which keys the pool gains and loses, and with `with_content` what their pages are."""
+    def watch(self, with_content: bool) -> list[bytes]:
+        """Begin to record which full pages are gained and lost, and with `with_content` what they are.
+
+        Return the keys of those that there are now.
+        """
         self.pool.watch()
         self._content = {} if with_content else None
+        return [key for key in self.pool.keys if len(key) == KEY_BYTES]
+
+    def take_changes(self) -> tuple[list[bytes], list[bytes]]:
+        """Return the keys of full pages that were gained and lost since the last call."""
+        changes = {key: is_there for key, is_there in self.pool.take_changes().items() if len(key) == KEY_BYTES}
+        gained = [key for key, is_there in changes.items() if is_there]
+        lost = [key for key, is_there in changes.items() if not is_there]
+        self.take_content(lost)
+        return gained, lost
 
     def take_content(self, keys: Iterable[bytes]) -> dict[bytes, PageContent]:
         """Return, once, what the pages with these keys are, as far as it is recorded."""

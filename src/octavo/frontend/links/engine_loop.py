@@ -94,24 +94,22 @@ class EngineLoop:
                 load = engine.load_state(message.id, Path(message.path))
                 load.add_done_callback(partial(self._state_job_ended, message.id))
             case WatchPages():
-                engine.kv.watch(message.with_content)
-                self._send(Pages(0, b"".join(engine.kv.pool.keys)))
+                self._send(Pages(0, b"".join(engine.kv.watch(message.with_content))))
                 self._pages_sent = 1
             case AskStats():
                 self._send(Stats(message.id, engine.stats()))
 
     def _publish_pages(self) -> None:
         engine = self.engine
-        if changes := engine.kv.pool.take_changes():
-            gained = [key for key, is_there in changes.items() if is_there]
-            lost = b"".join(key for key, is_there in changes.items() if not is_there)
+        gained, lost = engine.kv.take_changes()
+        if gained or lost:
             known = engine.kv.take_content(gained)
             keys, content = [*known, *(key for key in gained if key not in known)], known.values()
             usual = engine.usual_root if content else ZERO
             pages = Pages(
                 self._pages_sent,
                 b"".join(keys),
-                lost,
+                b"".join(lost),
                 parents=b"".join(ZERO if page.parent == page.root else page.parent for page in content),
                 roots=b"".join(ZERO if page.root == usual else page.root for page in content),
                 tokens=b"".join(page.tokens for page in content),
