@@ -18,15 +18,16 @@ class LiveServer:
     """`octavo serve` on a free port, from when it is ready until `stop`.
 
     Args:
+        model: None if the flags name it.
         flags: of octavo serve.
         pythonpath: where the engine finds a policy.
     """
 
-    def __init__(self, model: str, flags: Sequence[str] = (), pythonpath: str = ""):
+    def __init__(self, model: str | None, flags: Sequence[str] = (), pythonpath: str = ""):
         module = ["-m", "octavo.entrypoints.openai.api_server"]
         environment = os.environ | ({"PYTHONPATH": pythonpath} if pythonpath else {})
         self.process = subprocess.Popen(
-            [sys.executable, *module, "--model", model, "--port", "0", *flags],
+            [sys.executable, *module, *(["--model", model] if model else []), "--port", "0", *flags],
             stdout=subprocess.PIPE, text=True, env=environment,
         )  # fmt: skip
         assert self.process.stdout is not None
