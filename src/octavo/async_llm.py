@@ -1,6 +1,7 @@
 """AsyncLLM: generate text from asyncio, with one or more engines in processes of their own."""
 
 import asyncio
+import dataclasses
 from collections.abc import AsyncGenerator, Callable, Generator, Sequence
 from contextlib import aclosing
 from pathlib import Path
@@ -92,6 +93,18 @@ class AsyncLLM:
             await self._frontend.start(self._links)
         except OctavoError as error:
             self._frontend.fail_all(error)
+            raise
+
+    async def scale(self, replicas: int) -> None:
+        """Start engines, or drain some, until there are `replicas`. Requests of a drained engine move to the others.
+
+        The cores are shared anew only by engines that start later. Raises any error from loading, and ConfigError.
+        """
+        before, self.config = self.config, dataclasses.replace(self.config, data_parallel_size=replicas)
+        try:
+            await self._frontend.scale(replicas)
+        except BaseException:
+            self.config = before
             raise
 
     async def unload(self) -> None:

@@ -20,14 +20,18 @@ class Admission:
     """
 
     def __init__(self, at_once: int, queue: int, clock: Callable[[], float] = time.monotonic):
-        self.limit = at_once + queue
         self.refused = 0  # requests, since the start
-        self._at_once = at_once
+        self._queue = queue
+        self.resize(at_once)
         self._clock = clock
         self._promised = 0  # places that refused requests were promised and that are not free yet
         self._seconds = 0.0  # measured time with a queue
         self._freed = 0.0  # places that became free in this time
         self._last = 0.0  # end of the measured time
+
+    def resize(self, at_once: int) -> None:
+        """Change the number of running completions."""
+        self._at_once, self.limit = at_once, at_once + self._queue
 
     def check(self, live: int, asked: int) -> None:
         """Check whether `asked` completions may join the `live` ones.

@@ -143,6 +143,27 @@ class Frontend:
             self.replicas.remove(replica)
             await replica.close()
 
+    async def scale(self, count: int) -> None:
+        """Start or drain replicas until there are `count`. Raises any error from loading; then none is added."""
+        if self._admission is not None:
+            self._admission.resize(self._config.max_batch_size * count)
+        for replica in self.replicas[count:]:
+            await self.drain(replica)
+        numbers = range(len(self.replicas), count)
+        if not numbers:
+            return
+        added = [self._new_replica(number, count) for number in numbers]
+        self.replicas += added
+        for replica in self.replicas:
+            replica.name = f"engine {replica.number}"
+            replica.send(WatchPages(with_content=self._events is not None))
+        starts = [replica.start(self._connect(replica.number)) for replica in added]
+        results = await asyncio.gather(*starts, return_exceptions=True)
+        for error in (result for result in results if isinstance(result, BaseException)):
+            for replica in added:
+                await self.drain(replica)
+            raise error
+
     def readiness(self) -> tuple[bool, str]:
         """Return whether an engine is ready to serve, and the status as text, such as "the engine is ready"."""
         ready = sum(replica.is_ready for replica in self.replicas)
