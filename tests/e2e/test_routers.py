@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -69,6 +69,33 @@ def test_a_router_in_front_of_two_servers(module: str, survivor: ServerProcess, 
         assert asyncio.run(answers(front.url)) == expected
 
 
+@pytest.mark.skipif(importlib.util.find_spec("vllm_router") is None, reason="vllm_router is not installed")
+def test_vllm_router_follows_the_pages_that_servers_publish(tiny_llama: Path) -> None:
+    endpoints = [f"tcp://127.0.0.1:{port}" for port in free_ports(2)]
+    prompts = [" ".join(f"word{i} {j}" for j in range(30)) for i in range(6)]
+    with ExitStack() as stack:
+        servers = [stack.enter_context(ServerProcess(tiny_llama, "--kv-events", each)) for each in endpoints]
+        flags = [f"--kv-event-source={server.url}={each}" for server, each in zip(servers, endpoints, strict=True)]
+        flags += ["--kv-event-block-size", "32", "--kv-event-model", "tiny"]
+        front = stack.enter_context(router("vllm_router", *servers, flags=flags))
+
+        def cached(url: str, prompt: str) -> int:
+            body = {"model": "tiny", "prompt": prompt, "max_tokens": 1}
+            usage = httpx.post(f"{url}/v1/completions", json=body, timeout=30).json()["usage"]
+            return usage["prompt_tokens_details"]["cached_tokens"]
+
+        # An event that is published before the router has subscribed is lost, so try again with other prompts.
+        deadline = time.monotonic() + 30
+        for attempt in range(1000):
+            assert time.monotonic() < deadline
+            for i, prompt in enumerate(prompts):  # each server has computed half of the prompts
+                cached(servers[i % 2].url, f"{attempt} {prompt}")
+            time.sleep(0.1)
+            hits = [cached(front.url, f"{attempt} {prompt} and more") for prompt in prompts]
+            if all(hit >= 32 for hit in hits):
+                break
+
+
 async def answers(url: str) -> list[Any]:
     """The answers to chats and completions, with and without streaming, sent at once."""
     async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60) as client:
@@ -101,13 +128,13 @@ def tokens_generated(server: ServerProcess) -> int:
 
 
 @contextmanager
-def router(module: str, *servers: ServerProcess) -> Iterator[Router]:
+def router(module: str, *servers: ServerProcess, flags: Sequence[str] = ()) -> Iterator[Router]:
     """A router that has found all servers."""
     port, metrics_port = free_ports(2)
     urls = [server.url for server in servers]
     command = [sys.executable, "-m", f"{module}.launch_router", "--host", "127.0.0.1", "--port", str(port)]
     command += ["--prometheus-host", "127.0.0.1", "--prometheus-port", str(metrics_port), "--log-level", "debug"]
-    command += ["--policy", ROUTERS[module], "--health-check-endpoint", "/ready", "--worker-urls", *urls]
+    command += ["--policy", ROUTERS[module], "--health-check-endpoint", "/ready", *flags, "--worker-urls", *urls]
     with ExitStack() as stack:
         log = stack.enter_context(tempfile.NamedTemporaryFile())
         process = stack.enter_context(subprocess.Popen(command, stdout=log, stderr=log))
