@@ -121,6 +121,39 @@ def test_a_suspect_that_ends_lets_the_next_one_go() -> None:
     assert engines.sent == ["a", "b", "c"]
 
 
+@pytest.mark.parametrize("work", [Work(alone="a"), Work(prompts=())], ids=["code for another request", "a step"])
+def test_a_trial_that_another_request_interrupts_goes_on(work: Work) -> None:
+    engines = Engines("apb")
+    engines.crash(Work())
+    engines.token("a")
+    assert engines.sent == ["a", "p"]  # p is on trial
+    if work.alone:
+        assert engines.crash(work) == "a"
+    else:
+        assert engines.crash(work) is None
+        engines.token("a")
+    assert engines.sent[-1] == "p" and not engines.readmission.is_open
+    assert engines.crash(Work()) == "p"
+
+
+def test_crashes_of_a_known_cause_do_not_count_for_others() -> None:
+    engines = Engines("apb")
+    engines.crash(Work())
+    engines.token("a")
+    assert engines.crash(Work()) == "p"
+    assert [live.crashes for live in engines.lives.values()] == [0, 0]
+
+
+def test_a_replica_without_an_engine_releases_its_requests() -> None:
+    engines = Engines("abc")
+    engines.crash(Work(alone="c"))
+    engines.crash(Work())
+    assert engines.sent == ["a"]
+    assert [live.name for live in engines.readmission.release()] == ["b", "c"]
+    engines.token("a")
+    assert engines.sent == ["a"]
+
+
 def test_kills_from_outside_blame_nobody_who_waits() -> None:
     engines = Engines("rw")
     for _ in range(20):

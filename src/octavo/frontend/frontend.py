@@ -106,8 +106,8 @@ class Frontend:
         _ = self._tokenizer.last_token_id  # computed while the engines load
         self.replicas = [self._new_replica(number, len(links)) for number in range(len(links))]
         starts = [replica.start(link) for replica, link in zip(self.replicas, links, strict=True)]
-        results = await asyncio.gather(*starts, return_exceptions=True)
         try:
+            results = await asyncio.gather(*starts, return_exceptions=True)
             for result in results:
                 if isinstance(result, BaseException):
                     raise result
@@ -124,7 +124,7 @@ class Frontend:
             if live.replica is not None:
                 self._take_back(live)
                 self._waiting[live] = None
-        await asyncio.gather(*(replica.close() for replica in replicas))
+        await asyncio.gather(*(self._close_replica(replica) for replica in replicas))
 
     async def drain(self, replica: Replica) -> None:
         """Move a replica's requests to the other ones, then end it. Without an open one, wait until they have ended.
@@ -132,16 +132,16 @@ class Frontend:
         Requests on trial stay until their trial ends; see Readmission.
         """
         replica.is_leaving = True
-        while replica in self.replicas and (lives := self._lives_of(replica)):
-            if any(other.is_open for other in self.replicas):
-                for live in lives:
-                    if live.sent and (live.progress or replica.readmission.is_open):
+        while replica in self.replicas and (self._lives_of(replica) or self._place_interrupted(replica)):
+            if not replica.ended.is_set() and any(other.is_open for other in self.replicas):
+                for live in self._lives_of(replica):
+                    if live.sent and not replica.readmission.is_on_trial(live):
                         self._take_back(live)
                         self._place(live)
             await asyncio.sleep(DRAIN_LOOK)
+        await self._close_replica(replica)
         if replica in self.replicas:
             self.replicas.remove(replica)
-            await replica.close()
 
     async def scale(self, count: int) -> None:
         """Start or drain replicas until there are `count`. Raises any error from loading; then none is added."""
@@ -311,7 +311,7 @@ class Frontend:
         self.states.drop(state)
 
     def pin_state(self, state: KVState) -> None:
-        if self.replicas:
+        if any(replica.is_ready for replica in self.replicas):
             message = Pin(state.id, state.token_ids, state.tenant, state.salt, state.origin)
             self._replica_for(state).send(message)
 
@@ -364,6 +364,8 @@ class Frontend:
         elif info.fingerprint != self.info.fingerprint:
             raise EngineDead("the model's files have changed since the start: restore them, or restart Octavo")
         await self._open_state_files(replica)
+        if replica.ended.is_set():
+            raise EngineDead("the engine ended before it served requests")
         if len(self.replicas) > 1 or self._events is not None:
             replica.send(WatchPages(with_content=self._events is not None))
         if interrupted := sum(live.was_sent and not live.sent for live in self._ledger):
@@ -376,23 +378,25 @@ class Frontend:
         if self._events is not None:
             self._events.cleared(replica.number)
         culprit, others = replica.readmission.engine_lost(self._lives_of(replica), exit)
+        self._wait_first(others)
+        if others and any(other.is_open for other in self.replicas):
+            log.warning("other engines continue %d requests of %s", len(others), replica.name)
         if culprit:
             reason = f"the engine failed {culprit.crashes} times while it served this request ({exit.reason})"
             log.error("the request %s is aborted: %s", culprit.id, reason)
             self._fail(culprit, RequestFailed(reason))
-        for live in reversed(others):
-            live.replica = None
-            self._waiting[live] = None
-            self._waiting.move_to_end(live, last=False)
-        if others and any(other.is_open for other in self.replicas):
-            log.warning("other engines continue %d requests of %s", len(others), replica.name)
         self._place_waiting()
+
+    def replica_delayed(self, replica: Replica) -> None:
+        if any(other.is_open for other in self.replicas):  # better at risk there than waiting here without end
+            self._wait_first(replica.readmission.release())
+            self._place_waiting()
 
     def replica_opened(self, replica: Replica) -> None:
         self._place_waiting()
 
     def replica_send(self, replica: Replica, live: LiveRequest) -> None:
-        assert self._ledger is not None
+        assert self._ledger is not None and self._loop is not None
         if live.was_sent:
             self._ledger.renew(live)
         live.replica, live.was_sent = replica, True
@@ -401,7 +405,8 @@ class Frontend:
         try:
             replica.send(Submit(owed))
         except Exception as error:  # a request that cannot be encoded fails alone
-            self._fail(live, InvalidRequest(f"the request cannot be sent: {error}"))
+            # Later: its sink may abort or submit requests, which the caller is placing.
+            self._loop.call_soon(self._fail, live, InvalidRequest(f"the request cannot be sent: {error}"))
 
     def replica_message(self, replica: Replica, message: FromEngine) -> None:
         match message:
@@ -420,7 +425,7 @@ class Frontend:
         assert self._ledger is not None
         live_before, ended, stopped = self._ledger.num_completions, 0, list[str]()
         for output in outputs:
-            if (found := self._ledger.find(output.id)) is None:
+            if (found := self._ledger.find(output.id)) is None or found[0].replica is not replica:
                 continue  # the request was aborted, or continues elsewhere
             live, completion = found
             if output.finish_reason in ("error", "timeout"):
@@ -481,6 +486,10 @@ class Frontend:
     def _new_replica(self, number: int, of: int) -> Replica:
         return Replica(lambda: self._connect(number), self, number, f"engine {number}" if of > 1 else "the engine")
 
+    async def _close_replica(self, replica: Replica) -> None:
+        await replica.close()
+        self._calls.fail(replica, EngineDead("the engine was shut down"))
+
     def _lives_of(self, replica: Replica) -> list[LiveRequest]:
         return [live for live in self._ledger or () if live.replica is replica]
 
@@ -498,9 +507,31 @@ class Frontend:
             live.tokens_to_compute -= cached
         candidates[best].readmission.add(live)
 
+    def _wait_first(self, lives: Sequence[LiveRequest]) -> None:
+        """Queue requests, in this order, before all that wait for an open replica."""
+        for live in reversed(lives):
+            live.replica = None
+            self._waiting[live] = None
+            self._waiting.move_to_end(live, last=False)
+
     def _place_waiting(self) -> None:
         while self._waiting and any(replica.is_open for replica in self.replicas):
             self._place(self._waiting.popitem(last=False)[0])
+
+    def _place_interrupted(self, replica: Replica) -> bool:
+        """Return whether requests that were interrupted can continue only here, since all replicas are being drained.
+
+        Send these requests, if the replica is ready for them.
+        """
+        if not all(other.is_leaving for other in self.replicas):
+            return False
+        interrupted = [live for live in self._waiting if live.was_sent]
+        if replica.readmission.is_open:
+            for live in interrupted:
+                del self._waiting[live]
+                live.tokens_to_compute = live.num_sequence_tokens
+                replica.readmission.add(live)
+        return bool(interrupted)
 
     def _take_back(self, live: LiveRequest) -> None:
         """Abort a request in its replica's engine, and forget its place."""
@@ -596,15 +627,19 @@ class Frontend:
 
     async def _open_state_files(self, replica: Replica) -> None:
         """Open the files of loaded states in a new engine, before it gets requests that would recompute their pages."""
-        loaded = self.states.loaded()
+        if not (loaded := self.states.loaded()):
+            return
         jobs = [
             asyncio.ensure_future(self._calls.run(replica, LoadState(state.id, str(state.file)))) for state in loaded
         ]
-        if jobs:
-            done, late = await asyncio.wait(jobs, timeout=FILE_PATIENCE)
-            for job in done:
-                job.exception()  # marked as retrieved: if a file is gone, its tokens are recomputed
+        opened, ended = asyncio.ensure_future(asyncio.wait(jobs)), asyncio.ensure_future(replica.ended.wait())
+        try:
+            await asyncio.wait((opened, ended), timeout=FILE_PATIENCE, return_when=asyncio.FIRST_COMPLETED)
             for state, job in zip(loaded, jobs, strict=True):
-                if job in late:  # the file may make engines fail or hang, so the next engine does not open it
-                    job.cancel()
-                    state.file = None
+                if job.done():
+                    job.exception()  # marked as retrieved: if a file is gone, its tokens are recomputed
+                elif replica.is_ready:
+                    state.file = None  # the file may make engines fail or hang, so the next engine does not open it
+        finally:
+            for task in (opened, ended, *jobs):
+                task.cancel()

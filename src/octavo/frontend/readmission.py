@@ -1,7 +1,7 @@
 """Readmission: after a crash of a replica, find the request that caused it, and let all others continue."""
 
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from octavo.engine.work_record import Work
 
@@ -46,14 +46,19 @@ class Readmission:
         """Return whether any request may be sent: there is an engine, and no trial."""
         return self._is_ready and self._trial is None
 
+    def is_on_trial(self, live: LiveRequest) -> bool:
+        return live is self._trial
+
     def add(self, live: LiveRequest) -> None:
         """Send a request. The replica must be open."""
         live.sent, live.progress = True, 0
         self._has_others = True
         self._send(live)
 
-    def engine_lost(self, lives: Iterable[LiveRequest], exit: Exit) -> tuple[LiveRequest | None, list[LiveRequest]]:
+    def engine_lost(self, lives: Collection[LiveRequest], exit: Exit) -> tuple[LiveRequest | None, list[LiveRequest]]:
         """Take back the requests that were sent to the engine, and keep those that may have caused its end.
+
+        If the request on trial is the cause, its crashes are not held against the other requests any more.
 
         Args:
             lives: every live request of this replica.
@@ -72,20 +77,21 @@ class Readmission:
         enough = ENOUGH_FAULTS if exit.is_fault or alone else ENOUGH_KILLS
         culprit = accused if accused and accused in busy_with and accused.crashes >= enough else None
 
-        if culprit is not None:
+        freed, suspects = list[LiveRequest](), [*([trial] if trial else []), *self._suspects]
+        if culprit is not None and culprit is trial:
             freed, suspects = [*self._suspects], []
         elif alone:
-            freed, suspects = [], [*self._suspects]
+            suspects = [live for live in suspects if live not in busy_with]
         elif exit.is_fault or any(live.crashes >= SUSPECT_KILLS for live in busy_with):
-            freed, suspects = [], [*busy_with, *self._suspects]
-        else:
-            freed, suspects = [], [*([trial] if trial in sent else []), *self._suspects]
+            suspects = [*busy_with, *(live for live in suspects if live not in busy_with)]
         others = [live for live in sent if live is not culprit and live not in suspects]
         if alone:
             self._last.extend(live for live in busy_with if live is not culprit)
             others = [live for live in others if live not in busy_with]
-        for live in sent:
+        for live in lives:
             live.sent, live.progress = False, 0
+            if culprit is not None and live is not culprit and not alone:
+                live.crashes = max(0, live.crashes - culprit.crashes)
         self._suspects = deque(suspects)
         return culprit, others + freed
 
@@ -95,6 +101,13 @@ class Readmission:
         self._proceed()
         if not self._has_others:
             self._send_last()
+
+    def release(self) -> list[LiveRequest]:
+        """Forget and return the requests that wait for a new engine, in the order in which they would be sent."""
+        waiting = [*self._suspects, *self._last]
+        self._suspects.clear()
+        self._last.clear()
+        return waiting
 
     def progressed(self, live: LiveRequest) -> None:
         """Note that the engine has computed a token of a request. Call this at least for the first TRIAL_TOKENS."""

@@ -43,6 +43,10 @@ class ReplicaOwner(Protocol):
         """Note that the engine has ended. Messages that it has not answered are lost."""
         ...
 
+    def replica_delayed(self, replica: "Replica") -> None:
+        """Note that a replacement did not load. It is tried again."""
+        ...
+
     def replica_message(self, replica: "Replica", message: FromEngine) -> None:
         """Handle an answer of the engine: Tokens, Stats, StateDone or Pages."""
         ...
@@ -71,7 +75,8 @@ class Replica:
     Attributes:
         readmission: the order in which requests are sent to the next engine after a crash.
         load: the router's knowledge about this replica.
-        is_leaving: whether the replica is being drained, so that it takes no more requests.
+        is_leaving: whether the replica is being drained or closed, so that it takes no more requests.
+        ended: set when the current engine has ended.
     """
 
     def __init__(self, connect: Callable[[], Link], owner: ReplicaOwner, number: int = 0, name: str = "the engine"):
@@ -81,7 +86,8 @@ class Replica:
         self.is_leaving = False
         self._task: asyncio.Task[None] | None = None
         self._loaded: asyncio.Future[EngineInfo] | None = None
-        self._ended = asyncio.Event()
+        self._is_closed = False
+        self.ended = asyncio.Event()
         self._heard = False  # whether a message has arrived since the last check
         self._alive = Alive()  # the latest heartbeat
         self._failures = 0  # restarts since an engine last computed a token or lived for STABLE seconds
@@ -92,10 +98,13 @@ class Replica:
     @property
     def is_open(self) -> bool:
         """Return whether the replica takes any request."""
-        return self.readmission.is_open and not self.is_leaving
+        return self.readmission.is_open and not self.is_leaving and not self.ended.is_set()
 
     async def start(self, link: Link) -> EngineInfo:
-        """Wait until the first engine, which `link` has begun to load, is ready. Raises any error from loading."""
+        """Wait until the first engine, which `link` has begun to load, is ready.
+
+        Raises any error from loading, and EngineDead if `close` is called.
+        """
         info = await self._load(link)
         await self._serve(info)
         self._task = asyncio.create_task(self._keep_running())
@@ -110,13 +119,15 @@ class Replica:
             self.link.send(message)
 
     async def close(self) -> None:
-        """End the engine: cleanly if it is ready, otherwise by killing it."""
+        """End the engine: cleanly if it is ready, otherwise by killing it. Then no other one is started."""
+        was_ready, self.is_ready, self.status = self.is_ready, False, "was shut down"
+        self._is_closed = self.is_leaving = True
         if self._task is not None:
             self._task.cancel()
             await asyncio.wait((self._task,))
+        self.ended.set()  # ends `start`
         if self.link is not None:
-            await (self.link.close() if self.is_ready else self.link.kill())
-        self.is_ready, self.status = False, "was shut down"
+            await (self.link.close() if was_ready else self.link.kill())
 
     async def _keep_running(self) -> None:
         while True:
@@ -139,6 +150,7 @@ class Replica:
             except Exception as error:  # the next attempt may succeed
                 self.status = f"does not start and is tried again: {' '.join(str(error).split())}"
                 log.error("%s %s", self.name, self.status)
+                self._owner.replica_delayed(self)
 
     def _pause(self) -> float:
         """Count a restart, and return the seconds to wait before it."""
@@ -149,16 +161,21 @@ class Replica:
     async def _load(self, link: Link) -> EngineInfo:
         """Wait until the engine behind `link` is ready. Raises any error from loading, or EngineDead."""
         self.link, self._heard, self._alive = link, False, Alive()
-        self._ended = asyncio.Event()
+        self.ended = asyncio.Event()
+        if self._is_closed:
+            self.ended.set()
         loaded: asyncio.Future[EngineInfo] = asyncio.get_running_loop().create_future()
         self._loaded = loaded
-        await link.connect(self._on_message, self._ended.set)
+        await link.connect(self._on_message, self.ended.set)
         watching = asyncio.ensure_future(self._watch())
         try:
             await asyncio.wait((loaded, watching), return_when=asyncio.FIRST_COMPLETED)
             if loaded.done():
                 return loaded.result()
-            raise EngineDead(f"the engine ended while it was loading ({watching.result().reason})")
+            reason = watching.result().reason
+            raise EngineDead(
+                "the engine was shut down" if self._is_closed else f"the engine ended while it was loading ({reason})"
+            )
         except BaseException:
             watching.cancel()
             await link.kill()
@@ -186,9 +203,10 @@ class Replica:
         usual = SILENT_TICKS if self.is_ready else LOADING_TICKS
         patience = usual if self._heard or self.is_ready else round(first_sign / TICK)
         silent = 0
-        while problem is None and not self._ended.is_set():
+        while problem is None and not self.ended.is_set():
             try:
-                await asyncio.wait_for(self._ended.wait(), TICK)
+                async with asyncio.timeout(TICK):  # in Python 3.11, wait_for may lose the cancellation by `close`
+                    await self.ended.wait()
             except TimeoutError:
                 # Silence is counted in checks, not seconds: while this process is stopped, so are the checks.
                 silent, self._heard = (0, False) if self._heard else (silent + 1, False)
@@ -197,6 +215,7 @@ class Replica:
                     problem = f"no message for {silent * TICK:g} s"
                 elif self._alive.step_seconds > (limit := self._step_limit()):
                     problem, is_fault = f"a step took longer than {limit:.0f} s", True
+        self.ended.set()  # it gets no more requests, even if it takes a while to end
         exit = await self.link.kill()
         return exit if problem is None else Exit(problem, is_fault, exit.work)
 
