@@ -5,7 +5,7 @@ import os
 import signal
 import socket
 from array import array
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +87,9 @@ class Subscriber:
                     for i, block in enumerate(event.block_hashes):
                         pages[block] = event.token_ids[i * size : (i + 1) * size]
 
+    def events_with(self, blocks: Iterable[int]) -> list[BlockStored]:
+        return [event for event in self.stored if not set(event.block_hashes).isdisjoint(blocks)]
+
     async def until(self, condition: Any) -> None:
         while not condition():
             await self.take()
@@ -133,23 +136,23 @@ def test_pages_of_a_prompt_and_of_a_tenant(tiny_llama: Path, endpoint: str) -> N
         async with AsyncLLM(str(tiny_llama), kv_events=endpoint) as llm, asyncio.timeout(60):
             async for _ in subscribed(llm, subscriber):
                 pass
-            subscriber.stored.clear()
             prompt = [7, *range(10, 110)]
             await llm.agenerate([prompt], ONE)
             want = expected(llm, prompt)
             await subscriber.until(lambda: want.keys() <= subscriber.pages[0].keys())
             assert {block: subscriber.pages[0][block] for block in want} == want and len(want) == 3
-            [event] = subscriber.stored
+            [event] = subscriber.events_with(want)
             assert (event.block_hashes, event.parent_block_hash) == (list(want), None)
             assert (event.block_size, event.extra_keys, event.medium) == (32, None, "GPU")
             longer = prompt + list(range(10, 60))
             await llm.agenerate([longer], ONE)
-            await subscriber.until(lambda: len(subscriber.stored) == 2)
-            assert subscriber.stored[1].parent_block_hash == list(want)[-1]
+            added = expected(llm, longer).keys() - want.keys()
+            await subscriber.until(lambda: subscriber.events_with(added))
+            assert subscriber.events_with(added)[0].parent_block_hash == list(want)[-1]
             await llm.agenerate([prompt], ONE, tenant="other")
             of_other = expected(llm, prompt, "other")
             await subscriber.until(lambda: of_other.keys() <= subscriber.pages[0].keys())
-            keys = subscriber.stored[2].extra_keys
+            keys = subscriber.events_with(of_other)[0].extra_keys
             assert keys is not None and len(set(keys)) == 1 and keys[0] is not None
 
     with Subscriber(endpoint) as subscriber:
