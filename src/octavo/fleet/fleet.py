@@ -307,6 +307,10 @@ class Fleet:
         if len(names) + len(spec.names) > MAX_NAMES:
             raise ConfigError(f"there are {len(names)} names of models, and no more than {MAX_NAMES} are possible")
         taken = {name for name, model in names.items() if model is None or model is not replaced}
+        if len(set(spec.names)) < len(spec.names):
+            raise ConfigError(f"two of the names {', '.join(map(repr, spec.names[:20]))} are the same: leave one out")
+        if replaced is None and spec.name in self._models:
+            raise ConfigError(f"there is a model {spec.name!r} already: swap it, or choose another name")
         if clash := next((name for name in spec.names if name in taken), None):
             raise ConfigError(f"the name {clash!r} is taken by another model, alias or split; choose another one")
 

@@ -31,7 +31,14 @@ class Api:
     started: int
     draining: Callable[[], bool]
 
-    async def model(self, record: RequestRecord, name: str | None, user: str | None, terms: dict[str, Any]) -> AsyncLLM:
+    async def model(
+        self,
+        record: RequestRecord,
+        name: str | None,
+        user: str | None,
+        terms: dict[str, Any],
+        state: bool | str | None = None,
+    ) -> AsyncLLM:
         """Return the model for a request, loaded. It is kept until the request's response ends.
 
         Args:
@@ -39,12 +46,25 @@ class Api:
             user: the user that the request names, for sticky splits.
             terms: the given fields of ServiceTerms. The timeout also limits the wait for a model that is being loaded,
                 and is then reduced by it.
+            state: the request's `kv_cache_state`. If `name` is a split, the model that has this state is chosen.
 
         Raises UnknownModel, RequestTimeout, EngineDead.
         """
+        if isinstance(state, str):
+            name = self._model_of_state(name, state, terms["tenant"])
         began, timeout = time.monotonic(), terms.get("timeout")
         model = await self.fleet.acquire(name, {"user": user, "request_id": record.id}, timeout)
         record.on_end = partial(self.fleet.release, model)
         if timeout := timeout or model.config.request_timeout:
             terms["timeout"] = max(timeout - (time.monotonic() - began), LEAST_TIMEOUT)
         return model.llm
+
+    def _model_of_state(self, name: str | None, state: str, tenant: str) -> str | None:
+        """Return the model of a split that has a KV state; otherwise `name`."""
+        models = self.fleet.names()
+        if name in models and models[name] is None:
+            for each in self.fleet.shares(name):
+                model = self.fleet.known(each)
+                if model.was_loaded and model.llm.kv_cache_states.find(state, tenant):
+                    return each
+        return name
