@@ -119,17 +119,16 @@ class Fleet:
 
         Raises UnknownModel, RequestTimeout, and EngineDead if the model is not and cannot be loaded.
         """
-        if self._closed:
-            raise EngineDead("the engine was shut down")
         name = self.resolve(name, keys)
         if patience is None:
             patience = self._models[name].spec.config.request_timeout
         try:
             async with asyncio.timeout(patience):
-                while (model := self._models[name]).state != "loaded":
-                    await self._until_loaded(model)
+                while self._living()[name].state != "loaded":
+                    await self._until_loaded(self._models[name])
         except TimeoutError:
             raise RequestTimeout(f"the model {name!r} was not loaded within the request's timeout") from None
+        model = self._models[name]
         model.acquire()
         return model
 
@@ -232,6 +231,7 @@ class Fleet:
         model = self.known(name)
         model.is_off = False
         while model.state != "loaded":
+            self._living()
             await self._load_once(model)
 
     async def _add(self, spec: ModelSpec) -> None:
@@ -281,14 +281,26 @@ class Fleet:
 
     # Inside
 
+    def _living(self) -> Mapping[str, Model]:
+        """Return the models by name. Raises EngineDead after `close`."""
+        if self._closed:
+            raise EngineDead("the engine was shut down")
+        return self._models
+
     def _at_start(self) -> list[Model]:
         return [model for model in self.models if not model.spec.handling.load_on_demand]
 
     async def _change(self, name: str, change: Coroutine[Any, Any, None]) -> None:
         """Run a change in a task of its own, one at a time for each name. Raises ModelBusy, and the change's error."""
-        if name in self._changing:
+        try:
+            self._living()
+            if name in self._changing:
+                raise ModelBusy(
+                    f"the model {name!r} is being loaded, unloaded or swapped; try again when that has ended"
+                )
+        except OctavoError:
             change.close()
-            raise ModelBusy(f"the model {name!r} is being loaded, unloaded or swapped; try again when that has ended")
+            raise
         self._changing.add(name)
         task = self._spawn(change)
         task.add_done_callback(lambda _: self._changing.discard(name))
@@ -416,7 +428,8 @@ class Fleet:
                         await self._unload(other)
                     else:
                         with contextlib.suppress(TimeoutError):
-                            await asyncio.wait_for(self._freed.wait(), IDLE_LOOK)
+                            async with asyncio.timeout(IDLE_LOOK):
+                                await self._freed.wait()
                 budget.reserve(model, model.size)
         finally:
             self._in_line.discard(model)
