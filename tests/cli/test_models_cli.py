@@ -13,7 +13,7 @@ import pytest
 from command_line import Terminal, answer, complaint
 from fleet_server import KEY, FleetServer, until
 
-ENDLESS = {"prompt": ["a"] * 4, "n": 8, "max_tokens": 480, "ignore_eos": True, "stream": True}
+ENDLESS = {"prompt": ["a"] * 8, "n": 128, "max_tokens": 480, "ignore_eos": True, "stream": True}
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +124,7 @@ def test_top(fleet: FleetServer) -> None:
         assert re.search(r"two +engine 0 +the engine (is loading|ended)", shown), shown
         assert re.search(r"two +engine 1 +ready +[1-9]\d* +\d+ +[1-9]", shown), shown
         assert re.search(r"late +unloaded", shown), shown
-    assert " of 64 running" in second  # of both engines
+    assert " of 512 running" in second  # of both engines
     assert "unloaded" in answer("top", "--once", "--model", "late", "--url", fleet.url)
     assert "no model 'three'; it has one, two, late" in complaint(
         "top", "--once", "--model", "three", "--url", fleet.url
