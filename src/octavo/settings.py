@@ -32,6 +32,8 @@ _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "
 _COUNTS = {"k": 10**3, "m": 10**6, "g": 10**9, "K": 2**10, "M": 2**20, "G": 2**30}  # 32k and 32K, as with vLLM
 _LARGEST = 2**63 - 1
 _LONGEST_FILE = 2**16  # bytes of a file of settings
+_MOST_VALUES = 50_000  # in a file of settings
+MASK = "***"  # printed instead of a secret
 _SHOWN = 120  # characters of a wrong value in an error message
 
 
@@ -220,9 +222,24 @@ def read_yaml(file: Path) -> Any:
         if len(content) > _LONGEST_FILE:
             raise OSError(f"it has more than {_LONGEST_FILE} bytes")
         settings = yaml.load(content.decode("utf-8"), Loader)
+        if not _is_small(settings):
+            raise ValueError(f"it has more than {_MOST_VALUES} values, or one that contains itself")
     except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
         raise ConfigError(f"cannot read {file}: {' '.join(str(error).split())}") from None
     return {} if settings is None else settings
+
+
+def _is_small(value: Any) -> bool:
+    """Return whether `value` has at most _MOST_VALUES values in it: YAML's aliases can make a few lines endless."""
+    rest, count = [value], 0
+    while rest and count <= _MOST_VALUES:
+        each = rest.pop()
+        count += 1
+        if isinstance(each, dict):
+            rest += each.values()
+        elif isinstance(each, list | tuple | set):
+            rest += each
+    return not rest
 
 
 def flag_source(flags: Mapping[str, Any]) -> Source:
@@ -253,10 +270,15 @@ def checked(kind: type, name: str, value: Any) -> Any:
         if isinstance(value, str | os.PathLike) and not _can_be_sent(os.fspath(value)):
             what = "text in UTF-8 without NUL"
         quotes = " (put it in quotes)" if _base(hint) is str and isinstance(value, int | float) else ""
-        raise ConfigError(f"{name} must be {what}, not {_shown(value)}{quotes}") from None
+        raise ConfigError(f"{name} must be {what}, not {MASK if is_secret(name) else _shown(value)}{quotes}") from None
     if converted is not None and rule and not rule.holds(converted):
-        raise ConfigError(f"{name} must be {what}, not {_shown(value)}")
+        raise ConfigError(f"{name} must be {what}, not {MASK if is_secret(name) else _shown(value)}")
     return converted
+
+
+def is_secret(name: str) -> bool:
+    """Return whether the values of a setting must not be printed."""
+    return name.endswith("_key")
 
 
 def convert(value: Any, hint: Any) -> Any:

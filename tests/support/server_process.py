@@ -30,16 +30,18 @@ COMPLETIONS = "/v1/completions"
 class ServerProcess:
     """Serves `model` for a `with` block, at the end of which it must drain and have printed no traceback.
 
-    Keywords are variables of its environment.
+    Without `model`, the flags name the models. Keywords are variables of its environment.
     """
 
-    def __init__(self, model: Path | str, *flags: str, **environment: str):
+    def __init__(self, model: Path | str | None, *flags: str, **environment: str):
         self.banner = ""
         self.url = ""
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed with this object)
-        command = [sys.executable, "-m", "octavo.entrypoints.openai.api_server", "--model", str(model), "--port", "0"]
+        command = [sys.executable, "-m", "octavo.entrypoints.openai.api_server", "--port", "0"]
+        if model is not None:
+            command += ["--model", str(model), "--served-model-name", "tiny"]
         self.process = subprocess.Popen(
-            [*command, "--served-model-name", "tiny", *flags],
+            [*command, *flags],
             stdout=subprocess.PIPE, stderr=self._errors, text=True, env=os.environ | environment,
         )  # fmt: skip
 
@@ -89,15 +91,23 @@ class ServerProcess:
 
     def engine_pid(self, other_than: int | None = None) -> int:
         """Of the engine process, a child of the server; waits for another one than `other_than`."""
-        pid = self.process.pid
         deadline = time.monotonic() + 30
         while time.monotonic() < deadline:
-            for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
-                with contextlib.suppress(OSError):  # it has ended meanwhile
-                    is_engine = b"engine_main" in Path(f"/proc/{child}/cmdline").read_bytes()
-                    if is_engine and int(child) != other_than:
-                        return int(child)
+            for child in self.engine_pids():
+                if child != other_than:
+                    return child
+            time.sleep(0.005)
         raise AssertionError("no engine process was started")
+
+    def engine_pids(self) -> set[int]:
+        """Of all engine processes, whichever thread of the server has started them."""
+        found = set[int]()
+        for task in Path(f"/proc/{self.process.pid}/task").iterdir():
+            with contextlib.suppress(OSError):  # it has ended meanwhile
+                for child in (task / "children").read_text().split():
+                    if b"engine_main" in Path(f"/proc/{child}/cmdline").read_bytes():
+                        found.add(int(child))
+        return found
 
 
 @contextlib.asynccontextmanager

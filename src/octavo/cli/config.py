@@ -7,7 +7,7 @@ import typer
 
 from octavo.config import EngineConfig
 from octavo.server.config import ServerConfig
-from octavo.settings import Resolved, format_value, settings_of
+from octavo.settings import MASK, Resolved, format_value, is_secret, settings_of
 
 from .flags import PANELS, Command, settings_flags
 
@@ -42,14 +42,20 @@ def show(
     for kind, config in built.items():
         table.add_row(f"{PANELS[kind]}:")
         for name in settings_of(kind):
-            value = printable(format_value(kind, name, getattr(config, name)), lines=False)
+            value = printable(format_value(kind, name, _shown(config, name)), lines=False)
             table.add_row(f"  {name}", value, printable(settings.origins.get(name, "default"), lines=False))
     console().print(table)
 
 
 def _entry(settings: Resolved, kind: type, config: object, name: str) -> dict[str, object]:
     return {
-        "value": getattr(config, name),
+        "value": _shown(config, name),
         "from": settings.origins.get(name, "default"),
         "help": settings_of(kind)[name].metadata["help"],
     }
+
+
+def _shown(config: object, name: str) -> object:
+    """Return a setting's value; a secret one is masked."""
+    value = getattr(config, name)
+    return MASK if is_secret(name) and value is not None else value

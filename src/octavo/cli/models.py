@@ -1,8 +1,10 @@
 """octavo models: see and change the models of a running server."""
 
 import os
-import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Future, wait
+from functools import partial
+from threading import Thread
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -10,10 +12,10 @@ import typer
 from octavo.errors import ConfigError, EngineDead
 from octavo.terminal import printable
 
+from .top import fetch_stats
+
 if TYPE_CHECKING:
     import httpx
-
-    from octavo.server.stats import ModelStats
 
 KEY_VARIABLE = "OCTAVO_ADMIN_KEY"
 LOOK = 0.5  # seconds between two looks at the progress of a load
@@ -40,15 +42,15 @@ def register(app: typer.Typer) -> None:
     app.add_typer(group, name="models")
 
 
-def list_models(url: Url = LOCAL, key: Key = None) -> None:
+def list_models(url: Url = LOCAL) -> None:
     """Print the server's models, their states and engines. Needs no key."""
     from rich.table import Table
     from rich.text import Text
 
     from octavo.terminal import console
 
-    with _client(url, None) as http:
-        models = _stats(http)
+    with _client(url) as http:
+        models = fetch_stats(http, _address(url)).models
     table = Table("model", "aliases", "state", "engines", "requests", "memory", box=None, pad_edge=False)
     for model in models:
         ready = sum(replica.is_ready for replica in model.replicas)
@@ -104,34 +106,52 @@ def _pairs(settings: list[str] | None) -> dict[str, str]:
     return {name: value for name, _, value in pairs}
 
 
-def _client(url: str, key: str | None) -> "httpx.Client":
+def _address(url: str) -> str:
+    return (url if "://" in url else f"http://{url}").rstrip("/")
+
+
+def _client(url: str, key: str | None = None) -> "httpx.Client":
+    """Return a client of the server. Raises ConfigError."""
     import httpx
 
-    url = url if "://" in url else f"http://{url}"
+    if key is not None and not (key.isascii() and key.isprintable()):
+        raise ConfigError("the admin key must be printable ASCII")
     headers = {"Authorization": f"Bearer {key}"} if key else {}
-    return httpx.Client(base_url=url, headers=headers, timeout=httpx.Timeout(None, connect=CONNECT_SECONDS))
+    try:
+        return httpx.Client(
+            base_url=_address(url), headers=headers, timeout=httpx.Timeout(None, connect=CONNECT_SECONDS)
+        )
+    except httpx.InvalidURL as error:
+        raise ConfigError(f"--url {url[:200]} is no address of a server ({error})") from None
 
 
 def _change(url: str, key: str | None, body: dict[str, Any]) -> None:
     """Send a change, show its progress, and print the result. Raises ConfigError, EngineDead."""
-    key = key or os.environ.get(KEY_VARIABLE)
     body = {name: value for name, value in body.items() if value}
-    with _client(url, key) as http, ThreadPoolExecutor(1) as thread:
-        reply = thread.submit(_request, http, "POST", "/v1/admin/models", json=body)
+    with _client(url, key or os.environ.get(KEY_VARIABLE)) as http:
+        reply: Future[dict[str, str]] = Future()
+        # A daemon thread: Ctrl-C ends this command at once. The server finishes the change in any case.
+        Thread(target=_settle, args=(reply, partial(_post, http, body)), daemon=True).start()
         if body["action"] != "unload":
-            _show_progress(http, body["name"], reply)
+            _show_progress(http, _address(url), body["name"], reply)
         result = reply.result()
     typer.echo(printable(f"{result['name']} is {result['state']}", lines=False))
 
 
-def _show_progress(http: "httpx.Client", name: str, reply: Any) -> None:
+def _settle(future: "Future[dict[str, str]]", work: Callable[[], dict[str, str]]) -> None:
+    try:
+        future.set_result(work())
+    except BaseException as error:
+        future.set_exception(error)
+
+
+def _show_progress(http: "httpx.Client", url: str, name: str, reply: "Future[dict[str, str]]") -> None:
     from octavo.terminal import console
 
     with console(stderr=True).status(f"{printable(name, lines=False)} is loading") as status:
-        while not reply.done():
-            time.sleep(LOOK)
+        while not _is_done(reply, LOOK):
             try:
-                models = _stats(http)
+                models = fetch_stats(http, url).models
             except ConfigError:
                 continue
             for model in models:
@@ -140,25 +160,29 @@ def _show_progress(http: "httpx.Client", name: str, reply: Any) -> None:
                     status.update(printable(f"{name}: {text}", lines=False))
 
 
-def _stats(http: "httpx.Client") -> "list[ModelStats]":
+def _is_done(reply: "Future[dict[str, str]]", seconds: float) -> bool:
+    """Wait for a reply for so many seconds. Return whether it has come."""
+    return bool(wait((reply,), seconds).done)
+
+
+def _post(http: "httpx.Client", body: dict[str, Any]) -> dict[str, str]:
+    """Return the server's answer to a change. Raises ConfigError, and EngineDead if the server could not do it."""
+    import httpx
     import msgspec
 
-    from octavo.server.stats import ServerStats
-
-    return msgspec.convert(_request(http, "GET", "/stats"), ServerStats).models
-
-
-def _request(http: "httpx.Client", method: str, path: str, **arguments: Any) -> Any:
-    """Return the JSON answer. Raises ConfigError, and EngineDead if the server could not do it."""
-    import httpx
+    from octavo.server.openai.replies import ErrorReply
 
     try:
-        reply = http.request(method, path, **arguments)
-        answer = reply.json()
-    except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
+        reply = http.post("/v1/admin/models", json=body)
+    except httpx.HTTPError as error:
         hint = "start one with octavo serve, or give its address with --url"
-        raise ConfigError(f"no Octavo server answers at {http.base_url} ({error}): {hint}") from None
-    if reply.status_code == 200:
-        return answer
-    message = answer["error"]["message"] if isinstance(answer, dict) and "error" in answer else f"{reply}"
+        raise ConfigError(f"no server answers at {http.base_url} ({error}): {hint}") from None
+    try:
+        if reply.status_code == 200:
+            return msgspec.json.decode(reply.content, type=dict[str, str])
+        message = msgspec.json.decode(reply.content, type=ErrorReply).error.message
+    except msgspec.MsgspecError:
+        raise ConfigError(f"the server at {http.base_url} is not an Octavo server of this version") from None
+    if reply.status_code == 401:
+        message += f": give it with --admin-key or in the variable {KEY_VARIABLE}"
     raise EngineDead(message) if reply.status_code >= 500 else ConfigError(message)

@@ -54,7 +54,7 @@ def frame(now: ServerStats, before: ServerStats | None, model: str | None = None
         status = next((replica.status for replica in shown.replicas), shown.error or f"the model is {shown.state}")
         return Group(title, Text(), *parts, Text(printable(status, lines=False), style="yellow"))
     look = _Look(shown.engine, shown.limits, shown.frontend)
-    rates = _Rates(now.time, shown.engine, *_earlier(before, shown.name))
+    rates = _Rates(now.time, shown.engine, *_earlier(before, shown))
     rows = Table.grid(padding=(0, 2))
     rows.add_column(style="bold")
     for name, text in (
@@ -91,11 +91,16 @@ def _shown(now: ServerStats, model: str | None) -> ModelStats:
     raise ConfigError(f"the server has no model {model!r}; it has {', '.join(each.name for each in now.models)}")
 
 
-def _earlier(before: ServerStats | None, name: str) -> tuple[float, EngineStats | None]:
+def _earlier(before: ServerStats | None, now: ModelStats) -> tuple[float, EngineStats | None]:
+    """Return the statistics of the same engines before, and their time."""
     for model in before.models if before is not None else ():
-        if model.name == name and before is not None:
+        if model.name == now.name and _pids(model) == _pids(now) and before is not None:
             return before.time, model.engine
     return 0.0, None
+
+
+def _pids(model: ModelStats) -> list[int | None]:
+    return [replica.pid for replica in model.replicas]
 
 
 def _overview(now: ServerStats, before: ServerStats | None) -> Table:
@@ -106,9 +111,9 @@ def _overview(now: ServerStats, before: ServerStats | None) -> Table:
         if not model.replicas:
             state = f"{model.state}: {model.error}" if model.error else model.state
             table.add_row(Text(name), "", Text(printable(state, lines=False)), "", "", "", "")
-        for index, replica in enumerate(model.replicas):
-            engine, earlier = replica.engine, _earlier_replica(before, model.name, index)
-            state = "ready" if replica.is_ready else replica.status
+        for replica in model.replicas:
+            engine, earlier = replica.engine, _earlier_replica(before, replica.pid)
+            state = ("draining" if model.state == "draining" else "ready") if replica.is_ready else replica.status
             cells = [Text(name), Text(replica.name), Text(printable(state, lines=False))]
             if engine is not None:
                 rates = _Rates(now.time, engine, *earlier)
@@ -119,10 +124,11 @@ def _overview(now: ServerStats, before: ServerStats | None) -> Table:
     return table
 
 
-def _earlier_replica(before: ServerStats | None, name: str, index: int) -> tuple[float, EngineStats | None]:
+def _earlier_replica(before: ServerStats | None, pid: int | None) -> tuple[float, EngineStats | None]:
     for model in before.models if before is not None else ():
-        if model.name == name and index < len(model.replicas) and before is not None:
-            return before.time, model.replicas[index].engine
+        for replica in model.replicas:
+            if replica.pid == pid and before is not None:
+                return before.time, replica.engine
     return 0.0, None
 
 

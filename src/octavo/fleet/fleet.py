@@ -1,6 +1,7 @@
 """Fleet: the models of a server by name. They are loaded, unloaded and swapped while requests go on."""
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Coroutine, Mapping, Sequence
@@ -20,10 +21,11 @@ from octavo.frontend.links.process import EngineProcess
 
 from .memory import Budget
 from .model import Model
-from .specs import FleetSpec, ModelSpec, SplitSpec
+from .specs import MAX_NAMES, FleetSpec, ModelSpec, SplitSpec
 from .split import Split
 
 IDLE_LOOK = 0.5  # seconds between checks for models to unload
+TURN = 10.0  # seconds that a busy model may keep another one waiting for its memory
 RETRY_SECONDS = 5.0  # time after a failed load in which requests do not cause another one
 
 log = logging.getLogger("octavo")
@@ -46,11 +48,14 @@ class Fleet:
         self._budget = Budget(memory) if memory is not None else None
         self._alive: set[Model] = set(models)  # also those that are being swapped in or out
         self._loads: dict[Model, asyncio.Task[None]] = {}
+        self._unloads: dict[Model, asyncio.Task[None]] = {}
+        self._in_line: set[Model] = set()  # models whose load waits for memory
         self._tasks: set[asyncio.Task[None]] = set()
         self._changing: set[str] = set()  # names of models that are being loaded, unloaded or swapped on request
         self._making_room = asyncio.Lock()
         self._freed = asyncio.Event()  # a model has become idle, or memory was freed
         self._watches_idle_models = False
+        self._closed = False
 
     @classmethod
     def begin(cls, spec: FleetSpec, process: EngineProcess | None = None) -> "Fleet":
@@ -93,7 +98,8 @@ class Fleet:
 
     async def close(self) -> None:
         """End all engines. Requests fail with EngineDead."""
-        if tasks := {*self._loads.values(), *self._tasks}:
+        self._closed = True
+        if tasks := set(self._tasks):
             for task in tasks:
                 task.cancel()
             await asyncio.wait(tasks)
@@ -118,14 +124,11 @@ class Fleet:
             patience = self._models[name].spec.config.request_timeout
         try:
             async with asyncio.timeout(patience):
-                while (model := self._models[name]).state != "loaded":
-                    model.num_waiting += 1
-                    try:
-                        await self._until_loaded(model)
-                    finally:
-                        model.num_waiting -= 1
+                while self._living()[name].state != "loaded":
+                    await self._until_loaded(self._models[name])
         except TimeoutError:
             raise RequestTimeout(f"the model {name!r} was not loaded within the request's timeout") from None
+        model = self._models[name]
         model.acquire()
         return model
 
@@ -227,18 +230,21 @@ class Fleet:
     async def _load_known(self, name: str) -> None:
         model = self.known(name)
         model.is_off = False
-        if model.state != "loaded":
+        while model.state != "loaded":
+            self._living()
             await self._load_once(model)
 
     async def _add(self, spec: ModelSpec) -> None:
         self._check_names(spec)
         model = Model(spec)
-        try:
-            await self._load_once(model)
-        except BaseException:
-            self._alive.discard(model)
-            raise
-        self._install(model)
+        with model.wanted():
+            try:
+                await self._load(model)
+                self._check_names(spec)  # another change may have taken one of them
+            except BaseException:
+                await self._end(model)
+                raise
+            self._install(model)
 
     async def _unload_known(self, name: str) -> None:
         model = self.known(name)
@@ -248,14 +254,16 @@ class Fleet:
     async def _swap(self, spec: ModelSpec) -> None:
         old, new = self.known(spec.name), Model(spec)
         self._check_names(spec, replaced=old)
-        try:
-            await self._load_once(new, beside=old)
-            await new.warm_up()
-        except BaseException:
-            await self._end(new)
-            raise
-        self._aliases = {alias: name for alias, name in self._aliases.items() if name != spec.name}
-        self._install(new)
+        with new.wanted():
+            try:
+                await self._load(new, beside=old)
+                await new.warm_up()
+                self._check_names(spec, replaced=old)
+            except BaseException:
+                await self._end(new)
+                raise
+            self._aliases = {alias: name for alias, name in self._aliases.items() if name != spec.name}
+            self._install(new)
         self._spawn(self._retire(old))
 
     def _install(self, model: Model) -> None:
@@ -265,22 +273,34 @@ class Fleet:
 
     async def _retire(self, old: Model) -> None:
         """End a model that was swapped out, after its last request."""
-        if load := self._loads.get(old):
-            await asyncio.wait((load,))
+        await self._cancel_load(old)
+        await self._finish_unload(old)
         old.set_state("draining")
         await old.idle()
         await self._end(old)
 
     # Inside
 
+    def _living(self) -> Mapping[str, Model]:
+        """Return the models by name. Raises EngineDead after `close`."""
+        if self._closed:
+            raise EngineDead("the engine was shut down")
+        return self._models
+
     def _at_start(self) -> list[Model]:
         return [model for model in self.models if not model.spec.handling.load_on_demand]
 
     async def _change(self, name: str, change: Coroutine[Any, Any, None]) -> None:
         """Run a change in a task of its own, one at a time for each name. Raises ModelBusy, and the change's error."""
-        if name in self._changing:
+        try:
+            self._living()
+            if name in self._changing:
+                raise ModelBusy(
+                    f"the model {name!r} is being loaded, unloaded or swapped; try again when that has ended"
+                )
+        except OctavoError:
             change.close()
-            raise ModelBusy(f"the model {name!r} is being loaded, unloaded or swapped; try again when that has ended")
+            raise
         self._changing.add(name)
         task = self._spawn(change)
         task.add_done_callback(lambda _: self._changing.discard(name))
@@ -295,47 +315,80 @@ class Fleet:
 
     def _check_names(self, spec: ModelSpec, replaced: Model | None = None) -> None:
         """Raise ConfigError if a name of a new model is taken."""
-        taken = {name for name, model in self.names().items() if model is None or model is not replaced}
+        names = self.names()
+        if len(names) + len(spec.names) > MAX_NAMES:
+            raise ConfigError(f"there are {len(names)} names of models, and no more than {MAX_NAMES} are possible")
+        taken = {name for name, model in names.items() if model is None or model is not replaced}
+        if len(set(spec.names)) < len(spec.names):
+            raise ConfigError(f"two of the names {', '.join(map(repr, spec.names[:20]))} are the same: leave one out")
+        if replaced is None and spec.name in self._models:
+            raise ConfigError(f"there is a model {spec.name!r} already: swap it, or choose another name")
         if clash := next((name for name in spec.names if name in taken), None):
             raise ConfigError(f"the name {clash!r} is taken by another model, alias or split; choose another one")
 
     async def _until_loaded(self, model: Model) -> None:
         """Wait for the model to be loaded, and load it if nothing does. It may be unloaded again. Raises EngineDead."""
-        if model.state == "draining":
-            await model.changed()
-        elif model.is_off:
+        if model.is_off:
             raise EngineDead(f"the model {model.name!r} is not loaded; load it with: octavo models load {model.name}")
+        if model.state == "draining":
+            with model.wanted():
+                await model.changed()
         elif model.state == "failed" and time.monotonic() - model.failed_at < RETRY_SECONDS:
             raise EngineDead(f"the model {model.name!r} cannot be loaded: {model.error}")
         else:
             try:
                 await self._load_once(model)
-            except OctavoError as error:
+            except (OctavoError, OSError) as error:
                 raise EngineDead(f"the model {model.name!r} cannot be loaded: {error}") from None
 
-    async def _load_once(self, model: Model, beside: Model | None = None) -> None:
-        """Load a model, or wait for its load that is under way; see `_load`."""
-        if (task := self._loads.get(model)) is None:
-            task = self._loads[model] = self._spawn(self._load(model, beside))
-            task.add_done_callback(lambda _: self._loads.pop(model))
-        await asyncio.shield(task)
+    async def _load_once(self, model: Model) -> None:
+        """Load a model, or wait for its load that is under way. Raises any error from loading.
 
-    async def _load(self, model: Model, beside: Model | None) -> None:
+        Returns early if the load is cancelled because the model is to be unloaded or is swapped out. A load that still
+        waits for memory when the last caller is cancelled is given up.
+        """
+        if (task := self._loads.get(model)) is None:
+            task = self._loads[model] = self._spawn(self._load(model))
+            task.add_done_callback(lambda _: self._loads.pop(model))
+        with model.wanted():
+            try:
+                await asyncio.wait((task,))
+            finally:
+                if model.num_wanting == 1 and model in self._in_line:
+                    task.cancel()
+        if not task.cancelled():
+            task.result()
+
+    async def _load(self, model: Model, beside: Model | None = None) -> None:
         """Reserve memory for a model and load it.
 
         Args:
             beside: a model that must not be unloaded to make memory free.
         """
+        await self._finish_unload(model)
         self._alive.add(model)
         model.set_state("loading")
         try:
             await self._make_room(model, beside)
             await model.load()
         except BaseException as error:
-            model.failed(error)
             self._free(model)
+            if isinstance(error, asyncio.CancelledError):
+                model.set_state("unloaded")
+            else:
+                model.failed(error)
             raise
+        self._freed.set()  # if all who waited for it have left, it is idle
         log.warning("the model %s is loaded", model.name)
+
+    async def _cancel_load(self, model: Model) -> None:
+        if load := self._loads.get(model):
+            load.cancel()
+            await asyncio.wait((load,))
+
+    async def _finish_unload(self, model: Model) -> None:
+        while unload := self._unloads.get(model):
+            await asyncio.wait((unload,))
 
     def _reserve_at_start(self, model: Model) -> None:
         if self._budget is None:
@@ -350,29 +403,49 @@ class Fleet:
         self._budget.reserve(model, model.size)
 
     async def _make_room(self, model: Model, beside: Model | None) -> None:
-        """Reserve memory for a model. Unload idle models until there is enough, the least recently used first."""
+        """Reserve memory for a model, which waits in line. Unload others until there is enough; see `_choose_leaving`.
+
+        Raises OutOfMemory if there can never be enough.
+        """
         if (budget := self._budget) is None:
             return
-        await asyncio.to_thread(model.measure)
+        await model.measure_in_thread()
         budget.check(model.name, model.size)
-        async with self._making_room:
-            while not budget.fits(model.size):
-                self._freed.clear()
-                others = [other for other in self._alive if other not in (model, beside)]
-                leaving = [other for other in others if not other.spec.handling.keep_loaded]
-                if budget.used - budget.reserved(leaving) + model.size > budget.total:
-                    raise OutOfMemory(
-                        f"the model {model.name!r} needs {model.size / 2**30:.2f} GiB, which the memory budget does "
-                        "not have beside the models that stay loaded; raise --memory, or unload one of them"
-                    )
-                idle = [other for other in leaving if other.state == "loaded" and other.is_idle]
-                if idle:
-                    await self._unload(min(idle, key=lambda other: other.last_used))
-                else:
-                    await self._freed.wait()
-            budget.reserve(model, model.size)
+        self._in_line.add(model)
+        try:
+            async with self._making_room:
+                began = time.monotonic()
+                while not budget.fits(model.size):
+                    self._freed.clear()
+                    others = [other for other in self._alive if other not in (model, beside)]
+                    leaving = [other for other in others if not other.stays]
+                    if budget.used - budget.reserved(leaving) + model.size > budget.total:
+                        raise OutOfMemory(
+                            f"the model {model.name!r} needs {model.size / 2**30:.2f} GiB, which the memory budget "
+                            "does not have beside the models that stay loaded; raise --memory, or unload one of them"
+                        )
+                    if (other := _choose_leaving(leaving, time.monotonic() - began)) is not None:
+                        await self._unload(other)
+                    else:
+                        with contextlib.suppress(TimeoutError):
+                            async with asyncio.timeout(IDLE_LOOK):
+                                await self._freed.wait()
+                budget.reserve(model, model.size)
+        finally:
+            self._in_line.discard(model)
 
     async def _unload(self, model: Model) -> None:
+        """Unload a model after its running requests, or wait for that if it is under way. A load is cancelled."""
+        if (task := self._unloads.get(model)) is None:
+            task = self._unloads[model] = self._spawn(self._unload_now(model))
+            task.add_done_callback(lambda _: self._unloads.pop(model))
+        await asyncio.shield(task)
+
+    async def _unload_now(self, model: Model) -> None:
+        await self._cancel_load(model)
+        if model.state != "loaded":
+            model.set_state("unloaded")
+            return
         await model.unload()
         self._free(model)
         log.warning("the model %s is unloaded", model.name)
@@ -398,4 +471,19 @@ class Fleet:
             for model in self.models:
                 limit, unused = model.spec.handling.idle_unload, time.monotonic() - model.last_used
                 if limit and model.state == "loaded" and model.is_idle and unused >= limit:
-                    await self._unload(model)
+                    self._spawn(self._unload(model))
+
+
+def _choose_leaving(models: Sequence[Model], waited: float) -> Model | None:
+    """Return the model to unload so that another one, which has waited so many seconds for memory, can be loaded.
+
+    That is the least recently used idle one. If there is none for TURN seconds, it is the one that has been loaded
+    longest, but at least TURN seconds: it finishes its requests, and later ones wait until it is loaded again. So
+    models that are always busy take turns.
+    """
+    loaded = [model for model in models if model.state == "loaded"]
+    if idle := [model for model in loaded if model.is_idle]:
+        return min(idle, key=lambda model: model.last_used)
+    now = time.monotonic()
+    due = [model for model in loaded if min(waited, now - model.loaded_at) >= TURN]
+    return min(due, key=lambda model: model.loaded_at, default=None)

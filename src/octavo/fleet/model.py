@@ -1,8 +1,12 @@
 """Model: one model of a fleet, loaded or not, and the requests that use it."""
 
 import asyncio
+import contextlib
+import threading
 import time
-from typing import Literal
+from collections.abc import Callable, Coroutine, Generator
+from functools import partial
+from typing import Any, Literal, TypeVar
 
 from octavo.async_llm import AsyncLLM
 from octavo.frontend.links.process import EngineProcess
@@ -13,6 +17,9 @@ from .memory import needs
 from .specs import ModelSpec
 
 State = Literal["unloaded", "loading", "loaded", "draining", "failed"]
+
+
+Result = TypeVar("Result")
 
 
 class Model:
@@ -27,7 +34,8 @@ class Model:
         error, failed_at: why and when the latest load failed; "" after a successful one.
         is_off: whether an operator has unloaded it, so that requests do not load it again.
         size: bytes that its engines may take, once `measure` has estimated them; otherwise 0.
-        num_waiting: requests that wait until the model is loaded.
+        num_wanting: requests and changes that wait until the model is loaded.
+        loaded_at: time of the latest load, in seconds of time.monotonic().
         last_used: time at which the latest request ended, in seconds of time.monotonic().
     """
 
@@ -37,8 +45,8 @@ class Model:
         self.error, self.failed_at = "", 0.0
         self.is_off = False
         self.size = 0
-        self.num_waiting = 0
-        self.last_used = time.monotonic()
+        self.num_wanting = 0
+        self.loaded_at = self.last_used = time.monotonic()
         self._llm: AsyncLLM | None = None
         self._was_started = False
         self._users = 0  # requests that use the model, from before they are tokenized until their response ends
@@ -66,7 +74,21 @@ class Model:
     @property
     def is_idle(self) -> bool:
         """Return whether no request uses the model or waits for it."""
-        return self._users == 0 and not self.num_waiting
+        return self._users == 0 and not self.num_wanting
+
+    @property
+    def stays(self) -> bool:
+        """Return whether the model must not be unloaded to make memory free."""
+        return self.spec.handling.keep_loaded and self.state != "draining"
+
+    @contextlib.contextmanager
+    def wanted(self) -> Generator[None]:
+        """Count, in a `with` block, a caller that waits for the model to be loaded."""
+        self.num_wanting += 1
+        try:
+            yield
+        finally:
+            self.num_wanting -= 1
 
     def acquire(self) -> None:
         """Count a request that uses the model. Until `release`, the model is not unloaded."""
@@ -120,18 +142,27 @@ class Model:
         if self._llm is not None:
             self._llm.discard()
 
+    async def measure_in_thread(self) -> None:
+        """Do what `measure` does without blocking the event loop: the model may have to be downloaded first."""
+        if not self.size:
+            await in_daemon_thread(self.measure)
+
     async def load(self) -> None:
         """Load the engines. Raises any error from loading; then they have ended."""
-        if self._llm is None:
-            await asyncio.to_thread(self.begin)
         try:
+            if self._llm is None:
+                await in_daemon_thread(partial(resolve, self.config.model, self.config.revision))
+                await to_the_end(asyncio.to_thread(self.begin))
             await (self.llm.load() if self._was_started else self.llm.start())
         except BaseException:
-            if not self._was_started:
-                await self.llm.close()
+            if self._was_started:
+                await self.llm.unload()
+            elif self._llm is not None:
+                await self._llm.close()
                 self._llm = None
             raise
-        self._was_started, self.last_used, self.error = True, time.monotonic(), ""
+        self._was_started, self.error = True, ""
+        self.loaded_at = self.last_used = time.monotonic()
         self.set_state("loaded")
 
     async def unload(self) -> None:
@@ -139,15 +170,51 @@ class Model:
         self.set_state("draining")
         await self.idle()
         if self._llm is not None:
-            await self._llm.unload()
+            await to_the_end(self._llm.unload())
         self.set_state("unloaded")
 
     async def close(self) -> None:
         """End the engines at once. Requests fail with EngineDead."""
         if self._llm is not None:
-            await self._llm.close()
+            await to_the_end(self._llm.close())
         self.set_state("unloaded")
 
     async def warm_up(self) -> None:
         """Compute one token, so that the first request finds everything in place."""
         await self.llm.agenerate([[0]], SamplingParams(max_tokens=1))
+
+
+async def to_the_end(work: Coroutine[Any, Any, Result]) -> Result:
+    """Return what `work` returns. If the caller is cancelled, wait for the end of `work` before raising that."""
+    task = asyncio.ensure_future(work)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait((task,))
+        raise
+
+
+async def in_daemon_thread(work: Callable[[], Result]) -> Result:
+    """Return what `work` returns, called in a thread for which the process does not wait when it ends."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[Result] = loop.create_future()
+
+    def settle(result: Result | None, error: BaseException | None) -> None:
+        if future.done():  # the caller was cancelled
+            return
+        if error is None:
+            future.set_result(result)  # type: ignore[arg-type]
+        else:
+            future.set_exception(error)
+
+    def run() -> None:
+        result, error = None, None
+        try:
+            result = work()
+        except BaseException as raised:
+            error = raised
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            loop.call_soon_threadsafe(settle, result, error)
+
+    threading.Thread(target=run, name="octavo-model", daemon=True).start()
+    return await future

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,13 +10,27 @@ from typing import Any
 
 from octavo.config import EngineConfig
 from octavo.errors import ConfigError
-from octavo.settings import Rule, Settings, Size, Source, environment_source, read_yaml, resolve, setting, settings_of
+from octavo.settings import (
+    Alias,
+    Reading,
+    Rule,
+    Settings,
+    Size,
+    Source,
+    environment_source,
+    positive,
+    read_yaml,
+    resolve,
+    setting,
+    settings_of,
+)
 from octavo.vllm_settings import VLLM
 
 STICKY = ("user", "request_id")
 MAX_MODELS, MAX_NAMES = 256, 1024
-_NAME = Rule("a name of 1 to 256 printable characters", lambda value: 0 < len(value) <= 256 and value.isprintable())
-_SECONDS = Rule("a positive number of seconds", lambda value: value > 0)
+_NAME = Rule("1 to 256 printable characters", lambda value: 0 < len(value) <= 256 and value.isprintable())
+_REPLICAS = {"replicas": Alias(lambda value: Reading({"data_parallel_size": value}))}
+_AN_ENTRY, _A_SPLIT = "{model: smollm2}", "{small: 90, large: 10}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,13 +47,13 @@ class Handling(Settings):
     idle_unload: float | None = setting(
         None,
         "Unload the model when no request has used it for so many seconds. The next request loads it again.",
-        _SECONDS,
+        positive("seconds"),
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for alias in self.aliases:
-            self.need(_NAME.holds(alias), "aliases", "names of 1 to 256 printable characters")
+            self.need(_NAME.holds(alias), "aliases", f"names of {_NAME.what}")
         self.need(not (self.keep_loaded and self.idle_unload), "keep_loaded", "false with idle_unload")
 
 
@@ -103,10 +118,10 @@ class FleetSpec:
         if not 0 < len(self.models) <= MAX_MODELS:
             raise ConfigError(f"a server needs from 1 to {MAX_MODELS} models, not {len(self.models)}")
         names = [name for model in self.models for name in model.names] + [split.name for split in self.splits]
+        if len(names) > MAX_NAMES:
+            raise ConfigError(f"there are {len(names)} names of models, aliases and splits, more than {MAX_NAMES}")
         if twice := next((name for name in names if names.count(name) > 1), None):
             raise ConfigError(f"two models, aliases or splits have the name {twice!r}: give one of them another name")
-        if len(names) > MAX_NAMES:
-            raise ConfigError(f"there are {len(names)} names of models, more than {MAX_NAMES}")
         for split in self.splits:
             check_split(split, {model.name for model in self.models})
 
@@ -131,37 +146,42 @@ def read_models(file: Path, common: Mapping[str, Any]) -> FleetSpec:
     content = read_yaml(file)
     try:
         _check_keys("", content, ("models", "splits", "memory"), "models: {small: {model: smollm2}}")
-        models = _mapping(content.get("models"), "models")
-        specs = [model_spec(str(name), entry, common, f"{file}: ") for name, entry in models.items()]
-        splits = _mapping(content.get("splits") or {}, "splits")
+        models = _mapping(content.get("models"), "models", f"{{small: {_AN_ENTRY}}}")
+        specs = [model_spec(name, entry, common) for name, entry in models.items()]
+        splits = content.get("splits")
+        splits = {} if splits in (None, {}) else _mapping(splits, "splits", f"{{chat: {_A_SPLIT}}}")
         memory = _Memory(memory=content["memory"]).memory if "memory" in content else None
-        return FleetSpec(specs, [_split(str(name), entry) for name, entry in splits.items()], memory)
+        return FleetSpec(specs, [_split(name, entry) for name, entry in splits.items()], memory)
     except ConfigError as error:
-        raise ConfigError(str(error) if str(error).startswith(str(file)) else f"{file}: {error}") from None
+        raise ConfigError(f"{file}: {error}") from None
 
 
-def model_spec(name: str, entry: Any, common: Mapping[str, Any] = {}, where: str = "") -> ModelSpec:
+def model_spec(name: Any, entry: Any, common: Mapping[str, Any] = {}) -> ModelSpec:
     """Return the model that `entry`, a mapping of settings, describes. Raises ConfigError.
 
     Args:
         entry: fields of EngineConfig and Handling; `replicas` stands for data_parallel_size. A string stands for
             {"model": string}.
         common: settings that `entry` may replace.
-        where: put before error messages.
     """
-    entry = {"model": entry} if isinstance(entry, str) else _mapping(entry, f"the model {name!r}")
-    if not _NAME.holds(name):
-        raise ConfigError(f"a model's name must be {_NAME.what}, not {name[:50]!r}")
-    if "served_model_name" in entry:
-        raise ConfigError(f"{where}the model {name!r} cannot have a served_model_name: its key is its name")
-    if "replicas" in entry:
-        entry = {"data_parallel_size": entry["replicas"], **{k: v for k, v in entry.items() if k != "replicas"}}
-    source = Source("file", entry, lambda key, _: f"{key} of the model {name!r}", f"{where}in the model {name!r}, ")
+    _check_name(name, "model")
+    entry = {"model": entry} if isinstance(entry, str) else _mapping(entry, f"the model {name!r}", _AN_ENTRY)
+    variables = {key: value for key, value in os.environ.items() if key != "OCTAVO_MODEL"}
     base = Source("flag", {k: v for k, v in common.items() if k != "model"}, lambda key, _: key)
-    resolved = resolve((EngineConfig, Handling), VLLM, [environment_source(), base, source], hint=False)
-    resolved.values["served_model_name"] = name
-    resolved.values.setdefault("model", name)
-    return ModelSpec(config=resolved.build(EngineConfig), handling=resolved.build(Handling))
+    own = Source("file", entry, lambda key, _: key)
+    try:
+        for key in entry:
+            if not isinstance(key, str):
+                raise ConfigError(f"unknown setting {key!r}: octavo config lists all settings")
+            if key.replace("-", "_") == "served_model_name":
+                raise ConfigError(f"served_model_name is not possible: {name!r} is its name")
+        sources = [environment_source(variables), base, own]
+        resolved = resolve((EngineConfig, Handling), {**VLLM, **_REPLICAS}, sources, hint=False)
+        resolved.values["served_model_name"] = name
+        resolved.values.setdefault("model", name)
+        return ModelSpec(config=resolved.build(EngineConfig), handling=resolved.build(Handling))
+    except ConfigError as error:
+        raise ConfigError(f"in the model {name!r}, {error}") from None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,24 +189,31 @@ class _Memory(Settings):
     memory: Size = setting(2**30, "Budget of memory.")
 
 
-def _split(name: str, entry: Any) -> SplitSpec:
-    shares = dict(_mapping(entry, f"the split {name!r}"))
+def _split(name: Any, entry: Any) -> SplitSpec:
+    _check_name(name, "split")
+    shares = dict(_mapping(entry, f"the split {name!r}", _A_SPLIT))
     sticky = shares.pop("sticky", None)
     if sticky is not None and sticky not in STICKY:
         raise ConfigError(f"sticky of the split {name!r} must be user or request_id, not {sticky!r}")
     for model, share in shares.items():
+        _check_name(model, "model")
         if isinstance(share, bool) or not isinstance(share, int | float):
             raise ConfigError(
                 f"the share of {model!r} in the split {name!r} must be a number of percent, not {share!r}"
             )
-    return SplitSpec(name, {str(model): float(share) for model, share in shares.items()}, sticky)
+    return SplitSpec(name, {model: float(share) for model, share in shares.items()}, sticky)
 
 
-def _mapping(value: Any, what: str) -> Mapping[Any, Any]:
+def _check_name(name: Any, kind: str) -> None:
+    if not isinstance(name, str):
+        raise ConfigError(f"a {kind}'s name must be text, not {name!r} (put it in quotes)")
+    if not _NAME.holds(name):
+        raise ConfigError(f"a {kind}'s name must have {_NAME.what}, not {name[:50]!r}")
+
+
+def _mapping(value: Any, what: str, example: str) -> Mapping[Any, Any]:
     if not isinstance(value, dict) or not value:
-        if value == {} and what == "splits":
-            return {}
-        raise ConfigError(f"{what} must be a mapping, such as {{small: {{model: smollm2}}}}")
+        raise ConfigError(f"{what} must be a mapping, such as {example}")
     return value
 
 

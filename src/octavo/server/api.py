@@ -1,8 +1,10 @@
 """Api: the objects that all routes share."""
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from octavo.async_llm import AsyncLLM
 from octavo.fleet.fleet import Fleet
@@ -10,6 +12,8 @@ from octavo.fleet.fleet import Fleet
 from .config import ServerConfig
 from .edge.access_log import RequestRecord
 from .edge.body import BodyReader
+
+LEAST_TIMEOUT = 0.001  # seconds
 
 
 @dataclass(frozen=True)
@@ -28,17 +32,39 @@ class Api:
     draining: Callable[[], bool]
 
     async def model(
-        self, record: RequestRecord, name: str | None, user: str | None = None, timeout: float | None = None
+        self,
+        record: RequestRecord,
+        name: str | None,
+        user: str | None,
+        terms: dict[str, Any],
+        state: bool | str | None = None,
     ) -> AsyncLLM:
         """Return the model for a request, loaded. It is kept until the request's response ends.
 
         Args:
             name: of a model, an alias or a split; None for the default model.
             user: the user that the request names, for sticky splits.
-            timeout: the request's timeout in seconds, which also limits the wait for a model that is being loaded.
+            terms: the given fields of ServiceTerms. The timeout also limits the wait for a model that is being loaded,
+                and is then reduced by it.
+            state: the request's `kv_cache_state`. If `name` is a split, the model that has this state is chosen.
 
         Raises UnknownModel, RequestTimeout, EngineDead.
         """
+        if isinstance(state, str):
+            name = self._model_of_state(name, state, terms["tenant"])
+        began, timeout = time.monotonic(), terms.get("timeout")
         model = await self.fleet.acquire(name, {"user": user, "request_id": record.id}, timeout)
         record.on_end = partial(self.fleet.release, model)
+        if timeout := timeout or model.config.request_timeout:
+            terms["timeout"] = max(timeout - (time.monotonic() - began), LEAST_TIMEOUT)
         return model.llm
+
+    def _model_of_state(self, name: str | None, state: str, tenant: str) -> str | None:
+        """Return the model of a split that has a KV state; otherwise `name`."""
+        models = self.fleet.names()
+        if name in models and models[name] is None:
+            for each in self.fleet.shares(name):
+                model = self.fleet.known(each)
+                if model.was_loaded and model.llm.kv_cache_states.find(state, tenant):
+                    return each
+        return name

@@ -7,6 +7,9 @@ from octavo.settings import Rule, Settings, Size, at_least, one_of, positive, se
 
 _PORT = Rule("from 0 to 65535", lambda value: 0 <= value < 65536)
 _NOT_NEGATIVE = Rule("a number of seconds, 0 or more", lambda value: 0 <= value < math.inf)
+_KEY = Rule(
+    "printable ASCII without spaces", lambda value: value.isascii() and value.isprintable() and " " not in value
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +39,9 @@ class ServerConfig(Settings):
         "or what the container allows.",
     )
     admin_key: str | None = setting(
-        None, "Key for /v1/admin, whose routes load, unload and swap models; without a key, they are refused."
+        None,
+        "Key for /v1/admin, whose routes load, unload and swap models; without a key, they are refused.",
+        _KEY,
     )
     cors_origins: str | None = setting(
         None, "Web origins whose pages may call the server, separated by commas, or * for all. None by default."

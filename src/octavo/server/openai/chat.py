@@ -31,7 +31,7 @@ async def chat_completions(api: Api, request: Request) -> Response:
     content = await api.bodies.read_json(request, admit=api.fleet.check_capacity)
     body = ChatRequest.from_json(content, api.config)
     terms = body.terms(request.headers)
-    llm = await api.model(record, body.model, body.user_id, terms.get("timeout"))
+    llm = await api.model(record, body.model, body.user_id, terms, body.kv_cache_state)
     params = body.sampling_params(llm.generation_defaults)
     llm.check_capacity(params.n)
     messages = body.conversation()

@@ -35,7 +35,7 @@ async def completions(api: Api, request: Request) -> Response:
     if api.config.access_log_prompts:
         record.prompt = body.prompt
     terms = body.terms(request.headers)
-    llm = await api.model(record, body.model, body.user_id, terms.get("timeout"))
+    llm = await api.model(record, body.model, body.user_id, terms, body.kv_cache_state)
     params = body.sampling_params(llm.generation_defaults)
     count = len(body.prompt) * params.n
     llm.check_capacity(count)
