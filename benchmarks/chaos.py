@@ -1,12 +1,12 @@
 """Chaos: streaming clients of a real server whose engines are killed and suspended again and again.
 
     python benchmarks/chaos.py [--model smollm2] [--clients 200] [--seconds 180] [--kills 20] [--suspensions 4]
-    python benchmarks/chaos.py ... -- --data-parallel-size 2
+    python benchmarks/chaos.py [--replicas 2] [--drains 4] ...
 
-Every client asks for one of a few requests, greedy or seeded, with n of 1 or 3, some of them continuing a KV state, and
-compares each stream with the answer of an undisturbed engine. Kills strike a random engine at random moments, also
-while it loads and while it is suspended. The exit code is 1 if a request was lost, or if a token was wrong, missing or
-repeated.
+Every client asks for one of a few requests, greedy or seeded, with n of 1 or 3, some of them continuing a KV state,
+and compares each stream with the answer of an undisturbed engine. Kills strike a random engine at random moments,
+also while it loads and while it is suspended. A drain takes one replica away for a second, while all others live. The
+exit code is 1 if a request was lost, or if a token was wrong, missing or repeated.
 """
 
 import argparse
@@ -23,6 +23,7 @@ from typing import Any
 import httpx
 from live_server import LiveServer, stream
 
+KEY = "benchmark"
 PROMPTS = [
     "The capital of France is",
     "Once upon a time",
@@ -43,6 +44,7 @@ class Report:
     gaps_after_kill: list[float] = field(default_factory=list)
     gaps_after_suspension: list[float] = field(default_factory=list)
     longest_gap_otherwise: float = 0.0
+    drains: list[float] = field(default_factory=list)  # durations, until the engine's process has ended
 
 
 def requests(model: str, state: str, max_tokens: int) -> list[dict[str, Any]]:
@@ -120,6 +122,7 @@ class Chaos:
     async def disturb(self, end: float) -> None:
         """Kill and suspend engines at random moments; some kills hit an engine that loads or is suspended."""
         kinds = ["kill"] * self.arguments.kills + ["suspension"] * self.arguments.suspensions
+        kinds += ["drain"] * self.arguments.drains
         self.random.shuffle(kinds)
         pause = self.arguments.seconds / (len(kinds) + 1)
         double = False
@@ -128,6 +131,9 @@ class Chaos:
             if time.monotonic() > end:
                 return
             if not (pids := self.server.engine_pids()):
+                continue
+            if kind == "drain":
+                await self.drain(len(pids))
                 continue
             pid = self.random.choice(pids)
             self.events.append((time.monotonic(), kind))
@@ -146,6 +152,25 @@ class Chaos:
                 self.events.append((time.monotonic(), kind))
                 kill(successors.pop())
 
+    async def drain(self, replicas: int) -> None:
+        """Take one replica away once all are ready, and start another one."""
+        async with httpx.AsyncClient(base_url=self.server.url, timeout=60) as http:
+            while not await self.ready_replicas(http) == replicas == self.arguments.replicas:
+                await asyncio.sleep(0.05)
+                replicas = len(self.server.engine_pids())
+            for count in (replicas - 1, replicas):
+                begin = time.monotonic()
+                body = {"action": "scale", "name": self.arguments.model, "replicas": count}
+                reply = await http.post("/v1/admin/models", json=body, headers={"Authorization": f"Bearer {KEY}"})
+                assert reply.status_code == 200, reply.text
+                if count < replicas:
+                    self.report.drains.append(time.monotonic() - begin)
+                    await asyncio.sleep(1)
+
+    async def ready_replicas(self, http: httpx.AsyncClient) -> int:
+        [model] = (await http.get("/stats")).json()["models"]
+        return sum(replica["is_ready"] for replica in model["replicas"])
+
 
 def kill(pid: int) -> None:
     with contextlib.suppress(ProcessLookupError):
@@ -159,11 +184,14 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=180.0)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--suspensions", type=int, default=4)
+    parser.add_argument("--replicas", type=int, default=1)
+    parser.add_argument("--drains", type=int, default=0)
     parser.add_argument("--max-tokens", type=int, default=48)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("flags", nargs="*", help="flags of octavo serve, after --")
     arguments = parser.parse_args()
-    server = LiveServer(arguments.model, arguments.flags)
+    flags = ["--data-parallel-size", str(arguments.replicas), "--admin-key", KEY, *arguments.flags]
+    server = LiveServer(arguments.model, flags)
     try:
         chaos = Chaos(server, arguments)
         report = asyncio.run(chaos.run())
@@ -174,6 +202,8 @@ def main() -> int:
     print(f"longest gap after a kill {max(report.gaps_after_kill, default=0):.2f} s, ", end="")
     print(f"after a suspension {max(report.gaps_after_suspension, default=0):.2f} s, ", end="")
     print(f"otherwise {report.longest_gap_otherwise:.2f} s")
+    if report.drains:
+        print(f"longest drain {max(report.drains):.2f} s")
     for line in (*report.lost[:5], *report.wrong[:5]):
         print(" ", line)
     return 1 if report.lost or report.wrong else 0

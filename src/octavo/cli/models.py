@@ -34,11 +34,12 @@ LOCAL = "http://127.0.0.1:8000"
 
 
 def register(app: typer.Typer) -> None:
-    group = typer.Typer(help="See, load, unload and swap the models of a running server.", no_args_is_help=True)
+    group = typer.Typer(help="See, load, unload, swap and scale the models of a running server.", no_args_is_help=True)
     group.command("list")(list_models)
     group.command()(load)
     group.command()(unload)
     group.command()(swap)
+    group.command()(scale)
     app.add_typer(group, name="models")
 
 
@@ -98,6 +99,16 @@ def swap(
     _change(url, key, {"action": "swap", "name": name, "model": model, "settings": _pairs(settings)})
 
 
+def scale(
+    name: Name,
+    replicas: Annotated[int, typer.Argument(help="The number of engines.", show_default=False)],
+    url: Url = LOCAL,
+    key: Key = None,
+) -> None:
+    """Start engines of a model, or drain some: their requests continue on the others."""
+    _change(url, key, {"action": "scale", "name": name, "replicas": replicas})
+
+
 def _pairs(settings: list[str] | None) -> dict[str, str]:
     pairs = [each.partition("=") for each in settings or ()]
     for name, equals, _ in pairs:
@@ -127,7 +138,7 @@ def _client(url: str, key: str | None = None) -> "httpx.Client":
 
 def _change(url: str, key: str | None, body: dict[str, Any]) -> None:
     """Send a change, show its progress, and print the result. Raises ConfigError, EngineDead."""
-    body = {name: value for name, value in body.items() if value}
+    body = {name: value for name, value in body.items() if value not in (None, {})}
     with _client(url, key or os.environ.get(KEY_VARIABLE)) as http:
         reply: Future[dict[str, str]] = Future()
         # A daemon thread: Ctrl-C ends this command at once. The server finishes the change in any case.

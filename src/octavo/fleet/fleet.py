@@ -227,6 +227,13 @@ class Fleet:
         """
         await self._change(spec.name, self._swap(spec))
 
+    async def scale(self, name: str, replicas: int) -> None:
+        """Change the number of a model's engines. One that is drained hands its requests to the others.
+
+        Raises UnknownModel, ModelBusy, ConfigError; OutOfMemory if the memory budget does not have more engines.
+        """
+        await self._change(name, self._scale(name, replicas))
+
     async def _load_known(self, name: str) -> None:
         model = self.known(name)
         model.is_off = False
@@ -265,6 +272,25 @@ class Fleet:
             self._aliases = {alias: name for alias, name in self._aliases.items() if name != spec.name}
             self._install(new)
         self._spawn(self._retire(old))
+
+    async def _scale(self, name: str, replicas: int) -> None:
+        model = self.known(name)
+        with model.wanted():
+            while model.state not in ("loaded", "unloaded", "failed"):
+                await model.changed()
+            size, before = model.size * replicas // model.config.data_parallel_size, model.size
+            if self._budget is not None and model.state == "loaded":
+                if not self._budget.fits(size - before):
+                    raise OutOfMemory(
+                        f"{replicas} engines of {name!r} need {size / 2**30:.2f} GiB, which the memory budget does not "
+                        "have beside the other models; unload one of them, or raise --memory"
+                    )
+                self._budget.reserve(model, max(size, before))
+            try:
+                await model.scale(replicas)
+            finally:
+                if self._budget is not None and model.state == "loaded":
+                    self._budget.reserve(model, model.size)
 
     def _install(self, model: Model) -> None:
         self._models[model.name] = model

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import threading
 import time
 from collections.abc import Callable, Coroutine, Generator
@@ -172,6 +173,18 @@ class Model:
         if self._llm is not None:
             await to_the_end(self._llm.unload())
         self.set_state("unloaded")
+
+    async def scale(self, replicas: int) -> None:
+        """Change the number of engines, now or for the next load. Raises ConfigError, and any error from loading."""
+        config = dataclasses.replace(self.config, data_parallel_size=replicas)
+        if self._llm is not None and self.state == "loaded":
+            await self._llm.scale(replicas)
+        elif self._llm is not None:
+            self._llm.config = config
+        self.size = self.size * replicas // self.config.data_parallel_size
+        self.config = config
+        given = dataclasses.replace(self.spec.config, data_parallel_size=replicas)
+        self.spec = dataclasses.replace(self.spec, config=given)
 
     async def close(self) -> None:
         """End the engines at once. Requests fail with EngineDead."""

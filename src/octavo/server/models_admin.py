@@ -1,4 +1,4 @@
-"""GET and POST /v1/admin/models: see, load, unload and swap the models of a running server, with the admin key."""
+"""GET and POST /v1/admin/models: see and change the models of a running server, with the admin key."""
 
 import hmac
 from functools import partial
@@ -36,12 +36,14 @@ class Change(msgspec.Struct, forbid_unknown_fields=True):
         name: the model's name in the API.
         model: for swap, and for load of a model that the server does not have: a directory, file, hub name or alias.
         settings: its further settings, as in a models file. A swap keeps the other settings of the old model.
+        replicas: for scale: the number of engines.
     """
 
-    action: Literal["load", "unload", "swap"]
+    action: Literal["load", "unload", "swap", "scale"]
     name: str
     model: str | None = None
     settings: dict[str, Any] = {}
+    replicas: int | None = None
 
 
 def routes(api: Api) -> list[Route]:
@@ -59,7 +61,7 @@ async def list_models(api: Api, request: Request) -> Response:
 
 
 async def change_models(api: Api, request: Request) -> Response:
-    """Load, unload or swap a model, and answer when that has ended. It goes on if the client disconnects.
+    """Load, unload, swap or scale a model, and answer when that has ended. It goes on if the client disconnects.
 
     Raises ApiError: 400 for a model that cannot be loaded, 401 or 403 without the key, 404 for an unknown name, 409
         while another change of the model is under way, 503 if its engine fails.
@@ -80,19 +82,31 @@ async def change_models(api: Api, request: Request) -> Response:
 
 
 async def _apply(api: Api, change: Change) -> None:
-    if change.action == "unload":
-        if change.model or change.settings:
-            raise ApiError(400, "unload takes only a name", "model" if change.model else "settings")
-        await api.fleet.unload(change.name)
-        return
     given = change.settings | ({"model": change.model} if change.model else {})
-    if change.action == "swap":
-        if not change.model and "model" not in change.settings:
-            raise ApiError(400, "swap needs the model that replaces the one of this name", "model")
-        inherited = api.fleet.known(change.name).spec.inherited()
-        await api.fleet.swap(model_spec(change.name, given, inherited))
-    else:
-        await api.fleet.load(change.name, model_spec(change.name, given) if given else None)
+    _refuse_unused(change)
+    match change.action:
+        case "load":
+            await api.fleet.load(change.name, model_spec(change.name, given) if given else None)
+        case "unload":
+            await api.fleet.unload(change.name)
+        case "swap":
+            if "model" not in given:
+                raise ApiError(400, "swap needs the model that replaces the one of this name", "model")
+            inherited = api.fleet.known(change.name).spec.inherited()
+            await api.fleet.swap(model_spec(change.name, given, inherited))
+        case "scale":
+            if change.replicas is None:
+                raise ApiError(400, "scale needs the number of replicas", "replicas")
+            await api.fleet.scale(change.name, change.replicas)
+
+
+def _refuse_unused(change: Change) -> None:
+    """Raise ApiError 400 if a change has a field that its action does not use."""
+    unused = ["replicas"] if change.action in ("load", "swap") else ["model", "settings"]
+    unused += ["replicas"] if change.action == "unload" else []
+    for field in unused:
+        if getattr(change, field) not in (None, {}):
+            raise ApiError(400, f"{change.action} does not take {field}", field)
 
 
 def check_key(key: str | None, request: Request) -> None:
