@@ -2,6 +2,7 @@
 
 import random
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -69,6 +70,22 @@ def test_a_signal_during_a_change(
             server.signal(number)
         assert server.process.wait(timeout=30) == 0
         until(lambda: not alive(before))
+
+
+def test_a_signal_while_a_model_is_downloaded(tiny_llama: Path, tmp_path: Path) -> None:
+    """From a hub that does not answer."""
+    with socket.create_server(("127.0.0.1", 0)) as hub, ThreadPoolExecutor(1) as thread:
+        endpoint = f"http://127.0.0.1:{hub.getsockname()[1]}"
+        server = FleetServer(tmp_path, {"models": {"a": str(tiny_llama)}}, HF_ENDPOINT=endpoint, HF_HUB_OFFLINE="0")
+        with server:
+            load = thread.submit(server.change, "load", "b", model="some/model")
+            connection, _ = hub.accept()
+            with connection:
+                server.signal(signal.SIGTERM)
+                server.wait_until_closed()
+                server.signal(signal.SIGTERM)
+                assert server.process.wait(timeout=30) == 0
+                assert load.result().status_code == 503
 
 
 def test_a_signal_while_the_models_load_at_start(tiny_llama: Path, tmp_path: Path) -> None:

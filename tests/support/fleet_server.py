@@ -28,14 +28,14 @@ loading.load_engine = slow
 class FleetServer(ServerProcess):
     """Serves the models of a models file, with an admin key. `folder` keeps the file."""
 
-    def __init__(self, folder: Path, description: Mapping[str, Any], *flags: str):
+    def __init__(self, folder: Path, description: Mapping[str, Any], *flags: str, **environment: str):
         self._folder = folder
         folder.mkdir(exist_ok=True)
         (folder / "models.yaml").write_text(json.dumps(description))
         (folder / "sitecustomize.py").write_text(SLOW_LOADS)
         super().__init__(
             None, "--models", str(folder / "models.yaml"), "--access-log", "none", *flags,
-            OCTAVO_ADMIN_KEY=KEY, PYTHONPATH=str(folder),
+            OCTAVO_ADMIN_KEY=KEY, PYTHONPATH=str(folder), **environment,
         )  # fmt: skip
 
     def __enter__(self) -> Self:
