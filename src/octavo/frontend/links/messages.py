@@ -1,12 +1,13 @@
 """Messages between a frontend and an engine. In a byte stream, each is a uint32 length followed by MessagePack."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import msgspec
 
 from octavo import errors
 from octavo.engine.messages import EngineInfo, EngineRequest, EngineStats, TokenOutput
+from octavo.kv.prefix import KEY_BYTES
 
 
 class Load(msgspec.Struct, frozen=True, tag=True):
@@ -154,17 +155,26 @@ class StateDone(msgspec.Struct, frozen=True, tag=True):
 
 
 class Pages(msgspec.Struct, frozen=True, tag=True):
-    """Pages that the engine's cache has gained and lost since the message before.
+    """Full pages that the engine's cache has gained and lost since the message before.
 
     Attributes:
-        number: 0 for the answer to WatchPages, which has all pages; then 1 more with each message. After a gap, the
-            frontend sends WatchPages again.
+        number: 0 for the answer to WatchPages, which has all full pages; then 1 more with each message. After a gap,
+            the frontend sends WatchPages again.
         gained, lost: concatenated keys, of KEY_BYTES each.
     """
 
     number: int
     gained: bytes = b""
     lost: bytes = b""
+
+    @classmethod
+    def of(cls, number: int, gained: Iterable[bytes], lost: Iterable[bytes] = ()) -> "Pages":
+        """Return the message for changes of PagePool.keys. It omits partial pages, whose keys are longer."""
+        return cls(number, _full_pages(gained), _full_pages(lost))
+
+
+def _full_pages(keys: Iterable[bytes]) -> bytes:
+    return b"".join(key for key in keys if len(key) == KEY_BYTES)
 
 
 ToEngine = Load | Submit | Abort | AskStats | Pin | Unpin | SaveState | LoadState | WatchPages
