@@ -1,5 +1,6 @@
 """Results of a simulation: figures by their names in the JSON report, tables, and a verdict."""
 
+import dataclasses
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -22,13 +23,18 @@ SPREADS = {  # JSON key -> heading
     "time_per_output_token_ms": "Per output token (ms)",
     "request_latency_ms": "Whole request (ms)",
 }
+LOADS = {"tokens_computed": "tokens computed", "busy": "time with a step running"}  # field of Use -> its description
 
 
 def summarize(replay: Replay) -> dict[str, Any]:
-    """Return the replay's figures. A request that did not get all its tokens counts in `failed` only."""
+    """Return the replay's figures. A request that did not get all its tokens counts in `failed` only.
+
+    Of several replicas, the figures of pages, running and waiting sequences are means, and the highest peaks.
+    """
     done = [served for served in replay.served if not served.problem]
     input_tokens, output_tokens = sum(s.prompt_tokens for s in done), sum(s.output_tokens for s in done)
     seconds = replay.seconds or math.inf
+    replica_seconds = seconds * len(replay.replicas)
     targets = [(served, target) for served in done if (target := served.request.ttft_target) is not None]
     tenants = sorted({served.request.tenant for served in replay.served})
     return {
@@ -43,15 +49,18 @@ def summarize(replay: Replay) -> dict[str, Any]:
         "targets_met": sum(_to_first(s) <= target for s, target in targets) / len(targets) if targets else None,
         "tenants": {name: _tenant([s for s in replay.served if s.request.tenant == name]) for name in tenants},
         "num_pages": replay.num_pages,
-        "pages_held": _gauge(replay.pages, seconds),
-        "running": _gauge(replay.running, seconds),
-        "waiting": _gauge(replay.waiting, seconds),
+        "pages_held": _gauge(replay.pages, replica_seconds),
+        "running": _gauge(replay.running, replica_seconds),
+        "waiting": _gauge(replay.waiting, replica_seconds),
         "prefix_hit_rate": sum(s.cached_tokens for s in done) / input_tokens if input_tokens else 0.0,
         "preemptions": replay.preemptions,
         "pages_fetched": replay.pages_fetched,
         "steps": replay.steps,
         "utilization": replay.busy / seconds,
         "offered_per_second": _offered(replay),
+        "replicas": [dataclasses.asdict(use) for use in replay.replicas],
+        "busiest_to_mean": {name: _busiest([getattr(use, name) for use in replay.replicas]) for name in LOADS},
+        "moves": replay.moves,
     }
 
 
@@ -78,10 +87,17 @@ def print_report(summary: dict[str, Any]) -> None:
         figures.add_row(heading, text)
     if summary["pages_fetched"]:
         figures.add_row("Pages fetched from lower tiers", f"{summary['pages_fetched']:,}")
+    if (count := len(summary["replicas"])) > 1:
+        figures.add_row("Replicas", f"{count:,}")
+        for name, text in LOADS.items():
+            figures.add_row(f"Busiest replica / mean: {text}", f"{summary['busiest_to_mean'][name]:.2f}")
+        figures.add_row("Requests moved to another replica", f"{summary['moves']:,}")
     if summary["targets_met"] is not None:
         figures.add_row("First tokens in time", f"{summary['targets_met']:.1%}")
     console = plain_console()
     console.print(figures, _spreads_table(summary))
+    if count > 1:
+        console.print(_replicas_table(summary["replicas"]))
     if len(summary["tenants"]) > 1:
         console.print(_tenants_table(summary["tenants"]))
     for problem, count in summary["failed"].items():
@@ -160,7 +176,7 @@ def _spreads(done: Sequence[Served]) -> dict[str, dict[str, float] | None]:
     seconds = (
         [_to_first(s) for s in done],
         [(s.last - s.first) / (s.output_tokens - 1) for s in done if s.first is not None and s.output_tokens > 1],
-        [s.last - s.request.at for s in done],
+        [s.last - s.arrival for s in done],
     )
     return {key: _spread(1000 * np.array(values)) for key, values in zip(SPREADS, seconds, strict=True)}
 
@@ -173,7 +189,12 @@ def _spread(values: np.ndarray) -> dict[str, float] | None:
 
 def _to_first(served: Served) -> float:
     assert served.first is not None
-    return served.first - served.request.at
+    return served.first - served.arrival
+
+
+def _busiest(loads: Sequence[float]) -> float:
+    """Return the highest load, divided by the mean load."""
+    return max(loads) * len(loads) / (sum(loads) or math.inf)
 
 
 def _gauge(gauge: Gauge, seconds: float) -> dict[str, float]:
@@ -182,7 +203,7 @@ def _gauge(gauge: Gauge, seconds: float) -> dict[str, float]:
 
 def _offered(replay: Replay) -> float | None:
     """Return the arrivals per second; None if all requests arrived at once."""
-    span = replay.served[-1].request.at - replay.served[0].request.at
+    span = replay.served[-1].arrival - replay.served[0].arrival
     return (len(replay.served) - 1) / span if span else None
 
 
@@ -193,6 +214,15 @@ def _spreads_table(summary: dict[str, Any]) -> Table:
     for key, heading in SPREADS.items():
         if spread := summary[key]:
             table.add_row(heading, *(f"{spread[name]:,.1f}" for name in PERCENTILES))
+    return table
+
+
+def _replicas_table(replicas: Sequence[dict[str, Any]]) -> Table:
+    table = Table("Replica", "Requests", "Tokens computed", "Seconds with a step running")
+    for column in table.columns:
+        column.justify = "right"
+    for number, use in enumerate(replicas):
+        table.add_row(str(number), f"{use['requests']:,}", f"{use['tokens_computed']:,}", f"{use['busy']:,.1f}")
     return table
 
 

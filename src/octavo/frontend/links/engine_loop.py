@@ -93,16 +93,14 @@ class EngineLoop:
                 load.add_done_callback(partial(self._state_job_ended, message.id))
             case WatchPages():
                 engine.kv.pool.watch()
-                self._send(Pages.of(0, engine.kv.pool.keys))
+                self._send(Pages.of(0, dict.fromkeys(engine.kv.pool.keys, True)))
                 self._pages_sent = 1
             case AskStats():
                 self._send(Stats(message.id, engine.stats()))
 
     def _publish_pages(self) -> None:
         if changes := self.engine.kv.pool.take_changes():
-            gained = (key for key, is_there in changes.items() if is_there)
-            lost = (key for key, is_there in changes.items() if not is_there)
-            self._send(Pages.of(self._pages_sent, gained, lost))
+            self._send(Pages.of(self._pages_sent, changes))
             self._pages_sent += 1
 
     def _state_job_ended(self, id: str, job: "Future[Any]") -> None:

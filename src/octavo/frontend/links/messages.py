@@ -1,6 +1,6 @@
 """Messages between a frontend and an engine. In a byte stream, each is a uint32 length followed by MessagePack."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import msgspec
@@ -168,13 +168,15 @@ class Pages(msgspec.Struct, frozen=True, tag=True):
     lost: bytes = b""
 
     @classmethod
-    def of(cls, number: int, gained: Iterable[bytes], lost: Iterable[bytes] = ()) -> "Pages":
-        """Return the message for changes of PagePool.keys. It omits partial pages, whose keys are longer."""
-        return cls(number, _full_pages(gained), _full_pages(lost))
+    def of(cls, number: int, changes: Mapping[bytes, bool]) -> "Pages":
+        """Return the message for keys that were gained (True) or lost; see PagePool.take_changes.
 
-
-def _full_pages(keys: Iterable[bytes]) -> bytes:
-    return b"".join(key for key in keys if len(key) == KEY_BYTES)
+        The keys of partial pages, which are longer, are omitted.
+        """
+        full = [(key, is_there) for key, is_there in changes.items() if len(key) == KEY_BYTES]
+        gained = b"".join(key for key, is_there in full if is_there)
+        lost = b"".join(key for key, is_there in full if not is_there)
+        return cls(number, gained, lost)
 
 
 ToEngine = Load | Submit | Abort | AskStats | Pin | Unpin | SaveState | LoadState | WatchPages
