@@ -1,8 +1,8 @@
 """Placement of requests on simulated replicas, as frontend.Frontend places them on real ones."""
 
-from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 
 import msgspec
 
@@ -20,26 +20,23 @@ class RoundRobin(Router):
 
     def __init__(self) -> None:
         super().__init__()
-        self._turn = 0
+        self._turn = count()
 
     def choose(self, loads: Sequence[Load], prefix: Prefix, page_size: int) -> tuple[int, int]:
-        best, self._turn = self._turn % len(loads), self._turn + 1
+        best = next(self._turn) % len(loads)
         return best, cached_pages(loads, prefix, page_size)[best] * page_size
 
     def work(self, load: Load) -> float:
         return 0.0  # so that no request is moved
 
 
-class LeastLoaded(Router):
+class LeastLoaded(RoundRobin):
     """Sends each request to a replica with the fewest unfinished ones, in turn among equals. For comparison only."""
 
     def choose(self, loads: Sequence[Load], prefix: Prefix, page_size: int) -> tuple[int, int]:
-        best = min(range(len(loads)), key=lambda i: (loads[i].completions, loads[i].last))
-        loads[best].last = next(self._counter)
+        best = min(range(len(loads)), key=lambda i: (loads[i].completions, loads[i].recent))
+        loads[best].recent = next(self._turn)
         return best, cached_pages(loads, prefix, page_size)[best] * page_size
-
-    def work(self, load: Load) -> float:
-        return 0.0
 
 
 ROUTINGS: dict[str, Callable[[], Router]] = {EXACT: Router, ROUND_ROBIN: RoundRobin, LEAST_LOADED: LeastLoaded}
@@ -115,7 +112,7 @@ class Placement:
         self._live[request.id] = live
         if len(self.replicas) > 1:
             root = root_key(self.replicas[0].engine.fingerprint, request.tenant, request.salt)
-            prefix = Prefix(root, array("i", request.prompt), self._page_size)
+            prefix = Prefix.of(root, request.prompt, self._page_size)
             best, cached = self._router.choose([replica.load for replica in self.replicas], prefix, self._page_size)
         self._send(live, self.replicas[best], len(request.prompt) - cached, live.arrival)
 
