@@ -382,10 +382,17 @@ def test_tenants_are_told_apart_and_targets_counted() -> None:
 
 
 @pytest.mark.parametrize(
-    "offered, said", [(None, "served at 600 per minute"), (5.0, "50% of"), (25.0, "900 per minute. 3 such engines")]
+    "replicas, offered, said",
+    [
+        (1, None, "served at 600 per minute"),
+        (1, 5.0, "50% of what this engine sustains"),
+        (1, 25.0, "900 per minute. 3 such engines"),
+        (4, 25.0, "these 4 engines sustain 600 per minute: the queue grows by 900 per minute. 10 such engines"),
+    ],
 )
-def test_the_verdict(offered: float | None, said: str) -> None:
-    assert said in verdict({"offered_per_second": offered, "sustained_per_second": 10.0})
+def test_the_verdict(replicas: int, offered: float | None, said: str) -> None:
+    summary = {"offered_per_second": offered, "sustained_per_second": 10.0, "replicas": [{}] * replicas}
+    assert said in verdict(summary)
 
 
 def test_the_rate_that_is_sustained_can_be(tmp_path: Path) -> None:

@@ -14,19 +14,20 @@ class Conversations:
 
     Args:
         requests: Number of requests in all.
-        rate: Mean number of requests per second, if the time to serve one is short beside `think_time`.
+        rate: Mean number of requests per second, if the time to serve one is short beside `think_time`; None if all
+            conversations begin at once.
         turns: Mean number of requests in a conversation. The number is geometrically distributed.
         think_time: Mean seconds from the end of an answer to the next request, exponentially distributed.
         input_len, output_len: Mean tokens of a user's text and of an answer, log-normally distributed.
         system_prompts: Number of system prompts. The i-th most popular one begins a share of the conversations that is
             proportional to i ** -skew (Zipf's law).
         system_len: Tokens in each of them.
-        max_len: Maximum tokens of prompt and answer; a conversation ends before it.
+        max_len: Maximum tokens of prompt and answer; a conversation ends before it. None for no maximum.
         seed: The same seed gives the same trace.
     """
 
     requests: int
-    rate: float
+    rate: float | None
     turns: float
     think_time: float
     input_len: int
@@ -34,8 +35,8 @@ class Conversations:
     system_prompts: int
     system_len: int
     skew: float
-    max_len: int
     seed: int
+    max_len: int | None = None
 
     def trace(self) -> list[TraceRequest]:
         """Return the requests in order of the conversations' beginnings, which are a Poisson process."""
@@ -43,7 +44,7 @@ class Conversations:
         while len(trace) < self.requests:
             conversation = self._conversation(rng, at, f"c{len(trace)}")[: self.requests - len(trace)]
             trace += conversation
-            at += rng.expovariate(self.rate / len(conversation))
+            at += _exponential(rng, len(conversation) / self.rate if self.rate else 0.0)
         return trace
 
     def _conversation(self, rng: random.Random, at: float, name: str) -> list[TraceRequest]:
@@ -52,7 +53,7 @@ class Conversations:
         length, requests = self.system_len, list[TraceRequest]()
         while not requests or rng.random() < 1 - 1 / self.turns:
             prompt, output = length + _around(rng, self.input_len), _around(rng, self.output_len)
-            if prompt + output > self.max_len and requests:
+            if self.max_len is not None and prompt + output > self.max_len and requests:
                 break
             requests.append(
                 TraceRequest(

@@ -106,8 +106,10 @@ def print_report(summary: dict[str, Any]) -> None:
 
 
 def verdict(summary: dict[str, Any]) -> str:
-    """Return a sentence that says whether the engine keeps up with the arrival rate (see `sustained_per_second`)."""
+    """Return a sentence that says whether the engines keep up with the arrival rate (see `sustained_per_second`)."""
     offered, sustained = summary["offered_per_second"], summary["sustained_per_second"]
+    count = len(summary["replicas"])
+    subject = "this engine sustains" if count == 1 else f"these {count} engines sustain"
     if not sustained:
         return "No request was completed."
     most = f"{60 * sustained:,.0f} per minute"
@@ -115,19 +117,25 @@ def verdict(summary: dict[str, Any]) -> str:
         return f"All requests arrived at once and were served at {most}."
     came = f"Requests arrived at {60 * offered:,.0f} per minute"
     if offered <= sustained:
-        return f"{came}, {offered / sustained:.0%} of what this engine sustains ({most}): it keeps up."
-    growth, engines = 60 * (offered - sustained), math.ceil(offered / sustained)
+        keep = "it keeps" if count == 1 else "they keep"
+        return f"{came}, {offered / sustained:.0%} of what {subject} ({most}): {keep} up."
+    growth, engines = 60 * (offered - sustained), math.ceil(count * offered / sustained)
     return (
-        f"{came}, and this engine sustains {most}: the queue grows by {growth:,.0f} per minute. "
+        f"{came}, and {subject} {most}: the queue grows by {growth:,.0f} per minute. "
         f"{engines} such engines would keep up."
     )
 
 
 def print_sweep(rows: Sequence[tuple[dict[str, str], dict[str, Any]]]) -> None:
-    """Print a table with a row for each simulation: (values by name, summary). Times are in seconds."""
+    """Print a table with a row for each simulation: (values by name, summary). Times are in seconds.
+
+    The load of the busiest replica is that by tokens computed or by time, whichever is further above the mean.
+    """
     headings = ("Sustains\n/min", "First\ntoken", "p95", "Whole\nrequest", "p95", "Pages,\npeak", "Queue,\nmean")
+    several = any(len(summary["replicas"]) > 1 for _, summary in rows)
     names = [name.replace("_", "\n") for name in rows[0][0]]
-    table = Table(*names, *headings, "Pre-\nempted", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+    more = ("Pre-\nempted", *(("From\ncache", "Busiest\n/ mean") if several else ()))
+    table = Table(*names, *headings, *more, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
     for column in table.columns[len(names) :]:
         column.justify = "right"
     for settings, summary in rows:
@@ -139,6 +147,11 @@ def print_sweep(rows: Sequence[tuple[dict[str, str], dict[str, Any]]]) -> None:
             f"{summary['pages_held']['peak']:,}",
             f"{summary['waiting']['mean']:,.0f}",
             f"{summary['preemptions']:,}",
+            *(
+                (f"{summary['prefix_hit_rate']:.1%}", f"{max(summary['busiest_to_mean'].values()):.2f}")
+                if several
+                else ()
+            ),
         )
     plain_console().print(table)
 
