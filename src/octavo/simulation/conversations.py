@@ -53,8 +53,10 @@ class Conversations:
         length, requests = self.system_len, list[TraceRequest]()
         while not requests or rng.random() < 1 - 1 / self.turns:
             prompt, output = length + _around(rng, self.input_len), _around(rng, self.output_len)
-            if self.max_len is not None and prompt + output > self.max_len and requests:
-                break
+            if self.max_len is not None and prompt + output > self.max_len:
+                if requests:
+                    break
+                prompt = max(1, self.max_len - output)
             requests.append(
                 TraceRequest(
                     at=at,

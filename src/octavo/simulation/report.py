@@ -129,29 +129,25 @@ def verdict(summary: dict[str, Any]) -> str:
 def print_sweep(rows: Sequence[tuple[dict[str, str], dict[str, Any]]]) -> None:
     """Print a table with a row for each simulation: (values by name, summary). Times are in seconds.
 
-    The load of the busiest replica is that by tokens computed or by time, whichever is further above the mean.
+    With several replicas, columns about routing replace those about pages. The load of the busiest replica is that by
+    tokens computed or by time, whichever is further above the mean.
     """
-    headings = ("Sustains\n/min", "First\ntoken", "p95", "Whole\nrequest", "p95", "Pages,\npeak", "Queue,\nmean")
     several = any(len(summary["replicas"]) > 1 for _, summary in rows)
+    last = ("From\ncache", "Busiest\n/ mean") if several else ("Pages,\npeak", "Queue,\nmean", "Pre-\nempted")
+    headings = ("Sustains\n/min", "First\ntoken", "p95", "Whole\nrequest", "p95", *last)
     names = [name.replace("_", "\n") for name in rows[0][0]]
-    more = ("Pre-\nempted", *(("From\ncache", "Busiest\n/ mean") if several else ()))
-    table = Table(*names, *headings, *more, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+    table = Table(*names, *headings, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
     for column in table.columns[len(names) :]:
         column.justify = "right"
     for settings, summary in rows:
         times = [summary[key] or {} for key in ("time_to_first_token_ms", "request_latency_ms")]
+        routing = (f"{summary['prefix_hit_rate']:.1%}", f"{max(summary['busiest_to_mean'].values()):.2f}")
+        pages = (summary["pages_held"]["peak"], summary["waiting"]["mean"], summary["preemptions"])
         table.add_row(
             *settings.values(),
             f"{60 * summary['sustained_per_second']:,.0f}",
             *(f"{spread[name] / 1000:,.2f}" if spread else "" for spread in times for name in ("mean", "p95")),
-            f"{summary['pages_held']['peak']:,}",
-            f"{summary['waiting']['mean']:,.0f}",
-            f"{summary['preemptions']:,}",
-            *(
-                (f"{summary['prefix_hit_rate']:.1%}", f"{max(summary['busiest_to_mean'].values()):.2f}")
-                if several
-                else ()
-            ),
+            *(routing if several else (f"{value:,.0f}" for value in pages)),
         )
     plain_console().print(table)
 
