@@ -1,6 +1,7 @@
 """octavo simulate: traces, cost models, and whether virtual time passes as real time would."""
 
 import dataclasses
+import itertools
 import json
 import re
 import subprocess
@@ -21,8 +22,10 @@ from octavo.engine.engine import MAX_IDLE
 from octavo.engine.loading import assemble, load_engine
 from octavo.errors import ConfigError
 from octavo.simulation import CostModel, Shape, SimulatedBackend, VirtualClock, text
+from octavo.simulation.conversations import Conversations
 from octavo.simulation.costs import interpolate
 from octavo.simulation.measure import nonnegative_fit
+from octavo.simulation.placement import ROUTINGS
 from octavo.simulation.replay import Replay, replay, simulate
 from octavo.simulation.report import summarize, verdict
 from octavo.simulation.trace import TraceRequest, parse_rate, poisson_trace, read_trace, trace_of, write_trace
@@ -96,6 +99,7 @@ def test_a_trace_is_read_as_it_was_written(tmp_path: Path) -> None:
         ('{"at": 0, "output_tokens": 1, "prompt_tokens": 3, "timeout": 0}', "timeout"),
         ('{"at": 0, "output_tokens": 1, "prompt_tokens": 3, "prefix": "p"}', "prefix_tokens"),
         ('{"at": 0, "output_tokens": 1, "prompt": [3], "conversation": "c"}', "conversation"),
+        ('{"at": 0, "output_tokens": 1, "prompt_tokens": 3, "think_time": 1}', "conversation"),
         ('{"at": 0, "output_tokens": 1, "prompt_tokens": 3, "priorty": 1}', "priorty"),
         ('{"at": 0, "output_tokens": 1, "prompt_tokens": 3, "tenant": "\udcff"}', "line 2"),
     ],
@@ -210,21 +214,35 @@ REQUEST = st.builds(
     max_batch_size=st.integers(1, 8),
     max_batch_tokens=st.integers(8, 64),
     policy=st.sampled_from(POLICIES),
+    replicas=st.integers(1, 3),
+    routing=st.sampled_from([*ROUTINGS]),
 )
 def test_every_request_gets_its_tokens(
-    trace: list[TraceRequest], pages: int, max_batch_size: int, max_batch_tokens: int, policy: str
+    trace: list[TraceRequest],
+    pages: int,
+    max_batch_size: int,
+    max_batch_tokens: int,
+    policy: str,
+    replicas: int,
+    routing: str,
 ) -> None:
     """In an order that can be, and the same every time; in half the time if all that takes time takes half."""
     trace.sort(key=lambda request: request.at)
-    config = EngineConfig(max_batch_size=max_batch_size, max_batch_tokens=max_batch_tokens, scheduling_policy=policy)
-    run = simulate(trace, config, COSTS, pages)
+    config = EngineConfig(
+        max_batch_size=max_batch_size,
+        max_batch_tokens=max_batch_tokens,
+        scheduling_policy=policy,
+        data_parallel_size=replicas,
+    )
+    run = simulate(trace, config, COSTS, pages, routing=routing)
     for request, served in zip(trace, run.served, strict=True):
         assert served.request is request and served.problem is None
         assert served.output_tokens == request.output_tokens
         assert served.first is not None and request.at < served.first <= served.last <= run.seconds
     assert 0 < run.busy <= run.seconds
     assert run.pages.peak <= pages
-    assert times(simulate(trace, config, COSTS, pages)) == times(run)
+    assert sum(use.requests for use in run.replicas) == len(trace)
+    assert times(simulate(trace, config, COSTS, pages, routing=routing)) == times(run)
 
 
 @pytest.mark.parametrize("factor", [0.5, 0.9])
@@ -264,6 +282,78 @@ def test_prefixes_and_conversations_are_found() -> None:
     off = simulate(trace, EngineConfig(enable_prefix_caching=False), COSTS, 100)
     assert not any(served.cached_tokens for served in off.served)
     assert off.served[1].last > run.served[1].last
+
+
+def test_a_turn_follows_the_end_of_the_turn_before() -> None:
+    """Also of one that is refused, and not before its own time."""
+    turn = {"prompt_tokens": 50, "output_tokens": 20, "conversation": "c"}
+    trace = [
+        TraceRequest(at=1.0, **turn),
+        TraceRequest(at=0.0, **turn, think_time=2.0),
+        TraceRequest(at=9.0, **turn, think_time=0.5),
+        TraceRequest(at=0.0, **turn | {"conversation": "other"}, think_time=3.0),  # the first of its conversation
+    ]
+    run = simulate(trace, EngineConfig(), COSTS, 100)
+    arrival = {trace.index(served.request): served.arrival for served in run.served}
+    assert arrival == {0: 1.0, 1: run.served[1].last + 2.0, 2: 9.0, 3: 0.0}
+    refused = simulate(trace[:2], EngineConfig(max_batch_size=1, max_queue=0), COSTS, 100)
+    assert [served.arrival for served in refused.served] == [1.0, refused.served[0].last + 2.0]
+    at_once = [TraceRequest(at=0.0, **turn | {"conversation": "other"}), msgspec.structs.replace(trace[0], at=0.0)]
+    refused = simulate([*at_once, trace[1]], EngineConfig(max_batch_size=1, max_queue=0), COSTS, 100)
+    assert [(served.arrival, served.problem) for served in refused.served] == [
+        (0.0, None), (0.0, "the queue is full"), (2.0, None),
+    ]  # fmt: skip
+
+
+CONVERSATIONS = Conversations(
+    requests=300,
+    rate=15,
+    turns=4,
+    think_time=1.0,
+    input_len=48,
+    output_len=4,
+    system_prompts=6,
+    system_len=256,
+    skew=1.2,
+    max_len=1000,
+    seed=3,
+)
+
+
+def test_conversations_are_as_specified(tmp_path: Path) -> None:
+    trace = dataclasses.replace(CONVERSATIONS, requests=20_000).trace()
+    assert len(trace) == 20_000 and all(request.prompt_tokens + request.output_tokens <= 1000 for request in trace)
+    names = [request.conversation for request in trace]
+    firsts = [request for i, request in enumerate(trace) if names[i - 1] != names[i]]
+    assert 3 < 20_000 / len(firsts) < 4  # some end before max_len
+    assert 20_000 / trace[-1].at == pytest.approx(15, rel=0.05)
+    by_popularity = [sum(request.prefix == f"system{i}" for request in firsts) for i in range(6)]
+    assert [count / by_popularity[0] for count in by_popularity] == pytest.approx(
+        [(i + 1) ** -1.2 for i in range(6)], rel=0.15
+    )
+    assert np.mean([request.think_time for request in trace if request.think_time is not None]) == pytest.approx(
+        1, 0.05
+    )
+    for request, following in itertools.pairwise(trace):
+        if following.conversation == request.conversation:
+            assert following.prompt_tokens > request.prompt_tokens + request.output_tokens
+            assert (following.prefix, following.at) == (request.prefix, request.at)
+    write_trace(tmp_path / "trace", trace)
+    assert read_trace(tmp_path / "trace") == trace == dataclasses.replace(CONVERSATIONS, requests=20_000).trace()
+
+
+def test_four_replicas_find_nearly_as_much_cached_as_one_engine_and_share_the_load() -> None:
+    """Octavo's router does; round robin and the fewest requests find much less."""
+    trace = CONVERSATIONS.trace()
+    config = EngineConfig(max_batch_size=16, max_batch_tokens=256)
+    one_engine = summarize(simulate(trace, config, scaled(COSTS, 0.25), 1200))["prefix_hit_rate"]
+    several = dataclasses.replace(config, data_parallel_size=4)
+    runs = {name: summarize(simulate(trace, several, COSTS, 300, routing=name)) for name in ROUTINGS}
+    hit_rates = {name: run["prefix_hit_rate"] / one_engine for name, run in runs.items()}
+    assert hit_rates["exact"] >= 0.95 and max(runs["exact"]["busiest_to_mean"].values()) <= 1.2
+    assert max(hit_rates["round-robin"], hit_rates["least-loaded"]) < 0.9
+    first = {name: run["time_to_first_token_ms"]["mean"] for name, run in runs.items()}
+    assert first["exact"] < 0.8 * min(first["round-robin"], first["least-loaded"])
 
 
 def test_pages_come_back_from_a_tier_below() -> None:
@@ -382,10 +472,17 @@ def test_tenants_are_told_apart_and_targets_counted() -> None:
 
 
 @pytest.mark.parametrize(
-    "offered, said", [(None, "served at 600 per minute"), (5.0, "50% of"), (25.0, "900 per minute. 3 such engines")]
+    "replicas, offered, said",
+    [
+        (1, None, "served at 600 per minute"),
+        (1, 5.0, "50% of what this engine sustains"),
+        (1, 25.0, "900 per minute. 3 such engines"),
+        (4, 25.0, "these 4 engines sustain 600 per minute: the queue grows by 900 per minute. 10 such engines"),
+    ],
 )
-def test_the_verdict(offered: float | None, said: str) -> None:
-    assert said in verdict({"offered_per_second": offered, "sustained_per_second": 10.0})
+def test_the_verdict(replicas: int, offered: float | None, said: str) -> None:
+    summary = {"offered_per_second": offered, "sustained_per_second": 10.0, "replicas": [{}] * replicas}
+    assert said in verdict(summary)
 
 
 def test_the_rate_that_is_sustained_can_be(tmp_path: Path) -> None:
@@ -445,6 +542,24 @@ def test_measure_then_simulate(tiny_llama: Path, tmp_path: Path) -> None:
     assert printed.count("fcfs") == 2
 
 
+def test_replicas_are_simulated(tmp_path: Path) -> None:
+    costs, trace, report = tmp_path / "costs", tmp_path / "trace", tmp_path / "report"
+    COSTS.save(costs)
+    made = ("--turns", 3, "--requests", 40, "--rate", 20, "--input-len", 30, "--output-len", 4, "--system-prompts", 2,
+            "--system-len", 100, "--skew", 1.5, "--think-time", 0.5, "--write-trace", trace)  # fmt: skip
+    assert command(*made) == ""
+    assert len(read_trace(trace)) == 40
+    printed = command(trace, "--cost-model", costs, "--data-parallel-size", 4, "--output-json", report)
+    assert "Busiest replica / mean: tokens computed" in printed and "Seconds with a step running" in printed
+    replicas = json.loads(report.read_text())["replicas"]
+    assert len(replicas) == 4 and sum(replica["requests"] for replica in replicas) == 40
+    sweep = ("--sweep", "routing=exact,round-robin,least-loaded", "--sweep", "data_parallel_size=1,4")
+    printed = command(trace, "--cost-model", costs, *sweep, "--output-json", report)
+    runs = json.loads(report.read_text())["runs"]
+    assert [len(run["replicas"]) for run in runs] == [1, 4] * 3
+    assert "Busiest" in printed and printed.count("round-robin") == 2
+
+
 @pytest.mark.parametrize(
     "arguments, complaint",
     [
@@ -461,6 +576,8 @@ def test_measure_then_simulate(tiny_llama: Path, tmp_path: Path) -> None:
         (["TRACE", "--cost-model", "COSTS", "--sweep", "pages"], "--sweep must be"),
         (["TRACE", "--cost-model", "COSTS", "--sweep", "pages=x"], "pages must be"),
         (["TRACE", "--cost-model", "COSTS", "--sweep", "page=1"], "unknown setting 'page'"),
+        (["TRACE", "--cost-model", "COSTS", "--routing", "random"], "exact, round-robin, least-loaded, not 'random'"),
+        (["TRACE", "--cost-model", "COSTS", "--turns", "3"], "leave out"),
         (["TRACE", "--cost-model", "COSTS", "--sweep", "max_batch_size=many"], "max_batch_size must be an integer"),
     ],
 )

@@ -1,8 +1,7 @@
 """octavo simulate: simulate how the engine serves a trace of requests, in virtual time, to plan capacity."""
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -12,9 +11,6 @@ from octavo.settings import Resolved
 
 from .bench import InputLen, OutputJson, OutputLen, Seed
 from .flags import Command, settings_flags
-
-if TYPE_CHECKING:
-    from octavo.simulation.trace import TraceRequest
 
 
 def register(app: typer.Typer) -> None:
@@ -38,16 +34,40 @@ def simulate(
     requests: Annotated[int, typer.Option(min=1, help="Generated trace: number of requests.")] = 1000,
     input_len: InputLen = 128,
     output_len: OutputLen = 128,
+    turns: Annotated[
+        float | None,
+        typer.Option(
+            min=1,
+            help="Generated trace: mean number of requests in a conversation; then lengths are random, with the means "
+            "--input-len (of a user's text) and --output-len. By default, requests are independent and equal.",
+            show_default=False,
+        ),
+    ] = None,
+    think_time: Annotated[
+        float, typer.Option(min=0, help="With --turns: mean seconds from an answer to the next request.")
+    ] = 10.0,
+    system_prompts: Annotated[int, typer.Option(min=1, help="With --turns: number of system prompts.")] = 8,
+    system_len: Annotated[int, typer.Option(min=1, help="With --turns: tokens in each system prompt.")] = 512,
+    skew: Annotated[
+        float, typer.Option(min=0, help="With --turns: Zipf exponent of the system prompts' popularity.")
+    ] = 1.0,
     seed: Seed = 0,
     write_trace: Annotated[Path | None, typer.Option(help="Write the generated trace to this file.")] = None,
     pages: Annotated[
         int | None, typer.Option(min=1, help="Pages of the KV cache; by default the number in the measured engine.")
     ] = None,
+    routing: Annotated[
+        str,
+        typer.Option(
+            help="With --data-parallel-size: how requests are distributed among replicas. Octavo does exact; "
+            "round-robin and least-loaded are for comparison."
+        ),
+    ] = "exact",
     sweep: Annotated[
         list[str] | None,
         typer.Option(
-            help="Compare values, such as pages=500,1000 or scheduling_policy=fcfs,fair. May be given several times: "
-            "every combination is simulated.",
+            help="Compare values, such as pages=500,1000 or scheduling_policy=fcfs,fair or routing=exact,round-robin. "
+            "May be given several times: every combination is simulated.",
             show_default=False,
         ),
     ] = None,
@@ -59,18 +79,43 @@ def simulate(
     """
     from octavo.bench.report import write_json
     from octavo.simulation import CostModel
+    from octavo.simulation.conversations import Conversations
     from octavo.simulation.plan import parse_axis
     from octavo.simulation.plan import sweep as run
     from octavo.simulation.report import print_report, print_sweep
+    from octavo.simulation.trace import poisson_trace, read_trace
+    from octavo.simulation.trace import write_trace as save_trace
 
     config = settings.build(EngineConfig)
     if measure:
         return _measure(config, _required(cost_model))
-    arrivals = _arrivals(trace, rate, requests, input_len, output_len, seed, write_trace)
+    if trace:
+        if rate or write_trace or turns:
+            raise ConfigError(
+                "--rate, --turns and --write-trace need a generated trace; leave out the trace file, or these flags"
+            )
+        arrivals = read_trace(trace)
+    elif turns:
+        arrivals = Conversations(
+            requests=requests,
+            rate=_per_second(rate),
+            turns=turns,
+            think_time=think_time,
+            input_len=input_len,
+            output_len=output_len,
+            system_prompts=system_prompts,
+            system_len=system_len,
+            skew=skew,
+            seed=seed,
+        ).trace()
+    else:
+        arrivals = poisson_trace(_per_second(rate), requests, input_len, output_len, seed)
+    if write_trace:
+        save_trace(write_trace, arrivals)
     if write_trace and not cost_model:
         return
     costs = CostModel.load(_required(cost_model))
-    runs = run(arrivals, config, costs, pages, [parse_axis(text) for text in sweep or ()])
+    runs = run(arrivals, config, costs, pages, [parse_axis(text) for text in sweep or ()], routing)
     given = {"trace": str(trace) if trace else None, "rate": rate, "seed": seed, "cost_model": str(cost_model)}
     if sweep:
         print_sweep(runs)
@@ -99,27 +144,10 @@ def _measure(config: EngineConfig, path: Path) -> None:
     print_costs(costs, ratios)
 
 
-def _arrivals(
-    trace: Path | None,
-    rate: str | None,
-    requests: int,
-    input_len: int,
-    output_len: int,
-    seed: int,
-    write_to: Path | None,
-) -> "Sequence[TraceRequest]":
-    from octavo.simulation.trace import parse_rate, poisson_trace, read_trace, write_trace
+def _per_second(rate: str | None) -> float | None:
+    from octavo.simulation.trace import parse_rate
 
-    if trace:
-        if rate or write_to:
-            raise ConfigError(
-                "--rate and --write-trace need a generated trace; leave out the trace file, or these flags"
-            )
-        return read_trace(trace)
-    generated = poisson_trace(parse_rate(rate) if rate else None, requests, input_len, output_len, seed)
-    if write_to:
-        write_trace(write_to, generated)
-    return generated
+    return parse_rate(rate) if rate else None
 
 
 def _required(path: Path | None) -> Path:

@@ -5,7 +5,6 @@ import logging
 import os
 import time
 import uuid
-from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -569,7 +568,7 @@ class Frontend:
         return self._prefix(tokens, request.tenant, request.salt, request.origin)
 
     def _prefix(self, tokens: list[int], tenant: str, salt: str, origin: str) -> Prefix:
-        return Prefix(root_key(self.info.fingerprint, tenant, salt, origin), array("i", tokens), self.info.page_size)
+        return Prefix.of(root_key(self.info.fingerprint, tenant, salt, origin), tokens, self.info.page_size)
 
     def _deliver(self, live: LiveRequest, output: RequestOutput | Exception) -> None:
         try:

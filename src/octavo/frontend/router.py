@@ -1,6 +1,6 @@
 """Router: choose the replica that can finish a request soonest."""
 
-import itertools
+from bisect import bisect_left
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -9,6 +9,8 @@ from octavo.kv.prefix import KEY_BYTES
 
 USUAL_OUTPUT = 128.0  # expected tokens per completion, as long as none has ended
 SMOOTHING = 0.02  # weight of the latest completion in the mean length of outputs
+MEMORY = 256  # requests per replica; see Router
+SIMILAR = 1.9  # ratio of measured speeds up to which they count as equal: the more load, the lower is the measured one
 
 
 @dataclass(eq=False, slots=True)
@@ -23,7 +25,7 @@ class Load:
         completions: unfinished completions.
         number: number of the next message about pages.
         seconds_per_token: measured time to compute a token of a prompt; 0 if unknown.
-        last: number of the latest request that was sent here; of equal replicas, the one with the lowest is chosen.
+        recent: recent work in tokens (see Router); negative until the router has considered this replica.
     """
 
     pages: set[bytes] = field(default_factory=set)
@@ -32,7 +34,7 @@ class Load:
     completions: int = 0
     number: int = 0
     seconds_per_token: float = 0.0
-    last: int = 0
+    recent: float = -1.0
 
     def add(self, request: Hashable, tokens: int, completions: int) -> None:
         """Count a request that was sent, with `tokens` to compute."""
@@ -69,30 +71,65 @@ class Load:
 class Router:
     """Sends each request where its cost is least:
 
-        cost = (tokens to compute + queued tokens) / speed + decode load
+        cost = (tokens to compute + queued tokens) / speed + decode load + min(excess, prompt / speed)
         decode load = unfinished completions * mean length of outputs / speed
+        excess = max(0, recent work - mean recent work of the replicas)
 
     Tokens to compute are those whose pages the replica's engine does not have. So a long cached prefix outweighs a
-    little more load, and much more load outweighs the prefix. The time of a choice grows with the pages of the prompt
-    that replicas have, not with the number of known pages.
+    little more load, and much more load outweighs the prefix.
+
+    The excess keeps the load even while there are no queues. Without it, every conversation with a popular system
+    prompt would go to the replica that computed this prompt first. With it, a replica that has had more than its share
+    loses new conversations to other replicas, which then compute the system prompt too. A conversation with a long
+    history, which is expensive to compute elsewhere, stays.
+
+    The recent work of a replica is the time to compute the uncached tokens of the requests that were sent there, and
+    outputs of the mean length. The weight of a request falls to 1 / e while each replica gets MEMORY more.
     """
 
     def __init__(self) -> None:
         self.mean_output = USUAL_OUTPUT
-        self._counter = itertools.count(1)
+        self._choices = 0
 
     def choose(self, loads: Sequence[Load], prefix: Prefix, page_size: int) -> tuple[int, int]:
         """Return the index of the best of `loads` for a prompt, and the number of its tokens that are cached there."""
-        length = len(prefix.tokens)
-        usual = min((load.seconds_per_token for load in loads if load.seconds_per_token), default=1.0)
-        best, cached_there, least = 0, 0, (float("inf"), 0)
-        for i, (load, pages) in enumerate(zip(loads, cached_pages(loads, prefix, page_size), strict=True)):
-            cached = pages * page_size
-            cost = (length - cached + self.work(load)) * (load.seconds_per_token or usual)
-            if (cost, load.last) < least:
-                best, cached_there, least = i, cached, (cost, load.last)
-        loads[best].last = next(self._counter)
-        return best, cached_there
+        slower = _slower(loads)
+        if self._choices % len(loads) == 0 or min([load.recent for load in loads]) < 0:
+            _fade(loads)
+        self._choices += 1
+        pages, keys = _most_cached_pages(loads, prefix, page_size)
+        best = self._best(loads, len(prefix.tokens), [count * page_size for count in pages], slower)
+        if not loads[best].pages.issuperset(keys[: pages[best]]):  # fewer are cached, so another may be better
+            pages = cached_pages(loads, prefix, page_size)
+            best = self._best(loads, len(prefix.tokens), [count * page_size for count in pages], slower)
+        cached = pages[best] * page_size
+        loads[best].recent += (len(prefix.tokens) - cached + self.mean_output) * slower.get(best, 1.0)
+        return best, cached
+
+    def _best(self, loads: Sequence[Load], length: int, cached: list[int], slower: dict[int, float]) -> int:
+        """Return the index of the replica with the least cost; of equal ones, that with the least recent work.
+
+        Args:
+            length: tokens of the prompt.
+            cached: those of them that each replica has.
+            slower: see `_slower`. The unit of time is that in which the fastest replica computes a token.
+        """
+        mean_output = self.mean_output
+        costs = [
+            length - tokens + load.queued_tokens + load.completions * mean_output
+            for load, tokens in zip(loads, cached, strict=True)
+        ]
+        for i, factor in slower.items():
+            costs[i] *= factor
+        recent = [load.recent for load in loads]
+        mean = sum(recent) / len(recent)
+        for i, work in enumerate(recent):
+            if work > mean:
+                costs[i] += min(work - mean, length * slower.get(i, 1.0))
+        least = min(costs)
+        if costs.count(least) == 1:
+            return costs.index(least)
+        return min((i for i, cost in enumerate(costs) if cost == least), key=recent.__getitem__)
 
     def work(self, load: Load) -> float:
         """Return the tokens that a replica is expected to compute before it is idle."""
@@ -115,6 +152,50 @@ def cached_pages(loads: Sequence[Load], prefix: Prefix, page_size: int) -> list[
         for i in left:
             counts[i] = page + 1
     return counts
+
+
+def _most_cached_pages(loads: Sequence[Load], prefix: Prefix, page_size: int) -> tuple[list[int], list[bytes]]:
+    """Return upper bounds of `cached_pages`, with few look-ups, and the keys of the first pages.
+
+    Each bound is the number of a page that the replica lacks, while it has the one before. It is too high only if the
+    replica lacks another page before these, which is rare, since engines evict a prompt's pages from the last one on.
+    """
+    most = (len(prefix.tokens) - 1) // page_size
+    counts, count = list[int](), 0
+    keys = [prefix.key(0)] if most else []
+    last, following = b"", keys[0] if most else b""  # the keys of the pages count - 1 and count; b"" if there is none
+    for load in loads:
+        pages = load.pages
+        if following in pages or (last and last not in pages):  # the count differs from that of the replica before
+            count = _bisect(pages, keys)
+            while count == len(keys) < most:
+                keys.append(prefix.key(count))
+                count += keys[count] in pages
+            last, following = keys[count - 1] if count else b"", keys[count] if count < most else b""
+        counts.append(count)
+    return counts, keys
+
+
+def _bisect(pages: set[bytes], keys: list[bytes]) -> int:
+    """Return the index of a key that is not among `pages`, while the one before is."""
+    return bisect_left(keys, True, key=lambda key: key not in pages)
+
+
+def _slower(loads: Sequence[Load]) -> dict[int, float]:
+    """Return the replicas that are slower than the fastest one, with the ratio of their times per token."""
+    seconds = [load.seconds_per_token for load in loads]
+    fastest = min(filter(None, seconds), default=0.0)
+    if max(seconds) <= SIMILAR * fastest:
+        return {}
+    return {i: each / fastest for i, each in enumerate(seconds) if each > SIMILAR * fastest}
+
+
+def _fade(loads: Sequence[Load]) -> None:
+    """Reduce the weight of recent work; called once per len(loads) choices. A new replica begins with the mean."""
+    known = [load.recent for load in loads if load.recent >= 0]
+    mean = sum(known) / max(1, len(known))
+    for load in loads:
+        load.recent = (load.recent if load.recent >= 0 else mean) * (1 - 1 / MEMORY)
 
 
 def _keys(concatenated: bytes) -> Iterator[bytes]:

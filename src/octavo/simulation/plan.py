@@ -13,11 +13,12 @@ from octavo.errors import ConfigError
 from octavo.settings import convert
 
 from .costs import CostModel
+from .placement import EXACT, ROUTINGS
 from .replay import Replay, simulate
 from .report import summarize
 from .trace import TraceRequest
 
-PAGES = "pages"  # an axis of sweeps: the size of the KV cache, which is not a setting
+PAGES, ROUTING = "pages", "routing"  # axes of sweeps that are not settings
 
 
 def sweep(
@@ -26,8 +27,9 @@ def sweep(
     costs: CostModel,
     pages: int | None,
     axes: Sequence[tuple[str, Sequence[str]]],
+    routing: str = EXACT,
 ) -> list[tuple[dict[str, str], dict[str, Any]]]:
-    """Simulate every combination of `axes`: settings, or "pages", with the values to try.
+    """Simulate every combination of `axes`: settings, "pages" or "routing", with the values to try.
 
     Returns:
         (Values by name, summary) of each combination; without axes, of one combination without values.
@@ -38,7 +40,7 @@ def sweep(
     runs = []
     for values in product(*(values for _, values in axes)):
         chosen = dict(zip((name for name, _ in axes), values, strict=True))
-        runs.append((chosen, _run(arrivals, config, costs, pages, chosen)))
+        runs.append((chosen, _run(arrivals, config, costs, pages, routing, chosen)))
     return runs
 
 
@@ -55,29 +57,40 @@ def _run(
     config: EngineConfig,
     costs: CostModel,
     pages: int | None,
+    routing: str,
     chosen: dict[str, str],
 ) -> dict[str, Any]:
     """Return the summary of one simulation, with the throughput that the engine sustains.
 
     This throughput comes from a second simulation, in which all requests arrive at the start and none is refused.
+    Only those with `think_time` wait for the end of the request before them.
     """
     for name, value in chosen.items():
         if name == PAGES:
             pages = _parse_pages(value)
+        elif name == ROUTING:
+            routing = value
         else:
             config = config.replaced(name, value)
     _check(config, costs)
+    if routing not in ROUTINGS:
+        raise ConfigError(f"routing must be one of {', '.join(ROUTINGS)}, not {routing!r}")
     if pages is None:
         pages = costs.num_pages if config.kv_cache_memory is None else config.kv_cache_memory // costs.page_bytes
-    at_once = [msgspec.structs.replace(request, at=0.0, timeout=None) for request in arrivals]
+    at_once = [_at_once(request) for request in arrivals]
     patient = dataclasses.replace(config, max_queue=len(arrivals), request_timeout=None)
     with progress(" ".join(chosen.values()) or "Simulating", 2 * len(arrivals)) as advance:
 
         def run(requests: Sequence[TraceRequest], settings: EngineConfig) -> Replay:
-            return simulate(requests, settings, costs, pages, advance)
+            return simulate(requests, settings, costs, pages, advance, routing)
 
         summary, saturated = summarize(run(arrivals, config)), summarize(run(at_once, patient))
     return summary | {"sustained_per_second": saturated["requests_per_second"]}
+
+
+def _at_once(request: TraceRequest) -> TraceRequest:
+    think_time = None if request.think_time is None else 0.0
+    return msgspec.structs.replace(request, at=0.0, timeout=None, think_time=think_time)
 
 
 def _check(config: EngineConfig, costs: CostModel) -> None:

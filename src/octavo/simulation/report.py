@@ -1,5 +1,6 @@
 """Results of a simulation: figures by their names in the JSON report, tables, and a verdict."""
 
+import dataclasses
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -22,13 +23,18 @@ SPREADS = {  # JSON key -> heading
     "time_per_output_token_ms": "Per output token (ms)",
     "request_latency_ms": "Whole request (ms)",
 }
+LOADS = {"tokens_computed": "tokens computed", "busy": "time with a step running"}  # field of Use -> its description
 
 
 def summarize(replay: Replay) -> dict[str, Any]:
-    """Return the replay's figures. A request that did not get all its tokens counts in `failed` only."""
+    """Return the replay's figures. A request that did not get all its tokens counts in `failed` only.
+
+    Of several replicas, the figures of pages, running and waiting sequences are means, and the highest peaks.
+    """
     done = [served for served in replay.served if not served.problem]
     input_tokens, output_tokens = sum(s.prompt_tokens for s in done), sum(s.output_tokens for s in done)
     seconds = replay.seconds or math.inf
+    replica_seconds = seconds * len(replay.replicas)
     targets = [(served, target) for served in done if (target := served.request.ttft_target) is not None]
     tenants = sorted({served.request.tenant for served in replay.served})
     return {
@@ -43,15 +49,18 @@ def summarize(replay: Replay) -> dict[str, Any]:
         "targets_met": sum(_to_first(s) <= target for s, target in targets) / len(targets) if targets else None,
         "tenants": {name: _tenant([s for s in replay.served if s.request.tenant == name]) for name in tenants},
         "num_pages": replay.num_pages,
-        "pages_held": _gauge(replay.pages, seconds),
-        "running": _gauge(replay.running, seconds),
-        "waiting": _gauge(replay.waiting, seconds),
+        "pages_held": _gauge(replay.pages, replica_seconds),
+        "running": _gauge(replay.running, replica_seconds),
+        "waiting": _gauge(replay.waiting, replica_seconds),
         "prefix_hit_rate": sum(s.cached_tokens for s in done) / input_tokens if input_tokens else 0.0,
         "preemptions": replay.preemptions,
         "pages_fetched": replay.pages_fetched,
         "steps": replay.steps,
         "utilization": replay.busy / seconds,
         "offered_per_second": _offered(replay),
+        "replicas": [dataclasses.asdict(use) for use in replay.replicas],
+        "busiest_to_mean": {name: _busiest([getattr(use, name) for use in replay.replicas]) for name in LOADS},
+        "moves": replay.moves,
     }
 
 
@@ -78,10 +87,17 @@ def print_report(summary: dict[str, Any]) -> None:
         figures.add_row(heading, text)
     if summary["pages_fetched"]:
         figures.add_row("Pages fetched from lower tiers", f"{summary['pages_fetched']:,}")
+    if (count := len(summary["replicas"])) > 1:
+        figures.add_row("Replicas", f"{count:,}")
+        for name, text in LOADS.items():
+            figures.add_row(f"Busiest replica / mean: {text}", f"{summary['busiest_to_mean'][name]:.2f}")
+        figures.add_row("Requests moved to another replica", f"{summary['moves']:,}")
     if summary["targets_met"] is not None:
         figures.add_row("First tokens in time", f"{summary['targets_met']:.1%}")
     console = plain_console()
     console.print(figures, _spreads_table(summary))
+    if count > 1:
+        console.print(_replicas_table(summary["replicas"]))
     if len(summary["tenants"]) > 1:
         console.print(_tenants_table(summary["tenants"]))
     for problem, count in summary["failed"].items():
@@ -90,8 +106,10 @@ def print_report(summary: dict[str, Any]) -> None:
 
 
 def verdict(summary: dict[str, Any]) -> str:
-    """Return a sentence that says whether the engine keeps up with the arrival rate (see `sustained_per_second`)."""
+    """Return a sentence that says whether the engines keep up with the arrival rate (see `sustained_per_second`)."""
     offered, sustained = summary["offered_per_second"], summary["sustained_per_second"]
+    count = len(summary["replicas"])
+    subject = "this engine sustains" if count == 1 else f"these {count} engines sustain"
     if not sustained:
         return "No request was completed."
     most = f"{60 * sustained:,.0f} per minute"
@@ -99,30 +117,37 @@ def verdict(summary: dict[str, Any]) -> str:
         return f"All requests arrived at once and were served at {most}."
     came = f"Requests arrived at {60 * offered:,.0f} per minute"
     if offered <= sustained:
-        return f"{came}, {offered / sustained:.0%} of what this engine sustains ({most}): it keeps up."
-    growth, engines = 60 * (offered - sustained), math.ceil(offered / sustained)
+        keep = "it keeps" if count == 1 else "they keep"
+        return f"{came}, {offered / sustained:.0%} of what {subject} ({most}): {keep} up."
+    growth, engines = 60 * (offered - sustained), math.ceil(count * offered / sustained)
     return (
-        f"{came}, and this engine sustains {most}: the queue grows by {growth:,.0f} per minute. "
+        f"{came}, and {subject} {most}: the queue grows by {growth:,.0f} per minute. "
         f"{engines} such engines would keep up."
     )
 
 
 def print_sweep(rows: Sequence[tuple[dict[str, str], dict[str, Any]]]) -> None:
-    """Print a table with a row for each simulation: (values by name, summary). Times are in seconds."""
-    headings = ("Sustains\n/min", "First\ntoken", "p95", "Whole\nrequest", "p95", "Pages,\npeak", "Queue,\nmean")
+    """Print a table with a row for each simulation: (values by name, summary). Times are in seconds.
+
+    With several replicas, columns about routing replace those about pages. The load of the busiest replica is that by
+    tokens computed or by time, whichever is further above the mean.
+    """
+    several = any(len(summary["replicas"]) > 1 for _, summary in rows)
+    last = ("From\ncache", "Busiest\n/ mean") if several else ("Pages,\npeak", "Queue,\nmean", "Pre-\nempted")
+    headings = ("Sustains\n/min", "First\ntoken", "p95", "Whole\nrequest", "p95", *last)
     names = [name.replace("_", "\n") for name in rows[0][0]]
-    table = Table(*names, *headings, "Pre-\nempted", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+    table = Table(*names, *headings, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
     for column in table.columns[len(names) :]:
         column.justify = "right"
     for settings, summary in rows:
         times = [summary[key] or {} for key in ("time_to_first_token_ms", "request_latency_ms")]
+        routing = (f"{summary['prefix_hit_rate']:.1%}", f"{max(summary['busiest_to_mean'].values()):.2f}")
+        pages = (summary["pages_held"]["peak"], summary["waiting"]["mean"], summary["preemptions"])
         table.add_row(
             *settings.values(),
             f"{60 * summary['sustained_per_second']:,.0f}",
             *(f"{spread[name] / 1000:,.2f}" if spread else "" for spread in times for name in ("mean", "p95")),
-            f"{summary['pages_held']['peak']:,}",
-            f"{summary['waiting']['mean']:,.0f}",
-            f"{summary['preemptions']:,}",
+            *(routing if several else (f"{value:,.0f}" for value in pages)),
         )
     plain_console().print(table)
 
@@ -160,7 +185,7 @@ def _spreads(done: Sequence[Served]) -> dict[str, dict[str, float] | None]:
     seconds = (
         [_to_first(s) for s in done],
         [(s.last - s.first) / (s.output_tokens - 1) for s in done if s.first is not None and s.output_tokens > 1],
-        [s.last - s.request.at for s in done],
+        [s.last - s.arrival for s in done],
     )
     return {key: _spread(1000 * np.array(values)) for key, values in zip(SPREADS, seconds, strict=True)}
 
@@ -173,7 +198,12 @@ def _spread(values: np.ndarray) -> dict[str, float] | None:
 
 def _to_first(served: Served) -> float:
     assert served.first is not None
-    return served.first - served.request.at
+    return served.first - served.arrival
+
+
+def _busiest(loads: Sequence[float]) -> float:
+    """Return the highest load, divided by the mean load."""
+    return max(loads) * len(loads) / (sum(loads) or math.inf)
 
 
 def _gauge(gauge: Gauge, seconds: float) -> dict[str, float]:
@@ -182,7 +212,7 @@ def _gauge(gauge: Gauge, seconds: float) -> dict[str, float]:
 
 def _offered(replay: Replay) -> float | None:
     """Return the arrivals per second; None if all requests arrived at once."""
-    span = replay.served[-1].request.at - replay.served[0].request.at
+    span = replay.served[-1].arrival - replay.served[0].arrival
     return (len(replay.served) - 1) / span if span else None
 
 
@@ -193,6 +223,15 @@ def _spreads_table(summary: dict[str, Any]) -> Table:
     for key, heading in SPREADS.items():
         if spread := summary[key]:
             table.add_row(heading, *(f"{spread[name]:,.1f}" for name in PERCENTILES))
+    return table
+
+
+def _replicas_table(replicas: Sequence[dict[str, Any]]) -> Table:
+    table = Table("Replica", "Requests", "Tokens computed", "Seconds with a step running")
+    for column in table.columns:
+        column.justify = "right"
+    for number, use in enumerate(replicas):
+        table.add_row(str(number), f"{use['requests']:,}", f"{use['tokens_computed']:,}", f"{use['busy']:,.1f}")
     return table
 
 

@@ -1,5 +1,6 @@
 """Traces: the arrival times and lengths of requests, read from a file of JSON lines or generated."""
 
+import heapq
 import random
 import re
 from collections.abc import Sequence
@@ -26,6 +27,9 @@ class TraceRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     The prompt is given as its length, `prompt_tokens`, or as token ids, `prompt`. Prompts given by length share no
     prefix, with two exceptions: requests with the same `prefix` share its first `prefix_tokens` tokens; and prompts of
     the same `conversation` are beginnings of one text, which their outputs continue.
+
+    A request with `think_time` does not arrive before this many seconds after the end of the request before it in the
+    same conversation. `at` is then the earliest time.
     """
 
     at: Annotated[float, msgspec.Meta(ge=0)]  # seconds from the start
@@ -39,6 +43,7 @@ class TraceRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     prefix: Name | None = None
     prefix_tokens: Length | None = None
     conversation: Name | None = None
+    think_time: Annotated[float, msgspec.Meta(ge=0)] | None = None
 
     def __post_init__(self) -> None:
         if (self.prompt is None) == (self.prompt_tokens is None):
@@ -47,6 +52,43 @@ class TraceRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             raise ValueError("give both prefix and prefix_tokens, or neither")
         if self.prompt is not None and (self.prefix or self.conversation):
             raise ValueError("prefix and conversation are for prompts given by prompt_tokens")
+        if self.think_time is not None and self.conversation is None:
+            raise ValueError("think_time is for requests of a conversation")
+
+
+class Arrivals:
+    """The arrivals of a trace. Those of requests with `think_time` depend on when other requests end.
+
+    Attributes:
+        trace: The requests; other methods refer to them by their index.
+    """
+
+    def __init__(self, trace: Sequence[TraceRequest]):
+        self.trace = trace
+        self._next: list[tuple[float, int]] = []  # heap of (time of arrival, index)
+        self._follower: dict[int, int] = {}  # the request that waits for the end of another one
+        latest: dict[str | None, int] = {}
+        for i, request in enumerate(trace):
+            if request.think_time is not None and request.conversation in latest:
+                self._follower[latest[request.conversation]] = i
+            else:
+                heapq.heappush(self._next, (request.at, i))
+            latest[request.conversation] = i
+
+    @property
+    def next_at(self) -> float | None:
+        """Return the time of the next arrival; None if no request is left, or if all wait for the end of others."""
+        return self._next[0][0] if self._next else None
+
+    def pop(self) -> tuple[float, int]:
+        """Return the time and the index of the next request."""
+        return heapq.heappop(self._next)
+
+    def ended(self, index: int, now: float) -> None:
+        """Note that a request has ended, with or without success, at the time `now`."""
+        if (follower := self._follower.pop(index, None)) is not None:
+            request = self.trace[follower]
+            heapq.heappush(self._next, (max(request.at, now + (request.think_time or 0.0)), follower))
 
 
 class Prompts:

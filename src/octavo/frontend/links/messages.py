@@ -160,11 +160,11 @@ class StateDone(msgspec.Struct, frozen=True, tag=True):
 
 
 class Pages(msgspec.Struct, frozen=True, tag=True):
-    """Pages that the engine's cache has gained and lost since the message before.
+    """Full pages that the engine's cache has gained and lost since the message before.
 
     Attributes:
-        number: 0 for the answer to WatchPages, which has all pages; then 1 more with each message. After a gap, the
-            frontend sends WatchPages again.
+        number: 0 for the answer to WatchPages, which has all full pages; then 1 more with each message. After a gap,
+            the frontend sends WatchPages again.
         gained, lost: concatenated keys, of KEY_BYTES each.
         parents, roots, tokens: if requested, for each gained page, or the first ones, the key of the page before it,
             the root of its sequence, and its token ids (int32). The key before a sequence's first page is zero, and so
