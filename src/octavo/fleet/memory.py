@@ -14,6 +14,8 @@ MEBI = 2**20
 SERVER = 256 * MEBI  # this process and the processes that render chat templates
 ENGINE = {"auto": 128 * MEBI, "cpu": 128 * MEBI, "torch": 640 * MEBI}  # a process without weights and KV cache
 LEAST_KV = 64 * MEBI
+SCRATCH_PER_WEIGHT = {"4bit": 5.0}  # bytes for each weight of the largest tensor, while it is quantized
+NEVER_4BIT = ("embed", "head")  # parameters that take 8 bits at least
 BYTES_PER_WEIGHT = {"none": 2.0, "auto": 2.0, "8bit": 1.02, "4bit": 0.76}
 
 
@@ -49,7 +51,12 @@ def needs(config: EngineConfig, path: Path) -> Needs:
         pages = config.max_batch_size * -(-length // config.kv_cache_page_size)
         token_bytes = spec.num_layers * spec.kv_size * 2 * (4 if config.dtype in ("float32", "fp32") else 2)
         kv = min(pages * config.kv_cache_page_size * token_bytes, max(weights, LEAST_KV))
-    engine = weights + weights // 50 + kv + (config.kv_host_memory or 0) + ENGINE[config.backend]
+    # The KV cache is first used after the load, when the memory for quantizing is free again.
+    largest = max(
+        sum(math.prod(part.shape) for part in parameters[name].parts) for name in parameters if name not in NEVER_4BIT
+    )
+    scratch = int(SCRATCH_PER_WEIGHT.get(config.quantization, 0.0) * largest)
+    engine = weights + weights // 50 + max(kv, scratch) + (config.kv_host_memory or 0) + ENGINE[config.backend]
     return Needs(engine * config.data_parallel_size, dataclasses.replace(config, kv_cache_memory=kv))
 
 
