@@ -204,7 +204,7 @@ def test_three_models_in_memory_for_two(wide_models: list[Path], tmp_path: Path,
 
         def client(seed: int) -> None:
             chance = random.Random(seed)
-            for turn in range(30 if many else 2):
+            for turn in range(30 if many else 1):
                 name = f"m{(seed + turn) % 3}"
                 prompts = [[chance.randrange(3, 500) for _ in range(490)] for _ in range(FILLING)]
                 text_of(server.complete(name, prompts, max_tokens=2))
