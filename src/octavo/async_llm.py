@@ -9,7 +9,7 @@ from typing import Any, Unpack
 
 from .config import EngineConfig
 from .engine.messages import EngineInfo, EngineStats
-from .errors import OctavoError
+from .errors import EngineDead, OctavoError
 from .frontend.chat import Conversation, conversations
 from .frontend.frontend import Frontend
 from .frontend.inbox import Inbox
@@ -60,11 +60,10 @@ class AsyncLLM:
 
     def _set_up(self, config: EngineConfig, process: EngineProcess | None = None) -> None:
         self.config = config
-        path = resolve(config.model, config.revision)
-        self._path = path
-        self._links = [self._connect(0, process)]  # engines load while this process continues
+        path = self._path = resolve(config.model, config.revision)
+        self._links: list[ProcessLink] = []
+        self._begin_loading(process)  # engines load while this process continues
         try:
-            self._links += [self._connect(number) for number in range(1, config.data_parallel_size)]
             self.tokenizer = Tokenizer.load(path, **config.template_limits)
             self.generation_defaults = generation_defaults(path) if config.generation_config == "auto" else {}
             self.default_sampling_params = SamplingParams(**self.generation_defaults)  # type: ignore[arg-type]
@@ -72,6 +71,16 @@ class AsyncLLM:
             self.discard()
             raise
         self._frontend = Frontend(config, self.tokenizer, self._connect, has_queue_limit=True)
+
+    def _begin_loading(self, process: EngineProcess | None = None) -> None:
+        """Start all engines, or none. Raises OSError."""
+        self._links = []
+        try:
+            for number in range(self.config.data_parallel_size):
+                self._links.append(self._connect(number, process if number == 0 else None))
+        except BaseException:
+            self.discard()
+            raise
 
     def _connect(self, replica: int, process: EngineProcess | None = None) -> ProcessLink:
         return ProcessLink(self.config, self._path, process, replica)
@@ -88,11 +97,11 @@ class AsyncLLM:
 
     async def load(self) -> None:
         """Load engines again after `unload`. Requests that wait for them go on, or fail with the error of the load."""
-        self._links = [self._connect(number) for number in range(self.config.data_parallel_size)]
         try:
+            self._begin_loading()
             await self._frontend.start(self._links)
-        except OctavoError as error:
-            self._frontend.fail_all(error)
+        except (OctavoError, OSError) as error:
+            self._frontend.fail_all(EngineDead(f"the model cannot be loaded: {error}"))
             raise
 
     async def scale(self, replicas: int) -> None:

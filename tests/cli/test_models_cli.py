@@ -60,6 +60,7 @@ def test_changes(fleet: FleetServer, change: Callable[..., str], folder: Path) -
     assert change("swap", "new", folder, "--set", "max_num_seqs=5") == "new is loaded\n"
     [new] = [entry for entry in fleet.http.get("/stats").json()["models"] if entry["name"] == "new" and entry["limits"]]
     assert new["limits"]["max_batch_size"] == 5 and new["aliases"] == ["newer", "newest"]
+    assert change("scale", "new", "2") == "new is loaded\n"
     assert change("unload", "new") == "new is unloaded\n"
 
 

@@ -287,6 +287,23 @@ def test_unloading_what_runs(fleet: FleetServer) -> None:
     assert fleet.change("load", "qwen").json()["state"] == "loaded"
 
 
+def test_scaling_under_load(fleet: FleetServer) -> None:
+    """Streams go on when engines are added and drained; a budget that does not have another engine refuses it."""
+    prompt, expected = next(iter(answers(fleet, "qwen", 300).items()))
+    with httpx.Client(base_url=fleet.url, timeout=60) as http, ThreadPoolExecutor(8) as threads:
+        streams = [threads.submit(stream, http, "qwen", prompt, 300) for _ in range(8)]
+        for replicas in (1, 3, 2):
+            assert fleet.change("scale", "qwen", replicas=replicas).status_code == 200
+            [entry] = [entry for entry in stats(fleet) if entry["name"] == "qwen"]
+            assert [replica["is_ready"] for replica in entry["replicas"]] == [True] * replicas
+        assert {each.result() for each in streams} == {expected}
+    reply = fleet.change("scale", "qwen", replicas=200)
+    assert reply.status_code == 400 and "memory budget does not have" in reply.json()["error"]["message"]
+    for body in ({}, {"replicas": 0}, {"replicas": 2, "model": "x"}):
+        assert fleet.change("scale", "qwen", **body).status_code == 400
+    assert fleet.change("load", "qwen", replicas=2).status_code == 400
+
+
 def test_unloading_what_is_loading(fleet: FleetServer) -> None:
     """On demand: its requests go on waiting, and are served by the next load."""
     fleet.hold_loads()
@@ -339,7 +356,7 @@ def post(fleet: FleetServer, path: str, body: Any) -> socket.socket:
         ({"action": "swap", "name": "nobody", "model": "x"}, 404, "there is no model 'nobody'"),
         ({"action": "unload", "name": "gpt-4o"}, 404, "there is no model 'gpt-4o'"),
         ({"action": "swap", "name": "llama"}, 400, "swap needs the model"),
-        ({"action": "unload", "name": "llama", "model": "x"}, 400, "unload takes only a name"),
+        ({"action": "unload", "name": "llama", "model": "x"}, 400, "unload does not take model"),
         ({"action": "destroy", "name": "llama"}, 400, "Invalid enum value 'destroy'"),
         ({"action": "load", "name": 5}, 400, "Expected `str`, got `int`"),
         ({"action": "load", "name": "a\nb", "model": "x"}, 400, "printable"),

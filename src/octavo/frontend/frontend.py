@@ -111,7 +111,7 @@ class Frontend:
                 if isinstance(result, BaseException):
                     raise result
             self._tokenizer.check_vocabulary(self.info.vocab_size)
-        except BaseException:
+        except BaseException:  # also if this is cancelled while some engines are ready
             await self.stop()
             raise
         return self.info
