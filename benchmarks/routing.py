@@ -140,7 +140,7 @@ async def real_result(trace: list[TraceRequest], config: EngineConfig, routing: 
     config = replace(config, data_parallel_size=replicas, kv_cache_memory=memory * REPLICAS // replicas)
     async with AsyncLLM.from_config(config) as llm:
         if routing not in (None, EXACT):
-            llm._frontend._router = ROUTINGS[routing]()
+            llm._frontend.placement.router = ROUTINGS[routing]()
         outputs = await serve(llm, trace)
         computed = [stats.engine.tokens_computed for stats in await llm.replica_stats() if stats.engine]
     metrics = [output.metrics for output in outputs]

@@ -367,7 +367,7 @@ class Fleet(RuleBasedStateMachine):
         frontend = self.frontend
         ledger = frontend._ledger
         assert ledger is not None and not len(ledger) and not ledger.num_completions
-        assert not ledger._completions and not ledger._deadlines._at and not frontend._waiting
+        assert not ledger._completions and not ledger._deadlines._at and not frontend.placement.waiting
         assert not frontend._calls._waiting
         for replica in frontend.replicas:
             readmission, load, engine = replica.readmission, replica.load, self.toys.engine(replica)

@@ -239,7 +239,7 @@ def test_a_sink_that_aborts_another_request_when_its_own_fails(run: Run) -> None
         toys.engine(0).step()
         await asyncio.sleep(1.0)
         toys.engine(0).step()
-        assert not toys.engine(0).sequences and not toys.frontend._waiting
+        assert not toys.engine(0).sequences and not toys.frontend.placement.waiting
         assert len(toys.engines) == 1 + ENOUGH_FAULTS
         await toys.frontend.close()
 

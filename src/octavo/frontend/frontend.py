@@ -5,14 +5,12 @@ import logging
 import os
 import time
 import uuid
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from octavo.config import EngineConfig
 from octavo.engine.messages import EngineInfo, EngineStats, TokenOutput
 from octavo.errors import EngineDead, InvalidRequest, OctavoError, RequestFailed, RequestTimeout
-from octavo.kv import Prefix, root_key
 from octavo.outputs import RequestOutput
 from octavo.states import KVState, StateBook
 from octavo.states.file import read_saved_tokens
@@ -39,10 +37,10 @@ from .links.messages import (
     WatchPages,
 )
 from .live import LiveRequest, Sink
+from .placement import Placement
 from .readmission import TRIAL_TOKENS
 from .replica import Replica
 from .requests import Request, check_length
-from .router import Router, cached_pages
 from .stats import FrontendStats, ReplicaStats, total
 
 FILE_PATIENCE = 5.0  # seconds for a new engine to open the files of KV states
@@ -62,9 +60,6 @@ class Frontend:
         has_queue_limit: whether `submit` raises QueueFull beyond the completions that replicas run at once plus
             max_queue.
         state_owner: the object that the methods of KV states call; this frontend by default.
-
-    Attributes:
-        replicas: those that serve or are loading.
     """
 
     info: EngineInfo  # set by `start`
@@ -83,9 +78,7 @@ class Frontend:
         at_once = config.max_batch_size * config.data_parallel_size
         self._admission = Admission(at_once, config.max_queue) if has_queue_limit else None
         self._ledger: Ledger | None = None
-        self.replicas: list[Replica] = []
-        self._router = Router()
-        self._waiting: OrderedDict[LiveRequest, None] = OrderedDict()  # requests for which no replica is open
+        self.placement = Placement(config.max_batch_tokens)
         self._calls = Calls()
         self._events: KVEvents | None = None
         self._deadline: asyncio.TimerHandle | None = None
@@ -95,6 +88,11 @@ class Frontend:
         self._pid = os.getpid()
         self._loop: asyncio.AbstractEventLoop | None = None
 
+    @property
+    def replicas(self) -> list[Replica]:
+        """Return the replicas that serve or are loading."""
+        return self.placement.replicas
+
     async def start(self, links: Sequence[Link]) -> EngineInfo:
         """Wait until the engines that `links` have begun to load are ready, each in a replica of its own.
 
@@ -103,7 +101,7 @@ class Frontend:
         """
         self._loop = asyncio.get_running_loop()
         _ = self._tokenizer.last_token_id  # computed while the engines load
-        self.replicas = [self._new_replica(number, len(links)) for number in range(len(links))]
+        self.placement.replicas = [self._new_replica(number, len(links)) for number in range(len(links))]
         starts = [replica.start(link) for replica, link in zip(self.replicas, links, strict=True)]
         try:
             results = await asyncio.gather(*starts, return_exceptions=True)
@@ -118,11 +116,11 @@ class Frontend:
 
     async def stop(self) -> None:
         """End all engines. Requests that they had, and later ones, wait until `start` is called again."""
-        replicas, self.replicas = self.replicas, []
+        replicas, self.placement.replicas = self.replicas, []
         for live in self._ledger or ():
             if live.replica is not None:
-                self._take_back(live)
-                self._waiting[live] = None
+                self.placement.take_back(live)
+                self.placement.waiting[live] = None
         await asyncio.gather(*(self._close_replica(replica) for replica in replicas))
 
     async def drain(self, replica: Replica) -> None:
@@ -131,12 +129,12 @@ class Frontend:
         Requests on trial stay until their trial ends; see Readmission.
         """
         replica.is_leaving = True
-        while replica in self.replicas and (self._lives_of(replica) or self._place_interrupted(replica)):
-            if not replica.ended.is_set() and any(other.is_open for other in self.replicas):
+        while replica in self.replicas and (self._lives_of(replica) or self.placement.place_interrupted(replica)):
+            if not replica.ended.is_set() and self.placement.has_open_replica:
                 for live in self._lives_of(replica):
                     if live.sent and not replica.readmission.is_on_trial(live):
-                        self._take_back(live)
-                        self._place(live)
+                        self.placement.take_back(live)
+                        self.placement.place(live)
             await asyncio.sleep(DRAIN_LOOK)
         await self._close_replica(replica)
         if replica in self.replicas:
@@ -152,7 +150,7 @@ class Frontend:
         if not numbers:
             return
         added = [self._new_replica(number, count) for number in numbers]
-        self.replicas += added
+        self.placement.replicas += added
         for replica in self.replicas:
             replica.name = f"engine {replica.number}"
             replica.send(WatchPages(with_content=self._events is not None))
@@ -206,7 +204,7 @@ class Frontend:
                 ledger.close(live)
             raise
         for live in lives:
-            self._place(live)
+            self.placement.place(live)
         self._watch_deadlines()
         return lives
 
@@ -323,11 +321,7 @@ class Frontend:
         ready = [replica for replica in self.replicas if replica.is_ready]
         if not ready:
             raise EngineDead(self.readiness()[1])
-        if len(ready) == 1:
-            return ready[0]
-        prefix = self._prefix(state.token_ids, state.tenant, state.salt, state.origin)
-        pages = cached_pages([replica.load for replica in ready], prefix, self.info.page_size)
-        return ready[pages.index(max(pages))]
+        return self.placement.holder(ready, state.token_ids, state.tenant, state.salt, state.origin)
 
     # The end
 
@@ -353,7 +347,7 @@ class Frontend:
 
     async def replica_ready(self, replica: Replica, info: EngineInfo) -> None:
         if self._ledger is None:
-            self.info = info
+            self.info = self.placement.info = info
             self.states = StateBook(
                 self, self._state_owner, info.fingerprint, self._config.kv_state_quota, self._config.kv_state_ttl
             )
@@ -377,22 +371,22 @@ class Frontend:
         if self._events is not None:
             self._events.cleared(replica.number)
         culprit, others = replica.readmission.engine_lost(self._lives_of(replica), exit)
-        self._wait_first(others)
-        if others and any(other.is_open for other in self.replicas):
+        self.placement.wait_first(others)
+        if others and self.placement.has_open_replica:
             log.warning("other engines continue %d requests of %s", len(others), replica.name)
         if culprit:
             reason = f"the engine failed {culprit.crashes} times while it served this request ({exit.reason})"
             log.error("the request %s is aborted: %s", culprit.id, reason)
             self._fail(culprit, RequestFailed(reason))
-        self._place_waiting()
+        self.placement.place_waiting()
 
     def replica_delayed(self, replica: Replica) -> None:
-        if any(other.is_open for other in self.replicas):  # better at risk there than waiting here without end
-            self._wait_first(replica.readmission.release())
-            self._place_waiting()
+        if self.placement.has_open_replica:  # better at risk there than waiting here without end
+            self.placement.wait_first(replica.readmission.release())
+            self.placement.place_waiting()
 
     def replica_opened(self, replica: Replica) -> None:
-        self._place_waiting()
+        self.placement.place_waiting()
 
     def replica_send(self, replica: Replica, live: LiveRequest) -> None:
         assert self._ledger is not None and self._loop is not None
@@ -441,7 +435,7 @@ class Frontend:
                 continue
             if completion.finish_reason:
                 self._ledger.finish(completion)
-                self._router.ended(len(completion.token_ids))
+                self.placement.router.ended(len(completion.token_ids))
                 replica.load.completions -= 1
                 ended += 1
                 if not output.finish_reason:  # a stop string ended it; the engine does not know stop strings
@@ -459,7 +453,7 @@ class Frontend:
         if self._admission is not None:
             self._admission.left(ended, live_before)
         if len(self.replicas) > 1:
-            self._relieve_others(replica)
+            self.placement.relieve_others(replica)
 
     # Inside
 
@@ -480,8 +474,6 @@ class Frontend:
         check_length(len(whole), self.info)
         return whole
 
-    # Placing requests
-
     def _new_replica(self, number: int, of: int) -> Replica:
         return Replica(lambda: self._connect(number), self, number, f"engine {number}" if of > 1 else "the engine")
 
@@ -491,84 +483,6 @@ class Frontend:
 
     def _lives_of(self, replica: Replica) -> list[LiveRequest]:
         return [live for live in self._ledger or () if live.replica is replica]
-
-    def _place(self, live: LiveRequest) -> None:
-        """Send a request to the best open replica. Without an open one, it waits."""
-        candidates = [replica for replica in self.replicas if replica.is_open]
-        if not candidates:
-            live.replica = None
-            self._waiting[live] = None
-            return
-        live.tokens_to_compute, best = live.num_sequence_tokens, 0
-        if len(candidates) > 1:
-            loads = [replica.load for replica in candidates]
-            best, cached = self._router.choose(loads, self._prefix_of(live), self.info.page_size)
-            live.tokens_to_compute -= cached
-        candidates[best].readmission.add(live)
-
-    def _wait_first(self, lives: Sequence[LiveRequest]) -> None:
-        """Queue requests, in this order, before all that wait for an open replica."""
-        for live in reversed(lives):
-            live.replica = None
-            self._waiting[live] = None
-            self._waiting.move_to_end(live, last=False)
-
-    def _place_waiting(self) -> None:
-        while self._waiting and any(replica.is_open for replica in self.replicas):
-            self._place(self._waiting.popitem(last=False)[0])
-
-    def _place_interrupted(self, replica: Replica) -> bool:
-        """Return whether requests that were interrupted can continue only here, since all replicas are being drained.
-
-        Send these requests, if the replica is ready for them.
-        """
-        if not all(other.is_leaving for other in self.replicas):
-            return False
-        interrupted = [live for live in self._waiting if live.was_sent]
-        if replica.readmission.is_open:
-            for live in interrupted:
-                del self._waiting[live]
-                live.tokens_to_compute = live.num_sequence_tokens
-                replica.readmission.add(live)
-        return bool(interrupted)
-
-    def _take_back(self, live: LiveRequest) -> None:
-        """Abort a request in its replica's engine, and forget its place."""
-        replica, live.replica = live.replica, None
-        if replica is None:
-            self._waiting.pop(live, None)
-            return
-        if live.sent:
-            unfinished = live.unfinished
-            replica.send(Abort([completion.request.id for completion in unfinished]))
-            replica.load.remove(live, len(unfinished))
-        replica.readmission.ended(live)
-        live.sent, live.progress = False, 0
-
-    def _relieve_others(self, replica: Replica) -> None:
-        """Move a request here that another replica would begin later than in its next step, if that is sooner here."""
-        busiest = max(self.replicas, key=lambda other: other.load.queued_tokens).load
-        if replica.load.unstarted or len(busiest.unstarted) < 2 or not replica.is_open:
-            return
-        live = next(reversed(busiest.unstarted))
-        assert isinstance(live, LiveRequest)
-        if live.replica is None or not live.replica.is_open:
-            return
-        ahead = self._router.work(busiest) - self._router.work(replica.load)
-        if ahead > live.num_sequence_tokens + self._config.max_batch_tokens:
-            self._take_back(live)
-            live.tokens_to_compute = live.num_sequence_tokens
-            replica.readmission.add(live)
-
-    def _prefix_of(self, live: LiveRequest) -> Prefix:
-        """Return the page keys of the tokens with which an engine would continue a request."""
-        completion = live.unfinished[0]
-        request = completion.request
-        tokens = live.prompt_token_ids + completion.token_ids
-        return self._prefix(tokens, request.tenant, request.salt, request.origin)
-
-    def _prefix(self, tokens: list[int], tenant: str, salt: str, origin: str) -> Prefix:
-        return Prefix.of(root_key(self.info.fingerprint, tenant, salt, origin), tokens, self.info.page_size)
 
     def _deliver(self, live: LiveRequest, output: RequestOutput | Exception) -> None:
         try:
@@ -587,7 +501,7 @@ class Frontend:
         live_before = self._ledger.num_completions
         if not self._ledger.close(live):
             return False
-        self._take_back(live)
+        self.placement.take_back(live)
         self._count_left(live_before)
         return True
 
