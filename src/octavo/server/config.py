@@ -40,7 +40,7 @@ class ServerConfig(Settings):
     )
     admin_key: str | None = setting(
         None,
-        "Key for /v1/admin, whose routes load, unload and swap models; without a key, they are refused.",
+        "Key for /v1/admin, whose routes load, unload, swap and scale models; without a key, they are refused.",
         _KEY,
     )
     cors_origins: str | None = setting(
