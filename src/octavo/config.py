@@ -184,6 +184,12 @@ class EngineConfig(Settings):
             raise ConfigError(f"unknown setting {name!r}; the settings are {', '.join(settings_of(EngineConfig))}")
         return replace(self, **{name: value})
 
+    def share(self, number: int, of: int) -> "EngineConfig":
+        """Return the settings of one of several engines: each has its own folder and share of kv_disk."""
+        if self.kv_disk is None:
+            return self
+        return replace(self, kv_disk=str(Path(self.kv_disk) / f"engine-{number}"), kv_disk_size=self.kv_disk_size // of)
+
     @property
     def template_limits(self) -> dict[str, Any]:
         """Return the limits of chat templates as arguments of Tokenizer.load."""

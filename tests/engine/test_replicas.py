@@ -108,6 +108,23 @@ def test_a_state_survives_the_death_of_its_engine(tiny_llama: Path, tmp_path: Pa
     run(tiny_llama, scenario)
 
 
+def test_each_engine_has_its_own_pages_on_disk(tiny_llama: Path, tmp_path: Path) -> None:
+    prompts = [[i] * 100 for i in range(5, 15)]
+
+    async def compute(llm: AsyncLLM) -> None:
+        outputs = await llm.agenerate(prompts, SHORT)
+        assert {output.metrics.replica for output in outputs} == {"engine 0", "engine 1"}
+
+    async def compute_again(llm: AsyncLLM) -> None:
+        assert any(output.metrics.cached_tokens for output in await llm.agenerate(prompts, SHORT))
+
+    for scenario in (compute, compute_again):
+        run(tiny_llama, scenario, kv_disk=str(tmp_path / "pages"))
+        folders = sorted((tmp_path / "pages").iterdir())
+        assert [folder.name for folder in folders] == ["engine-0", "engine-1"]
+        assert all(list(folder.rglob("*.page")) for folder in folders)
+
+
 def test_an_overfull_engine_is_relieved(tiny_llama: Path) -> None:
     async def scenario(llm: AsyncLLM) -> None:
         other, busy = llm._frontend.replicas

@@ -148,9 +148,10 @@ def _serve(connection: Connection, heartbeat: Heartbeat, work: int) -> None:
     [load] = messages
     assert isinstance(load, Load)
     reported = time.monotonic()
-    config, cores = EngineConfig(**load.config), share_of_cores(load.replica, load.replicas)
+    config = EngineConfig(**load.config)
     if load.replicas > 1:
-        os.sched_setaffinity(0, cores)  # of this thread, and of those that it starts
+        config = config.share(load.replica, load.replicas)
+        os.sched_setaffinity(0, share_of_cores(load.replica, load.replicas))  # of this thread, and those that it starts
 
     with loading_bar() as show:
 
