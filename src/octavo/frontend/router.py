@@ -9,6 +9,7 @@ from octavo.kv.prefix import KEY_BYTES
 
 USUAL_OUTPUT = 128.0  # expected tokens per completion, as long as none has ended
 SMOOTHING = 0.02  # weight of the latest completion in the mean length of outputs
+BALANCE = 0.7  # tokens of cost for a token of excess; see Router
 MEMORY = 256  # requests per replica; see Router
 SIMILAR = 1.9  # ratio of measured speeds up to which they count as equal: the more load, the lower is the measured one
 
@@ -71,7 +72,7 @@ class Load:
 class Router:
     """Sends each request where its cost is least:
 
-        cost = (tokens to compute + queued tokens) / speed + decode load + min(excess, prompt / speed)
+        cost = (tokens to compute + queued tokens) / speed + decode load + min(BALANCE * excess, prompt / speed)
         decode load = unfinished completions * mean length of outputs / speed
         excess = max(0, recent work - mean recent work of the replicas)
 
@@ -127,7 +128,7 @@ class Router:
         mean = sum(recent) / len(recent)
         for i, work in enumerate(recent):
             if work > mean:
-                costs[i] += min(work - mean, length * slower.get(i, 1))
+                costs[i] += min(BALANCE * (work - mean), length * slower.get(i, 1))
         least = min(costs)
         if costs.count(least) == 1:
             return costs.index(least)
