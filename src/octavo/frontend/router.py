@@ -9,6 +9,7 @@ from octavo.kv.prefix import KEY_BYTES
 
 USUAL_OUTPUT = 128.0  # expected tokens per completion, as long as none has ended
 SMOOTHING = 0.02  # weight of the latest completion in the mean length of outputs
+BALANCE = 0.7  # tokens of cost for a token of excess; see Router
 MEMORY = 256  # requests per replica; see Router
 SIMILAR = 1.9  # ratio of measured speeds up to which they count as equal: the more load, the lower is the measured one
 
@@ -71,7 +72,7 @@ class Load:
 class Router:
     """Sends each request where its cost is least:
 
-        cost = (tokens to compute + queued tokens) / speed + decode load + min(excess, prompt / speed)
+        cost = (tokens to compute + queued tokens) / speed + decode load + min(BALANCE * excess, prompt / speed)
         decode load = unfinished completions * mean length of outputs / speed
         excess = max(0, recent work - mean recent work of the replicas)
 
@@ -93,31 +94,33 @@ class Router:
 
     def choose(self, loads: Sequence[Load], prefix: Prefix, page_size: int) -> tuple[int, int]:
         """Return the index of the best of `loads` for a prompt, and the number of its tokens that are cached there."""
-        slower = _slower(loads)
         if self._choices % len(loads) == 0 or min([load.recent for load in loads]) < 0:
             _fade(loads)
         self._choices += 1
+        length, slower = len(prefix.tokens), _slower(loads)
         pages, keys = _most_cached_pages(loads, prefix, page_size)
-        best = self._best(loads, len(prefix.tokens), [count * page_size for count in pages], slower)
+        best = self._best(loads, length, pages, page_size, slower)
         if not loads[best].pages.issuperset(keys[: pages[best]]):  # fewer are cached, so another may be better
             pages = cached_pages(loads, prefix, page_size)
-            best = self._best(loads, len(prefix.tokens), [count * page_size for count in pages], slower)
+            best = self._best(loads, length, pages, page_size, slower)
         cached = pages[best] * page_size
-        loads[best].recent += (len(prefix.tokens) - cached + self.mean_output) * slower.get(best, 1.0)
+        loads[best].recent += (length - cached + self.mean_output) * slower.get(best, 1.0)
         return best, cached
 
-    def _best(self, loads: Sequence[Load], length: int, cached: list[int], slower: dict[int, float]) -> int:
+    def _best(
+        self, loads: Sequence[Load], length: int, pages: list[int], page_size: int, slower: dict[int, float]
+    ) -> int:
         """Return the index of the replica with the least cost; of equal ones, that with the least recent work.
 
         Args:
             length: tokens of the prompt.
-            cached: those of them that each replica has.
+            pages: the number of its pages that each replica has.
             slower: see `_slower`. The unit of time is that in which the fastest replica computes a token.
         """
         mean_output = self.mean_output
         costs = [
-            length - tokens + load.queued_tokens + load.completions * mean_output
-            for load, tokens in zip(loads, cached, strict=True)
+            length - count * page_size + load.queued_tokens + load.completions * mean_output
+            for load, count in zip(loads, pages, strict=True)
         ]
         for i, factor in slower.items():
             costs[i] *= factor
@@ -125,7 +128,7 @@ class Router:
         mean = sum(recent) / len(recent)
         for i, work in enumerate(recent):
             if work > mean:
-                costs[i] += min(work - mean, length * slower.get(i, 1.0))
+                costs[i] += min(BALANCE * (work - mean), length * slower.get(i, 1))
         least = min(costs)
         if costs.count(least) == 1:
             return costs.index(least)
@@ -166,7 +169,9 @@ def _most_cached_pages(loads: Sequence[Load], prefix: Prefix, page_size: int) ->
     last, following = b"", keys[0] if most else b""  # the keys of the pages count - 1 and count; b"" if there is none
     for load in loads:
         pages = load.pages
-        if following in pages or (last and last not in pages):  # the count differs from that of the replica before
+        if (following and following in pages) or (
+            last and last not in pages
+        ):  # the count differs from that of the replica before
             count = _bisect(pages, keys)
             while count == len(keys) < most:
                 keys.append(prefix.key(count))
@@ -184,9 +189,9 @@ def _bisect(pages: set[bytes], keys: list[bytes]) -> int:
 def _slower(loads: Sequence[Load]) -> dict[int, float]:
     """Return the replicas that are slower than the fastest one, with the ratio of their times per token."""
     seconds = [load.seconds_per_token for load in loads]
-    fastest = min(filter(None, seconds), default=0.0)
-    if max(seconds) <= SIMILAR * fastest:
+    if max(seconds) <= SIMILAR * min(seconds):
         return {}
+    fastest = min(filter(None, seconds))
     return {i: each / fastest for i, each in enumerate(seconds) if each > SIMILAR * fastest}
 
 

@@ -54,9 +54,7 @@ class Prefix:
         keys, size = self._keys, self._page_size
         while len(keys) <= page:
             start = (len(keys) - 1) * size
-            keys.append(
-                blake2b(self.tokens[start : start + size].tobytes(), key=keys[-1], digest_size=KEY_BYTES).digest()
-            )
+            keys.append(blake2b(self.tokens[start : start + size], key=keys[-1], digest_size=KEY_BYTES).digest())
         return keys[page]
 
     def key(self, page: int) -> bytes:
