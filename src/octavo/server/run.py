@@ -48,6 +48,7 @@ def serve(engine: EngineConfig | Callable[[], "FleetSpec"], config: ServerConfig
 
     Raises ConfigError if the server cannot listen on the address, and any error from loading the model.
     """
+    gc.disable()  # until the server is ready: imports make no garbage, and the collector would scan them
     _open_standard_streams()
     with _exit_on_signals(), contextlib.ExitStack() as stack:
         listeners = [stack.enter_context(listener) for listener in listen(config.host, config.port)]
@@ -100,6 +101,7 @@ async def _serve(
         app = create_app(fleet, config, draining=lambda: servers[0].should_exit)
         server = DrainingServer(app, config, access_log, on_ready=lambda: _announce(fleet, listeners[0]))
         servers.append(server)
+        gc.enable()
         gc.freeze()  # otherwise the collector scans all modules from time to time, which delays every stream
         await server.serve(listeners)
     finally:

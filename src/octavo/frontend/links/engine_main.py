@@ -132,6 +132,7 @@ def main(fd: int, work: int) -> int:
 
 
 def _serve(connection: Connection, heartbeat: Heartbeat, work: int) -> None:
+    gc.disable()  # until the model is loaded: imports make no garbage, and the collector would scan them
     # Imported here because the heartbeat must begin first, and before the first message to save time.
     from octavo.config import EngineConfig
     from octavo.engine.loading import load_engine
@@ -165,6 +166,7 @@ def _serve(connection: Connection, heartbeat: Heartbeat, work: int) -> None:
         engine = load_engine(config, Path(load.path), progress, WorkRecord(work), load.replicas)
     loop = EngineLoop(engine, connection.send, connection.wake)
     heartbeat.loop = loop
+    gc.enable()
     gc.freeze()  # loaded objects stay; otherwise the collector would scan them during steps
     connection.send(Ready(engine.info))
     loop.run(connection.receive)
