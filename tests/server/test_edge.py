@@ -119,7 +119,7 @@ def test_a_body_that_trickles_ends_by_its_timeout(tiny_llama: Path) -> None:
 
 def test_unfinished_bodies_are_limited_together(tiny_llama: Path) -> None:
     config = ServerConfig(max_pending_body_bytes=100_000, body_timeout=5)
-    body = json.dumps(BODY | {"user": "x" * 60_000}).encode()
+    body = json.dumps(BODY | {"metadata": "x" * 60_000}).encode()
     lines = [f"POST {COMPLETIONS} HTTP/1.1", "Content-Type: application/json", f"Content-Length: {len(body)}", "", ""]
     head = "\r\n".join(lines).encode()
 

@@ -213,9 +213,11 @@ class GenerationRequest(Parameters):  # type: ignore[misc]
         return user if isinstance(user, str) and user else None
 
     def terms(self, headers: Headers) -> dict[str, Any]:
-        """Return the given fields of ServiceTerms, and the tenant."""
+        """Return the given fields of ServiceTerms, and the tenant. Raises InvalidRequest."""
         given = {name: value for name in _TERMS if (value := getattr(self, name)) is not None}
-        return given | {"tenant": tenant_of(headers, self.tenant)}
+        given["tenant"] = tenant_of(headers, self.tenant)
+        ServiceTerms(**given)  # checks them
+        return given
 
 
 class CompletionRequest(GenerationRequest):

@@ -61,7 +61,8 @@ async def _read(api: Api, request: Request) -> Any:
 
 
 async def _model(api: Api, request: Request, body: GenerationRequest) -> AsyncLLM:
-    llm = await api.model(RequestRecord.of(request.scope), body.model, body.user_id, body.timeout)
+    terms = body.terms(request.headers)
+    llm = await api.model(RequestRecord.of(request.scope), body.model, body.user_id, terms)
     if isinstance(body.kv_cache_state, str):
         raise InvalidRequest("a request that continues a KV state cannot be rendered", "kv_cache_state")
     return llm
