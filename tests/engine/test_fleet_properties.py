@@ -477,7 +477,9 @@ def test_poisonous_requests_fail_alone(
         for owed in everyone:
             assert isinstance(owed.end, RequestFailed) if owed.is_poison else owed.end == "finished"
         faults = sum(engine.fault is not None for engine in toys.engines)
-        assert faults <= ENOUGH_FAULTS * len(poisons) + len(poisons) - 1
+        # A poison may be moved away from an engine that has died of it while its end has not been noticed yet.
+        unnoticed = len(poisons) if replicas > 1 else 0
+        assert faults <= ENOUGH_FAULTS * len(poisons) + len(poisons) - 1 + unnoticed
         await toys.frontend.close()
 
     with virtual_loop() as loop:

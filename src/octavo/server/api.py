@@ -14,6 +14,7 @@ from .edge.access_log import RequestRecord
 from .edge.body import BodyReader
 
 LEAST_TIMEOUT = 0.001  # seconds
+LEAST_WAIT = 0.01  # seconds of a wait that are subtracted from a timeout
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,9 @@ class Api:
         began, timeout = time.monotonic(), terms.get("timeout")
         model = await self.fleet.acquire(name, {"user": user, "request_id": record.id}, timeout)
         record.on_end = partial(self.fleet.release, model)
-        if timeout := timeout or model.config.request_timeout:
-            terms["timeout"] = max(timeout - (time.monotonic() - began), LEAST_TIMEOUT)
+        waited, timeout = time.monotonic() - began, timeout or model.config.request_timeout
+        if timeout and waited > LEAST_WAIT:
+            terms["timeout"] = max(timeout - waited, LEAST_TIMEOUT)
         return model.llm
 
     def _model_of_state(self, name: str | None, state: str, tenant: str) -> str | None:
