@@ -75,6 +75,23 @@ def test_a_drained_engine_hands_its_requests_over(tiny_llama: Path) -> None:
     run(tiny_llama, scenario)
 
 
+def test_an_engine_that_cannot_be_added_changes_nothing(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario(llm: AsyncLLM) -> None:
+        def fail(number: int) -> None:
+            raise OSError(f"no process for engine {number}")
+
+        limit = llm.frontend_stats().limit
+        with monkeypatch.context() as patch:
+            patch.setattr(llm._frontend, "_connect", fail)
+            with pytest.raises(OSError, match="no process for engine 2"):
+                await llm.scale(4)
+        assert [replica.is_ready for replica in llm._frontend.replicas] == [True, True]
+        assert (llm.frontend_stats().limit, llm.config.data_parallel_size) == (limit, 2)
+        assert all(output.finished for output in await llm.agenerate(PROMPTS, SHORT))
+
+    run(tiny_llama, scenario)
+
+
 def test_a_conversation_stays_where_its_pages_are(tiny_llama: Path) -> None:
     async def scenario(llm: AsyncLLM) -> None:
         first = [[7 * i + j for j in range(70)] for i in range(6)]

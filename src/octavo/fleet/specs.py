@@ -145,7 +145,7 @@ def read_models(file: Path, common: Mapping[str, Any]) -> FleetSpec:
     """
     content = read_yaml(file)
     try:
-        _check_keys("", content, ("models", "splits", "memory"), "models: {small: {model: smollm2}}")
+        _check_keys(content, ("models", "splits", "memory"), "models: {small: {model: smollm2}}")
         models = _mapping(content.get("models"), "models", f"{{small: {_AN_ENTRY}}}")
         specs = [model_spec(name, entry, common) for name, entry in models.items()]
         splits = content.get("splits")
@@ -217,7 +217,7 @@ def _mapping(value: Any, what: str, example: str) -> Mapping[Any, Any]:
     return value
 
 
-def _check_keys(where: str, value: Any, known: Sequence[str], example: str) -> None:
+def _check_keys(value: Any, known: Sequence[str], example: str) -> None:
     if not isinstance(value, dict):
         raise ConfigError(f"it must hold a mapping, such as {example}")
     for key in value:

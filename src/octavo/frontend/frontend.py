@@ -142,20 +142,26 @@ class Frontend:
 
     async def scale(self, count: int) -> None:
         """Start or drain replicas until there are `count`. Raises any error from loading; then none is added."""
-        if self._admission is not None:
-            self._admission.resize(self._config.max_batch_size * count)
-        for replica in self.replicas[count:]:
-            await self.drain(replica)
-        numbers = range(len(self.replicas), count)
-        if not numbers:
-            return
-        added = [self._new_replica(number, count) for number in numbers]
+        try:
+            for replica in self.replicas[count:]:
+                await self.drain(replica)
+            if count > len(self.replicas):
+                await self._add_replicas(count)
+        finally:
+            if self._admission is not None:
+                self._admission.resize(self._config.max_batch_size * len(self.replicas))
+
+    async def _add_replicas(self, count: int) -> None:
+        added = [self._new_replica(number, count) for number in range(len(self.replicas), count)]
         self.placement.replicas += added
         for replica in self.replicas:
             replica.name = f"engine {replica.number}"
             replica.send(WatchPages(with_content=self._events is not None))
-        starts = [replica.start(self._connect(replica.number)) for replica in added]
-        results = await asyncio.gather(*starts, return_exceptions=True)
+
+        async def start(replica: Replica) -> None:
+            await replica.start(self._connect(replica.number))
+
+        results = await asyncio.gather(*map(start, added), return_exceptions=True)
         for error in (result for result in results if isinstance(result, BaseException)):
             for replica in added:
                 await self.drain(replica)

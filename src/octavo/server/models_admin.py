@@ -76,7 +76,7 @@ async def change_models(api: Api, request: Request) -> Response:
         await _apply(api, change)
     except WRONG_MODEL as error:
         raise ApiError(400, str(error), code="model_not_loaded") from None
-    except EngineDead as error:
+    except (EngineDead, OSError) as error:  # OSError: no process can be started
         raise ApiError(503, str(error), code="model_not_loaded") from None
     return Json({"name": change.name, "state": api.fleet.known(change.name).state})
 
