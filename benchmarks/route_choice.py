@@ -1,18 +1,18 @@
 """The time to choose one of 64 replicas that have a million pages: python benchmarks/route_choice.py
 
-Each choice includes making the Prefix of the prompt, as the frontend does for each request.
+The time of a choice includes that to compute keys of the prompt's pages, as in the frontend, and without.
 """
 
 import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from rich.console import Console
 from rich.table import Table
 
 from octavo.frontend.router import Load, Router
-from octavo.kv import Prefix, root_key
+from octavo.kv import page_keys, root_key
 from octavo.kv.prefix import KEY_BYTES
 
 REPLICAS, PAGES, PAGE_SIZE = 64, 1_000_000, 32
@@ -31,16 +31,17 @@ def prompt(number: int, length: int) -> list[int]:
     return [7 * i % 50_000 for i in range(SYSTEM)] + [(number + i) * 2_654_435 % 50_000 for i in range(SYSTEM, length)]
 
 
-def prefix(tokens: Sequence[int]) -> Prefix:
-    return Prefix.of(root_key("fingerprint", "tenant", ""), tokens, PAGE_SIZE)
+def keys_of(tokens: Sequence[int]) -> Iterator[bytes]:
+    return page_keys(root_key("fingerprint", "tenant", ""), tokens, PAGE_SIZE)
 
 
-def replicas(prompts: list[list[int]], cached: Callable[[int, int], int]) -> list[Load]:
+def replicas(router: Router, prompts: list[list[int]], cached: Callable[[int, int], int]) -> list[Load]:
     """Return replicas with a little load, pages of the prompts, and pages of others."""
-    keys = [[prefix(tokens).key(page) for page in range(len(tokens) // PAGE_SIZE)] for tokens in prompts]
+    keys = [list(keys_of(tokens)) for tokens in prompts]
     loads = []
     for i in range(REPLICAS):
-        load = Load(seconds_per_token=0.001)
+        load = router.new_replica()
+        load.seconds_per_token = 0.001
         known = b"".join(key for of_prompt in keys for key in of_prompt[: cached(i, len(of_prompt))])
         assert load.publish(0, os.urandom(KEY_BYTES * (PAGES // REPLICAS)) + known, b"")
         load.add("a request", 10 * (i % 5), 1 + i % 3)
@@ -59,16 +60,28 @@ def microseconds(choose: Callable[[list[int]], object], prompts: list[list[int]]
 
 
 def main() -> None:
-    table = Table("tokens", "cached", "µs, median", "least")
+    table = Table("tokens", "cached", "µs, median", "least", "with known keys, median", "least")
     for length in (512, 2048):
         prompts = [prompt(1000 * i, length) for i in range(PROMPTS)]
         for name, cached in CACHED.items():
-            loads, router = replicas(prompts, cached), Router()
+            router = Router()
+            loads = replicas(router, prompts, cached)
 
             def choose(tokens: list[int], router: Router = router, loads: list[Load] = loads) -> object:
-                return router.choose(loads, prefix(tokens), PAGE_SIZE)
+                return router.choose(loads, len(tokens), keys_of(tokens), PAGE_SIZE)
 
-            table.add_row(f"{length:,}", name, *(f"{time:.0f}" for time in microseconds(choose, prompts)))
+            known = {id(tokens): list(keys_of(tokens)) for tokens in prompts}
+
+            def only_choose(
+                tokens: list[int],
+                router: Router = router,
+                loads: list[Load] = loads,
+                known: dict[int, list[bytes]] = known,
+            ) -> object:
+                return router.choose(loads, len(tokens), known[id(tokens)], PAGE_SIZE)
+
+            times = (*microseconds(choose, prompts), *microseconds(only_choose, prompts))
+            table.add_row(f"{length:,}", name, *(f"{time:.0f}" for time in times))
     Console().print(table)
 
 

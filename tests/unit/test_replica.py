@@ -4,6 +4,7 @@ import pytest
 
 from octavo.frontend.links.messages import Alive, Tokens
 from octavo.frontend.replica import FIRST_PAUSE, MAX_PAUSE, QUICK_RESTARTS, STEP_LIMIT, STEP_SECONDS, Replica
+from octavo.frontend.router import Router
 
 
 class Owner:
@@ -15,7 +16,7 @@ class Owner:
 
 @pytest.fixture
 def replica() -> Replica:
-    return Replica(lambda: None, Owner())  # type: ignore[arg-type, return-value]
+    return Replica(lambda: None, Owner(), Router().new_replica())  # type: ignore[arg-type, return-value]
 
 
 def test_pauses_grow_until_an_engine_computes(replica: Replica) -> None:

@@ -8,21 +8,28 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from octavo.frontend.router import USUAL_OUTPUT, Load, Router, cached_pages
-from octavo.kv import Prefix, root_key
+from octavo.frontend.router import USUAL_OUTPUT, Load, Router
+from octavo.kv import Prefix, page_keys, root_key
 
 PAGE = 4
 ROOT = root_key("fingerprint", "tenant", "")
 
 
-def prefix(tokens: list[int]) -> Prefix:
-    return Prefix(ROOT, array("i", tokens), PAGE)
-
-
 def keys(tokens: list[int]) -> list[bytes]:
     """Return the keys of all full pages."""
-    one = prefix(tokens)
+    one = Prefix(ROOT, array("i", tokens), PAGE)
     return [one.key(page) for page in range(len(tokens) // PAGE)]
+
+
+def choose(router: Router, loads: list[Load], tokens: list[int]) -> tuple[int, int]:
+    return router.choose(loads, len(tokens), page_keys(ROOT, tokens, PAGE), PAGE)
+
+
+def replicas_of(router: Router, *seconds_per_token: float) -> list[Load]:
+    loads = [router.new_replica() for _ in seconds_per_token]
+    for load, seconds in zip(loads, seconds_per_token, strict=True):
+        load.seconds_per_token = seconds
+    return loads
 
 
 @dataclass
@@ -34,8 +41,8 @@ class Known:
     completions: int
     seconds_per_token: float
 
-    def load(self, tokens: list[int]) -> Load:
-        load = Load(seconds_per_token=self.seconds_per_token)
+    def load(self, router: Router) -> Load:
+        (load,) = replicas_of(router, self.seconds_per_token)
         pages = [keys(list(beginning))[-1] for beginning in self.cached]
         assert load.publish(0, b"".join(pages), b"")
         load.add("a request", self.queued, self.completions)
@@ -75,47 +82,51 @@ def test_a_choice_is_the_naive_one(choice: tuple[list[Known], list[int]]) -> Non
         * (each.seconds_per_token or fastest)
         for each in replicas
     ]
-    loads = [each.load(tokens) for each in replicas]
-    assert cached_pages(loads, prefix(tokens), PAGE) == [each.hit(tokens) // PAGE for each in replicas]
-    best, cached = Router().choose(loads, prefix(tokens), PAGE)
+    router = Router()
+    loads = [each.load(router) for each in replicas]
+    hits = [each.hit(tokens) // PAGE for each in replicas]
+    assert router.cached_pages(loads, len(tokens), keys(tokens), PAGE) == hits
+    assert router.cached_pages(loads[1:], len(tokens), keys(tokens), PAGE) == hits[1:]
+    best, cached = choose(router, loads, tokens)
     assert best == costs.index(min(costs))
     assert cached == replicas[best].hit(tokens)
 
 
 def test_a_long_prefix_outweighs_a_little_load_and_much_load_outweighs_it() -> None:
     tokens = [1] * 40
-    has, idle = Load(), Load()
+    has, idle = replicas_of(router := Router(), 0, 0)
     has.publish(0, b"".join(keys(tokens)), b"")
     has.add("small", 30, 0)
-    assert Router().choose([idle, has], prefix(tokens), PAGE) == (1, 36)
+    assert choose(router, [idle, has], tokens) == (1, 36)
     has.add("large", 10, 0)
-    assert Router().choose([idle, has], prefix(tokens), PAGE) == (0, 0)
+    assert choose(router, [idle, has], tokens) == (0, 0)
 
 
 def test_a_faster_replica_gets_more() -> None:
-    slow, fast = Load(seconds_per_token=0.002), Load(seconds_per_token=0.001)
+    slow, fast = replicas_of(router := Router(), 0.002, 0.001)
     fast.add("a request", 9, 0)
-    assert Router().choose([slow, fast], prefix([1] * 10), PAGE)[0] == 1
+    assert choose(router, [slow, fast], [1] * 10)[0] == 1
     fast.add("another", 2, 0)
-    assert Router().choose([slow, fast], prefix([1] * 10), PAGE)[0] == 0
+    assert choose(router, [slow, fast], [1] * 10)[0] == 0
 
 
 def test_equal_replicas_take_turns() -> None:
-    router, loads = Router(), [Load() for _ in range(4)]
-    chosen = [router.choose(loads, prefix([1, 2]), PAGE)[0] for _ in range(40)]
+    loads = replicas_of(router := Router(), 0, 0, 0, 0)
+    chosen = [choose(router, loads, [1, 2])[0] for _ in range(40)]
     assert Counter(chosen) == dict.fromkeys(range(4), 10)
     assert all(len(set(chosen[i : i + 4])) == 4 for i in range(37))
 
 
 def test_one_of_unknown_speed_counts_as_the_fastest() -> None:
-    loads = [Load(seconds_per_token=0.001), Load(seconds_per_token=0.004), Load()]
+    loads = replicas_of(router := Router(), 0.001, 0.004, 0)
     loads[2].add("a request", 1, 0)
     loads[0].add("a request", 2, 0)
-    assert Router().choose(loads, prefix([1] * 9), PAGE)[0] == 2
+    assert choose(router, loads, [1] * 9)[0] == 2
 
 
 def test_the_mean_output_follows_the_outputs() -> None:
-    router, load = Router(), Load()
+    router = Router()
+    load = router.new_replica()
     load.add("a request", 5, 2)
     assert router.work(load) == 5 + 2 * USUAL_OUTPUT
     for _ in range(500):
@@ -125,7 +136,10 @@ def test_the_mean_output_follows_the_outputs() -> None:
 
 @given(st.lists(st.tuples(st.sampled_from(["add", "started", "remove", "finish"]), st.integers(0, 5)), max_size=60))
 def test_work_is_the_sum_over_the_requests(actions: list[tuple[str, int]]) -> None:
-    load, there = Load(), dict[int, tuple[int, int, bool]]()  # tokens, completions, whether it has a token
+    load, there = (
+        Router().new_replica(),
+        dict[int, tuple[int, int, bool]](),
+    )  # tokens, completions, whether it has a token
     for action, id in actions:
         if action == "add" and id not in there:
             there[id] = (10 + id, 1 + id % 3, False)
@@ -154,7 +168,7 @@ def test_pages_are_those_of_the_engine_unless_a_message_is_missing(
     changes: list[tuple[set[int], str]],
 ) -> None:
     """An engine that always has the given pages publishes what it gained and lost."""
-    load, number, before = Load(), 1, set[bytes]()
+    load, number, before = Router().new_replica(), 1, set[bytes]()
     assert load.publish(0, b"", b"")
     is_lost = False
     for numbers, fate in changes:
@@ -175,7 +189,7 @@ def test_pages_are_those_of_the_engine_unless_a_message_is_missing(
 
 
 def test_a_new_engine_has_neither_work_nor_pages() -> None:
-    load = Load(seconds_per_token=0.5)
+    (load,) = replicas_of(Router(), 0.5)
     load.publish(0, b"k" * 32, b"")
     load.publish(1, b"m" * 16, b"k" * 16)
     load.add("a request", 5, 2)
@@ -183,3 +197,24 @@ def test_a_new_engine_has_neither_work_nor_pages() -> None:
     assert (load.pages, load.unstarted, load.queued_tokens, load.completions) == (set(), {}, 0, 0)
     assert not load.publish(2, b"n" * 16, b"") and not load.pages
     assert load.seconds_per_token == 0.5  # of this machine
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.sets(st.integers(0, 5)), st.booleans()), max_size=40))
+def test_replicas_that_come_and_go_leave_no_pages_behind(changes: list[tuple[int, set[int], bool]]) -> None:
+    router, tokens = Router(), [*range(25)]
+    loads = [router.new_replica() for _ in range(4)]
+    for i, numbers, is_replaced in changes:
+        if is_replaced:
+            router.remove(loads[i])
+            loads[i] = router.new_replica()
+        else:
+            assert loads[i].publish(0, b"".join(keys(tokens)[page] for page in numbers), b"")
+        expected = [
+            [key in load.pages for key in keys(tokens)].index(False) if len(load.pages) < 6 else 6 for load in loads
+        ]
+        assert router.cached_pages(loads, len(tokens), keys(tokens), PAGE) == expected
+    for load in loads:
+        router.remove(load)
+        router.remove(load)
+    assert not router._holders and not router._loads
+    assert router.new_replica().bit == 1

@@ -3,7 +3,7 @@
 import math
 from array import array
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import pytest
 from hypothesis import given
@@ -14,8 +14,8 @@ from octavo.engine.loading import assemble
 from octavo.engine.messages import EngineRequest
 from octavo.frontend.links.engine_loop import EngineLoop
 from octavo.frontend.links.messages import FromEngine, Pages, Submit, ToEngine, WatchPages
-from octavo.frontend.router import MEMORY, Load, Router, cached_pages
-from octavo.kv import Prefix, root_key
+from octavo.frontend.router import MEMORY, Load, Router
+from octavo.kv import Prefix, page_keys, root_key
 from octavo.params import SamplingParams
 from octavo.simulation import CostModel, SimulatedBackend, VirtualClock, text
 
@@ -23,25 +23,29 @@ PAGE = 4
 ROOT = root_key("a model", "", "")
 
 
-def prefix(tokens: Iterable[int]) -> Prefix:
-    return Prefix(ROOT, array("i", tokens), PAGE)
+def keys(tokens: Sequence[int]) -> list[bytes]:
+    whole = Prefix(ROOT, array("i", tokens), PAGE)
+    return [whole.key(page) for page in range(len(tokens) // PAGE)]
 
 
-def keys(tokens: Iterable[int]) -> list[bytes]:
-    whole = prefix(tokens)
-    return [whole.key(page) for page in range(len(whole.tokens) // PAGE)]
+def choose(router: Router, loads: list[Load], tokens: list[int]) -> tuple[int, int]:
+    return router.choose(loads, len(tokens), page_keys(ROOT, tokens, PAGE), PAGE)
+
+
+def replicas_of(router: Router, count: int) -> list[Load]:
+    return [router.new_replica() for _ in range(count)]
 
 
 def serve(router: Router, loads: list[Load], tokens: list[int]) -> int:
     """Route a request to idle replicas. Return the index of the chosen one, which then has its pages."""
-    best, _ = router.choose(loads, prefix(tokens), PAGE)
-    loads[best].pages.update(keys(tokens))
+    best, _ = choose(router, loads, tokens)
+    assert loads[best].publish(loads[best].number, b"".join(keys(tokens)), b"")
     return best
 
 
 def test_idle_replicas_share_the_conversations_of_a_popular_system_prompt() -> None:
     """And those with a long history stay where they are."""
-    router, loads, system = Router(), [Load() for _ in range(4)], [1] * 400
+    loads, system = replicas_of(router := Router(), 4), [1] * 400
     router.mean_output = 10.0
     firsts = Counter(serve(router, loads, [*system, 2, i]) for i in range(1000))
     assert max(firsts.values()) < 1.2 * 250
@@ -52,21 +56,21 @@ def test_idle_replicas_share_the_conversations_of_a_popular_system_prompt() -> N
 
 def test_a_new_replica_begins_with_the_mean_of_the_recent_work() -> None:
     """So it does not attract the conversations of all others."""
-    router, loads = Router(), [Load() for _ in range(3)]
+    loads = replicas_of(router := Router(), 3)
     for i in range(300):
         serve(router, loads, [i] * 40)
     home = serve(router, loads, [1] * 400)
-    loads.append(Load())
+    loads.append(router.new_replica())
     assert serve(router, loads, [*[1] * 400, 2]) == home
     assert loads[3].recent == pytest.approx(sum(load.recent for load in loads[:3]) / 3, rel=0.1)
 
 
 def test_recent_work_is_forgotten() -> None:
-    router, loads = Router(), [Load(), Load()]
+    loads = replicas_of(router := Router(), 2)
     router.mean_output = 0.0
-    router.choose(loads, prefix([1] * 100), PAGE)
+    choose(router, loads, [1] * 100)
     for _ in range(2 * MEMORY):
-        router.choose(loads, prefix([1]), PAGE)
+        choose(router, loads, [1])
     expected = 100 / math.e + 2 * MEMORY * (1 - 1 / math.e)
     assert sum(load.recent for load in loads) == pytest.approx(expected, rel=0.01)
 
@@ -74,23 +78,22 @@ def test_recent_work_is_forgotten() -> None:
 @pytest.mark.parametrize("seconds, share", [(0.001, 0.5), (0.0015, 0.5), (0.003, 1.0)])
 def test_small_differences_of_measured_speed_do_not_matter(seconds: float, share: float) -> None:
     """Of idle replicas, the faster one is chosen only if it is clearly faster."""
-    router, loads = Router(), [Load(seconds_per_token=0.001), Load(seconds_per_token=seconds)]
+    loads = replicas_of(router := Router(), 2)
+    loads[0].seconds_per_token, loads[1].seconds_per_token = 0.001, seconds
     chosen = [serve(router, loads, [*[1] * 40, 2, i]) for i in range(400)]
     assert chosen.count(0) / 400 == pytest.approx(share, rel=0.1)
 
 
 @given(st.lists(st.tuples(st.sets(st.integers(0, 11)), st.integers(0, 30)), min_size=1, max_size=6))
 def test_gaps_among_cached_pages_are_noticed(replicas: list[tuple[set[int], int]]) -> None:
-    """The choice is that of all exact costs, although only the best replica's pages are all looked up."""
-    tokens = [*range(49)]
-    loads = []
-    for pages, queued in replicas:
-        load = Load(pages={keys(tokens)[page] for page in pages})
+    tokens, router = [*range(49)], Router()
+    loads = replicas_of(router, len(replicas))
+    for load, (pages, queued) in zip(loads, replicas, strict=True):
+        assert load.publish(0, b"".join(keys(tokens)[page] for page in pages), b"")
         load.add("a request", queued, 0)
-        loads.append(load)
-    exact = cached_pages(loads, prefix(tokens), PAGE)
+    exact = router.cached_pages(loads, len(tokens), keys(tokens), PAGE)
     costs = [49 - PAGE * count + queued for count, (_, queued) in zip(exact, replicas, strict=True)]
-    best, cached = Router().choose(loads, prefix(tokens), PAGE)
+    best, cached = choose(router, loads, tokens)
     assert (costs[best], cached) == (min(costs), PAGE * exact[best])
 
 
@@ -122,7 +125,7 @@ def test_engines_publish_the_keys_of_full_pages() -> None:
         script: list[list[ToEngine]] = [[WatchPages(), submit]] if watch_first else [[WatchPages()]]
         sent.clear()
         EngineLoop(engine, sent.append, lambda: None).run(receive)
-        load = Load()
+        load = Router().new_replica()
         assert all(load.publish(each.number, each.gained, each.lost) for each in sent if isinstance(each, Pages))
         computed = [text(i, 10 + i + 2).tolist() for i in range(5)]  # the last token's K and V are not
         assert load.pages == {key for tokens in computed for key in keys(tokens)}

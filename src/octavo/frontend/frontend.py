@@ -481,10 +481,12 @@ class Frontend:
         return whole
 
     def _new_replica(self, number: int, of: int) -> Replica:
-        return Replica(lambda: self._connect(number), self, number, f"engine {number}" if of > 1 else "the engine")
+        name = f"engine {number}" if of > 1 else "the engine"
+        return Replica(lambda: self._connect(number), self, self.placement.router.new_replica(), number, name)
 
     async def _close_replica(self, replica: Replica) -> None:
         await replica.close()
+        self.placement.router.remove(replica.load)
         self._calls.fail(replica, EngineDead("the engine was shut down"))
 
     def _lives_of(self, replica: Replica) -> list[LiveRequest]:

@@ -1,15 +1,15 @@
 """Placement: send each live request to a replica, move it to another one, or let it wait until one is open."""
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from octavo.engine.messages import EngineInfo
-from octavo.kv import Prefix, root_key
+from octavo.kv import page_keys, root_key
 
 from .links.messages import Abort
 from .live import LiveRequest
 from .replica import Replica
-from .router import Router, cached_pages
+from .router import Router
 
 
 class Placement:
@@ -46,7 +46,10 @@ class Placement:
         live.tokens_to_compute, best = live.num_sequence_tokens, 0
         if len(candidates) > 1:
             loads = [replica.load for replica in candidates]
-            best, cached = self.router.choose(loads, self._prefix_of(live), self.info.page_size)
+            request = live.unfinished[0].request
+            tokens = live.prompt_token_ids + live.unfinished[0].token_ids
+            keys = self._keys(tokens, request.tenant, request.salt, request.origin)
+            best, cached = self.router.choose(loads, len(tokens), keys, self.info.page_size)
             live.tokens_to_compute -= cached
         candidates[best].readmission.add(live)
 
@@ -109,16 +112,9 @@ class Placement:
         """Return the one of `replicas` whose engine has most pages of a sequence."""
         if len(replicas) == 1:
             return replicas[0]
-        prefix = self._prefix(tokens, tenant, salt, origin)
-        pages = cached_pages([replica.load for replica in replicas], prefix, self.info.page_size)
+        loads, keys = [replica.load for replica in replicas], self._keys(tokens, tenant, salt, origin)
+        pages = self.router.cached_pages(loads, len(tokens), keys, self.info.page_size)
         return replicas[pages.index(max(pages))]
 
-    def _prefix_of(self, live: LiveRequest) -> Prefix:
-        """Return the page keys of the tokens with which an engine would continue a request."""
-        completion = live.unfinished[0]
-        request = completion.request
-        tokens = live.prompt_token_ids + completion.token_ids
-        return self._prefix(tokens, request.tenant, request.salt, request.origin)
-
-    def _prefix(self, tokens: list[int], tenant: str, salt: str, origin: str) -> Prefix:
-        return Prefix.of(root_key(self.info.fingerprint, tenant, salt, origin), tokens, self.info.page_size)
+    def _keys(self, tokens: list[int], tenant: str, salt: str, origin: str) -> Iterator[bytes]:
+        return page_keys(root_key(self.info.fingerprint, tenant, salt, origin), tokens, self.info.page_size)

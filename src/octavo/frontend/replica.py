@@ -70,19 +70,25 @@ class Replica:
     Args:
         connect: starts an engine, which begins to load.
         number: the replica's number among those of its model.
+        load: the router's knowledge about this replica.
         name: for messages about this replica's engines, such as "the engine" or "engine 2".
 
     Attributes:
         readmission: the order in which requests are sent to the next engine after a crash.
-        load: the router's knowledge about this replica.
         is_leaving: whether the replica is being drained or closed, so that it takes no more requests.
         ended: set when the current engine has ended.
     """
 
-    def __init__(self, connect: Callable[[], Link], owner: ReplicaOwner, number: int = 0, name: str = "the engine"):
-        self._connect, self._owner, self.number, self.name = connect, owner, number, name
+    def __init__(
+        self,
+        connect: Callable[[], Link],
+        owner: ReplicaOwner,
+        load: Load,
+        number: int = 0,
+        name: str = "the engine",
+    ):
+        self._connect, self._owner, self.load, self.number, self.name = connect, owner, load, number, name
         self.readmission = Readmission(lambda live: owner.replica_send(self, live), lambda: owner.replica_opened(self))
-        self.load = Load()
         self.is_leaving = False
         self._task: asyncio.Task[None] | None = None
         self._loaded: asyncio.Future[EngineInfo] | None = None

@@ -1,10 +1,8 @@
 """Router: choose the replica that can finish a request soonest."""
 
-from bisect import bisect_left
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from octavo.kv import Prefix
 from octavo.kv.prefix import KEY_BYTES
 
 USUAL_OUTPUT = 128.0  # expected tokens per completion, as long as none has ended
@@ -18,6 +16,11 @@ SIMILAR = 1.9  # ratio of measured speeds up to which they count as equal: the m
 class Load:
     """What the router knows about one replica.
 
+    Args:
+        holders: for the key of each page in any replica's cache, the sum of the `bit` of these replicas. All replicas
+            of a router have the same dict.
+        bit: a power of two that identifies the replica in `holders`.
+
     Attributes:
         pages: keys of the pages in the engine's cache, which the engine publishes.
         unstarted: requests that were sent and have no token yet, with the number of their tokens to compute, in the
@@ -26,16 +29,20 @@ class Load:
         completions: unfinished completions.
         number: number of the next message about pages.
         seconds_per_token: measured time to compute a token of a prompt; 0 if unknown.
-        recent: recent work in tokens (see Router); negative until the router has considered this replica.
+        slowness: this time over that of the fastest replica; 1 if they are similar.
+        recent: recent work (see Router), in tokens of the fastest replica.
     """
 
-    pages: set[bytes] = field(default_factory=set)
+    holders: dict[bytes, int]
+    bit: int
+    pages: set[bytes] = field(default_factory=set, init=False)
     unstarted: dict[Hashable, int] = field(default_factory=dict)
     queued_tokens: int = 0
     completions: int = 0
     number: int = 0
     seconds_per_token: float = 0.0
-    recent: float = -1.0
+    slowness: float = 1.0
+    recent: float = 0.0
 
     def add(self, request: Hashable, tokens: int, completions: int) -> None:
         """Count a request that was sent, with `tokens` to compute."""
@@ -54,6 +61,7 @@ class Load:
 
     def clear(self) -> None:
         """Note that the engine has ended: it has neither requests nor pages."""
+        self._lose(self.pages)
         self.pages, self.unstarted = set(), {}
         self.queued_tokens = self.completions = self.number = 0
 
@@ -62,11 +70,22 @@ class Load:
         if number not in (0, self.number):
             return False
         if number == 0:
+            self._lose(self.pages)
             self.pages.clear()
-        self.pages.update(_keys(gained))
-        self.pages.difference_update(_keys(lost))
+        for key in _keys(gained):
+            self.holders[key] = self.holders.get(key, 0) | self.bit
+            self.pages.add(key)
+        lost_keys = self.pages.intersection(_keys(lost))
+        self._lose(lost_keys)
+        self.pages -= lost_keys
         self.number = number + 1
         return True
+
+    def _lose(self, keys: set[bytes]) -> None:
+        for key in keys:
+            self.holders[key] ^= self.bit
+            if not self.holders[key]:
+                del self.holders[key]
 
 
 class Router:
@@ -91,48 +110,90 @@ class Router:
     def __init__(self) -> None:
         self.mean_output = USUAL_OUTPUT
         self._choices = 0
+        self._holders: dict[bytes, int] = {}
+        self._loads: dict[int, Load] = {}  # all replicas by their bits
 
-    def choose(self, loads: Sequence[Load], prefix: Prefix, page_size: int) -> tuple[int, int]:
-        """Return the index of the best of `loads` for a prompt, and the number of its tokens that are cached there."""
-        if self._choices % len(loads) == 0 or min([load.recent for load in loads]) < 0:
-            _fade(loads)
+    def new_replica(self) -> Load:
+        """Return the load of a new replica. It has no pages, and begins with the mean of the recent work."""
+        used = sum(self._loads)
+        bit = ~used & (used + 1)  # the lowest one that is free
+        mean = sum(load.recent for load in self._loads.values()) / max(1, len(self._loads))
+        self._loads[bit] = Load(self._holders, bit, recent=mean)
+        return self._loads[bit]
+
+    def remove(self, load: Load) -> None:
+        """Forget a replica."""
+        load.clear()
+        if self._loads.get(load.bit) is load:
+            del self._loads[load.bit]
+
+    def choose(self, loads: Sequence[Load], length: int, keys: Iterable[bytes], page_size: int) -> tuple[int, int]:
+        """Return the index of the best of `loads` for a prompt, and the number of its tokens that are cached there.
+
+        Args:
+            length: tokens of the prompt.
+            keys: the keys of its full pages; see `page_keys`.
+        """
+        if self._choices % len(loads) == 0:
+            self._fade()
+            _compare_speeds(loads)
         self._choices += 1
-        length, slower = len(prefix.tokens), _slower(loads)
-        pages, keys = _most_cached_pages(loads, prefix, page_size)
-        best = self._best(loads, length, pages, page_size, slower)
-        if not loads[best].pages.issuperset(keys[: pages[best]]):  # fewer are cached, so another may be better
-            pages = cached_pages(loads, prefix, page_size)
-            best = self._best(loads, length, pages, page_size, slower)
+        pages = self.cached_pages(loads, length, keys, page_size)
+        best = self._best(loads, length, pages, page_size)
         cached = pages[best] * page_size
-        loads[best].recent += (length - cached + self.mean_output) * slower.get(best, 1.0)
+        loads[best].recent += (length - cached + self.mean_output) * loads[best].slowness
         return best, cached
 
-    def _best(
-        self, loads: Sequence[Load], length: int, pages: list[int], page_size: int, slower: dict[int, float]
-    ) -> int:
+    def _best(self, loads: Sequence[Load], length: int, pages: list[int], page_size: int) -> int:
         """Return the index of the replica with the least cost; of equal ones, that with the least recent work.
+
+        The unit of cost is the time in which the fastest replica computes a token.
 
         Args:
             length: tokens of the prompt.
             pages: the number of its pages that each replica has.
-            slower: see `_slower`. The unit of time is that in which the fastest replica computes a token.
         """
         mean_output = self.mean_output
         costs = [
-            length - count * page_size + load.queued_tokens + load.completions * mean_output
+            (length - count * page_size + load.queued_tokens + load.completions * mean_output) * load.slowness
             for load, count in zip(loads, pages, strict=True)
         ]
-        for i, factor in slower.items():
-            costs[i] *= factor
         recent = [load.recent for load in loads]
         mean = sum(recent) / len(recent)
         for i, work in enumerate(recent):
             if work > mean:
-                costs[i] += min(BALANCE * (work - mean), length * slower.get(i, 1))
+                costs[i] += min(BALANCE * (work - mean), length * loads[i].slowness)
         least = min(costs)
         if costs.count(least) == 1:
             return costs.index(least)
         return min((i for i, cost in enumerate(costs) if cost == least), key=recent.__getitem__)
+
+    def cached_pages(self, loads: Sequence[Load], length: int, keys: Iterable[bytes], page_size: int) -> list[int]:
+        """Return, for each replica, how many of the prompt's first pages its engine has. The last token never counts.
+
+        The time grows with the pages that any replica has, and with the number of replicas, not with their product.
+        """
+        index = {load.bit: i for i, load in enumerate(loads)}
+        everyone = holders = sum(index)  # those that have all pages so far
+        most = (length - 1) // page_size
+        pages = [most] * len(loads)
+        for page, key in zip(range(most), keys, strict=False):
+            still = holders & self._holders.get(key, 0)
+            lost, holders = holders ^ still, still
+            if lost == everyone:
+                return [page] * len(loads)
+            while lost:
+                bit = lost & -lost
+                pages[index[bit]] = page
+                lost ^= bit
+            if not holders:
+                break
+        return pages
+
+    def _fade(self) -> None:
+        """Reduce the weight of recent work; called once per round of choices."""
+        for load in self._loads.values():
+            load.recent *= 1 - 1 / MEMORY
 
     def work(self, load: Load) -> float:
         """Return the tokens that a replica is expected to compute before it is idle."""
@@ -143,64 +204,12 @@ class Router:
         self.mean_output += SMOOTHING * (output_tokens - self.mean_output)
 
 
-def cached_pages(loads: Sequence[Load], prefix: Prefix, page_size: int) -> list[int]:
-    """Return, for each replica, how many of the prompt's first pages its engine has. The last token never counts."""
-    counts = [0] * len(loads)
-    left: Sequence[int] = range(len(loads))
-    for page in range((len(prefix.tokens) - 1) // page_size):
-        key = prefix.key(page)
-        left = [i for i in left if key in loads[i].pages]
-        if not left:
-            break
-        for i in left:
-            counts[i] = page + 1
-    return counts
-
-
-def _most_cached_pages(loads: Sequence[Load], prefix: Prefix, page_size: int) -> tuple[list[int], list[bytes]]:
-    """Return upper bounds of `cached_pages`, with few look-ups, and the keys of the first pages.
-
-    Each bound is the number of a page that the replica lacks, while it has the one before. It is too high only if the
-    replica lacks another page before these, which is rare, since engines evict a prompt's pages from the last one on.
-    """
-    most = (len(prefix.tokens) - 1) // page_size
-    counts, count = list[int](), 0
-    keys = [prefix.key(0)] if most else []
-    last, following = b"", keys[0] if most else b""  # the keys of the pages count - 1 and count; b"" if there is none
+def _compare_speeds(loads: Sequence[Load]) -> None:
+    """Set `slowness`. Replicas of unknown or similar speed count as equal to the fastest."""
+    fastest = min((load.seconds_per_token for load in loads if load.seconds_per_token), default=1.0)
     for load in loads:
-        pages = load.pages
-        if (following and following in pages) or (
-            last and last not in pages
-        ):  # the count differs from that of the replica before
-            count = _bisect(pages, keys)
-            while count == len(keys) < most:
-                keys.append(prefix.key(count))
-                count += keys[count] in pages
-            last, following = keys[count - 1] if count else b"", keys[count] if count < most else b""
-        counts.append(count)
-    return counts, keys
-
-
-def _bisect(pages: set[bytes], keys: list[bytes]) -> int:
-    """Return the index of a key that is not among `pages`, while the one before is."""
-    return bisect_left(keys, True, key=lambda key: key not in pages)
-
-
-def _slower(loads: Sequence[Load]) -> dict[int, float]:
-    """Return the replicas that are slower than the fastest one, with the ratio of their times per token."""
-    seconds = [load.seconds_per_token for load in loads]
-    if max(seconds) <= SIMILAR * min(seconds):
-        return {}
-    fastest = min(filter(None, seconds))
-    return {i: each / fastest for i, each in enumerate(seconds) if each > SIMILAR * fastest}
-
-
-def _fade(loads: Sequence[Load]) -> None:
-    """Reduce the weight of recent work; called once per len(loads) choices. A new replica begins with the mean."""
-    known = [load.recent for load in loads if load.recent >= 0]
-    mean = sum(known) / max(1, len(known))
-    for load in loads:
-        load.recent = (load.recent if load.recent >= 0 else mean) * (1 - 1 / MEMORY)
+        ratio = load.seconds_per_token / fastest
+        load.slowness = ratio if ratio > SIMILAR else 1.0
 
 
 def _keys(concatenated: bytes) -> Iterator[bytes]:

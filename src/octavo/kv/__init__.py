@@ -2,7 +2,7 @@
 
 from .cache import KVCache, PageTable, Prefetch
 from .page_pool import PagePool
-from .prefix import Prefix, root_key
+from .prefix import Prefix, page_keys, root_key
 from .transfers import Transfers
 
-__all__ = ["KVCache", "PagePool", "PageTable", "Prefetch", "Prefix", "Transfers", "root_key"]
+__all__ = ["KVCache", "PagePool", "PageTable", "Prefetch", "Prefix", "Transfers", "page_keys", "root_key"]

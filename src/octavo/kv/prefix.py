@@ -8,7 +8,7 @@ request cannot find a page that was computed under another root, nor detect it b
 
 import struct
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from hashlib import blake2b
 
 import msgspec
@@ -33,6 +33,14 @@ def origin_root(root: bytes, origin: str) -> bytes:
     return blake2b(origin.encode(), key=root, person=b"octavo-origin", digest_size=KEY_BYTES).digest()
 
 
+def page_keys(root: bytes, tokens: Sequence[int], page_size: int) -> Iterator[bytes]:
+    """Yield the keys of the full pages of `tokens`, each computed when it is needed."""
+    key, pack = root, struct.Struct(f"{page_size}i").pack
+    for start in range(0, len(tokens) - page_size + 1, page_size):
+        key = blake2b(pack(*tokens[start : start + page_size]), key=key, digest_size=KEY_BYTES).digest()
+        yield key
+
+
 class Prefix:
     """The keys of the full pages of `tokens`. Tokens may be appended; each key is computed once, when it is needed."""
 
@@ -42,12 +50,6 @@ class Prefix:
         self.tokens = tokens
         self._page_size = page_size
         self._keys = [root]
-
-    @classmethod
-    def of(cls, root: bytes, tokens: Sequence[int], page_size: int) -> "Prefix":
-        """Return the prefix of tokens in any sequence."""
-        packed = struct.pack(f"{len(tokens)}i", *tokens)  # takes less than half as long as array("i", tokens)
-        return cls(root, array("i", packed), page_size)
 
     def parent(self, page: int) -> bytes:
         """Return the key that page number `page` is chained to. All pages before it must be full."""

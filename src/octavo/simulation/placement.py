@@ -1,6 +1,6 @@
 """Placement of requests on simulated replicas, as frontend.Frontend places them on real ones."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 
@@ -8,8 +8,8 @@ import msgspec
 
 from octavo.engine.engine import Engine
 from octavo.engine.messages import EngineRequest, TokenOutput
-from octavo.frontend.router import Load, Router, cached_pages
-from octavo.kv import Prefix, root_key
+from octavo.frontend.router import Load, Router
+from octavo.kv import page_keys, root_key
 
 EXACT, ROUND_ROBIN, LEAST_LOADED = "exact", "round-robin", "least-loaded"
 
@@ -21,9 +21,9 @@ class RoundRobin(Router):
         super().__init__()
         self._turn = count()
 
-    def choose(self, loads: Sequence[Load], prefix: Prefix, page_size: int) -> tuple[int, int]:
+    def choose(self, loads: Sequence[Load], length: int, keys: Iterable[bytes], page_size: int) -> tuple[int, int]:
         best = next(self._turn) % len(loads)
-        return best, cached_pages(loads, prefix, page_size)[best] * page_size
+        return best, self.cached_pages(loads, length, keys, page_size)[best] * page_size
 
     def work(self, load: Load) -> float:
         return 0.0  # so that no request is moved
@@ -32,10 +32,10 @@ class RoundRobin(Router):
 class LeastLoaded(RoundRobin):
     """Sends each request to a replica with the fewest unfinished ones, in turn among equals. For comparison only."""
 
-    def choose(self, loads: Sequence[Load], prefix: Prefix, page_size: int) -> tuple[int, int]:
+    def choose(self, loads: Sequence[Load], length: int, keys: Iterable[bytes], page_size: int) -> tuple[int, int]:
         best = min(range(len(loads)), key=lambda i: (loads[i].completions, loads[i].recent))
         loads[best].recent = next(self._turn)
-        return best, cached_pages(loads, prefix, page_size)[best] * page_size
+        return best, self.cached_pages(loads, length, keys, page_size)[best] * page_size
 
 
 ROUTINGS: dict[str, Callable[[], Router]] = {EXACT: Router, ROUND_ROBIN: RoundRobin, LEAST_LOADED: LeastLoaded}
@@ -54,7 +54,7 @@ class Replica:
 
     engine: Engine
     wait: Callable[[float], None]
-    load: Load = field(default_factory=Load)
+    load: Load = field(init=False)
     outputs: list[TokenOutput] = field(default_factory=list)
     started_at: float = field(init=False)
 
@@ -101,6 +101,8 @@ class Placement:
     def __init__(self, replicas: Sequence[Replica], routing: str, max_batch_tokens: int):
         self.replicas, self.moves = replicas, 0
         self._router = ROUTINGS[routing]()
+        for replica in replicas:
+            replica.load = self._router.new_replica()
         self._max_batch_tokens = max_batch_tokens
         self._live: dict[str, Live] = {}
         self._page_size = replicas[0].engine.kv.page_size
@@ -111,8 +113,8 @@ class Placement:
         self._live[request.id] = live
         if len(self.replicas) > 1:
             root = root_key(self.replicas[0].engine.fingerprint, request.tenant, request.salt)
-            prefix = Prefix.of(root, request.prompt, self._page_size)
-            best, cached = self._router.choose([replica.load for replica in self.replicas], prefix, self._page_size)
+            loads, keys = [replica.load for replica in self.replicas], page_keys(root, request.prompt, self._page_size)
+            best, cached = self._router.choose(loads, len(request.prompt), keys, self._page_size)
         self._send(live, self.replicas[best], len(request.prompt) - cached, live.arrival)
 
     def step_ended(self, replica: Replica) -> list[TokenOutput]:
