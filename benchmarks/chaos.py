@@ -12,9 +12,11 @@ exit code is 1 if a request was lost, or if a token was wrong, missing or repeat
 import argparse
 import asyncio
 import contextlib
+import json
 import os
 import random
 import signal
+import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
@@ -32,6 +34,16 @@ PROMPTS = [
     "1 2 3",
 ]
 STATE_PROMPT = "User: How do I reverse a linked list?\nAssistant:"
+# In a process of its own, since 200 streams keep this one busy.
+SCALE = """
+import sys, time, urllib.request
+url, key, body = sys.argv[1:]
+headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
+request = urllib.request.Request(f"{url}/v1/admin/models", body.encode(), headers)
+begin = time.monotonic()
+urllib.request.urlopen(request, timeout=60).read()
+print(time.monotonic() - begin)
+"""
 
 
 @dataclass
@@ -158,14 +170,15 @@ class Chaos:
             while not await self.ready_replicas(http) == replicas == self.arguments.replicas:
                 await asyncio.sleep(0.05)
                 replicas = len(self.server.engine_pids())
-            for count in (replicas - 1, replicas):
-                begin = time.monotonic()
-                body = {"action": "scale", "name": self.arguments.model, "replicas": count}
-                reply = await http.post("/v1/admin/models", json=body, headers={"Authorization": f"Bearer {KEY}"})
-                assert reply.status_code == 200, reply.text
-                if count < replicas:
-                    self.report.drains.append(time.monotonic() - begin)
-                    await asyncio.sleep(1)
+        self.report.drains.append(await asyncio.to_thread(self.scale, replicas - 1))
+        await asyncio.sleep(1)
+        await asyncio.to_thread(self.scale, replicas)
+
+    def scale(self, replicas: int) -> float:
+        """Change the number of replicas. Return how many seconds the server takes."""
+        body = {"action": "scale", "name": self.arguments.model, "replicas": replicas}
+        command = [sys.executable, "-c", SCALE, self.server.url, KEY, json.dumps(body)]
+        return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
     async def ready_replicas(self, http: httpx.AsyncClient) -> int:
         [model] = (await http.get("/stats")).json()["models"]
