@@ -16,6 +16,7 @@ import json
 import os
 import random
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -216,7 +217,10 @@ def main() -> int:
     print(f"after a suspension {max(report.gaps_after_suspension, default=0):.2f} s, ", end="")
     print(f"otherwise {report.longest_gap_otherwise:.2f} s")
     if report.drains:
-        print(f"longest drain {max(report.drains):.2f} s")
+        median = statistics.median(report.drains)
+        print(
+            f"drains until the process has ended, over HTTP: median {median:.2f} s, longest {max(report.drains):.2f} s"
+        )
     for line in (*report.lost[:5], *report.wrong[:5]):
         print(" ", line)
     return 1 if report.lost or report.wrong else 0

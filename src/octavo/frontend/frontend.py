@@ -128,7 +128,7 @@ class Frontend:
 
         Requests on trial stay until their trial ends; see Readmission.
         """
-        replica.is_leaving = True
+        replica.is_leaving, begun = True, time.monotonic()
         while replica in self.replicas and (self._lives_of(replica) or self.placement.place_interrupted(replica)):
             if not replica.ended.is_set() and self.placement.has_open_replica:
                 for live in self._lives_of(replica):
@@ -136,6 +136,7 @@ class Frontend:
                         self.placement.take_back(live)
                         self.placement.place(live)
             await asyncio.sleep(DRAIN_LOOK)
+        log.warning("%s is drained: it has no request after %.2f s", replica.name, time.monotonic() - begun)
         await self._close_replica(replica)
         if replica in self.replicas:
             self.replicas.remove(replica)
