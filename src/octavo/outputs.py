@@ -72,6 +72,8 @@ class RequestOutput:
         prompt: The prompt's text; None if the prompt was given as token ids.
         finished: Whether every completion has ended.
         seed: The seed of sampling: the request's, or the one drawn for it.
+        prompt_logprobs: For each token of the prompt, a map of token id to Logprob, the prompt's token first; None for
+            the first token. None if not requested, or before the first token of the output.
     """
 
     request_id: str
@@ -81,6 +83,12 @@ class RequestOutput:
     finished: bool
     metrics: RequestMetrics
     seed: int = field(default=0)
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+
+    @property
+    def num_cached_tokens(self) -> int:
+        """Return the number of the prompt's tokens that were found in the prefix cache."""
+        return self.metrics.cached_tokens
 
     @property
     def text(self) -> str:

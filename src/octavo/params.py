@@ -41,7 +41,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         float, Meta(description="Drop tokens less likely than this fraction of the most likely token's probability.")
     ] = 0.0
     max_tokens: Annotated[
-        int | None, Meta(description="Maximum number of tokens to generate; if unset, until the context is full.")
+        int | None,
+        Meta(description="Maximum number of tokens to generate; if unset or too large, until the context is full."),
     ] = 16
     min_tokens: Annotated[
         int, Meta(description="Minimum number of tokens to generate before end-of-sequence or a stop ends the output.")
@@ -58,6 +59,12 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     ] = None
     logprobs: Annotated[
         int | None, Meta(description="Return log-probabilities of this many most likely tokens (up to 20).")
+    ] = None
+    prompt_logprobs: Annotated[
+        int | None,
+        Meta(
+            description="Return log-probabilities of the prompt's tokens, with this many most likely ones (up to 20)."
+        ),
     ] = None
     presence_penalty: Annotated[
         float, Meta(description="Subtract this from the logits of tokens in the output, -2 to 2.")
@@ -88,7 +95,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         integer("top_k", -1, MAX_INTEGER, f"how many tokens to keep, at most {MAX_INTEGER:,}, or 0 for all")
         number("min_p", 0.0, 1.0, "a number from 0 to 1")
         if self.max_tokens is not None:
-            integer("max_tokens", 1, MAX_INTEGER, f"an integer of at least 1 and at most {MAX_INTEGER:,}")
+            integer("max_tokens", 0, MAX_INTEGER, f"an integer of at least 0 and at most {MAX_INTEGER:,}")
         integer("min_tokens", 0, MAX_INTEGER, f"an integer of at least 0 and at most {MAX_INTEGER:,}")
         limit = self.max_tokens
         need(limit is None or self.min_tokens <= limit, "min_tokens", f"at most max_tokens ({limit})")
@@ -101,6 +108,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
             integer("seed", -(2**63), 2**64 - 1, "a 64-bit integer")
         if self.logprobs is not None:
             integer("logprobs", 0, MAX_LOGPROBS, f"an integer from 0 to {MAX_LOGPROBS}")
+        if self.prompt_logprobs is not None:
+            integer("prompt_logprobs", 0, MAX_LOGPROBS, f"an integer from 0 to {MAX_LOGPROBS}")
         number("presence_penalty", -2.0, 2.0, "a number from -2 to 2")
         number("frequency_penalty", -2.0, 2.0, "a number from -2 to 2")
         # At least 1e-30: logits are divided by it in float32.

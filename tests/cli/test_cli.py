@@ -70,7 +70,7 @@ def test_help_of_a_command_names_every_setting(command: str) -> None:
         (["generate", "smollm2"], "prompt"),
         (["generate", "smollm2", "hi", "there"], "there"),
         (["generate", "smollm2", "hi", "--max-tokens", "many"], "--max-tokens"),
-        (["generate", "smollm2", "hi", "--max-tokens", "0"], "max_tokens must be an integer of at least 1"),
+        (["generate", "smollm2", "hi", "--max-tokens", "-1"], "max_tokens must be an integer of at least 0"),
         (["generate", "smollm2", "hi", "--temperature=-1"], "temperature must be a number from 0"),
         (["generate", "smollm2", "hi", "--max_batch_size", "0"], "max_batch_size must be at least 1"),
         (["generate", "smollm2", "hi", "--kv-cache-memory", "lots"], "such as 4GiB"),

@@ -1,13 +1,14 @@
 """Same request, same tokens and logprobs, to the bit: alone, batched, in any order, in chunks, cached, preempted."""
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from octavo import LLM, RequestOutput, SamplingParams
+from octavo.outputs import Logprob
 from tiny_models import real_text
 
 NUM_PROMPTS = 64
@@ -26,13 +27,17 @@ MODELS = [
 class Answer:
     tokens: list[int]
     logprobs: list[list[tuple[int, float, int]]]
+    prompt_logprobs: list[list[tuple[int, float, int]]]
 
 
 def answer(output: RequestOutput, index: int = 0) -> Answer:
     completion = output.outputs[index]
     assert completion.logprobs is not None
-    logprobs = [[(token, lp.logprob, lp.rank) for token, lp in entry.items()] for entry in completion.logprobs]
-    return Answer(completion.token_ids, logprobs)
+    return Answer(completion.token_ids, plain(completion.logprobs), plain(output.prompt_logprobs or []))
+
+
+def plain(logprobs: Sequence[dict[int, Logprob] | None]) -> list[list[tuple[int, float, int]]]:
+    return [[(token, lp.logprob, lp.rank) for token, lp in (entry or {}).items()] for entry in logprobs]
 
 
 @dataclass(frozen=True)
@@ -45,11 +50,11 @@ class Cases:
 
 
 def parameters(i: int, longest: int) -> SamplingParams:
-    """Greedy and seeded by turns; some with penalties, some long enough to outgrow the pages they began with."""
+    """Greedy and seeded by turns; some with penalties, or logprobs of the prompt; some outgrow their first pages."""
     penalty = 0.5 if i % 8 == 3 else 0.0
     return SamplingParams(
         temperature=0.9 * (i % 2), top_p=0.95, top_k=50 * (i % 3), seed=i, frequency_penalty=penalty, logprobs=3,
-        max_tokens=longest if i % 4 == 2 else 12 + i % 7, ignore_eos=True,
+        max_tokens=longest if i % 4 == 2 else 12 + i % 7, ignore_eos=True, prompt_logprobs=2 if i % 5 == 4 else None,
     )  # fmt: skip
 
 

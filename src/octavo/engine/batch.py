@@ -18,6 +18,8 @@ from octavo.kv import PageTable
 from .scheduler import StepPlan
 from .sequence import Sequence
 
+CERTAIN = 1e30  # a bias that no other logit exceeds
+
 _EMPTY: "array[int]" = array("i")
 _NO_BIAS: dict[int, float] = {}
 _NO_TOKENS, _NO_VALUES = np.zeros(0, np.int32), np.zeros(0, np.float32)
@@ -117,26 +119,65 @@ class BatchBuilder:
     def _sampling(
         self, sequences: list[Sequence], owner: np.ndarray, slots: np.ndarray, outputs: np.ndarray
     ) -> SamplingBatch:
-        """Return the SamplingBatch. Row r is output number outputs[r] of sequences[owner[r]], which has slots[r]."""
+        """Return the SamplingBatch. Row r is output number outputs[r] of sequences[owner[r]], which has slots[r].
+
+        A negative number means a token of the prompt, whose logprob is wanted.
+        """
         if self._gathered_slots is None or not np.array_equal(slots, self._gathered_slots):
             self._gathered = {name: column[slots] for name, column in self._parameters.items()}
             self._gathered_slots = slots
+        if (scored := outputs < 0).any():
+            return self._scoring(sequences, owner, slots, outputs, scored)
         return SamplingBatch(
             positions=outputs,
             **self._gathered,
             **_histories(sequences, owner, self._penalized[slots], outputs),
-            **_biases(sequences, owner, self._biased_until[slots] > outputs),
+            **_biases([sequences[i] for i in owner], self._biased_until[slots] > outputs),
+        )
+
+    def _scoring(
+        self,
+        sequences: list[Sequence],
+        owner: np.ndarray,
+        slots: np.ndarray,
+        outputs: np.ndarray,
+        scored: np.ndarray,
+    ) -> SamplingBatch:
+        """Return the SamplingBatch of a step with rows, `scored`, that give logprobs of prompt tokens.
+
+        These rows take the prompt's token, by a bias that makes it the likeliest one. Their logprobs are those of the
+        logits before biases.
+        """
+        parameters = dict(self._gathered)
+        for name, value in (("temperature", 0), ("repetition", 1), ("presence", 0), ("frequency", 0)):
+            parameters[name] = np.where(scored, value, parameters[name]).astype(np.float32)
+        wanted = [sequences[i].request.params.prompt_logprobs or 0 for i in owner]
+        parameters["num_logprobs"] = np.where(scored, wanted, parameters["num_logprobs"]).astype(np.int32)
+        targets = [
+            sequences[i].tokens[sequences[i].num_prompt + output] if output < 0 else None
+            for i, output in zip(owner, outputs.tolist(), strict=True)
+        ]
+        return SamplingBatch(
+            positions=outputs,
+            **parameters,
+            **_histories(sequences, owner, self._penalized[slots] & ~scored, outputs),
+            **_biases([sequences[i] for i in owner], (self._biased_until[slots] > outputs) | scored, targets),
         )
 
 
 def _sampled_rows(plan: StepPlan, num_drafts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return, for each row to be sampled, the index of its sequence and the number of draft tokens before it."""
-    samples = num_drafts + 1
+    """Return, for each row to be sampled, the index of its sequence, and its distance from the last row of the chunk.
+
+    Rows of draft tokens have positive distances. Rows before the last one have negative distances; they give logprobs
+    of the prompt.
+    """
+    samples, first = num_drafts + 1, np.zeros_like(num_drafts)
     for i in range(plan.num_decoding, len(plan.sequences)):
-        if not plan.completes(i):
-            samples[i] = 0
+        scored, completes = plan.sequences[i].num_scored(plan.chunks[i]), plan.completes(i)
+        samples[i] = samples[i] * completes + scored
+        first[i] = (not completes) - scored
     owner = np.repeat(np.arange(len(samples)), samples)
-    return owner, np.arange(len(owner)) - np.repeat(np.cumsum(samples) - samples, samples)
+    return owner, np.arange(len(owner)) - np.repeat(np.cumsum(samples) - samples - first, samples)
 
 
 def _gather_tokens(plan: StepPlan) -> np.ndarray:
@@ -164,11 +205,20 @@ def _histories(
     }
 
 
-def _biases(sequences: list[Sequence], owner: np.ndarray, biased: np.ndarray) -> dict[str, np.ndarray]:
-    """Return the fields of SamplingBatch for biases, which are added to the logits of some rows."""
+def _biases(
+    sequences: list[Sequence], biased: np.ndarray, targets: list[int | None] | None = None
+) -> dict[str, np.ndarray]:
+    """Return the fields of SamplingBatch for biases, which are added to the logits of some rows.
+
+    Args:
+        sequences: that of each row.
+        targets: the token that each row must take; None for any.
+    """
     if not biased.any():
-        return {"bias_tokens": _NO_TOKENS, "bias_values": _NO_VALUES, "bias_start": np.zeros(len(owner) + 1, np.int32)}
-    biases = [_bias(sequences[i]) if wanted else _NO_BIAS for i, wanted in zip(owner, biased, strict=True)]
+        return {"bias_tokens": _NO_TOKENS, "bias_values": _NO_VALUES, "bias_start": np.zeros(len(biased) + 1, np.int32)}
+    biases = [_bias(seq) if wanted else _NO_BIAS for seq, wanted in zip(sequences, biased, strict=True)]
+    if targets is not None:
+        biases = [bias if target is None else {target: CERTAIN} for bias, target in zip(biases, targets, strict=True)]
     return {
         "bias_tokens": np.array([token for row in biases for token in row], np.int32),
         "bias_values": np.array([value for row in biases for value in row.values()], np.float32),

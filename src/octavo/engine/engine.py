@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from pathlib import Path
 
+import msgspec
+
 from octavo.backends.base import Backend, StepResult
 from octavo.config import EngineConfig
 from octavo.kv import KVCache, Prefix, Transfers, root_key
@@ -133,6 +135,7 @@ class Engine:
             max_tokens=min(len(request.prompt) + (params.max_tokens or self.max_model_len), self.max_model_len),
             draft_limit=self._speculative_tokens if params.speculative_tokens is None else params.speculative_tokens,
             arrival=self.clock() - request.age,
+            scores=None if params.prompt_logprobs is None or request.output else [],
         )
         self._num_added += 1
         self._live[request.id] = seq
@@ -288,6 +291,8 @@ class Engine:
         row = 0
         for i, (seq, chunk) in enumerate(zip(plan.sequences, plan.chunks, strict=True)):
             before = seq.num_computed
+            if seq.unscored is not None:
+                row = self._score(seq, chunk, result, row)
             seq.num_computed = computed = before + chunk
             if before // page_size < computed // page_size:
                 self.kv.commit(seq.page_table, computed)
@@ -303,6 +308,16 @@ class Engine:
         self._tokens_computed += sum(plan.chunks)
         self._tokens_generated += len(outputs)
         return outputs
+
+    def _score(self, seq: Sequence, chunk: int, result: StepResult, row: int) -> int:
+        """Record the logprobs of prompt tokens that a chunk gives, which are the rows of `result` from `row` on.
+
+        Returns the row after them.
+        """
+        assert seq.scores is not None
+        end, wanted = row + seq.num_scored(chunk), seq.request.params.prompt_logprobs or 0
+        seq.scores += [_row_logprobs(result, each, wanted) for each in range(row, end)]
+        return end
 
     def _append_accepted(self, seq: Sequence, draft: "array[int]", result: StepResult, row: int) -> list[TokenOutput]:
         """Append the tokens sampled after accepted draft tokens, which are the rows of `result` from `row` on.
@@ -332,8 +347,13 @@ class Engine:
         """Append the sequence's next token and return its output. The sequence may end with it."""
         seq.tokens.append(token)
         if token < 0 or token in seq.stop_tokens or len(seq.tokens) >= seq.max_tokens:
-            return self._end(seq, token, logprobs)
-        return TokenOutput(seq.request.id, token, None, None, logprobs, seq.cached_tokens)
+            output = self._end(seq, token, logprobs)
+        else:
+            output = TokenOutput(seq.request.id, token, None, None, logprobs, seq.cached_tokens)
+        if seq.scores is None:
+            return output
+        scores, seq.scores = seq.scores, None
+        return msgspec.structs.replace(output, prompt_logprobs=scores)
 
     def _end(self, seq: Sequence, token: int, logprobs: TokenLogprobs | None) -> TokenOutput:
         """Return the output of a token that may end the sequence, and end it unless min_tokens forbids that."""
@@ -358,8 +378,12 @@ class Engine:
 
 
 def _logprobs(seq: Sequence, result: StepResult, row: int) -> TokenLogprobs | None:
-    if result.logprobs is None or result.ranks is None or (wanted := seq.request.params.logprobs) is None:
-        return None
+    wanted = seq.request.params.logprobs
+    return None if wanted is None else _row_logprobs(result, row, wanted)
+
+
+def _row_logprobs(result: StepResult, row: int, wanted: int) -> TokenLogprobs:
+    assert result.logprobs is not None and result.ranks is not None
     top_tokens = result.top_tokens[row, :wanted].tolist() if result.top_tokens is not None else []
     top_logprobs = result.top_logprobs[row, :wanted].tolist() if result.top_logprobs is not None else []
     return TokenLogprobs(float(result.logprobs[row]), int(result.ranks[row]), top_tokens, top_logprobs)

@@ -57,6 +57,8 @@ class TokenOutput(msgspec.Struct, frozen=True, array_like=True):
         stop_token: the entry of stop_token_ids that ended the request.
         cached_tokens: tokens of the prompt that were found in the prefix cache.
         message: the reason for an error or a timeout.
+        prompt_logprobs: those of the prompt's tokens from the second one on, with the request's first token, if it
+            wants them.
     """
 
     id: str
@@ -66,6 +68,7 @@ class TokenOutput(msgspec.Struct, frozen=True, array_like=True):
     logprobs: TokenLogprobs | None = None
     cached_tokens: int = 0
     message: str | None = None
+    prompt_logprobs: list[TokenLogprobs] | None = None
 
 
 class EngineInfo(msgspec.Struct, frozen=True):

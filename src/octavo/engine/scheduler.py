@@ -183,6 +183,7 @@ class Scheduler:
         """Distribute the step's remaining tokens among running `prompts` and waiting sequences."""
         self._policy.sort(prompts)
         spare = self.max_batch_tokens - len(self.running)  # one is reserved for each running sequence
+        spare_samples = self.max_running - len(self.running)  # the same of rows whose logits are computed
         waiting = self._next_waiting() if may_admit and self._slots else None
         self._short_of_pages = False
         while prompts or (waiting and spare > 0):
@@ -196,12 +197,16 @@ class Scheduler:
                 seq = prompts.pop()
             elif self._admit(seq := waiting):
                 spare -= 1
+                spare_samples -= 1
                 waiting = self._next_waiting() if self._slots else None
             else:
                 self._short_of_pages = not seq.aborted
                 waiting = self._next_waiting() if seq.aborted else None
                 continue
             chunk = min(seq.num_uncomputed, 1 + spare)
+            if seq.unscored is not None:
+                chunk = min(chunk, 1 + spare_samples)
+                spare_samples -= chunk - 1
             plan.sequences.append(seq)
             plan.chunks.append(chunk)
             spare -= chunk - 1
@@ -209,11 +214,12 @@ class Scheduler:
     def _admit(self, seq: Sequence) -> bool:
         """Admit a waiting sequence into a free slot. Return False if it lacks pages or failed."""
         # Reserve a page for each running sequence: otherwise this one would soon be preempted for them.
-        allocated = self.kv.allocate(seq.prefix, reserve=len(self.running))
+        # A cached page hides the logits of its tokens.
+        allocated = self.kv.allocate(seq.prefix, len(self.running), max_cached=seq.unscored)
         while allocated is None:
             if not seq.prefetch or not self._give_up_fetching(behind=seq):
                 return False
-            allocated = self.kv.allocate(seq.prefix, reserve=len(self.running))
+            allocated = self.kv.allocate(seq.prefix, len(self.running), max_cached=seq.unscored)
         seq.page_table, seq.num_computed = allocated
         if seq.prefetch:
             self._end_prefetch(seq)
@@ -239,7 +245,7 @@ class Scheduler:
     def _fetch_ahead(self) -> None:
         """Begin to fetch the pages of the next waiting sequences from lower tiers, as far as pages are available."""
         while len(self._fetching) < MAX_FETCHING and (seq := self._policy.peek()):
-            if not self.recovery.should_fetch(seq, self.kv.seconds_per_page):
+            if seq.unscored is not None or not self.recovery.should_fetch(seq, self.kv.seconds_per_page):
                 return
             seq.prefetch = self.kv.prefetch(seq.prefix, reserve=len(self.running))
             if seq.prefetch is None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from octavo.kv import PageTable, Prefetch, Prefix
 from octavo.params import SamplingParams
 
-from .messages import EngineRequest
+from .messages import EngineRequest, TokenLogprobs
 
 
 @dataclass(slots=True, eq=False)
@@ -29,6 +29,8 @@ class Sequence:
         slot: row of the batch columns while the sequence runs; -1 while it waits.
         admitted: whether the sequence has been admitted before; if it waits, it was preempted.
         aborted: whether the sequence was removed or has failed.
+        scores: the logprobs of the prompt's tokens so far, from its second token on; None if the request does not want
+            any, or has got them.
         tenant: the same object for all sequences of a tenant, so that counting them is fast.
     """
 
@@ -46,6 +48,7 @@ class Sequence:
     page_table: PageTable = field(init=False)
     tenant: str = field(init=False)
     prefetch: Prefetch | None = None
+    scores: list[TokenLogprobs] | None = None
     place: tuple[float, int] = (0.0, 0)
     slot: int = -1
     admitted: bool = False
@@ -82,6 +85,20 @@ class Sequence:
     @property
     def num_uncomputed(self) -> int:
         return len(self.tokens) - self.num_computed
+
+    @property
+    def unscored(self) -> int | None:
+        """Return the first position whose logits give a missing logprob of the prompt; None if none is missing.
+
+        The logits at a position give the logprobs of the token that follows.
+        """
+        scores = self.scores
+        return len(scores) if scores is not None and len(scores) < self.num_prompt - 1 else None
+
+    def num_scored(self, chunk: int) -> int:
+        """Return how many missing logprobs of the prompt the computation of the next `chunk` tokens gives."""
+        first = self.unscored
+        return 0 if first is None else max(0, min(self.num_computed + chunk, self.num_prompt - 1) - first)
 
     @property
     def num_draft_tokens(self) -> int:

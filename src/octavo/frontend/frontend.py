@@ -477,6 +477,8 @@ class Frontend:
     def _with_state(self, request: Request, tokens: list[int]) -> list[int]:
         if request.state is None:
             return tokens
+        if request.params.prompt_logprobs is not None:
+            raise InvalidRequest("prompt_logprobs does not go with kv_cache_state", "prompt_logprobs")
         whole = self.states.use(request.state, request.terms.tenant, request.terms.cache_salt or "") + tokens
         check_length(len(whole), self.info)
         return whole

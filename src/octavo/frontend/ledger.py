@@ -141,8 +141,10 @@ class Ledger:
                     n=1,
                     stop=None,
                     seed=(live.seed + index) % 2**64,
-                    max_tokens=min(params.max_tokens or capacity, capacity),
+                    # For no token, one is computed and left out, so that the prompt is computed.
+                    max_tokens=capacity if params.max_tokens is None else min(max(params.max_tokens, 1), capacity),
                     min_tokens=min(params.min_tokens, capacity),
+                    prompt_logprobs=None if index else params.prompt_logprobs,
                 ),
                 eos=[] if params.ignore_eos else self._eos,
                 after=first,

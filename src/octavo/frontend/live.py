@@ -69,6 +69,7 @@ class LiveRequest:
         tokens_to_compute: tokens to compute before the first token, as far as the frontend knows the engine's cache.
         progress: tokens that the current engine has computed for the request; not counted beyond TRIAL_TOKENS.
         crashes: number of engines that failed while they served the request.
+        prompt_logprobs: see RequestOutput.
     """
 
     id: str
@@ -90,6 +91,7 @@ class LiveRequest:
     tokens_to_compute: int = 0
     progress: int = 0
     crashes: int = 0
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
 
     @property
     def engine_ids(self) -> list[str]:
@@ -125,6 +127,11 @@ class LiveRequest:
 
     def advance(self, completion: LiveCompletion, output: TokenOutput) -> RequestOutput:
         """Add one token of the engine and return the increment. A stop string may end the completion earlier."""
+        if output.prompt_logprobs is not None:
+            prompt = zip(self.prompt_token_ids[1:], output.prompt_logprobs, strict=True)
+            self.prompt_logprobs = [None, *(self._logprobs(token, got) for token, got in prompt)]
+        if self.params.max_tokens == 0 and output.token >= 0:
+            output = msgspec.structs.replace(output, token=-1, finish_reason="length", stop_token=None, logprobs=None)
         if self.metrics.first_token_time is None:
             self.metrics.first_token_time = self._wall_time()
             self.metrics.cached_tokens = output.cached_tokens
@@ -188,4 +195,5 @@ class LiveRequest:
             finished=self.finished,
             metrics=self.metrics,
             seed=self.seed,
+            prompt_logprobs=self.prompt_logprobs,
         )

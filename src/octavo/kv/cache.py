@@ -82,20 +82,23 @@ class KVCache:
         """Return the number of pages that `num_tokens` tokens need."""
         return -(-num_tokens // self.page_size)
 
-    def allocate(self, prefix: Prefix, reserve: int = 0) -> tuple[PageTable, int] | None:
+    def allocate(self, prefix: Prefix, reserve: int = 0, max_cached: int | None = None) -> tuple[PageTable, int] | None:
         """Allocate pages for all tokens of a sequence, reusing cached ones.
 
         At least the last token is left to compute, since its logits are needed.
 
         Args:
             reserve: number of pages that must remain available.
+            max_cached: maximum number of tokens for which cached pages are reused; None for no limit.
 
         Returns:
             The page table, and the number of its tokens that are already computed; None if too few pages are available.
         """
-        table = self._match_prefix(prefix)
+        last = len(prefix.tokens) - 1
+        most = last if max_cached is None else min(max_cached, last)
+        table = self._match_prefix(prefix, most)
         missing = self.pages_for(len(prefix.tokens)) - table.num_full + reserve
-        partial, partial_length = self._match_partial(table)
+        partial, partial_length = self._match_partial(table, most)
         if partial is not None:
             self.pool.acquire(partial)
             if not self._reclaim(missing):  # releasing the partial page may free enough
@@ -150,8 +153,9 @@ class KVCache:
     def pin(self, id: str, prefix: Prefix) -> None:
         """Acquire the computed pages of KV state `id`, until `unpin` or until sequences need the pages."""
         self.unpin(id)
-        table = self._match_prefix(prefix)
-        partial, _ = self._match_partial(table)
+        most = len(prefix.tokens) - 1
+        table = self._match_prefix(prefix, most)
+        partial, _ = self._match_partial(table, most)
         if partial is not None:
             self.pool.acquire(partial)
             table.pages.append(partial)
@@ -297,11 +301,11 @@ class KVCache:
             prefetch.pages.remove(done.page)
             self.pool.release(done.page)
 
-    def _match_prefix(self, prefix: Prefix) -> PageTable:
-        """Acquire the pages of the pool that begin these tokens; the last token is never among them."""
+    def _match_prefix(self, prefix: Prefix, most: int) -> PageTable:
+        """Acquire the pages of the pool that begin these tokens, with at most `most` tokens."""
         table = PageTable(prefix)
         if self.prefix_caching:
-            while (table.num_full + 1) * self.page_size < len(prefix.tokens):
+            while (table.num_full + 1) * self.page_size <= most:
                 page = self.pool.find(prefix.key(table.num_full))
                 if page is None:
                     break
@@ -310,12 +314,15 @@ class KVCache:
                 table.num_full += 1
         return table
 
-    def _match_partial(self, table: PageTable) -> tuple[int | None, int]:
-        """Return a partial page that continues the full pages of `table`, and how many of its tokens can be used."""
+    def _match_partial(self, table: PageTable, most: int) -> tuple[int | None, int]:
+        """Return a partial page that continues the full pages of `table`, and how many of its tokens can be used.
+
+        Together with the full pages, these are at most `most` tokens.
+        """
         if not self.prefix_caching or self._copy_page is None:
             return None, 0
         tokens, start = table.prefix.tokens, table.num_full * self.page_size
-        end = min(start + self.page_size, len(tokens) - 1)
+        end = max(start, min(start + self.page_size, most))
         return self._partial.find(table.prefix.parent(table.num_full), tokens[start:end])
 
     def _reclaim(self, pages: int) -> bool:

@@ -9,7 +9,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from octavo.outputs import CompletionOutput, Logprob, RequestOutput
+from octavo.outputs import CompletionOutput, Logprob
 from octavo.server.api import Api
 from octavo.server.edge.access_log import RequestRecord
 from octavo.server.edge.dispatch import route
@@ -20,6 +20,9 @@ from .events import EventStream
 from .generation import Generation, infilled, tokenized
 from .kv_states import continuation
 from .protocol import CompletionRequest
+
+Scored = tuple[int, dict[int, Logprob] | None]
+"""A token and its logprobs; None for the first token of a prompt."""
 
 
 def routes(api: Api) -> list[Route]:
@@ -49,32 +52,19 @@ async def completions(api: Api, request: Request) -> Response:
     if continued:
         terms["kv_cache_state"] = continued.state
         continued.check_quota(prompts[0], params)
-    echoed = [_text(llm.tokenizer, prompt) if body.echo else "" for prompt in body.prompt]
-    kind = OnlyEcho if body.only_echo else Generation
-    generation = kind(llm, prompts, params, terms, record, "cmpl", continued)
+    echoed = [_text(llm.tokenizer, prompt) for prompt in body.prompt] if body.echo else []
+    generation = Generation(llm, prompts, params, terms, record, "cmpl", continued)
     if body.stream:
         choices = _Choices(generation, echoed)
         return EventStream(generation, _reply(generation), choices, body.include_usage, body.continuous_usage)
     return await _whole(generation, echoed)
 
 
-class OnlyEcho(Generation):
-    """A generation whose answer is only the prompt. One token is computed and left out."""
-
-    def add(self, output: RequestOutput) -> None:
-        for completion in output.outputs:
-            completion.text, completion.token_ids = "", []
-            if completion.finish_reason == "stop":
-                completion.finish_reason, completion.stop_reason = "length", None
-        super().add(output)
-
-
 async def _whole(generation: Generation, echoed: list[str]) -> Response:
     outputs = await generation.whole()
-    reply = _reply(generation)
+    reply, choice = _reply(generation), _Choices(generation, echoed)
     for prompt, output in enumerate(outputs):
-        echo = echoed[prompt]
-        reply.choices += [_choice(generation, prompt, new, echo, len(echo)) for new in output.outputs]
+        reply.choices += [choice.of(prompt, new) for new in output.outputs]
     reply.usage = generation.usage
     reply.kv_cache_state = generation.kept_state()
     if len(outputs) == 1:
@@ -83,22 +73,47 @@ async def _whole(generation: Generation, echoed: list[str]) -> Response:
 
 
 class _Choices:
-    """Returns the choices of a chunk: none if the increment is of no use to a client, otherwise one."""
+    """Returns the choices of a reply or of a stream.
+
+    Args:
+        echoed: the text of each prompt, with which the first choice of each completion begins; empty for none.
+    """
 
     def __init__(self, generation: Generation, echoed: list[str]):
-        self._generation = generation
-        self._echoed = echoed
-        self._offsets: dict[
-            tuple[int, int], int
-        ] = {}  # by (prompt, completion): where the next token starts in the text
+        self._generation, self._echoed = generation, echoed
+        self._offsets: dict[tuple[int, int], int] = {}  # by (prompt, completion): where the next token is in the text
 
     def __call__(self, prompt: int, new: CompletionOutput) -> Iterator[replies.CompletionChoice]:
-        key = (prompt, new.index)
-        echo = "" if key in self._offsets else self._echoed[prompt]
-        offset = self._offsets.get(key, len(echo))
-        self._offsets[key] = offset + sum(map(len, _token_texts(new)))
-        if echo or new.text or new.logprobs or new.finish_reason:
-            yield _choice(self._generation, prompt, new, echo, offset)
+        """Return the choice of a chunk, if the increment is of any use to a client."""
+        is_first = (prompt, new.index) not in self._offsets
+        choice = self.of(prompt, new)
+        if choice.text or new.logprobs or new.finish_reason or (is_first and choice.prompt_logprobs):
+            yield choice
+
+    def of(self, prompt: int, new: CompletionOutput) -> replies.CompletionChoice:
+        """Return a choice. Its index counts the completions of all prompts, those of the first prompt first."""
+        generation, key = self._generation, (prompt, new.index)
+        is_first = key not in self._offsets
+        echo = self._echoed[prompt] if is_first and self._echoed else ""
+        known = generation.prompt_logprobs.get(prompt) if is_first else None
+        logprobs = None
+        if new.logprobs is not None:
+            scored: list[Scored] = list(zip(new.token_ids, new.logprobs, strict=True))
+            offset = self._offsets.get(key, len(echo))
+            if known and self._echoed:
+                scored, offset = [*zip(generation.prompts[prompt], known, strict=True), *scored], 0
+            logprobs = _logprobs(generation.llm.tokenizer, scored, offset, bool(generation.params.logprobs))
+            self._offsets[key] = offset + sum(map(len, logprobs.tokens))
+        else:
+            self._offsets[key] = 0
+        return replies.CompletionChoice(
+            index=prompt * generation.params.n + new.index,
+            text=echo + new.text,
+            logprobs=logprobs,
+            finish_reason=new.finish_reason,
+            stop_reason=new.stop_reason,
+            prompt_logprobs=replies.prompt_logprobs(known) if known else msgspec.UNSET,
+        )
 
 
 def _reply(generation: Generation) -> replies.Completion:
@@ -111,28 +126,13 @@ def _reply(generation: Generation) -> replies.Completion:
     )
 
 
-def _choice(
-    generation: Generation, prompt: int, new: CompletionOutput, echo: str, offset: int
-) -> replies.CompletionChoice:
-    """Return a choice. Its index counts the completions of all prompts, those of the first prompt first."""
-    return replies.CompletionChoice(
-        index=prompt * generation.params.n + new.index,
-        text=echo + new.text,
-        logprobs=_logprobs(new, offset, bool(generation.params.logprobs)),
-        finish_reason=new.finish_reason,
-        stop_reason=new.stop_reason,
-    )
-
-
-def _logprobs(new: CompletionOutput, offset: int, with_top: bool) -> replies.CompletionLogprobs | None:
-    """Return the new tokens' logprobs, or None if not requested. The first token starts at `offset` in the text."""
-    if new.logprobs is None:
-        return None
-    tokens = _token_texts(new)
+def _logprobs(tokenizer: Tokenizer, scored: list[Scored], offset: int, with_top: bool) -> replies.CompletionLogprobs:
+    """Return the logprobs of tokens, the first of which starts at `offset` in the text."""
+    tokens = [of[token].decoded_token if of else tokenizer.token_text(token) for token, of in scored]
     return replies.CompletionLogprobs(
         tokens=tokens,
-        token_logprobs=[entries[token].logprob for token, entries in zip(new.token_ids, new.logprobs, strict=True)],
-        top_logprobs=[_by_text(entries) for entries in new.logprobs] if with_top else None,
+        token_logprobs=[of[token].logprob if of else None for token, of in scored],
+        top_logprobs=[_by_text(of) if of else None for _, of in scored] if with_top else None,
         text_offset=list(itertools.accumulate(map(len, tokens[:-1]), initial=offset)) if tokens else [],
     )
 
@@ -140,12 +140,6 @@ def _logprobs(new: CompletionOutput, offset: int, with_top: bool) -> replies.Com
 def _by_text(entries: dict[int, Logprob]) -> dict[str, float]:
     """Return logprobs by text. If tokens have the same text, such as parts of a character, the most likely one wins."""
     return {entry.decoded_token: entry.logprob for entry in sorted(entries.values(), key=lambda entry: -entry.rank)}
-
-
-def _token_texts(new: CompletionOutput) -> list[str]:
-    if not new.logprobs:
-        return []
-    return [of[token].decoded_token for token, of in zip(new.token_ids, new.logprobs, strict=True)]
 
 
 def _text(tokenizer: Tokenizer, prompt: str | list[int]) -> str:

@@ -102,7 +102,7 @@ class EventStream(Response):
         chunk, generation = self._chunk, self._generation
         events = []
         for prompt, output in increments:
-            generation.add(output)
+            generation.add(prompt, output)
             chunk.seed = output.seed if self._with_seed else msgspec.UNSET
             self._with_seed = False
             if self._continuous_usage:

@@ -11,7 +11,7 @@ import msgspec
 from octavo.async_llm import AsyncLLM, Increment
 from octavo.errors import InvalidRequest
 from octavo.frontend.requests import Request, make_requests
-from octavo.outputs import RequestOutput
+from octavo.outputs import Logprob, RequestOutput
 from octavo.params import SamplingParams
 from octavo.server.edge.access_log import RequestRecord
 from octavo.text.infilling import infill
@@ -50,12 +50,15 @@ class Generation:
         self.fingerprint = f"fp_{self.llm.info.fingerprint[:12]}"
         self.record.model = self.model
         self.record.tenant = self.terms["tenant"]
+        self.prompt_logprobs: dict[int, list[dict[int, Logprob] | None]] = {}  # by the index of the prompt
         self._known_prompts: set[str] = set()
         self.record.prompt_tokens = self.record.cached_tokens = self.record.completion_tokens = 0
 
-    def add(self, output: RequestOutput) -> None:
-        """Count the tokens of an increment, or of a whole output, that is sent to the client."""
+    def add(self, prompt: int, output: RequestOutput) -> None:
+        """Count the tokens of an increment, or of a whole output, of prompt number `prompt`."""
         record = self.record
+        if output.prompt_logprobs is not None:
+            self.prompt_logprobs[prompt] = output.prompt_logprobs
         for completion in output.outputs:
             record.completion_tokens += len(completion.token_ids)  # type: ignore[operator]
         if output.request_id not in self._known_prompts:
@@ -85,8 +88,8 @@ class Generation:
     async def whole(self) -> list[RequestOutput]:
         """Return the whole outputs, one per prompt. If the caller is cancelled, their requests are aborted."""
         outputs = await self.llm.generate_requests(self._requests())
-        for output in outputs:
-            self.add(output)
+        for prompt, output in enumerate(outputs):
+            self.add(prompt, output)
         return outputs
 
     def increments(self) -> AsyncGenerator[list[Increment], None]:

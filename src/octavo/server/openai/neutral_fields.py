@@ -45,7 +45,7 @@ NEUTRAL: dict[str, Any] = {
     **dict.fromkeys(("return_tokens_as_token_ids", "return_token_ids"), (False,)),
     **dict.fromkeys(("request_id", "guided_decoding_backend", "mm_processor_kwargs"), ANY),
     "truncation_side": ("left", "right"),  # only with truncate_prompt_tokens
-    **dict.fromkeys(("allowed_token_ids", "bad_words", "prompt_logprobs", "structured_outputs", "documents"), ()),
+    **dict.fromkeys(("allowed_token_ids", "bad_words", "structured_outputs", "documents"), ()),
     **dict.fromkeys(("guided_json", "guided_regex", "guided_choice", "guided_grammar", "logits_processors"), ()),
     **dict.fromkeys(("chat_template", "kv_transfer_params", "vllm_xargs", "thinking_token_budget"), ()),
     # SGLang

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from types import NoneType, UnionType
 from typing import Annotated, Any, ClassVar, Literal, Self, get_args, get_type_hints
 
+import msgspec
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -241,24 +242,17 @@ class CompletionRequest(GenerationRequest):
             raise ApiError(400, f"the prompts times n are more than {limit} completions (max_completions)", "prompt")
         return super()._limited(body, config)
 
-    @property
-    def only_echo(self) -> bool:
-        """Return whether the answer is only the prompt."""
-        return bool(self.echo) and self.max_tokens == 0
-
     def sampling_params(self, defaults: Defaults) -> SamplingParams:
         """Return the sampling parameters, see `params`. Raises InvalidRequest."""
         if self.best_of is not None and self.best_of != (self.n or 1):
             raise InvalidRequest("best_of must equal n, since this server does not rank completions", "best_of")
-        if self.echo and self.logprobs is not None:
-            raise InvalidRequest("echo with logprobs is not supported, as prompts have no logprobs here", "echo")
-        if self.only_echo:
-            if self.kv_cache_state:
-                raise InvalidRequest("kv_cache_state needs max_tokens of at least 1", "kv_cache_state")
-            # One token is computed, so that the prompt is checked, and left out of the answer.
-            return self.params(defaults, 1, None)
+        if self.max_tokens == 0 and self.kv_cache_state:
+            raise InvalidRequest("kv_cache_state needs max_tokens of at least 1", "kv_cache_state")
         limit = defaults.get("max_tokens", 16) if self.max_tokens is None else self.max_tokens
-        return self.params(defaults, int(limit), self.logprobs)
+        params = self.params(defaults, int(limit), self.logprobs)
+        if self.echo and self.logprobs is not None and self.prompt_logprobs is None:
+            params = msgspec.structs.replace(params, prompt_logprobs=self.logprobs)
+        return params
 
 
 class Message(Strict):

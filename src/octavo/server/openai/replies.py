@@ -6,6 +6,8 @@ from typing import Any, Literal
 import msgspec
 from starlette.responses import Response
 
+from octavo.outputs import Logprob
+
 encode = msgspec.json.Encoder().encode
 
 
@@ -116,9 +118,29 @@ class Reply(msgspec.Struct, kw_only=True):
 
 class CompletionLogprobs(msgspec.Struct):
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]] | None
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None] | None
     text_offset: list[int]
+
+
+class PromptLogprob(msgspec.Struct):
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
+PromptLogprobs = list[dict[str, PromptLogprob] | None]
+"""For each token of a prompt, logprobs by token id; None for the first token. The form of vLLM."""
+
+
+def prompt_logprobs(known: list[dict[int, Logprob] | None]) -> PromptLogprobs:
+    """Return a prompt's logprobs in the form of a reply."""
+    return [
+        {str(token): PromptLogprob(one.logprob, one.rank, one.decoded_token) for token, one in of.items()}
+        if of
+        else None
+        for of in known
+    ]
 
 
 class CompletionChoice(msgspec.Struct):
@@ -127,6 +149,7 @@ class CompletionChoice(msgspec.Struct):
     logprobs: CompletionLogprobs | None = None
     finish_reason: str | None = None
     stop_reason: str | int | None = None
+    prompt_logprobs: PromptLogprobs | msgspec.UnsetType = msgspec.UNSET
 
 
 class Completion(Reply, kw_only=True):
