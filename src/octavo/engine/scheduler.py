@@ -186,8 +186,8 @@ class Scheduler:
         spare_samples = self.max_running - len(self.running)  # the same of rows whose logits are computed
         waiting = self._next_waiting() if may_admit and self._slots else None
         self._short_of_pages = False
-        while prompts or (waiting and spare > 0):
-            if waiting is None or spare <= 0:
+        while prompts or (waiting and spare > 0 and spare_samples > 0):
+            if waiting is None or spare <= 0 or spare_samples <= 0:
                 seq = prompts.pop()
             elif prompts and (prompt_first := self._policy.goes_before(prompts[-1], waiting)) is not False:
                 if prompt_first is None:  # one of the two failed
