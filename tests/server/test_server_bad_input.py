@@ -102,7 +102,7 @@ def message(**fields: Any) -> tuple[str, dict[str, Any]]:
         (completion(logprobs=21), "logprobs", "20"),
         (completion(logprobs=True), "logprobs", "integer"),
         (completion(echo=True, logprobs=1), "echo", "not supported"),
-        (completion(suffix="end"), "suffix", "not supported"),
+        (completion(suffix="end"), "suffix", "tokens to fill in the middle"),
         (completion(stream="yes"), "stream", "boolean"),
         (completion(stream_options={"include_usage": True}), None, "stream to be true"),
         (completion(stream=True, stream_options={"usage": True}), "stream_options.usage", "unknown field"),

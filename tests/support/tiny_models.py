@@ -89,14 +89,14 @@ def random_model(config: PreTrainedConfig) -> PreTrainedModel:
     return model.to(torch.bfloat16).float()
 
 
-def save_tokenizer(folder: Path) -> None:
+def save_tokenizer(folder: Path, *special_tokens: str) -> None:
     """A byte-level BPE trained on Python's help texts, with a chat template, as transformers lays it out."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=VOCAB_SIZE,
-        special_tokens=SPECIAL_TOKENS,
+        special_tokens=[*SPECIAL_TOKENS, *special_tokens],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )

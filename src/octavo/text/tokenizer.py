@@ -77,7 +77,9 @@ class Tokenizer:
         self._template = template
         self._template_limits: dict[str, Any] = {}
         self._special_tokens = special_tokens or {}
-        self._special_ids = frozenset(i for i, token in backend.get_added_tokens_decoder().items() if token.special)
+        added = backend.get_added_tokens_decoder()
+        self._added_ids = frozenset(added)
+        self._special_ids = frozenset(i for i, token in added.items() if token.special)
         self._bytes: dict[int, bytes] = {}
         self._whole_texts: dict[int, str | None] = {}
         self._byte_level, self._strip_first_space = _decoding(backend)
@@ -207,6 +209,16 @@ class Tokenizer:
 
     def is_special(self, token: int) -> bool:
         return token in self._special_ids
+
+    def special_id(self, name: str) -> int | None:
+        """Return the id of an added token, such as "<|fim_prefix|>"; None if there is no such token."""
+        token: int | None = self.backend.token_to_id(name)
+        return token if token in self._added_ids else None
+
+    @property
+    def leading_ids(self) -> list[int]:
+        """Return the special tokens that `encode` puts before a text, such as BOS."""
+        return self._template_ids[0]
 
     def chat(self, messages: list[dict[str, Any]], **template_kwargs: Any) -> str:
         """Return the prompt of a conversation. Encode it with add_special_tokens=False.

@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Iterator
 from functools import partial
 
+import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -16,7 +17,7 @@ from octavo.text import Tokenizer
 
 from . import replies
 from .events import EventStream
-from .generation import Generation, tokenized
+from .generation import Generation, infilled, tokenized
 from .kv_states import continuation
 from .protocol import CompletionRequest
 
@@ -40,7 +41,11 @@ async def completions(api: Api, request: Request) -> Response:
     count = len(body.prompt) * params.n
     llm.check_capacity(count)
     continued = continuation(llm, body.kv_cache_state, count, terms)
-    prompts = await tokenized(llm, body.prompt, add_special_tokens=not (continued and continued.state))
+    if body.suffix:
+        prompts, ends = await infilled(llm, body)
+        params = msgspec.structs.replace(params, stop_token_ids=[*(params.stop_token_ids or ()), *ends] or None)
+    else:
+        prompts = await tokenized(llm, body.prompt, add_special_tokens=not (continued and continued.state))
     if continued:
         terms["kv_cache_state"] = continued.state
         continued.check_quota(prompts[0], params)

@@ -9,13 +9,16 @@ from typing import Any
 import msgspec
 
 from octavo.async_llm import AsyncLLM, Increment
+from octavo.errors import InvalidRequest
 from octavo.frontend.requests import Request, make_requests
 from octavo.outputs import RequestOutput
 from octavo.params import SamplingParams
 from octavo.server.edge.access_log import RequestRecord
+from octavo.text.infilling import infill
 from octavo.text.offload import off_loop
 
 from .kv_states import Continuation
+from .protocol import CompletionRequest
 from .replies import KVCacheState, PromptTokensDetails, Usage
 
 
@@ -105,3 +108,20 @@ async def tokenized(llm: AsyncLLM, prompts: list[str | list[int]], add_special_t
 
     length = sum(len(prompt) for prompt in prompts if isinstance(prompt, str))
     return await off_loop(llm.tokenizer, length, work)
+
+
+async def infilled(llm: AsyncLLM, body: CompletionRequest) -> tuple[list[list[int]], list[int]]:
+    """Return prompts for the text between each prompt and `suffix`, and the tokens that end this text.
+
+    Raises InvalidRequest, PromptTooLong.
+    """
+    suffix, limit = body.suffix or "", llm.info.max_model_len - 1
+    texts = [text for text in body.prompt if isinstance(text, str)]
+    if len(texts) < len(body.prompt) or body.kv_cache_state:
+        raise InvalidRequest("suffix needs prompts of text, without kv_cache_state", "suffix")
+
+    def work() -> list[tuple[list[int], list[int]]]:
+        return [infill(llm.tokenizer, text, suffix, limit) for text in texts]
+
+    results = await off_loop(llm.tokenizer, sum(len(text) + len(suffix) for text in texts), work)
+    return [prompt for prompt, _ in results], results[0][1]

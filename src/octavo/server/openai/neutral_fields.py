@@ -31,7 +31,7 @@ NEUTRAL: dict[str, Any] = {
     "function_call": ("none", "auto"),
     "response_format": ({"type": "text"},),
     "modalities": (["text"],),
-    **dict.fromkeys(("audio", "functions", "tools", "web_search_options", "suffix"), ()),
+    **dict.fromkeys(("audio", "functions", "tools", "web_search_options"), ()),
     # vLLM
     "length_penalty": (1.0,),
     "skip_special_tokens": (True,),

@@ -169,7 +169,7 @@ class GenerationRequest(Parameters):  # type: ignore[misc]
         for name, value in body.items():
             if name not in ("prompt", "messages") and isinstance(value, (list, dict)) and len(value) > MAX_ENTRIES:
                 raise ApiError(400, f"{name} has {len(value)} entries; the limit is {MAX_ENTRIES}", name)
-            has_own_limit = name in ("prompt", "stop") or name in _TERMS
+            has_own_limit = name in ("prompt", "suffix", "stop") or name in _TERMS
             if isinstance(value, str) and len(value) > MAX_TEXT and not has_own_limit:
                 raise ApiError(400, f"{name} has {len(value)} characters; the limit is {MAX_TEXT}", name)
         stop = body.get("stop")
@@ -226,6 +226,7 @@ class CompletionRequest(GenerationRequest):
     neutral: ClassVar[dict[str, Any]] = neutral_fields.COMPLETION_NEUTRAL
 
     prompt: Annotated[list[str | list[int]], PlainValidator(_prompts)]
+    suffix: str | None = None
     echo: bool | None = None
     logprobs: Whole | None = None
     best_of: Whole | None = None

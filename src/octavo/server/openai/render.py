@@ -18,7 +18,7 @@ from octavo.server.api import Api
 from octavo.server.edge.access_log import RequestRecord
 from octavo.server.edge.dispatch import route
 
-from .generation import tokenized
+from .generation import infilled, tokenized
 from .protocol import ChatRequest, CompletionRequest, GenerationRequest
 from .replies import Json
 
@@ -43,7 +43,7 @@ async def render_completion(api: Api, request: Request) -> Response:
     """Answer with a RenderedPrompt for each prompt of the body. Raises ApiError, OctavoError."""
     body = CompletionRequest.from_json(await _read(api, request), api.config)
     llm = await _model(api, request, body)
-    prompts = await tokenized(llm, body.prompt)
+    prompts = (await infilled(llm, body))[0] if body.suffix else await tokenized(llm, body.prompt)
     return Json([_rendered(llm, body, prompt) for prompt in prompts])
 
 

@@ -74,8 +74,8 @@ async def tokenize(api: Api, request: Request) -> Response:
     prompts: list[Any] = body.prompt if not is_chat else []
     if is_chat:
         prompts.append(await llm.tokenizer.achat(body.conversation(), **body.template_variables()))
-    if len(prompts) != 1 or not isinstance(prompts[0], str):
-        raise InvalidRequest("/tokenize takes one text as its prompt", "prompt")
+    if len(prompts) != 1 or not isinstance(prompts[0], str) or (not is_chat and body.suffix):
+        raise InvalidRequest("/tokenize takes one text as its prompt, without suffix", "prompt")
     [tokens] = await tokenized(llm, prompts, add_special_tokens)
     strings = [llm.tokenizer.token_text(token) for token in tokens] if return_strings else None
     return Json(Tokenized(count=len(tokens), max_model_len=llm.info.max_model_len, tokens=tokens, token_strs=strings))
