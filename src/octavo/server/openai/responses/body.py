@@ -188,10 +188,10 @@ class ResponsesRequest(Strict):
             messages.insert(0, {"role": "system", "content": self.instructions})
         if not messages:
             raise ApiError(400, "input is missing or empty", "input")
-        body = {**self.sampling, "messages": messages, **self._translated()}
+        body = {**self.sampling, "messages": messages, **self.translated()}
         return ChatRequest.from_json(body, config)
 
-    def _translated(self) -> dict[str, Any]:
+    def translated(self) -> dict[str, Any]:
         """Return the fields that are named or written differently in chat completions."""
         logprobs = bool(self.top_logprobs) or LOGPROBS in (self.include or [])
         text = self.text or TextConfig()

@@ -97,15 +97,15 @@ class ResponseBuilder:
 
     def fail(self, code: str, message: str) -> bytes:
         """End the response with an error."""
-        self._end_item("incomplete")
+        events = self._end_item("incomplete") + self._event("error", code=code, message=message, param=None)
         self.response.status, self.response.error = "failed", ResponseError("server_error", message)
-        return self._event("error", code=code, message=message, param=None) + self._lifecycle("failed")
+        return events + self._lifecycle("failed")
 
     def cancel(self) -> bytes:
         """End the response because a client has cancelled it. OpenAI's API has no event of its own for it."""
-        self._end_item("incomplete")
+        events = self._end_item("incomplete")
         self.response.status = "cancelled"
-        return self._lifecycle("incomplete")
+        return events + self._lifecycle("incomplete")
 
     def _begin_item(self, item: OutputItem) -> bytes:
         events = self._end_item("completed")
