@@ -59,6 +59,10 @@ class ResponseBuilder:
         self._open.content[0].logprobs.extend(logprobs)  # type: ignore[union-attr]
         return events + self._event("response.output_text.delta", content_index=0, delta=delta, logprobs=logprobs)
 
+    def add_logprobs(self, logprobs: Sequence[TokenLogprob]) -> bytes:
+        """Add logprobs of tokens that complete no text, unless the answer's text has not begun."""
+        return self.add_text("", logprobs) if logprobs and isinstance(self._open, OutputMessage) else b""
+
     def add_reasoning(self, delta: str) -> bytes:
         """Add to the reasoning before the answer."""
         events = b""

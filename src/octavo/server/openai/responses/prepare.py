@@ -8,12 +8,12 @@ from typing import Any
 
 from starlette.requests import Request
 
-from octavo.async_llm import AsyncLLM
 from octavo.errors import PromptTooLong
 from octavo.server.api import Api
 from octavo.server.edge.access_log import RequestRecord
 from octavo.server.errors import ApiError
-from octavo.server.openai.generation import Generation, tokenized
+from octavo.server.openai.chat_generation import ChatGeneration
+from octavo.server.openai.chat_generation import prepare as prepare_chat
 from octavo.server.openai.protocol import ChatRequest, tenant_of
 
 from .body import ResponsesRequest, own_names
@@ -37,7 +37,7 @@ class Prepared:
     body: ResponsesRequest
     tenant: str
     input: list[Item]
-    generation: Generation
+    generation: ChatGeneration
 
     def response(self) -> ResponseObject:
         """Return a new response without output."""
@@ -83,18 +83,12 @@ async def prepare(api: Api, store: ResponseStore, request: Request, record: Requ
     own = input_items(body.input, await _referenced(store, body.input, before, tenant))
     with own_names():
         chat = body.chat(before + own, api.config)
-        terms = chat.terms(request.headers)
-        llm = await api.model(record, chat.model, chat.user_id, terms)
-        params = chat.sampling_params(llm.generation_defaults)
-        llm.check_capacity(1)
-        if api.config.access_log_prompts:
-            record.prompt = chat.conversation()
         if body.truncation == "auto":
-            reserved = min(body.max_output_tokens or DEFAULT_RESERVED, llm.info.max_model_len // 4)
-            prompt = await render_truncated(llm, chat, int(body.instructions is not None), reserved)
+            generation = await _prepare_truncated(api, request, chat, record, body)
         else:
-            prompt = await render(llm, chat)
-    return Prepared(body, tenant, own, Generation(llm, [prompt], params, terms, record, "resp"))
+            generation = await prepare_chat(api, request, chat, record)
+    record.stream = bool(body.stream)
+    return Prepared(body, tenant, own, generation)
 
 
 async def _continued(store: ResponseStore, id: str | None, tenant: str) -> list[Item]:
@@ -120,33 +114,31 @@ async def _referenced(store: ResponseStore, given: Any, before: list[Item], tena
     return found
 
 
-async def render(llm: AsyncLLM, chat: ChatRequest) -> list[int]:
-    """Return the token ids of a chat's prompt. Raises InvalidRequest, PromptTooLong."""
-    text = await llm.tokenizer.achat(chat.conversation(), **chat.template_variables())
-    [prompt] = await tokenized(llm, [text], add_special_tokens=False)  # the template adds them
-    return prompt
-
-
-async def render_truncated(llm: AsyncLLM, chat: ChatRequest, keep: int, reserved: int) -> list[int]:
-    """Return the token ids of a chat's prompt, without its oldest messages if it is too long.
+async def _prepare_truncated(
+    api: Api, request: Request, chat: ChatRequest, record: RequestRecord, body: ResponsesRequest
+) -> ChatGeneration:
+    """Return what prepare_chat does, for a chat without its oldest messages if it is too long.
 
     A conversation is cut before a message of the user, so that no answer of the model or of a tool loses its question.
-
-    Args:
-        keep: number of messages at the beginning that are never left out.
-        reserved: number of tokens of the context that are left to the output, if leaving out messages can achieve it.
+    Instructions stay. Tokens for the output are left free if leaving out messages can achieve it.
     """
-    longest = llm.info.max_model_len - reserved
-    messages = chat.messages
+    messages, keep = chat.messages, int(body.instructions is not None)
 
-    async def cut(start: int) -> list[int]:
-        return await render(llm, chat.model_copy(update={"messages": messages[:keep] + messages[start:]}))
+    async def prepared(start: int) -> ChatGeneration:
+        if record.on_end is not None:  # the attempt before has acquired the model
+            record.on_end()
+            record.on_end = None
+        shorter = chat.model_copy(update={"messages": messages[:keep] + messages[start:]})
+        return await prepare_chat(api, request, shorter, record)
 
     async def fits(start: int) -> bool:
         try:
-            return len(await cut(start)) <= longest
+            generation = await prepared(start)
         except PromptTooLong:
             return False
+        context = generation.llm.info.max_model_len
+        reserved = min(body.max_output_tokens or DEFAULT_RESERVED, context // 4)
+        return len(generation.prompts[0]) <= context - reserved
 
     starts = [keep, *(i for i in range(keep + 1, len(messages)) if messages[i].role == "user")]
     low, high = 0, len(starts) - 1
@@ -157,4 +149,4 @@ async def render_truncated(llm: AsyncLLM, chat: ChatRequest, keep: int, reserved
         else:
             low = middle + 1
         middle = (low + high) // 2
-    return await cut(starts[low])
+    return await prepared(starts[low])

@@ -58,7 +58,6 @@ class Responses:
         record = RequestRecord.of(request.scope)
         prepared = await prepare(self.api, self.store, request, record)
         body = prepared.body
-        record.stream = bool(body.stream)
         builder = ResponseBuilder(prepared.response(), body.summarizes, encoded=bool(body.stream or body.background))
         run = Run(prepared.generation, builder, prepared.tenant, prepared.input, self.store.put)
         if body.background:

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import msgspec
 
@@ -12,9 +12,11 @@ from octavo.async_llm import Increment
 from octavo.outputs import RequestOutput
 from octavo.server.edge.dispatch import note_error
 from octavo.server.errors import error_reply, is_expected
-from octavo.server.openai.chat import _logprobs
+from octavo.server.openai.chat import _logprobs as token_logprobs
+from octavo.server.openai.chat_generation import ChatGeneration
 from octavo.server.openai.events import PING, PING_SECONDS
-from octavo.server.openai.generation import Generation
+from octavo.server.openai.replies import TokenLogprob
+from octavo.text.answer import AnswerEvent, ArgumentsDelta, ReasoningDelta, TextDelta, ToolCallStart
 
 from .builder import ResponseBuilder
 from .items import Item
@@ -37,12 +39,13 @@ class Run:
         put: stores a response.
     """
 
-    generation: Generation
+    generation: ChatGeneration
     builder: ResponseBuilder
     tenant: str
     input: list[Item]
     put: Callable[[StoredResponse], Awaitable[None]]
     _finish_reason: str | None = None
+    _logprobs: list[TokenLogprob] = field(default_factory=list)  # of tokens since the last part of the answer
 
     @property
     def response(self) -> ResponseObject:
@@ -51,8 +54,13 @@ class Run:
 
     async def whole(self) -> ResponseObject:
         """Generate and store the response, and return it. If the caller is cancelled, its request is aborted."""
-        [output] = await self.generation.whole()
-        self._add(output)
+        if self.generation.params.logprobs is None:
+            [output] = await self.generation.whole()
+            self._add(output)
+        else:  # a part of the output at a time, since only the logprobs of the answer's text are returned
+            async with contextlib.aclosing(self.output()) as steps:
+                async for increments in steps:
+                    self.add(increments)
         self.end()
         await self.save()
         return self.response
@@ -113,7 +121,7 @@ class Run:
     def end(self) -> bytes:
         """End the response, and return the last events."""
         self._count()
-        return self.builder.end(self._finish_reason)
+        return self.builder.add_logprobs(self._logprobs) + self.builder.end(self._finish_reason)
 
     def cancel(self) -> bytes:
         """End the response because its client has cancelled it, and return the last events."""
@@ -159,11 +167,25 @@ class Run:
         """Add an increment, or the whole output, to the response. Return the events."""
         self.response.seed = output.seed
         [new] = output.outputs
-        self._finish_reason = new.finish_reason
-        if not (new.text or new.logprobs):
-            return b""
-        logprobs = _logprobs(self.generation.llm.tokenizer, new, self.generation.params.logprobs)
-        return self.builder.add_text(new.text, logprobs.content if logprobs else ())
+        given = token_logprobs(self.generation.llm.tokenizer, new, self.generation.params.logprobs)
+        if given is not None:
+            self._logprobs += given.content
+        events = b"".join([self._part(part) for part in self.generation.events(new)])
+        self._finish_reason = self.generation.finish_reason(new)
+        return events
+
+    def _part(self, part: AnswerEvent) -> bytes:
+        """Add a part of the answer. The logprobs since the part before belong to it, and only a text has some."""
+        logprobs, self._logprobs = self._logprobs, []
+        match part:
+            case TextDelta(text):
+                return self.builder.add_text(text, logprobs)
+            case ReasoningDelta(text):
+                return self.builder.add_reasoning(text)
+            case ToolCallStart(_, id, name):
+                return self.builder.begin_call(id, name)
+            case ArgumentsDelta(_, text):
+                return self.builder.add_arguments(text)
 
     def _count(self) -> None:
         """Set the response's usage."""
