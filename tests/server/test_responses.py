@@ -3,6 +3,7 @@
 import asyncio
 import re
 import time
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -10,6 +11,9 @@ import openai
 import pytest
 from openai.types.responses import Response
 
+from octavo.errors import ConfigError
+from octavo.server.openai.responses.routes import DATABASE
+from octavo.server.openai.responses.store import ResponseStore, StoredResponse
 from server_process import ServerProcess
 
 HELLO = "Say hello to the modules"
@@ -34,6 +38,10 @@ def ended(client: openai.OpenAI, id: str) -> Response:
         assert time.monotonic() < deadline
         time.sleep(0.02)
     return response
+
+
+def client_of(server: ServerProcess) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=60)
 
 
 def running(server: ServerProcess) -> int:
@@ -302,6 +310,39 @@ def test_a_background_stream_goes_on_without_its_client(client: openai.OpenAI) -
     assert client.responses.retrieve(id) == final
     with pytest.raises(openai.BadRequestError):
         client.responses.retrieve(create(client).id, stream=True)
+
+
+def test_a_data_folder_survives_the_server(tiny_llama: Path, tmp_path: Path) -> None:
+    """A server that drains waits for background responses; at the end of its drain timeout they fail."""
+    flags, path = ("--data-dir", str(tmp_path / "data")), tmp_path / "data" / DATABASE
+    with ServerProcess(tiny_llama, *flags) as server, client_of(server) as client:
+        first = create(client, HELLO)
+        waiting = client.responses.create(model="tiny", input=HELLO, background=True, **ENDLESS)
+    with ServerProcess(tiny_llama, *flags, "--drain-timeout", "0") as server, client_of(server) as client:
+        assert client.responses.retrieve(first.id) == first
+        assert client.responses.retrieve(waiting.id).usage.output_tokens == 400
+        assert create(client, "more", previous_response_id=first.id).previous_response_id == first.id
+        with pytest.raises(ConfigError, match="another server"):
+            ResponseStore(path)
+        ids = [client.responses.create(model="tiny", input=HELLO, background=True, **ENDLESS).id for _ in range(4)]
+
+    async def end_of(id: str) -> StoredResponse | None:
+        return await store.find(id, "")
+
+    store = ResponseStore(path)
+    found = [asyncio.run(end_of(id)) for id in ids]
+    store.close()
+    assert all(stored and stored.status == "failed" for stored in found)
+    assert found[-1] and "shutting down" in found[-1].response["error"]["message"]
+
+
+def test_a_data_folder_that_cannot_be_used(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="data_dir cannot be used"):
+        ResponseStore(tmp_path / "file" / DATABASE)
+    (tmp_path / DATABASE).write_text("not a database " * 100)
+    with pytest.raises(ConfigError, match="data_dir cannot be used"):
+        ResponseStore(tmp_path / DATABASE)
 
 
 # What is refused

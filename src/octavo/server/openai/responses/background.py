@@ -6,6 +6,7 @@ import zlib
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
 
+from octavo.server.errors import ServerStopping
 from octavo.server.openai.events import PING, PING_SECONDS
 
 from .run import Run
@@ -31,10 +32,12 @@ class Background:
     _task: asyncio.Task[None] | None = None
     _is_cancelled: bool = False
 
-    async def start(self) -> None:
-        """Store the response and start to generate it."""
+    async def start(self, tasks: set[asyncio.Task[None]]) -> None:
+        """Store the response and start to generate it, in a task that is in `tasks` until it ends."""
         await self.run.save()
         self._task = asyncio.ensure_future(self._work())
+        tasks.add(self._task)
+        self._task.add_done_callback(tasks.discard)
 
     async def cancel(self) -> None:
         """End the run, unless it has ended already. The response gets the status cancelled."""
@@ -78,9 +81,7 @@ class Background:
                     self._add(self.run.add(increments))
             return self.run.end()
         except asyncio.CancelledError:
-            if not self._is_cancelled:  # the server ends
-                raise
-            return self.run.cancel()
+            return self.run.cancel() if self._is_cancelled else self.run.fail(ServerStopping())
         except Exception as error:
             return self.run.fail(error)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -24,13 +25,16 @@ from .store import ResponseStore, StoredResponse
 from .stream import EventResponse
 
 PATH = "/v1/responses"
+DATABASE = "responses.db"  # in the data folder
 MAX_PAGE = 100  # input items in one answer
 DEFAULT_PAGE = 20
 
 
 def routes(api: Api) -> list[Route]:
     """Return the routes of this family."""
-    responses = Responses(api, ResponseStore(None))
+    responses = Responses(
+        api, ResponseStore(Path(folder) / "responses.db" if (folder := api.config.data_dir) else None)
+    )
     return [
         route("POST", PATH, responses.create),
         route("POST", f"{PATH}/input_tokens", responses.count_input_tokens),
@@ -55,20 +59,19 @@ class Responses:
 
     async def create(self, request: Request) -> Response:
         """Answer POST /v1/responses."""
-        record = RequestRecord.of(request.scope)
-        prepared = await prepare(self.api, self.store, request, record)
+        prepared = await prepare(self.api, self.store, request, RequestRecord.of(request.scope))
         body = prepared.body
         builder = ResponseBuilder(prepared.response(), body.summarizes, encoded=bool(body.stream or body.background))
         run = Run(prepared.generation, builder, prepared.tenant, prepared.input, self.store.put)
         if body.background:
-            return await self._start(run, prepared, record)
+            return await self._start(run, prepared, request)
         if body.stream:
             return EventResponse(run.events(), run.fail)
         return Json(await run.whole())
 
-    async def _start(self, run: Run, prepared: Prepared, record: RequestRecord) -> Response:
+    async def _start(self, run: Run, prepared: Prepared, request: Request) -> Response:
         """Start a background response, which outlives the request, and answer with it or with its stream."""
-        id = run.response.id
+        id, record = run.response.id, RequestRecord.of(request.scope)
         release_model, record.on_end = record.on_end, None
 
         def release() -> None:
@@ -78,7 +81,7 @@ class Responses:
 
         background = Background(run, release, keep_events=bool(prepared.body.stream))
         self.running[id] = background
-        await background.start()
+        await background.start(request.scope.get("octavo.tasks", set()))
         if prepared.body.stream:
             return EventResponse(background.follow(after=-1), lambda _: b"")
         return Json(run.response)

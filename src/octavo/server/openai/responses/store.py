@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from octavo.errors import ConfigError
 from octavo.server.errors import ApiError
 
 from .items import Item
@@ -73,8 +74,8 @@ class _Held:
 class ResponseStore:
     """Stores responses up to a number, a size and an age. Each tenant sees its own only.
 
-    If there are too many, the least recently used ones of the tenant that has stored the most bytes are deleted. All
-    methods but the constructor are to be called on the event loop; a thread of the store runs the database.
+    If there are too many, the least recently used ones of the tenant that has stored the most bytes are deleted. A
+    thread of the store runs the database. Raises ConfigError if it cannot be opened, or another process has opened it.
 
     Args:
         path: of the database's file; None keeps it in memory.
@@ -89,8 +90,12 @@ class ResponseStore:
     def __post_init__(self) -> None:
         if self.limits == (0, 0):
             self.limits = MAX_ON_DISK if self.path else MAX_IN_MEMORY
+        try:
+            self._database = self._open()
+        except (OSError, sqlite3.Error) as error:
+            hint = " (is another server using it?)" if "locked" in str(error) else ""
+            raise ConfigError(f"data_dir cannot be used: {self.path}: {error}{hint}") from None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="octavo-responses")
-        self._database: sqlite3.Connection | None = None
 
     async def put(self, stored: StoredResponse) -> None:
         """Store a response, or replace the one with its id."""
@@ -113,7 +118,7 @@ class ResponseStore:
 
     def close(self) -> None:
         """Wait for running operations, then close the database."""
-        self._thread.submit(self._close)
+        self._thread.submit(self._database.close)
         self._thread.shutdown()
 
     async def _run(self, work: Callable[[sqlite3.Connection], Result]) -> Result:
@@ -121,12 +126,14 @@ class ResponseStore:
         return await asyncio.get_running_loop().run_in_executor(self._thread, self._transact, work)
 
     def _transact(self, work: Callable[[sqlite3.Connection], Result]) -> Result:
-        database = self._database = self._database or self._open()
-        with database:
-            return work(database)
+        with self._database:
+            return work(self._database)
 
     def _open(self) -> sqlite3.Connection:
-        database = sqlite3.connect(self.path or ":memory:", timeout=5.0)
+        if self.path:
+            self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        database = sqlite3.connect(self.path or ":memory:", timeout=1.0, check_same_thread=False)
+        database.execute("PRAGMA locking_mode = EXCLUSIVE")  # a second server would fail this one's running responses
         database.execute("PRAGMA journal_mode = WAL")
         database.execute("PRAGMA synchronous = NORMAL")
         database.executescript(_SCHEMA)
@@ -135,10 +142,6 @@ class ResponseStore:
             counts = "SELECT tenant, count(*), sum(size) FROM responses GROUP BY tenant"
             self._held = {tenant: _Held(count, size) for tenant, count, size in database.execute(counts)}
         return database
-
-    def _close(self) -> None:
-        if self._database is not None:
-            self._database.close()
 
     def _put(self, database: sqlite3.Connection, stored: StoredResponse) -> None:
         now = time.time()
