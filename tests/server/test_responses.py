@@ -374,7 +374,7 @@ def test_a_data_folder_that_cannot_be_used(tmp_path: Path) -> None:
         ({"input": "x", "text": {"format": {"type": "json_schema", "name": "n"}}}, "text.format.schema"),
         ({"input": "x", "background": True, "store": False}, "background"),
         ({"input": "x", "metadata": {str(i): "" for i in range(17)}}, "metadata"),
-        ({"input": "x", "stream_options": {"include_obfuscation": False}}, "stream_options"),
+        ({"input": "x", "stream_options": {"include": True}}, "stream_options.include"),
         ({"input": "word " * 600}, "input"),
     ],
 )

@@ -158,8 +158,6 @@ class ResponsesRequest(Strict):
         """Raise ApiError 400 for fields that contradict one another or name what this server does not have."""
         if self.background and self.store is False:
             raise ApiError(400, "background needs store to be true", "background")
-        if self.stream_options and not self.stream:
-            raise ApiError(400, "stream_options needs stream to be true", "stream_options")
         if (self.prompt_cache_options or {}).get("prewarm"):
             path = "prompt_cache_options.prewarm"
             raise ApiError(400, f"{path} is not supported by this server", path, "unsupported_field")
