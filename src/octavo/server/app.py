@@ -10,7 +10,7 @@ from .api import Api
 from .config import ServerConfig
 from .edge.body import BodyReader
 from .edge.dispatch import Dispatcher
-from .openai import chat, completions, kv_states, models, render, tokenize
+from .openai import chat, completions, kv_states, models, render, responses, tokenize
 
 
 def create_app(
@@ -24,5 +24,5 @@ def create_app(
     """
     config = config or ServerConfig()
     api = Api(fleet, config, BodyReader(config), int(time.time()), draining)
-    families = (chat, completions, models, render, tokenize, kv_states, admin, models_admin, worker_info)
+    families = (chat, completions, responses, models, render, tokenize, kv_states, admin, models_admin, worker_info)
     return Dispatcher([route for family in families for route in family.routes(api)], config.allowed_origins)

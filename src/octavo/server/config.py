@@ -38,6 +38,9 @@ class ServerConfig(Settings):
         "Memory for several models together; idle ones are unloaded for others. By default, the free memory at start, "
         "or what the container allows.",
     )
+    data_dir: str | None = setting(
+        None, "Folder for what must survive a restart, such as stored responses. By default, they are kept in memory."
+    )
     admin_key: str | None = setting(
         None,
         "Key for /v1/admin, whose routes load, unload, swap and scale models; without a key, they are refused.",

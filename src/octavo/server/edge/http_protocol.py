@@ -247,6 +247,8 @@ class HttpProtocol(HttpToolsProtocol):
         self.scope["query_string"] = url.query or b""
         record = RequestRecord(request_id(self.headers), self.scope["method"], self.scope["path"], self._client_host)
         self.scope["octavo.record"] = record  # type: ignore[typeddict-unknown-key]
+        # The tasks for which a draining server waits, and which it cancels at the end. A route may add its own.
+        self.scope["octavo.tasks"] = self.tasks  # type: ignore[typeddict-unknown-key]
         self.cycle = cycle = Cycle(self, record, version != "1.0" and self.parser.should_keep_alive())
         if self._running is None:
             self._run(cycle)

@@ -12,11 +12,11 @@ from octavo.server.api import Api
 from octavo.server.edge.access_log import RequestRecord
 from octavo.server.edge.dispatch import route
 from octavo.text import Tokenizer
+from octavo.text.answer import AnswerEvent, TextDelta
 
 from . import replies
+from .chat_generation import ChatGeneration, prepare
 from .events import EventStream
-from .generation import Generation, tokenized
-from .kv_states import continuation
 from .protocol import ChatRequest
 
 
@@ -30,41 +30,25 @@ async def chat_completions(api: Api, request: Request) -> Response:
     record = RequestRecord.of(request.scope)
     content = await api.bodies.read_json(request, admit=api.fleet.check_capacity)
     body = ChatRequest.from_json(content, api.config)
-    terms = body.terms(request.headers)
-    llm = await api.model(record, body.model, body.user_id, terms, body.kv_cache_state)
-    params = body.sampling_params(llm.generation_defaults)
-    llm.check_capacity(params.n)
-    messages = body.conversation()
-    record.stream = bool(body.stream)
-    if api.config.access_log_prompts:
-        record.prompt = messages
-    if continued := continuation(llm, body.kv_cache_state, params.n, terms):
-        messages = continued.whole_chat(messages)
-    text = await llm.tokenizer.achat(messages, **body.template_variables())
-    [prompt] = await tokenized(llm, [text], add_special_tokens=False)  # the template adds them
-    if continued:
-        prompt = continued.after_state(prompt)
-        terms["kv_cache_state"] = continued.state
-        continued.check_quota(prompt, params)
-    generation = Generation(llm, [prompt], params, terms, record, "chatcmpl", continued)
+    generation = await prepare(api, request, body, record)
     if body.stream:
         choices = _Choices(generation)
         return EventStream(generation, _chunk(generation), choices, body.include_usage, body.continuous_usage)
     return await _whole(generation)
 
 
-async def _whole(generation: Generation) -> Response:
+async def _whole(generation: ChatGeneration) -> Response:
     [output] = await generation.whole()
     tokenizer, top = generation.llm.tokenizer, generation.params.logprobs
     choices = [
         replies.ChatChoice(
-            index=completion.index,
-            message=replies.ChatMessage(content=completion.text),
+            index=answer.index,
+            message=replies.ChatMessage(content=answer.text),
             logprobs=_logprobs(tokenizer, completion, top),
-            finish_reason=completion.finish_reason,
-            stop_reason=completion.stop_reason,
+            finish_reason=answer.finish_reason,
+            stop_reason=answer.stop_reason,
         )
-        for completion in output.outputs
+        for answer, completion in zip(generation.answers(output.outputs), output.outputs, strict=True)
     ]
     return replies.Json(
         replies.Chat(
@@ -80,7 +64,7 @@ async def _whole(generation: Generation) -> Response:
     )
 
 
-def _chunk(generation: Generation) -> replies.ChatChunk:
+def _chunk(generation: ChatGeneration) -> replies.ChatChunk:
     return replies.ChatChunk(
         id=generation.id,
         created=generation.created,
@@ -93,21 +77,30 @@ def _chunk(generation: Generation) -> replies.ChatChunk:
 class _Choices:
     """Returns the choices of an increment. As in OpenAI's API, the role, new text and the end get a chunk each."""
 
-    def __init__(self, generation: Generation):
-        self._tokenizer, self._top = generation.llm.tokenizer, generation.params.logprobs
+    def __init__(self, generation: ChatGeneration):
+        self._generation = generation
         self._begun: set[int] = set()  # indices of completions
 
     def __call__(self, _: int, new: CompletionOutput) -> Iterator[replies.ChunkChoice]:
         if new.index not in self._begun:
             self._begun.add(new.index)
             yield replies.ChunkChoice(new.index, replies.Delta(role="assistant", content=""))
-        if new.text or new.logprobs:
-            logprobs = _logprobs(self._tokenizer, new, self._top)
-            yield replies.ChunkChoice(new.index, replies.Delta(content=new.text), logprobs)
-        if new.finish_reason:
-            yield replies.ChunkChoice(
-                new.index, replies.Delta(), finish_reason=new.finish_reason, stop_reason=new.stop_reason
-            )
+        generation = self._generation
+        logprobs = _logprobs(generation.llm.tokenizer, new, generation.params.logprobs)
+        for event in generation.events(new):
+            yield replies.ChunkChoice(new.index, _delta(event), logprobs)
+            logprobs = None
+        if logprobs and logprobs.content:  # of tokens that complete no text
+            yield replies.ChunkChoice(new.index, replies.Delta(content=""), logprobs)
+        if reason := generation.finish_reason(new):
+            yield replies.ChunkChoice(new.index, replies.Delta(), finish_reason=reason, stop_reason=new.stop_reason)
+
+
+def _delta(event: AnswerEvent) -> replies.Delta:
+    match event:
+        case TextDelta(text):
+            return replies.Delta(content=text)
+    raise TypeError(event)
 
 
 def _logprobs(tokenizer: Tokenizer, new: CompletionOutput, top: int | None) -> replies.ChatLogprobs | None:

@@ -1,0 +1,172 @@
+"""The routes of /v1/responses."""
+
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from octavo.server.api import Api
+from octavo.server.edge.access_log import RequestRecord
+from octavo.server.edge.dispatch import route
+from octavo.server.errors import ApiError
+from octavo.server.openai.protocol import tenant_of
+from octavo.server.openai.replies import Json
+
+from .background import Background, unpack
+from .builder import ResponseBuilder
+from .items import Item
+from .objects import Deleted, InputTokens, ItemList
+from .prepare import Prepared, prepare
+from .run import Run
+from .store import ResponseStore, StoredResponse
+from .stream import EventResponse
+
+PATH = "/v1/responses"
+DATABASE = "responses.db"  # in the data folder
+MAX_PAGE = 100  # input items in one answer
+DEFAULT_PAGE = 20
+
+
+def routes(api: Api) -> list[Route]:
+    """Return the routes of this family."""
+    responses = Responses(
+        api, ResponseStore(Path(folder) / "responses.db" if (folder := api.config.data_dir) else None)
+    )
+    return [
+        route("POST", PATH, responses.create),
+        route("POST", f"{PATH}/input_tokens", responses.count_input_tokens),
+        route("GET", f"{PATH}/{{id}}", responses.retrieve),
+        route("DELETE", f"{PATH}/{{id}}", responses.delete),
+        route("POST", f"{PATH}/{{id}}/cancel", responses.cancel),
+        route("GET", f"{PATH}/{{id}}/input_items", responses.list_input_items),
+    ]
+
+
+@dataclass
+class Responses:
+    """The handlers of the routes. They raise ApiError and OctavoError.
+
+    Args:
+        running: the background responses that have not ended, by id.
+    """
+
+    api: Api
+    store: ResponseStore
+    running: dict[str, Background] = field(default_factory=dict)
+
+    async def create(self, request: Request) -> Response:
+        """Answer POST /v1/responses."""
+        prepared = await prepare(self.api, self.store, request, RequestRecord.of(request.scope))
+        body = prepared.body
+        builder = ResponseBuilder(prepared.response(), body.summarizes, encoded=bool(body.stream or body.background))
+        run = Run(prepared.generation, builder, prepared.tenant, prepared.input, self.store.put)
+        if body.background:
+            return await self._start(run, prepared, request)
+        if body.stream:
+            return EventResponse(run.events(), run.fail)
+        return Json(await run.whole())
+
+    async def _start(self, run: Run, prepared: Prepared, request: Request) -> Response:
+        """Start a background response, which outlives the request, and answer with it or with its stream."""
+        id, record = run.response.id, RequestRecord.of(request.scope)
+        release_model, record.on_end = record.on_end, None
+
+        def release() -> None:
+            del self.running[id]
+            if release_model is not None:
+                release_model()
+
+        background = Background(run, release, keep_events=bool(prepared.body.stream))
+        self.running[id] = background
+        await background.start(request.scope.get("octavo.tasks", set()))
+        if prepared.body.stream:
+            return EventResponse(background.follow(after=-1), lambda _: b"")
+        return Json(run.response)
+
+    async def count_input_tokens(self, request: Request) -> Response:
+        """Answer POST /v1/responses/input_tokens."""
+        prepared = await prepare(self.api, self.store, request, RequestRecord.of(request.scope))
+        return Json(InputTokens(input_tokens=len(prepared.generation.prompts[0])))
+
+    async def retrieve(self, request: Request) -> Response:
+        """Answer GET /v1/responses/{id}. With stream=true, replay the stream of a background response."""
+        stored = await self._find(request)
+        query = request.query_params
+        if query.get("stream", "false").lower() not in ("true", "1"):
+            return Json(stored.response)
+        after = query.get("starting_after", "-1")
+        if not after.removeprefix("-").isdecimal() or len(after) > 9:
+            raise ApiError(400, "starting_after should be a sequence number", "starting_after")
+        if (background := self.running.get(stored.id)) and background.keep_events:
+            return EventResponse(background.follow(int(after)), lambda _: b"")
+        if stored.events is None:
+            message = "only a response that was created with background and stream can be streamed again"
+            raise ApiError(400, message, "stream")
+        return EventResponse(_replay(stored.events, int(after)), lambda _: b"")
+
+    async def delete(self, request: Request) -> Response:
+        """Answer DELETE /v1/responses/{id}. A response that is being generated is cancelled."""
+        stored = await self._find(request)
+        if background := self.running.get(stored.id):
+            await background.cancel()
+        await self.store.delete(stored.id, stored.tenant)
+        return Json(Deleted(id=stored.id))
+
+    async def cancel(self, request: Request) -> Response:
+        """Answer POST /v1/responses/{id}/cancel. A response that has ended stays as it is."""
+        stored = await self._find(request)
+        if not stored.response["background"]:
+            raise ApiError(400, "only a response that was created with background can be cancelled", "id")
+        if background := self.running.get(stored.id):
+            await background.cancel()
+            return Json(background.run.response)
+        return Json(stored.response)
+
+    async def list_input_items(self, request: Request) -> Response:
+        """Answer GET /v1/responses/{id}/input_items: the conversation before the response, page by page."""
+        stored = await self._find(request)
+        items = list(stored.input)
+        if stored.previous is not None:
+            turns = await self.store.conversation(stored.previous, stored.tenant)
+            items = [item for turn in turns for item in turn.items] + items
+        return Json(_page(items, request.query_params))
+
+    async def _find(self, request: Request) -> StoredResponse:
+        """Return the response that a request names, as it is now. Raises ApiError 404."""
+        tenant, id = tenant_of(request.headers, request.query_params.get("tenant")), request.path_params["id"]
+        background = self.running.get(id)
+        if background is not None and background.run.tenant == tenant:
+            return background.run.stored()
+        if (stored := await self.store.find(id, tenant)) is None:
+            raise ApiError(404, f"the response {id[:100]!r} does not exist, or was deleted", "id", "response_not_found")
+        return stored
+
+
+async def _replay(packed: bytes, after: int) -> AsyncGenerator[bytes, None]:
+    yield b"".join(unpack(packed)[after + 1 :])
+
+
+def _page(items: Sequence[Item], query: Mapping[str, str]) -> ItemList:
+    """Return the page of `items` that the parameters limit, order and after select. Raises ApiError 400."""
+    order, limit, after = query.get("order", "desc"), query.get("limit", str(DEFAULT_PAGE)), query.get("after")
+    if order not in ("asc", "desc"):
+        raise ApiError(400, "order should be asc or desc", "order")
+    if not (limit.isascii() and limit.isdecimal() and len(limit) < 4 and 1 <= int(limit) <= MAX_PAGE):
+        raise ApiError(400, f"limit should be a number from 1 to {MAX_PAGE}", "limit")
+    ordered = list(items) if order == "asc" else list(items)[::-1]
+    start = 0
+    if after is not None:
+        ids = [item["id"] for item in ordered]
+        if after not in ids:
+            raise ApiError(404, "after names no input item of this response", "after")
+        start = ids.index(after) + 1
+    page = ordered[start : start + int(limit)]
+    return ItemList(
+        data=page,
+        first_id=page[0]["id"] if page else None,
+        last_id=page[-1]["id"] if page else None,
+        has_more=start + len(page) < len(ordered),
+    )
