@@ -113,8 +113,8 @@ class Run:
     def add(self, increments: list[Increment] | None) -> bytes:
         """Add increments of the output to the response, and return the events."""
         events = []
-        for _, output in increments or ():
-            self.generation.add(output)
+        for prompt, output in increments or ():
+            self.generation.add(prompt, output)
             events.append(self._add(output))
         return b"".join(events)
 
