@@ -14,6 +14,7 @@ from .errors import InvalidRequest
 
 MAX_LOGPROBS = 20
 MAX_STOP_STRINGS, MAX_STOP_CHARACTERS = 16, 1024
+MAX_BAD_WORDS = 128
 MAX_PRIORITY = 1000  # and at least -1000, so that aging makes up for any difference within hours
 MAX_SECONDS = 86_400.0  # of a request's timeout or target
 MAX_NAME = 256  # characters of a tenant's name or of a salt
@@ -79,6 +80,18 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         dict[int, float] | None,
         Meta(description="Map of token ids to numbers that are added to their logits, -100 to 100."),
     ] = None
+    bad_words: Annotated[list[str] | None, Meta(description="Words that never appear in the output; up to 128.")] = None
+    skip_special_tokens: Annotated[
+        bool, Meta(description="Leave special tokens, such as those of the chat template, out of the text.")
+    ] = True
+    include_stop_str_in_output: Annotated[
+        bool, Meta(description="End the text after the stop string or stop token, not before it.")
+    ] = False
+    detokenize: Annotated[bool, Meta(description="Convert the output to text, not only to token ids.")] = True
+    truncate_prompt_tokens: Annotated[
+        int | None,
+        Meta(description="Keep only this many last tokens of the prompt; -1: as many as fit into the context."),
+    ] = None
     ignore_eos: Annotated[bool, Meta(description="Continue after the end-of-sequence token.")] = False
     speculative_tokens: Annotated[
         int | None,
@@ -116,7 +129,21 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         number("repetition_penalty", 1e-30, 100.0, "a number above 0 (at least 1e-30) and at most 100")
         if self.logit_bias is not None:
             fields.biases("logit_bias", 1024, "a map of at most 1,024 token ids to numbers from -100 to 100")
-        fields.flag("ignore_eos")
+        if self.bad_words is not None:
+            limits = f"{MAX_BAD_WORDS} strings of 1 to {MAX_STOP_CHARACTERS:,} characters"
+            need(not isinstance(self.bad_words, str), "bad_words", f"a list of at most {limits}")
+            fields.texts("bad_words", MAX_BAD_WORDS, MAX_STOP_CHARACTERS, f"a list of at most {limits}")
+        for name in ("skip_special_tokens", "include_stop_str_in_output", "detokenize", "ignore_eos"):
+            fields.flag(name)
+        need(
+            self.detokenize or not self.stop,
+            "detokenize",
+            "true if there are stop strings, which are found in the text",
+        )
+        if self.truncate_prompt_tokens is not None:
+            what = f"an integer of at least 1 and at most {MAX_INTEGER:,}, or -1"
+            integer("truncate_prompt_tokens", -1, MAX_INTEGER, what)
+            need(self.truncate_prompt_tokens != 0, "truncate_prompt_tokens", what)
         if self.speculative_tokens is not None:
             integer("speculative_tokens", 0, 1024, "an integer from 0 to 1,024")
 

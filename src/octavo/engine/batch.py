@@ -107,7 +107,8 @@ class BatchBuilder:
         column["presence"][slot] = params.presence_penalty
         column["frequency"][slot] = params.frequency_penalty
         self._penalized[slot] = params.penalized
-        self._biased_until[slot] = 2**31 - 1 if params.logit_bias else params.min_tokens
+        always = params.logit_bias or seq.request.banned
+        self._biased_until[slot] = 2**31 - 1 if always else params.min_tokens
         self._gathered_slots = None
 
     def _extend_page_table(self, seq: Sequence) -> None:
@@ -227,11 +228,14 @@ def _biases(
 
 
 def _bias(seq: Sequence) -> dict[int, float]:
-    """Return the biases of a sequence's next logits: logit_bias, and -inf for stop tokens before min_tokens."""
+    """Return the biases of a sequence's next logits: logit_bias, and -inf for banned tokens."""
     params = seq.request.params
     bias = dict(params.logit_bias or {})
     if seq.num_outputs < params.min_tokens:
         bias.update(dict.fromkeys(seq.stop_tokens, -math.inf))
+    for *before, last in seq.request.banned:
+        if seq.ends_with(before):
+            bias[last] = -math.inf
     return bias
 
 

@@ -17,6 +17,7 @@ class EngineRequest(msgspec.Struct, frozen=True, array_like=True):
         output: tokens that an earlier engine already generated. Their K and V are recomputed; they are not sent again.
         after: the id of a live request with the same prompt; this request waits until that prompt is in the cache.
         tenant, salt: only requests with the same tenant, salt and origin share pages.
+        banned: token sequences whose last token is never sampled after the others.
         origin: the origin of the KV state that the request continues (KVState.origin); "" if it continues none.
         priority: lower goes first.
         ttft_target: target for the seconds from arrival to the first token.
@@ -36,6 +37,7 @@ class EngineRequest(msgspec.Struct, frozen=True, array_like=True):
     ttft_target: float | None = None
     timeout: float | None = None
     origin: str = ""
+    banned: list[list[int]] = []
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):

@@ -102,6 +102,12 @@ class Sequence:
 
     @property
     def num_draft_tokens(self) -> int:
-        """Return the number of draft tokens to try now; 0 if a penalty or min_tokens makes sampling depend on them."""
+        """Return the number of draft tokens to try now; 0 if a penalty or a ban makes sampling depend on them."""
         params = self.request.params
-        return 0 if params.penalized or self.num_outputs < params.min_tokens else self.draft_limit
+        depends = params.penalized or self.request.banned or self.num_outputs < params.min_tokens
+        return 0 if depends else self.draft_limit
+
+    def ends_with(self, tokens: list[int]) -> bool:
+        """Return whether the output ends with `tokens`."""
+        count = len(tokens)
+        return count == 0 or (count <= self.num_outputs and self.tokens[-count:].tolist() == tokens)

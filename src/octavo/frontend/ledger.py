@@ -16,7 +16,7 @@ from octavo.text import Detokenizer, Tokenizer
 from octavo.text.stop_strings import StopStrings
 
 from .live import LiveCompletion, LiveRequest, Sink
-from .requests import Request, check_id
+from .requests import Request, banned_tokens, check_id
 
 SEED_BITS = 53  # JavaScript, and JSON parsers with its numbers, keep integers exact up to 53 bits
 
@@ -131,6 +131,7 @@ class Ledger:
             state=request.state,
         )
         capacity = self._info.max_model_len - len(tokens)
+        banned = banned_tokens(params.bad_words or (), self._tokenizer)
         first: str | None = None
         for index in range(params.n):
             engine_request = EngineRequest(
@@ -145,7 +146,9 @@ class Ledger:
                     max_tokens=capacity if params.max_tokens is None else min(max(params.max_tokens, 1), capacity),
                     min_tokens=min(params.min_tokens, capacity),
                     prompt_logprobs=None if index else params.prompt_logprobs,
+                    bad_words=None,
                 ),
+                banned=banned,
                 eos=[] if params.ignore_eos else self._eos,
                 after=first,
                 tenant=terms.tenant,
@@ -157,5 +160,6 @@ class Ledger:
             )
             first = first or engine_request.id
             stops = StopStrings(params.stop_strings)
-            live.completions.append(LiveCompletion(engine_request, index, Detokenizer(self._tokenizer), stops))
+            detokenizer = Detokenizer(self._tokenizer, params.skip_special_tokens)
+            live.completions.append(LiveCompletion(engine_request, index, detokenizer, stops))
         return live

@@ -170,14 +170,16 @@ class LiveRequest:
 
     def _text(self, completion: LiveCompletion, output: TokenOutput) -> str:
         """Return the text that is final after one more token."""
-        if output.finish_reason == "stop":
+        params = self.params
+        if not params.detokenize or (output.finish_reason == "stop" and not params.include_stop_str_in_output):
             return ""  # the end-of-sequence or stop token is not part of the text
         text = completion.detokenizer.push(output.token)
-        armed = len(completion.token_ids) + 1 >= self.params.min_tokens
+        armed = len(completion.token_ids) + 1 >= params.min_tokens
         text, stop = completion.stops.push(text, armed)
-        if stop is not None:
-            self._finish(completion, "stop", stop)
-        return text
+        if stop is None:
+            return text
+        self._finish(completion, "stop", stop)
+        return text + stop if params.include_stop_str_in_output else text
 
     def _logprobs(self, token: int, got: TokenLogprobs) -> dict[int, Logprob]:
         name = self.tokenizer.token_text

@@ -1,6 +1,6 @@
 """Convert the arguments of `generate` to requests: prompts with the parameters, terms and KV state of each."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypedDict, TypeVar, cast
 
@@ -11,6 +11,7 @@ from octavo.states import KVState
 from octavo.text import Tokenizer
 from octavo.text.offload import off_loop
 
+MAX_TRUNCATED = 16  # a text that is to be truncated may have this many times the tokens of the context
 MAX_ID = 256  # characters in a request id chosen by the user
 
 
@@ -105,10 +106,13 @@ def tokenize(request: Request, tokenizer: Tokenizer, info: EngineInfo) -> list[i
     Raises InvalidRequest if the prompt or the parameters have token ids beyond the vocabulary; PromptTooLong.
     """
     _check_params(request.params, info.vocab_size)
-    prompt = request.prompt
+    prompt, kept = request.prompt, kept_tokens(request.params, info)
+    if kept is not None and request.state is not None:
+        raise InvalidRequest("truncate_prompt_tokens does not go with kv_cache_state", "truncate_prompt_tokens")
     if isinstance(prompt, str):
-        tokens = tokenizer.encode(prompt, request.state is None, max_tokens=info.max_model_len - 1)
+        tokens = encode(prompt, tokenizer, info, kept, add_special_tokens=request.state is None)
     else:
+        prompt = prompt if kept is None else prompt[-kept:]
         check_length(len(prompt), info, has_state=request.state is not None)
         size = info.vocab_size
         tokens = [token if type(token) is int else plain(token) for token in prompt]
@@ -116,6 +120,34 @@ def tokenize(request: Request, tokenizer: Tokenizer, info: EngineInfo) -> list[i
             raise InvalidRequest(f"prompt token ids must be integers from 0 to {size - 1}", "prompt")
     check_length(len(tokens), info, has_state=request.state is not None)
     return tokens
+
+
+def kept_tokens(params: SamplingParams, info: EngineInfo) -> int | None:
+    """Return how many last tokens of the prompt `truncate_prompt_tokens` keeps; None for all.
+
+    At -1, the context has space left for max_tokens, if they are set and fit.
+    """
+    if params.truncate_prompt_tokens != -1:
+        return params.truncate_prompt_tokens
+    return max(1, info.max_model_len - max(1, params.max_tokens or 1))
+
+
+def encode(text: str, tokenizer: Tokenizer, info: EngineInfo, kept: int | None, add_special_tokens: bool) -> list[int]:
+    """Return the token ids of a text, or only the last `kept` ones. Raises InvalidRequest, PromptTooLong."""
+    if kept is None:
+        return tokenizer.encode(text, add_special_tokens, max_tokens=info.max_model_len - 1)
+    return tokenizer.encode(text, add_special_tokens, max_tokens=MAX_TRUNCATED * info.max_model_len)[-kept:]
+
+
+def banned_tokens(words: Iterable[str], tokenizer: Tokenizer) -> list[list[int]]:
+    """Return the token sequences that spell `words`, at the beginning of a text and after a space."""
+    spelled: list[list[int]] = []
+    for word in words:
+        for text in (word.lstrip(), " " + word.lstrip()):
+            tokens = tokenizer.encode(text, add_special_tokens=False)
+            if tokens and tokens not in spelled:
+                spelled.append(tokens)
+    return spelled
 
 
 async def tokenize_all(requests: list[Request], tokenizer: Tokenizer, info: EngineInfo) -> list[list[int]]:

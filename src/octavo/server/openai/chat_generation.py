@@ -75,7 +75,8 @@ async def prepare(api: Api, request: Request, body: ChatRequest, record: Request
     if continued := continuation(llm, body.kv_cache_state, params.n, terms):
         messages = continued.whole_chat(messages)
     text = await llm.tokenizer.achat(messages, **body.template_variables())
-    [prompt] = await tokenized(llm, [text], add_special_tokens=False)  # the template adds them
+    # The template adds special tokens.
+    [prompt] = await tokenized(llm, [text], add_special_tokens=False, params=params)
     if continued:
         prompt = continued.after_state(prompt)
         terms["kv_cache_state"] = continued.state

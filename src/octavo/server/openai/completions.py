@@ -48,7 +48,8 @@ async def completions(api: Api, request: Request) -> Response:
         prompts, ends = await infilled(llm, body)
         params = msgspec.structs.replace(params, stop_token_ids=[*(params.stop_token_ids or ()), *ends] or None)
     else:
-        prompts = await tokenized(llm, body.prompt, add_special_tokens=not (continued and continued.state))
+        begins = not (continued and continued.state)
+        prompts = await tokenized(llm, body.prompt, add_special_tokens=begins, params=params)
     if continued:
         terms["kv_cache_state"] = continued.state
         continued.check_quota(prompts[0], params)

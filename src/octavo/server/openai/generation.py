@@ -10,7 +10,7 @@ import msgspec
 
 from octavo.async_llm import AsyncLLM, Increment
 from octavo.errors import InvalidRequest
-from octavo.frontend.requests import Request, make_requests
+from octavo.frontend.requests import Request, encode, kept_tokens, make_requests
 from octavo.outputs import Logprob, RequestOutput
 from octavo.params import SamplingParams
 from octavo.server.edge.access_log import RequestRecord
@@ -102,12 +102,23 @@ class Generation:
         return make_requests(self.prompts, self.params, self.params, priority, terms, state)
 
 
-async def tokenized(llm: AsyncLLM, prompts: list[str | list[int]], add_special_tokens: bool = True) -> list[list[int]]:
-    """Return prompts as token ids. Raises InvalidRequest, PromptTooLong."""
-    encode, limit = llm.tokenizer.encode, llm.info.max_model_len - 1
+async def tokenized(
+    llm: AsyncLLM,
+    prompts: list[str | list[int]],
+    add_special_tokens: bool = True,
+    params: SamplingParams | None = None,
+) -> list[list[int]]:
+    """Return prompts as token ids, truncated as `params` demand. Raises InvalidRequest, PromptTooLong."""
+    info = llm.info
+    kept = kept_tokens(params, info) if params else None
+
+    def tokens(prompt: str | list[int]) -> list[int]:
+        if isinstance(prompt, str):
+            return encode(prompt, llm.tokenizer, info, kept, add_special_tokens)
+        return prompt if kept is None else prompt[-kept:]
 
     def work() -> list[list[int]]:
-        return [encode(prompt, add_special_tokens, limit) if isinstance(prompt, str) else prompt for prompt in prompts]
+        return [tokens(prompt) for prompt in prompts]
 
     length = sum(len(prompt) for prompt in prompts if isinstance(prompt, str))
     return await off_loop(llm.tokenizer, length, work)

@@ -34,18 +34,15 @@ NEUTRAL: dict[str, Any] = {
     **dict.fromkeys(("audio", "functions", "tools", "web_search_options"), ()),
     # vLLM
     "length_penalty": (1.0,),
-    "skip_special_tokens": (True,),
-    "detokenize": (True,),
     "spaces_between_special_tokens": (True,),
     "include_reasoning": (True, False),  # reasoning is never separated from the answer
-    "truncate_prompt_tokens": (-1,),
     "early_stopping": (False,),
     "response_role": ("assistant",),
-    **dict.fromkeys(("use_beam_search", "include_stop_str_in_output"), (False,)),
+    **dict.fromkeys(("use_beam_search",), (False,)),
     **dict.fromkeys(("return_tokens_as_token_ids", "return_token_ids"), (False,)),
     **dict.fromkeys(("request_id", "guided_decoding_backend", "mm_processor_kwargs"), ANY),
     "truncation_side": ("left", "right"),  # only with truncate_prompt_tokens
-    **dict.fromkeys(("allowed_token_ids", "bad_words", "structured_outputs", "documents"), ()),
+    **dict.fromkeys(("allowed_token_ids", "structured_outputs", "documents"), ()),
     **dict.fromkeys(("guided_json", "guided_regex", "guided_choice", "guided_grammar", "logits_processors"), ()),
     **dict.fromkeys(("chat_template", "kv_transfer_params", "vllm_xargs", "thinking_token_budget"), ()),
     # SGLang

@@ -117,6 +117,7 @@ _JSON_TYPES: dict[Any, Any] = {  # of a parameter's type, None left out
     bool: bool,
     str: str,
     list[int]: list[Whole],
+    list[str]: list[str],
     dict[int, float]: dict[str, float],
     list[str] | str: Any,  # SamplingParams checks it
 }
