@@ -3,11 +3,15 @@
 import sys
 from array import array
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from octavo.kv import PageTable, Prefetch, Prefix
 from octavo.params import SamplingParams
 
 from .messages import EngineRequest
+
+if TYPE_CHECKING:
+    from octavo.text.grammars import Matcher
 
 
 @dataclass(slots=True, eq=False)
@@ -29,6 +33,8 @@ class Sequence:
         slot: row of the batch columns while the sequence runs; -1 while it waits.
         admitted: whether the sequence has been admitted before; if it waits, it was preempted.
         aborted: whether the sequence was removed or has failed.
+        matcher: the position in the grammar of structured outputs, behind the last token; None without a grammar.
+        grammar_error: the reason why the grammar cannot be followed any further.
         tenant: the same object for all sequences of a tenant, so that counting them is fast.
     """
 
@@ -50,6 +56,8 @@ class Sequence:
     slot: int = -1
     admitted: bool = False
     aborted: bool = False
+    matcher: "Matcher | None" = None
+    grammar_error: str | None = None
 
     def __post_init__(self) -> None:
         self.page_table = PageTable(self.prefix)

@@ -1,4 +1,4 @@
-"""Structured output in request bodies: OpenAI's response_format, and vLLM's structured_outputs and guided_... fields."""
+"""Structured output in request bodies: OpenAI's response_format, vLLM's structured_outputs and guided_... fields."""
 
 from typing import Any, Literal
 
