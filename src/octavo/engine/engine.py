@@ -387,6 +387,7 @@ class Engine:
     def _end(self, seq: Sequence, token: int, logprobs: TokenLogprobs | None) -> TokenOutput:
         """Return the output of a token that may end the sequence, and end it unless min_tokens forbids that."""
         reason = message = stop_token = None
+        in_text = False
         if token < 0:
             reason, message = "error", "the model computed logits that are NaN or infinite"
         elif seq.grammar_error is not None:
@@ -394,14 +395,14 @@ class Engine:
         elif token in seq.stop_tokens and seq.num_outputs >= seq.request.params.min_tokens:
             reason, stop_token = "stop", token if token not in seq.request.eos else None
         elif seq.matcher is not None and seq.matcher.is_stopped:
-            reason = "stop"
+            reason, in_text = "stop", not seq.matcher.is_end(token)
         elif len(seq.tokens) >= seq.max_tokens:
             reason = "length"
         if reason:
             del self._live[seq.id]
             self._deadlines.forget(seq.id)
             self.scheduler.finish(seq)
-        return TokenOutput(seq.id, token, reason, stop_token, logprobs, seq.cached_tokens, message)
+        return TokenOutput(seq.id, token, reason, stop_token, logprobs, seq.cached_tokens, message, in_text)
 
     def _fail(self, seq: Sequence, reason: str) -> None:
         """Make the next step return an error for a sequence that the scheduler has removed."""

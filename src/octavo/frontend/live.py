@@ -163,7 +163,7 @@ class LiveRequest:
 
     def _text(self, completion: LiveCompletion, output: TokenOutput) -> str:
         """Return the text that is final after one more token."""
-        if output.finish_reason == "stop":
+        if output.finish_reason == "stop" and not output.in_text:
             return ""  # the end-of-sequence or stop token is not part of the text
         text = completion.detokenizer.push(output.token)
         armed = len(completion.token_ids) + 1 >= self.params.min_tokens

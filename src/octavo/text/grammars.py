@@ -44,14 +44,19 @@ class GrammarError(Exception):
 class Matcher:
     """The position of one sequence in its grammar. Not thread-safe."""
 
-    def __init__(self, matcher: llguidance.LLMatcher):
+    def __init__(self, matcher: llguidance.LLMatcher, end_tokens: frozenset[int] = frozenset()):
         self._matcher = matcher
+        self._end_tokens = end_tokens
         self._seconds = -MAX_SECONDS / 4  # of processor time so far, less what the masks may take
 
     @property
     def is_stopped(self) -> bool:
         """Return whether the output is complete, and no token may follow."""
         return self._matcher.is_stopped()
+
+    def is_end(self, token: int) -> bool:
+        """Return whether `token` is an end-of-sequence token, which is not part of the text."""
+        return token in self._end_tokens
 
     def accept(self, tokens: Iterable[int]) -> None:
         """Advance by tokens of the output. Raises GrammarError if the grammar does not allow them."""
@@ -122,7 +127,7 @@ class Grammars:
                 self._compiled[key] = compiled
                 if len(self._compiled) > MAX_CACHED:
                     self._compiled.popitem(last=False)
-        matcher = Matcher(compiled.deep_copy())
+        matcher = Matcher(compiled.deep_copy(), self._tokenizer.eos_token_ids)
         matcher.accept(output)
         return matcher
 
