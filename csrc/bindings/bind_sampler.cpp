@@ -83,6 +83,7 @@ SamplingArrays::SamplingArrays(nb::handle batch) {
     const auto history = array<int32_t>(batch, "history");
     const auto bias_tokens = array<int32_t>(batch, "bias_tokens");
     const auto bias_values = array<float>(batch, "bias_values");
+    const auto masks = array<uint32_t>(batch, "masks");
     if (bias_tokens.shape(0) != bias_values.shape(0))
         throw nb::value_error("SamplingBatch.bias_values must have one entry per bias token");
     batch_.rows = static_cast<int32_t>(temperature.shape(0));
@@ -104,6 +105,8 @@ SamplingArrays::SamplingArrays(nb::handle batch) {
         .bias_tokens = bias_tokens.data(),
         .bias_values = bias_values.data(),
         .bias_start = offsets(batch, "bias_start", bias_tokens.shape(0)),
+        .masks = masks.data(),
+        .mask_start = offsets(batch, "mask_start", masks.shape(0)),
     };
 }
 

@@ -67,7 +67,10 @@ public:
             const float max = scan_.find_maxima(logits_, vocab_, maxima()).max;
             log_total = max + std::log(scan_.weigh(logits_, vocab_, max, kLog2e, weights(), chunk_sums()));
         }
+        const bool masked = row_.mask_length > 0;
+        if (masked && wants_logprobs) scratch_.raw.assign(logits_, logits_ + vocab_);
         adjust();
+        if (masked) mask();
         const Range range = scan_.find_maxima(logits_, vocab_, maxima());
         if (range.damaged || range.max == -kInfinity) return {-1, kNaN, 0};
         const int32_t token = row_.temperature > 0 ? draw(range.max) : first_of(range.max);
@@ -122,8 +125,28 @@ private:
         }
     }
 
+    // Ban the tokens that the mask does not allow. NaN and +inf stay, so that the row still fails.
+    void mask() {
+        const int32_t words = std::min(row_.mask_length, (vocab_ + 31) / 32);
+        for (int32_t w = 0; w < words; ++w) {
+            const uint32_t allowed = row_.mask[w];
+            if (allowed == ~uint32_t{0}) continue;
+            const int32_t end = std::min(vocab_, 32 * (w + 1));
+            for (int32_t token = 32 * w; token < end; ++token)
+                if (!(allowed >> (token % 32) & 1)) ban(token);
+        }
+        for (int32_t token = 32 * words; token < vocab_; ++token) ban(token);
+    }
+
+    void ban(int32_t token) { logits_[token] = logits_[token] < kInfinity ? -kInfinity : logits_[token]; }
+
     void restore() {
         auto& changes = scratch_.changes;
+        if (row_.mask_length > 0) {
+            std::copy(scratch_.raw.begin(), scratch_.raw.end(), logits_);
+            scan_.find_maxima(logits_, vocab_, maxima());
+            return;
+        }
         for (auto c = changes.rbegin(); c != changes.rend(); ++c) logits_[c->token] = c->logit;
         if (!changes.empty()) scan_.find_maxima(logits_, vocab_, maxima());
     }
@@ -260,7 +283,9 @@ SamplingRow SamplingBatch::row(int32_t r) const {
             history_outputs[r],
             bias_tokens + bias_start[r],
             bias_values + bias_start[r],
-            bias_start[r + 1] - bias_start[r]};
+            bias_start[r + 1] - bias_start[r],
+            masks + mask_start[r],
+            mask_start[r + 1] - mask_start[r]};
 }
 
 int32_t SamplingBatch::max_logprobs() const {

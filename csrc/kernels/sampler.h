@@ -28,6 +28,8 @@ struct SamplingRow {
     const int32_t* bias_tokens;
     const float* bias_values;
     int32_t bias_length;
+    const uint32_t* mask;  // bits of the allowed tokens
+    int32_t mask_length;   // words; 0 if all tokens are allowed
 };
 
 // The arrays of a SamplingBatch, as passed from Python.
@@ -49,6 +51,8 @@ struct SamplingBatch {
     const int32_t* bias_tokens;
     const float* bias_values;
     const int32_t* bias_start;
+    const uint32_t* masks;
+    const int32_t* mask_start;
 
     SamplingRow row(int32_t r) const;
     int32_t max_logprobs() const;  // K of StepResult; 0 or less if no row wants the likeliest tokens
@@ -80,6 +84,7 @@ private:
     std::vector<float> lane_maxima;
     std::vector<double> chunk_sums;
     std::vector<Change> changes;
+    std::vector<float> raw;  // the raw logits of a row that has a mask
 };
 
 // Sample one row. `logits` [vocab] are raw, and are overwritten. `top_tokens` and `top_logprobs` [top] receive the

@@ -17,7 +17,7 @@ from .frontend.links.thread import ThreadLink
 from .frontend.live import LiveRequest, Sink
 from .frontend.loop_thread import LoopThread
 from .frontend.progress import generation_bar
-from .frontend.requests import Prompt, Request, make_request, make_requests, tokenize, tokenize_all
+from .frontend.requests import Prompt, Request, check_grammars, make_request, make_requests, tokenize, tokenize_all
 from .outputs import RequestOutput
 from .params import SamplingParams, Terms
 from .states import KVState
@@ -236,6 +236,7 @@ class LLM:
 
     def _submit(self, requests: list[Request], sink: Sink) -> list[LiveRequest]:
         tokens = [tokenize(request, self.tokenizer, self.info) for request in requests]
+        check_grammars(requests, self.tokenizer)
         return self._thread.call(self._frontend.submit, requests, tokens, sink)
 
 

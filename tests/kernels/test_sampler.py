@@ -1,11 +1,14 @@
 """The native sampler against a plain float64 reading of its contract (backends.base.SamplingBatch); its statistics."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from octavo.backends.base import SamplingBatch, StepResult
+from octavo.backends.torch import sampling
 from step_batches import sampling_batch
 
 native = pytest.importorskip("octavo.backends.cpu._native", reason="the cpu backend's extension is not built")
@@ -348,6 +351,36 @@ def mixed_rows(rows: int, vocab: int) -> np.ndarray:
     return logits
 
 
+def random_masks(rows: int, vocab: int, words: int | None = None) -> dict[str, np.ndarray]:
+    """Every second token allowed, by chance, and among the likely ones some in every row."""
+    words = -(-vocab // 32) if words is None else words
+    masks = np.random.default_rng(3).integers(0, 2**32, (rows, words), dtype=np.uint32)
+    masks[:, 0] |= 0x0F0F
+    return {"masks": masks.reshape(-1), "mask_start": (np.arange(rows + 1) * words).astype(np.int32)}
+
+
+@pytest.mark.parametrize("words", [1, 3, 5, None])
+def test_a_mask_bans_tokens_as_in_the_plain_sampler(words: int | None) -> None:
+    rows, vocab = 40, 133
+    batch = replace(mixed_batch(rows, vocab), **random_masks(rows, vocab, words))
+    logits = mixed_rows(rows, vocab)
+    plain, native = sampling.sample(logits, batch), run(logits, batch)
+    assert native.tokens.tolist() == plain.tokens.tolist()
+    np.testing.assert_array_equal(native.ranks, plain.ranks)
+    np.testing.assert_allclose(native.logprobs, plain.logprobs, rtol=1e-4)
+    for r, token in enumerate(native.tokens.tolist()):
+        mask = batch.masks[batch.mask_start[r] : batch.mask_start[r + 1]]
+        assert token // 32 < len(mask) and mask[token // 32] >> (token % 32) & 1
+
+
+def test_a_mask_without_a_token_and_damaged_logits_give_no_token() -> None:
+    logits = random_logits(3, 70)
+    logits[1, 69], logits[2, 69] = np.nan, np.inf
+    masks = np.array([[0, 0, 0], [1, 0, 0], [1, 0, 0]], np.uint32).reshape(-1)
+    batch = sampling_batch(3, masks=masks, mask_start=np.arange(4, dtype=np.int32) * 3)
+    assert run(logits, batch).tokens.tolist() == [-1, -1, -1] == sampling.sample(logits, batch).tokens.tolist()
+
+
 def mixed_batch(rows: int, vocab: int) -> SamplingBatch:
     """Every row with other parameters, histories and biases."""
     rng = np.random.default_rng(1)
@@ -368,13 +401,15 @@ def mixed_batch(rows: int, vocab: int) -> SamplingBatch:
         bias_tokens=rng.integers(0, vocab, 2 * rows).astype(np.int32),
         bias_values=rng.choice(np.array([-np.inf, 3], np.float32), 2 * rows),
         bias_start=(np.arange(rows + 1) * 2).astype(np.int32),
+        **random_masks(rows, vocab),
     )
 
 
 def rows_of(batch: SamplingBatch, rows: np.ndarray) -> SamplingBatch:
     """Some rows of a mixed_batch, in any order."""
-    flat = {"history": 10, "bias_tokens": 2, "bias_values": 2}
-    starts = {"history_start": 10, "bias_start": 2}
+    words = int(batch.mask_start[1])
+    flat = {"history": 10, "bias_tokens": 2, "bias_values": 2, "masks": words}
+    starts = {"history_start": 10, "bias_start": 2, "mask_start": words}
     fields = {name: getattr(batch, name) for name in batch.__slots__}
     return SamplingBatch(
         **{

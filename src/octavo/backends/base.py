@@ -16,8 +16,8 @@ Progress = Callable[[int, int], None]  # called as work is done: progress(done b
 class SamplingBatch:
     """How to sample each of R rows. Row r is output number `positions[r]` of its request.
 
-    logits → + bias, repetition / presence / frequency penalties over `history` → greedy if temperature is 0, else
-    / temperature → top_k → top_p → min_p → draw with Philox4x32-10 (Salmon et al., 2011), key = `seeds[r]`,
+    logits → + bias, repetition / presence / frequency penalties over `history` → mask → greedy if temperature is 0,
+    else / temperature → top_k → top_p → min_p → draw with Philox4x32-10 (Salmon et al., 2011), key = `seeds[r]`,
     counter = `positions[r]`. Ties go to the lower token id. Logprobs are of the raw logits, in nats.
     """
 
@@ -37,6 +37,8 @@ class SamplingBatch:
     bias_tokens: np.ndarray  # int32 [B], tokens of logit_bias and of bans, concatenated by row
     bias_values: np.ndarray  # float32 [B]; -inf bans
     bias_start: np.ndarray  # int32 [R + 1]
+    masks: np.ndarray  # uint32 [M], bit t % 32 of word t // 32 allows token t; tokens past a row's last word are banned
+    mask_start: np.ndarray  # int32 [R + 1]; row r's mask is masks[start[r]:start[r + 1]]; if empty, all are allowed
 
     @classmethod
     def greedy(cls, rows: int) -> "SamplingBatch":
@@ -58,6 +60,8 @@ class SamplingBatch:
             bias_tokens=np.zeros(0, np.int32),
             bias_values=np.zeros(0, np.float32),
             bias_start=np.zeros(rows + 1, np.int32),
+            masks=np.zeros(0, np.uint32),
+            mask_start=np.zeros(rows + 1, np.int32),
         )
 
 

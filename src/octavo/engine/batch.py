@@ -15,6 +15,7 @@ import numpy as np
 from octavo.backends.base import SamplingBatch, StepBatch
 from octavo.kv import PageTable
 
+from .constraints import masks_of
 from .scheduler import StepPlan
 from .sequence import Sequence
 
@@ -22,7 +23,7 @@ CERTAIN = 1e30  # a bias that no other logit exceeds
 
 _EMPTY: "array[int]" = array("i")
 _NO_BIAS: dict[int, float] = {}
-_NO_TOKENS, _NO_VALUES = np.zeros(0, np.int32), np.zeros(0, np.float32)
+_NO_TOKENS, _NO_VALUES, _NO_WORDS = np.zeros(0, np.int32), np.zeros(0, np.float32), np.zeros(0, np.uint32)
 
 _slot, _num_computed = attrgetter("slot"), attrgetter("num_computed")
 
@@ -85,7 +86,7 @@ class BatchBuilder:
             page_tables=np.ascontiguousarray(self._page_tables[slots, : num_pages.max()]),
             sample_rows=((query_start[:-1] + chunks - 1)[owner] + ahead).astype(np.int32),
             sampling=self._sampling(
-                plan.sequences, owner, slots[owner], outputs=(ends - self._num_prompt[slots])[owner] + ahead
+                plan.sequences, owner, slots[owner], (ends - self._num_prompt[slots])[owner] + ahead, masks_of(plan)
             ),
         )
 
@@ -118,7 +119,12 @@ class BatchBuilder:
         self._num_pages[seq.slot] = len(pages)
 
     def _sampling(
-        self, sequences: list[Sequence], owner: np.ndarray, slots: np.ndarray, outputs: np.ndarray
+        self,
+        sequences: list[Sequence],
+        owner: np.ndarray,
+        slots: np.ndarray,
+        outputs: np.ndarray,
+        masks: list[bytes] | None,
     ) -> SamplingBatch:
         """Return the SamplingBatch. Row r is output number outputs[r] of sequences[owner[r]], which has slots[r].
 
@@ -128,12 +134,13 @@ class BatchBuilder:
             self._gathered = {name: column[slots] for name, column in self._parameters.items()}
             self._gathered_slots = slots
         if (scored := outputs < 0).any():
-            return self._scoring(sequences, owner, slots, outputs, scored)
+            return self._scoring(sequences, owner, slots, outputs, scored, masks)
         return SamplingBatch(
             positions=outputs,
             **self._gathered,
             **_histories(sequences, owner, self._penalized[slots], outputs),
             **_biases([sequences[i] for i in owner], self._biased_until[slots] > outputs),
+            **_masks(masks, len(owner)),
         )
 
     def _scoring(
@@ -143,6 +150,7 @@ class BatchBuilder:
         slots: np.ndarray,
         outputs: np.ndarray,
         scored: np.ndarray,
+        masks: list[bytes] | None,
     ) -> SamplingBatch:
         """Return the SamplingBatch of a step with rows, `scored`, that give logprobs of prompt tokens.
 
@@ -163,6 +171,7 @@ class BatchBuilder:
             **parameters,
             **_histories(sequences, owner, self._penalized[slots] & ~scored, outputs),
             **_biases([sequences[i] for i in owner], (self._biased_until[slots] > outputs) | scored, targets),
+            **_masks(masks, len(owner)),
         )
 
 
@@ -225,6 +234,15 @@ def _biases(
         "bias_values": np.array([value for row in biases for value in row.values()], np.float32),
         "bias_start": _starts(biases),
     }
+
+
+def _masks(masks: list[bytes] | None, rows: int) -> dict[str, np.ndarray]:
+    """Return the fields of SamplingBatch for masks."""
+    if masks is None:
+        return {"masks": _NO_WORDS, "mask_start": np.zeros(rows + 1, np.int32)}
+    starts = np.zeros(rows + 1, np.int32)
+    np.cumsum([len(mask) // 4 for mask in masks], out=starts[1:])
+    return {"masks": np.frombuffer(b"".join(masks), np.uint32), "mask_start": starts}
 
 
 def _bias(seq: Sequence) -> dict[int, float]:

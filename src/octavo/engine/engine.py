@@ -16,6 +16,7 @@ from octavo.states.file import StateFile
 from octavo.states.jobs import StateFiles
 
 from .batch import BatchBuilder
+from .constraints import Constraints
 from .deadlines import Deadlines
 from .messages import EngineInfo, EngineRequest, EngineStats, TokenLogprobs, TokenOutput
 from .policies import Policy
@@ -47,6 +48,7 @@ class Engine:
         request_timeout: timeout in seconds of requests that set none; None for no timeout.
         work: the record of the engine's current work.
         clock: returns monotonic time in seconds; a simulation passes a virtual clock.
+        constraints: follows the grammars of structured outputs; without it, such requests fail.
     """
 
     def __init__(
@@ -66,6 +68,7 @@ class Engine:
         request_timeout: float | None = None,
         work: WorkRecord | None = None,
         clock: Callable[[], float] = time.monotonic,
+        constraints: Constraints | None = None,
     ):
         self.backend, self.fingerprint, self.clock = backend, fingerprint, clock
         self._transfers = transfers or Transfers(backend, ())
@@ -82,6 +85,7 @@ class Engine:
         self.max_model_len = min(max_model_len, num_pages * backend.page_size)
         max_pages = self.kv.pages_for(self.max_model_len)
         self._builder = BatchBuilder(self.scheduler.max_running, max_pages, backend.page_size)
+        self._constraints = constraints
         self._live: dict[str, Sequence] = {}
         self._failures: list[TokenOutput] = []  # to be returned by the next step
         self._deadlines = Deadlines()
@@ -100,7 +104,7 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Return whether `step` has anything to do."""
-        return self.scheduler.has_work or bool(self._failures) or self.kv.is_moving
+        return self.scheduler.has_work or bool(self._failures or self._constraints) or self.kv.is_moving
 
     @property
     def info(self) -> EngineInfo:
@@ -124,7 +128,6 @@ class Engine:
             return
         self._work.serving(request.id)
         params, tokens = request.params, array("i", request.prompt + request.output)
-        after = self._live.get(request.after or "")
         seq = Sequence(
             request=request,
             order=self._num_added,
@@ -141,15 +144,39 @@ class Engine:
         self._live[request.id] = seq
         if (timeout := self._timeout(request)) is not None:
             self._deadlines.set(request.id, seq.arrival + timeout)
-        self.scheduler.add(seq, after)
+        if params.structured_outputs is not None and self._constraints is not None:
+            self._constraints.begin(seq)
+        else:
+            self._queue(seq)
         self._work.nothing()
+
+    def _queue(self, seq: Sequence) -> None:
+        self.scheduler.add(seq, self._live.get(seq.request.after or ""))
+
+    def _queue_compiled(self) -> None:
+        """Queue the sequences whose grammars have been compiled; fail those whose grammars are refused."""
+        for seq, reason in self._constraints.compiled() if self._constraints is not None else ():
+            if reason is None and seq.matcher is not None and seq.matcher.is_stopped and seq.num_outputs:
+                reason = "the output was complete already"
+            if reason is None:
+                self._queue(seq)
+            else:
+                self.scheduler.end_prompt(seq)
+                self._fail(seq, reason)
+
+    def _remove(self, seq: Sequence) -> None:
+        """Remove a sequence from the scheduler, or from those whose grammars are being compiled."""
+        if self._constraints is None or not self._constraints.cancel(seq.id):
+            self.scheduler.abort(seq)
+        else:
+            self.scheduler.end_prompt(seq)
 
     def abort(self, ids: Iterable[str]) -> None:
         """Abort requests and release their pages at once. Unknown and finished ids are ignored."""
         for id in ids:
             if seq := self._live.pop(id, None):
                 self._deadlines.forget(id)
-                self.scheduler.abort(seq)
+                self._remove(seq)
 
     def pin(self, id: str, tokens: Iterable[int], tenant: str = "", salt: str = "", origin: str = "") -> None:
         """Keep the pages of a KV state that are computed until `unpin`, or until running sequences need them.
@@ -192,6 +219,8 @@ class Engine:
         If there is no batch to compute, wait for transfers, at most MAX_IDLE seconds.
         """
         started = time.perf_counter()
+        if self._constraints:
+            self._queue_compiled()
         outputs, self._failures = self._failures + self._time_out(), []
         self.kv.collect()
         self._plan = plan = self.scheduler.schedule()
@@ -254,6 +283,8 @@ class Engine:
 
     def close(self) -> None:
         """Save the full pages that are not saved yet, within SECONDS_TO_CLOSE, and free the backend."""
+        if self._constraints is not None:
+            self._constraints.close()
         self.kv.flush(SECONDS_TO_CLOSE)
         self.end_transfers()
         self.backend.close()
@@ -269,7 +300,7 @@ class Engine:
         outputs = []
         for id in self._deadlines.passed(self.clock()):
             seq = self._live.pop(id)
-            self.scheduler.abort(seq)
+            self._remove(seq)
             message = f"the request did not end within its timeout of {self._timeout(seq.request):g} seconds"
             outputs.append(TokenOutput(id, -1, "timeout", message=message))
         return outputs
@@ -282,6 +313,8 @@ class Engine:
             return f"the prompt must have from 1 to {self.max_model_len - 1} tokens, not {len(request.prompt)}"
         if not all(0 <= token < self.backend.spec.vocab_size for token in request.prompt):
             return f"prompt tokens must be from 0 to {self.backend.spec.vocab_size - 1}"
+        if request.params.structured_outputs is not None and self._constraints is None:
+            return "this engine has no vocabulary for structured outputs"
         return None
 
     def _advance(self, plan: StepPlan, result: StepResult) -> list[TokenOutput]:
@@ -346,6 +379,8 @@ class Engine:
     def _append(self, seq: Sequence, token: int, logprobs: TokenLogprobs | None) -> TokenOutput:
         """Append the sequence's next token and return its output. The sequence may end with it."""
         seq.tokens.append(token)
+        if seq.matcher is not None and self._ends_grammar(seq, token):
+            return self._end(seq, token, logprobs)
         if token < 0 or token in seq.stop_tokens or len(seq.tokens) >= seq.max_tokens:
             output = self._end(seq, token, logprobs)
         else:
@@ -355,20 +390,39 @@ class Engine:
         scores, seq.scores = seq.scores, None
         return msgspec.structs.replace(output, prompt_logprobs=scores)
 
+    def _ends_grammar(self, seq: Sequence, token: int) -> bool:
+        """Advance a sequence's grammar by a token. Return whether the output is complete, or the grammar fails."""
+        assert seq.matcher is not None
+        if token < 0 or seq.grammar_error is not None:
+            return True
+        if token in seq.stop_tokens and token not in seq.request.eos:
+            return False  # the user's stop token ends the output in any case
+        try:
+            seq.matcher.accept([token])
+            return seq.matcher.is_stopped
+        except Exception as error:  # a fault in a grammar ends its own request only
+            seq.grammar_error = str(error) or repr(error)
+            return True
+
     def _end(self, seq: Sequence, token: int, logprobs: TokenLogprobs | None) -> TokenOutput:
         """Return the output of a token that may end the sequence, and end it unless min_tokens forbids that."""
         reason = message = stop_token = None
+        in_text = False
         if token < 0:
             reason, message = "error", "the model computed logits that are NaN or infinite"
+        elif seq.grammar_error is not None:
+            reason, message = "error", f"structured_outputs failed: {seq.grammar_error}"
         elif token in seq.stop_tokens and seq.num_outputs >= seq.request.params.min_tokens:
             reason, stop_token = "stop", token if token not in seq.request.eos else None
+        elif seq.matcher is not None and seq.matcher.is_stopped:
+            reason, in_text = "stop", not seq.matcher.is_end(token)
         elif len(seq.tokens) >= seq.max_tokens:
             reason = "length"
         if reason:
             del self._live[seq.id]
             self._deadlines.forget(seq.id)
             self.scheduler.finish(seq)
-        return TokenOutput(seq.id, token, reason, stop_token, logprobs, seq.cached_tokens, message)
+        return TokenOutput(seq.id, token, reason, stop_token, logprobs, seq.cached_tokens, message, in_text)
 
     def _fail(self, seq: Sequence, reason: str) -> None:
         """Make the next step return an error for a sequence that the scheduler has removed."""

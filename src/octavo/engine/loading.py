@@ -6,6 +6,7 @@
 import importlib.util
 import time
 from collections.abc import Callable
+from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +23,7 @@ from octavo.model import describe_model
 from octavo.version import __version__
 from octavo.weights import Checkpoint, fingerprint, open_checkpoint
 
+from .constraints import Constraints
 from .engine import Engine
 from .policies import Policy
 from .policies.loading import load_policy
@@ -31,6 +33,7 @@ from .work_record import WorkRecord
 
 if TYPE_CHECKING:
     from octavo.model.spec import DecoderSpec
+    from octavo.text.grammars import Grammars
 
 
 def load_engine(
@@ -81,6 +84,7 @@ def load_engine(
         policy=policy,
         fingerprint=_page_fingerprint(checkpoint, backend),
         work=work,
+        constraints=Constraints(partial(_load_grammars, path)),
     )
     engine.slowest_step = slowest
     return engine
@@ -97,12 +101,13 @@ def assemble(
     transfers: Transfers | None = None,
     work: WorkRecord | None = None,
     clock: Callable[[], float] = time.monotonic,
+    constraints: Constraints | None = None,
 ) -> Engine:
     """Return an engine with the settings of `config`, on a backend whose pool of `num_pages` pages is allocated.
 
     Args:
         policy: replaces the policy that `config` names.
-        fingerprint, work, clock: see Engine.
+        fingerprint, work, clock, constraints: see Engine.
         transfers: replaces the transfers to the tiers that `config` names.
 
     Raises:
@@ -123,7 +128,14 @@ def assemble(
         request_timeout=config.request_timeout,
         work=work,
         clock=clock,
+        constraints=constraints,
     )
+
+
+def _load_grammars(path: Path) -> "Grammars":
+    from octavo.text import Tokenizer  # imported with the first grammar, so that other engines start sooner
+
+    return Tokenizer.load(path).grammars
 
 
 def _transfers(config: EngineConfig, backend: Backend) -> Transfers:

@@ -59,6 +59,7 @@ class TokenOutput(msgspec.Struct, frozen=True, array_like=True):
         stop_token: the entry of stop_token_ids that ended the request.
         cached_tokens: tokens of the prompt that were found in the prefix cache.
         message: the reason for an error or a timeout.
+        in_text: whether a token that ends the output with "stop" belongs to its text: the last token of a grammar.
         prompt_logprobs: those of the prompt's tokens from the second one on, with the request's first token, if it
             wants them.
     """
@@ -70,6 +71,7 @@ class TokenOutput(msgspec.Struct, frozen=True, array_like=True):
     logprobs: TokenLogprobs | None = None
     cached_tokens: int = 0
     message: str | None = None
+    in_text: bool = False
     prompt_logprobs: list[TokenLogprobs] | None = None
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from octavo.kv import KVCache
 
+from .constraints import count_allowed
 from .policies import Policy
 from .policies.guard import PolicyGuard
 from .recovery import Recovery
@@ -284,6 +285,8 @@ class Scheduler:
                 continue
             limit = min(free, seq.num_draft_tokens, seq.max_tokens - len(seq.tokens) - 1)
             draft = propose_draft(seq.tokens, limit) if limit > 0 else None
+            if draft and seq.matcher is not None:
+                draft = draft[: count_allowed(seq, draft)]
             if draft and self.kv.extend(seq.page_table, len(seq.tokens) + len(draft)):
                 plan.drafts[i] = draft
                 free -= len(draft)

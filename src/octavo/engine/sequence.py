@@ -3,11 +3,15 @@
 import sys
 from array import array
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from octavo.kv import PageTable, Prefetch, Prefix
 from octavo.params import SamplingParams
 
 from .messages import EngineRequest, TokenLogprobs
+
+if TYPE_CHECKING:
+    from octavo.text.grammars import Matcher
 
 
 @dataclass(slots=True, eq=False)
@@ -31,6 +35,8 @@ class Sequence:
         aborted: whether the sequence was removed or has failed.
         scores: the logprobs of the prompt's tokens so far, from its second token on; None if the request does not want
             any, or has got them.
+        matcher: the position in the grammar of structured outputs, behind the last token; None without a grammar.
+        grammar_error: the reason why the grammar cannot be followed any further.
         tenant: the same object for all sequences of a tenant, so that counting them is fast.
     """
 
@@ -53,6 +59,8 @@ class Sequence:
     slot: int = -1
     admitted: bool = False
     aborted: bool = False
+    matcher: "Matcher | None" = None
+    grammar_error: str | None = None
 
     def __post_init__(self) -> None:
         self.page_table = PageTable(self.prefix)

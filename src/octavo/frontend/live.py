@@ -171,7 +171,8 @@ class LiveRequest:
     def _text(self, completion: LiveCompletion, output: TokenOutput) -> str:
         """Return the text that is final after one more token."""
         params = self.params
-        if not params.detokenize or (output.finish_reason == "stop" and not params.include_stop_str_in_output):
+        shows_end = output.in_text or params.include_stop_str_in_output
+        if not params.detokenize or (output.finish_reason == "stop" and not shows_end):
             return ""  # the end-of-sequence or stop token is not part of the text
         text = completion.detokenizer.push(output.token)
         armed = len(completion.token_ids) + 1 >= params.min_tokens

@@ -1,5 +1,6 @@
 """Convert the arguments of `generate` to requests: prompts with the parameters, terms and KV state of each."""
 
+import asyncio
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypedDict, TypeVar, cast
@@ -156,7 +157,18 @@ async def tokenize_all(requests: list[Request], tokenizer: Tokenizer, info: Engi
     def work() -> list[list[int]]:
         return [tokenize(request, tokenizer, info) for request in requests]
 
-    return await off_loop(tokenizer, sum(len(request.prompt) for request in requests), work)
+    tokens = await off_loop(tokenizer, sum(len(request.prompt) for request in requests), work)
+    if any(request.params.structured_outputs is not None for request in requests):
+        threads = tokenizer.grammars.threads
+        await asyncio.get_running_loop().run_in_executor(threads, check_grammars, requests, tokenizer)
+    return tokens
+
+
+def check_grammars(requests: list[Request], tokenizer: Tokenizer) -> None:
+    """Compile the grammars of requests, which may take a second. Raises InvalidRequest if one cannot be used."""
+    for request in requests:
+        if request.params.structured_outputs is not None:
+            tokenizer.grammars.matcher(request.params.structured_outputs)
 
 
 def check_length(num_tokens: int, info: EngineInfo, has_state: bool = False) -> None:

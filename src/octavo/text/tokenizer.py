@@ -25,6 +25,7 @@ from octavo.formats.gguf import read_header
 
 from .chat_template import ChatTemplate
 from .gguf_vocabulary import WORD_REGEXES, tokenizer_from_metadata
+from .grammars import Grammars
 from .token_bound import TokenBound, component_steps
 
 MAX_TOKENIZER_BYTES = 256 << 20  # limit for tokenizer.json; the largest known ones have about 40 MiB
@@ -255,6 +256,11 @@ class Tokenizer:
         _ = self._bound
         if self._chat_template is not None:
             self._chat_template.start()
+
+    @cached_property
+    def grammars(self) -> Grammars:
+        """Return the compiler of grammars for structured output."""
+        return Grammars(self)
 
     @cached_property
     def threads(self) -> ThreadPoolExecutor:

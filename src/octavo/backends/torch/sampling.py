@@ -57,7 +57,7 @@ def _next_token(x: np.ndarray, sampling: SamplingBatch, r: int) -> int:
 
 
 def _adjust(x: np.ndarray, sampling: SamplingBatch, r: int) -> None:
-    """Add biases and bans to one row of logits, then apply the penalties as vLLM defines them, in place."""
+    """Add biases and bans to one row of logits, then apply vLLM's penalties and the mask, in place."""
     bias = slice(sampling.bias_start[r], sampling.bias_start[r + 1])
     np.add.at(x, sampling.bias_tokens[bias], sampling.bias_values[bias])
     history = sampling.history[sampling.history_start[r] : sampling.history_start[r + 1]]
@@ -66,6 +66,12 @@ def _adjust(x: np.ndarray, sampling: SamplingBatch, r: int) -> None:
     x[seen] = np.where(x[seen] > 0, x[seen] / repetition, x[seen] * repetition)
     outputs, counts = np.unique(history[len(history) - sampling.history_outputs[r] :], return_counts=True)
     x[outputs] -= float(sampling.frequency[r]) * counts + float(sampling.presence[r])
+    words = sampling.masks[sampling.mask_start[r] : sampling.mask_start[r + 1]]
+    if len(words):
+        allowed = np.zeros(len(x), bool)
+        bits = np.unpackbits(words.view(np.uint8), bitorder="little")[: len(x)]
+        allowed[: len(bits)] = bits
+        x[~allowed & (x < np.inf)] = -np.inf  # NaN and +inf stay, so that the row still fails
 
 
 def _log_softmax(x: np.ndarray) -> np.ndarray:

@@ -1,0 +1,274 @@
+"""Structured output: compile StructuredOutputs to grammars, and follow a grammar token by token with llguidance."""
+
+import json
+import threading
+import time
+from array import array
+from collections import OrderedDict
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import llguidance
+from llguidance.gbnf_to_lark import any_to_lark
+
+from octavo.errors import InvalidRequest, shortened
+from octavo.params import StructuredOutputs
+
+if TYPE_CHECKING:
+    from .tokenizer import Tokenizer
+
+MAX_CACHED = 64  # compiled grammars, each of which takes up to some MiB
+MAX_SECONDS = 1.0  # of processor time, for compiling a grammar and computing its first mask
+MASK_SECONDS = 0.02  # of processor time for a mask, on average, after the first
+MAX_FORCED = 1024  # bytes that are tokenized at once
+MAX_TAGS = 256  # structures of a structural tag
+MAX_ERROR = 300  # characters of an error message
+
+_LIMITS = {
+    "max_items_in_row": 2000,
+    "initial_lexer_fuel": 1_000_000,
+    "step_lexer_fuel": 200_000,
+    "step_max_items": 50_000,
+    "max_lexer_states": 50_000,
+    "max_grammar_size": 200_000,
+    "verbose_errors": False,
+}
+
+
+class GrammarError(Exception):
+    """A grammar that cannot be followed any further, or not within the limits."""
+
+
+class Matcher:
+    """The position of one sequence in its grammar. Not thread-safe."""
+
+    def __init__(self, matcher: llguidance.LLMatcher, end_tokens: frozenset[int] = frozenset()):
+        self._matcher = matcher
+        self._end_tokens = end_tokens
+        self._seconds = -MAX_SECONDS / 4  # of processor time so far, less what the masks may take
+
+    @property
+    def is_stopped(self) -> bool:
+        """Return whether the output is complete, and no token may follow."""
+        return self._matcher.is_stopped()
+
+    def is_end(self, token: int) -> bool:
+        """Return whether `token` is an end-of-sequence token, which is not part of the text."""
+        return token in self._end_tokens
+
+    def accept(self, tokens: Iterable[int]) -> None:
+        """Advance by tokens of the output. Raises GrammarError if the grammar does not allow them."""
+        for token in tokens:
+            if not self._matcher.consume_token(token):
+                raise GrammarError(_one_line(self._matcher.get_error()))
+
+    def count_allowed(self, draft: "array[int]") -> int:
+        """Return how many of the first draft tokens the grammar allows."""
+        return self._matcher.validate_tokens(draft.tolist())
+
+    def masks(self, draft: "array[int] | None" = None) -> list[bytes]:
+        """Return the tokens allowed next, and those allowed after each draft token: a bit per token, in words of 32.
+
+        Args:
+            draft: tokens that the grammar allows.
+
+        Raises:
+            GrammarError: a limit is exceeded.
+        """
+        masks = [self._mask()]
+        for token in draft or ():
+            self.accept([token])
+            masks.append(self._mask())
+        if draft and not self._matcher.rollback(len(draft)):
+            raise GrammarError(_one_line(self._matcher.get_error()))
+        return masks
+
+    def _mask(self) -> bytes:
+        started = time.thread_time()
+        mask = self._matcher.compute_bitmask()
+        if self._matcher.is_error():
+            raise GrammarError(_one_line(self._matcher.get_error()))
+        self._seconds += time.thread_time() - started - MASK_SECONDS
+        if self._seconds > 0:
+            raise GrammarError("the grammar is too complex: its masks take too long to compute")
+        return mask
+
+
+class Grammars:
+    """Compiles grammars for one tokenizer, and caches them. Safe to use from several threads."""
+
+    def __init__(self, tokenizer: "Tokenizer"):
+        self._tokenizer = tokenizer
+        self._compiled: OrderedDict[StructuredOutputs | str, llguidance.LLMatcher] = OrderedDict()
+        self._lock = threading.Lock()
+
+    @cached_property
+    def threads(self) -> ThreadPoolExecutor:
+        """Return the thread that compiles grammars, so that nothing else waits for them."""
+        return ThreadPoolExecutor(1, "octavo-grammars")
+
+    def matcher(self, outputs: StructuredOutputs, output: Iterable[int] = ()) -> Matcher:
+        """Return a matcher behind the tokens `output`. Takes up to a second if the grammar is not in the cache.
+
+        Raises:
+            InvalidRequest: The grammar is malformed, or exceeds a limit.
+            GrammarError: The grammar does not allow `output`.
+        """
+        key = repr(outputs)
+        with self._lock:
+            compiled = self._compiled.get(key)
+            if compiled is not None:
+                self._compiled.move_to_end(key)
+        if compiled is None:
+            compiled = self._compile(outputs)
+            with self._lock:
+                self._compiled[key] = compiled
+                if len(self._compiled) > MAX_CACHED:
+                    self._compiled.popitem(last=False)
+        matcher = Matcher(compiled.deep_copy(), self._tokenizer.eos_token_ids)
+        matcher.accept(output)
+        return matcher
+
+    def _compile(self, outputs: StructuredOutputs) -> llguidance.LLMatcher:
+        grammar, started = to_grammar(outputs), time.thread_time()
+        limits = llguidance.LLParserLimits(**_LIMITS)  # type: ignore[arg-type]
+        matcher = llguidance.LLMatcher(self._vocabulary, grammar, log_level=0, limits=limits)
+        if matcher.is_error():
+            raise _invalid(matcher.get_error())
+        try:
+            Matcher(matcher).masks()  # computed in the copies' common lexer, so that theirs are faster
+        except GrammarError as error:
+            raise _invalid(str(error)) from None
+        if time.thread_time() - started > MAX_SECONDS:
+            raise _invalid("the grammar is too complex")
+        return matcher
+
+    @cached_property
+    def _vocabulary(self) -> llguidance.LLTokenizer:
+        words = _Vocabulary(self._tokenizer)
+        return llguidance.LLTokenizer(words, eos_token=sorted(self._tokenizer.eos_token_ids) or None)  # type: ignore[arg-type]
+
+
+class _Vocabulary:
+    """A tokenizer in the form that llguidance expects. Tokens without bytes are marked as special."""
+
+    is_tokenizer_wrapper = True
+
+    def __init__(self, tokenizer: "Tokenizer"):
+        ids = range(tokenizer.last_token_id + 1)
+        self._tokenizer = tokenizer
+        self.bos_token_id = tokenizer.bos_token_id
+        self.eos_token_id = min(tokenizer.eos_token_ids, default=0)
+        self.tokens = [tokenizer.token_bytes(token) for token in ids]
+        ends = tokenizer.eos_token_ids
+        self.special_token_ids = [t for t in ids if tokenizer.is_special(t) or t in ends or not self.tokens[t]]
+        special = frozenset(self.special_token_ids)
+        self._ids = {word: token for token, word in enumerate(self.tokens) if token not in special}
+        self._longest = max(map(len, self._ids), default=1)
+
+    def __call__(self, text: str | bytes) -> list[int]:
+        """Return tokens for text that the grammar forces: the tokenizer's own if their bytes are those of the text."""
+        data = (text.encode() if isinstance(text, str) else bytes(text))[:MAX_FORCED]
+        try:
+            ids = self._tokenizer.encode(data.decode(), add_special_tokens=False)
+        except (UnicodeDecodeError, InvalidRequest):
+            ids = []
+        words = b"".join(self.tokens[token] for token in ids)
+        return ids if words == data and not any(map(self._tokenizer.is_special, ids)) else self._longest_first(data)
+
+    def _longest_first(self, data: bytes) -> list[int]:
+        ids, at = list[int](), 0
+        while at < len(data):
+            for length in range(min(self._longest, len(data) - at), 0, -1):
+                if (token := self._ids.get(data[at : at + length])) is not None:
+                    ids.append(token)
+                    at += length
+                    break
+            else:
+                break  # the vocabulary lacks a byte; llguidance continues without forced tokens
+        return ids
+
+
+def to_grammar(outputs: StructuredOutputs) -> str:
+    """Return the grammar of a constraint in llguidance's form. Raises InvalidRequest."""
+    try:
+        if outputs.json is not None or outputs.json_object:
+            return _of_schema(outputs)
+        if outputs.regex is not None:
+            return llguidance.LLMatcher.grammar_from_regex(outputs.regex)
+        if outputs.choice is not None:
+            choices = " | ".join(json.dumps(choice, ensure_ascii=False) for choice in outputs.choice)
+            return llguidance.LLMatcher.grammar_from_lark(f"start: {choices}")
+        if outputs.structural_tag is not None:
+            return _of_tags(_object(outputs.structural_tag, "structural_tag"))
+        return llguidance.LLMatcher.grammar_from_lark(any_to_lark(outputs.grammar or ""))
+    except InvalidRequest:
+        raise
+    except RecursionError:
+        raise _invalid("it is nested too deeply") from None
+    except Exception as error:  # llguidance's converters raise various types for malformed grammars
+        raise _invalid(str(error)) from None
+
+
+def _of_schema(outputs: StructuredOutputs) -> str:
+    schema = {"type": "object"} if outputs.json is None else _object(outputs.json, "json")
+    if outputs.disable_additional_properties:
+        schema = _closed(schema)
+    options: dict[str, Any] = {}
+    if outputs.disable_any_whitespace:
+        options["whitespace_flexible"] = False
+    elif outputs.whitespace_pattern is not None:
+        options["whitespace_pattern"] = outputs.whitespace_pattern
+    return llguidance.LLMatcher.grammar_from_json_schema(schema, overrides=options)  # type: ignore[arg-type]
+
+
+def _closed(schema: Any) -> Any:
+    """Return a schema whose objects have no properties beyond those that it names."""
+    if isinstance(schema, list):
+        return [_closed(each) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    closed = {key: value if key in ("enum", "const") else _closed(value) for key, value in schema.items()}
+    if isinstance(schema.get("properties"), dict):
+        closed.setdefault("additionalProperties", False)
+    return closed
+
+
+def _of_tags(tag: dict[str, Any]) -> str:
+    """Return the grammar of vLLM's structural tag: {"structures": [{"begin", "schema", "end"}], "triggers": [...]}."""
+    structures, triggers = tag.get("structures"), tag.get("triggers")
+    if not isinstance(structures, list) or not isinstance(triggers, list) or not 0 < len(structures) <= MAX_TAGS:
+        raise _invalid(f"a structural tag must have triggers, and 1 to {MAX_TAGS} structures")
+    tags = []
+    for structure in structures:
+        parts = structure if isinstance(structure, dict) else {}
+        begin, schema, end = parts.get("begin"), parts.get("schema", {}), parts.get("end", "")
+        if not isinstance(begin, str) or not isinstance(schema, dict) or not isinstance(end, str):
+            raise _invalid("a structure must have the strings begin and end, and a schema")
+        fitting = [
+            trigger for trigger in triggers if isinstance(trigger, str) and trigger and begin.startswith(trigger)
+        ]
+        if not fitting:
+            raise _invalid(f"no trigger is the beginning of the structure {shortened(begin, 40)!r}")
+        tags.append(llguidance.StructTag(trigger=fitting[0], begin=begin, grammar=schema, end=end))
+    return llguidance.StructTag.to_grammar(tags, assume_special=False)
+
+
+def _object(text: Any, name: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise _invalid(f"{name} is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise _invalid(f"{name} must be a JSON object")
+    return value
+
+
+def _invalid(reason: str) -> InvalidRequest:
+    return InvalidRequest(f"structured_outputs cannot be used: {_one_line(reason)}", "structured_outputs")
+
+
+def _one_line(text: str) -> str:
+    return shortened(" ".join(text.split()), MAX_ERROR)

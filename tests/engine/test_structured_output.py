@@ -1,0 +1,239 @@
+"""Structured output: every output follows its schema, the same tokens come out in any batch, and evil grammars are
+refused within a bounded time."""
+
+import json
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import msgspec
+import pytest
+
+from octavo import LLM, SamplingParams, StructuredOutputs
+from octavo.config import EngineConfig
+from octavo.engine.loading import load_engine
+from octavo.errors import InvalidRequest, RequestFailed
+from octavo.text import Tokenizer
+
+STRING, INTEGER, BOOLEAN, NULL = ({"type": kind} for kind in ("string", "integer", "boolean", "null"))
+
+
+def record(required: int | None = None, **properties: Any) -> dict[str, Any]:
+    """An object of these properties, the first `required` of which are required; by default all."""
+    names = list(properties)[:required]
+    return {"type": "object", "properties": properties, "required": names, "additionalProperties": False}
+
+
+def several(item: Any, least: int, most: int) -> dict[str, Any]:
+    return {"type": "array", "items": item, "minItems": least, "maxItems": most}
+
+
+SHORT = {"type": "string", "maxLength": 8}
+DIGIT = {"type": "integer", "minimum": 0, "maximum": 9}
+COLOR = {"enum": ["red", "green", "blue"]}
+POINT = record(x=DIGIT, y=DIGIT)
+TREE = {
+    "$defs": {"node": record(1, value=DIGIT, next={"anyOf": [{"$ref": "#/$defs/node"}, NULL]})},
+    "$ref": "#/$defs/node",
+}
+LINKED = {
+    "definitions": {"name": {"type": "string", "pattern": "^[a-z]{1,5}$"}},
+    **record(first={"$ref": "#/definitions/name"}, second={"$ref": "#/definitions/name"}),
+}
+PATTERNS = [
+    "[a-z]{2,6}",
+    "[A-Z]{3}-[0-9]{4}",
+    "(ab|cd){1,3}",
+    "x+y{2}",
+    "\\d{4}",
+    "[äöü]{1,3}",
+    "(a|b)?c",
+    '[^"\\\\]{1,3}',
+]
+FORMATS = ["date", "time", "date-time", "ipv4", "uuid"]
+SCHEMAS: list[dict[str, Any]] = [
+    BOOLEAN, NULL, DIGIT, SHORT, COLOR, POINT, TREE, LINKED,
+    {"type": "integer", "minimum": -5, "maximum": 500}, {"type": "integer", "exclusiveMinimum": 0, "maximum": 7},
+    {"type": "number", "minimum": 0, "maximum": 1, "pattern": ""}, {"type": "string", "minLength": 2, "maxLength": 4},
+    {"const": "fixed"}, {"const": 3}, {"const": [1, "a", None]}, {"const": {"a": 1}}, {"enum": [1, 2, "three", None, True]},
+    {"enum": ["é", "日本", "🙂", "\"", "\\", "\n"]}, {"type": ["boolean", "null"]}, {"type": ["integer", "null"], "minimum": 0, "maximum": 99},
+    *[{"type": "string", "pattern": f"^{pattern}$"} for pattern in PATTERNS],
+    *[{"type": "string", "format": name} for name in FORMATS],
+    *[several(item, low, high) for item in (DIGIT, COLOR, BOOLEAN, SHORT, POINT) for low, high in ((0, 2), (2, 3))],
+    several(several(DIGIT, 1, 2), 1, 2), several({"anyOf": [DIGIT, COLOR]}, 1, 4),
+    {"type": "array", "prefixItems": [DIGIT, COLOR], "items": False, "minItems": 2},
+    record(0, a=DIGIT, b=COLOR), record(1, a=DIGIT, b=COLOR), record(name=SHORT, age=DIGIT),
+    record(ünïcode=DIGIT), record(**{"a b": DIGIT, "c\"d": BOOLEAN}), record(inner=record(deeper=record(deepest=DIGIT))),
+    record(points=several(POINT, 1, 2), color=COLOR), record(kind={"const": "a"}, value={"anyOf": [DIGIT, NULL]}),
+    record(a=DIGIT, b=BOOLEAN, c=NULL, d=COLOR, e=SHORT), record(0, a=POINT, b=POINT, c=POINT),
+    {"anyOf": [DIGIT, COLOR]}, {"anyOf": [POINT, several(DIGIT, 0, 2)]}, {"oneOf": [{"const": "a"}, {"const": "b"}]},
+    {"anyOf": [record(a=DIGIT), record(b=COLOR)]}, {"allOf": [{"type": "integer"}, {"minimum": 3}, {"maximum": 12}]},
+    {"allOf": [{"type": "object", "properties": {"a": DIGIT}, "required": ["a"]}], "additionalProperties": False, "properties": {"a": True}},
+    {"type": "object", "properties": {"a": DIGIT}, "required": ["a"], "additionalProperties": BOOLEAN, "maxProperties": 2},
+    record(date={"type": "string", "format": "date"}, id={"type": "string", "pattern": "^[A-F0-9]{4}$"}),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_llama: Path) -> Tokenizer:
+    return Tokenizer.load(tiny_llama)
+
+
+@pytest.fixture(scope="module")
+def llm(tiny_llama: Path) -> Iterator[LLM]:
+    with LLM(str(tiny_llama), max_batch_size=16) as llm:
+        yield llm
+
+
+def constrained(seed: int = 1, **fields: Any) -> SamplingParams:
+    terms = {name: fields.pop(name) for name in set(fields) & set(SamplingParams.__struct_fields__)}
+    outputs = StructuredOutputs(**fields)
+    return SamplingParams(**{"temperature": 1.5, "seed": seed, "max_tokens": 300, **terms}, structured_outputs=outputs)
+
+
+def test_outputs_follow_their_schemas(llm: LLM) -> None:
+    usable = SCHEMAS
+    assert len(usable) >= 60
+    params = [constrained(i, json=schema, disable_any_whitespace=True) for i, schema in enumerate(usable)]
+    outputs = [output.outputs[0] for output in llm.generate(["Answer:"] * len(params), params)]
+    for schema, output in zip(usable, outputs, strict=True):
+        if output.finish_reason == "length":  # recursion and repetition without a limit may go on at random
+            assert "$defs" in json.dumps(schema) or "additionalProperties" in schema, (schema, output.text)
+            continue
+        assert output.finish_reason == "stop"
+        value = json.loads(output.text)
+        jsonschema.validate(value, schema, format_checker=jsonschema.FormatChecker())
+
+
+@pytest.mark.parametrize(
+    ("fields", "pattern"),
+    [
+        ({"regex": "[a-c]{3}d{1,4}e"}, "[a-c]{3}d{1,4}e"),
+        ({"choice": ["red", "green", 'a "quoted"\n/word', "é"]}, 'red|green|a "quoted"\n/word|é'),
+        ({"grammar": 'start: "a" b+\nb: "x" | "y" "!"'}, "a(x|y!)+"),
+        ({"grammar": 'root ::= "yes" | "no" [0-9]'}, "yes|no[0-9]"),
+    ],
+)
+def test_other_constraints(llm: LLM, fields: dict[str, Any], pattern: str) -> None:
+    for output in llm.generate("Say", constrained(n=8, max_tokens=60, **fields))[0].outputs:
+        assert output.finish_reason == "length" or re.fullmatch(pattern, output.text), output.text
+
+
+def test_special_tokens_never_come_out(llm: LLM, tokenizer: Tokenizer) -> None:
+    bias = {token: 100.0 for token in range(tokenizer.vocab_size) if tokenizer.is_special(token)}
+    [output] = llm.generate("Say", constrained(regex="(.|\n){20}", logit_bias=bias))[0].outputs
+    assert len(output.text) == 20 and output.finish_reason == "stop"
+    assert not any(map(tokenizer.is_special, output.token_ids))
+
+
+def test_min_tokens_keeps_an_output_going_while_the_grammar_allows_more(llm: LLM) -> None:
+    [long] = llm.generate("Say", constrained(regex="a{1,90}", min_tokens=6))[0].outputs
+    assert len(long.token_ids) >= 6 or len(long.text) == 90
+    [short] = llm.generate("Say", constrained(regex="a", min_tokens=6))[0].outputs
+    assert (short.text, short.finish_reason) == ("a", "stop")
+
+
+LONG = [
+    {"json": several(POINT, 4, 8)},
+    {"regex": "(abc|abd){10,20}"},
+    {"json": record(a=SHORT, b=several(COLOR, 3, 6))},
+]
+
+
+def test_the_same_tokens_in_any_batch_with_drafts_and_after_preemption(tiny_llama: Path) -> None:
+    params = [constrained(i, **LONG[i % 3], logprobs=2, max_tokens=80, temperature=i % 2) for i in range(9)]
+    prompts = [[5 + i] * 20 for i in range(9)]
+
+    def run(llm: LLM, **changes: Any) -> list[Any]:
+        changed = [msgspec.structs.replace(each, **changes) for each in params]
+        outputs = [output.outputs[0] for output in llm.generate(prompts, changed)]
+        return [(output.token_ids, output.cumulative_logprob, output.finish_reason) for output in outputs]
+
+    with LLM(str(tiny_llama)) as llm:
+        alone = [
+            (output.token_ids, output.cumulative_logprob, output.finish_reason)
+            for prompt, one in zip(prompts, params, strict=True)
+            for output in llm.generate(prompt, one)[0].outputs
+        ]
+        assert run(llm) == alone
+        assert run(llm, speculative_tokens=4) == alone
+        assert llm.stats().accepted_tokens > 0
+        page = llm.info.page_size
+    with LLM(str(tiny_llama), max_model_len=128, kv_cache_memory=pool(tiny_llama, 10), max_batch_size=8) as llm:
+        assert llm.info.page_size == page
+        assert run(llm) == alone
+        assert llm.stats().preemptions > 0
+
+
+def pool(model: Path, pages: int) -> int:
+    """Bytes of a KV pool of so many pages."""
+    engine = load_engine(EngineConfig(model=str(model)), model)
+    try:
+        return pages * engine.backend.page_bytes
+    finally:
+        engine.close()
+
+
+def test_a_matcher_is_rebuilt_behind_the_tokens_of_an_engine_that_crashed(tokenizer: Tokenizer) -> None:
+    outputs = StructuredOutputs(json=POINT, disable_any_whitespace=True)
+    tokens = tokenizer.encode('{"x":1,"y":2}', add_special_tokens=False)
+    for cut in range(len(tokens)):
+        first, rebuilt = tokenizer.grammars.matcher(outputs), tokenizer.grammars.matcher(outputs, tokens[:cut])
+        for token in tokens[:cut]:
+            first.masks()
+            first.accept([token])
+        assert rebuilt.masks() == first.masks()
+
+
+EVIL = [
+    {"json": {"type": "wrong"}}, {"json": "{"}, {"json": "[]"}, {"regex": "("}, {"regex": "(?=a)b"},
+    {"regex": "(a{1000}){1000}"}, {"regex": "(" * 5000 + "a" + ")" * 5000}, {"grammar": "start: missing"},
+    {"grammar": "root ::= missing"}, {"grammar": "root ::= " + "(" * 3000}, {"structural_tag": {"a": 1}},
+    {"structural_tag": {"structures": [{"begin": "<a>"}], "triggers": ["<b"]}}, {"json": {"$ref": "#"}},
+    {"json": {"$ref": "http://example.com/schema"}}, {"json": {"type": "string", "format": "no-such-format"}},
+    {"json": {"allOf": [{"type": "string", "pattern": f"(a|b)*a(a|b){{{i}}}"} for i in range(12)]}},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("fields", EVIL, ids=lambda fields: next(iter(fields)) + str(fields)[:30])
+def test_evil_grammars_are_refused_in_a_bounded_time(tokenizer: Tokenizer, fields: dict[str, Any]) -> None:
+    started = time.thread_time()
+    with pytest.raises(InvalidRequest) as refused:
+        tokenizer.grammars.matcher(StructuredOutputs(**fields))
+    assert time.thread_time() - started < 5
+    assert "\n" not in str(refused.value) and len(str(refused.value)) < 500
+
+
+def test_deep_and_large_schemas_end_in_a_bounded_time(llm: LLM) -> None:
+    deep: dict[str, Any] = {}
+    for _ in range(400):
+        deep = record(a=deep)
+    large = {"enum": [f"value {i}" for i in range(8000)]}
+    for fields in ({"json": deep}, {"json": large}, {"regex": ".*a.{2000}"}, {"regex": "x?a{100000}"}):
+        started = time.monotonic()
+        try:
+            llm.generate("Say", constrained(max_tokens=20, **fields))
+        except (InvalidRequest, RequestFailed):
+            pass
+        assert time.monotonic() - started < 10
+
+
+def test_a_grammar_that_fails_ends_its_own_request_only(llm: LLM) -> None:
+    plain = SamplingParams(max_tokens=40, ignore_eos=True)
+    wide = {"type": "object", "properties": {f"p{i}": STRING for i in range(2000)}}  # more than a row of the parser
+    failing = constrained(json=wide, disable_any_whitespace=True, n=4)
+    with pytest.raises(RequestFailed, match="structured_outputs failed"):
+        llm.generate(["Say", "Say"], [failing, plain])
+    assert llm.generate("Say", plain)[0].outputs[0].finish_reason == "length"
+
+
+@pytest.mark.parametrize(
+    "wrong", [{}, {"json": "{}", "regex": "a"}, {"regex": 1}, {"choice": []}, {"choice": "a"}, {"json_object": False},
+              {"regex": "a" * 200_000}, {"what": 1}, 4]
+)  # fmt: skip
+def test_wrong_fields_are_refused(wrong: Any) -> None:
+    with pytest.raises(InvalidRequest):
+        SamplingParams(structured_outputs=wrong)
