@@ -25,18 +25,25 @@ from pydantic_core import PydanticCustomError
 from starlette.datastructures import Headers
 
 from octavo.errors import InvalidRequest
-from octavo.params import MAX_LOGPROBS, SamplingParams, ServiceTerms
+from octavo.params import MAX_LOGPROBS, SamplingParams, ServiceTerms, StructuredOutputs
 from octavo.server.config import ServerConfig
 from octavo.server.errors import MAX_DETAILS, ApiError, invalid_body
 
 from . import neutral_fields
+from .response_format import GUIDED, structured_outputs_of
 
 MAX_ENTRIES = 4096  # in a list or map that has no limit of its own
 MAX_TEXT = 4096  # characters in a string that has no limit of its own
 TENANT_HEADER = "X-Octavo-Tenant"
 
 # Fields with the same name and meaning in requests and in SamplingParams.
-_SAMPLING_FIELDS = frozenset(SamplingParams.__struct_fields__) - {"max_tokens", "logprobs", "logit_bias", "top_p"}
+_SAMPLING_FIELDS = frozenset(SamplingParams.__struct_fields__) - {
+    "max_tokens",
+    "logprobs",
+    "logit_bias",
+    "top_p",
+    "structured_outputs",
+}
 
 _TERMS = ServiceTerms.__struct_fields__
 
@@ -118,6 +125,7 @@ _JSON_TYPES: dict[Any, Any] = {  # of a parameter's type, None left out
     list[int]: list[Whole],
     dict[int, float]: dict[str, float],
     list[str] | str: Any,  # SamplingParams checks it
+    StructuredOutputs: Any,  # StructuredOutputs checks it
 }
 
 
@@ -143,6 +151,11 @@ class GenerationRequest(Parameters):  # type: ignore[misc]
     kv_cache_state: bool | str | None = None  # true: keep the state; a handle: also continue that state
     user: Any = None
     safety_identifier: Any = None  # OpenAI's newer name for it
+    response_format: Any = None
+    guided_json: Any = None
+    guided_regex: Any = None
+    guided_choice: Any = None
+    guided_grammar: Any = None
 
     @classmethod
     def from_json(cls, body: Any, config: ServerConfig) -> Self:
@@ -169,7 +182,7 @@ class GenerationRequest(Parameters):  # type: ignore[misc]
         for name, value in body.items():
             if name not in ("prompt", "messages") and isinstance(value, (list, dict)) and len(value) > MAX_ENTRIES:
                 raise ApiError(400, f"{name} has {len(value)} entries; the limit is {MAX_ENTRIES}", name)
-            has_own_limit = name in ("prompt", "suffix", "stop") or name in _TERMS
+            has_own_limit = name in ("prompt", "suffix", "stop") or name in _TERMS or name in GUIDED
             if isinstance(value, str) and len(value) > MAX_TEXT and not has_own_limit:
                 raise ApiError(400, f"{name} has {len(value)} characters; the limit is {MAX_TEXT}", name)
         stop = body.get("stop")
@@ -204,6 +217,8 @@ class GenerationRequest(Parameters):  # type: ignore[misc]
         elif self.top_p is not None:
             given["top_p"] = self.top_p
         bias = {_token_id(key): value for key, value in (self.logit_bias or {}).items()}
+        guided = {name: value for name in GUIDED if (value := getattr(self, name)) is not None}
+        given["structured_outputs"] = structured_outputs_of(self.structured_outputs, self.response_format, guided)
         return SamplingParams(max_tokens=max_tokens, logprobs=logprobs, logit_bias=bias or None, **given)
 
     @property
@@ -298,12 +313,6 @@ def _with_arguments(call: dict[str, Any]) -> dict[str, Any]:
     return {**call, "function": {**function, "arguments": arguments}}
 
 
-class ResponseFormat(Strict):
-    """The format of an answer; only text is supported."""
-
-    type: Literal["text"]
-
-
 class ChatRequest(GenerationRequest):
     """The body of POST /v1/chat/completions."""
 
@@ -316,7 +325,6 @@ class ChatRequest(GenerationRequest):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
-    response_format: ResponseFormat | None = None
     modalities: list[Literal["text"]] | None = None
     tool_choice: Literal["none", "auto"] | None = None
 
