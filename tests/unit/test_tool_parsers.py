@@ -341,3 +341,12 @@ def test_the_reasoning_parser_of_a_template() -> None:
     assert find_reasoning_parser("content.split('</think>')[-1] + '<think>\\n'") == "qwen3"
     assert find_reasoning_parser("<|channel|>analysis<|message|>") == "openai_gptoss"
     assert find_reasoning_parser("Here is my thought process: ") == "granite"
+
+
+def test_a_call_after_a_malformed_one() -> None:
+    wrong, right = (
+        '<tool_call>{"name": "now", "arguments": {}, oops}</tool_call>',
+        f"<tool_call>{obj(OSLO)}</tool_call>",
+    )
+    answer = parsed("hermes", [wrong + right], streaming=False)
+    assert comparable(answer) == (wrong, "", [("weather", json.dumps(OSLO[1]))])
