@@ -11,7 +11,10 @@ import openai
 import pytest
 from openai.types.responses import Response
 
+from octavo import AsyncLLM
 from octavo.errors import ConfigError
+from octavo.fleet.fleet import Fleet
+from octavo.server.app import create_app
 from octavo.server.openai.responses.routes import DATABASE
 from octavo.server.openai.responses.store import ResponseStore, StoredResponse
 from server_process import ServerProcess
@@ -402,3 +405,21 @@ def test_wrong_queries(server: ServerProcess, client: openai.OpenAI) -> None:
         assert httpx.get(f"{url}/input_items?{query}").status_code == 400
     assert httpx.get(f"{url}/input_items?after=unknown").status_code == 404
     assert httpx.get(f"{url}?stream=true&starting_after=x").status_code == 400
+
+
+def test_a_model_is_in_use_until_its_background_response_has_ended(tiny_llama: Path) -> None:
+    async def use() -> None:
+        async with AsyncLLM(str(tiny_llama)) as llm:
+            fleet = Fleet.of(llm)
+            transport = httpx.ASGITransport(create_app(fleet))
+            async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+                body = {"input": HELLO, "background": True, "ignore_eos": True, "max_output_tokens": 400}
+                id = (await client.post("/v1/responses", json=body)).json()["id"]
+                assert not fleet.default.is_idle
+                assert (await client.post(f"/v1/responses/{id}/cancel")).json()["status"] == "cancelled"
+                assert fleet.default.is_idle
+                for truncation in ("auto", "disabled"):
+                    reply = await client.post("/v1/responses", json={"input": HELLO, "truncation": truncation})
+                    assert reply.status_code == 200 and fleet.default.is_idle
+
+    asyncio.run(use())
