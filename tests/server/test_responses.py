@@ -15,8 +15,10 @@ from octavo import AsyncLLM
 from octavo.errors import ConfigError
 from octavo.fleet.fleet import Fleet
 from octavo.server.app import create_app
+from octavo.server.openai.chat_generation import ChatGeneration
 from octavo.server.openai.responses.routes import DATABASE
 from octavo.server.openai.responses.store import ResponseStore, StoredResponse
+from octavo.text.answer import ArgumentsDelta, ReasoningDelta, TextDelta, ToolCallStart
 from server_process import ServerProcess
 
 HELLO = "Say hello to the modules"
@@ -423,3 +425,35 @@ def test_a_model_is_in_use_until_its_background_response_has_ended(tiny_llama: P
                     assert reply.status_code == 200 and fleet.default.is_idle
 
     asyncio.run(use())
+
+
+def test_reasoning_and_calls_of_functions(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With parts of an answer as a parser of the model's text makes them."""
+    parts = [
+        ReasoningDelta("Let me see"),
+        TextDelta("I look it up."),
+        ToolCallStart(0, "call_1", "weather"),
+        ArgumentsDelta(0, '{"city": "Rome"}'),
+    ]
+    monkeypatch.setattr(ChatGeneration, "events", lambda _, new: [parts.pop(0)] if new.text and parts else [])
+    monkeypatch.setattr(ChatGeneration, "finish_reason", lambda _, new: new.finish_reason and "tool_calls")
+
+    async def use() -> tuple[Any, list[Any]]:
+        async with AsyncLLM(str(tiny_llama)) as llm:
+            transport = httpx.ASGITransport(create_app(Fleet.of(llm)))
+            async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+                body = {"input": HELLO, "ignore_eos": True, "max_output_tokens": 40, "top_logprobs": 1}
+                reply = (await client.post("/v1/responses", json=body)).json()
+                url = f"/v1/responses/{reply['id']}"
+                assert (await client.get(url)).json() == reply
+                items = (await client.get(f"{url}/input_items")).json()["data"]
+        return reply, items
+
+    reply, items = asyncio.run(use())
+    reasoning, message, call = reply["output"]
+    assert reasoning["content"] == [{"type": "reasoning_text", "text": "Let me see"}]
+    assert message["content"][0]["text"] == "I look it up."
+    assert 0 < len(message["content"][0]["logprobs"]) < 5  # those of the reasoning and the call are left out
+    assert (call["type"], call["call_id"], call["name"]) == ("function_call", "call_1", "weather")
+    assert (call["arguments"], reply["status"]) == ('{"city": "Rome"}', "completed")
+    assert [item["content"][0]["text"] for item in items] == [HELLO]
