@@ -374,7 +374,7 @@ def test_a_data_folder_that_cannot_be_used(tmp_path: Path) -> None:
         ({"input": "x", "max_output_tokens": 0}, "max_output_tokens"),
         ({"input": "x", "n": 2}, "n"),
         ({"input": "x", "temperature": -1}, "temperature"),
-        ({"input": "x", "temprature": 1}, "temprature"),
+        ({"input": "x", "not_a_field": 1}, "not_a_field"),
         ({"input": "x", "text": {"format": {"type": "xml"}}}, "text.format.type"),
         ({"input": "x", "text": {"format": {"type": "json_schema", "name": "n"}}}, "text.format.schema"),
         ({"input": "x", "background": True, "store": False}, "background"),
