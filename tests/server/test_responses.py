@@ -11,9 +11,14 @@ import openai
 import pytest
 from openai.types.responses import Response
 
+from octavo import AsyncLLM
 from octavo.errors import ConfigError
+from octavo.fleet.fleet import Fleet
+from octavo.server.app import create_app
+from octavo.server.openai.chat_generation import ChatGeneration
 from octavo.server.openai.responses.routes import DATABASE
 from octavo.server.openai.responses.store import ResponseStore, StoredResponse
+from octavo.text.answer import ArgumentsDelta, ReasoningDelta, TextDelta, ToolCallStart
 from server_process import ServerProcess
 
 HELLO = "Say hello to the modules"
@@ -369,7 +374,7 @@ def test_a_data_folder_that_cannot_be_used(tmp_path: Path) -> None:
         ({"input": "x", "max_output_tokens": 0}, "max_output_tokens"),
         ({"input": "x", "n": 2}, "n"),
         ({"input": "x", "temperature": -1}, "temperature"),
-        ({"input": "x", "temprature": 1}, "temprature"),
+        ({"input": "x", "not_a_field": 1}, "not_a_field"),
         ({"input": "x", "text": {"format": {"type": "xml"}}}, "text.format.type"),
         ({"input": "x", "text": {"format": {"type": "json_schema", "name": "n"}}}, "text.format.schema"),
         ({"input": "x", "background": True, "store": False}, "background"),
@@ -402,3 +407,53 @@ def test_wrong_queries(server: ServerProcess, client: openai.OpenAI) -> None:
         assert httpx.get(f"{url}/input_items?{query}").status_code == 400
     assert httpx.get(f"{url}/input_items?after=unknown").status_code == 404
     assert httpx.get(f"{url}?stream=true&starting_after=x").status_code == 400
+
+
+def test_a_model_is_in_use_until_its_background_response_has_ended(tiny_llama: Path) -> None:
+    async def use() -> None:
+        async with AsyncLLM(str(tiny_llama)) as llm:
+            fleet = Fleet.of(llm)
+            transport = httpx.ASGITransport(create_app(fleet))
+            async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+                body = {"input": HELLO, "background": True, "ignore_eos": True, "max_output_tokens": 400}
+                id = (await client.post("/v1/responses", json=body)).json()["id"]
+                assert not fleet.default.is_idle
+                assert (await client.post(f"/v1/responses/{id}/cancel")).json()["status"] == "cancelled"
+                assert fleet.default.is_idle
+                for truncation in ("auto", "disabled"):
+                    reply = await client.post("/v1/responses", json={"input": HELLO, "truncation": truncation})
+                    assert reply.status_code == 200 and fleet.default.is_idle
+
+    asyncio.run(use())
+
+
+def test_reasoning_and_calls_of_functions(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With parts of an answer as a parser of the model's text makes them."""
+    parts = [
+        ReasoningDelta("Let me see"),
+        TextDelta("I look it up."),
+        ToolCallStart(0, "call_1", "weather"),
+        ArgumentsDelta(0, '{"city": "Rome"}'),
+    ]
+    monkeypatch.setattr(ChatGeneration, "events", lambda _, new: [parts.pop(0)] if new.text and parts else [])
+    monkeypatch.setattr(ChatGeneration, "finish_reason", lambda _, new: new.finish_reason and "tool_calls")
+
+    async def use() -> tuple[Any, list[Any]]:
+        async with AsyncLLM(str(tiny_llama)) as llm:
+            transport = httpx.ASGITransport(create_app(Fleet.of(llm)))
+            async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+                body = {"input": HELLO, "ignore_eos": True, "max_output_tokens": 40, "top_logprobs": 1}
+                reply = (await client.post("/v1/responses", json=body)).json()
+                url = f"/v1/responses/{reply['id']}"
+                assert (await client.get(url)).json() == reply
+                items = (await client.get(f"{url}/input_items")).json()["data"]
+        return reply, items
+
+    reply, items = asyncio.run(use())
+    reasoning, message, call = reply["output"]
+    assert reasoning["content"] == [{"type": "reasoning_text", "text": "Let me see"}]
+    assert message["content"][0]["text"] == "I look it up."
+    assert 0 < len(message["content"][0]["logprobs"]) < 5  # those of the reasoning and the call are left out
+    assert (call["type"], call["call_id"], call["name"]) == ("function_call", "call_1", "weather")
+    assert (call["arguments"], reply["status"]) == ('{"city": "Rome"}', "completed")
+    assert [item["content"][0]["text"] for item in items] == [HELLO]

@@ -28,16 +28,20 @@ class Background:
     release: Callable[[], None]
     keep_events: bool
     events: list[bytes] = field(default_factory=list)
+    _started: asyncio.Event = field(default_factory=asyncio.Event)
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
     _task: asyncio.Task[None] | None = None
     _is_cancelled: bool = False
 
     async def start(self, tasks: set[asyncio.Task[None]]) -> None:
-        """Store the response and start to generate it, in a task that is in `tasks` until it ends."""
-        await self.run.save()
+        """Store the response and start to generate it, in a task that is in `tasks` until it ends.
+
+        The task goes on if the caller is cancelled.
+        """
         self._task = asyncio.ensure_future(self._work())
         tasks.add(self._task)
         self._task.add_done_callback(tasks.discard)
+        await self._started.wait()
 
     async def cancel(self) -> None:
         """End the run, unless it has ended already. The response gets the status cancelled."""
@@ -65,12 +69,15 @@ class Background:
 
     async def _work(self) -> None:
         try:
+            await self.run.save()
+            self._started.set()
             self._add(self.run.builder.begin())
             last = await self._generate()
             await self.run.save(pack(self.events + split(last)) if self.keep_events else None)
             self._add(last)
         finally:
             self.release()
+            self._started.set()
             self._changed.set()
 
     async def _generate(self) -> bytes:

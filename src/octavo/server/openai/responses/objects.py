@@ -80,10 +80,10 @@ class IncompleteDetails(msgspec.Struct):
 
 
 class ResponseObject(msgspec.Struct, kw_only=True):
-    """A response. Fields without a comment in OpenAI's reference are the request's, or their defaults.
+    """A response. Most fields repeat those of the request, or give their defaults.
 
     Attributes:
-        seed: of sampling, as in completions: the request's seed, or the one drawn for it. Not in OpenAI's API.
+        seed: the request's seed of sampling, or the one drawn for it. OpenAI's API has no such field.
     """
 
     id: str

@@ -81,10 +81,9 @@ class Responses:
 
         background = Background(run, release, keep_events=bool(prepared.body.stream))
         self.running[id] = background
+        reply = Json(run.response)  # while its status is queued
         await background.start(request.scope.get("octavo.tasks", set()))
-        if prepared.body.stream:
-            return EventResponse(background.follow(after=-1), lambda _: b"")
-        return Json(run.response)
+        return EventResponse(background.follow(after=-1), lambda _: b"") if prepared.body.stream else reply
 
     async def count_input_tokens(self, request: Request) -> Response:
         """Answer POST /v1/responses/input_tokens."""
