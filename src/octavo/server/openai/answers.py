@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Callable
-from typing import Any
 
 import msgspec
 
@@ -95,8 +94,6 @@ def _reasoning_stage(kind: type[AnswerParser], begins_inside: bool) -> AnswerPar
 def with_markers(llm: AsyncLLM, tools: Tools | None, params: SamplingParams) -> SamplingParams:
     """Return sampling parameters with which the text keeps special tokens, if a parser needs them."""
     parsers = [reasoning_parser(llm), tool_parser(llm) if tools is not None and not tools.is_forced else None]
-    needed: dict[str, Any] = {"skip_special_tokens": False, "spaces_between_special_tokens": False}
-    known = {name: value for name, value in needed.items() if name in SamplingParams.__struct_fields__}
-    if not known or not any(name in _MAY_BE_SPECIAL for name in parsers):
-        return params
-    return msgspec.structs.replace(params, **known)
+    if any(name in _MAY_BE_SPECIAL for name in parsers):
+        return msgspec.structs.replace(params, skip_special_tokens=False)
+    return params

@@ -57,6 +57,9 @@ async def _whole(generation: ChatGeneration) -> Response:
             model=generation.model,
             system_fingerprint=generation.fingerprint,
             choices=choices,
+            prompt_logprobs=replies.prompt_logprobs(output.prompt_logprobs)
+            if output.prompt_logprobs
+            else msgspec.UNSET,
             usage=generation.usage,
             seed=output.seed,
             kv_cache_state=generation.kept_state(),

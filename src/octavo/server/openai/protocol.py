@@ -364,6 +364,8 @@ class ChatRequest(GenerationRequest):
         """Return the sampling parameters, see `params`. Raises InvalidRequest."""
         if self.top_logprobs and not self.logprobs:
             raise InvalidRequest("top_logprobs needs logprobs to be true", "top_logprobs")
+        if self.stream and self.prompt_logprobs is not None:
+            raise InvalidRequest("the stream of a chat has no prompt_logprobs: set stream to false", "prompt_logprobs")
         limit = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
         if limit is None and "max_tokens" in defaults:
             limit = int(defaults["max_tokens"])
