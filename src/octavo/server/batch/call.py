@@ -7,8 +7,7 @@ from typing import Any
 from urllib.parse import quote
 
 from octavo.server.edge.access_log import RequestRecord
-
-INTERNAL = "octavo.internal"  # key of an ASGI scope: the request was not made by a client
+from octavo.server.edge.traffic import INTERNAL
 
 
 @dataclass(frozen=True)

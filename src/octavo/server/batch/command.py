@@ -65,7 +65,11 @@ def run(config: EngineConfig, source: Path, target: Path) -> None:
 async def _run(config: EngineConfig, rows: Rows, results: ResultFile, total: int) -> None:
     main = asyncio.current_task()
     assert main is not None
-    with on_signals(main.cancel):
+
+    def stop() -> None:
+        main.cancel()
+
+    with on_signals(stop):
         async with _loaded(config) as app:
             at_once = config.max_batch_size * config.data_parallel_size + min(WAITING, config.max_batch_size)
             batch = BatchRun(app, FixedSlots(at_once), WINDOWS * at_once)
