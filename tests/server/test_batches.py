@@ -115,7 +115,10 @@ def test_cancel(client: openai.OpenAI) -> None:
     while client.batches.retrieve(begun.id).status != "in_progress":
         time.sleep(0.01)
     assert client.batches.cancel(begun.id).status in ("cancelling", "cancelled")
-    assert until_ended(client, begun.id).status == "cancelled"
+    batch = until_ended(client, begun.id)
+    assert batch.status == "cancelled" and batch.request_counts.completed < 500
+    done = len(lines(client, batch.output_file_id)) if batch.output_file_id else 0
+    assert done == batch.request_counts.completed
     with pytest.raises(openai.ConflictError):
         client.batches.cancel(begun.id)
 

@@ -89,14 +89,18 @@ class ResultFile:
         self.counts.failed += is_failure
         self.counts.completed += not is_failure
 
-    def write(self, results: list[Result]) -> None:
-        """Append results. Raises OSError."""
+    def write(self, results: list[Result], sync: bool = True) -> None:
+        """Append results. Raises OSError.
+
+        Args:
+            sync: whether to synchronize the file to the disk every SYNC_SECONDS, which blocks.
+        """
         content = memoryview(b"".join(result.line for result in results))
         while content:
             content = content[self._file.write(content) :]
         for result in results:
             self.counts.add(result)
-        if time.monotonic() - self._synced > SYNC_SECONDS:
+        if sync and time.monotonic() - self._synced > SYNC_SECONDS:
             self.sync()
 
     def sync(self) -> None:

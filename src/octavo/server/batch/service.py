@@ -176,7 +176,7 @@ class BatchService:
             await asyncio.to_thread(results.resume, rows)
             async with contextlib.aclosing(run.results(rows)) as groups:
                 async for group in groups:
-                    await asyncio.to_thread(results.write, group)
+                    results.write(group, sync=False)  # in a thread, cancelling could close the file meanwhile
                     _count_in(batch, results.counts)
                     if time.monotonic() - saved > SAVE_SECONDS:
                         saved = time.monotonic()
