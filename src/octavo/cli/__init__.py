@@ -13,7 +13,19 @@ from octavo.errors import EngineDead, OctavoError
 from octavo.terminal import printable
 from octavo.version import __version__
 
-_COMMANDS = ("serve", "generate", "chat", "top", "models", "config", "pull", "quantize", "bench", "simulate")
+_COMMANDS = (
+    "serve",
+    "generate",
+    "chat",
+    "run-batch",
+    "top",
+    "models",
+    "config",
+    "pull",
+    "quantize",
+    "bench",
+    "simulate",
+)
 _ENGINE_FAILED, _USAGE, _INTERRUPTED = 1, 2, 130
 
 
@@ -29,7 +41,7 @@ def _app(commands: Sequence[str]) -> typer.Typer:
     )
     app.callback(invoke_without_command=True)(_root)
     for name in commands:
-        import_module(f"{__name__}.{name}").register(app)
+        import_module(f"{__name__}.{name.replace('-', '_')}").register(app)
     return app
 
 

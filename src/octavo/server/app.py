@@ -2,15 +2,18 @@
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 from octavo.fleet.fleet import Fleet
 
 from . import admin, models_admin, worker_info
 from .api import Api
+from .batch.service import BatchService
 from .config import ServerConfig
 from .edge.body import BodyReader
 from .edge.dispatch import Dispatcher
-from .openai import chat, completions, kv_states, models, render, responses, tokenize
+from .edge.traffic import Traffic
+from .openai import batches, chat, completions, files, kv_states, models, render, responses, tokenize
 
 
 def create_app(
@@ -25,4 +28,11 @@ def create_app(
     config = config or ServerConfig()
     api = Api(fleet, config, BodyReader(config), int(time.time()), draining)
     families = (chat, completions, responses, models, render, tokenize, kv_states, admin, models_admin, worker_info)
-    return Dispatcher([route for family in families for route in family.routes(api)], config.allowed_origins)
+    traffic = Traffic()
+    service = BatchService(Path(config.data_dir), config, traffic) if config.data_dir else None
+    routes = [route for family in families for route in family.routes(api)]
+    routes += [*files.routes(service, config, api.bodies), *batches.routes(service, api.bodies)]
+    app = Dispatcher(routes, config.allowed_origins, traffic)
+    if service:
+        service.start(app)
+    return app

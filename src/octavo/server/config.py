@@ -39,7 +39,9 @@ class ServerConfig(Settings):
         "or what the container allows.",
     )
     data_dir: str | None = setting(
-        None, "Folder for what must survive a restart, such as stored responses. By default, they are kept in memory."
+        None,
+        "Folder for what must survive a restart: files and batches, whose routes need it, and stored responses, which "
+        "are in memory without it.",
     )
     admin_key: str | None = setting(
         None,
@@ -78,6 +80,7 @@ class ServerConfig(Settings):
     max_pending_body_bytes: Size = setting(
         128 * 2**20, "Maximum size of all bodies that are still arriving; requests beyond it are answered 503."
     )
+    max_file_bytes: Size = setting(512 * 2**20, "Maximum size of a file for /v1/files; larger ones are answered 413.")
     max_json_values: int = setting(
         200_000,
         "Maximum number of values in a JSON body, estimated from its punctuation; a key counts as four. More are "

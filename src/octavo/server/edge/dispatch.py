@@ -15,6 +15,7 @@ from octavo.server.errors import ServerStopping, error_reply, error_response, is
 
 from . import cors
 from .access_log import RequestRecord
+from .traffic import INTERNAL, Traffic
 
 Handler = Callable[[Request], Awaitable[Response]]
 
@@ -42,16 +43,21 @@ class Dispatcher:
 
     Args:
         origins: the web origins whose pages may call; see `cors`.
+        traffic: counts the requests of clients.
     """
 
-    def __init__(self, routes: Collection[BaseRoute], origins: Collection[str]):
+    def __init__(self, routes: Collection[BaseRoute], origins: Collection[str], traffic: Traffic | None = None):
         self._router = Router(list(routes), redirect_slashes=False)
         self._origins = origins
+        self._traffic = traffic or Traffic()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         scope["app"] = self  # makes Starlette's router raise HTTPException instead of answering in plain text
         record = RequestRecord.of(scope)
         record.response_headers += cors.response_headers(scope["headers"], self._origins)
+        counted = scope["method"] == "POST" and INTERNAL not in scope
+        if counted:
+            self._traffic.add(1)
         try:
             if scope["method"] == "OPTIONS":
                 record.response_headers += cors.preflight_headers(scope["headers"], self._origins)
@@ -63,6 +69,8 @@ class Dispatcher:
         except Exception as error:
             await self._answer(error, record, scope, receive, send)
         finally:
+            if counted:
+                self._traffic.add(-1)
             if record.on_end is not None:
                 record.on_end()
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from functools import partial
 
+import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -50,6 +51,7 @@ async def _whole(generation: ChatGeneration) -> Response:
         )
         for answer, completion in zip(generation.answers(output.outputs), output.outputs, strict=True)
     ]
+    known = output.prompt_logprobs or msgspec.UNSET
     return replies.Json(
         replies.Chat(
             id=generation.id,

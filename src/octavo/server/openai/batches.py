@@ -1,0 +1,89 @@
+"""The routes of /v1/batches."""
+
+from functools import partial
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from octavo.server.batch.lines import URLS
+from octavo.server.batch.service import BatchService
+from octavo.server.edge.body import BodyReader
+from octavo.server.edge.dispatch import route
+from octavo.server.errors import ApiError
+
+from .files import bound, found, listed, tenant_in
+from .replies import Json
+
+PATH = "/v1/batches"
+FIELDS = ("input_file_id", "endpoint", "completion_window", "metadata")
+DEFAULT_PAGE = 20
+MAX_METADATA = (16, 64, 512)  # entries, characters in a key, characters in a value
+
+
+def routes(service: BatchService | None, bodies: BodyReader) -> list[Route]:
+    """Return the routes of this family. Without `service`, they answer 404."""
+    return [
+        route("POST", PATH, bound(service, partial(create, bodies))),
+        route("GET", PATH, bound(service, list_batches)),
+        route("GET", f"{PATH}/{{id}}", bound(service, retrieve)),
+        route("POST", f"{PATH}/{{id}}/cancel", bound(service, cancel)),
+    ]
+
+
+async def create(bodies: BodyReader, service: BatchService, request: Request) -> Response:
+    """Begin a batch of the requests in a file. Raises ApiError."""
+    body = await bodies.read_json(request)
+    if not isinstance(body, dict):
+        raise ApiError(400, "the body should be an object")
+    for name in body:
+        if name not in FIELDS and body[name] is not None:
+            raise ApiError(400, f"unknown field {name[:100]}", name[:100], "unknown_field")
+    if body.get("endpoint") not in URLS:
+        raise ApiError(400, f"endpoint must be {' or '.join(URLS)}", "endpoint")
+    if body.get("completion_window") != "24h":
+        raise ApiError(400, "completion_window must be 24h", "completion_window")
+    id = body.get("input_file_id")
+    if not isinstance(id, str):
+        raise ApiError(400, "input_file_id must be the id of a file", "input_file_id")
+    file = await found(service, request, "file", id)
+    if file["purpose"] != "batch":
+        raise ApiError(400, f"the purpose of {id} is {file['purpose']}, not batch", "input_file_id")
+    metadata = _metadata(body.get("metadata"))
+    return Json(await service.create(tenant_in(request), file, body["endpoint"], metadata))
+
+
+async def list_batches(service: BatchService, request: Request) -> Response:
+    """Answer with a page of a tenant's batches. Raises ApiError."""
+    return await listed(service, request, "batch", DEFAULT_PAGE)
+
+
+async def retrieve(service: BatchService, request: Request) -> Response:
+    """Answer with a batch. Raises ApiError 404."""
+    batch = await found(service, request, "batch", request.path_params["id"])
+    running = service.running.get(batch["id"])
+    return Json(running.batch if running else batch)
+
+
+async def cancel(service: BatchService, request: Request) -> Response:
+    """Cancel a batch. Raises ApiError 404, or 409 if it has ended."""
+    batch = await found(service, request, "batch", request.path_params["id"])
+    running = service.running.get(batch["id"])
+    if running is None:
+        raise ApiError(409, f"the batch is {batch['status']} and cannot be cancelled", code="batch_ended")
+    await service.cancel(batch["id"])
+    return Json(running.batch)
+
+
+def _metadata(given: Any) -> Any:
+    entries, key_length, value_length = MAX_METADATA
+    if given is None:
+        return None
+    if not isinstance(given, dict) or len(given) > entries:
+        raise ApiError(400, f"metadata must be an object of at most {entries} entries", "metadata")
+    for key, value in given.items():
+        if not isinstance(value, str) or len(key) > key_length or len(value) > value_length:
+            message = f"metadata must have keys of {key_length} and strings of {value_length} characters at most"
+            raise ApiError(400, message, "metadata")
+    return given

@@ -1,0 +1,158 @@
+"""The routes of /v1/files."""
+
+import asyncio
+import os
+import shutil
+import uuid
+from collections.abc import Awaitable, Callable
+from functools import partial
+from pathlib import Path
+from typing import BinaryIO, NoReturn, cast
+
+from starlette.datastructures import UploadFile
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import FileResponse, Response
+from starlette.routing import Route
+from starlette.types import Message
+
+from octavo.params import ServiceTerms
+from octavo.server.batch.service import BatchService, file_object
+from octavo.server.batch.store import MAX_PAGE, Content
+from octavo.server.config import ServerConfig
+from octavo.server.edge.access_log import CLIENT_LEFT
+from octavo.server.edge.body import BodyReader
+from octavo.server.edge.dispatch import route
+from octavo.server.errors import ApiError
+
+from .protocol import tenant_of
+from .replies import Json
+
+PATH = "/v1/files"
+PURPOSES = ("assistants", "batch", "fine-tune", "vision", "user_data", "evals")
+MAX_FILENAME = 256
+FORM_BYTES = 65_536  # of a form, besides the content of the file
+
+Handler = Callable[[BatchService, Request], Awaitable[Response]]
+
+
+def routes(service: BatchService | None, config: ServerConfig, bodies: BodyReader) -> list[Route]:
+    """Return the routes of this family. Without `service`, they answer 404."""
+    return [
+        route("POST", PATH, bound(service, partial(create, config))),
+        route("GET", PATH, bound(service, list_files)),
+        route("GET", f"{PATH}/{{id}}", bound(service, retrieve)),
+        route("DELETE", f"{PATH}/{{id}}", bound(service, delete)),
+        route("GET", f"{PATH}/{{id}}/content", bound(service, content)),
+    ]
+
+
+def bound(service: BatchService | None, handler: Handler) -> Callable[[Request], Awaitable[Response]]:
+    """Return the handler for `service`; without one, a handler that raises ApiError 404."""
+    return partial(handler, service) if service else _unavailable
+
+
+async def _unavailable(_: Request) -> NoReturn:
+    raise ApiError(404, "files and batches need a server that was started with --data-dir", code="no_data_dir")
+
+
+async def create(config: ServerConfig, service: BatchService, request: Request) -> Response:
+    """Store the file of a form with the fields `file` and `purpose`. Raises ApiError."""
+    tenant = tenant_in(request)
+    if not request.headers.get("content-type", "").startswith("multipart/form-data"):
+        raise ApiError(415, "send the file as multipart/form-data", code="unsupported_media_type")
+    limited = Request(request.scope, _limited(request, config.max_file_bytes + FORM_BYTES))
+    try:
+        form = limited.form(max_files=1, max_fields=16, max_part_size=4096)
+        async with form as fields:
+            file, purpose = fields.get("file"), fields.get("purpose")
+            if not isinstance(file, UploadFile):
+                raise ApiError(400, "the form has no file in its field file", "file")
+            if purpose not in PURPOSES:
+                raise ApiError(400, f"purpose must be one of {', '.join(PURPOSES)}", "purpose")
+            id = f"file-{uuid.uuid4().hex}"
+            size = await asyncio.to_thread(_save, file.file, service.store.files / id)
+            made = file_object(id, size, (file.filename or "file")[:MAX_FILENAME], str(purpose))
+    except ClientDisconnect:
+        raise ApiError(CLIENT_LEFT, "the client left before its whole file had arrived") from None
+    await service.store.put(tenant, made)
+    return Json(made)
+
+
+async def list_files(service: BatchService, request: Request) -> Response:
+    """Answer with a page of a tenant's files. Raises ApiError."""
+    return await listed(service, request, "file", default=MAX_PAGE)
+
+
+async def retrieve(service: BatchService, request: Request) -> Response:
+    """Answer with the description of a file. Raises ApiError 404."""
+    return Json(await found(service, request, "file", request.path_params["id"]))
+
+
+async def delete(service: BatchService, request: Request) -> Response:
+    """Delete a file. A batch that uses it goes on. Raises ApiError 404."""
+    file = await found(service, request, "file", request.path_params["id"])
+    await service.store.delete("file", tenant_in(request), file["id"])
+    (service.store.files / file["id"]).unlink(missing_ok=True)
+    return Json({"id": file["id"], "object": "file", "deleted": True})
+
+
+async def content(service: BatchService, request: Request) -> Response:
+    """Answer with the content of a file. Raises ApiError 404."""
+    file = await found(service, request, "file", request.path_params["id"])
+    return FileResponse(service.store.files / file["id"], media_type="application/octet-stream")
+
+
+async def found(service: BatchService, request: Request, kind: str, id: str) -> Content:
+    """Return an object of the request's tenant. Raises ApiError 404."""
+    if (item := await service.store.find(kind, tenant_in(request), id)) is None:
+        raise ApiError(404, f"there is no {kind} {id[:100]!r}", code=f"{kind}_not_found")
+    return item
+
+
+async def listed(service: BatchService, request: Request, kind: str, default: int) -> Response:
+    """Answer with a page of the tenant's objects: the query's `limit`, `after`, `order` and `purpose`."""
+    query = request.query_params
+    limit, order = query.get("limit", str(default)), query.get("order", "desc")
+    if not (limit.isascii() and limit.isdecimal() and len(limit) < 6 and 1 <= int(limit) <= MAX_PAGE):
+        raise ApiError(400, f"limit must be from 1 to {MAX_PAGE}", "limit")
+    if order not in ("asc", "desc"):
+        raise ApiError(400, "order must be asc or desc", "order")
+    items, has_more = await service.store.page(
+        kind, tenant_in(request), int(limit), query.get("after"), order == "desc", query.get("purpose")
+    )
+    first, last = (items[0]["id"], items[-1]["id"]) if items else (None, None)
+    return Json({"object": "list", "data": items, "first_id": first, "last_id": last, "has_more": has_more})
+
+
+def tenant_in(request: Request) -> str:
+    """Return the tenant of a request. Raises InvalidRequest, ApiError."""
+    tenant = tenant_of(request.headers, request.query_params.get("tenant"))
+    ServiceTerms(tenant=tenant)  # checks it
+    try:
+        tenant.encode("latin-1")
+    except UnicodeEncodeError:
+        raise ApiError(400, "tenant must consist of characters of Latin-1", "tenant") from None
+    return tenant
+
+
+def _limited(request: Request, limit: int) -> Callable[[], Awaitable[Message]]:
+    """Return `receive` of a request, which raises ApiError 413 after `limit` bytes."""
+    received = 0
+
+    async def receive() -> Message:
+        nonlocal received
+        message = await request.receive()
+        received += len(message.get("body", b""))
+        if received > limit:
+            raise ApiError(413, f"the file is larger than {limit - FORM_BYTES} bytes (max_file_bytes)", "file")
+        return message
+
+    return receive
+
+
+def _save(source: object, path: Path) -> int:
+    with path.open("xb") as target:
+        shutil.copyfileobj(cast(BinaryIO, source), target)
+        target.flush()
+        os.fsync(target.fileno())
+        return target.tell()
