@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from octavo.fleet.fleet import Fleet
 
-from . import admin, models_admin, worker_info
+from . import admin, anthropic, models_admin, ollama, worker_info
 from .api import Api
 from .config import ServerConfig
 from .edge.body import BodyReader
@@ -24,5 +24,6 @@ def create_app(
     """
     config = config or ServerConfig()
     api = Api(fleet, config, BodyReader(config), int(time.time()), draining)
-    families = (chat, completions, responses, models, render, tokenize, kv_states, admin, models_admin, worker_info)
+    openai = (chat, completions, responses, models, render, tokenize, kv_states)
+    families = (*openai, anthropic, ollama, admin, models_admin, worker_info)
     return Dispatcher([route for family in families for route in family.routes(api)], config.allowed_origins)
