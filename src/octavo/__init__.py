@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from .config import EngineConfig
     from .llm import LLM
     from .outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
-    from .params import SamplingParams, ServiceTerms
+    from .params import SamplingParams, ServiceTerms, StructuredOutputs
     from .states import KVState
 
 _HOME = {
@@ -23,6 +23,7 @@ _HOME = {
     "EngineConfig": "config",
     "SamplingParams": "params",
     "ServiceTerms": "params",
+    "StructuredOutputs": "params",
     "RequestOutput": "outputs",
     "CompletionOutput": "outputs",
     "RequestMetrics": "outputs",
@@ -41,6 +42,7 @@ __all__ = [
     "RequestOutput",
     "SamplingParams",
     "ServiceTerms",
+    "StructuredOutputs",
     "__version__",
 ]
 

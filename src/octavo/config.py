@@ -36,6 +36,11 @@ KV_CACHE_DTYPES = {"auto": "bf16", "bf16": "bf16", "bfloat16": "bf16", "int8": "
 QUANTIZATIONS = ("auto", "none", "8bit", "4bit")
 POLICIES = ("fcfs", "priority", "fair", "deadline")
 MAX_REPLICAS = 256
+TOOL_PARSERS = (
+    *("hermes", "qwen3_xml", "qwen3_coder", "llama3_json", "llama4_json", "llama4_pythonic", "pythonic", "mistral"),
+    *("granite", "phi4_mini_json", "deepseek_v3", "deepseek_v31", "openai", "json"),
+)
+REASONING_PARSERS = ("qwen3", "deepseek_r1", "granite", "openai_gptoss")
 TEMPLATE_SECONDS, TEMPLATE_MEMORY = 0.75, 80 * 2**20  # for rendering a chat
 _NAME = Rule("the name of a model", bool)
 _DEVICE = Rule("auto, cpu or cuda", lambda value: re.fullmatch(r"auto|cpu|cuda(:\d+)?", value) is not None)
@@ -86,6 +91,17 @@ class EngineConfig(Settings):
     )
     chat_template_memory: Size = setting(
         TEMPLATE_MEMORY, "Memory that the chat template may take, beside eight times the size of the chat."
+    )
+    tool_call_parser: str = setting(
+        "auto",
+        f"Format of the model's tool calls: {', '.join(TOOL_PARSERS)}; auto finds it from the chat template.",
+        one_of("auto", *TOOL_PARSERS),
+    )
+    reasoning_parser: str = setting(
+        "auto",
+        f"Format of the model's reasoning: {', '.join(REASONING_PARSERS)}; none leaves it in the text; auto finds it "
+        "from the chat template.",
+        one_of("auto", "none", *REASONING_PARSERS),
     )
     max_model_len: int | None = setting(
         None, "Maximum tokens of prompt and output together; by default the model's own limit.", at_least(2)

@@ -4,6 +4,7 @@ These two classes are the only list of request parameters: command-line flags, H
 their fields. A field's description is its help text.
 """
 
+import json
 import math
 from typing import Annotated, Any, TypedDict
 
@@ -18,7 +19,64 @@ MAX_PRIORITY = 1000  # and at least -1000, so that aging makes up for any differ
 MAX_SECONDS = 86_400.0  # of a request's timeout or target
 MAX_NAME = 256  # characters of a tenant's name or of a salt
 MAX_INTEGER = 2**31 - 1
+MAX_GRAMMAR = 131_072  # characters of a constraint of structured output, as JSON
+MAX_CHOICES = 4096
 _SHOWN = 200  # characters of a wrong value in an error message
+
+
+class StructuredOutputs(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A constraint on the form of the output, with the names of vLLM's StructuredOutputsParams. Exactly one is set.
+
+    A schema or a tag that is given as a dict is stored as JSON text.
+
+    Raises:
+        InvalidRequest: A ValueError, for no constraint or several, one of the wrong type, or one that is too large.
+            The grammar itself is checked when a request is submitted.
+    """
+
+    json: Annotated[dict[str, Any] | str | None, Meta(description="JSON schema of the output.")] = None
+    regex: Annotated[str | None, Meta(description="Regular expression that the whole output matches.")] = None
+    choice: Annotated[list[str] | None, Meta(description="The output is one of these strings.")] = None
+    grammar: Annotated[str | None, Meta(description="Grammar of the output, in Lark's syntax or in GBNF.")] = None
+    json_object: Annotated[bool | None, Meta(description="The output is any JSON object.")] = None
+    structural_tag: Annotated[
+        dict[str, Any] | str | None,
+        Meta(description="Tags in the output whose contents follow JSON schemas: structures and triggers."),
+    ] = None
+    disable_any_whitespace: Annotated[bool, Meta(description="JSON has no whitespace outside of strings.")] = False
+    disable_additional_properties: Annotated[
+        bool, Meta(description="Objects have only the properties that the JSON schema names.")
+    ] = False
+    whitespace_pattern: Annotated[
+        str | None, Meta(description="Regular expression of the whitespace between the parts of JSON.")
+    ] = None
+
+    def __post_init__(self) -> None:
+        fields = _Fields(self)
+        if self.json_object is not None:
+            fields.need(type(self.json_object) is bool, "json_object", "true or false")
+        given = [name for name in CONSTRAINTS if getattr(self, name) not in (None, False)]
+        if len(given) != 1:
+            names = ", ".join(given) or "none"
+            raise InvalidRequest(
+                f"structured_outputs must have exactly one of {', '.join(CONSTRAINTS)}, not {names}",
+                "structured_outputs",
+            )
+        for name in ("json", "structural_tag"):
+            fields.json_text(name, MAX_GRAMMAR)
+        for name in ("regex", "grammar", "whitespace_pattern"):
+            text = getattr(self, name)
+            ok = text is None or (isinstance(text, str) and 1 <= len(text) <= MAX_GRAMMAR)
+            fields.need(ok, name, f"a string of 1 to {MAX_GRAMMAR:,} characters")
+        if self.choice is not None:
+            what = f"a list of 1 to {MAX_CHOICES:,} strings, of at most {MAX_GRAMMAR:,} characters together"
+            fields.texts("choice", MAX_CHOICES, MAX_GRAMMAR, what)
+            fields.need(isinstance(self.choice, list) and 0 < sum(map(len, self.choice)) <= MAX_GRAMMAR, "choice", what)
+        fields.flag("disable_any_whitespace")
+        fields.flag("disable_additional_properties")
+
+
+CONSTRAINTS = ("json", "regex", "choice", "grammar", "json_object", "structural_tag")
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -84,6 +142,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         int | None,
         Meta(description="Draft tokens per step; if unset, the engine's setting. They do not change the output."),
     ] = None
+    structured_outputs: Annotated[
+        StructuredOutputs | None, Meta(description="Constraint on the form of the output: a JSON schema or a grammar.")
+    ] = None
 
     def __post_init__(self) -> None:
         fields = _Fields(self)
@@ -119,6 +180,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         fields.flag("ignore_eos")
         if self.speculative_tokens is not None:
             integer("speculative_tokens", 0, 1024, "an integer from 0 to 1,024")
+        if self.structured_outputs is not None:
+            fields.structured("structured_outputs")
 
     @property
     def stop_strings(self) -> list[str]:
@@ -242,6 +305,33 @@ class _Fields:
         for key, value in pairs:
             self.need(key is not None and key >= 0 and value is not None and -100 <= value <= 100, param, what)
         self._store(param, given, dict(pairs))
+
+    def json_text(self, param: str, longest: int) -> None:
+        """Store an object as JSON text; leave text as it is."""
+        given = getattr(self._struct, param)
+        if given is None:
+            return
+        what = f"a JSON object of at most {longest:,} characters"
+        self.need(isinstance(given, str | dict), param, what)
+        text = given
+        if isinstance(given, dict):
+            try:
+                text = json.dumps(given, ensure_ascii=False)
+            except (TypeError, ValueError, RecursionError):
+                raise InvalidRequest(f"{param} must be {what}", param) from None
+        self.need(1 <= len(text) <= longest, param, what)
+        self._store(param, given, text)
+
+    def structured(self, param: str) -> None:
+        """Store a dict as StructuredOutputs."""
+        given = getattr(self._struct, param)
+        value = given
+        if isinstance(given, dict):
+            if unknown := given.keys() - set(StructuredOutputs.__struct_fields__):
+                raise InvalidRequest(f"{param} has no {min(map(str, unknown))}", param)
+            value = StructuredOutputs(**given)
+        self.need(isinstance(value, StructuredOutputs), param, "an object with one constraint")
+        self._store(param, given, value)
 
     def _store(self, param: str, given: Any, value: Any) -> None:
         if value is not given:

@@ -109,7 +109,6 @@ _EIGHT_BITS_KV = ("int8", "is kv_cache_dtype int8: 8 bits, with scales")
 _HALF = ("auto", "is computed in bfloat16")
 _NO_TLS = "this server speaks plain HTTP only; put a proxy with TLS in front of it"
 _LOCAL = "the engine runs on one device in one process"
-_NO_TOOLS = "tool calls are not parsed yet; requests with tools are refused"
 _LOGGING = "see access_log"
 _OTHER_ANSWERS = "it would change answers"
 
@@ -145,8 +144,6 @@ _VALUES: dict[str, Alias] = {
     "cpu_offload_gb": _ignored("weights are not offloaded"),
     "kv_offloading_size": _ignored("see kv_disk and kv_host_memory"),
     "kv_offloading_backend": _ignored("see kv_disk and kv_host_memory"),
-    "tool_call_parser": _ignored(_NO_TOOLS),
-    "reasoning_parser": _ignored("reasoning is not parsed yet; it stays in the text of the answer"),
     "seed": _ignored("give each request its own seed; without one, a new seed is drawn and reported"),
     "load_format": _ignored("found from the model's files"),
     "download_dir": _ignored("HF_HOME is the folder of downloads"),
@@ -207,7 +204,7 @@ _FLAGS: dict[str, Alias] = {
         ),
         is_flag=True,
     ),
-    "enable_auto_tool_choice": _ignored(_NO_TOOLS, is_flag=True),
+    "enable_auto_tool_choice": _ignored("always", is_flag=True),
     "async_scheduling": _ignored("always", is_flag=True),
     "enable_expert_parallel": _ignored(_LOCAL, is_flag=True),
     "disable_custom_all_reduce": _ignored(_LOCAL, is_flag=True),

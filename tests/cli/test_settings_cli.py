@@ -82,7 +82,6 @@ def test_a_recipe_of_vllm_serves(tiny_llama: Path) -> None:
         "--max-num-seqs 4 is max_batch_size",
         "kv_cache_page_size 32",
         "ignored: ",
-        "--reasoning-parser qwen3",
         "--trust-remote-code",
     ):
         assert text in line

@@ -84,6 +84,9 @@ class ServerConfig(Settings):
         "answered 413.",
         at_least(1),
     )
+    trust_request_chat_template: bool = setting(
+        False, "Let requests bring their own chat template (chat_template), a program that is run within limits."
+    )
     max_messages: int = setting(2048, "Maximum number of messages in a chat.", at_least(1))
     max_content_parts: int = setting(4096, "Maximum number of content parts in all messages of a chat.", at_least(1))
     max_completions: int = setting(1024, "Maximum number of completions per request: prompts times n.", at_least(1))

@@ -29,6 +29,7 @@ from .token_bound import TokenBound, component_steps
 
 MAX_TOKENIZER_BYTES = 256 << 20  # limit for tokenizer.json; the largest known ones have about 40 MiB
 MAX_SETTINGS_BYTES = 16 << 20  # limit for any other file
+MAX_OTHER_TEMPLATES = 4  # whose processes are kept, besides the model's own template
 PIECE = 1 << 16  # characters; longer texts are tokenized in pieces of about this size
 _LETTER_AND_SPACE = re.compile("[A-Za-z](?= [A-Za-z])")
 
@@ -58,11 +59,13 @@ class Tokenizer:
         bos_token_id: int | None = None,
         template: str | None = None,
         special_tokens: dict[str, str] | None = None,
+        tool_template: str | None = None,
     ) -> None:
         """Wrap a tokenizer of the tokenizers library.
 
         Args:
             template: The source of the chat template.
+            tool_template: The source of the template for chats with tools, if that is another one.
             special_tokens: Variables of the chat template, such as {"bos_token": "<s>"}.
 
         Raises:
@@ -75,7 +78,9 @@ class Tokenizer:
         self.bos_token_id = bos_token_id
         self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
         self._template = template
+        self._tool_template = tool_template
         self._template_limits: dict[str, Any] = {}
+        self._other_templates: dict[str, ChatTemplate] = {}  # by source: for tools, and of requests
         self._special_tokens = special_tokens or {}
         added = backend.get_added_tokens_decoder()
         self._added_ids = frozenset(added)
@@ -233,11 +238,31 @@ class Tokenizer:
         Raises:
             InvalidRequest: There is no template, it refuses the messages, or they exceed a limit.
         """
-        return self.chat_template.render(messages, **(self._special_tokens | template_kwargs))
+        template, variables = self._template_for(template_kwargs)
+        return template.render(messages, **(self._special_tokens | variables))
 
     async def achat(self, messages: list[dict[str, Any]], **template_kwargs: Any) -> str:
         """Do what `chat` does, without blocking the event loop."""
-        return await self.chat_template.arender(messages, **(self._special_tokens | template_kwargs))
+        template, variables = self._template_for(template_kwargs)
+        return await template.arender(messages, **(self._special_tokens | variables))
+
+    def template_source(self, with_tools: bool = False) -> str:
+        """Return the source of the template for chats, with tools or without; "" if there is none."""
+        return (self._tool_template if with_tools else None) or self._template or ""
+
+    def _template_for(self, variables: dict[str, Any]) -> tuple[ChatTemplate, dict[str, Any]]:
+        """Return the template for a chat with these variables, and the variables without `chat_template`."""
+        source = variables.get("chat_template")
+        variables = {name: value for name, value in variables.items() if name != "chat_template"}
+        if source is None and variables.get("tools"):
+            source = self._tool_template
+        if source is None:
+            return self.chat_template, variables
+        template = self._other_templates.pop(source, None) or ChatTemplate(source, **self._template_limits)
+        self._other_templates[source] = template  # the last one is the most recently used one
+        if len(self._other_templates) > MAX_OTHER_TEMPLATES:
+            self._other_templates.pop(next(iter(self._other_templates))).close()
+        return template, variables
 
     @property
     def chat_template(self) -> ChatTemplate:
@@ -410,6 +435,7 @@ def _from_directory(path: Path) -> Tokenizer:
         eos_token_ids=frozenset(of("eos_token") + ids("eos_token_id")),
         bos_token_id=next(iter(of("bos_token") + ids("bos_token_id")), None),
         template=_directory_template(path, settings),
+        tool_template=_directory_template(path, settings, "tool_use"),
         special_tokens=special_tokens,
     )
 
@@ -424,15 +450,19 @@ def _read_backend(file: Path) -> tokenizers.Tokenizer:
         raise
 
 
-def _directory_template(path: Path, settings: dict[str, Any]) -> str | None:
-    """Return the template in chat_template.jinja or in tokenizer_config.json; of several, the default one."""
+def _directory_template(path: Path, settings: dict[str, Any], name: str = "default") -> str | None:
+    """Return the template in chat_template.jinja or in tokenizer_config.json; of several, the one called `name`."""
     file = path / "chat_template.jinja"
+    if name != "default":
+        file = path / "additional_chat_templates" / f"{name}.jinja"
+        if not file.exists() and not isinstance(settings.get("chat_template"), list):
+            return None
     if file.exists():
         return _read_text(file)
     template = settings.get("chat_template")
     try:
         if isinstance(template, list):
-            template = {entry["name"]: entry["template"] for entry in template}.get("default")
+            template = {entry["name"]: entry["template"] for entry in template}.get(name)
     except (KeyError, TypeError):
         template = []  # an entry is not an object with a name and a template
     if template is not None and not isinstance(template, str):

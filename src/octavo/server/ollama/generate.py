@@ -112,7 +112,7 @@ class _Lines:
         thinking = {"thinking": answer.reasoning} if answer.reasoning else {}
         if not self._is_chat:
             return head | {"response": answer.text, **thinking, "done": False}
-        message = {"role": "assistant", "content": answer.text, **thinking}
+        message: dict[str, Any] = {"role": "assistant", "content": answer.text, **thinking}
         if answer.tool_calls:
             message["tool_calls"] = [
                 {"id": call.id, "function": {"name": call.name, "arguments": _arguments(call.arguments)}}

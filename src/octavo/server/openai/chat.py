@@ -12,7 +12,7 @@ from octavo.server.api import Api
 from octavo.server.edge.access_log import RequestRecord
 from octavo.server.edge.dispatch import route
 from octavo.text import Tokenizer
-from octavo.text.answer import AnswerEvent, TextDelta
+from octavo.text.answer import Answer, AnswerEvent, ArgumentsDelta, ReasoningDelta, TextDelta, ToolCallStart
 
 from . import replies
 from .chat_generation import ChatGeneration, prepare
@@ -43,7 +43,7 @@ async def _whole(generation: ChatGeneration) -> Response:
     choices = [
         replies.ChatChoice(
             index=answer.index,
-            message=replies.ChatMessage(content=answer.text),
+            message=_message(answer),
             logprobs=_logprobs(tokenizer, completion, top),
             finish_reason=answer.finish_reason,
             stop_reason=answer.stop_reason,
@@ -100,7 +100,25 @@ def _delta(event: AnswerEvent) -> replies.Delta:
     match event:
         case TextDelta(text):
             return replies.Delta(content=text)
-    raise TypeError(event)
+        case ReasoningDelta(text):
+            return replies.Delta(reasoning_content=text, reasoning=text)
+        case ToolCallStart(index, id, name):
+            function = replies.FunctionCall(name, "")
+            return replies.Delta(tool_calls=[replies.ToolCallDelta(index, function, id, "function")])
+        case ArgumentsDelta(index, text):
+            return replies.Delta(tool_calls=[replies.ToolCallDelta(index, replies.FunctionCall(arguments=text))])
+
+
+def _message(answer: Answer) -> replies.ChatMessage:
+    message = replies.ChatMessage(content=answer.text)
+    if answer.reasoning:
+        message.reasoning_content = message.reasoning = answer.reasoning
+    if answer.tool_calls:
+        message.content = answer.text or None
+        message.tool_calls = [
+            replies.ToolCall(call.id, replies.FunctionCall(call.name, call.arguments)) for call in answer.tool_calls
+        ]
+    return message
 
 
 def _logprobs(tokenizer: Tokenizer, new: CompletionOutput, top: int | None) -> replies.ChatLogprobs | None:

@@ -1,14 +1,22 @@
 """Chats for all dialects: a ChatRequest becomes a ChatGeneration, whose output each dialect formats in its own way."""
 
+from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
+import msgspec
 from starlette.requests import Request
 
+from octavo.async_llm import AsyncLLM
+from octavo.errors import InvalidRequest
 from octavo.outputs import CompletionOutput
 from octavo.server.api import Api
 from octavo.server.edge.access_log import RequestRecord
-from octavo.text.answer import Answer, AnswerEvent, TextDelta
+from octavo.text.answer import Answer, AnswerEvent, ReasoningDelta
+from octavo.text.offload import off_loop
 
+from .answers import AnswerReader, answer_reader, knows_tools, tool_parser, with_markers
 from .generation import Generation, tokenized
 from .kv_states import continuation
 from .protocol import ChatRequest
@@ -39,14 +47,23 @@ class ChatGeneration(Generation):
 
     kind: str = "chatcmpl"
     body: ChatRequest = field(kw_only=True)
+    new_reader: Callable[[], AnswerReader] = field(kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._readers: defaultdict[int, AnswerReader] = defaultdict(self.new_reader)  # by completion
 
     def events(self, new: CompletionOutput) -> list[AnswerEvent]:
         """Return the events of an increment of a completion."""
-        return [TextDelta(new.text)] if new.text else []
+        events = self._readers[new.index].read(new.text, new.finish_reason is not None)
+        if self.body.include_reasoning is False:
+            events = [event for event in events if not isinstance(event, ReasoningDelta)]
+        return events
 
     def finish_reason(self, new: CompletionOutput) -> str | None:
         """Return the reason why a completion has ended, to be called after `events`; None if it has not ended."""
-        return new.finish_reason
+        called = new.finish_reason == "stop" and self._readers[new.index].has_calls
+        return "tool_calls" if called else new.finish_reason
 
     def answers(self, outputs: list[CompletionOutput]) -> list[FinishedAnswer]:
         """Return the whole answers of all completions."""
@@ -66,7 +83,11 @@ async def prepare(api: Api, request: Request, body: ChatRequest, record: Request
     """
     terms = body.terms(request.headers)
     llm = await api.model(record, body.model, body.user_id, terms, body.kv_cache_state)
-    params = body.sampling_params(llm.generation_defaults)
+    tools = body.tools_to_call()
+    params = with_markers(llm, tools, body.sampling_params(llm.generation_defaults))
+    constraint = None if tools is None else tools.constraint(tool_parser(llm))
+    if tools is not None and constraint and (tools.is_forced or params.structured_outputs is None):
+        params = msgspec.structs.replace(params, structured_outputs=constraint)
     llm.check_capacity(params.n)
     messages = body.conversation()
     record.stream = bool(body.stream)
@@ -74,10 +95,52 @@ async def prepare(api: Api, request: Request, body: ChatRequest, record: Request
         record.prompt = messages
     if continued := continuation(llm, body.kv_cache_state, params.n, terms):
         messages = continued.whole_chat(messages)
-    text = await llm.tokenizer.achat(messages, **body.template_variables())
-    [prompt] = await tokenized(llm, [text], add_special_tokens=False)  # the template adds them
+    text = await rendered(llm, body, messages)
+    prompt = await chat_tokens(llm, body, text)
     if continued:
         prompt = continued.after_state(prompt)
         terms["kv_cache_state"] = continued.state
         continued.check_quota(prompt, params)
-    return ChatGeneration(llm, [prompt], params, terms, record, continuation=continued, body=body)
+    reader = answer_reader(llm, body, tools, text)
+    return ChatGeneration(llm, [prompt], params, terms, record, continuation=continued, body=body, new_reader=reader)
+
+
+async def rendered(llm: AsyncLLM, body: ChatRequest, messages: list[dict[str, Any]]) -> str:
+    """Return the prompt of a chat. If the template does not know tools, a system message explains them.
+
+    Raises InvalidRequest.
+    """
+    variables = body.template_variables()
+    tools = body.tools_to_call()
+    source = body.chat_template or llm.tokenizer.template_source(with_tools=tools is not None)
+    if tools is not None and not knows_tools(source):
+        del variables["tools"]
+        if tools.mode != "none":
+            messages = _instructed(messages, tools.instructions())
+    return await llm.tokenizer.achat(messages, **variables)
+
+
+async def chat_tokens(llm: AsyncLLM, body: ChatRequest, text: str) -> list[int]:
+    """Return the tokens of a rendered chat, the last ones if the request truncates it. Raises PromptTooLong."""
+    keep = body.truncate_prompt_tokens
+    if not keep:
+        [prompt] = await tokenized(llm, [text], add_special_tokens=False)  # the template adds them
+        return prompt
+    if body.kv_cache_state:
+        raise InvalidRequest("truncate_prompt_tokens cannot be used with kv_cache_state", "truncate_prompt_tokens")
+    longest = llm.info.max_model_len - 1
+    tokens = await off_loop(llm.tokenizer, len(text), lambda: llm.tokenizer.encode(text, add_special_tokens=False))
+    return tokens[-(longest if keep < 0 else min(keep, longest)) :]
+
+
+def _instructed(messages: list[dict[str, Any]], instructions: str) -> list[dict[str, Any]]:
+    """Return a chat whose system message, its first one, ends with `instructions`."""
+    first = messages[0]
+    if first["role"] != "system":
+        return [{"role": "system", "content": instructions}, *messages]
+    content = first["content"]
+    if isinstance(content, list):
+        content = [*content, {"type": "text", "text": instructions}]
+    else:
+        content = f"{content}\n\n{instructions}"
+    return [{**first, "content": content}, *messages[1:]]

@@ -94,8 +94,8 @@ NEUTRAL: dict[str, Any] = {
 COMPLETION_NEUTRAL = {**NEUTRAL, "continue_final_message": (False,), "add_special_tokens": (True,)}
 CHAT_NEUTRAL = {**NEUTRAL, "add_special_tokens": (False,), "echo": (False,), "best_of": (1,)}
 MESSAGE_NEUTRAL: Mapping[str, Any] = {
-    **dict.fromkeys(("name", "refusal", "annotations"), ANY),
-    **dict.fromkeys(("audio", "tool_calls", "function_call", "reasoning", "reasoning_content"), ()),
+    **dict.fromkeys(("refusal", "annotations", "cache_control"), ANY),
+    **dict.fromkeys(("audio", "function_call"), ()),
 }
 STREAM_NEUTRAL: Mapping[str, Any] = {"include_obfuscation": ANY}
 

@@ -26,18 +26,26 @@ from pydantic_core import PydanticCustomError
 from starlette.datastructures import Headers
 
 from octavo.errors import InvalidRequest
-from octavo.params import MAX_LOGPROBS, SamplingParams, ServiceTerms
+from octavo.params import MAX_LOGPROBS, SamplingParams, ServiceTerms, StructuredOutputs
 from octavo.server.config import ServerConfig
 from octavo.server.errors import MAX_DETAILS, ApiError, invalid_body
 
 from . import neutral_fields
+from .response_format import GUIDED, structured_outputs_of
+from .tools import Tools, tools_of
 
 MAX_ENTRIES = 4096  # in a list or map that has no limit of its own
 MAX_TEXT = 4096  # characters in a string that has no limit of its own
 TENANT_HEADER = "X-Octavo-Tenant"
 
 # Fields with the same name and meaning in requests and in SamplingParams.
-_SAMPLING_FIELDS = frozenset(SamplingParams.__struct_fields__) - {"max_tokens", "logprobs", "logit_bias", "top_p"}
+_SAMPLING_FIELDS = frozenset(SamplingParams.__struct_fields__) - {
+    "max_tokens",
+    "logprobs",
+    "logit_bias",
+    "top_p",
+    "structured_outputs",
+}
 
 _TERMS = ServiceTerms.__struct_fields__
 
@@ -92,7 +100,7 @@ def _content(content: Any) -> str | list[dict[str, str]] | None:
             raise PydanticCustomError("content", "has a part of type {kind}: only text is supported", {"kind": kind})
         if kind is None or not isinstance(part.get("text"), str):
             raise PydanticCustomError("content", "should have parts with a type and a text, unlike part {i}", {"i": i})
-    return [{"type": "text", "text": part["text"]} for part in content]
+    return [{"type": "text", "text": part["text"]} for part in content]  # without cache_control, a hint
 
 
 Whole = Annotated[int, BeforeValidator(_whole_number)]
@@ -119,6 +127,7 @@ _JSON_TYPES: dict[Any, Any] = {  # of a parameter's type, None left out
     list[int]: list[Whole],
     dict[int, float]: dict[str, float],
     list[str] | str: Any,  # SamplingParams checks it
+    StructuredOutputs: Any,  # StructuredOutputs checks it
 }
 
 
@@ -144,6 +153,11 @@ class GenerationRequest(Parameters):  # type: ignore[misc]
     kv_cache_state: bool | str | None = None  # true: keep the state; a handle: also continue that state
     user: Any = None
     safety_identifier: Any = None  # OpenAI's newer name for it
+    response_format: Any = None
+    guided_json: Any = None
+    guided_regex: Any = None
+    guided_choice: Any = None
+    guided_grammar: Any = None
 
     @classmethod
     def from_json(cls, body: Any, config: ServerConfig) -> Self:
@@ -170,7 +184,8 @@ class GenerationRequest(Parameters):  # type: ignore[misc]
         for name, value in body.items():
             if name not in ("prompt", "messages") and isinstance(value, (list, dict)) and len(value) > MAX_ENTRIES:
                 raise ApiError(400, f"{name} has {len(value)} entries; the limit is {MAX_ENTRIES}", name)
-            has_own_limit = name in ("prompt", "suffix", "stop") or name in _TERMS
+            has_own_limit = name in ("prompt", "suffix", "stop") or name in _TERMS or name in GUIDED
+            has_own_limit = has_own_limit or name == "chat_template"
             if isinstance(value, str) and len(value) > MAX_TEXT and not has_own_limit:
                 raise ApiError(400, f"{name} has {len(value)} characters; the limit is {MAX_TEXT}", name)
         stop = body.get("stop")
@@ -205,6 +220,8 @@ class GenerationRequest(Parameters):  # type: ignore[misc]
         elif self.top_p is not None:
             given["top_p"] = self.top_p
         bias = {_token_id(key): value for key, value in (self.logit_bias or {}).items()}
+        guided = {name: value for name in GUIDED if (value := getattr(self, name)) is not None}
+        given["structured_outputs"] = structured_outputs_of(self.structured_outputs, self.response_format, guided)
         return SamplingParams(max_tokens=max_tokens, logprobs=logprobs, logit_bias=bias or None, **given)
 
     @property
@@ -256,12 +273,15 @@ class CompletionRequest(GenerationRequest):
 
 
 class Message(Strict):
-    """One message of a chat. `tool_calls` and `tool_call_id` are passed to the template; no tool is called here."""
+    """One message of a chat, for the template. `reasoning` is a newer name of `reasoning_content`."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Annotated[str | list[dict[str, str]] | None, PlainValidator(_content)] = None
     tool_calls: list[dict[str, Any]] | None = None
     tool_call_id: str | None = None
+    name: str | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
 
     @model_validator(mode="after")
     def _check_content(self) -> Self:
@@ -277,6 +297,10 @@ class Message(Strict):
             message["tool_calls"] = [_with_arguments(call) for call in self.tool_calls]
         if self.tool_call_id is not None:
             message["tool_call_id"] = self.tool_call_id
+        if self.name:
+            message["name"] = self.name
+        if reasoning := self.reasoning_content or self.reasoning:
+            message["reasoning_content"] = message["thinking"] = reasoning  # gpt-oss's template reads "thinking"
         return message
 
 
@@ -292,12 +316,6 @@ def _with_arguments(call: dict[str, Any]) -> dict[str, Any]:
     return {**call, "function": {**function, "arguments": arguments}}
 
 
-class ResponseFormat(Strict):
-    """The format of an answer; only text is supported."""
-
-    type: Literal["text"]
-
-
 class ChatRequest(GenerationRequest):
     """The body of POST /v1/chat/completions."""
 
@@ -310,12 +328,22 @@ class ChatRequest(GenerationRequest):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
-    response_format: ResponseFormat | None = None
     modalities: list[Literal["text"]] | None = None
-    tool_choice: Literal["none", "auto"] | None = None
+    tools: Any = None
+    tool_choice: Any = None
+    parallel_tool_calls: bool | None = None
+    documents: list[dict[str, Any]] | None = None
+    chat_template: str | None = None
+    reasoning_effort: str | None = None
+    include_reasoning: bool | None = None
+    separate_reasoning: bool | None = None  # SGLang's: false leaves the reasoning in the text
+    truncate_prompt_tokens: Whole | None = Field(None, ge=-1)
 
     @classmethod
     def _limited(cls, body: dict[str, Any], config: ServerConfig) -> dict[str, Any]:
+        if body.get("chat_template") and not config.trust_request_chat_template:
+            message = "this server runs only its model's chat template (trust_request_chat_template is false)"
+            raise ApiError(400, message, "chat_template")
         messages = body.get("messages")
         if not isinstance(messages, list):
             return super()._limited(body, config)
@@ -348,15 +376,27 @@ class ChatRequest(GenerationRequest):
         """
         return [message.for_template() for message in self.messages]
 
+    def tools_to_call(self) -> Tools | None:
+        """Return the functions that the model may call; None if there are none. Raises InvalidRequest."""
+        return tools_of(self.tools, self.tool_choice, self.parallel_tool_calls)
+
     def template_variables(self) -> dict[str, Any]:
         """Return the variables for the chat template. Raises InvalidRequest for a name that is reserved."""
         variables = dict(self.chat_template_kwargs or {})
-        if taken := variables.keys() & {"messages", "self"}:
+        if taken := variables.keys() & {"messages", "self", "chat_template"}:
             raise InvalidRequest(f"chat_template_kwargs may not set {min(taken)}", "chat_template_kwargs")
         if self.add_generation_prompt is not None:
             variables["add_generation_prompt"] = self.add_generation_prompt
         if self.continue_final_message:
             variables["continue_final_message"] = True
+        if self.tools:
+            variables["tools"] = self.tools
+        if self.documents:
+            variables["documents"] = self.documents
+        if self.reasoning_effort is not None:
+            variables.setdefault("reasoning_effort", self.reasoning_effort)
+        if self.chat_template is not None:
+            variables["chat_template"] = self.chat_template
         return variables
 
 

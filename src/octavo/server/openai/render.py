@@ -18,6 +18,7 @@ from octavo.server.api import Api
 from octavo.server.edge.access_log import RequestRecord
 from octavo.server.edge.dispatch import route
 
+from .chat_generation import chat_tokens, rendered
 from .generation import infilled, tokenized
 from .protocol import ChatRequest, CompletionRequest, GenerationRequest
 from .replies import Json
@@ -51,8 +52,7 @@ async def render_chat(api: Api, request: Request) -> Response:
     """Answer with the RenderedPrompt of a chat. Raises ApiError, OctavoError."""
     body = ChatRequest.from_json(await _read(api, request), api.config)
     llm = await _model(api, request, body)
-    text = await llm.tokenizer.achat(body.conversation(), **body.template_variables())
-    [prompt] = await tokenized(llm, [text], add_special_tokens=False)  # the template adds them
+    prompt = await chat_tokens(llm, body, await rendered(llm, body, body.conversation()))
     return Json(_rendered(llm, body, prompt))
 
 

@@ -17,6 +17,7 @@ from octavo.server.edge.dispatch import route
 from octavo.server.errors import ApiError
 from octavo.text.offload import off_loop
 
+from .chat_generation import rendered
 from .generation import tokenized
 from .protocol import ChatRequest, CompletionRequest
 from .replies import Json
@@ -73,7 +74,7 @@ async def tokenize(api: Api, request: Request) -> Response:
     llm = await _model(api, request, body.model)
     prompts: list[Any] = body.prompt if not is_chat else []
     if is_chat:
-        prompts.append(await llm.tokenizer.achat(body.conversation(), **body.template_variables()))
+        prompts.append(await rendered(llm, body, body.conversation()))
     if len(prompts) != 1 or not isinstance(prompts[0], str) or (not is_chat and body.suffix):
         raise InvalidRequest("/tokenize takes one text as its prompt, without suffix", "prompt")
     [tokens] = await tokenized(llm, prompts, add_special_tokens)

@@ -1,0 +1,102 @@
+"""Which parsers read the answers of a chat."""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+from octavo.async_llm import AsyncLLM
+from octavo.params import SamplingParams
+from octavo.text.answer import AnswerEvent, TextDelta, ToolCallStart
+from octavo.text.reader import AnswerParser
+from octavo.text.reasoning import REASONING_PARSERS, ThinkTags, find_reasoning_parser
+from octavo.text.tools import TOOL_PARSERS, Forced, JsonAnswer, find_tool_parser
+
+from .protocol import ChatRequest
+from .tools import Tools
+
+_MAY_BE_SPECIAL = (
+    *("openai", "openai_gptoss", "mistral", "granite", "phi4_mini_json", "deepseek_v3", "deepseek_v31"),
+    *("llama3_json", "llama4_json", "llama4_pythonic", "pythonic"),
+)
+"""Parsers of formats whose markers are special tokens, which the text of an answer does not have by default."""
+
+
+class AnswerReader:
+    """Reads one answer: reasoning first, then text and tool calls.
+
+    Args:
+        stages: parsers, each of which reads the text that the one before has left.
+    """
+
+    def __init__(self, stages: list[AnswerParser]):
+        self._stages = stages
+        self.has_calls = False
+
+    def read(self, text: str, is_last: bool) -> list[AnswerEvent]:
+        """Return the events that are final after more text."""
+        events: list[AnswerEvent] = [TextDelta(text)] if text else []
+        for stage in self._stages:
+            events = [each for event in events for each in self._passed(stage, event)]
+            if is_last:
+                events += stage.finish()
+        self.has_calls = self.has_calls or any(isinstance(event, ToolCallStart) for event in events)
+        return events
+
+    def _passed(self, stage: AnswerParser, event: AnswerEvent) -> list[AnswerEvent]:
+        return stage.push(event.text) if isinstance(event, TextDelta) else [event]
+
+
+def tool_parser(llm: AsyncLLM) -> str:
+    """Return the name of the model's format of tool calls: the setting's, or that of its chat template."""
+    name = llm.config.tool_call_parser
+    return find_tool_parser(llm.tokenizer.template_source(with_tools=True)) if name == "auto" else name
+
+
+def reasoning_parser(llm: AsyncLLM) -> str | None:
+    """Return the name of the model's format of reasoning: the setting's, or that of its chat template."""
+    name = llm.config.reasoning_parser
+    if name == "auto":
+        return find_reasoning_parser(llm.tokenizer.template_source())
+    return None if name == "none" else name
+
+
+def knows_tools(source: str) -> bool:
+    """Return whether a chat template shows the functions of a request."""
+    return re.search(r"\btools\b", source) is not None
+
+
+def answer_reader(llm: AsyncLLM, body: ChatRequest, tools: Tools | None, prompt: str) -> Callable[[], AnswerReader]:
+    """Return a function that makes a reader for an answer to `prompt`, the rendered chat."""
+    streaming = bool(body.stream)
+    makers: list[Callable[[], AnswerParser]] = []
+    reasoning = None if body.separate_reasoning is False else reasoning_parser(llm)
+    ended = prompt.rstrip()
+    if reasoning and not ended.endswith("</think>"):  # the template has switched reasoning off
+        begins_inside = ended.endswith("<think>")
+        makers.append(lambda: _reasoning_stage(REASONING_PARSERS[reasoning], begins_inside))
+    if tools is not None and tools.mode != "none":
+        schemas = tools.schemas
+        kind = {"named": Forced, "required": JsonAnswer}.get(tools.mode) or TOOL_PARSERS[tool_parser(llm)]
+        if kind is TOOL_PARSERS["openai"]:
+            makers.clear()  # it also reads the reasoning
+        makers.append(lambda: kind(schemas, streaming))
+    return lambda: AnswerReader([make() for make in makers])
+
+
+def _reasoning_stage(kind: type[AnswerParser], begins_inside: bool) -> AnswerParser:
+    stage = kind()
+    if begins_inside and isinstance(stage, ThinkTags):
+        stage.begins_inside = True
+    return stage
+
+
+def with_markers(llm: AsyncLLM, tools: Tools | None, params: SamplingParams) -> SamplingParams:
+    """Return sampling parameters with which the text keeps special tokens, if a parser needs them."""
+    parsers = [reasoning_parser(llm), tool_parser(llm) if tools is not None and not tools.is_forced else None]
+    needed: dict[str, Any] = {"skip_special_tokens": False, "spaces_between_special_tokens": False}
+    known = {name: value for name, value in needed.items() if name in SamplingParams.__struct_fields__}
+    if not known or not any(name in _MAY_BE_SPECIAL for name in parsers):
+        return params
+    return msgspec.structs.replace(params, **known)

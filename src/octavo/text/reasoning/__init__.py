@@ -1,0 +1,33 @@
+"""Parsers that separate a model's reasoning from its answer, with vLLM's names (--reasoning-parser)."""
+
+from collections.abc import Mapping
+
+from octavo.text.reader import AnswerParser
+
+from .deepseek_r1 import DeepSeekR1
+from .granite import GraniteReasoning
+from .openai_gptoss import HarmonyReasoning
+from .qwen3 import Qwen3
+from .think_tags import ThinkTags
+
+REASONING_PARSERS: Mapping[str, type[AnswerParser]] = {
+    "qwen3": Qwen3,
+    "deepseek_r1": DeepSeekR1,
+    "granite": GraniteReasoning,
+    "openai_gptoss": HarmonyReasoning,
+}
+
+_MARKERS = (
+    ("openai_gptoss", ("<|channel|>", "analysis")),
+    ("granite", ("Here is my thought process:",)),
+    ("qwen3", ("<think>",)),
+    ("qwen3", ("</think>",)),
+)
+
+
+def find_reasoning_parser(template: str) -> str | None:
+    """Return the name of the parser for models with this chat template; None if it does not mention reasoning."""
+    return next((name for name, markers in _MARKERS if all(marker in template for marker in markers)), None)
+
+
+__all__ = ["REASONING_PARSERS", "ThinkTags", "find_reasoning_parser"]
