@@ -6,7 +6,7 @@ from pathlib import Path
 
 from octavo.fleet.fleet import Fleet
 
-from . import admin, models_admin, worker_info
+from . import admin, anthropic, models_admin, ollama, worker_info
 from .api import Api
 from .batch.service import BatchService
 from .config import ServerConfig
@@ -27,7 +27,8 @@ def create_app(
     """
     config = config or ServerConfig()
     api = Api(fleet, config, BodyReader(config), int(time.time()), draining)
-    families = (chat, completions, responses, models, render, tokenize, kv_states, admin, models_admin, worker_info)
+    openai = (chat, completions, responses, models, render, tokenize, kv_states)
+    families = (*openai, anthropic, ollama, admin, models_admin, worker_info)
     traffic = Traffic()
     service = BatchService(Path(config.data_dir), config, traffic) if config.data_dir else None
     routes = [route for family in families for route in family.routes(api)]

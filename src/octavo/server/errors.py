@@ -1,8 +1,12 @@
-"""Convert exceptions to OpenAI's {"error": {"message", "type", "param", "code"}}, with a message of one line."""
+"""Convert exceptions to error bodies with a message of one line.
+
+They are OpenAI's {"error": {"message", "type", "param", "code"}}, except on the routes of other APIs.
+"""
 
 import difflib
 import re
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
@@ -25,6 +29,16 @@ from .openai.replies import ErrorBody, ErrorReply, Json
 
 MAX_MESSAGE = 400  # characters in a message; an error may quote megabytes that the client sent
 MAX_DETAILS = 1000  # errors in a body that are described; each description takes pydantic microseconds
+ANTHROPIC, OLLAMA = "/v1/messages", "/api/"  # prefixes of the paths whose errors have these APIs' form
+_ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
 MIN_HINTED = 5  # letters in a name that gets a hint; shorter names resemble too many others
 
 
@@ -96,9 +110,20 @@ def error_headers(error: Exception) -> Mapping[str, str] | None:
             return None
 
 
-def error_response(error: Exception) -> Json:
-    """Return the HTTP response for any exception."""
-    status, body = error_reply(error)
+def error_body(error: Exception, path: str) -> tuple[int, Any]:
+    """Return the HTTP status and body for any exception, in the form of the API that `path` belongs to."""
+    status, reply = error_reply(error)
+    if path.startswith(ANTHROPIC):
+        kind = _ANTHROPIC_TYPES.get(status, "invalid_request_error" if status < 500 else "api_error")
+        return status, {"type": "error", "error": {"type": kind, "message": reply.error.message}}
+    if path.startswith(OLLAMA):
+        return status, {"error": reply.error.message}
+    return status, reply
+
+
+def error_response(error: Exception, path: str) -> Json:
+    """Return the HTTP response for any exception, in the form of the API that `path` belongs to."""
+    status, body = error_body(error, path)
     return Json(body, status, error_headers(error))
 
 

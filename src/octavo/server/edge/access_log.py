@@ -63,6 +63,7 @@ class RequestRecord:
         milliseconds = (time.perf_counter() - self.started) * 1e3
         return [
             (b"x-request-id", self.id.encode()),
+            (b"request-id", self.id.encode()),  # Anthropic's name for it
             (b"openai-processing-ms", b"%d" % milliseconds),
             *self.response_headers,
         ]

@@ -82,7 +82,7 @@ class Dispatcher:
         elif not is_expected(error):
             log.error("a request failed", exc_info=error)
         note_error(record, error)
-        await error_response(error)(scope, receive, send)
+        await error_response(error, scope["path"])(scope, receive, send)
 
 
 def note_error(record: RequestRecord, error: Exception) -> None:

@@ -22,7 +22,7 @@ import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from octavo.server.config import ServerConfig
-from octavo.server.errors import ApiError, error_reply
+from octavo.server.errors import ApiError, error_body
 from octavo.server.openai.replies import encode
 
 from .access_log import AccessLog, RequestRecord
@@ -306,7 +306,7 @@ class HttpProtocol(HttpToolsProtocol):
             return
         record = running.record if running else RequestRecord(request_id([]), "-", "-", self._client_host)
         record.error, record.status, record.complete = error.code, error.status, True
-        status, reply = error_reply(error)
+        status, reply = error_body(error, record.path)
         body = encode(reply)
         headers = [
             (b"content-type", b"application/json"),

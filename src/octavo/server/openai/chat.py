@@ -51,7 +51,7 @@ async def _whole(generation: ChatGeneration) -> Response:
         )
         for answer, completion in zip(generation.answers(output.outputs), output.outputs, strict=True)
     ]
-    known = output.prompt_logprobs or msgspec.UNSET
+    known = output.prompt_logprobs
     return replies.Json(
         replies.Chat(
             id=generation.id,
@@ -59,9 +59,7 @@ async def _whole(generation: ChatGeneration) -> Response:
             model=generation.model,
             system_fingerprint=generation.fingerprint,
             choices=choices,
-            prompt_logprobs=replies.prompt_logprobs(output.prompt_logprobs)
-            if output.prompt_logprobs
-            else msgspec.UNSET,
+            prompt_logprobs=replies.prompt_logprobs(known) if known else msgspec.UNSET,
             usage=generation.usage,
             seed=output.seed,
             kv_cache_state=generation.kept_state(),

@@ -35,6 +35,16 @@ async def completions(api: Api, request: Request) -> Response:
     record = RequestRecord.of(request.scope)
     content = await api.bodies.read_json(request, admit=api.fleet.check_capacity)
     body = CompletionRequest.from_json(content, api.config)
+    generation = await prepare(api, request, body, record)
+    echoed = [_text(generation.llm.tokenizer, prompt) for prompt in body.prompt] if body.echo else []
+    if body.stream:
+        choices = _Choices(generation, echoed)
+        return EventStream(generation, _reply(generation), choices, body.include_usage, body.continuous_usage)
+    return await _whole(generation, echoed)
+
+
+async def prepare(api: Api, request: Request, body: CompletionRequest, record: RequestRecord) -> Generation:
+    """Return the generation that completes the prompts of a request. Raises ApiError, OctavoError."""
     record.stream = bool(body.stream)
     if api.config.access_log_prompts:
         record.prompt = body.prompt
@@ -53,12 +63,7 @@ async def completions(api: Api, request: Request) -> Response:
     if continued:
         terms["kv_cache_state"] = continued.state
         continued.check_quota(prompts[0], params)
-    echoed = [_text(llm.tokenizer, prompt) for prompt in body.prompt] if body.echo else []
-    generation = Generation(llm, prompts, params, terms, record, "cmpl", continued)
-    if body.stream:
-        choices = _Choices(generation, echoed)
-        return EventStream(generation, _reply(generation), choices, body.include_usage, body.continuous_usage)
-    return await _whole(generation, echoed)
+    return Generation(llm, prompts, params, terms, record, "cmpl", continued)
 
 
 async def _whole(generation: Generation, echoed: list[str]) -> Response:

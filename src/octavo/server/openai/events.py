@@ -30,50 +30,47 @@ def event(data: Any) -> bytes:
     return b"data: %b\n\n" % encode(data)
 
 
-class EventStream(Response):
-    """The response that streams a generation; an error becomes the last event.
+class GenerationStream(Response):
+    """Base of the responses that stream a generation, in one format each. An error becomes the last event.
 
     The header is held back until the first event, so that a request that fails before it gets the status of its error.
-    While a request waits in the queue, comments keep the connection alive.
-
-    Args:
-        chunk: the fields that all chunks have in common; the same object is filled in and encoded for every chunk.
-        choices: called with the index of a prompt and an increment of one of its completions; returns the choices, each
-            of which is sent in a chunk of its own.
-        include_usage, continuous_usage: the request's options of these names.
+    While a request waits in the queue, `ping` keeps the connection alive.
     """
 
-    def __init__(
-        self,
-        generation: Generation,
-        chunk: Completion | ChatChunk,
-        choices: Callable[[int, CompletionOutput], Iterable[Any]],
-        include_usage: bool,
-        continuous_usage: bool,
-    ):
+    media_type = "text/event-stream"
+    ping = PING
+
+    def __init__(self, generation: Generation):
         headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}  # proxies must not buffer events
-        super().__init__(headers=headers, media_type="text/event-stream")
+        super().__init__(headers=headers)
         del self.headers["content-length"]
-        self._generation = generation
-        self._chunk = chunk
-        self._choices = choices
-        self._include_usage = include_usage
-        self._continuous_usage = continuous_usage
-        self._with_seed = len(generation.prompts) == 1
+        self.generation = generation
         self._started = False
         self._has_events = False
         self._pings: asyncio.Task[None] | None = None
-        chunk.usage = None if include_usage else msgspec.UNSET
+
+    def events(self, increments: list[Increment]) -> bytes:
+        """Return the events of increments, whose tokens it adds to the generation; b"" if they make no event."""
+        raise NotImplementedError
+
+    def last_events(self) -> bytes:
+        """Return the events that follow the last increment."""
+        raise NotImplementedError
+
+    def error_event(self, error: Exception) -> bytes:
+        """Return the event of an error after the first event."""
+        raise NotImplementedError
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         pings = asyncio.get_running_loop().call_later(PING_SECONDS, self._start_pings, send)
         try:
-            async with contextlib.aclosing(self._generation.increments()) as steps:
+            async with contextlib.aclosing(self.generation.increments()) as steps:
                 async for increments in steps:
-                    if events := self._events(increments):
+                    if events := self.events(increments):
+                        self._has_events = True
                         pings.cancel()
                         await self._send(send, events)
-            await self._send(send, self._last_events(), more=False)
+            await self._send(send, self.last_events(), more=False)
         except asyncio.CancelledError:  # the drain timeout is over, or the client has disconnected
             if not self._started:
                 raise
@@ -90,16 +87,56 @@ class EventStream(Response):
                 self._pings.cancel()
 
     def _start_pings(self, send: Send) -> None:
-        self._pings = asyncio.ensure_future(self._ping(send))
+        if self.ping:
+            self._pings = asyncio.ensure_future(self._ping(send))
 
     async def _ping(self, send: Send) -> None:
         while not self._has_events:
-            await self._send(send, PING)
+            await self._send(send, self.ping)
             await asyncio.sleep(PING_SECONDS)
 
-    def _events(self, increments: list[Increment]) -> bytes:
+    async def _send_error(self, send: Send, error: Exception) -> None:
+        note_error(self.generation.record, error)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(1):  # a client that does not read must not delay the server's end
+                await self._send(send, self.error_event(error), more=False)
+
+    async def _send(self, send: Send, body: bytes, more: bool = True) -> None:
+        if not self._started:
+            self._started = True
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        await send({"type": "http.response.body", "body": body, "more_body": more})
+
+
+class EventStream(GenerationStream):
+    """The stream of a completion or chat completion, as in OpenAI's API.
+
+    Args:
+        chunk: the fields that all chunks have in common; the same object is filled in and encoded for every chunk.
+        choices: called with the index of a prompt and an increment of one of its completions; returns the choices, each
+            of which is sent in a chunk of its own.
+        include_usage, continuous_usage: the request's options of these names.
+    """
+
+    def __init__(
+        self,
+        generation: Generation,
+        chunk: Completion | ChatChunk,
+        choices: Callable[[int, CompletionOutput], Iterable[Any]],
+        include_usage: bool,
+        continuous_usage: bool,
+    ):
+        super().__init__(generation)
+        self._chunk = chunk
+        self._choices = choices
+        self._include_usage = include_usage
+        self._continuous_usage = continuous_usage
+        self._with_seed = len(generation.prompts) == 1
+        chunk.usage = None if include_usage else msgspec.UNSET
+
+    def events(self, increments: list[Increment]) -> bytes:
         """Return the events of increments; b"" if they are of no use to a client."""
-        chunk, generation = self._chunk, self._generation
+        chunk, generation = self._chunk, self.generation
         events = []
         for prompt, output in increments:
             generation.add(prompt, output)
@@ -111,28 +148,19 @@ class EventStream(Response):
                 for choice in self._choices(prompt, new):
                     chunk.choices = [choice]
                     events.append(event(chunk))
-        self._has_events = self._has_events or bool(events)
         return b"".join(events)
 
-    def _last_events(self) -> bytes:
+    def last_events(self) -> bytes:
         """Return the last events: usage and the kept KV state, if requested, and the end of the stream."""
         chunk = self._chunk
-        chunk.kv_cache_state = self._generation.kept_state()
+        chunk.kv_cache_state = self.generation.kept_state()
         if not self._include_usage and chunk.kv_cache_state is msgspec.UNSET:
             return DONE
         chunk.choices = []
         if self._include_usage:
-            chunk.usage = self._generation.usage
+            chunk.usage = self.generation.usage
         return event(chunk) + DONE
 
-    async def _send_error(self, send: Send, error: Exception) -> None:
-        note_error(self._generation.record, error)
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(1):  # a client that does not read must not delay the server's end
-                await self._send(send, event(error_reply(error)[1]), more=False)
-
-    async def _send(self, send: Send, body: bytes, more: bool = True) -> None:
-        if not self._started:
-            self._started = True
-            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        await send({"type": "http.response.body", "body": body, "more_body": more})
+    def error_event(self, error: Exception) -> bytes:
+        """Return OpenAI's error object as an event."""
+        return event(error_reply(error)[1])

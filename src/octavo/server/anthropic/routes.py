@@ -1,0 +1,52 @@
+"""The routes of Anthropic's API."""
+
+from functools import partial
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from octavo.server.api import Api
+from octavo.server.edge.access_log import RequestRecord
+from octavo.server.edge.dispatch import route
+from octavo.server.openai.chat_generation import ChatGeneration, prepare
+from octavo.server.openai.replies import Json
+from octavo.server.translation import parse
+
+from .answer import MessageStream, content_blocks, message
+from .body import CountRequest, MessagesRequest
+
+
+def routes(api: Api) -> list[Route]:
+    """Return the routes of this family."""
+    return [
+        route("POST", "/v1/messages", partial(messages, api)),
+        route("POST", "/v1/messages/count_tokens", partial(count_tokens, api)),
+    ]
+
+
+async def messages(api: Api, request: Request) -> Response:
+    """Answer a chat. Raises ApiError, OctavoError."""
+    generation = await _prepare(api, request, parse(MessagesRequest, await _read(api, request)))
+    if generation.body.stream:
+        return MessageStream(generation)
+    [output] = await generation.whole()
+    [answer] = generation.answers(output.outputs)
+    return Json(message(generation, content_blocks(answer), answer.finish_reason, answer.stop_reason))
+
+
+async def count_tokens(api: Api, request: Request) -> Response:
+    """Answer with the number of tokens of a chat's prompt. Raises ApiError, OctavoError."""
+    generation = await _prepare(api, request, parse(CountRequest, await _read(api, request)))
+    return Json({"input_tokens": len(generation.prompts[0])})
+
+
+async def _read(api: Api, request: Request) -> Any:
+    return await api.bodies.read_json(request, admit=api.fleet.check_capacity)
+
+
+async def _prepare(api: Api, request: Request, body: CountRequest) -> ChatGeneration:
+    generation = await prepare(api, request, body.chat(api.config), RequestRecord.of(request.scope))
+    generation.id = generation.id.replace("chatcmpl-", "msg_")
+    return generation

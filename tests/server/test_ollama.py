@@ -1,0 +1,67 @@
+"""Ollama's routes as the real `ollama` client sees them."""
+
+from typing import Any
+
+import httpx
+import ollama
+import pytest
+
+from server_process import ServerProcess
+
+HELLO: Any = [{"role": "user", "content": "Say hello to the modules"}]
+OPTIONS: Any = {"temperature": 0, "num_predict": 8, "num_ctx": 512, "ignore_eos": True}
+
+
+@pytest.fixture(scope="module")
+def llama(server: ServerProcess) -> ollama.Client:
+    return ollama.Client(host=server.url, timeout=60)
+
+
+def test_chat_whole_and_streamed(llama: ollama.Client, server: ServerProcess) -> None:
+    body = {"messages": HELLO, "max_tokens": 8, "temperature": 0, "ignore_eos": True}
+    expected = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=60).json()
+    text = expected["choices"][0]["message"]["content"]
+    whole = llama.chat("tiny:latest", HELLO, options=OPTIONS)
+    assert (whole.message.content, whole.done, whole.done_reason) == (text, True, "length")
+    assert (whole.prompt_eval_count, whole.eval_count) == (expected["usage"]["prompt_tokens"], 8)
+    assert (whole.total_duration or 0) > 0
+    parts = list(llama.chat("tiny", HELLO, options=OPTIONS, stream=True))
+    assert "".join(part.message.content or "" for part in parts) == text
+    assert [part.done for part in parts] == [False] * (len(parts) - 1) + [True]
+
+
+def test_generate(llama: ollama.Client, server: ServerProcess) -> None:
+    assert llama.generate("tiny", HELLO[0]["content"], options=OPTIONS).response == (
+        llama.chat("tiny", HELLO, options=OPTIONS).message.content
+    )
+    body = {"prompt": "The module", "max_tokens": 8, "temperature": 0, "ignore_eos": True}
+    expected = httpx.post(f"{server.url}/v1/completions", json=body, timeout=60).json()["choices"][0]["text"]
+    assert llama.generate("tiny", "The module", raw=True, options=OPTIONS).response == expected
+    assert llama.generate("tiny").done_reason == "load"
+
+
+def test_models(llama: ollama.Client) -> None:
+    assert [model.model for model in llama.list().models] == ["tiny"]
+    assert [model.context_length for model in llama.ps().models] == [512]
+    assert llama.show("tiny:latest").modelinfo["octavo.context_length"] == 512  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    "path, change, status",
+    [
+        ("/api/chat", {"model": "other"}, 404),
+        ("/api/chat", {"model": None}, 400),
+        ("/api/chat", {"messages": [{"role": "user", "content": "a", "images": ["AA=="]}]}, 400),
+        ("/api/chat", {"messages": [5]}, 400),
+        ("/api/chat", {"options": {"temperature": -1}}, 400),
+        ("/api/chat", {"options": {"mirostat": 2}}, 400),
+        ("/api/generate", {"prompt": "a", "template": "b"}, 400),
+        ("/api/embed", {"input": "a"}, 501),
+        ("/api/pull", {}, 501),
+        ("/api/unknown", {}, 404),
+    ],
+)
+def test_errors_have_ollamas_form(server: ServerProcess, path: str, change: dict[str, Any], status: int) -> None:
+    reply = httpx.post(f"{server.url}{path}", json={"model": "tiny", "messages": HELLO} | change)
+    assert (reply.status_code, list(reply.json())) == (status, ["error"])
+    assert isinstance(reply.json()["error"], str)
