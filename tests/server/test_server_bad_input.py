@@ -143,7 +143,7 @@ def message(**fields: Any) -> tuple[str, dict[str, Any]]:
         (message(color="red"), "messages[0].color", "unknown field"),
         (chat(tools=[{"type": "function"}]), "tools", "not supported"),
         (chat(tool_choice="required"), "tool_choice", "'none' or 'auto'"),
-        (chat(response_format={"type": "json_object"}), "response_format.type", "'text'"),
+        (chat(response_format={"type": "xml"}), "response_format", "must have a type"),
         (chat(modalities=["audio"]), "modalities[0]", "'text'"),
         (chat(audio={"voice": "x"}), "audio", "not supported"),
         (chat(logprobs=5), "logprobs", "boolean"),
