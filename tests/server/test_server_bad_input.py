@@ -145,6 +145,7 @@ def message(**fields: Any) -> tuple[str, dict[str, Any]]:
         (chat(tool_choice="required"), "tool_choice", "needs tools"),
         (chat(chat_template="{{ messages }}"), "chat_template", "trust_request_chat_template"),
         (chat(truncate_prompt_tokens=-2), "truncate_prompt_tokens", "or -1"),
+        (chat(response_format={"type": "xml"}), "response_format", "must have a type"),
         (chat(modalities=["audio"]), "modalities[0]", "'text'"),
         (chat(audio={"voice": "x"}), "audio", "not supported"),
         (chat(logprobs=5), "logprobs", "boolean"),
