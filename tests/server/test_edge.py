@@ -486,7 +486,7 @@ def test_neutral_fields_change_nothing(http: httpx.Client, client: str, path: st
     ("field", "value"),
     [
         ("length_penalty", 2.0), ("use_beam_search", True), ("no_stop_trim", True),
-        ("top_a", 0.5), ("mirostat_mode", 2), ("guided_json", {"type": "object"}), ("reasoning_effort", "high"),
+        ("top_a", 0.5), ("mirostat_mode", 2), ("reasoning_effort", "high"),
         ("min_length", 5), ("typical_p", 0.9), ("continue_final_message", True),
     ],
 )  # fmt: skip

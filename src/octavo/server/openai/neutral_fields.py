@@ -29,7 +29,6 @@ NEUTRAL: dict[str, Any] = {
     "reasoning_effort": ("none",),
     "verbosity": ("medium",),
     "function_call": ("none", "auto"),
-    "response_format": ({"type": "text"},),
     "modalities": (["text"],),
     **dict.fromkeys(("audio", "functions", "tools", "web_search_options"), ()),
     # vLLM
@@ -42,8 +41,7 @@ NEUTRAL: dict[str, Any] = {
     **dict.fromkeys(("return_tokens_as_token_ids", "return_token_ids"), (False,)),
     **dict.fromkeys(("request_id", "guided_decoding_backend", "mm_processor_kwargs"), ANY),
     "truncation_side": ("left", "right"),  # only with truncate_prompt_tokens
-    **dict.fromkeys(("allowed_token_ids", "structured_outputs", "documents"), ()),
-    **dict.fromkeys(("guided_json", "guided_regex", "guided_choice", "guided_grammar", "logits_processors"), ()),
+    **dict.fromkeys(("allowed_token_ids", "documents", "logits_processors"), ()),
     **dict.fromkeys(("chat_template", "kv_transfer_params", "vllm_xargs", "thinking_token_budget"), ()),
     # SGLang
     "no_stop_trim": (False,),
