@@ -15,7 +15,7 @@ from .errors import InvalidRequest
 
 MAX_LOGPROBS = 20
 MAX_STOP_STRINGS, MAX_STOP_CHARACTERS = 16, 1024
-MAX_BAD_WORDS = 128
+MAX_BAD_WORDS, MAX_BAD_CHARACTERS = 128, 4096  # these are tokenized on the event loop, in about two milliseconds
 MAX_PRIORITY = 1000  # and at least -1000, so that aging makes up for any difference within hours
 MAX_SECONDS = 86_400.0  # of a request's timeout or target
 MAX_NAME = 256  # characters of a tenant's name or of a salt
@@ -194,6 +194,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
             limits = f"{MAX_BAD_WORDS} strings of 1 to {MAX_STOP_CHARACTERS:,} characters"
             need(not isinstance(self.bad_words, str), "bad_words", f"a list of at most {limits}")
             fields.texts("bad_words", MAX_BAD_WORDS, MAX_STOP_CHARACTERS, f"a list of at most {limits}")
+            total = f"at most {MAX_BAD_CHARACTERS:,} characters together"
+            need(sum(map(len, self.bad_words)) <= MAX_BAD_CHARACTERS, "bad_words", total)
         for name in ("skip_special_tokens", "include_stop_str_in_output", "detokenize", "ignore_eos"):
             fields.flag(name)
         need(

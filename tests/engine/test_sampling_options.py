@@ -76,8 +76,9 @@ def test_bad_words(llm: LLM) -> None:
         found = run(llm, max_tokens=60, bad_words=words, **options).outputs[0].token_ids
         for banned in spelled:
             assert all(found[i : i + len(banned)] != banned for i in range(len(found)))
-    with pytest.raises(InvalidRequest, match="bad_words"):
-        SamplingParams(bad_words="one")  # type: ignore[arg-type]
+    for wrong in ("one", [""], ["w"] * 129, ["w" * 1024] * 5):
+        with pytest.raises(InvalidRequest, match="bad_words"):
+            SamplingParams(bad_words=wrong)  # type: ignore[arg-type]
 
 
 def test_over_http(server: ServerProcess) -> None:

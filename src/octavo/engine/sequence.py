@@ -118,4 +118,6 @@ class Sequence:
     def ends_with(self, tokens: list[int]) -> bool:
         """Return whether the output ends with `tokens`."""
         count = len(tokens)
-        return count == 0 or (count <= self.num_outputs and self.tokens[-count:].tolist() == tokens)
+        if count == 0 or count > self.num_outputs or tokens[-1] != self.tokens[-1]:
+            return count == 0
+        return self.tokens[-count:].tolist() == tokens
