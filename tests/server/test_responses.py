@@ -236,17 +236,18 @@ def test_truncation(client: openai.OpenAI) -> None:
         create(client, "word " * 600, truncation="auto")
 
 
+def uses(client: openai.OpenAI) -> list[Any]:
+    """Return the methods that take the id of a stored response."""
+    responses = client.responses
+    return [responses.retrieve, responses.delete, responses.cancel, responses.input_items.list]
+
+
 def test_what_is_not_stored_or_was_deleted(client: openai.OpenAI) -> None:
     kept, deleted = create(client, store=False), create(client)
     assert (kept.model_extra or {})["store"] is False
     client.responses.delete(deleted.id)
     for id in (kept.id, deleted.id, "resp_unknown", "x" * 3000):
-        for use in (
-            client.responses.retrieve,
-            client.responses.delete,
-            client.responses.cancel,
-            client.responses.input_items.list,
-        ):
+        for use in uses(client):
             with pytest.raises(openai.NotFoundError):
                 use(id)
 
@@ -255,12 +256,7 @@ def test_a_tenant_sees_only_its_own_responses(client: openai.OpenAI) -> None:
     one, other = {"X-Octavo-Tenant": "one"}, {"X-Octavo-Tenant": "other"}
     id = create(client, extra_headers=one, background=True).id
     for headers in (other, {}):
-        for use in (
-            client.responses.retrieve,
-            client.responses.delete,
-            client.responses.cancel,
-            client.responses.input_items.list,
-        ):
+        for use in uses(client):
             with pytest.raises(openai.NotFoundError):
                 use(id, extra_headers=headers)
         with pytest.raises(openai.NotFoundError):

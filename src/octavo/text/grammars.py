@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 MAX_CACHED = 64  # compiled grammars, each of which takes up to some MiB
 MAX_SECONDS = 1.0  # of processor time, for compiling a grammar and computing its first mask
-MASK_SECONDS = 0.02  # of processor time for a mask, on average, after the first
+MASK_SECONDS = 0.005  # of processor time for a mask, on average, after the first; all sequences of a step wait for it
+MASK_BURST = 0.1  # seconds by which the masks of an output may exceed this
 MAX_FORCED = 1024  # bytes that are tokenized at once
 MAX_TAGS = 256  # structures of a structural tag
 MAX_ERROR = 300  # characters of an error message
@@ -47,7 +48,7 @@ class Matcher:
     def __init__(self, matcher: llguidance.LLMatcher, end_tokens: frozenset[int] = frozenset()):
         self._matcher = matcher
         self._end_tokens = end_tokens
-        self._seconds = -MAX_SECONDS / 4  # of processor time so far, less what the masks may take
+        self._seconds = -MASK_BURST  # of processor time so far, less what the masks may take
 
     @property
     def is_stopped(self) -> bool:
@@ -101,7 +102,7 @@ class Grammars:
 
     def __init__(self, tokenizer: "Tokenizer"):
         self._tokenizer = tokenizer
-        self._compiled: OrderedDict[StructuredOutputs | str, llguidance.LLMatcher] = OrderedDict()
+        self._compiled: OrderedDict[str, llguidance.LLMatcher] = OrderedDict()
         self._lock = threading.Lock()
 
     @cached_property

@@ -34,11 +34,10 @@ NEUTRAL: dict[str, Any] = {
     # vLLM
     "length_penalty": (1.0,),
     "spaces_between_special_tokens": (True,),
-    "include_reasoning": (True, False),  # reasoning is never separated from the answer
+    "include_reasoning": (True, False),  # completions have no reasoning
     "early_stopping": (False,),
     "response_role": ("assistant",),
-    **dict.fromkeys(("use_beam_search",), (False,)),
-    **dict.fromkeys(("return_tokens_as_token_ids", "return_token_ids"), (False,)),
+    **dict.fromkeys(("use_beam_search", "return_tokens_as_token_ids", "return_token_ids"), (False,)),
     **dict.fromkeys(("request_id", "guided_decoding_backend", "mm_processor_kwargs"), ANY),
     "truncation_side": ("left", "right"),  # only with truncate_prompt_tokens
     **dict.fromkeys(("allowed_token_ids", "documents", "logits_processors"), ()),
