@@ -133,6 +133,8 @@ def test_what_is_refused(client: openai.OpenAI, stored: ServerProcess) -> None:
     for change, status in wrong:
         assert httpx.post(f"{stored.url}/v1/batches", json=right | change).status_code == status, change
     files = f"{stored.url}/v1/files"
+    refused = httpx.post(files, params={"tenant": "日本"}, files={"file": b"{}"}, data={"purpose": "batch"})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "tenant")
     assert httpx.post(files, json={}).status_code == 415
     assert httpx.post(files, files={"other": b"x"}).status_code == 400
     assert httpx.post(files, files={"file": b"x"}, data={"purpose": "none"}).status_code == 400
