@@ -66,6 +66,12 @@ def test_prompt_logprobs(server: ServerProcess, client: openai.OpenAI) -> None:
     assert [choice["prompt_logprobs"] for choice in streamed] == [known]
 
 
+def test_too_many(server: ServerProcess) -> None:
+    body = {"prompt": [[7] * 500] * 4, "max_tokens": 1, "prompt_logprobs": 20}
+    reply = httpx.post(f"{server.url}/v1/completions", json=body)
+    assert (reply.status_code, reply.json()["error"]["param"]) == (400, "prompt_logprobs")
+
+
 def test_no_output(client: openai.OpenAI) -> None:
     reply = complete(client, max_tokens=0)
     assert (reply.choices[0].text, reply.choices[0].finish_reason) == ("", "length")

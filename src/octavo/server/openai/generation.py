@@ -21,6 +21,8 @@ from .kv_states import Continuation
 from .protocol import CompletionRequest
 from .replies import KVCacheState, PromptTokensDetails, Usage
 
+MAX_PROMPT_LOGPROBS = 32_768  # of a request; converted on the event loop, in about a tenth of a second
+
 
 @dataclass
 class Generation:
@@ -43,6 +45,15 @@ class Generation:
     created: int = field(default_factory=lambda: int(time.time()))
 
     def __post_init__(self) -> None:
+        """Raise InvalidRequest if the reply would have too many logprobs of prompts."""
+        if (wanted := self.params.prompt_logprobs) is not None:
+            count = sum(map(len, self.prompts)) * (1 + wanted)
+            if count > MAX_PROMPT_LOGPROBS:
+                raise InvalidRequest(
+                    f"{count:,} logprobs of prompts are wanted: tokens times (1 + prompt_logprobs); the limit is "
+                    f"{MAX_PROMPT_LOGPROBS:,}",
+                    "prompt_logprobs",
+                )
         self.id = f"{self.kind}-{uuid.uuid4().hex}"
         self.model = self.llm.config.model_name
         # Identifies everything besides the request that determines the tokens. If it and the seed are the same, so is
