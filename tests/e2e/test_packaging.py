@@ -116,7 +116,8 @@ def test_the_wheel_installs_and_generates_in_a_fresh_environment(tmp_path: Path)
     venv.create(home, with_pip=True)
     python = home / "bin" / "python"
     names = zipfile.ZipFile(wheel).namelist()
-    assert [name for name in names if name.startswith("octavo/backends/cpu/_native.") and name.endswith(".so")]
+    for module in ("octavo/backends/cpu/_native.", "octavo/kv/_page_keys."):
+        assert [name for name in names if name.startswith(module) and name.endswith(".so")]
     assert {"octavo/py.typed", "octavo/backends/cpu/_native.pyi"} <= set(names)
     assert not [name for name in names if name.startswith(("tests/", "csrc/", "benchmarks/")) or "__pycache__" in name]
     run(python, "-m", "pip", "install", "--quiet", f"{wheel}[cli]")

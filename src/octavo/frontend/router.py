@@ -177,11 +177,14 @@ class Router:
         everyone = holders = sum(index)  # those that have all pages so far
         most = (length - 1) // page_size
         pages = [most] * len(loads)
+        holders_of = self._holders.get
         for page, key in zip(range(most), keys, strict=False):
-            still = holders & self._holders.get(key, 0)
-            lost, holders = holders ^ still, still
-            if lost == everyone:
+            still = holders & holders_of(key, 0)
+            if still == holders:
+                continue
+            if not still and holders == everyone:
                 return [page] * len(loads)
+            lost, holders = holders ^ still, still
             while lost:
                 bit = lost & -lost
                 pages[index[bit]] = page

@@ -1,19 +1,21 @@
 """Keys of pages, which identify the content of a page in the prefix cache and in the tiers below it.
 
-    key[i] = BLAKE2b(tokens of page i, keyed with key[i - 1]),  key[-1] = root
+    key[i] = BLAKE2b(tokens of page i, salt = key[i - 1]),  key[-1] = root
 
 The root is a hash of the fingerprint, the tenant, the salt and the origin. So equal keys mean equal prefixes, and a
 request cannot find a page that was computed under another root, nor detect it by timing.
 """
 
-import struct
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from hashlib import blake2b
 
 import msgspec
 
+from octavo.kv import _page_keys
+
 KEY_BYTES = 16
+FIRST_KEYS = 4  # that page_keys computes at a time; then twice as many each time
 
 
 def root_key(fingerprint: str, tenant: str, salt: str, origin: str = "") -> bytes:
@@ -33,12 +35,13 @@ def origin_root(root: bytes, origin: str) -> bytes:
     return blake2b(origin.encode(), key=root, person=b"octavo-origin", digest_size=KEY_BYTES).digest()
 
 
-def page_keys(root: bytes, tokens: Sequence[int], page_size: int) -> Iterator[bytes]:
-    """Yield the keys of the full pages of `tokens`, each computed when it is needed."""
-    key, pack = root, struct.Struct(f"{page_size}i").pack
-    for start in range(0, len(tokens) - page_size + 1, page_size):
-        key = blake2b(pack(*tokens[start : start + page_size]), key=key, digest_size=KEY_BYTES).digest()
-        yield key
+def page_keys(root: bytes, tokens: list[int], page_size: int) -> Iterator[bytes]:
+    """Yield the keys of the full pages of `tokens`. They are computed a few at a time, when they are needed."""
+    key, page, count, pages = root, 0, FIRST_KEYS, len(tokens) // page_size
+    while page < pages:
+        keys = _page_keys.page_keys(key, tokens, page_size, page, min(count, pages - page))
+        yield from keys
+        key, page, count = keys[-1], page + len(keys), 2 * count
 
 
 class Prefix:
@@ -54,9 +57,8 @@ class Prefix:
     def parent(self, page: int) -> bytes:
         """Return the key that page number `page` is chained to. All pages before it must be full."""
         keys, size = self._keys, self._page_size
-        while len(keys) <= page:
-            start = (len(keys) - 1) * size
-            keys.append(blake2b(self.tokens[start : start + size], key=keys[-1], digest_size=KEY_BYTES).digest())
+        if page >= len(keys):
+            keys += _page_keys.page_keys(keys[-1], self.tokens, size, len(keys) - 1, page + 1 - len(keys))
         return keys[page]
 
     def key(self, page: int) -> bytes:
