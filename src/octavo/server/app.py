@@ -14,6 +14,7 @@ from .edge.body import BodyReader
 from .edge.dispatch import Dispatcher
 from .edge.traffic import Traffic
 from .openai import batches, chat, completions, files, kv_states, models, render, responses, tokenize
+from .openapi.pages import documented
 
 
 def create_app(
@@ -33,7 +34,7 @@ def create_app(
     service = BatchService(Path(config.data_dir), config, traffic) if config.data_dir else None
     routes = [route for family in families for route in family.routes(api)]
     routes += [*files.routes(service, config, api.bodies), *batches.routes(service, api.bodies)]
-    app = Dispatcher(routes, config.allowed_origins, traffic)
+    app = Dispatcher(documented(routes, fleet.default.name), config.allowed_origins, traffic)
     if service:
         service.start(app)
     return app
