@@ -5,17 +5,22 @@ from typing import Any, Literal
 
 import anthropic
 from anthropic import beta_tool
-from pydantic import BaseModel, Field
+from pydantic import BaseModel
 
 client = anthropic.Anthropic(base_url=sys.argv[1], api_key="none", max_retries=0, timeout=60)
 question: Any = [{"role": "user", "content": "How is the weather in Tromsø?"}]
-schema = {"type": "object", "properties": {"city": {"enum": ["Oslo", "Tromsø"]}}, "required": ["city"]}
+schema = {
+    "type": "object",
+    "properties": {"city": {"enum": ["Oslo", "Tromsø"]}},
+    "required": ["city"],
+    "additionalProperties": False,
+}
 tool: Any = {"name": "weather", "description": "Weather of a city", "input_schema": schema}
 
 
 class City(BaseModel):
     name: Literal["Oslo", "Tromsø"]
-    people: int = Field(ge=0, le=9)
+    is_capital: bool
 
 
 @beta_tool
@@ -48,5 +53,5 @@ assert forced.content[0].input["city"] in ("Oslo", "Tromsø"), forced
 parsed = client.messages.parse(model="tiny", max_tokens=64, messages=question, output_format=City)
 assert isinstance(parsed.parsed_output, City), parsed
 
-runner = client.beta.messages.tool_runner(model="tiny", max_tokens=64, messages=question, tools=[weather])
+runner = client.beta.messages.tool_runner(model="tiny", max_tokens=64, messages=question, tools=[weather], thread=False)
 assert runner.until_done().content[0].text == "The weather is fine."

@@ -22,20 +22,21 @@ async def streamed(agent: Agent) -> str:
         return await result.get_output()
 
 
+asked = []
+
+
+def weather(city: str) -> str:
+    """Weather of a city."""
+    asked.append(city)
+    return "fine"
+
+
 for model in (OpenAIChatModel("tiny", provider=provider), OpenAIResponsesModel("tiny", provider=provider)):
     assert Agent(model).run_sync("Hello").output == "The weather is fine."
     assert isinstance(Agent(model, output_type=City).run_sync("Which city?").output, City)
     assert isinstance(Agent(model, output_type=NativeOutput(City)).run_sync("Which city?").output, City)
 
-    agent = Agent(model)
-    asked = []
-
-    @agent.tool_plain
-    def weather(city: str) -> str:
-        """Weather of a city."""
-        asked.append(city)
-        return "fine"
-
+    agent = Agent(model, tools=[weather])
     assert agent.run_sync("How is the weather in Tromsø?").output == "The weather is fine."
     assert asyncio.run(streamed(agent)) == "The weather is fine."
-    assert asked == ["Tromsø", "Tromsø"], asked
+assert asked == ["Tromsø"] * 4, asked

@@ -1,5 +1,7 @@
 """Requests that schemathesis generates from the server's own OpenAPI document, hostile constraints, and cut streams."""
 
+import contextlib
+import itertools
 import json
 import socket
 import struct
@@ -50,16 +52,15 @@ def until_idle(server: ServerProcess) -> None:
         time.sleep(0.01)
 
 
-def attack(url: str, count: int, seed: int) -> Counter[int]:
-    """Send about `count` requests, valid and invalid ones alike, and return how often each status came back."""
+def attack(url: str, count: int) -> Counter[int]:
+    """Send at least `count` requests, valid and invalid ones alike, and return how often each status came back."""
     schema = schemathesis.openapi.from_url(f"{url}/openapi.json")
     operations = [result.ok() for result in schema.get_all_operations()]
     statuses = Counter[int]()
-    for number, operation in enumerate(operations):
-        for mode in GenerationMode:
-            _attack(
-                operation, mode, max(1, round(count / len(operations) / len(GenerationMode))), seed + number, statuses
-            )
+    seeds = itertools.count()
+    while statuses.total() < count:  # some operations have only one possible request
+        for operation, mode in itertools.product(operations, GenerationMode):
+            _attack(operation, mode, max(1, count // 100), next(seeds), statuses)
     return statuses
 
 
@@ -82,13 +83,13 @@ def _attack(operation: Any, mode: GenerationMode, count: int, seed: int, statuse
         assert allowed, (case.as_curl_command(), response.status_code, response.text)
         case.validate_response(response, checks=[schemathesis.checks.CHECKS.get_one("response_schema_conformance")])
 
-    send()
+    with contextlib.suppress(hypothesis.errors.Unsatisfiable):  # nothing can be wrong in a request without a body
+        send()
 
 
 def test_generated_requests(attacked: ServerProcess, many: bool) -> None:
     expected = probe(attacked)
-    statuses = attack(attacked.url, 3000 if many else 150, seed=0)
-    assert sum(statuses.values()) >= (3000 if many else 150) * 0.8, statuses
+    statuses = attack(attacked.url, 3000 if many else 100)
     assert statuses[200] > 20 and statuses[400] > 20, statuses
     until_idle(attacked)
     assert probe(attacked) == expected
@@ -125,7 +126,7 @@ HOSTILE: dict[str, Any] = {
     },
     "an undefined rule": {"guided_grammar": "start: nothing"},
     "deep nesting": {"guided_json": nested(60)},
-    "deeper nesting": {"guided_json": nested(1000)},
+    "deeper nesting": {"guided_json": nested(300)},
     "a reference to itself": {"guided_json": {"$ref": "#"}},
     "recursion": {"guided_json": {"type": "array", "items": {"$ref": "#"}, "minItems": 2}},
     "exponential references": {"guided_json": doubling(40)},

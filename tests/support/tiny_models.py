@@ -127,6 +127,7 @@ def save_tool_model(folder: Path) -> Path:
     """A model that writes CALL in a chat with tools, ANSWER after a tool's result and in other chats; else random.
 
     Only the last token decides on the next: the output of all layers is 0, and the head has a row for each transition.
+    Space is unlikely, so that JSON at random ends soon.
     """
     save_tokenizer(folder, "<|call|>", "<|answer|>")
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -144,6 +145,9 @@ def save_tool_model(folder: Path) -> Path:
             weight.zero_()
     weights["model.norm.weight"].fill_(1)
     embeddings, head = weights["model.embed_tokens.weight"], weights["lm_head.weight"]
+    embeddings[:, 0] = 2 * embeddings.std()  # the same for all tokens, as a bias
+    for token in range(len(head)):
+        head[token, 0] = -5 if tokenizer.decode([token], skip_special_tokens=False).isspace() else 0
     for before, after in (("<|call|>", CALL), (CALL, "<|im_end|>"), ("<|answer|>", ANSWER), (ANSWER, "<|im_end|>")):
         embedding = embeddings[tokenizer.token_to_id(before)]
         head[tokenizer.token_to_id(after)] += embedding * (30 / embedding.norm() / embedding.numel() ** 0.5)
