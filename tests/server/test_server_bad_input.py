@@ -127,7 +127,7 @@ def message(**fields: Any) -> tuple[str, dict[str, Any]]:
         (completion(salt="x"), "salt", "unknown field"),
         (completion(**{"x" * 10**6: 1}), "x" * 100, "unknown field"),
         (completion(**{f"x{i}": 1 for i in range(2000)}), None, " fields"),
-        (chat(messages=[]), "messages", "at least 1"),
+        (chat(messages=[]), "messages", "should not be empty"),
         (chat(messages="Hello"), "messages", "array"),
         (chat(messages=None), "messages", "array"),
         (chat(messages=["Hello"]), "messages[0]", "object"),
