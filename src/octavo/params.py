@@ -51,6 +51,12 @@ class StructuredOutputs(msgspec.Struct, frozen=True, kw_only=True, omit_defaults
     whitespace_pattern: Annotated[
         str | None, Meta(description="Regular expression of the whitespace between the parts of JSON.")
     ] = None
+    reasoning_end: Annotated[
+        list[str] | None, Meta(description="Texts that end the reasoning, which the constraint does not apply to.")
+    ] = None
+    reasoning_start: Annotated[
+        list[str] | None, Meta(description="Texts that begin it; if unset, the output begins within the reasoning.")
+    ] = None
 
     def __post_init__(self) -> None:
         fields = _Fields(self)
@@ -75,6 +81,12 @@ class StructuredOutputs(msgspec.Struct, frozen=True, kw_only=True, omit_defaults
             fields.need(isinstance(self.choice, list) and 0 < sum(map(len, self.choice)) <= MAX_GRAMMAR, "choice", what)
         fields.flag("disable_any_whitespace")
         fields.flag("disable_additional_properties")
+        for name in ("reasoning_end", "reasoning_start"):
+            if getattr(self, name) is not None:
+                fields.texts(name, MAX_STOP_STRINGS, MAX_STOP_CHARACTERS, f"a list of 1 to {MAX_STOP_STRINGS} strings")
+        fields.need(
+            self.reasoning_start is None or bool(self.reasoning_end), "reasoning_start", "set with reasoning_end"
+        )
 
 
 CONSTRAINTS = ("json", "regex", "choice", "grammar", "json_object", "structural_tag")

@@ -140,6 +140,24 @@ def test_reasoning(client: openai.OpenAI, script: Script) -> None:
     assert not hasattr(message, "reasoning") and message.content.startswith("Two.")
 
 
+def test_structured_output_begins_after_the_reasoning(client: openai.OpenAI) -> None:
+    schema = {"name": "point", "schema": {"type": "object", "properties": {"x": {"enum": [1, 2]}}, "required": ["x"]}}
+    answers = [
+        chat(
+            client,
+            seed=seed,
+            max_tokens=60,
+            temperature=1.5,
+            response_format={"type": "json_schema", "json_schema": schema},
+        )
+        for seed in range(16)
+    ]
+    choices = [answer.choices[0] for answer in answers]
+    begun = {json.loads(choice.message.content)["x"] for choice in choices if choice.finish_reason == "stop"}
+    assert begun <= {1, 2} and begun
+    assert any(getattr(choice.message, "reasoning_content", None) for choice in choices)
+
+
 def rendered(server: ServerProcess, **body: Any) -> str:
     reply = httpx.post(f"{server.url}/v1/chat/completions/render", json={"messages": HELLO, **body})
     assert reply.status_code == 200, reply.text

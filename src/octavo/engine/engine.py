@@ -25,7 +25,7 @@ from .scheduler import Scheduler, StepPlan
 from .sequence import Sequence
 from .work_record import WorkRecord
 
-MAX_IDLE = 0.002  # seconds that a step without work waits for a transfer; a new request may wait as long
+MAX_IDLE = 0.002  # seconds for which a step without work waits for threads; a new request may wait as long
 SECONDS_TO_CLOSE = 3.0  # the frontend kills an engine process that does not end in 5
 
 
@@ -104,7 +104,8 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Return whether `step` has anything to do."""
-        return self.scheduler.has_work or bool(self._failures or self._constraints) or self.kv.is_moving
+        compiling = self._constraints is not None and self._constraints.is_compiling
+        return self.scheduler.has_work or compiling or bool(self._failures) or self.kv.is_moving
 
     @property
     def info(self) -> EngineInfo:
@@ -153,9 +154,12 @@ class Engine:
     def _queue(self, seq: Sequence) -> None:
         self.scheduler.add(seq, self._live.get(seq.request.after or ""))
 
-    def _queue_compiled(self) -> None:
-        """Queue the sequences whose grammars have been compiled; fail those whose grammars are refused."""
-        for seq, reason in self._constraints.compiled() if self._constraints is not None else ():
+    def _settle_constraints(self, constraints: Constraints) -> None:
+        """Queue the sequences whose grammars have been compiled; fail those whose grammars are refused or too slow."""
+        for seq in constraints.settle():
+            self.scheduler.abort(seq)
+            self._fail(seq, f"structured_outputs failed: {seq.grammar_error}")
+        for seq, reason in constraints.compiled():
             if reason is None and seq.matcher is not None and seq.matcher.is_stopped and seq.num_outputs:
                 reason = "the output was complete already"
             if reason is None:
@@ -216,11 +220,11 @@ class Engine:
     def step(self) -> list[TokenOutput]:
         """Compute one batch. Return its new tokens, and the outputs of requests that failed or timed out.
 
-        If there is no batch to compute, wait for transfers, at most MAX_IDLE seconds.
+        If there is no batch to compute, wait for transfers, grammars and masks, at most MAX_IDLE seconds.
         """
         started = time.perf_counter()
-        if self._constraints:
-            self._queue_compiled()
+        if self._constraints is not None:
+            self._settle_constraints(self._constraints)
         outputs, self._failures = self._failures + self._time_out(), []
         self.kv.collect()
         self._plan = plan = self.scheduler.schedule()
@@ -241,8 +245,15 @@ class Engine:
             self._steps += 1
             self._step_seconds += time.perf_counter() - started
         elif not outputs:
-            self.kv.wait(MAX_IDLE)
+            self._wait()
         return outputs
+
+    def _wait(self) -> None:
+        """Wait for the threads without which no sequence can continue, for at most MAX_IDLE seconds."""
+        if self._constraints is not None and (self.scheduler.running or self._constraints.is_compiling):
+            self._constraints.wait(MAX_IDLE)
+        else:
+            self.kv.wait(MAX_IDLE)
 
     def stats(self) -> EngineStats:
         """Return statistics of the current state. From any thread."""
@@ -320,6 +331,7 @@ class Engine:
     def _advance(self, plan: StepPlan, result: StepResult) -> list[TokenOutput]:
         """Record what the step computed, append the sampled tokens, and end finished sequences."""
         outputs: list[TokenOutput] = []
+        constrained: list[Sequence] = []
         tokens, page_size = result.tokens.tolist(), self.kv.page_size
         row = 0
         for i, (seq, chunk) in enumerate(zip(plan.sequences, plan.chunks, strict=True)):
@@ -338,6 +350,10 @@ class Engine:
             if i in plan.drafts:
                 outputs += self._append_accepted(seq, plan.drafts[i], result, row)
                 row += len(plan.drafts[i])
+            if seq.matcher is not None and seq.slot >= 0:
+                constrained.append(seq)
+        if constrained and self._constraints is not None:
+            self._constraints.follow(constrained, len(self.scheduler.running))
         self._tokens_computed += sum(plan.chunks)
         self._tokens_generated += len(outputs)
         return outputs

@@ -36,6 +36,9 @@ class Sequence:
         scores: the logprobs of the prompt's tokens so far, from its second token on; None if the request does not want
             any, or has got them.
         matcher: the position in the grammar of structured outputs, behind the last token; None without a grammar.
+        ready: whether the next token may be sampled: False while a thread uses the matcher to compute its mask.
+        draft: draft tokens that the grammar allows, for a sequence with a grammar.
+        masks: the tokens that the grammar allows next, and those that it allows after each token of `draft`.
         grammar_error: the reason why the grammar cannot be followed any further.
         tenant: the same object for all sequences of a tenant, so that counting them is fast.
     """
@@ -60,6 +63,9 @@ class Sequence:
     admitted: bool = False
     aborted: bool = False
     matcher: "Matcher | None" = None
+    ready: bool = True
+    draft: "array[int]" = field(default_factory=lambda: array("i"))
+    masks: list[bytes] = field(default_factory=list)
     grammar_error: str | None = None
 
     def __post_init__(self) -> None:
@@ -102,6 +108,16 @@ class Sequence:
         """
         scores = self.scores
         return len(scores) if scores is not None and len(scores) < self.num_prompt - 1 else None
+
+    @property
+    def max_cached(self) -> int | None:
+        """Return the number of tokens whose pages may be taken from the cache; None for no limit.
+
+        A cached page hides the logits of its tokens. A sequence that is not ready must have a token to compute before
+        the last one, so that it can be part of a step.
+        """
+        unscored = self.unscored
+        return unscored if self.ready or unscored is not None else len(self.tokens) - 2
 
     def num_scored(self, chunk: int) -> int:
         """Return how many missing logprobs of the prompt the computation of the next `chunk` tokens gives."""

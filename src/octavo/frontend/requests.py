@@ -7,7 +7,7 @@ from typing import TypedDict, TypeVar, cast
 
 from octavo.engine.messages import EngineInfo
 from octavo.errors import InvalidRequest, PromptTooLong
-from octavo.params import SamplingParams, ServiceTerms, Terms, plain
+from octavo.params import SamplingParams, ServiceTerms, StructuredOutputs, Terms, plain
 from octavo.states import KVState
 from octavo.text import Tokenizer
 from octavo.text.offload import off_loop
@@ -158,7 +158,7 @@ async def tokenize_all(requests: list[Request], tokenizer: Tokenizer, info: Engi
         return [tokenize(request, tokenizer, info) for request in requests]
 
     tokens = await off_loop(tokenizer, sum(len(request.prompt) for request in requests), work)
-    if any(request.params.structured_outputs is not None for request in requests):
+    if new_grammars(requests, tokenizer):
         threads = tokenizer.grammars.threads
         await asyncio.get_running_loop().run_in_executor(threads, check_grammars, requests, tokenizer)
     return tokens
@@ -166,9 +166,14 @@ async def tokenize_all(requests: list[Request], tokenizer: Tokenizer, info: Engi
 
 def check_grammars(requests: list[Request], tokenizer: Tokenizer) -> None:
     """Compile the grammars of requests, which may take a second. Raises InvalidRequest if one cannot be used."""
-    for request in requests:
-        if request.params.structured_outputs is not None:
-            tokenizer.grammars.matcher(request.params.structured_outputs)
+    for outputs in new_grammars(requests, tokenizer):
+        tokenizer.grammars.matcher(outputs)
+
+
+def new_grammars(requests: list[Request], tokenizer: Tokenizer) -> list[StructuredOutputs]:
+    """Return the grammars of requests that are not known to be usable."""
+    grammars = [request.params.structured_outputs for request in requests]
+    return [outputs for outputs in grammars if outputs is not None and outputs not in tokenizer.grammars]
 
 
 def check_length(num_tokens: int, info: EngineInfo, has_state: bool = False) -> None:

@@ -16,7 +16,7 @@ from octavo.server.api import Api
 from octavo.server.edge.access_log import RequestRecord
 from octavo.text.answer import Answer, AnswerEvent, ReasoningDelta
 
-from .answers import AnswerReader, answer_reader, knows_tools, tool_parser, with_markers
+from .answers import AnswerReader, after_reasoning, answer_reader, knows_tools, tool_parser, with_markers
 from .generation import Generation, tokenized
 from .kv_states import continuation
 from .protocol import ChatRequest
@@ -96,6 +96,7 @@ async def prepare(api: Api, request: Request, body: ChatRequest, record: Request
     if continued := continuation(llm, body.kv_cache_state, params.n, terms):
         messages = continued.whole_chat(messages)
     text = await rendered(llm, body, messages)
+    params = after_reasoning(llm, params, text)
     prompt = await chat_tokens(llm, body, text, params)
     if continued:
         prompt = continued.after_state(prompt)
