@@ -92,7 +92,7 @@ def masks_of(plan: "StepPlan") -> list[bytes] | None:
     masks: list[bytes] = []
     for i, seq in enumerate(plan.sequences):
         masks += [b""] * seq.num_scored(plan.chunks[i])
-        if not plan.completes(i):
+        if not plan.samples(i):
             continue
         draft = plan.drafts.get(i)
         rows = 1 + len(draft or ())

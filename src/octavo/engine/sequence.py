@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING
 from octavo.kv import PageTable, Prefetch, Prefix
 from octavo.params import SamplingParams
 
-from .messages import EngineRequest, TokenLogprobs
+from .messages import EngineRequest, Pooling, TokenLogprobs
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from octavo.text.grammars import Matcher
 
 
@@ -37,6 +39,10 @@ class Sequence:
             any, or has got them.
         matcher: the position in the grammar of structured outputs, behind the last token; None without a grammar.
         grammar_error: the reason why the grammar cannot be followed any further.
+        pooling: what is wanted of the prompt, if not a continuation.
+        sums: the sum of the hidden states of the first `num_pooled` tokens, or the hidden state of the last token, in
+            float64; None if there is none yet.
+        label_logits: the logits of the labels of `pooling`.
         tenant: the same object for all sequences of a tenant, so that counting them is fast.
     """
 
@@ -53,6 +59,10 @@ class Sequence:
     cached_tokens: int = 0
     page_table: PageTable = field(init=False)
     tenant: str = field(init=False)
+    pooling: Pooling | None = field(init=False)
+    sums: "np.ndarray | None" = None
+    num_pooled: int = 0
+    label_logits: "np.ndarray | None" = None
     prefetch: Prefetch | None = None
     scores: list[TokenLogprobs] | None = None
     place: tuple[float, int] = (0.0, 0)
@@ -65,6 +75,7 @@ class Sequence:
     def __post_init__(self) -> None:
         self.page_table = PageTable(self.prefix)
         self.tenant = sys.intern(self.request.tenant)
+        self.pooling = self.request.pooling
 
     @property
     def id(self) -> str:
@@ -102,6 +113,23 @@ class Sequence:
         """
         scores = self.scores
         return len(scores) if scores is not None and len(scores) < self.num_prompt - 1 else None
+
+    @property
+    def max_cached(self) -> int | None:
+        """Return the number of tokens for which cached pages may be used; None for all.
+
+        A cached page hides the logits and the hidden states of its tokens.
+        """
+        if self.pooling is not None and self.pooling.hidden == "mean":
+            return self.num_pooled
+        return self.unscored
+
+    def num_to_pool(self, chunk: int) -> int:
+        """Return how many of the last rows of the next `chunk` tokens have hidden states that are wanted."""
+        hidden, end = self.pooling and self.pooling.hidden, self.num_computed + chunk
+        if hidden == "mean":
+            return max(0, end - max(self.num_computed, self.num_pooled))
+        return int(hidden == "last" and end == len(self.tokens))
 
     def num_scored(self, chunk: int) -> int:
         """Return how many missing logprobs of the prompt the computation of the next `chunk` tokens gives."""
