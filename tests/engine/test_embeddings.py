@@ -15,11 +15,11 @@ from transformers import AutoModelForCausalLM
 
 from octavo import LLM, AsyncLLM, PoolingParams, SamplingParams
 from octavo.errors import InvalidRequest, PromptTooLong, RequestTimeout
+from octavo.text import Tokenizer
 from tiny_models import real_text
 
 LENGTHS = [1, 2, 31, 32, 33, 64, 100, 180]
 MODELS = [
-    ("smollm2", "auto", "int8"),
     ("mistral", "8bit", "bf16"),
     ("qwen2", "none", "int8"),
     ("qwen3", "4bit", "bf16"),
@@ -30,16 +30,12 @@ MEAN, LAST = PoolingParams(pooling="mean", normalize=False), PoolingParams(norma
 @pytest.fixture(scope="module", params=MODELS, ids="-".join)
 def model(request: pytest.FixtureRequest, tiny_model: Callable[[str], Path]) -> dict[str, str]:
     name, quantization, kv_cache_dtype = request.param
-    path = name if name == "smollm2" else str(tiny_model(name))
-    return {"model": path, "quantization": quantization, "kv_cache_dtype": kv_cache_dtype}
+    return {"model": str(tiny_model(name)), "quantization": quantization, "kv_cache_dtype": kv_cache_dtype}
 
 
 @pytest.fixture(scope="module")
 def prompts(model: dict[str, str]) -> list[list[int]]:
-    from octavo.text import Tokenizer
-    from octavo.weights import resolve
-
-    text = Tokenizer.load(resolve(model["model"])).encode(real_text()[:8000])
+    text = Tokenizer.load(Path(model["model"])).encode(real_text()[:8000])
     return [text[100 * i : 100 * i + length] for i, length in enumerate(LENGTHS)]
 
 

@@ -1,11 +1,13 @@
 """Ollama's routes as the real `ollama` client sees them."""
 
+from pathlib import Path
 from typing import Any
 
 import httpx
 import ollama
 import pytest
 
+from octavo.text import Tokenizer
 from server_process import ServerProcess
 
 HELLO: Any = [{"role": "user", "content": "Say hello to the modules"}]
@@ -53,11 +55,13 @@ def test_embed(llama: ollama.Client, server: ServerProcess) -> None:
     assert [value / length for value in older] == pytest.approx(expected["data"][0]["embedding"], abs=1e-6)
 
 
-def test_embed_leaves_out_the_end_of_a_long_input(llama: ollama.Client, server: ServerProcess) -> None:
-    tokens = httpx.post(f"{server.url}/tokenize", json={"prompt": "word " * 300}).json()["tokens"]
-    begin = httpx.post(f"{server.url}/v1/embeddings", json={"input": (tokens * 4)[:511]}, timeout=60).json()
-    assert len(tokens) * 4 > 600
-    reply = llama.embed("tiny", "word " * 1200)
+def test_embed_leaves_out_the_end_of_a_long_input(
+    llama: ollama.Client, server: ServerProcess, tiny_llama: Path
+) -> None:
+    tokens = Tokenizer.load(tiny_llama).encode("one two " * 600)
+    assert len(tokens) > 600
+    begin = httpx.post(f"{server.url}/v1/embeddings", json={"input": tokens[:511]}, timeout=60).json()
+    reply = llama.embed("tiny", "one two " * 600)
     assert reply.prompt_eval_count == 511
     assert list(reply.embeddings[0]) == begin["data"][0]["embedding"]
 
