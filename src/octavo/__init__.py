@@ -12,15 +12,26 @@ from .version import __version__
 if TYPE_CHECKING:
     from .async_llm import AsyncLLM
     from .config import EngineConfig
+    from .frontend.scoring import ScoringParams
     from .llm import LLM
-    from .outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
-    from .params import SamplingParams, ServiceTerms, StructuredOutputs
+    from .outputs import (
+        CompletionOutput,
+        EmbeddingRequestOutput,
+        Logprob,
+        PoolingRequestOutput,
+        RequestMetrics,
+        RequestOutput,
+        ScoringRequestOutput,
+    )
+    from .params import PoolingParams, SamplingParams, ServiceTerms, StructuredOutputs
     from .states import KVState
 
 _HOME = {
     "LLM": "llm",
     "AsyncLLM": "async_llm",
     "EngineConfig": "config",
+    "PoolingParams": "params",
+    "ScoringParams": "frontend.scoring",
     "SamplingParams": "params",
     "ServiceTerms": "params",
     "StructuredOutputs": "params",
@@ -28,6 +39,9 @@ _HOME = {
     "CompletionOutput": "outputs",
     "RequestMetrics": "outputs",
     "Logprob": "outputs",
+    "EmbeddingRequestOutput": "outputs",
+    "PoolingRequestOutput": "outputs",
+    "ScoringRequestOutput": "outputs",
     "KVState": "states",
 }
 
@@ -35,12 +49,17 @@ __all__ = [
     "LLM",
     "AsyncLLM",
     "CompletionOutput",
+    "EmbeddingRequestOutput",
     "EngineConfig",
     "KVState",
     "Logprob",
+    "PoolingParams",
+    "PoolingRequestOutput",
     "RequestMetrics",
     "RequestOutput",
     "SamplingParams",
+    "ScoringParams",
+    "ScoringRequestOutput",
     "ServiceTerms",
     "StructuredOutputs",
     "__version__",

@@ -15,10 +15,18 @@ from .frontend.frontend import Frontend
 from .frontend.inbox import Inbox
 from .frontend.links.process import EngineProcess, ProcessLink
 from .frontend.live import LiveRequest
+from .frontend.pooled import check_task, embedding_output, embedding_requests, pooling_output
 from .frontend.requests import Prompt, Request, make_request, make_requests, tokenize_all
+from .frontend.scoring import ScoringParams, pairs_of, score_requests, scoring_output, share_prefix
 from .frontend.stats import FrontendStats, ReplicaStats
-from .outputs import RequestOutput
-from .params import SamplingParams, Terms
+from .outputs import (
+    EmbeddingRequestOutput,
+    PoolingOutput,
+    PoolingRequestOutput,
+    RequestOutput,
+    ScoringRequestOutput,
+)
+from .params import PoolingParams, SamplingParams, Terms
 from .states import KVState, StateBook
 from .text import Tokenizer
 from .weights import generation_defaults, resolve
@@ -247,6 +255,65 @@ class AsyncLLM:
                 yield [(index[increment.request_id], increment) for increment in increments]
         finally:
             self._frontend.abort(lives)
+
+    async def embed(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        pooling_params: PoolingParams | None = None,
+        priority: int | Sequence[int] = 0,
+        **terms: Unpack[Terms],
+    ) -> list[EmbeddingRequestOutput]:
+        """Return the embedding of each prompt, in order: `.outputs.embedding`, a list of floats.
+
+        The arguments are those of `generate`. Raises the same exceptions.
+        """
+        params = pooling_params or PoolingParams()
+        requests = embedding_requests(prompts, params, self.info, priority, terms)
+        return [embedding_output(output, params) for output in await self.generate_requests(requests)]
+
+    async def encode(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        pooling_params: PoolingParams | None = None,
+        *,
+        pooling_task: str | None = None,
+        priority: int | Sequence[int] = 0,
+        **terms: Unpack[Terms],
+    ) -> list[PoolingRequestOutput[PoolingOutput]]:
+        """Return what `embed` returns, but as arrays: `.outputs.data`, float32.
+
+        Args:
+            pooling_task: vLLM's name of the task; only "embed".
+        """
+        check_task(pooling_task)
+        params = pooling_params or PoolingParams()
+        requests = embedding_requests(prompts, params, self.info, priority, terms)
+        return [pooling_output(output, params) for output in await self.generate_requests(requests)]
+
+    async def score(
+        self,
+        data_1: str | Sequence[str],
+        data_2: str | Sequence[str],
+        *,
+        scoring_params: ScoringParams | None = None,
+        priority: int = 0,
+        **terms: Unpack[Terms],
+    ) -> list[ScoringRequestOutput]:
+        """Return the probability that each document is relevant for its query: `.outputs.score`, from 0 to 1.
+
+        Args:
+            data_1: a query for all documents, or one for each.
+            data_2: the documents.
+            scoring_params: the prompt, and the answers whose probabilities are compared; by default, Qwen3-Reranker's.
+        """
+        pairs = pairs_of(data_1, data_2)
+        requests = await asyncio.to_thread(
+            score_requests, pairs, scoring_params or ScoringParams(), self.tokenizer, self.info, priority, terms
+        )
+        first = await self.generate_requests(requests[:1]) if share_prefix(pairs) else []  # the others find its pages
+        rest = await self.generate_requests(requests[len(first) :])
+        return [scoring_output(output) for output in first + rest]
 
     def check_capacity(self, completions: int) -> None:
         """Raise QueueFull or InvalidRequest if `generate` would refuse so many completions."""

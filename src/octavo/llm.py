@@ -16,10 +16,18 @@ from .frontend.frontend import Frontend
 from .frontend.links.thread import ThreadLink
 from .frontend.live import LiveRequest, Sink
 from .frontend.loop_thread import LoopThread
+from .frontend.pooled import check_task, embedding_output, embedding_requests, pooling_output
 from .frontend.progress import generation_bar
 from .frontend.requests import Prompt, Request, check_grammars, make_request, make_requests, tokenize, tokenize_all
-from .outputs import RequestOutput
-from .params import SamplingParams, Terms
+from .frontend.scoring import ScoringParams, pairs_of, score_requests, scoring_output, share_prefix
+from .outputs import (
+    EmbeddingRequestOutput,
+    PoolingOutput,
+    PoolingRequestOutput,
+    RequestOutput,
+    ScoringRequestOutput,
+)
+from .params import PoolingParams, SamplingParams, Terms
 from .states import KVState
 from .text import Tokenizer
 from .weights import generation_defaults, resolve
@@ -95,6 +103,10 @@ class LLM:
         requests = make_requests(
             prompts, sampling_params, self.default_sampling_params, priority, terms, kv_cache_state
         )
+        return self.generate_requests(requests, use_tqdm)
+
+    def generate_requests(self, requests: list[Request], use_tqdm: bool = True) -> list[RequestOutput]:
+        """Complete requests. Return one whole RequestOutput for each request, in order; see `generate`."""
         done: SimpleQueue[LiveRequest | Exception] = SimpleQueue()
 
         def sink(live: LiveRequest, output: RequestOutput | Exception) -> None:
@@ -198,6 +210,68 @@ class LLM:
                     return
         finally:
             self._thread.post(self._frontend.abort, lives)
+
+    def embed(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        use_tqdm: bool = True,
+        *,
+        pooling_params: PoolingParams | None = None,
+        priority: int | Sequence[int] = 0,
+        **terms: Unpack[Terms],
+    ) -> list[EmbeddingRequestOutput]:
+        """Return the embedding of each prompt, in order: `.outputs.embedding`, a list of floats.
+
+        The arguments are those of `generate`. Raises the same exceptions.
+        """
+        params = pooling_params or PoolingParams()
+        requests = embedding_requests(prompts, params, self.info, priority, terms)
+        return [embedding_output(output, params) for output in self.generate_requests(requests, use_tqdm)]
+
+    def encode(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        pooling_params: PoolingParams | None = None,
+        use_tqdm: bool = True,
+        *,
+        pooling_task: str | None = None,
+        priority: int | Sequence[int] = 0,
+        **terms: Unpack[Terms],
+    ) -> list[PoolingRequestOutput[PoolingOutput]]:
+        """Return what `embed` returns, but as arrays: `.outputs.data`, float32.
+
+        Args:
+            pooling_task: vLLM's name of the task; only "embed".
+        """
+        check_task(pooling_task)
+        params = pooling_params or PoolingParams()
+        requests = embedding_requests(prompts, params, self.info, priority, terms)
+        return [pooling_output(output, params) for output in self.generate_requests(requests, use_tqdm)]
+
+    def score(
+        self,
+        data_1: str | Sequence[str],
+        data_2: str | Sequence[str],
+        use_tqdm: bool = True,
+        *,
+        scoring_params: ScoringParams | None = None,
+        priority: int = 0,
+        **terms: Unpack[Terms],
+    ) -> list[ScoringRequestOutput]:
+        """Return the probability that each document is relevant for its query: `.outputs.score`, from 0 to 1.
+
+        Args:
+            data_1: a query for all documents, or one for each.
+            data_2: the documents.
+            scoring_params: the prompt, and the answers whose probabilities are compared; by default, Qwen3-Reranker's.
+        """
+        pairs = pairs_of(data_1, data_2)
+        requests = score_requests(pairs, scoring_params or ScoringParams(), self.tokenizer, self.info, priority, terms)
+        first = (
+            self.generate_requests(requests[:1], use_tqdm=False) if share_prefix(pairs) else []
+        )  # the others find its pages
+        rest = self.generate_requests(requests[len(first) :], use_tqdm)
+        return [scoring_output(output) for output in first + rest]
 
     def get_kv_cache_state(self, request_id: str, index: int = 0) -> KVState:
         """Return a handle on the tokens of a finished request, prompt and output, from which requests can continue.

@@ -1,7 +1,7 @@
 """Outputs of requests, with vLLM's names."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Generic, Literal, TypeVar
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
@@ -74,6 +74,7 @@ class RequestOutput:
         seed: The seed of sampling: the request's, or the one drawn for it.
         prompt_logprobs: For each token of the prompt, a map of token id to Logprob, the prompt's token first; None for
             the first token. None if not requested, or before the first token of the output.
+        pooled: The vector of a pooled request as float32 bytes, of which PoolingRequestOutput is made; otherwise None.
     """
 
     request_id: str
@@ -84,6 +85,7 @@ class RequestOutput:
     metrics: RequestMetrics
     seed: int = field(default=0)
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+    pooled: bytes | None = None
 
     @property
     def num_cached_tokens(self) -> int:
@@ -94,3 +96,47 @@ class RequestOutput:
     def text(self) -> str:
         """Return the text of the first completion."""
         return self.outputs[0].text
+
+
+@dataclass(slots=True)
+class PoolingOutput:
+    """A pooled prompt. `data` is a float32 array [dimensions]."""
+
+    data: Any
+
+
+@dataclass(slots=True)
+class EmbeddingOutput:
+    """The embedding of a prompt."""
+
+    embedding: list[float]
+
+    @property
+    def hidden_size(self) -> int:
+        """Return the number of dimensions."""
+        return len(self.embedding)
+
+
+@dataclass(slots=True)
+class ScoringOutput:
+    """The probability, from 0 to 1, that a document answers a query."""
+
+    score: float
+
+
+Pooled = TypeVar("Pooled")
+
+
+@dataclass(slots=True)
+class PoolingRequestOutput(Generic[Pooled]):
+    """A prompt and its pooled output: a PoolingOutput, an EmbeddingOutput or a ScoringOutput."""
+
+    request_id: str
+    outputs: Pooled
+    prompt_token_ids: list[int]
+    num_cached_tokens: int
+    finished: bool = True
+
+
+EmbeddingRequestOutput = PoolingRequestOutput[EmbeddingOutput]
+ScoringRequestOutput = PoolingRequestOutput[ScoringOutput]

@@ -1,12 +1,13 @@
-"""How a request is sampled (SamplingParams) and served (ServiceTerms), with vLLM's names and defaults.
+"""How a request is sampled (SamplingParams), pooled (PoolingParams) and served (ServiceTerms), with vLLM's names and
+defaults.
 
-These two classes are the only list of request parameters: command-line flags, HTTP fields and keywords are derived from
+These classes are the only list of request parameters: command-line flags, HTTP fields and keywords are derived from
 their fields. A field's description is its help text.
 """
 
 import json
 import math
-from typing import Annotated, Any, TypedDict
+from typing import Annotated, Any, Literal, TypedDict
 
 import msgspec
 from msgspec import Meta
@@ -279,6 +280,36 @@ class ServiceTerms(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
                 fields.need(getattr(self, param) > 0, param, "a number of seconds, at most a day")
         if self.cache_salt is not None:
             fields.name("cache_salt", 1, f"1 to {MAX_NAME} printable characters")
+
+
+class PoolingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How the hidden states of a prompt become an embedding.
+
+    Raises:
+        InvalidRequest: A ValueError, for a value of the wrong type or out of range.
+    """
+
+    pooling: Annotated[
+        Literal["mean", "last"],
+        Meta(description="mean: the mean of the hidden states of all tokens; last: that of the last token."),
+    ] = "last"
+    normalize: Annotated[bool, Meta(description="Scale embeddings to length 1.")] = True
+    dimensions: Annotated[
+        int | None, Meta(description="Keep only the first dimensions of embeddings, before they are normalized.")
+    ] = None
+    truncate_prompt_tokens: Annotated[
+        int | None,
+        Meta(description="Keep only this many last tokens of the prompt; -1: as many as fit into the context."),
+    ] = None
+
+    def __post_init__(self) -> None:
+        fields = _Fields(self)
+        fields.need(self.pooling in ("mean", "last"), "pooling", "mean or last")
+        fields.flag("normalize")
+        if self.dimensions is not None:
+            fields.integer("dimensions", 1, MAX_INTEGER, "an integer of at least 1")
+        if self.truncate_prompt_tokens is not None:
+            SamplingParams(truncate_prompt_tokens=self.truncate_prompt_tokens)  # checks it
 
 
 class _Fields:

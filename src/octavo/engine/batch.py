@@ -16,6 +16,7 @@ from octavo.backends.base import SamplingBatch, StepBatch
 from octavo.kv import PageTable
 
 from .constraints import masks_of
+from .pooling import pooling_batch
 from .scheduler import StepPlan
 from .sequence import Sequence
 
@@ -35,11 +36,12 @@ class BatchBuilder:
         max_running: maximum number of running sequences, which is the number of slots.
         max_pages: maximum number of pages of a sequence.
         page_size: tokens per page.
+        hidden_size: elements of a hidden state.
     """
 
-    def __init__(self, max_running: int, max_pages: int, page_size: int):
+    def __init__(self, max_running: int, max_pages: int, page_size: int, hidden_size: int):
         n = max_running
-        self._page_size = page_size
+        self._page_size, self._hidden_size = page_size, hidden_size
         self._table_of: list[PageTable | None] = [None] * n  # page table of the sequence whose columns are filled in
         self._num_pages = np.zeros(n, np.int32)  # entries of the page table that are filled in
         self._page_tables = np.zeros((n, max_pages), np.int32)
@@ -88,6 +90,7 @@ class BatchBuilder:
             sampling=self._sampling(
                 plan.sequences, owner, slots[owner], (ends - self._num_prompt[slots])[owner] + ahead, masks_of(plan)
             ),
+            pooling=pooling_batch(plan, query_start, owner, self._hidden_size),
         )
 
     def _fill_columns(self, seq: Sequence) -> None:
@@ -183,7 +186,7 @@ def _sampled_rows(plan: StepPlan, num_drafts: np.ndarray) -> tuple[np.ndarray, n
     """
     samples, first = num_drafts + 1, np.zeros_like(num_drafts)
     for i in range(plan.num_decoding, len(plan.sequences)):
-        scored, completes = plan.sequences[i].num_scored(plan.chunks[i]), plan.completes(i)
+        scored, completes = plan.sequences[i].num_scored(plan.chunks[i]), plan.samples(i)
         samples[i] = samples[i] * completes + scored
         first[i] = (not completes) - scored
     owner = np.repeat(np.arange(len(samples)), samples)

@@ -186,7 +186,7 @@ def masks_of(plan: "StepPlan") -> list[bytes] | None:
     masks: list[bytes] = []
     for i, seq in enumerate(plan.sequences):
         masks += [b""] * seq.num_scored(plan.chunks[i])
-        if plan.completes(i):
+        if plan.samples(i):
             rows = 1 + len(plan.drafts.get(i, ()))
             masks += [b""] * rows if seq.matcher is None else seq.masks[:rows]
     return masks

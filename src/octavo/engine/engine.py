@@ -7,6 +7,7 @@ from concurrent.futures import Future
 from pathlib import Path
 
 import msgspec
+import numpy as np
 
 from octavo.backends.base import Backend, StepResult
 from octavo.config import EngineConfig
@@ -20,6 +21,7 @@ from .constraints import Constraints
 from .deadlines import Deadlines
 from .messages import EngineInfo, EngineRequest, EngineStats, TokenLogprobs, TokenOutput
 from .policies import Policy
+from .pooling import pooled_vector, take_pooled
 from .recovery import Recovery
 from .scheduler import Scheduler, StepPlan
 from .sequence import Sequence
@@ -84,7 +86,7 @@ class Engine:
         )
         self.max_model_len = min(max_model_len, num_pages * backend.page_size)
         max_pages = self.kv.pages_for(self.max_model_len)
-        self._builder = BatchBuilder(self.scheduler.max_running, max_pages, backend.page_size)
+        self._builder = BatchBuilder(self.scheduler.max_running, max_pages, backend.page_size, backend.spec.hidden_size)
         self._constraints = constraints
         self._live: dict[str, Sequence] = {}
         self._failures: list[TokenOutput] = []  # to be returned by the next step
@@ -115,6 +117,7 @@ class Engine:
             num_pages=self.kv.pool.num_pages,
             page_size=self.kv.page_size,
             fingerprint=self.fingerprint,
+            hidden_size=self.backend.spec.hidden_size,
         )
 
     @property
@@ -137,7 +140,7 @@ class Engine:
             prefix=self._prefix(tokens, request.tenant, request.salt, request.origin),
             num_prompt=len(request.prompt),
             max_tokens=min(len(request.prompt) + (params.max_tokens or self.max_model_len), self.max_model_len),
-            draft_limit=self._speculative_tokens if params.speculative_tokens is None else params.speculative_tokens,
+            draft_limit=self._draft_limit(request),
             arrival=self.clock() - request.age,
             scores=None if params.prompt_logprobs is None or request.output else [],
         )
@@ -303,6 +306,12 @@ class Engine:
     def _prefix(self, tokens: "array[int]", tenant: str, salt: str, origin: str) -> Prefix:
         return Prefix(root_key(self.fingerprint, tenant, salt, origin), tokens, self.kv.page_size)
 
+    def _draft_limit(self, request: EngineRequest) -> int:
+        if request.pooling is not None:
+            return 0
+        own = request.params.speculative_tokens
+        return self._speculative_tokens if own is None else own
+
     def _timeout(self, request: EngineRequest) -> float | None:
         return self._request_timeout if request.timeout is None else request.timeout
 
@@ -326,13 +335,18 @@ class Engine:
             return f"prompt tokens must be from 0 to {self.backend.spec.vocab_size - 1}"
         if request.params.structured_outputs is not None and self._constraints is None:
             return "this engine has no vocabulary for structured outputs"
+        labels = request.pooling.labels if request.pooling is not None else ()
+        if not all(0 <= label < self.backend.spec.vocab_size for label in labels):
+            return f"labels must be tokens from 0 to {self.backend.spec.vocab_size - 1}"
         return None
 
     def _advance(self, plan: StepPlan, result: StepResult) -> list[TokenOutput]:
         """Record what the step computed, append the sampled tokens, and end finished sequences."""
         outputs: list[TokenOutput] = []
         constrained: list[Sequence] = []
+        pooled: list[TokenOutput] = []
         tokens, page_size = result.tokens.tolist(), self.kv.page_size
+        take_pooled(plan, result)
         row = 0
         for i, (seq, chunk) in enumerate(zip(plan.sequences, plan.chunks, strict=True)):
             before = seq.num_computed
@@ -345,6 +359,10 @@ class Engine:
                 self._end_prompt(seq)
             if computed < len(seq.tokens):
                 continue
+            if seq.pooling is not None:
+                row += not seq.pooling.hidden  # the logits of labels are those of a sampled row
+                pooled.append(self._end_pooled(seq))
+                continue
             outputs.append(self._append(seq, tokens[row], _logprobs(seq, result, row)))
             row += 1
             if i in plan.drafts:
@@ -356,7 +374,7 @@ class Engine:
             self._constraints.follow(constrained, len(self.scheduler.running))
         self._tokens_computed += sum(plan.chunks)
         self._tokens_generated += len(outputs)
-        return outputs
+        return outputs + pooled
 
     def _score(self, seq: Sequence, chunk: int, result: StepResult, row: int) -> int:
         """Record the logprobs of prompt tokens that a chunk gives, which are the rows of `result` from `row` on.
@@ -406,6 +424,20 @@ class Engine:
         scores, seq.scores = seq.scores, None
         return msgspec.structs.replace(output, prompt_logprobs=scores)
 
+    def _end_pooled(self, seq: Sequence) -> TokenOutput:
+        """End a pooled sequence, whose prompt is computed, and return its output."""
+        vector = pooled_vector(seq)
+        self._remove_finished(seq)
+        if not np.isfinite(vector).all():
+            message = "the model computed hidden states or logits that are NaN or infinite"
+            return TokenOutput(seq.id, -1, "error", message=message)
+        return TokenOutput(seq.id, -1, "length", cached_tokens=seq.cached_tokens, pooled=vector.tobytes())
+
+    def _remove_finished(self, seq: Sequence) -> None:
+        del self._live[seq.id]
+        self._deadlines.forget(seq.id)
+        self.scheduler.finish(seq)
+
     def _ends_grammar(self, seq: Sequence, token: int) -> bool:
         """Advance a sequence's grammar by a token. Return whether the output is complete, or the grammar fails."""
         assert seq.matcher is not None
@@ -435,9 +467,7 @@ class Engine:
         elif len(seq.tokens) >= seq.max_tokens:
             reason = "length"
         if reason:
-            del self._live[seq.id]
-            self._deadlines.forget(seq.id)
-            self.scheduler.finish(seq)
+            self._remove_finished(seq)
         return TokenOutput(seq.id, token, reason, stop_token, logprobs, seq.cached_tokens, message, in_text)
 
     def _fail(self, seq: Sequence, reason: str) -> None:

@@ -34,6 +34,11 @@ class StepPlan:
         """Return whether all tokens of sequence i will be computed, so that its next token can be sampled."""
         return i < self.num_decoding or self.chunks[i] == self.sequences[i].num_uncomputed
 
+    def samples(self, i: int) -> bool:
+        """Return whether the logits after the last token of sequence i are computed."""
+        pooling = self.sequences[i].pooling
+        return self.completes(i) and (pooling is None or not pooling.hidden)
+
 
 class Scheduler:
     """Plans steps of at most `max_batch_tokens` tokens of at most `max_batch_size` sequences.
@@ -157,7 +162,8 @@ class Scheduler:
     def _continue_running(self) -> tuple[list[Sequence], list[Sequence], bool]:
         """Return the ready sequences with one token to compute, those with more, and whether pages ran short.
 
-        Sequences are admitted with pages for all of their tokens, so only those with one token may need a page.
+        Pooled sequences always count as those with more. Sequences are admitted with pages for all of their tokens, so
+        only those with one token may need a page.
         """
         decoding: list[Sequence] = []
         prompts: list[Sequence] = []
@@ -165,7 +171,7 @@ class Scheduler:
         page_size = self.kv.page_size
         for seq in self.running:
             length = len(seq.tokens)
-            if length - seq.num_computed > 1:
+            if length - seq.num_computed > 1 or seq.pooling is not None:
                 prompts.append(seq)
             elif seq.ready:
                 decoding.append(seq)
@@ -215,11 +221,11 @@ class Scheduler:
     def _admit(self, seq: Sequence) -> bool:
         """Admit a waiting sequence into a free slot. Return False if it lacks pages or failed."""
         # Reserve a page for each running sequence: otherwise this one would soon be preempted for them.
-        allocated = self.kv.allocate(seq.prefix, len(self.running), seq.max_cached)
+        allocated = self.kv.allocate(seq.prefix, len(self.running), max_cached=seq.max_cached)
         while allocated is None:
             if not seq.prefetch or not self._give_up_fetching(behind=seq):
                 return False
-            allocated = self.kv.allocate(seq.prefix, len(self.running), seq.max_cached)
+            allocated = self.kv.allocate(seq.prefix, len(self.running), max_cached=seq.max_cached)
         seq.page_table, seq.num_computed = allocated
         if seq.prefetch:
             self._end_prefetch(seq)
@@ -245,7 +251,7 @@ class Scheduler:
     def _fetch_ahead(self) -> None:
         """Begin to fetch the pages of the next waiting sequences from lower tiers, as far as pages are available."""
         while len(self._fetching) < MAX_FETCHING and (seq := self._policy.peek()):
-            if seq.unscored is not None or not self.recovery.should_fetch(seq, self.kv.seconds_per_page):
+            if seq.max_cached is not None or not self.recovery.should_fetch(seq, self.kv.seconds_per_page):
                 return
             seq.prefetch = self.kv.prefetch(seq.prefix, reserve=len(self.running))
             if seq.prefetch is None:

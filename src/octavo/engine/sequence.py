@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING
 from octavo.kv import PageTable, Prefetch, Prefix
 from octavo.params import SamplingParams
 
-from .messages import EngineRequest, TokenLogprobs
+from .messages import EngineRequest, Pooling, TokenLogprobs
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from octavo.text.grammars import Matcher
 
 
@@ -40,6 +42,10 @@ class Sequence:
         draft: draft tokens that the grammar allows, for a sequence with a grammar.
         masks: the tokens that the grammar allows next, and those that it allows after each token of `draft`.
         grammar_error: the reason why the grammar cannot be followed any further.
+        pooling: what is wanted of the prompt, if not a continuation.
+        sums: the sum of the hidden states of the first `num_pooled` tokens, or the hidden state of the last token, in
+            float64; None if there is none yet.
+        label_logits: the logits of the labels of `pooling`.
         tenant: the same object for all sequences of a tenant, so that counting them is fast.
     """
 
@@ -56,6 +62,10 @@ class Sequence:
     cached_tokens: int = 0
     page_table: PageTable = field(init=False)
     tenant: str = field(init=False)
+    pooling: Pooling | None = field(init=False)
+    sums: "np.ndarray | None" = None
+    num_pooled: int = 0
+    label_logits: "np.ndarray | None" = None
     prefetch: Prefetch | None = None
     scores: list[TokenLogprobs] | None = None
     place: tuple[float, int] = (0.0, 0)
@@ -71,6 +81,7 @@ class Sequence:
     def __post_init__(self) -> None:
         self.page_table = PageTable(self.prefix)
         self.tenant = sys.intern(self.request.tenant)
+        self.pooling = self.request.pooling
 
     @property
     def id(self) -> str:
@@ -113,11 +124,20 @@ class Sequence:
     def max_cached(self) -> int | None:
         """Return the number of tokens whose pages may be taken from the cache; None for no limit.
 
-        A cached page hides the logits of its tokens. A sequence that is not ready must have a token to compute before
-        the last one, so that it can be part of a step.
+        A cached page hides the logits and the hidden states of its tokens. A sequence that is not ready must have a
+        token to compute before the last one, so that it can be part of a step.
         """
+        if self.pooling is not None and self.pooling.hidden == "mean":
+            return self.num_pooled
         unscored = self.unscored
         return unscored if self.ready or unscored is not None else len(self.tokens) - 2
+
+    def num_to_pool(self, chunk: int) -> int:
+        """Return how many of the last rows of the next `chunk` tokens have hidden states that are wanted."""
+        hidden, end = self.pooling and self.pooling.hidden, self.num_computed + chunk
+        if hidden == "mean":
+            return max(0, end - max(self.num_computed, self.num_pooled))
+        return int(hidden == "last" and end == len(self.tokens))
 
     def num_scored(self, chunk: int) -> int:
         """Return how many missing logprobs of the prompt the computation of the next `chunk` tokens gives."""

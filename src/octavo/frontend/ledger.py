@@ -157,6 +157,7 @@ class Ledger:
                 priority=terms.priority,
                 ttft_target=terms.ttft_target,
                 timeout=live.timeout,
+                pooling=request.pooling,
             )
             first = first or engine_request.id
             stops = StopStrings(params.stop_strings)

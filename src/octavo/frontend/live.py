@@ -69,7 +69,7 @@ class LiveRequest:
         tokens_to_compute: tokens to compute before the first token, as far as the frontend knows the engine's cache.
         progress: tokens that the current engine has computed for the request; not counted beyond TRIAL_TOKENS.
         crashes: number of engines that failed while they served the request.
-        prompt_logprobs: see RequestOutput.
+        prompt_logprobs, pooled: see RequestOutput.
     """
 
     id: str
@@ -92,6 +92,7 @@ class LiveRequest:
     progress: int = 0
     crashes: int = 0
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+    pooled: bytes | None = None
 
     @property
     def engine_ids(self) -> list[str]:
@@ -130,6 +131,8 @@ class LiveRequest:
         if output.prompt_logprobs is not None:
             prompt = zip(self.prompt_token_ids[1:], output.prompt_logprobs, strict=True)
             self.prompt_logprobs = [None, *(self._logprobs(token, got) for token, got in prompt)]
+        if output.pooled is not None:
+            self.pooled = output.pooled
         if self.params.max_tokens == 0 and output.token >= 0:
             output = msgspec.structs.replace(output, token=-1, finish_reason="length", stop_token=None, logprobs=None)
         if self.metrics.first_token_time is None:
@@ -199,4 +202,5 @@ class LiveRequest:
             metrics=self.metrics,
             seed=self.seed,
             prompt_logprobs=self.prompt_logprobs,
+            pooled=self.pooled,
         )

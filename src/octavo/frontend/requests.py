@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypedDict, TypeVar, cast
 
-from octavo.engine.messages import EngineInfo
+from octavo.engine.messages import EngineInfo, Pooling
 from octavo.errors import InvalidRequest, PromptTooLong
 from octavo.params import SamplingParams, ServiceTerms, StructuredOutputs, Terms, plain
 from octavo.states import KVState
@@ -35,12 +35,14 @@ class Request:
     Attributes:
         prompt: text or token ids; if there is a `state`, only the part after it.
         state: the KV state that the prompt continues.
+        pooling: what is wanted of the prompt, if not a continuation.
     """
 
     prompt: str | list[int]
     params: SamplingParams
     terms: ServiceTerms
     state: KVState | None = None
+    pooling: Pooling | None = None
 
 
 def make_request(

@@ -13,7 +13,19 @@ from .config import ServerConfig
 from .edge.body import BodyReader
 from .edge.dispatch import Dispatcher
 from .edge.traffic import Traffic
-from .openai import batches, chat, completions, files, kv_states, models, render, responses, tokenize
+from .openai import (
+    batches,
+    chat,
+    completions,
+    embeddings,
+    files,
+    kv_states,
+    models,
+    render,
+    responses,
+    scores,
+    tokenize,
+)
 
 
 def create_app(
@@ -27,7 +39,7 @@ def create_app(
     """
     config = config or ServerConfig()
     api = Api(fleet, config, BodyReader(config), int(time.time()), draining)
-    openai = (chat, completions, responses, models, render, tokenize, kv_states)
+    openai = (chat, completions, responses, embeddings, scores, models, render, tokenize, kv_states)
     families = (*openai, anthropic, ollama, admin, models_admin, worker_info)
     traffic = Traffic()
     service = BatchService(Path(config.data_dir), config, traffic) if config.data_dir else None

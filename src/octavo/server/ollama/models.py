@@ -28,8 +28,6 @@ def routes(api: Api) -> list[Route]:
         route("GET", "/api/ps", partial(loaded, api)),
         route("POST", "/api/show", partial(show, api)),
         *(route(method, f"/api/{name}", partial(refuse, name)) for method, name in REFUSED),
-        route("POST", "/api/embed", refuse_embeddings),
-        route("POST", "/api/embeddings", refuse_embeddings),
     ]
 
 
@@ -88,11 +86,6 @@ async def refuse(name: str, _: Request) -> Response:
     """Refuse a change of the models. Raises ApiError 501."""
     message = f"/api/{name} is not supported: models are named at the server's start, or changed by /v1/admin/models"
     raise ApiError(501, message, code="not_supported")
-
-
-async def refuse_embeddings(_: Request) -> Response:
-    """Refuse embeddings. Raises ApiError 501."""
-    raise ApiError(501, "embeddings are not supported by this server", code="not_supported")
 
 
 def known_name(api: Api, name: str) -> str:

@@ -63,7 +63,7 @@ def _given_model(name: Any) -> Any:
     return None if name == "unknown" else name
 
 
-def _prompts(value: Any) -> list[str | list[int]]:
+def prompt_list(value: Any) -> list[str | list[int]]:
     """Return one entry per prompt for any of the four forms of `prompt`. (A union type would report four errors.)"""
     if isinstance(value, str):
         prompts: Any = [value]
@@ -244,7 +244,7 @@ class CompletionRequest(GenerationRequest):
 
     neutral: ClassVar[dict[str, Any]] = neutral_fields.COMPLETION_NEUTRAL
 
-    prompt: Annotated[list[str | list[int]], PlainValidator(_prompts)]
+    prompt: Annotated[list[str | list[int]], PlainValidator(prompt_list)]
     suffix: str | None = None
     echo: bool | None = None
     logprobs: Whole | None = None
