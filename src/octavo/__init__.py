@@ -12,9 +12,24 @@ from .version import __version__
 if TYPE_CHECKING:
     from .async_llm import AsyncLLM
     from .config import EngineConfig
+    from .frontend.requests import TextPrompt, TokensPrompt
     from .llm import LLM
-    from .outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
-    from .params import SamplingParams, ServiceTerms, StructuredOutputs
+    from .outputs import (
+        BeamSearchOutput,
+        BeamSearchSequence,
+        CompletionOutput,
+        Logprob,
+        RequestMetrics,
+        RequestOutput,
+    )
+    from .params import (
+        BeamSearchParams,
+        RepetitionDetectionParams,
+        RequestOutputKind,
+        SamplingParams,
+        ServiceTerms,
+        StructuredOutputs,
+    )
     from .states import KVState
 
 _HOME = {
@@ -22,9 +37,16 @@ _HOME = {
     "AsyncLLM": "async_llm",
     "EngineConfig": "config",
     "SamplingParams": "params",
+    "BeamSearchParams": "params",
+    "RepetitionDetectionParams": "params",
+    "RequestOutputKind": "params",
     "ServiceTerms": "params",
     "StructuredOutputs": "params",
     "RequestOutput": "outputs",
+    "TextPrompt": "frontend.requests",
+    "TokensPrompt": "frontend.requests",
+    "BeamSearchOutput": "outputs",
+    "BeamSearchSequence": "outputs",
     "CompletionOutput": "outputs",
     "RequestMetrics": "outputs",
     "Logprob": "outputs",
@@ -34,15 +56,22 @@ _HOME = {
 __all__ = [
     "LLM",
     "AsyncLLM",
+    "BeamSearchOutput",
+    "BeamSearchParams",
+    "BeamSearchSequence",
     "CompletionOutput",
     "EngineConfig",
     "KVState",
     "Logprob",
+    "RepetitionDetectionParams",
     "RequestMetrics",
     "RequestOutput",
+    "RequestOutputKind",
     "SamplingParams",
     "ServiceTerms",
     "StructuredOutputs",
+    "TextPrompt",
+    "TokensPrompt",
     "__version__",
 ]
 

@@ -5,6 +5,19 @@ import msgspec
 from octavo.params import SamplingParams
 
 
+class Thinking(msgspec.Struct, frozen=True, array_like=True):
+    """A limit of the tokens that a model may spend on reasoning.
+
+    Attributes:
+        budget: tokens of reasoning after which its end is forced.
+        start, end: the tokens that begin and end the reasoning.
+    """
+
+    budget: int
+    start: list[int]
+    end: list[int]
+
+
 class EngineRequest(msgspec.Struct, frozen=True, array_like=True):
     """One sequence to generate.
 
@@ -18,6 +31,7 @@ class EngineRequest(msgspec.Struct, frozen=True, array_like=True):
         after: the id of a live request with the same prompt; this request waits until that prompt is in the cache.
         tenant, salt: only requests with the same tenant, salt and origin share pages.
         banned: token sequences whose last token is never sampled after the others.
+        thinking: the limit of the model's reasoning, if there is one.
         origin: the origin of the KV state that the request continues (KVState.origin); "" if it continues none.
         priority: lower goes first.
         ttft_target: target for the seconds from arrival to the first token.
@@ -38,15 +52,28 @@ class EngineRequest(msgspec.Struct, frozen=True, array_like=True):
     timeout: float | None = None
     origin: str = ""
     banned: list[list[int]] = []
+    thinking: Thinking | None = None
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
-    """The logprob and rank of one sampled token, and the likeliest tokens with their logprobs."""
+    """Logprobs and ranks of T tokens in a row, and the K likeliest tokens at each position, as arrays in bytes.
 
-    logprob: float
-    rank: int
-    top_tokens: list[int]
-    top_logprobs: list[float]
+    Shapes:
+        logprobs: float32 [T]
+        ranks: int32 [T]
+        top_tokens: int32 [T, K]
+        top_logprobs: float32 [T, K]
+    """
+
+    logprobs: bytes
+    ranks: bytes
+    top_tokens: bytes = b""
+    top_logprobs: bytes = b""
+
+    @classmethod
+    def joined(cls, parts: "list[TokenLogprobs]") -> "TokenLogprobs":
+        """Return the logprobs of consecutive parts as one."""
+        return cls(*(b"".join(getattr(part, name) for part in parts) for name in cls.__struct_fields__))
 
 
 class TokenOutput(msgspec.Struct, frozen=True, array_like=True):
@@ -72,7 +99,7 @@ class TokenOutput(msgspec.Struct, frozen=True, array_like=True):
     cached_tokens: int = 0
     message: str | None = None
     in_text: bool = False
-    prompt_logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: TokenLogprobs | None = None
 
 
 class EngineInfo(msgspec.Struct, frozen=True):

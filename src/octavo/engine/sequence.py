@@ -9,6 +9,7 @@ from octavo.kv import PageTable, Prefetch, Prefix
 from octavo.params import SamplingParams
 
 from .messages import EngineRequest, TokenLogprobs
+from .thinking import ThinkingBudget
 
 if TYPE_CHECKING:
     from octavo.text.grammars import Matcher
@@ -33,10 +34,13 @@ class Sequence:
         slot: row of the batch columns while the sequence runs; -1 while it waits.
         admitted: whether the sequence has been admitted before; if it waits, it was preempted.
         aborted: whether the sequence was removed or has failed.
-        scores: the logprobs of the prompt's tokens so far, from its second token on; None if the request does not want
-            any, or has got them.
+        scores: the logprobs of the prompt's tokens so far, from its second token on, in parts; None if the request does
+            not want any, or has got them.
+        scored: number of tokens whose logprobs are in `scores`.
         matcher: the position in the grammar of structured outputs, behind the last token; None without a grammar.
         grammar_error: the reason why the grammar cannot be followed any further.
+        allowed: the mask of allowed_token_ids; None if all tokens are allowed.
+        thinking: the limit of the model's reasoning; None if there is none.
         tenant: the same object for all sequences of a tenant, so that counting them is fast.
     """
 
@@ -55,12 +59,15 @@ class Sequence:
     tenant: str = field(init=False)
     prefetch: Prefetch | None = None
     scores: list[TokenLogprobs] | None = None
+    scored: int = 0
     place: tuple[float, int] = (0.0, 0)
     slot: int = -1
     admitted: bool = False
     aborted: bool = False
     matcher: "Matcher | None" = None
     grammar_error: str | None = None
+    allowed: bytes | None = None
+    thinking: ThinkingBudget | None = None
 
     def __post_init__(self) -> None:
         self.page_table = PageTable(self.prefix)
@@ -100,8 +107,7 @@ class Sequence:
 
         The logits at a position give the logprobs of the token that follows.
         """
-        scores = self.scores
-        return len(scores) if scores is not None and len(scores) < self.num_prompt - 1 else None
+        return self.scored if self.scores is not None and self.scored < self.num_prompt - 1 else None
 
     def num_scored(self, chunk: int) -> int:
         """Return how many missing logprobs of the prompt the computation of the next `chunk` tokens gives."""
@@ -110,9 +116,9 @@ class Sequence:
 
     @property
     def num_draft_tokens(self) -> int:
-        """Return the number of draft tokens to try now; 0 if a penalty or a ban makes sampling depend on them."""
+        """Return the number of draft tokens to try now; 0 if sampling depends on the tokens before."""
         params = self.request.params
-        depends = params.penalized or self.request.banned or self.num_outputs < params.min_tokens
+        depends = params.penalized or self.request.banned or self.thinking or self.num_outputs < params.min_tokens
         return 0 if depends else self.draft_limit
 
     def ends_with(self, tokens: list[int]) -> bool:
