@@ -409,7 +409,8 @@ class AsyncLLM:
         if tokens is not None:
             return self._frontend.submit(requests, tokens, sink, id, is_admitted=True)
         self._frontend.check_capacity(sum(request.params.num_completions for request in requests))
-        check_logprobs(requests, self.config.max_logprobs, self.info)
+        for request in requests:
+            check_logprobs(request.params, self.config.max_logprobs, self.info)
         tokens = await tokenize_all(requests, self.tokenizer, self.info)
         return self._frontend.submit(requests, tokens, sink, id)
 

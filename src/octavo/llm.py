@@ -15,7 +15,7 @@ from .frontend.beam_search import BeamSearch, beam_search_output
 from .frontend.chat import ChatOptions, Conversation, chat_tokens, conversations
 from .frontend.frontend import Frontend
 from .frontend.links.thread import ThreadLink
-from .frontend.live import LiveRequest
+from .frontend.live import LiveRequest, Sink
 from .frontend.loop_thread import LoopThread
 from .frontend.metrics import Metric, metrics_of
 from .frontend.progress import generation_bar
@@ -109,9 +109,11 @@ class LLM:
         requests = make_requests(
             prompts, sampling_params, self.default_sampling_params, priority, terms, kv_cache_state
         )
-        return self._complete(requests, self._tokens(requests), use_tqdm)
+        return self._complete(requests, use_tqdm)
 
-    def _complete(self, requests: list[Request], tokens: list[list[int]], use_tqdm: bool) -> list[RequestOutput]:
+    def _complete(
+        self, requests: list[Request], use_tqdm: bool, tokens: list[list[int]] | None = None
+    ) -> list[RequestOutput]:
         done: SimpleQueue[LiveRequest | Exception] = SimpleQueue()
 
         def sink(live: LiveRequest, output: RequestOutput | Exception) -> None:
@@ -120,7 +122,7 @@ class LLM:
             elif output.finished:
                 done.put(live)
 
-        lives = self._thread.call(self._frontend.submit, requests, tokens, sink)
+        lives = self._submit(requests, sink, tokens)
         try:
             with generation_bar(len(lives), enabled=use_tqdm) as advance:
                 for _ in lives:
@@ -186,7 +188,7 @@ class LLM:
         search = BeamSearch(requests, tokens, params, self.tokenizer, self.info, self.config.request_timeout)
         with generation_bar(len(requests), enabled=use_tqdm) as advance:
             while tokens := search.tokens:
-                search.advance(self._complete(search.requests(), tokens, use_tqdm=False))
+                search.advance(self._complete(search.requests(), use_tqdm=False, tokens=tokens))
             for output in search.outputs():
                 advance(sum(len(completion.token_ids) for completion in output.outputs))
         return [beam_search_output(output, self.tokenizer) for output in search.outputs()]
@@ -244,8 +246,7 @@ class LLM:
         request = make_request(prompt, params, priority, terms, kv_cache_state)
         check_streamable([request])
         increments: SimpleQueue[RequestOutput | Exception] = SimpleQueue()
-        tokens = self._tokens([request])
-        lives = self._thread.call(self._frontend.submit, [request], tokens, lambda _, output: increments.put(output))
+        lives = self._submit([request], lambda _, output: increments.put(output))
         try:
             while True:
                 increment = increments.get()
@@ -335,6 +336,11 @@ class LLM:
     def __exit__(self, *_: object) -> None:
         self.shutdown()
 
+    def _submit(self, requests: list[Request], sink: Sink, tokens: list[list[int]] | None = None) -> list[LiveRequest]:
+        """Start requests. Check and tokenize them first, unless the token ids of their prompts are given."""
+        tokens = self._tokens(requests) if tokens is None else tokens
+        return self._thread.call(self._frontend.submit, requests, tokens, sink)
+
     def _tokens(self, requests: list[Request]) -> list[list[int]]:
         """Check requests, and return the token ids of their prompts."""
         self._check(requests)
@@ -345,7 +351,8 @@ class LLM:
     def _check(self, requests: list[Request]) -> None:
         if self._is_sleeping:
             raise EngineDead("the model sleeps: call wake_up first")
-        check_logprobs(requests, self.config.max_logprobs, self.info)
+        for request in requests:
+            check_logprobs(request.params, self.config.max_logprobs, self.info)
 
 
 class _StateOwner:

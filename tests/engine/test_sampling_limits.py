@@ -110,12 +110,13 @@ def test_the_end_of_reasoning_is_forced(thinker: Path) -> None:
         assert run(llm, prompt, **options | {"thinking_token_budget": -1}).outputs[0].token_ids == free
         begun = run(llm, PROMPT, **options, logit_bias={start: 100.0}).outputs[0].token_ids
         assert begun[0] == start and begun[10] == end
-        prompts = [[i, *prompt] for i in range(4)]
-        expected = [run(llm, each, **options).outputs[0].token_ids for each in prompts]
+        prompts = [[i, *prompt[-10 - 4 * i :]] for i in range(10)]
+        long = options | {"max_tokens": 60}
+        expected = [run(llm, each, **long).outputs[0].token_ids for each in prompts]
         assert all(end in tokens[:10] for tokens in expected)
     settings: dict[str, Any] = {"max_batch_tokens": 16, "speculative_tokens": 4, "max_model_len": 128}
     with LLM(str(thinker), **settings, kv_cache_memory="200KiB") as other:
-        outputs = other.generate(prompts, SamplingParams(**options, ignore_eos=True), use_tqdm=False)
+        outputs = other.generate(prompts, SamplingParams(**long, ignore_eos=True), use_tqdm=False)
         assert [output.outputs[0].token_ids for output in outputs] == expected
         assert other.stats().preemptions
 

@@ -12,7 +12,7 @@ import pytest
 from octavo.engine.messages import TokenLogprobs
 from octavo.frontend.logprobs import LogprobRows, PromptLogprobs
 from octavo.server.openai.logprobs import PIECE, LogprobFormat, prompt_logprobs
-from octavo.server.openai.replies import encode
+from octavo.server.openai.replies import CompletionLogprobs, Elements, encode
 from octavo.text import Tokenizer
 
 Result = TypeVar("Result")
@@ -37,6 +37,10 @@ def scored(tokenizer: Tokenizer, length: int, width: int) -> tuple[list[int], Pr
     return tokens, PromptLogprobs(tokens, LogprobRows(given, tokenizer.token_text))
 
 
+def decoded(elements: Elements) -> Any:
+    return json.loads(b"[%b]" % b"".join(elements.pieces))
+
+
 def counted(work: Coroutine[Any, Any, Result]) -> tuple[Result, int]:
     """Return the result of `work`, and how often another task ran meanwhile."""
 
@@ -53,7 +57,7 @@ def counted(work: Coroutine[Any, Any, Result]) -> tuple[Result, int]:
 @pytest.mark.parametrize("length, width", [(1, 0), (2, 3), (1000, 20), (4, 5000)])
 def test_the_form_of_vllm(tokenizer: Tokenizer, length: int, width: int) -> None:
     _, known = scored(tokenizer, length, width)
-    raw, turns = counted(prompt_logprobs(known))
+    elements, turns = counted(prompt_logprobs(known))
     expected = [
         {
             str(token): {"logprob": each.logprob, "rank": each.rank, "decoded_token": each.decoded_token}
@@ -63,7 +67,7 @@ def test_the_form_of_vllm(tokenizer: Tokenizer, length: int, width: int) -> None
         else None
         for entry in known
     ]
-    assert json.loads(encode(raw)) == expected
+    assert decoded(elements) == expected
     assert turns >= length * width // PIECE
 
 
@@ -72,5 +76,9 @@ def test_an_echoed_prompt(tokenizer: Tokenizer, top: bool) -> None:
     tokens, known = scored(tokenizer, 1000, 20)
     form = LogprobFormat(tokenizer)
     echoed, turns = counted(form.echoed(tokens, known, top))
-    assert json.loads(encode(echoed)) == json.loads(encode(form.completion(tokens, known, 0, top)))
+    expected = form.completion(tokens, known, 0, top)
+    assert echoed.length == expected.text_offset[-1] + len(tokenizer.token_text(tokens[-1]))
+    assert (decoded(echoed.likeliest) if echoed.likeliest else None) == json.loads(encode(expected.top_logprobs))
+    nothing, likeliest = CompletionLogprobs([], [], [] if top else None, []), expected.top_logprobs or []
+    assert echoed.followed_by(nothing, likeliest) == expected  # type: ignore[arg-type]
     assert turns >= 1000 * 20 // PIECE

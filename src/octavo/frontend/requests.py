@@ -149,15 +149,17 @@ def check_prompt_logprobs(count: int, limit: int) -> None:
         )
 
 
-def check_logprobs(requests: Iterable[Request], max_logprobs: int, info: EngineInfo) -> None:
-    """Raise InvalidRequest for more logprobs per token than the setting max_logprobs allows; -1 allows all."""
-    for request in requests:
-        for name in ("logprobs", "prompt_logprobs"):
-            wanted: int | None = getattr(request.params, name)
-            if wanted is None or max_logprobs == -1:
-                continue
-            if num_logprobs(1, wanted, info) - 1 > max_logprobs:
-                raise InvalidRequest(f"{name} must be at most {max_logprobs} (max_logprobs), not {wanted}", name)
+def check_logprobs(params: SamplingParams, max_logprobs: int, info: EngineInfo, name: str = "logprobs") -> None:
+    """Raise InvalidRequest for more logprobs per token than the setting max_logprobs allows; -1 allows all.
+
+    Args:
+        name: the name that `logprobs` has in the request.
+    """
+    for field, wanted in ((name, params.logprobs), ("prompt_logprobs", params.prompt_logprobs)):
+        if wanted is None or max_logprobs == -1:
+            continue
+        if num_logprobs(1, wanted, info) - 1 > max_logprobs:
+            raise InvalidRequest(f"{field} must be at most {max_logprobs} (max_logprobs), not {wanted}", field)
 
 
 def check_streamable(requests: Iterable[Request]) -> None:

@@ -53,14 +53,14 @@ async def _whole(generation: ChatGeneration) -> Response:
         for answer, completion in zip(generation.answers(output.outputs), output.outputs, strict=True)
     ]
     scored = generation.scored.get(0)
-    return replies.Json(
+    return generation.json(
         replies.Chat(
             id=generation.id,
             created=generation.created,
             model=generation.model,
             system_fingerprint=generation.fingerprint,
             choices=choices,
-            prompt_logprobs=scored.known if scored else msgspec.UNSET,
+            prompt_logprobs=generation.placed(scored.known) if scored else msgspec.UNSET,
             prompt_token_ids=generation.prompts[0] if with_ids else msgspec.UNSET,
             usage=generation.usage,
             seed=output.seed,

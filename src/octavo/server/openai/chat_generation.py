@@ -11,6 +11,7 @@ from starlette.requests import Request
 from octavo.async_llm import AsyncLLM
 from octavo.errors import InvalidRequest
 from octavo.frontend.chat import knows_tools
+from octavo.frontend.requests import check_logprobs
 from octavo.outputs import CompletionOutput
 from octavo.params import SamplingParams
 from octavo.server.api import Api
@@ -90,6 +91,7 @@ async def prepare(api: Api, request: Request, body: ChatRequest, record: Request
     constraint = None if tools is None else tools.constraint(tool_parser(llm))
     if tools is not None and constraint and (tools.is_forced or params.structured_outputs is None):
         params = msgspec.structs.replace(params, structured_outputs=constraint)
+    check_logprobs(params, llm.config.max_logprobs, llm.info, name="top_logprobs")
     llm.check_capacity(params.num_completions)
     messages = body.conversation()
     record.stream = bool(body.stream)

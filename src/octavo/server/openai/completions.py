@@ -19,6 +19,7 @@ from . import replies
 from .events import EventStream
 from .generation import Generation, ReplyOptions, infilled, tokenized
 from .kv_states import continuation
+from .logprobs import EchoedLogprobs
 from .protocol import CompletionRequest
 
 
@@ -77,7 +78,7 @@ async def _whole(generation: Generation, echoed: list[str]) -> Response:
     reply.kv_cache_state = generation.kept_state()
     if len(outputs) == 1:
         reply.seed = outputs[0].seed
-    return replies.Json(reply)
+    return generation.json(reply)
 
 
 class _Choices:
@@ -112,33 +113,25 @@ class _Choices:
             logprobs=self._logprobs(key, new, scored.echoed if scored else None, len(echo)),
             finish_reason=new.finish_reason,
             stop_reason=new.stop_reason,
-            prompt_logprobs=scored.known if scored else msgspec.UNSET,
+            prompt_logprobs=generation.placed(scored.known) if scored else msgspec.UNSET,
             token_ids=new.token_ids if with_ids else msgspec.UNSET,
             prompt_token_ids=generation.prompts[prompt] if with_ids and is_first else msgspec.UNSET,
         )
 
     def _logprobs(
-        self, key: tuple[int, int], new: CompletionOutput, echoed: replies.CompletionLogprobs | None, echo_length: int
+        self, key: tuple[int, int], new: CompletionOutput, echoed: EchoedLogprobs | None, echo_length: int
     ) -> replies.CompletionLogprobs | None:
         """Return the logprobs of a choice, those of the echoed prompt first, and note where the next token is."""
         if new.logprobs is None:
             self._offsets[key] = 0
             return None
-        tokenizer, prompt = self._generation.llm.tokenizer, key[0]
-        offset = self._offsets.get(key, echo_length)
-        if echoed is not None:
-            offset = sum(len(tokenizer.token_text(token)) for token in self._generation.prompts[prompt])
-        top = self._generation.params.logprobs != 0
-        logprobs = self._generation.logprobs.completion(new.token_ids, new.logprobs, offset, top)
-        self._offsets[key] = offset + sum(len(tokenizer.token_text(token)) for token in new.token_ids)
+        generation = self._generation
+        offset = self._offsets.get(key, echo_length) if echoed is None else echoed.length
+        logprobs = generation.logprobs.completion(new.token_ids, new.logprobs, offset, generation.params.logprobs != 0)
+        self._offsets[key] = offset + sum(len(generation.llm.tokenizer.token_text(token)) for token in new.token_ids)
         if echoed is None:
             return logprobs
-        return replies.CompletionLogprobs(
-            tokens=echoed.tokens + logprobs.tokens,
-            token_logprobs=echoed.token_logprobs + logprobs.token_logprobs,
-            top_logprobs=(echoed.top_logprobs or []) + (logprobs.top_logprobs or []) if top else None,
-            text_offset=echoed.text_offset + logprobs.text_offset,
-        )
+        return echoed.followed_by(logprobs, generation.placed(echoed.likeliest) if echoed.likeliest else [])
 
 
 def _reply(generation: Generation) -> replies.Completion:

@@ -26,11 +26,12 @@ from octavo.text.infilling import infill
 from octavo.text.offload import off_loop
 
 from .kv_states import Continuation
-from .logprobs import LogprobFormat, prompt_logprobs
+from .logprobs import EchoedLogprobs, LogprobFormat, prompt_logprobs
 from .protocol import CompletionRequest, GenerationRequest
-from .replies import CompletionLogprobs, KVCacheState, PromptTokensDetails, Usage
+from .replies import Elements, Json, JsonInPieces, KVCacheState, PromptTokensDetails, Reply, Usage
 
 MAX_PROMPT_LOGPROBS = 262_144  # of a request, which take about 20 MB in a reply
+MAX_STREAMED_PROMPT_LOGPROBS = 32_768  # of a stream, whose first event has them all
 
 
 @dataclass(frozen=True)
@@ -38,11 +39,13 @@ class ReplyOptions:
     """Which optional parts the replies to a request have.
 
     Attributes:
+        stream: events in place of one reply.
         echo: the prompt, before each completion.
         token_ids: the token ids of prompts and outputs (return_token_ids).
         tokens_as_ids: token ids instead of texts in logprobs (return_tokens_as_token_ids).
     """
 
+    stream: bool = False
     echo: bool = False
     token_ids: bool = False
     tokens_as_ids: bool = False
@@ -50,15 +53,20 @@ class ReplyOptions:
     @classmethod
     def of(cls, body: GenerationRequest, echo: bool = False) -> "ReplyOptions":
         """Return the options of a request."""
-        return cls(echo, bool(body.return_token_ids), bool(body.return_tokens_as_token_ids))
+        return cls(bool(body.stream), echo, bool(body.return_token_ids), bool(body.return_tokens_as_token_ids))
 
 
 @dataclass(frozen=True)
 class ScoredPrompt:
     """The logprobs of a prompt in the forms of replies. `echoed` is None unless the prompt is echoed with logprobs."""
 
-    known: msgspec.Raw
-    echoed: CompletionLogprobs | None
+    known: Elements
+    echoed: EchoedLogprobs | None
+
+    @property
+    def elements(self) -> list[Elements]:
+        """Return the parts that are written in pieces."""
+        return [self.known, *([self.echoed.likeliest] if self.echoed and self.echoed.likeliest else ())]
 
 
 @dataclass
@@ -88,7 +96,8 @@ class Generation:
         """Raise InvalidRequest if the reply would have too many logprobs of prompts."""
         if (wanted := self.params.prompt_logprobs) is not None:
             count = num_logprobs(sum(map(len, self.prompts)), wanted, self.llm.info)
-            check_prompt_logprobs(count * self.params.n, MAX_PROMPT_LOGPROBS)
+            limit = MAX_STREAMED_PROMPT_LOGPROBS if self.options.stream else MAX_PROMPT_LOGPROBS
+            check_prompt_logprobs(count * self.params.n, limit)
         self.id = f"{self.kind}-{uuid.uuid4().hex}"
         self.model = self.llm.config.model_name
         # Identifies everything besides the request that determines the tokens. If it and the seed are the same, so is
@@ -154,6 +163,15 @@ class Generation:
                 for increment in increments:
                     await self._score(*increment)
                 yield increments
+
+    def json(self, reply: Reply) -> Json | JsonInPieces:
+        """Return the response with a whole reply."""
+        elements = [each for scored in self.scored.values() for each in scored.elements]
+        return JsonInPieces(reply, elements) if elements else Json(reply)
+
+    def placed(self, elements: Elements) -> list[msgspec.Raw]:
+        """Return the elements of an array for a reply: their stand-in, or, in a stream, all of them."""
+        return [msgspec.Raw(b"".join(elements.pieces)) if self.options.stream else elements.stand_in]
 
     async def _score(self, prompt: int, output: RequestOutput) -> None:
         """Convert the logprobs of a prompt, once."""

@@ -11,9 +11,9 @@ import msgspec
 from octavo.outputs import CompletionOutput, Logprob
 from octavo.text import Tokenizer
 
-from .replies import ChatLogprobs, CompletionLogprobs, TokenLogprob, TopLogprob, encode
+from .replies import ChatLogprobs, CompletionLogprobs, Elements, TokenLogprob, TopLogprob, encode
 
-PIECE = 1024  # logprobs of prompts that are converted at once on the event loop, in about a millisecond
+PIECE = 512  # logprobs of prompts that are converted at once on the event loop, in about a millisecond
 
 Result = TypeVar("Result")
 Entry = dict[int, Logprob] | None
@@ -56,24 +56,21 @@ class LogprobFormat:
             text_offset=list(itertools.accumulate(map(len, texts[:-1]), initial=offset)) if texts else [],
         )
 
-    async def echoed(self, prompt: list[int], known: Sequence[Entry], top: bool) -> CompletionLogprobs:
-        """Return the logprobs of a prompt that is echoed in a completion, without holding the event loop for long."""
+    async def echoed(self, prompt: list[int], known: Sequence[Entry], top: bool) -> "EchoedLogprobs":
+        """Convert the logprobs of a prompt that is echoed in a completion, without holding the event loop for long."""
+        whole, likeliest, offset = CompletionLogprobs([], [], None, []), Elements([]), 0
 
-        def convert(part: slice) -> CompletionLogprobs:
+        def convert(part: slice) -> tuple[CompletionLogprobs, bytes]:
             piece = self.completion(prompt[part], known[part], 0, top)
-            piece.top_logprobs = [msgspec.Raw(encode(each)) for each in piece.top_logprobs or ()]
-            return piece
+            return piece, encode(piece.top_logprobs or [])[1:-1]
 
-        whole = CompletionLogprobs([], [], [] if top else None, [])
-        offset = 0
-        async for piece in _in_pieces(known, convert):
+        async for piece, encoded in _in_pieces(known, convert):
+            likeliest.pieces.append(b"," + encoded if likeliest.pieces else encoded)
             whole.text_offset += [offset + each for each in piece.text_offset]
             whole.tokens += piece.tokens
             whole.token_logprobs += piece.token_logprobs
-            if whole.top_logprobs is not None:
-                whole.top_logprobs += piece.top_logprobs or ()
             offset = whole.text_offset[-1] + len(self.tokenizer.token_text(prompt[len(whole.tokens) - 1]))
-        return whole
+        return EchoedLogprobs(whole, likeliest if top else None, offset)
 
     def _spelled(self, token: int, entry: Logprob) -> tuple[str, float, list[int]]:
         return self._name(token, entry.decoded_token), entry.logprob, list(self.tokenizer.token_bytes(token))
@@ -87,13 +84,44 @@ class LogprobFormat:
         return {self._name(token, entry.decoded_token): entry.logprob for token, entry in ordered}
 
 
-async def prompt_logprobs(known: Sequence[Entry]) -> msgspec.Raw:
-    """Return a prompt's logprobs in vLLM's form, as JSON, without holding the event loop for long.
+@dataclass(frozen=True)
+class EchoedLogprobs:
+    """The logprobs of an echoed prompt.
 
-    For each token of the prompt, it has a map of token id to {"logprob", "rank", "decoded_token"}, or null.
+    Attributes:
+        logprobs: without those of the likeliest tokens.
+        likeliest: the elements of top_logprobs; None if they are not wanted.
+        length: the length of the prompt's text, where the completion begins.
     """
-    pieces = [piece async for piece in _in_pieces(known, lambda part: encode(list(known[part]))[1:-1])]
-    return msgspec.Raw(b"[%b]" % b",".join(pieces))
+
+    logprobs: CompletionLogprobs
+    likeliest: Elements | None
+    length: int
+
+    def followed_by(self, new: CompletionLogprobs, likeliest: list[msgspec.Raw]) -> CompletionLogprobs:
+        """Return the logprobs of the prompt and of the completion after it.
+
+        Args:
+            likeliest: what to put in place of `self.likeliest`.
+        """
+        before = self.logprobs
+        return CompletionLogprobs(
+            tokens=before.tokens + new.tokens,
+            token_logprobs=before.token_logprobs + new.token_logprobs,
+            top_logprobs=None if self.likeliest is None else [*likeliest, *(new.top_logprobs or ())],
+            text_offset=before.text_offset + new.text_offset,
+        )
+
+
+async def prompt_logprobs(known: Sequence[Entry]) -> Elements:
+    """Convert a prompt's logprobs to vLLM's form, without holding the event loop for long.
+
+    For each token of the prompt, there is a map of token id to {"logprob", "rank", "decoded_token"}, or null.
+    """
+    elements = Elements([])
+    async for encoded in _in_pieces(known, lambda part: encode(list(known[part]))[1:-1]):
+        elements.pieces.append(b"," + encoded if elements.pieces else encoded)
+    return elements
 
 
 async def _in_pieces(known: Sequence[Entry], convert: Callable[[slice], Result]) -> AsyncGenerator[Result, None]:

@@ -1,10 +1,13 @@
 """OpenAI's response objects, as structs that msgspec encodes in about a microsecond."""
 
-from collections.abc import Mapping
+import uuid
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import msgspec
 from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
 encode = msgspec.json.Encoder().encode
 
@@ -16,6 +19,47 @@ class Json(Response):
 
     def __init__(self, body: Any, status_code: int = 200, headers: Mapping[str, str] | None = None):
         super().__init__(encode(body), status_code, headers)
+
+
+@dataclass(frozen=True)
+class Elements:
+    """Elements of a JSON array that are too many to be encoded at once.
+
+    Attributes:
+        pieces: their JSON, separated by commas, in pieces.
+        stand_in: an element that takes their place in a reply until it is sent; see JsonInPieces.
+    """
+
+    pieces: list[bytes]
+    stand_in: msgspec.Raw = field(default_factory=lambda: msgspec.Raw(b'"%b"' % uuid.uuid4().hex.encode()))
+
+
+class JsonInPieces(Response):
+    """A struct as a JSON response, written in pieces, between which other requests are served.
+
+    Args:
+        elements: those whose stand-ins `body` has.
+    """
+
+    media_type = "application/json"
+
+    def __init__(self, body: Any, elements: Iterable[Elements]):
+        self._pieces = [encode(body)]
+        for each in elements:
+            self._pieces = [part for piece in self._pieces for part in _replaced(piece, each)]
+        super().__init__(headers={"content-length": str(sum(map(len, self._pieces)))})
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        for piece in self._pieces:
+            await send({"type": "http.response.body", "body": piece, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+def _replaced(piece: bytes, elements: Elements) -> list[bytes]:
+    """Return a piece with elements in place of their stand-ins, in pieces."""
+    first, *others = piece.split(bytes(elements.stand_in))
+    return [first, *(part for other in others for part in (*elements.pieces, other))]
 
 
 class ErrorBody(msgspec.Struct):
@@ -129,7 +173,7 @@ class CompletionChoice(msgspec.Struct):
     logprobs: CompletionLogprobs | None = None
     finish_reason: str | None = None
     stop_reason: str | int | None = None
-    prompt_logprobs: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+    prompt_logprobs: list[msgspec.Raw] | msgspec.UnsetType = msgspec.UNSET
     token_ids: list[int] | msgspec.UnsetType = msgspec.UNSET
     prompt_token_ids: list[int] | msgspec.UnsetType = msgspec.UNSET
 
@@ -208,7 +252,7 @@ class Chat(Reply, kw_only=True):
 
     object: Literal["chat.completion"] = "chat.completion"
     choices: list[ChatChoice]
-    prompt_logprobs: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+    prompt_logprobs: list[msgspec.Raw] | msgspec.UnsetType = msgspec.UNSET
     prompt_token_ids: list[int] | msgspec.UnsetType = msgspec.UNSET
 
 
