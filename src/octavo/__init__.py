@@ -12,9 +12,12 @@ from .version import __version__
 if TYPE_CHECKING:
     from .async_llm import AsyncLLM
     from .config import EngineConfig
+    from .frontend.requests import TextPrompt, TokensPrompt
     from .frontend.scoring import ScoringParams
     from .llm import LLM
     from .outputs import (
+        BeamSearchOutput,
+        BeamSearchSequence,
         CompletionOutput,
         EmbeddingRequestOutput,
         Logprob,
@@ -23,7 +26,15 @@ if TYPE_CHECKING:
         RequestOutput,
         ScoringRequestOutput,
     )
-    from .params import PoolingParams, SamplingParams, ServiceTerms, StructuredOutputs
+    from .params import (
+        BeamSearchParams,
+        PoolingParams,
+        RepetitionDetectionParams,
+        RequestOutputKind,
+        SamplingParams,
+        ServiceTerms,
+        StructuredOutputs,
+    )
     from .states import KVState
 
 _HOME = {
@@ -33,9 +44,16 @@ _HOME = {
     "PoolingParams": "params",
     "ScoringParams": "frontend.scoring",
     "SamplingParams": "params",
+    "BeamSearchParams": "params",
+    "RepetitionDetectionParams": "params",
+    "RequestOutputKind": "params",
     "ServiceTerms": "params",
     "StructuredOutputs": "params",
     "RequestOutput": "outputs",
+    "TextPrompt": "frontend.requests",
+    "TokensPrompt": "frontend.requests",
+    "BeamSearchOutput": "outputs",
+    "BeamSearchSequence": "outputs",
     "CompletionOutput": "outputs",
     "RequestMetrics": "outputs",
     "Logprob": "outputs",
@@ -48,6 +66,9 @@ _HOME = {
 __all__ = [
     "LLM",
     "AsyncLLM",
+    "BeamSearchOutput",
+    "BeamSearchParams",
+    "BeamSearchSequence",
     "CompletionOutput",
     "EmbeddingRequestOutput",
     "EngineConfig",
@@ -55,13 +76,17 @@ __all__ = [
     "Logprob",
     "PoolingParams",
     "PoolingRequestOutput",
+    "RepetitionDetectionParams",
     "RequestMetrics",
     "RequestOutput",
+    "RequestOutputKind",
     "SamplingParams",
     "ScoringParams",
     "ScoringRequestOutput",
     "ServiceTerms",
     "StructuredOutputs",
+    "TextPrompt",
+    "TokensPrompt",
     "__version__",
 ]
 

@@ -199,3 +199,28 @@ def test_the_end_of_a_long_chat(server: ServerProcess) -> None:
     assert whole.endswith(rendered(server, truncate_prompt_tokens=5))
     long = [{"role": "user", "content": "word " * 2000}]
     assert "word" in rendered(server, messages=long, truncate_prompt_tokens=-1)
+
+
+def test_the_older_form_of_tools(client: openai.OpenAI, script: Script) -> None:
+    script("Let me see.\n" + CALL + "\n" + CALL)
+    function = WEATHER["function"]
+    [choice] = chat(client, functions=[function]).choices
+    assert (choice.message.content, choice.finish_reason) == ("Let me see.", "function_call")
+    call = choice.message.function_call
+    assert (call.name, call.arguments, choice.message.tool_calls) == ("weather", '{"city": "Tromsø"}', None)
+    deltas = [chunk.choices[0].delta for chunk in chat(client, functions=[function], stream=True)]
+    calls = [delta.function_call for delta in deltas if delta.function_call]
+    assert [call.name for call in calls if call.name] == ["weather"]
+    assert "".join(call.arguments or "" for call in calls) == '{"city": "Tromsø"}'
+    script("{}")
+    assert chat(client, functions=[function], function_call={"name": "weather"}).choices[0].message.function_call
+    history = [
+        *HELLO,
+        {"role": "assistant", "content": None, "function_call": {"name": "weather", "arguments": "{}"}},
+        {"role": "function", "name": "weather", "content": "rain"},
+    ]
+    script("It rains.")
+    assert chat(client, messages=history, functions=[function]).choices[0].message.content == "It rains."
+    for wrong in ({"functions": [function], "tools": [WEATHER]}, {"function_call": {"name": "weather"}}):
+        with pytest.raises(openai.BadRequestError):
+            chat(client, **wrong)

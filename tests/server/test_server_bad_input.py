@@ -82,7 +82,7 @@ def message(**fields: Any) -> tuple[str, dict[str, Any]]:
         (completion(min_p=2), "min_p", "from 0 to 1"),
         (completion(n=0), "n", "from 1"),
         (completion(n=10**6), "n", "128"),
-        (completion(best_of=3), "best_of", "must equal n"),
+        (completion(n=3, best_of=2), "best_of", "from n (3)"),
         (completion(seed=2**70), "seed", "64-bit"),
         (completion(stop=""), "stop", "1 to 1,024 characters"),
         (completion(stop=[1]), "stop", "string"),

@@ -27,7 +27,10 @@ SHORT = {"data_parallel_size": ("-dp",), "tensor_parallel_size": ("-tp",)}
 _BOOLEANS = {name for kind in CLASSES for name in settings_of(kind) if is_boolean(kind, name)}
 _FOREIGN = "octavo.vllm_flags"  # key of the context's `meta`
 # Sampling parameters that are useless for one stream of text, and one that is also a setting of the engine.
-_NOT_FLAGS = ("n", "logprobs", "logit_bias", "speculative_tokens", "structured_outputs")
+_NOT_FLAGS = (
+    *("n", "best_of", "logprobs", "logit_bias", "speculative_tokens", "structured_outputs"),
+    *("repetition_detection", "output_kind"),
+)
 _TOKENS_PER_REQUEST = "--max-new-tokens"  # another common name for --max-tokens
 
 

@@ -19,6 +19,7 @@ from .constraints import masks_of
 from .pooling import pooling_batch
 from .scheduler import StepPlan
 from .sequence import Sequence
+from .token_masks import restrict
 
 CERTAIN = 1e30  # a bias that no other logit exceeds
 
@@ -59,6 +60,7 @@ class BatchBuilder:
         }
         self._penalized = np.zeros(n, bool)
         self._biased_until = np.zeros(n, np.int32)  # number of outputs until which its logits are biased
+        self._restricted = np.zeros(n, bool)  # whether it has allowed tokens, or a budget of reasoning
         self._gathered: dict[str, np.ndarray] = {}  # parameters of the last step's rows
         self._gathered_slots: np.ndarray | None = None  # the slots of those rows
 
@@ -113,6 +115,7 @@ class BatchBuilder:
         self._penalized[slot] = params.penalized
         always = params.logit_bias or seq.request.banned
         self._biased_until[slot] = 2**31 - 1 if always else params.min_tokens
+        self._restricted[slot] = seq.allowed is not None or seq.thinking is not None
         self._gathered_slots = None
 
     def _extend_page_table(self, seq: Sequence) -> None:
@@ -136,13 +139,17 @@ class BatchBuilder:
         if self._gathered_slots is None or not np.array_equal(slots, self._gathered_slots):
             self._gathered = {name: column[slots] for name, column in self._parameters.items()}
             self._gathered_slots = slots
+        biased = self._biased_until[slots] > outputs
+        if self._restricted[slots].any():
+            masks, forced = restrict(masks, sequences, owner, outputs)
+            biased &= ~forced
         if (scored := outputs < 0).any():
-            return self._scoring(sequences, owner, slots, outputs, scored, masks)
+            return self._scoring(sequences, owner, slots, outputs, scored, biased, masks)
         return SamplingBatch(
             positions=outputs,
             **self._gathered,
             **_histories(sequences, owner, self._penalized[slots], outputs),
-            **_biases([sequences[i] for i in owner], self._biased_until[slots] > outputs),
+            **_biases([sequences[i] for i in owner], biased),
             **_masks(masks, len(owner)),
         )
 
@@ -153,6 +160,7 @@ class BatchBuilder:
         slots: np.ndarray,
         outputs: np.ndarray,
         scored: np.ndarray,
+        biased: np.ndarray,
         masks: list[bytes] | None,
     ) -> SamplingBatch:
         """Return the SamplingBatch of a step with rows, `scored`, that give logprobs of prompt tokens.
@@ -173,7 +181,7 @@ class BatchBuilder:
             positions=outputs,
             **parameters,
             **_histories(sequences, owner, self._penalized[slots] & ~scored, outputs),
-            **_biases([sequences[i] for i in owner], (self._biased_until[slots] > outputs) | scored, targets),
+            **_biases([sequences[i] for i in owner], biased | scored, targets),
             **_masks(masks, len(owner)),
         )
 

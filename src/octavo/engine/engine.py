@@ -25,9 +25,13 @@ from .pooling import pooled_vector, take_pooled
 from .recovery import Recovery
 from .scheduler import Scheduler, StepPlan
 from .sequence import Sequence
+from .thinking import ThinkingBudget
+from .token_masks import mask_of
 from .work_record import WorkRecord
 
 MAX_IDLE = 0.002  # seconds for which a step without work waits for threads; a new request may wait as long
+_DAMAGED_LOGITS = "the model computed logits that are NaN or infinite"
+_NO_TOKEN = "no token is left to sample: all that are allowed are banned, or the model computed logits that are NaN"
 SECONDS_TO_CLOSE = 3.0  # the frontend kills an engine process that does not end in 5
 
 
@@ -143,7 +147,10 @@ class Engine:
             draft_limit=self._draft_limit(request),
             arrival=self.clock() - request.age,
             scores=None if params.prompt_logprobs is None or request.output else [],
+            allowed=None if params.allowed_token_ids is None else mask_of(params.allowed_token_ids),
         )
+        if request.thinking is not None:
+            seq.thinking = ThinkingBudget(request.thinking, tokens, seq.num_prompt)
         self._num_added += 1
         self._live[request.id] = seq
         if (timeout := self._timeout(request)) is not None:
@@ -363,7 +370,7 @@ class Engine:
                 row += not seq.pooling.hidden  # the logits of labels are those of a sampled row
                 pooled.append(self._end_pooled(seq))
                 continue
-            outputs.append(self._append(seq, tokens[row], _logprobs(seq, result, row)))
+            outputs.append(self._append(seq, tokens[row], result, row))
             row += 1
             if i in plan.drafts:
                 outputs += self._append_accepted(seq, plan.drafts[i], result, row)
@@ -382,8 +389,9 @@ class Engine:
         Returns the row after them.
         """
         assert seq.scores is not None
-        end, wanted = row + seq.num_scored(chunk), seq.request.params.prompt_logprobs or 0
-        seq.scores += [_row_logprobs(result, each, wanted) for each in range(row, end)]
+        end = row + seq.num_scored(chunk)
+        seq.scores.append(_logprobs(result, row, end, seq.request.params.prompt_logprobs))
+        seq.scored += end - row
         return end
 
     def _append_accepted(self, seq: Sequence, draft: "array[int]", result: StepResult, row: int) -> list[TokenOutput]:
@@ -397,7 +405,7 @@ class Engine:
                 break
             seq.num_computed += 1
             self.kv.commit(seq.page_table, seq.num_computed)
-            outputs.append(self._append(seq, int(result.tokens[row]), _logprobs(seq, result, row)))
+            outputs.append(self._append(seq, int(result.tokens[row]), result, row))
             row += 1
         self._draft_tokens += len(draft)
         self._accepted_tokens += len(outputs)
@@ -410,9 +418,13 @@ class Engine:
             self._cached_tokens += seq.cached_tokens
         self.scheduler.end_prompt(seq)
 
-    def _append(self, seq: Sequence, token: int, logprobs: TokenLogprobs | None) -> TokenOutput:
-        """Append the sequence's next token and return its output. The sequence may end with it."""
+    def _append(self, seq: Sequence, token: int, result: StepResult, row: int) -> TokenOutput:
+        """Append the sequence's next token, sampled in a row of `result`, and return its output. It may be the last."""
+        wanted = seq.request.params.logprobs
+        logprobs = None if wanted is None else _logprobs(result, row, row + 1, wanted)
         seq.tokens.append(token)
+        if seq.thinking is not None:
+            seq.thinking.advance()
         if seq.matcher is not None and self._ends_grammar(seq, token):
             return self._end(seq, token, logprobs)
         if token < 0 or token in seq.stop_tokens or len(seq.tokens) >= seq.max_tokens:
@@ -421,7 +433,7 @@ class Engine:
             output = TokenOutput(seq.request.id, token, None, None, logprobs, seq.cached_tokens)
         if seq.scores is None:
             return output
-        scores, seq.scores = seq.scores, None
+        scores, seq.scores = TokenLogprobs.joined(seq.scores), None
         return msgspec.structs.replace(output, prompt_logprobs=scores)
 
     def _end_pooled(self, seq: Sequence) -> TokenOutput:
@@ -457,7 +469,7 @@ class Engine:
         reason = message = stop_token = None
         in_text = False
         if token < 0:
-            reason, message = "error", "the model computed logits that are NaN or infinite"
+            reason, message = "error", _NO_TOKEN if seq.allowed or seq.matcher else _DAMAGED_LOGITS
         elif seq.grammar_error is not None:
             reason, message = "error", f"structured_outputs failed: {seq.grammar_error}"
         elif token in seq.stop_tokens and seq.num_outputs >= seq.request.params.min_tokens:
@@ -477,13 +489,12 @@ class Engine:
         self._failures.append(TokenOutput(seq.id, -1, "error", message=reason))
 
 
-def _logprobs(seq: Sequence, result: StepResult, row: int) -> TokenLogprobs | None:
-    wanted = seq.request.params.logprobs
-    return None if wanted is None else _row_logprobs(result, row, wanted)
-
-
-def _row_logprobs(result: StepResult, row: int, wanted: int) -> TokenLogprobs:
+def _logprobs(result: StepResult, begin: int, end: int, wanted: int | None) -> TokenLogprobs:
+    """Return the logprobs of the rows from `begin` to `end`, with those of the `wanted` likeliest tokens."""
     assert result.logprobs is not None and result.ranks is not None
-    top_tokens = result.top_tokens[row, :wanted].tolist() if result.top_tokens is not None else []
-    top_logprobs = result.top_logprobs[row, :wanted].tolist() if result.top_logprobs is not None else []
-    return TokenLogprobs(float(result.logprobs[row]), int(result.ranks[row]), top_tokens, top_logprobs)
+    logprobs, ranks = result.logprobs[begin:end].tobytes(), result.ranks[begin:end].tobytes()
+    if not wanted:
+        return TokenLogprobs(logprobs, ranks)
+    assert result.top_tokens is not None and result.top_logprobs is not None
+    likeliest = result.top_tokens[begin:end, :wanted], result.top_logprobs[begin:end, :wanted]
+    return TokenLogprobs(logprobs, ranks, likeliest[0].tobytes(), likeliest[1].tobytes())

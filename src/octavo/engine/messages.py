@@ -20,6 +20,19 @@ class Pooling(msgspec.Struct, frozen=True, array_like=True):
     labels: list[int] = []
 
 
+class Thinking(msgspec.Struct, frozen=True, array_like=True):
+    """A limit of the tokens that a model may spend on reasoning.
+
+    Attributes:
+        budget: tokens of reasoning after which its end is forced.
+        start, end: the tokens that begin and end the reasoning.
+    """
+
+    budget: int
+    start: list[int]
+    end: list[int]
+
+
 class EngineRequest(msgspec.Struct, frozen=True, array_like=True):
     """One sequence to generate, or to pool.
 
@@ -34,6 +47,7 @@ class EngineRequest(msgspec.Struct, frozen=True, array_like=True):
         tenant, salt: only requests with the same tenant, salt and origin share pages.
         banned: token sequences whose last token is never sampled after the others.
         pooling: what is wanted of the prompt, if not a continuation.
+        thinking: the limit of the model's reasoning, if there is one.
         origin: the origin of the KV state that the request continues (KVState.origin); "" if it continues none.
         priority: lower goes first.
         ttft_target: target for the seconds from arrival to the first token.
@@ -55,15 +69,28 @@ class EngineRequest(msgspec.Struct, frozen=True, array_like=True):
     origin: str = ""
     banned: list[list[int]] = []
     pooling: Pooling | None = None
+    thinking: Thinking | None = None
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
-    """The logprob and rank of one sampled token, and the likeliest tokens with their logprobs."""
+    """Logprobs and ranks of T tokens in a row, and the K likeliest tokens at each position, as arrays in bytes.
 
-    logprob: float
-    rank: int
-    top_tokens: list[int]
-    top_logprobs: list[float]
+    Shapes:
+        logprobs: float32 [T]
+        ranks: int32 [T]
+        top_tokens: int32 [T, K]
+        top_logprobs: float32 [T, K]
+    """
+
+    logprobs: bytes
+    ranks: bytes
+    top_tokens: bytes = b""
+    top_logprobs: bytes = b""
+
+    @classmethod
+    def joined(cls, parts: "list[TokenLogprobs]") -> "TokenLogprobs":
+        """Return the logprobs of consecutive parts as one."""
+        return cls(*(b"".join(getattr(part, name) for part in parts) for name in cls.__struct_fields__))
 
 
 class TokenOutput(msgspec.Struct, frozen=True, array_like=True):
@@ -90,7 +117,7 @@ class TokenOutput(msgspec.Struct, frozen=True, array_like=True):
     cached_tokens: int = 0
     message: str | None = None
     in_text: bool = False
-    prompt_logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: TokenLogprobs | None = None
     pooled: bytes | None = None
 
 

@@ -9,6 +9,7 @@ from octavo.kv import PageTable, Prefetch, Prefix
 from octavo.params import SamplingParams
 
 from .messages import EngineRequest, Pooling, TokenLogprobs
+from .thinking import ThinkingBudget
 
 if TYPE_CHECKING:
     import numpy as np
@@ -35,8 +36,9 @@ class Sequence:
         slot: row of the batch columns while the sequence runs; -1 while it waits.
         admitted: whether the sequence has been admitted before; if it waits, it was preempted.
         aborted: whether the sequence was removed or has failed.
-        scores: the logprobs of the prompt's tokens so far, from its second token on; None if the request does not want
-            any, or has got them.
+        scores: the logprobs of the prompt's tokens so far, from its second token on, in parts; None if the request does
+            not want any, or has got them.
+        scored: number of tokens whose logprobs are in `scores`.
         matcher: the position in the grammar of structured outputs, behind the last token; None without a grammar.
         ready: whether the next token may be sampled: False while a thread uses the matcher to compute its mask.
         draft: draft tokens that the grammar allows, for a sequence with a grammar.
@@ -46,6 +48,8 @@ class Sequence:
         sums: the sum of the hidden states of the first `num_pooled` tokens, or the hidden state of the last token, in
             float64; None if there is none yet.
         label_logits: the logits of the labels of `pooling`.
+        allowed: the mask of allowed_token_ids; None if all tokens are allowed.
+        thinking: the limit of the model's reasoning; None if there is none.
         tenant: the same object for all sequences of a tenant, so that counting them is fast.
     """
 
@@ -68,6 +72,7 @@ class Sequence:
     label_logits: "np.ndarray | None" = None
     prefetch: Prefetch | None = None
     scores: list[TokenLogprobs] | None = None
+    scored: int = 0
     place: tuple[float, int] = (0.0, 0)
     slot: int = -1
     admitted: bool = False
@@ -77,6 +82,8 @@ class Sequence:
     draft: "array[int]" = field(default_factory=lambda: array("i"))
     masks: list[bytes] = field(default_factory=list)
     grammar_error: str | None = None
+    allowed: bytes | None = None
+    thinking: ThinkingBudget | None = None
 
     def __post_init__(self) -> None:
         self.page_table = PageTable(self.prefix)
@@ -117,8 +124,7 @@ class Sequence:
 
         The logits at a position give the logprobs of the token that follows.
         """
-        scores = self.scores
-        return len(scores) if scores is not None and len(scores) < self.num_prompt - 1 else None
+        return self.scored if self.scores is not None and self.scored < self.num_prompt - 1 else None
 
     @property
     def max_cached(self) -> int | None:
@@ -146,9 +152,9 @@ class Sequence:
 
     @property
     def num_draft_tokens(self) -> int:
-        """Return the number of draft tokens to try now; 0 if a penalty or a ban makes sampling depend on them."""
+        """Return the number of draft tokens to try now; 0 if sampling depends on the tokens before."""
         params = self.request.params
-        depends = params.penalized or self.request.banned or self.num_outputs < params.min_tokens
+        depends = params.penalized or self.request.banned or self.thinking or self.num_outputs < params.min_tokens
         return 0 if depends else self.draft_limit
 
     def ends_with(self, tokens: list[int]) -> bool:

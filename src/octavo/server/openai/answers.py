@@ -1,6 +1,5 @@
 """Which parsers read the answers of a chat."""
 
-import re
 from collections.abc import Callable
 
 import msgspec
@@ -59,11 +58,6 @@ def reasoning_parser(llm: AsyncLLM) -> str | None:
     if name == "auto":
         return find_reasoning_parser(llm.tokenizer.template_source())
     return None if name == "none" else name
-
-
-def knows_tools(source: str) -> bool:
-    """Return whether a chat template shows the functions of a request."""
-    return re.search(r"\btools\b", source) is not None
 
 
 def answer_reader(llm: AsyncLLM, body: ChatRequest, tools: Tools | None, prompt: str) -> Callable[[], AnswerReader]:
