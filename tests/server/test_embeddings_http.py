@@ -56,9 +56,10 @@ def test_pooling_and_the_other_options(server: ServerProcess) -> None:
 
 
 def test_langchain(server: ServerProcess) -> None:
-    langchain = pytest.importorskip("langchain_openai")
+    from langchain_openai import OpenAIEmbeddings
+
     # It sends token ids of OpenAI's vocabulary unless told otherwise.
-    embedder = langchain.OpenAIEmbeddings(
+    embedder = OpenAIEmbeddings(
         model="tiny", base_url=f"{server.url}/v1", api_key="none", check_embedding_ctx_length=False
     )
     expected = [each["embedding"] for each in post(server, input=TEXTS).json()["data"]]
