@@ -6,6 +6,7 @@ import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -14,6 +15,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from octavo import LLM, AsyncLLM, PoolingParams, SamplingParams
+from octavo.config import EngineConfig
+from octavo.engine.loading import load_engine
+from octavo.engine.messages import EngineRequest, Pooling
 from octavo.errors import InvalidRequest, PromptTooLong, RequestTimeout
 from octavo.text import Tokenizer
 from tiny_models import real_text
@@ -77,23 +81,32 @@ class TestTheBitsAreThoseOfThePromptAlone:
 
         asyncio.run(scenario())
 
-    def test_after_preemption(self, model, prompts, alone, params) -> None:
-        """A pool of 8 pages, chunks, and streams that need pages: embeddings are preempted on the way."""
-        with LLM(**model, enable_prefix_caching=True, max_model_len=256) as big:
-            page_bytes = big._frontend.replicas[0].link.engine.backend.page_bytes  # type: ignore[union-attr]
-        settings = {"max_model_len": 256, "kv_cache_memory": 9 * page_bytes, "max_batch_tokens": 16}
-        generated = SamplingParams(max_tokens=60, seed=1, ignore_eos=True)
 
-        async def scenario() -> None:
-            with LLM(**model, **settings) as llm:
-                beside = asyncio.ensure_future(llm.agenerate([prompt[:20] for prompt in prompts[2:]], generated))
-                assert await asyncio.to_thread(embedded, llm, prompts, params) == alone[params.pooling]
-                await beside
-                stats = llm.stats()
-            assert stats.preemptions > 0
-            assert stats.free_pages + stats.cached_pages == stats.num_pages
+@pytest.mark.parametrize("caching", [True, False])
+@pytest.mark.parametrize("hidden", ["mean", "last"])
+def test_preempted_after_any_step(tiny_llama: Path, hidden: Literal["mean", "last"], caching: bool) -> None:
+    """With its pages in the cache, it takes no more steps. Without, its tokens are computed, but not added, twice."""
+    prompt = [43 * i % 500 for i in range(100)]
+    settings = {"max_batch_tokens": 16, "max_batch_size": 4, "enable_prefix_caching": caching}
+    engine = load_engine(EngineConfig.from_keywords(model=str(tiny_llama), **settings), tiny_llama)
 
-        asyncio.run(scenario())
+    def run(preempt_after: int) -> tuple[bytes | None, int]:
+        """Return the vector, and the number of steps that it took."""
+        params, salt = SamplingParams(max_tokens=1), str(preempt_after)
+        engine.add(EngineRequest("a", prompt, params, salt=salt, pooling=Pooling(hidden)))
+        for steps in range(1, 50):
+            if outputs := engine.step():
+                return outputs[0].pooled, steps
+            if steps == preempt_after:
+                engine.scheduler._preempt(next(iter(engine.scheduler.running)))
+        raise AssertionError("it does not end")
+
+    expected = run(0)
+    assert expected[0] is not None and expected[1] == 7
+    for preempt_after in range(1, 7):
+        assert run(preempt_after) == (expected[0], expected[1] + (0 if caching else preempt_after))
+    assert engine.stats().free_pages + engine.stats().cached_pages == engine.stats().num_pages
+    engine.close()
 
 
 def reference(folder: Path, prompts: list[list[int]]) -> dict[str, list[np.ndarray]]:
