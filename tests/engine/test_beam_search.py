@@ -113,6 +113,9 @@ def test_async_and_after_crashes(llm: LLM, tiny_llama: Path) -> None:
         # The queue has space for the beams of one search only.
         async with AsyncLLM(str(tiny_llama), max_batch_size=3, max_queue=0) as other, asyncio.timeout(60):
             search, killed = asyncio.ensure_future(other.beam_search(PROMPT, params)), set[int | None]()
+            await asyncio.sleep(0)
+            # With these, there are more completions than the queue takes. The search was admitted before.
+            others = asyncio.ensure_future(other.agenerate("a", SamplingParams(n=2, max_tokens=400, ignore_eos=True)))
             while len(killed) < 2:
                 await asyncio.sleep(0)
                 link = other._frontend.replicas[0].link
@@ -121,6 +124,7 @@ def test_async_and_after_crashes(llm: LLM, tiny_llama: Path) -> None:
                     killed.add(link.pid)
                     os.kill(link.pid or 0, signal.SIGKILL)
             assert plain((await search)[0]) == expected
+            assert len((await others)[0].outputs) == 2
 
     asyncio.run(scenario())
 
