@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from .errors import OctavoError
+
 FinishReason = Literal["stop", "length", "abort", "error"]
 
 
@@ -74,6 +76,8 @@ class RequestOutput:
         seed: The seed of sampling: the request's, or the one drawn for it.
         prompt_logprobs: For each token of the prompt, a map of token id to Logprob, the prompt's token first; None for
             the first token. None if not requested, or before the first token of the output.
+        error: Why the prompt was refused or its request failed, in outputs of `generate_iter`; the single completion
+            then has no text and the finish_reason "error". Other methods raise the error.
     """
 
     request_id: str
@@ -84,6 +88,7 @@ class RequestOutput:
     metrics: RequestMetrics
     seed: int = field(default=0)
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+    error: OctavoError | None = None
 
     @property
     def num_cached_tokens(self) -> int:
