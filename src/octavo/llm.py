@@ -148,7 +148,7 @@ class LLM:
 
         def prepare(prompt: Prompt | Conversation) -> tuple[Request, list[int]]:
             if isinstance(prompt, list) and prompt and isinstance(prompt[0], dict):
-                prompt = self.chat_tokens(cast("Conversation", prompt))
+                prompt = self.chat_tokens(prompt)
             request = make_request(cast("Prompt", prompt), params, priority, terms)
             return request, tokenize(request, self.tokenizer, self.info)
 

@@ -17,6 +17,8 @@ import pytest
 
 from command_line import OCTAVO, Terminal, complaint, octavo
 from octavo import LLM, SamplingParams
+from octavo.cli import _app
+from octavo.errors import ConfigError
 
 TEXTS = ["good", 'so "so", really', "bad\nvery bad", "", "日本語 🙂"]
 RECORDS = [{"id": number, "text": text, "price": number / 4} for number, text in enumerate(TEXTS)]
@@ -144,8 +146,13 @@ def test_what_is_refused(tmp_path: Path, tiny_llama: Path) -> None:
     table, out = write(tmp_path / "in.csv", RECORDS), str(tmp_path / "out.csv")
 
     def refused(*flags: str, table: Path = table, output: str = out, prompt: str = "{text}") -> str:
-        return complaint("enrich", str(table), "--prompt", prompt, "--output", output, "--model", "none", *flags)
+        arguments = ["enrich", str(table), "--prompt", prompt, "--output", output, "--model", "none", *flags]
+        with pytest.raises(ConfigError) as error:  # in this process, since a process each would take long
+            _app(["enrich"])(arguments, prog_name="octavo", standalone_mode=False)
+        assert "\n" not in str(error.value)
+        return str(error.value)
 
+    assert "names no column" in complaint("enrich", str(table), "--prompt", "x", "--output", out)
     assert "the column 'txt', which the table does not have: id, text, price" in refused(prompt="{txt}")
     assert "the prompt names no column: write {id}" in refused(prompt="Sentiment?")
     assert "a brace itself" in refused(prompt='{"text": {text}}}')

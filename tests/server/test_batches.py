@@ -192,7 +192,7 @@ def test_limits_of_a_tenant(tiny_llama: Path, tmp_path: Path) -> None:
             upload(client, "x")
         assert error.value.code == "too_many_files"
         client.files.delete(last)
-        rows = upload(client, "".join(row(id, max_tokens=400) for id in range(9)))
+        rows = upload(client, "".join(row(id, max_tokens=400) for id in range(5)))
         begun = [create(client, rows) for _ in range(2)]
         with pytest.raises(openai.RateLimitError, match="max_batches") as error:
             create(client, rows)

@@ -3,8 +3,8 @@
 import itertools
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterable
+from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import Any
 
@@ -28,7 +28,7 @@ class _Row:
     """A prompt, from when it is read until its output is yielded. It has a request until it is submitted."""
 
     request: Request | None = None
-    tokens: Sequence[int] = ()
+    tokens: list[int] = field(default_factory=list)
     live: LiveRequest | None = None
     output: RequestOutput | None = None
 
@@ -121,12 +121,12 @@ class PromptStream:
         for row in rows:
             assert row.request is not None
             try:
-                [row.live] = self._frontend.submit([row.request], [list(row.tokens)], self._sink(row))
+                [row.live] = self._frontend.submit([row.request], [row.tokens], self._sink(row))
             except EngineDead:
                 raise
             except OctavoError as error:
                 row.output = _failed(error)
-            row.request, row.tokens = None, ()
+            row.request, row.tokens = None, []
 
     def _sink(self, row: _Row) -> Sink:
         def sink(_: LiveRequest, output: RequestOutput | Exception) -> None:

@@ -26,6 +26,7 @@ from .tables import Table, check_format, open_writer
 from .template import Template
 
 CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
+WHITESPACE = " ?"  # between the parts of JSON; small models may fill their answers with more
 
 
 @dataclass(frozen=True)
@@ -72,9 +73,9 @@ class Enrichment:
         common = msgspec.to_builtins(self.params)
         common |= {"temperature": self.params.temperature, "max_tokens": self.params.max_tokens}
         if schema := self.columns.schema:
-            llm.tokenizer.grammars.matcher(StructuredOutputs(json=schema))
-            form = {"name": "row", "schema": schema, "strict": True}
-            common["response_format"] = {"type": "json_schema", "json_schema": form}
+            form = StructuredOutputs(json=schema, whitespace_pattern=WHITESPACE)
+            llm.tokenizer.grammars.matcher(form)
+            common["structured_outputs"] = msgspec.to_builtins(form)
         is_chat = llm.tokenizer.has_chat_template
         if self.system is not None and not is_chat:
             raise ConfigError("the model has no chat template, so there is no --system message: put it into --prompt")

@@ -149,8 +149,8 @@ async def _check_space(config: ServerConfig, service: BatchService, tenant: str,
         message = f"there are {count} files, and the limit is {config.max_files} (max_files): delete some"
         raise ApiError(400, message, "file", "too_many_files")
     if size + new > config.max_stored_bytes:
-        message = f"the stored files have {size} bytes, and the limit is {config.max_stored_bytes} (max_stored_bytes)"
-        raise ApiError(400, f"{message}: delete some", "file", "storage_limit_exceeded")
+        message = f"the files would have more than {config.max_stored_bytes} bytes (max_stored_bytes): delete some"
+        raise ApiError(400, message, "file", "storage_limit_exceeded")
 
 
 def _limited(request: Request, limit: int) -> Callable[[], Awaitable[Message]]:
