@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from octavo import LLM, SamplingParams
-from octavo.errors import EngineDead, InvalidRequest, PromptTooLong
+from octavo.errors import EngineDead, InvalidRequest, PromptTooLong, RequestTimeout
 from octavo.frontend.prompt_stream import WINDOW_BLOCKS
 
 GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
@@ -50,12 +50,13 @@ def test_no_more_prompts_are_read_than_the_window_has(small: LLM) -> None:
     window, read = WINDOW_BLOCKS * 2 * BATCH, [0]
     outputs = small.generate_iter(counted(iter(lambda: "endless", None), read), GREEDY)
     assert read == [0]  # nothing is read before the first output is wanted
-    for taken in range(1, 200):
+    for taken in range(1, 60):
         assert next(outputs).finished
+        wait_until_idle(small)  # as beside a slow consumer
         assert 0 < read[0] - taken <= window
     outputs.close()
     wait_until_idle(small)
-    assert read[0] < 200 + window
+    assert read[0] < 60 + window
 
 
 def test_the_engine_is_kept_full(small: LLM) -> None:
@@ -82,11 +83,10 @@ def test_a_bad_prompt_is_its_own_fault(small: LLM) -> None:
     assert isinstance(outputs[5].error, PromptTooLong)
 
 
-def test_a_request_that_times_out_fails_alone(small: LLM) -> None:
-    """The timeout is that of every row; so only the long ones exceed it."""
+def test_requests_that_time_out(small: LLM) -> None:
     outputs = list(small.generate_iter(["a", "b"], SamplingParams(max_tokens=None, ignore_eos=True), timeout=0.001))
     assert [output.outputs[0].finish_reason for output in outputs] == ["error", "error"]
-    assert "timeout" in str(outputs[0].error) or "timed out" in str(outputs[0].error)
+    assert all(isinstance(output.error, RequestTimeout) for output in outputs)
     assert small.generate("still there", GREEDY)[0].finished
 
 
@@ -104,10 +104,12 @@ def test_an_exception_of_the_prompts_comes_after_the_outputs_before_it(small: LL
 
 
 def test_leaving_early_aborts_what_runs(small: LLM) -> None:
-    for output in small.generate_iter((f"{i}" for i in itertools.count()), SamplingParams(max_tokens=400, seed=1)):
+    params, before = SamplingParams(max_tokens=400, temperature=0, ignore_eos=True), small.stats().tokens_generated
+    for output in small.generate_iter((f"{i}" for i in itertools.count()), params):
         assert output.finished
         break
     wait_until_idle(small)
+    assert small.stats().tokens_generated - before < 6 * 400  # of 8 requests in the engine
     assert small.generate("still there", GREEDY)[0].finished
 
 

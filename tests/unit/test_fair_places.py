@@ -93,16 +93,19 @@ def test_a_reserve_for_tenants_that_have_none() -> None:
     asyncio.run(use())
 
 
-def test_cancelled_waiters_lose_no_place() -> None:
+@pytest.mark.parametrize("turns", range(6))
+def test_cancelled_waiters_lose_no_place(turns: int) -> None:
+    """Those that wait, and, after some number of the loop's turns, one that has just been given a place."""
+
     async def use() -> None:
         holder = Holder(FairPlaces(1))
         await holder.take("a1", "a2", "b1", "b2")
-        holder.tasks[2].cancel()  # waits
+        holder.tasks[2].cancel()
         await settle()
         holder._release["a1"].set()
-        await asyncio.sleep(0)
-        await asyncio.sleep(0)
-        for task in holder.tasks[1:]:  # one of them has just been given the place
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        for task in holder.tasks[1:]:
             task.cancel()
         await settle()
         assert holder.places.taken == 0
