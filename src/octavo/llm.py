@@ -3,14 +3,14 @@
 import asyncio
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any, Unpack
+from typing import Any, Unpack, cast
 
 from .config import EngineConfig
 from .engine.messages import EngineStats
-from .errors import ConfigError, EngineDead
+from .errors import ConfigError, EngineDead, InvalidRequest
 from .frontend.beam_search import BeamSearch, beam_search_output
 from .frontend.chat import ChatOptions, Conversation, chat_tokens, conversations
 from .frontend.frontend import Frontend
@@ -20,6 +20,7 @@ from .frontend.loop_thread import LoopThread
 from .frontend.metrics import Metric, metrics_of
 from .frontend.pooled import check_task, embedding_output, embedding_requests, pooling_output
 from .frontend.progress import generation_bar
+from .frontend.prompt_stream import PromptStream
 from .frontend.requests import (
     Prompt,
     Request,
@@ -143,6 +144,45 @@ class LLM:
             self._thread.post(self._frontend.abort, lives)
             raise
         return [live.whole() for live in lives]
+
+    def generate_iter(
+        self,
+        prompts: Iterable[Prompt | Conversation],
+        sampling_params: SamplingParams | None = None,
+        *,
+        priority: int = 0,
+        **terms: Unpack[Terms],
+    ) -> Generator[RequestOutput, None, None]:
+        """Complete prompts from an iterable of any length, such as a generator. Yield one output each, in order.
+
+            for output in llm.generate_iter(map(str.strip, open("reviews.txt")), params):
+                print(output.text)
+
+        Memory does not grow with the number of prompts: a few times `max_batch_size` of them are read ahead, in the
+        caller's thread, and no more until outputs are taken. Closing the generator aborts what runs. A prompt that is
+        refused, or whose request fails, has an output with `error`; the others go on. An exception of `prompts` is
+        raised after the outputs of the prompts before it.
+
+        Args:
+            prompts: each as text, as token ids, as a PromptDict, or as a conversation for the model's chat template.
+            sampling_params: for all prompts; `default_sampling_params` by default.
+            priority, terms: for all prompts; see `generate`.
+
+        Raises InvalidRequest for wrong parameters, before any prompt is read; EngineDead.
+        """
+        if isinstance(prompts, (str, dict)):
+            raise InvalidRequest("prompts must be an iterable of prompts, not a single one", "prompts")
+        params = sampling_params or self.default_sampling_params
+
+        def prepare(prompt: Prompt | Conversation) -> tuple[Request, list[int]]:
+            if isinstance(prompt, list) and prompt and isinstance(prompt[0], dict):
+                prompt = self.chat_tokens(prompt)
+            request = make_request(cast("Prompt", prompt), params, priority, terms)
+            return request, tokenize(request, self.tokenizer, self.info)
+
+        checked, _ = prepare([0])
+        check_grammars([checked], self.tokenizer)
+        return PromptStream(self._thread, self._frontend, prompts, prepare, self.config.max_batch_size).outputs()
 
     def chat(
         self,

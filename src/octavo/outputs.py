@@ -6,6 +6,8 @@ from typing import Any, Generic, Literal, TypeVar
 
 import msgspec
 
+from .errors import OctavoError
+
 FinishReason = Literal["stop", "length", "abort", "error", "repetition"]
 
 
@@ -79,6 +81,8 @@ class RequestOutput:
             the first token. None if not requested, or before the first token of the output. The maps are made when
             they are read.
         pooled: The vector of a pooled request as float32 bytes, of which PoolingRequestOutput is made; otherwise None.
+        error: Why the prompt was refused or its request failed, in outputs of `generate_iter`; the single completion
+            then has no text and the finish_reason "error". Other methods raise the error.
     """
 
     request_id: str
@@ -90,6 +94,7 @@ class RequestOutput:
     seed: int = field(default=0)
     prompt_logprobs: Sequence[dict[int, Logprob] | None] | None = None
     pooled: bytes | None = None
+    error: OctavoError | None = None
 
     @property
     def num_cached_tokens(self) -> int:

@@ -65,13 +65,16 @@ def engine_flags(command: Callable[..., Result]) -> Callable[..., Result]:
     return _expand(command, "config", flags, lambda values: _resolve(values).build(EngineConfig))
 
 
-def sampling_flags(max_tokens: int | None) -> Callable[[Callable[..., Result]], Callable[..., Result]]:
+def sampling_flags(
+    max_tokens: int | None, temperature: float = 0.7
+) -> Callable[[Callable[..., Result]], Callable[..., Result]]:
     """Replace the parameter `params: SamplingParams` of a command by a flag for each sampling parameter.
 
     Args:
         max_tokens: The default of --max-tokens; None generates until the context is full.
+        temperature: The default of --temperature.
     """
-    defaults: dict[str, Any] = {"temperature": 0.7, "max_tokens": max_tokens}
+    defaults: dict[str, Any] = {"temperature": temperature, "max_tokens": max_tokens}
     fields = [f for f in msgspec.structs.fields(SamplingParams) if f.name not in _NOT_FLAGS]
 
     def build(values: Mapping[str, Any]) -> SamplingParams:

@@ -2,7 +2,6 @@
 
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -25,16 +24,13 @@ from .store import ResponseStore, StoredResponse
 from .stream import EventResponse
 
 PATH = "/v1/responses"
-DATABASE = "responses.db"  # in the data folder
 MAX_PAGE = 100  # input items in one answer
 DEFAULT_PAGE = 20
 
 
 def routes(api: Api) -> list[Route]:
     """Return the routes of this family."""
-    responses = Responses(
-        api, ResponseStore(Path(folder) / "responses.db" if (folder := api.config.data_dir) else None)
-    )
+    responses = Responses(api, ResponseStore(api.database))
     return [
         route("POST", PATH, responses.create),
         route("POST", f"{PATH}/input_tokens", responses.count_input_tokens),
