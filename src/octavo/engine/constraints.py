@@ -44,13 +44,20 @@ class Constraints:
         self._batches: list[Future[None]] = []  # batches of masks that are being computed
         self._failed: deque[Sequence] = deque()
 
-    def begin(self, seq: Sequence) -> None:
-        """Begin to compile the grammar of a sequence. `compiled` returns the sequence when that is done."""
+    def begin(self, seq: Sequence) -> bool:
+        """Return whether the grammar of a sequence is known, so that its matcher is set.
+
+        Otherwise, begin to compile it. `compiled` returns the sequence when that is done.
+        """
         outputs = seq.params.structured_outputs
         assert outputs is not None
-        is_known = self._grammars is not None and outputs in self._grammars
-        pool = self._quick.pool if is_known else self._compiler  # so that known grammars do not wait for new ones
-        self._compiling[seq.id] = (seq, pool.submit(self._compile, seq))
+        if self._grammars is not None and not seq.request.output:
+            seq.matcher = self._grammars.find(outputs)
+        if seq.matcher is None:
+            self._compiling[seq.id] = (seq, self._compiler.submit(self._compile, seq))
+            return False
+        seq.masks = seq.matcher.masks()
+        return True
 
     def cancel(self, id: str) -> bool:
         """Forget a sequence, and return whether its grammar was being compiled."""
@@ -156,19 +163,19 @@ class Lane:
     """
 
     def __init__(self, name: str, threads: int, niceness: int = 0):
-        self.pool = ThreadPoolExecutor(threads, name, _add_niceness, (niceness,))
+        self._pool = ThreadPoolExecutor(threads, name, _add_niceness, (niceness,))
         self._threads = threads
         self._jobs: deque[Callable[[], None]] = deque()
 
     def submit(self, jobs: list[Callable[[], None]]) -> list[Future[None]]:
         """Begin to run jobs, which must not raise. Return futures of which all are done when all jobs are."""
         self._jobs.extend(jobs)
-        return [self.pool.submit(self._run) for _ in range(min(self._threads, len(jobs)))]
+        return [self._pool.submit(self._run) for _ in range(min(self._threads, len(jobs)))]
 
     def close(self) -> None:
         """End the threads after their current jobs."""
         self._jobs.clear()
-        self.pool.shutdown(wait=False, cancel_futures=True)
+        self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _run(self) -> None:
         while self._jobs:

@@ -155,9 +155,7 @@ class Engine:
         self._live[request.id] = seq
         if (timeout := self._timeout(request)) is not None:
             self._deadlines.set(request.id, seq.arrival + timeout)
-        if params.structured_outputs is not None and self._constraints is not None:
-            self._constraints.begin(seq)
-        else:
+        if params.structured_outputs is None or self._constraints is None or self._constraints.begin(seq):
             self._queue(seq)
         self._work.nothing()
 
