@@ -124,6 +124,7 @@ class AsyncLLM:
         except (OctavoError, OSError) as error:
             self._frontend.fail_all(EngineDead(f"the model cannot be loaded: {error}"))
             raise
+        self._is_sleeping = False
 
     async def scale(self, replicas: int) -> None:
         """Start engines, or drain some, until there are `replicas`. Requests of a drained engine move to the others.
@@ -139,6 +140,7 @@ class AsyncLLM:
 
     async def unload(self) -> None:
         """End the engine processes and free their memory. KV states are kept. Requests wait until `load` is called."""
+        self._is_sleeping = True
         await self._frontend.stop()
 
     def generate(
@@ -441,14 +443,12 @@ class AsyncLLM:
         """Do what `unload` does, under vLLM's name. Requests wait until `wake_up`. The level must be 1 or 2."""
         check_sleep(level)
         await self.unload()
-        self._is_sleeping = True
 
     async def wake_up(self, tags: list[str] | None = None) -> None:
         """Do what `load` does, under vLLM's name, if the model sleeps; see LLM.wake_up."""
         check_sleep(tags=tags)
         if self._is_sleeping:
             await self.load()
-            self._is_sleeping = False
 
     async def is_sleeping(self) -> bool:
         """Return whether the model sleeps."""

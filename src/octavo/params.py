@@ -16,7 +16,7 @@ from msgspec import Meta
 from .errors import InvalidRequest
 
 MAX_LOGPROBS = 20  # OpenAI's limit, and the default of the setting max_logprobs
-MAX_ALLOWED_TOKENS = 65_536
+MAX_ALLOWED_TOKENS = 8192  # these are checked on the event loop, in some milliseconds
 MAX_PATTERN, MAX_REPETITIONS = 256, 65_536  # of repetition_detection: tokens of a pattern, and how often it occurs
 MAX_COMPLETIONS = 128  # of a prompt
 MAX_STOP_STRINGS, MAX_STOP_CHARACTERS = 16, 1024
@@ -188,7 +188,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     ] = None
     bad_words: Annotated[list[str] | None, Meta(description="Words that never appear in the output; up to 128.")] = None
     allowed_token_ids: Annotated[
-        list[int] | None, Meta(description="The output has only these tokens; up to 65,536 ids.")
+        list[int] | None, Meta(description="The output has only these tokens; up to 8,192 ids.")
     ] = None
     skip_special_tokens: Annotated[
         bool, Meta(description="Leave special tokens, such as those of the chat template, out of the text.")

@@ -185,7 +185,7 @@ class Generation:
     async def _searched(self, beams: BeamSearchParams) -> list[RequestOutput]:
         """Return the outputs of a beam search, with as many logprobs as the request wants."""
         outputs = await self.llm.beam_search_requests(self._requests(), beams)
-        wanted = self.params.logprobs
+        wanted = self.llm.info.vocab_size if self.params.logprobs == -1 else self.params.logprobs
         for completion in (completion for output in outputs for completion in output.outputs):
             if wanted is None or completion.logprobs is None:
                 completion.logprobs = None
