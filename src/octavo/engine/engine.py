@@ -469,7 +469,7 @@ class Engine:
         if token < 0:
             reason, message = "error", _NO_TOKEN if seq.allowed or seq.matcher else _DAMAGED_LOGITS
         elif seq.grammar_error is not None:
-            reason, message = "error", f"structured_outputs failed: {seq.grammar_error}"
+            reason, message = "invalid", f"structured_outputs failed: {seq.grammar_error}"
         elif token in seq.stop_tokens and seq.num_outputs >= seq.request.params.min_tokens:
             reason, stop_token = "stop", token if token not in seq.request.eos else None
         elif seq.matcher is not None and seq.matcher.is_stopped:

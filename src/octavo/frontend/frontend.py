@@ -46,6 +46,12 @@ from .stats import FrontendStats, ReplicaStats, total
 
 FILE_PATIENCE = 5.0  # seconds for a new engine to open the files of KV states
 DRAIN_LOOK = 0.02  # seconds between checks of a replica that is drained
+FAILURES: dict[str, type[OctavoError]] = {
+    "error": RequestFailed,
+    "invalid": InvalidRequest,
+    "timeout": RequestTimeout,
+}
+"""The errors of requests that an engine has ended, by its `finish_reason`."""
 
 log = logging.getLogger("octavo")
 
@@ -441,10 +447,8 @@ class Frontend:
             if (found := self._ledger.find(output.id)) is None or found[0].replica is not replica:
                 continue  # the request was aborted, or continues elsewhere
             live, completion = found
-            if output.finish_reason in ("error", "timeout"):
-                timed_out = output.finish_reason == "timeout"
-                self._timed_out += timed_out
-                failure = RequestTimeout if timed_out else RequestFailed
+            if failure := FAILURES.get(output.finish_reason or ""):
+                self._timed_out += failure is RequestTimeout
                 self._fail(live, failure(output.message or "the engine could not continue this request"))
                 continue
             try:

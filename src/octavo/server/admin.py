@@ -1,6 +1,7 @@
 """Routes for operators: GET /health, /ready, /stats and /version. They wait for an engine for a second at most."""
 
 from functools import partial
+from typing import Any, TypedDict
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -11,16 +12,28 @@ from octavo.version import __version__
 from .api import Api
 from .edge.dispatch import route
 from .openai.replies import Json
-from .stats import server_stats
+from .openapi.operation import Operation
+from .stats import ServerStats, server_stats
+
+
+class Readiness(TypedDict):
+    """Whether requests are served now, and the reason if they are not."""
+
+    ready: bool
+    reason: str
 
 
 def routes(api: Api) -> list[Route]:
     """Return the routes of this family."""
+
+    def described(summary: str, **more: Any) -> Operation:
+        return Operation(tag="Octavo", summary=summary, **more)
+
     return [
-        route("GET", "/health", health),
-        route("GET", "/ready", partial(ready, api)),
-        route("GET", "/stats", partial(stats, api)),
-        route("GET", "/version", version),
+        route("GET", "/health", health, described("Answer as long as the server runs.")),
+        route("GET", "/ready", partial(ready, api), described("Show whether requests are served.", reply=Readiness)),
+        route("GET", "/stats", partial(stats, api), described("Return statistics of all models.", reply=ServerStats)),
+        route("GET", "/version", version, described("Return the server's version.", reply=dict[str, str])),
     ]
 
 

@@ -27,6 +27,7 @@ from .openai import (
     scores,
     tokenize,
 )
+from .openapi.pages import documented
 
 
 def create_app(
@@ -48,7 +49,7 @@ def create_app(
     service = BatchService(folder, database, config, traffic) if folder else None
     routes = [route for family in families for route in family.routes(api)]
     routes += [*files.routes(service, config, api.bodies), *batches.routes(service, config, api.bodies)]
-    app = Dispatcher(routes, config.allowed_origins, traffic)
+    app = Dispatcher(documented(routes, fleet.default.name), config.allowed_origins, traffic)
     if service:
         service.start(app)
     return app

@@ -6,7 +6,7 @@ They are OpenAI's {"error": {"message", "type", "param", "code"}}, except on the
 import difflib
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Literal, TypedDict
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
@@ -40,6 +40,26 @@ _ANTHROPIC_TYPES = {
     504: "timeout_error",
 }
 MIN_HINTED = 5  # letters in a name that gets a hint; shorter names resemble too many others
+
+
+class AnthropicErrorBody(TypedDict):
+    """What was wrong, in Anthropic's API."""
+
+    type: str
+    message: str
+
+
+class AnthropicError(TypedDict):
+    """The body of an error in Anthropic's API."""
+
+    type: Literal["error"]
+    error: AnthropicErrorBody
+
+
+class OllamaError(TypedDict):
+    """The body of an error in Ollama's API."""
+
+    error: str
 
 
 class ApiError(Exception):
@@ -119,6 +139,13 @@ def error_body(error: Exception, path: str) -> tuple[int, Any]:
     if path.startswith(OLLAMA):
         return status, {"error": reply.error.message}
     return status, reply
+
+
+def error_type(path: str) -> type:
+    """Return the type of the bodies of errors in the API that `path` belongs to."""
+    if path.startswith(ANTHROPIC):
+        return AnthropicError
+    return OllamaError if path.startswith(OLLAMA) else ErrorReply
 
 
 def error_response(error: Exception, path: str) -> Json:

@@ -2,7 +2,7 @@
 
 import hmac
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 import msgspec
 from starlette.requests import Request
@@ -23,7 +23,8 @@ from .api import Api
 from .edge.dispatch import route
 from .errors import ApiError
 from .openai.replies import Json
-from .stats import server_stats
+from .openapi.operation import MODEL, Operation
+from .stats import ServerStats, server_stats
 
 PATH = "/v1/admin/models"
 WRONG_MODEL = (ConfigError, ModelNotFound, DamagedWeights, UnsupportedModel, OutOfMemory)
@@ -46,11 +47,27 @@ class Change(msgspec.Struct, forbid_unknown_fields=True):
     replicas: int | None = None
 
 
+class Changed(TypedDict):
+    """The state of a model after a change."""
+
+    name: str
+    state: str
+
+
 def routes(api: Api) -> list[Route]:
     """Return the routes of this family."""
+    listed = Operation(tag="Octavo", summary="Return statistics of all models.", reply=ServerStats, needs_key=True)
+    changed = Operation(
+        tag="Octavo",
+        summary="Load, unload, swap or scale a model.",
+        body=Change,
+        example={"action": "load", "name": MODEL},
+        reply=Changed,
+        needs_key=True,
+    )
     return [
-        route("GET", PATH, partial(list_models, api)),
-        route("POST", PATH, partial(change_models, api)),
+        route("GET", PATH, partial(list_models, api), listed),
+        route("POST", PATH, partial(change_models, api), changed),
     ]
 
 

@@ -19,6 +19,7 @@ from octavo.version import __version__
 from .api import Api
 from .edge.dispatch import route
 from .openai.replies import Json
+from .openapi.operation import Operation
 
 
 class ServerInfo(msgspec.Struct, kw_only=True):
@@ -79,12 +80,15 @@ class Load(msgspec.Struct, kw_only=True):
 def routes(api: Api) -> list[Route]:
     """Return the routes of this family. The paths with get_ are the older spelling of the same routes."""
     info, model = partial(server_info, api, uuid.uuid4().hex), partial(model_info, api)
+    described = Operation(tag="SGLang", summary="Describe the server and its limits.", reply=ServerInfo)
+    of_model = Operation(tag="SGLang", summary="Describe the default model.", reply=ModelInfo)
+    loads = Operation(tag="SGLang", summary="Return the load of the default model.", reply=list[Load])
     return [
-        route("GET", "/server_info", info),
-        route("GET", "/get_server_info", info),
-        route("GET", "/model_info", model),
-        route("GET", "/get_model_info", model),
-        route("GET", "/get_load", partial(get_load, api)),
+        route("GET", "/server_info", info, described),
+        route("GET", "/get_server_info", info, described),
+        route("GET", "/model_info", model, of_model),
+        route("GET", "/get_model_info", model, of_model),
+        route("GET", "/get_load", partial(get_load, api), loads),
     ]
 
 

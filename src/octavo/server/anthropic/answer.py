@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-from typing import Any
+from typing import Any, Literal, TypedDict
 
 from octavo.async_llm import Increment
 from octavo.server.errors import ANTHROPIC, error_body
@@ -14,9 +14,34 @@ from octavo.text.answer import Answer, AnswerEvent, ArgumentsDelta, ReasoningDel
 STOP_REASONS = {"length": "max_tokens", "tool_calls": "tool_use"}
 
 
+class Usage(TypedDict):
+    """Numbers of tokens; `input_tokens` leaves out those that were found in the prefix cache."""
+
+    input_tokens: int
+    cache_read_input_tokens: int
+    cache_creation_input_tokens: int
+    output_tokens: int
+
+
+class _End(TypedDict):
+    stop_reason: str | None
+    stop_sequence: str | None
+
+
+class Message(_End):
+    """A message of the model. `stop_sequence` is the stop string that ended it, if any."""
+
+    id: str
+    type: Literal["message"]
+    role: Literal["assistant"]
+    model: str
+    content: list[dict[str, Any]]
+    usage: Usage
+
+
 def message(
     generation: ChatGeneration, content: list[Any], finish_reason: str | None, stop_reason: str | int | None
-) -> dict[str, Any]:
+) -> Message:
     """Return a message with the tokens counted so far.
 
     Args:
@@ -53,13 +78,13 @@ def _input(arguments: str) -> dict[str, Any]:
     return {}  # of a call that max_tokens has cut off
 
 
-def _end(finish_reason: str | None, stop_reason: str | int | None) -> dict[str, Any]:
+def _end(finish_reason: str | None, stop_reason: str | int | None) -> _End:
     sequence = stop_reason if isinstance(stop_reason, str) and finish_reason == "stop" else None
     reason = "stop_sequence" if sequence is not None else STOP_REASONS.get(finish_reason or "", "end_turn")
     return {"stop_reason": reason if finish_reason else None, "stop_sequence": sequence}
 
 
-def _usage(generation: ChatGeneration) -> dict[str, int]:
+def _usage(generation: ChatGeneration) -> Usage:
     record = generation.record
     prompt, cached = record.prompt_tokens or 0, record.cached_tokens or 0
     return {

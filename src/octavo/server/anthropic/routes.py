@@ -1,7 +1,7 @@
 """The routes of Anthropic's API."""
 
 from functools import partial
-from typing import Any
+from typing import Any, TypedDict
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -12,17 +12,43 @@ from octavo.server.edge.access_log import RequestRecord
 from octavo.server.edge.dispatch import route
 from octavo.server.openai.chat_generation import ChatGeneration, prepare
 from octavo.server.openai.replies import Json
+from octavo.server.openapi.operation import MODEL, Operation
 from octavo.server.translation import parse
 
-from .answer import MessageStream, content_blocks, message
+from .answer import Message, MessageStream, content_blocks, message
 from .body import CountRequest, MessagesRequest
+
+EVENT = {"type": "object", "properties": {"type": {"type": "string"}}, "required": ["type"]}
+"""The schema of an event of a stream: those of Anthropic's API, with further fields for each type."""
+
+
+class TokenCount(TypedDict):
+    """The number of tokens of a prompt."""
+
+    input_tokens: int
 
 
 def routes(api: Api) -> list[Route]:
     """Return the routes of this family."""
+    chat = {"model": MODEL, "messages": [{"role": "user", "content": "Say hello."}]}
+    answered = Operation(
+        tag="Anthropic",
+        summary="Answer a chat.",
+        body=MessagesRequest,
+        example=chat | {"max_tokens": 8},
+        reply=Message,
+        events=EVENT,
+    )
+    counted = Operation(
+        tag="Anthropic",
+        summary="Count the tokens of a chat's prompt.",
+        body=CountRequest,
+        example=chat,
+        reply=TokenCount,
+    )
     return [
-        route("POST", "/v1/messages", partial(messages, api)),
-        route("POST", "/v1/messages/count_tokens", partial(count_tokens, api)),
+        route("POST", "/v1/messages", partial(messages, api), answered),
+        route("POST", "/v1/messages/count_tokens", partial(count_tokens, api), counted),
     ]
 
 

@@ -12,6 +12,7 @@ from starlette.routing import BaseRoute, Route, Router
 from starlette.types import Receive, Scope, Send
 
 from octavo.server.errors import ServerStopping, error_reply, error_response, is_expected
+from octavo.server.openapi.operation import Operation
 
 from . import cors
 from .access_log import RequestRecord
@@ -25,17 +26,22 @@ log = logging.getLogger("octavo.server")
 class Endpoint:
     """A handler as an ASGI application, without Starlette's error handling: `Dispatcher` handles all errors."""
 
-    def __init__(self, handler: Handler):
+    def __init__(self, handler: Handler, operation: Operation | None):
         self._handler = handler
+        self.operation = operation
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         response = await self._handler(Request(scope, receive))
         await response(scope, receive, send)
 
 
-def route(method: str, path: str, handler: Handler) -> Route:
-    """Return a route. A route for GET answers HEAD too."""
-    return Route(path, Endpoint(handler), methods=[method])
+def route(method: str, path: str, handler: Handler, operation: Operation | None = None) -> Route:
+    """Return a route. A route for GET answers HEAD too.
+
+    Args:
+        operation: describes the route in /openapi.json, which leaves it out otherwise.
+    """
+    return Route(path, Endpoint(handler, operation), methods=[method])
 
 
 class Dispatcher:

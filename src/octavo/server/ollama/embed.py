@@ -2,7 +2,7 @@
 
 import time
 from functools import partial
-from typing import Any
+from typing import Any, TypedDict
 
 from pydantic import BaseModel, ConfigDict
 from starlette.requests import Request
@@ -20,6 +20,7 @@ from octavo.server.openai.embeddings import Embedded, embed, vectors_reply
 from octavo.server.openai.pooled_requests import MAX_INPUTS
 from octavo.server.openai.protocol import tenant_of
 from octavo.server.openai.replies import Json
+from octavo.server.openapi.operation import MODEL, Operation
 from octavo.server.translation import parse
 from octavo.text.offload import off_loop
 
@@ -46,11 +47,41 @@ class EmbeddingsBody(BaseModel):
     prompt: str = ""
 
 
+class Embeddings(TypedDict):
+    """The answer of /api/embed. Durations are in nanoseconds."""
+
+    model: str
+    embeddings: list[list[float]]
+    total_duration: int
+    load_duration: int
+    prompt_eval_count: int
+
+
+class OneEmbedding(TypedDict):
+    """The answer of /api/embeddings."""
+
+    embedding: list[float]
+
+
 def routes(api: Api) -> list[Route]:
     """Return the routes of this family."""
+    texts = Operation(
+        tag="Ollama",
+        summary="Embed texts.",
+        body=EmbedBody,
+        example={"model": MODEL, "input": ["A cat.", "A dog."]},
+        reply=Embeddings,
+    )
+    text = Operation(
+        tag="Ollama",
+        summary="Embed one text, without normalizing.",
+        body=EmbeddingsBody,
+        example={"model": MODEL, "prompt": "A cat."},
+        reply=OneEmbedding,
+    )
     return [
-        route("POST", "/api/embed", partial(embed_inputs, api)),
-        route("POST", "/api/embeddings", partial(embed_prompt, api)),
+        route("POST", "/api/embed", partial(embed_inputs, api), texts),
+        route("POST", "/api/embeddings", partial(embed_prompt, api), text),
     ]
 
 

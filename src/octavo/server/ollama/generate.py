@@ -4,7 +4,7 @@ import json
 import time
 from datetime import UTC, datetime
 from functools import partial
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -22,18 +22,57 @@ from octavo.server.openai.events import GenerationStream
 from octavo.server.openai.generation import Generation
 from octavo.server.openai.protocol import tenant_of
 from octavo.server.openai.replies import Json, encode
+from octavo.server.openapi.operation import MODEL, Operation
 from octavo.server.translation import parse
 from octavo.text.answer import Answer, AnswerEvent, TextDelta
 
 from .body import Body, ChatBody, GenerateBody
 from .models import known_name
 
+JSON_LINES = "application/x-ndjson"
+
+
+class Line(TypedDict):
+    """An answer, or a line of its stream, the last of which has counts of tokens, and durations in nanoseconds."""
+
+    model: str
+    created_at: str
+    done: bool
+    done_reason: NotRequired[str]
+    total_duration: NotRequired[int]
+    load_duration: NotRequired[int]
+    prompt_eval_count: NotRequired[int]
+    prompt_eval_duration: NotRequired[int]
+    eval_count: NotRequired[int]
+    eval_duration: NotRequired[int]
+
+
+class ChatLine(Line):
+    """An answer to a chat, or a line of its stream."""
+
+    message: dict[str, Any]
+
+
+class GenerateLine(Line):
+    """An answer to a prompt, or a line of its stream."""
+
+    response: str
+    thinking: NotRequired[str]
+
 
 def routes(api: Api) -> list[Route]:
     """Return the routes of this family."""
+
+    def described(summary: str, line: type, **more: Any) -> Operation:
+        return Operation(tag="Ollama", summary=summary, reply=line, events=line, events_type=JSON_LINES, **more)
+
+    limited = {"model": MODEL, "stream": False, "options": {"num_predict": 8}}
+    messages = {"messages": [{"role": "user", "content": "Say hello."}]}
+    answered = described("Answer a chat.", ChatLine, body=ChatBody, example=limited | messages)
+    generated = described("Answer a prompt.", GenerateLine, body=GenerateBody, example=limited | {"prompt": "Hello"})
     return [
-        route("POST", "/api/chat", partial(chat, api)),
-        route("POST", "/api/generate", partial(generate, api)),
+        route("POST", "/api/chat", partial(chat, api), answered),
+        route("POST", "/api/generate", partial(generate, api), generated),
     ]
 
 
@@ -147,7 +186,7 @@ def _arguments(text: str) -> Any:
 class LineStream(GenerationStream):
     """The stream of an answer. Tool calls come whole, at its end, since Ollama's API has no parts of calls."""
 
-    media_type = "application/x-ndjson"
+    media_type = JSON_LINES
     ping = b""  # clients parse every line
 
     def __init__(self, lines: _Lines):

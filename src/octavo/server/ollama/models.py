@@ -2,7 +2,7 @@
 
 from datetime import UTC, datetime
 from functools import partial
-from typing import Any
+from typing import Any, TypedDict
 
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
@@ -11,23 +11,38 @@ from starlette.routing import Route
 from octavo.fleet.model import Model
 from octavo.server.api import Api
 from octavo.server.edge.dispatch import route
-from octavo.server.errors import ApiError
+from octavo.server.errors import ApiError, OllamaError
 from octavo.server.openai.replies import Json
+from octavo.server.openapi.operation import MODEL, Operation
 from octavo.version import __version__
 
 NEVER = "9999-12-31T23:59:59Z"  # when a loaded model expires
 REFUSED = (("POST", "pull"), ("POST", "push"), ("POST", "create"), ("POST", "copy"), ("DELETE", "delete"))
 
 
+class Models(TypedDict):
+    """Models, in Ollama's form."""
+
+    models: list[dict[str, Any]]
+
+
 def routes(api: Api) -> list[Route]:
     """Return the routes of this family."""
+
+    def described(summary: str, **more: Any) -> Operation:
+        return Operation(tag="Ollama", summary=summary, **more)
+
+    text = described("Show that the server runs.", reply={"type": "string"}, media_type="text/plain")
+    named = {"type": "object", "properties": {"model": {"type": "string"}}, "required": ["model"]}
+    properties = described("Describe a model.", body=named, example={"model": MODEL}, reply=dict[str, Any])
+    refused = described("Refused, since models are named at the server's start.", status=501, reply=OllamaError)
     return [
-        route("GET", "/", running),
-        route("GET", "/api/version", version),
-        route("GET", "/api/tags", partial(tags, api)),
-        route("GET", "/api/ps", partial(loaded, api)),
-        route("POST", "/api/show", partial(show, api)),
-        *(route(method, f"/api/{name}", partial(refuse, name)) for method, name in REFUSED),
+        route("GET", "/", running, text),
+        route("GET", "/api/version", version, described("Return the server's version.", reply=dict[str, str])),
+        route("GET", "/api/tags", partial(tags, api), described("List the models.", reply=Models)),
+        route("GET", "/api/ps", partial(loaded, api), described("List the loaded models.", reply=Models)),
+        route("POST", "/api/show", partial(show, api), properties),
+        *(route(method, f"/api/{name}", partial(refuse, name), refused) for method, name in REFUSED),
     ]
 
 

@@ -1,7 +1,7 @@
 """The routes of /v1/batches."""
 
 from functools import partial
-from typing import Any
+from typing import Any, Literal, TypedDict
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -13,8 +13,10 @@ from octavo.server.config import ServerConfig
 from octavo.server.edge.body import BodyReader
 from octavo.server.edge.dispatch import route
 from octavo.server.errors import ApiError
+from octavo.server.openapi.operation import Operation
 
-from .files import bound, found, listed, tenant_in
+from .files import PAGE_QUERY, bound, found, listed, tenant_in
+from .protocol import TENANT_QUERY
 from .replies import Json
 
 PATH = "/v1/batches"
@@ -22,14 +24,76 @@ FIELDS = ("input_file_id", "endpoint", "completion_window", "metadata")
 DEFAULT_PAGE = 20
 MAX_METADATA = (16, 64, 512)  # entries, characters in a key, characters in a value
 
+_ENTRIES, _KEY, _VALUE = MAX_METADATA
+BODY = {
+    "type": "object",
+    "properties": {
+        "input_file_id": {"type": "string", "description": "A file with the purpose batch."},
+        "endpoint": {"enum": list(URLS)},
+        "completion_window": {"const": "24h"},
+        "metadata": {
+            "type": ["object", "null"],
+            "maxProperties": _ENTRIES,
+            "propertyNames": {"maxLength": _KEY},
+            "additionalProperties": {"type": "string", "maxLength": _VALUE},
+        },
+    },
+    "required": ["input_file_id", "endpoint", "completion_window"],
+    "additionalProperties": False,
+}
+"""The schema of the body that creates a batch."""
+
+
+class RequestCounts(TypedDict):
+    """The requests of a batch."""
+
+    total: int
+    completed: int
+    failed: int
+
+
+class Batch(TypedDict):
+    """The description of a batch. It also has the Unix time, in seconds, of each change of its status."""
+
+    id: str
+    object: Literal["batch"]
+    endpoint: str
+    errors: dict[str, Any] | None
+    input_file_id: str
+    completion_window: Literal["24h"]
+    status: str
+    output_file_id: str | None
+    error_file_id: str | None
+    created_at: int
+    expires_at: int
+    request_counts: RequestCounts
+    metadata: dict[str, str] | None
+
+
+class BatchList(TypedDict):
+    """A page of batches."""
+
+    object: Literal["list"]
+    data: list[Batch]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
 
 def routes(service: BatchService | None, config: ServerConfig, bodies: BodyReader) -> list[Route]:
     """Return the routes of this family. Without `service`, they answer 404."""
+
+    def described(summary: str, **more: Any) -> Operation:
+        return Operation(tag="OpenAI", summary=summary, **{"reply": Batch, "query": TENANT_QUERY, **more})
+
+    example = {"input_file_id": "file-0", "endpoint": URLS[0], "completion_window": "24h"}
+    created = described("Begin a batch of the requests in a file.", body=BODY, example=example)
+    all_batches = described("List batches.", query=PAGE_QUERY, reply=BatchList)
     return [
-        route("POST", PATH, bound(service, partial(create, config, bodies))),
-        route("GET", PATH, bound(service, list_batches)),
-        route("GET", f"{PATH}/{{id}}", bound(service, retrieve)),
-        route("POST", f"{PATH}/{{id}}/cancel", bound(service, cancel)),
+        route("POST", PATH, bound(service, partial(create, config, bodies)), created),
+        route("GET", PATH, bound(service, list_batches), all_batches),
+        route("GET", f"{PATH}/{{id}}", bound(service, retrieve), described("Describe a batch.")),
+        route("POST", f"{PATH}/{{id}}/cancel", bound(service, cancel), described("Cancel a batch.")),
     ]
 
 

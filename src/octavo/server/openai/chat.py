@@ -12,6 +12,7 @@ from octavo.outputs import CompletionOutput
 from octavo.server.api import Api
 from octavo.server.edge.access_log import RequestRecord
 from octavo.server.edge.dispatch import route
+from octavo.server.openapi.operation import MODEL, Operation
 from octavo.text.answer import Answer, AnswerEvent, ArgumentsDelta, ReasoningDelta, TextDelta, ToolCallStart
 
 from . import replies
@@ -22,7 +23,15 @@ from .protocol import ChatRequest
 
 def routes(api: Api) -> list[Route]:
     """Return the route of this family."""
-    return [route("POST", "/v1/chat/completions", partial(chat_completions, api))]
+    operation = Operation(
+        tag="OpenAI",
+        summary="Answer a chat.",
+        body=ChatRequest,
+        example={"model": MODEL, "messages": [{"role": "user", "content": "Say hello."}], "max_tokens": 8},
+        reply=replies.Chat,
+        events=replies.ChatChunk,
+    )
+    return [route("POST", "/v1/chat/completions", partial(chat_completions, api), operation)]
 
 
 async def chat_completions(api: Api, request: Request) -> Response:

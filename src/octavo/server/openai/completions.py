@@ -13,6 +13,7 @@ from octavo.outputs import CompletionOutput
 from octavo.server.api import Api
 from octavo.server.edge.access_log import RequestRecord
 from octavo.server.edge.dispatch import route
+from octavo.server.openapi.operation import MODEL, Operation
 from octavo.text import Tokenizer
 
 from . import replies
@@ -25,7 +26,15 @@ from .protocol import CompletionRequest
 
 def routes(api: Api) -> list[Route]:
     """Return the route of this family."""
-    return [route("POST", "/v1/completions", partial(completions, api))]
+    operation = Operation(
+        tag="OpenAI",
+        summary="Complete prompts.",
+        body=CompletionRequest,
+        example={"model": MODEL, "prompt": "The capital of France is", "max_tokens": 8},
+        reply=replies.Completion,
+        events=replies.Completion,
+    )
+    return [route("POST", "/v1/completions", partial(completions, api), operation)]
 
 
 async def completions(api: Api, request: Request) -> Response:

@@ -21,6 +21,7 @@ from octavo.params import PoolingParams, SamplingParams
 from octavo.server.api import Api
 from octavo.server.edge.access_log import RequestRecord
 from octavo.server.edge.dispatch import route
+from octavo.server.openapi.operation import MODEL, Operation
 
 from .generation import tokenized
 from .pooled_requests import EmbeddingRequest
@@ -52,6 +53,12 @@ class EmbeddingListEnd(msgspec.Struct, kw_only=True):
     usage: EmbeddingUsage
 
 
+class EmbeddingList(EmbeddingListEnd, kw_only=True):
+    """A whole answer."""
+
+    data: list[Embedding]
+
+
 @dataclass(frozen=True)
 class Embedded:
     """Computed embeddings: the outputs of pooled requests, and how they become embeddings."""
@@ -72,7 +79,11 @@ class Embedded:
 
 def routes(api: Api) -> list[Route]:
     """Return the route of this family."""
-    return [route("POST", "/v1/embeddings", partial(embeddings, api))]
+    example = {"model": MODEL, "input": ["A cat.", "A dog."]}
+    described = Operation(
+        tag="OpenAI", summary="Embed texts.", body=EmbeddingRequest, example=example, reply=EmbeddingList
+    )
+    return [route("POST", "/v1/embeddings", partial(embeddings, api), described)]
 
 
 async def embeddings(api: Api, request: Request) -> Response:

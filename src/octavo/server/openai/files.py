@@ -7,8 +7,9 @@ import uuid
 from collections.abc import Awaitable, Callable
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO, NoReturn, cast
+from typing import Annotated, Any, BinaryIO, Literal, NoReturn, TypedDict, cast
 
+from msgspec import Meta
 from starlette.datastructures import UploadFile
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, Response
@@ -23,8 +24,9 @@ from octavo.server.edge.access_log import CLIENT_LEFT
 from octavo.server.edge.body import BodyReader
 from octavo.server.edge.dispatch import route
 from octavo.server.errors import ApiError
+from octavo.server.openapi.operation import Operation
 
-from .protocol import tenant_of
+from .protocol import TENANT_QUERY, tenant_of
 from .replies import Json
 
 PATH = "/v1/files"
@@ -34,15 +36,71 @@ FORM_BYTES = 65_536  # of a form, besides the content of the file
 
 Handler = Callable[[BatchService, Request], Awaitable[Response]]
 
+PAGE_QUERY: dict[str, Any] = {
+    "limit": Annotated[int, Meta(ge=1, le=MAX_PAGE, description="Maximum number of entries.")],
+    "after": Annotated[str, Meta(description="The id of the last entry of the page before.")],
+    "order": Annotated[Literal["asc", "desc"], Meta(description="By the time of creation.")],
+    **TENANT_QUERY,
+}
+"""The query parameters of `listed`."""
+
+FORM = {
+    "type": "object",
+    "properties": {"file": {"type": "string", "format": "binary"}, "purpose": {"enum": list(PURPOSES)}},
+    "required": ["file", "purpose"],
+}
+"""The schema of the form that uploads a file."""
+
+
+class File(TypedDict):
+    """The description of a file. Times are Unix times in seconds."""
+
+    id: str
+    object: Literal["file"]
+    bytes: int
+    created_at: int
+    expires_at: None
+    filename: str
+    purpose: str
+    status: Literal["processed"]
+
+
+class FileList(TypedDict):
+    """A page of files."""
+
+    object: Literal["list"]
+    data: list[File]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+
+class DeletedFile(TypedDict):
+    """The answer to DELETE."""
+
+    id: str
+    object: Literal["file"]
+    deleted: bool
+
 
 def routes(service: BatchService | None, config: ServerConfig, bodies: BodyReader) -> list[Route]:
     """Return the routes of this family. Without `service`, they answer 404."""
+
+    def described(summary: str, **more: Any) -> Operation:
+        return Operation(tag="OpenAI", summary=summary, **{"query": TENANT_QUERY, **more})
+
+    example = {"file": "@rows.jsonl", "purpose": "batch"}
+    created = described("Store a file.", body=FORM, form=True, example=example, reply=File)
+    query = PAGE_QUERY | {"purpose": Annotated[str, Meta(description="Only files of this purpose.")]}
+    listed = described("List files.", query=query, reply=FileList)
+    binary = {"type": "string", "format": "binary"}
+    contents = described("Return the content of a file.", reply=binary, media_type="application/octet-stream")
     return [
-        route("POST", PATH, bound(service, partial(create, config))),
-        route("GET", PATH, bound(service, list_files)),
-        route("GET", f"{PATH}/{{id}}", bound(service, retrieve)),
-        route("DELETE", f"{PATH}/{{id}}", bound(service, delete)),
-        route("GET", f"{PATH}/{{id}}/content", bound(service, content)),
+        route("POST", PATH, bound(service, partial(create, config)), created),
+        route("GET", PATH, bound(service, list_files), listed),
+        route("GET", f"{PATH}/{{id}}", bound(service, retrieve), described("Describe a file.", reply=File)),
+        route("DELETE", f"{PATH}/{{id}}", bound(service, delete), described("Delete a file.", reply=DeletedFile)),
+        route("GET", f"{PATH}/{{id}}/content", bound(service, content), contents),
     ]
 
 

@@ -20,10 +20,11 @@ from octavo.params import SamplingParams
 from octavo.server.api import Api
 from octavo.server.edge.dispatch import route
 from octavo.server.errors import ApiError
+from octavo.server.openapi.operation import Operation
 from octavo.states import KVState
 from octavo.states.handle import MIN_CHARGE
 
-from .protocol import tenant_of
+from .protocol import TENANT_QUERY, tenant_of
 from .replies import Json, KVCacheState
 
 PARAM = "kv_cache_state"
@@ -32,7 +33,12 @@ PARAM = "kv_cache_state"
 def routes(api: Api) -> list[Route]:
     """Return the routes of this family."""
     path = "/v1/kv_cache_states/{id}"
-    return [route("GET", path, partial(get_state, api)), route("DELETE", path, partial(delete_state, api))]
+    described = Operation(tag="Octavo", summary="Describe a kept KV state.", query=TENANT_QUERY, reply=KVCacheState)
+    dropped = Operation(tag="Octavo", summary="Drop a kept KV state.", query=TENANT_QUERY, status=204)
+    return [
+        route("GET", path, partial(get_state, api), described),
+        route("DELETE", path, partial(delete_state, api), dropped),
+    ]
 
 
 async def get_state(api: Api, request: Request) -> Response:

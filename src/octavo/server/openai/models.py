@@ -8,15 +8,18 @@ from starlette.routing import Route
 
 from octavo.server.api import Api
 from octavo.server.edge.dispatch import route
+from octavo.server.openapi.operation import Operation
 
 from .replies import Json, ModelCard, ModelList, ModelPermission
 
 
 def routes(api: Api) -> list[Route]:
     """Return the routes of this family."""
+    all_names = Operation(tag="OpenAI", summary="List the models.", reply=ModelList)
+    one = Operation(tag="OpenAI", summary="Describe a model.", reply=ModelCard)
     return [
-        route("GET", "/v1/models", partial(list_models, api)),
-        route("GET", "/v1/models/{name:path}", partial(get_model, api)),  # names of hub models have a slash
+        route("GET", "/v1/models", partial(list_models, api), all_names),
+        route("GET", "/v1/models/{name:path}", partial(get_model, api), one),  # names of hub models have a slash
     ]
 
 

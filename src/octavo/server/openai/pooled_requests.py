@@ -14,7 +14,7 @@ from octavo.server.errors import MAX_DETAILS, ApiError, invalid_body
 
 from . import neutral_fields
 from .neutral_fields import ANY
-from .protocol import Parameters, Strict, Whole, prompt_list, tenant_of
+from .protocol import Parameters, Prompt, Strict, Whole, prompt_list, tenant_of
 
 MAX_INPUTS = 2048  # of a request, as in OpenAI's API
 
@@ -67,7 +67,7 @@ class PooledRequest(Terms):  # type: ignore[misc]
 class EmbeddingRequest(PooledRequest):
     """The body of POST /v1/embeddings. `use_activation` is vLLM's newer name of `normalize`."""
 
-    input: Annotated[list[str | list[int]], PlainValidator(prompt_list)]
+    input: Annotated[list[str | list[int]], PlainValidator(prompt_list, json_schema_input_type=Prompt)]
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: Whole | None = None
     pooling: str | None = None
@@ -96,7 +96,8 @@ def _texts(value: Any) -> list[str]:
     return texts  # type: ignore[return-value]
 
 
-Texts = Annotated[list[str], BeforeValidator(_texts)]
+_Text = str | dict[str, str]
+Texts = Annotated[list[str], BeforeValidator(_texts, json_schema_input_type=_Text | list[_Text])]
 
 
 class JudgedRequest(PooledRequest):

@@ -9,9 +9,10 @@ import json
 import operator
 from collections.abc import Mapping
 from types import NoneType, UnionType
-from typing import Annotated, Any, ClassVar, Literal, Self, get_args, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args, get_origin, get_type_hints
 
 import msgspec
+from msgspec import Meta
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -19,6 +20,7 @@ from pydantic import (
     Field,
     PlainValidator,
     ValidationError,
+    WithJsonSchema,
     create_model,
     model_validator,
 )
@@ -38,12 +40,14 @@ from octavo.server.config import ServerConfig
 from octavo.server.errors import MAX_DETAILS, ApiError, invalid_body
 
 from . import functions, neutral_fields
-from .response_format import GUIDED, structured_outputs_of
+from .response_format import FORMAT_SCHEMA, GUIDED, structured_outputs_of
 from .tools import Tools, tools_of
 
 MAX_ENTRIES = 4096  # in a list or map that has no limit of its own
 MAX_TEXT = 4096  # characters in a string that has no limit of its own
 TENANT_HEADER = "X-Octavo-Tenant"
+TENANT_QUERY = {"tenant": Annotated[str, Meta(description=f"The tenant, unless the header {TENANT_HEADER} names it.")]}
+"""The query parameter that names the tenant of a request without a body."""
 
 # Fields with the same name and meaning in requests and in SamplingParams.
 _SAMPLING_FIELDS = frozenset(SamplingParams.__struct_fields__) - {
@@ -63,6 +67,10 @@ _TERMS = ServiceTerms.__struct_fields__
 
 Defaults = Mapping[str, float | int]
 """Sampling parameters that the model recommends, by the names of SamplingParams."""
+
+
+Prompt = str | list[int] | list[str] | list[list[int]]
+"""The forms of `prompt` in a body."""
 
 
 def _whole_number(value: Any) -> Any:
@@ -131,6 +139,14 @@ class StreamOptions(Strict):
     continuous_usage_stats: bool | None = None
 
 
+# Schemas in /openapi.json of fields that are not checked by pydantic.
+_TEXTS = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}
+_CONSTRAINT = msgspec.json.schema(StructuredOutputs)["$defs"]["StructuredOutputs"]
+_REPETITION = msgspec.json.schema(RepetitionDetectionParams)["$defs"]["RepetitionDetectionParams"]
+_TEXT = WithJsonSchema({"type": "string"})
+_OBJECTS = WithJsonSchema({"type": "array", "items": {"type": "object"}})
+_NAME_OR_OBJECT = WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "object"}]})
+
 _JSON_TYPES: dict[Any, Any] = {  # of a parameter's type, None left out
     int: Whole,
     float: float,
@@ -139,19 +155,24 @@ _JSON_TYPES: dict[Any, Any] = {  # of a parameter's type, None left out
     list[int]: list[Whole],
     list[str]: list[str],
     dict[int, float]: dict[str, float],
-    list[str] | str: Any,  # SamplingParams checks it
-    StructuredOutputs: Any,  # StructuredOutputs checks it
-    RepetitionDetectionParams: Any,  # RepetitionDetectionParams checks it
+    list[str] | str: Annotated[Any, WithJsonSchema(_TEXTS)],  # SamplingParams checks it
+    StructuredOutputs: Annotated[Any, WithJsonSchema(_CONSTRAINT)],  # StructuredOutputs checks it
+    RepetitionDetectionParams: Annotated[Any, WithJsonSchema(_REPETITION)],  # RepetitionDetectionParams checks it
 }
 
 
-def _json_field(hint: Any) -> tuple[Any, None]:
+def _json_field(hint: Any) -> tuple[Any, Any]:
     """Return the type of a parameter and the default None ("not given"), in the form that create_model expects."""
+    hint, *notes = get_args(hint) if get_origin(hint) is Annotated else (hint,)
+    description = next((note.description for note in notes if isinstance(note, Meta)), None)
     types = [kind for kind in get_args(hint) if kind is not NoneType] if isinstance(hint, UnionType) else [hint]
-    return _JSON_TYPES[functools.reduce(operator.or_, types)] | None, None
+    return _JSON_TYPES[functools.reduce(operator.or_, types)] | None, Field(None, description=description)
 
 
-_PARAMETERS = {**get_type_hints(SamplingParams), **get_type_hints(ServiceTerms)}
+_PARAMETERS = {
+    **get_type_hints(SamplingParams, include_extras=True),
+    **get_type_hints(ServiceTerms, include_extras=True),
+}
 _FIELDS: dict[str, Any] = {name: _json_field(hint) for name, hint in _PARAMETERS.items() if name != "output_kind"}
 Parameters: Any = create_model("Parameters", __base__=Strict, **_FIELDS)
 
@@ -165,17 +186,17 @@ class GenerationRequest(Parameters):  # type: ignore[misc]
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     kv_cache_state: bool | str | None = None  # true: keep the state; a handle: also continue that state
-    user: Any = None
-    safety_identifier: Any = None  # OpenAI's newer name for it
+    user: Annotated[Any, _TEXT] | None = None
+    safety_identifier: Annotated[Any, _TEXT] | None = None  # OpenAI's newer name for it
     use_beam_search: bool | None = None
     length_penalty: float | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
-    response_format: Any = None
-    guided_json: Any = None
-    guided_regex: Any = None
-    guided_choice: Any = None
-    guided_grammar: Any = None
+    response_format: Annotated[Any, WithJsonSchema(FORMAT_SCHEMA)] | None = None
+    guided_json: Annotated[Any, _NAME_OR_OBJECT] | None = None
+    guided_regex: Annotated[Any, _TEXT] | None = None
+    guided_choice: Annotated[Any, WithJsonSchema(_TEXTS["anyOf"][1])] | None = None
+    guided_grammar: Annotated[Any, _TEXT] | None = None
 
     @classmethod
     def from_json(cls, body: Any, config: ServerConfig) -> Self:
@@ -287,7 +308,7 @@ class CompletionRequest(GenerationRequest):
 
     neutral: ClassVar[dict[str, Any]] = neutral_fields.COMPLETION_NEUTRAL
 
-    prompt: Annotated[list[str | list[int]], PlainValidator(prompt_list)]
+    prompt: Annotated[list[str | list[int]], PlainValidator(prompt_list, json_schema_input_type=Prompt)]
     suffix: str | None = None
     echo: bool | None = None
     logprobs: Whole | None = None
@@ -317,7 +338,10 @@ class Message(Strict):
     """One message of a chat, for the template. `reasoning` is a newer name of `reasoning_content`."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Annotated[str | list[dict[str, str]] | None, PlainValidator(_content)] = None
+    content: Annotated[
+        str | list[dict[str, str]] | None,
+        PlainValidator(_content, json_schema_input_type=str | list[dict[str, Any]] | None),
+    ] = None
     tool_calls: list[dict[str, Any]] | None = None
     tool_call_id: str | None = None
     name: str | None = None
@@ -370,10 +394,10 @@ class ChatRequest(GenerationRequest):
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     modalities: list[Literal["text"]] | None = None
-    functions: Any = None
-    function_call: Any = None
-    tools: Any = None
-    tool_choice: Any = None
+    functions: Annotated[Any, _OBJECTS] | None = None
+    function_call: Annotated[Any, _NAME_OR_OBJECT] | None = None
+    tools: Annotated[Any, _OBJECTS] | None = None
+    tool_choice: Annotated[Any, _NAME_OR_OBJECT] | None = None
     parallel_tool_calls: bool | None = None
     documents: list[dict[str, Any]] | None = None
     chat_template: str | None = None

@@ -17,6 +17,7 @@ from octavo.errors import InvalidRequest
 from octavo.server.api import Api
 from octavo.server.edge.access_log import RequestRecord
 from octavo.server.edge.dispatch import route
+from octavo.server.openapi.operation import MODEL, Operation
 
 from .chat_generation import chat_tokens, rendered
 from .generation import infilled, tokenized
@@ -34,9 +35,23 @@ class RenderedPrompt(msgspec.Struct, kw_only=True):
 
 def routes(api: Api) -> list[Route]:
     """Return the routes of this family."""
+    completion = Operation(
+        tag="vLLM",
+        summary="Return the token ids of a completion's prompts.",
+        body=CompletionRequest,
+        example={"model": MODEL, "prompt": "Hello"},
+        reply=list[RenderedPrompt],
+    )
+    chat = Operation(
+        tag="vLLM",
+        summary="Return the token ids of a chat's prompt.",
+        body=ChatRequest,
+        example={"model": MODEL, "messages": [{"role": "user", "content": "Hello"}]},
+        reply=RenderedPrompt,
+    )
     return [
-        route("POST", "/v1/completions/render", partial(render_completion, api)),
-        route("POST", "/v1/chat/completions/render", partial(render_chat, api)),
+        route("POST", "/v1/completions/render", partial(render_completion, api), completion),
+        route("POST", "/v1/chat/completions/render", partial(render_chat, api), chat),
     ]
 
 

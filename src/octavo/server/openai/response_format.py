@@ -54,6 +54,9 @@ _FORMATS: dict[Any, type[_Part]] = {
     "structural_tag": _Tags,
 }
 
+FORMAT_SCHEMA = {"type": "object", "properties": {"type": {"enum": list(_FORMATS)}}, "required": ["type"]}
+"""The schema of response_format in /openapi.json."""
+
 
 def structured_outputs_of(
     structured_outputs: Any, response_format: Any, guided: dict[str, Any]

@@ -21,6 +21,7 @@ from octavo.server.api import Api
 from octavo.server.edge.access_log import RequestRecord
 from octavo.server.edge.dispatch import route
 from octavo.server.errors import ApiError
+from octavo.server.openapi.operation import MODEL, Operation
 
 from .pooled_requests import MAX_INPUTS, JudgedRequest, RerankRequest, ScoreRequest
 from .replies import Json, PromptTokensDetails, Usage
@@ -66,9 +67,24 @@ class Ranking(msgspec.Struct, kw_only=True):
 
 def routes(api: Api) -> list[Route]:
     """Return the routes of this family."""
+    texts = {"model": MODEL, "documents": ["Paris is in France.", "Cats sleep."]}
+    scored = Operation(
+        tag="vLLM",
+        summary="Score how well documents answer queries.",
+        body=ScoreRequest,
+        example=texts | {"queries": "Where is Paris?"},
+        reply=Scores,
+    )
+    ranked = Operation(
+        tag="vLLM",
+        summary="Rank documents by how well they answer a query.",
+        body=RerankRequest,
+        example=texts | {"query": "Where is Paris?"},
+        reply=Ranking,
+    )
     return [
-        *(route("POST", path, partial(score, api)) for path in ("/score", "/v1/score")),
-        *(route("POST", path, partial(rerank, api)) for path in ("/rerank", "/v1/rerank", "/v2/rerank")),
+        *(route("POST", path, partial(score, api), scored) for path in ("/score", "/v1/score")),
+        *(route("POST", path, partial(rerank, api), ranked) for path in ("/rerank", "/v1/rerank", "/v2/rerank")),
     ]
 
 

@@ -15,6 +15,7 @@ from octavo.server.api import Api
 from octavo.server.edge.access_log import RequestRecord
 from octavo.server.edge.dispatch import route
 from octavo.server.errors import ApiError
+from octavo.server.openapi.operation import MODEL, Operation
 from octavo.text.offload import off_loop
 
 from .chat_generation import rendered
@@ -50,11 +51,43 @@ class Text(msgspec.Struct, kw_only=True):
     prompt: str
 
 
+TEXT_OR_CHAT = {
+    "type": "object",
+    "properties": {
+        "model": {"type": ["string", "null"]},
+        "prompt": {"type": "string", "minLength": 1},
+        "messages": {
+            "type": "array",
+            "items": {"type": "object"},
+            "minItems": 1,
+            "description": "Instead of a prompt.",
+        },
+        "add_special_tokens": {"type": ["boolean", "null"]},
+        "return_token_strs": {"type": ["boolean", "null"]},
+    },
+}
+"""The schema of the body of /tokenize. With `messages`, it may have the other fields of a chat."""
+
+
 def routes(api: Api) -> list[Route]:
     """Return the routes of this family."""
+    tokenized = Operation(
+        tag="vLLM",
+        summary="Return the token ids of a text or a chat.",
+        body=TEXT_OR_CHAT,
+        example={"model": MODEL, "prompt": "Hello"},
+        reply=Tokenized,
+    )
+    detokenized = Operation(
+        tag="vLLM",
+        summary="Return the text of token ids.",
+        body=Tokens,
+        example={"model": MODEL, "tokens": [1, 2, 3]},
+        reply=Text,
+    )
     return [
-        route("POST", "/tokenize", partial(tokenize, api)),
-        route("POST", "/detokenize", partial(detokenize, api)),
+        route("POST", "/tokenize", partial(tokenize, api), tokenized),
+        route("POST", "/detokenize", partial(detokenize, api), detokenized),
     ]
 
 

@@ -8,14 +8,14 @@ import re
 from collections.abc import Generator, Sequence
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, ValidationError
+from pydantic import BeforeValidator, ConfigDict, Field, ValidationError
 
 from octavo.errors import InvalidRequest
 from octavo.params import MAX_LOGPROBS
 from octavo.server.config import ServerConfig
 from octavo.server.errors import ApiError, invalid_body
 from octavo.server.openai.neutral_fields import ANY, without_neutral
-from octavo.server.openai.protocol import MAX_ENTRIES, MAX_TEXT, ChatRequest, Strict, Whole
+from octavo.server.openai.protocol import MAX_ENTRIES, MAX_TEXT, ChatRequest, Parameters, Strict, Whole
 
 from .items import Item, chat_messages
 
@@ -100,12 +100,23 @@ def _metadata(value: Any) -> Any:
     return value
 
 
+def _with_sampling(schema: dict[str, Any]) -> None:
+    """Put the fields in `sampling` where they are in a body: beside the others."""
+    properties = schema["properties"]
+    del properties["sampling"]
+    for name, described in Parameters.model_json_schema()["properties"].items():
+        if name not in _CHAT_NAMES and name not in _UNSUPPORTED:
+            properties.setdefault(name, described)
+
+
 class ResponsesRequest(Strict):
     """The body of POST /v1/responses and /v1/responses/input_tokens, without the fields in `sampling`.
 
     Attributes:
         sampling: fields that are passed to ChatRequest unchanged.
     """
+
+    model_config = ConfigDict(json_schema_extra=_with_sampling)
 
     input: Any = None
     instructions: str | None = None

@@ -17,17 +17,15 @@ class OutputText(msgspec.Struct, kw_only=True):
     text: str = ""
 
 
-class OutputMessage(msgspec.Struct, kw_only=True):
+class OutputMessage(msgspec.Struct, kw_only=True, tag_field="type", tag="message"):
     id: str
-    type: Literal["message"] = "message"
     status: ItemStatus = "in_progress"
     role: Literal["assistant"] = "assistant"
     content: list[OutputText] = []
 
 
-class FunctionCall(msgspec.Struct, kw_only=True):
+class FunctionCall(msgspec.Struct, kw_only=True, tag_field="type", tag="function_call"):
     id: str
-    type: Literal["function_call"] = "function_call"
     status: ItemStatus = "in_progress"
     call_id: str
     name: str
@@ -39,11 +37,10 @@ class ReasoningText(msgspec.Struct, kw_only=True):
     text: str = ""
 
 
-class ReasoningItem(msgspec.Struct, kw_only=True):
+class ReasoningItem(msgspec.Struct, kw_only=True, tag_field="type", tag="reasoning"):
     """The model's reasoning, in `summary` if the request asked for a summary and otherwise in `content`."""
 
     id: str
-    type: Literal["reasoning"] = "reasoning"
     status: ItemStatus = "in_progress"
     summary: list[ReasoningText] = []
     content: list[ReasoningText] = []

@@ -2,7 +2,9 @@
 
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
 
+from msgspec import Meta
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -11,13 +13,15 @@ from octavo.server.api import Api
 from octavo.server.edge.access_log import RequestRecord
 from octavo.server.edge.dispatch import route
 from octavo.server.errors import ApiError
-from octavo.server.openai.protocol import tenant_of
+from octavo.server.openai.protocol import TENANT_QUERY, tenant_of
 from octavo.server.openai.replies import Json
+from octavo.server.openapi.operation import MODEL, Operation
 
 from .background import Background, unpack
+from .body import ResponsesRequest
 from .builder import ResponseBuilder
 from .items import Item
-from .objects import Deleted, InputTokens, ItemList
+from .objects import Deleted, InputTokens, ItemList, ResponseObject
 from .prepare import Prepared, prepare
 from .run import Run
 from .store import ResponseStore, StoredResponse
@@ -26,18 +30,48 @@ from .stream import EventResponse
 PATH = "/v1/responses"
 MAX_PAGE = 100  # input items in one answer
 DEFAULT_PAGE = 20
+EVENT = {
+    "type": "object",
+    "properties": {"type": {"type": "string"}, "sequence_number": {"type": "integer"}},
+    "required": ["type", "sequence_number"],
+}
+"""The schema of an event of a stream: those of OpenAI's API, with further fields for each type."""
+
+STREAM_QUERY: dict[str, Any] = {
+    "stream": Annotated[bool, Meta(description="Whether to return the events of its stream again.")],
+    "starting_after": Annotated[int, Meta(description="The sequence number of the last event to leave out.")],
+    **TENANT_QUERY,
+}
+PAGE_QUERY: dict[str, Any] = {
+    "limit": Annotated[int, Meta(ge=1, le=MAX_PAGE, description="Maximum number of entries.")],
+    "after": Annotated[str, Meta(description="The id of the last entry of the page before.")],
+    "order": Literal["asc", "desc"],
+    **TENANT_QUERY,
+}
 
 
 def routes(api: Api) -> list[Route]:
     """Return the routes of this family."""
     responses = Responses(api, ResponseStore(api.database))
+
+    def described(summary: str, **more: Any) -> Operation:
+        return Operation(tag="OpenAI", summary=summary, **{"reply": ResponseObject, "query": TENANT_QUERY, **more})
+
+    example = {"model": MODEL, "input": "Say hello.", "max_output_tokens": 8}
+    body: Any = {"body": ResponsesRequest, "example": example, "query": {}}
+    created = described("Create a response.", **body, events=EVENT)
+    counted = described("Count the tokens of a request.", **body, reply=InputTokens)
+    retrieved = described("Return a stored response.", query=STREAM_QUERY, events=EVENT)
+    deleted = described("Delete a stored response.", reply=Deleted)
+    cancelled = described("Cancel a response in the background.")
+    items = described("List the items before a response.", query=PAGE_QUERY, reply=ItemList)
     return [
-        route("POST", PATH, responses.create),
-        route("POST", f"{PATH}/input_tokens", responses.count_input_tokens),
-        route("GET", f"{PATH}/{{id}}", responses.retrieve),
-        route("DELETE", f"{PATH}/{{id}}", responses.delete),
-        route("POST", f"{PATH}/{{id}}/cancel", responses.cancel),
-        route("GET", f"{PATH}/{{id}}/input_items", responses.list_input_items),
+        route("POST", PATH, responses.create, created),
+        route("POST", f"{PATH}/input_tokens", responses.count_input_tokens, counted),
+        route("GET", f"{PATH}/{{id}}", responses.retrieve, retrieved),
+        route("DELETE", f"{PATH}/{{id}}", responses.delete, deleted),
+        route("POST", f"{PATH}/{{id}}/cancel", responses.cancel, cancelled),
+        route("GET", f"{PATH}/{{id}}/input_items", responses.list_input_items, items),
     ]
 
 
