@@ -75,14 +75,14 @@ def test_random_traffic(events, num_pages, max_batch_size, max_batch_tokens, pre
 
 
 def test_a_sequence_that_is_not_ready_can_be_admitted_again():
-    """It has a token to compute in its first step, although all but its last token are in the cache."""
+    """It has tokens to compute in its first step, although all but its last token are in the cache."""
     sim = Simulation(num_pages=16, max_batch_size=2, max_batch_tokens=16)
     seq = sim.live[sim.add([0, 1, 2, 1], 8)]
     sim.step()
     sim.unready.clear()
     seq.ready = False
     sim.scheduler._preempt(seq)
-    assert sim.step().chunks == [1] and seq.num_uncomputed == 1
+    assert sim.step().chunks == [4] and seq.num_uncomputed == 1
     assert sim.step().chunks == []
     seq.ready = True
     assert sim.step().chunks == [1] and seq.num_outputs == 2
