@@ -74,6 +74,20 @@ def test_random_traffic(events, num_pages, max_batch_size, max_batch_tokens, pre
     sim.assert_empty()
 
 
+def test_a_sequence_that_is_not_ready_can_be_admitted_again():
+    """It has tokens to compute in its first step, although all but its last token are in the cache."""
+    sim = Simulation(num_pages=16, max_batch_size=2, max_batch_tokens=16)
+    seq = sim.live[sim.add([0, 1, 2, 1], 8)]
+    sim.step()
+    sim.unready.clear()
+    seq.ready = False
+    sim.scheduler._preempt(seq)
+    assert sim.step().chunks == [4] and seq.num_uncomputed == 1
+    assert sim.step().chunks == []
+    seq.ready = True
+    assert sim.step().chunks == [1] and seq.num_outputs == 2
+
+
 def test_prompts_are_cut_into_chunks_beside_decoding():
     sim = Simulation(num_pages=32, max_batch_size=4, max_batch_tokens=8)
     sim.add([0], 10)
