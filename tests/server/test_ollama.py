@@ -70,6 +70,7 @@ def test_models(llama: ollama.Client) -> None:
     assert [model.model for model in llama.list().models] == ["tiny"]
     assert [model.context_length for model in llama.ps().models] == [512]
     assert llama.show("tiny:latest").modelinfo["octavo.context_length"] == 512  # type: ignore[index]
+    assert llama.show("tiny").capabilities == ["completion", "tools", "embedding"]
 
 
 @pytest.mark.parametrize(
