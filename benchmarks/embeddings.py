@@ -11,8 +11,8 @@ from rich.table import Table
 
 from octavo import LLM, PoolingParams, SamplingParams
 
-TURNS = 5
-SHAPES = [(256, 16), (32, 256), (4, 2000)]  # prompts, tokens of each
+TURNS = 3
+SHAPES = [(32, 16), (4, 128), (1, 1024)]  # prompts, tokens of each
 
 
 def main() -> None:
