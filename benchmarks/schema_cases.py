@@ -1,8 +1,9 @@
 """SCHEMAS: JSON schemas of all kinds that structured output supports, on which it is tested and measured.
 
 Their outputs are bounded, so that a model at a high temperature does not ramble on until max_tokens: strings by
-maxLength, a pattern or a format, arrays by maxItems, properties by names. Only a recursive schema and the fractions of
-numbers and times may go on; a random choice ends them soon.
+maxLength, a pattern or a format, arrays by maxItems, properties by names, and the digits of a fraction by multipleOf
+(without it, a small model may repeat a digit for ever). Only recursive schemas and the fractions of seconds may go on;
+a random choice ends them soon.
 """
 
 from typing import Any
@@ -68,7 +69,7 @@ SCHEMAS: list[dict[str, Any]] = [
     {"type": "integer", "minimum": -5, "maximum": 500},
     {"type": "integer", "exclusiveMinimum": 0, "maximum": 7},
     {"type": "integer", "minimum": 0, "maximum": 1000, "multipleOf": 7},
-    {"type": "number", "minimum": 0, "maximum": 1},
+    {"type": "number", "minimum": 0, "maximum": 1, "multipleOf": 0.25},
     {"type": "string", "minLength": 2, "maxLength": 4},
     {"const": "fixed"},
     {"const": 3},
