@@ -133,7 +133,7 @@ struct Instruction {
     Op op;
     Matrix x = {}, out = {}, residual = {};  // residual.data may be null
     const Weight* weight = nullptr;          // embed, linear
-    const float* vector = nullptr;   // norm, pool_rows: the norm's weight; linear: the bias or null; rope_and_cache: q_norm or null
+    const float* vector = nullptr;   // norm, pool_rows: weight; linear: bias or null; rope_and_cache: q_norm or null
     const float* vector2 = nullptr;  // rope_and_cache: k_norm or null
     double* squares = nullptr;       // observe: a sum per column
     int64_t width = 0;               // columns of x; embed: of out

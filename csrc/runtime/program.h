@@ -74,7 +74,7 @@ public:
     int rope_and_cache(int qkv, int layer, int q_norm, int k_norm);
     int attention(int q, int layer, int64_t window);
     int gated(int gate_up, Activation activation);  // fused into the linear before it
-    void pool_rows(int x, int vector);  // at most once
+    void pool_rows(int x, int vector);              // at most once
     int sampled_rows(int x);
     int observe(int x);       // returns a handle for squares()
     void finish(int logits);  // lay out the memory; `logits` is the buffer to sample from
