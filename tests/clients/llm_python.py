@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 
 folder = tempfile.TemporaryDirectory()
-os.environ["LLM_USER_PATH"] = folder.name
+os.environ |= {"LLM_USER_PATH": folder.name, "LLM_LOAD_PLUGINS": ""}  # without plugins
 Path(folder.name, "extra-openai-models.yaml").write_text(
     f"""
 - model_id: octavo

@@ -22,9 +22,8 @@ from schemathesis import GenerationMode
 from server_process import ServerProcess
 
 PROBE = {"prompt": "The module", "max_tokens": 16, "temperature": 0, "ignore_eos": True}
-REQUEST_SECONDS = 15.0  # in which every request must be answered; those that generate have a timeout of 5 s
-HEALTH_SECONDS = 1.0  # /health on a busy machine
-KINDS = ("application/json", "text/event-stream", "application/x-ndjson")
+REQUEST_SECONDS = 60.0  # in which every request must be answered, on a busy machine
+HEALTH_SECONDS = 2.0  # in which /health must be answered, on a busy machine
 
 
 @pytest.fixture(scope="module")

@@ -95,3 +95,10 @@ def test_errors_have_ollamas_form(server: ServerProcess, path: str, change: dict
     reply = httpx.post(f"{server.url}{path}", json={"model": "tiny", "messages": HELLO} | change)
     assert (reply.status_code, list(reply.json())) == (status, ["error"])
     assert isinstance(reply.json()["error"], str)
+
+
+def test_a_body_without_a_type_is_json_unless_a_browser_sends_it(server: ServerProcess) -> None:
+    url, body = f"{server.url}/api/show", b'{"model": "tiny"}'
+    assert httpx.post(url, content=body).status_code == 200
+    assert httpx.post(url, content=body, headers={"Origin": "https://example.com"}).status_code == 415
+    assert httpx.post(url, content=body, headers={"Content-Type": "text/plain"}).status_code == 415

@@ -10,7 +10,7 @@ import pydantic_core
 from starlette.requests import ClientDisconnect, Request
 
 from octavo.server.config import ServerConfig
-from octavo.server.errors import ApiError
+from octavo.server.errors import OLLAMA, ApiError
 
 from .access_log import CLIENT_LEFT
 from .limits import ByteBudget
@@ -42,8 +42,7 @@ class BodyReader:
         Raises ApiError: 400 for invalid JSON, 413 for a body that is too large, 415 for another content type or an
             unknown encoding, 503 if too many bodies are arriving.
         """
-        # A web page can make a browser post text/plain to localhost, but not application/json.
-        if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        if not _is_json(request):
             raise ApiError(415, "send the header Content-Type: application/json", code="unsupported_media_type")
         body = await self._read(request)
         admit()
@@ -112,3 +111,15 @@ class BodyReader:
 
     def _too_large(self) -> ApiError:
         return ApiError(413, f"the body is larger than {self._max_bytes} bytes (max_body_bytes)", code="body_too_large")
+
+
+def _is_json(request: Request) -> bool:
+    """Return whether a request's header allows its body to be read as JSON.
+
+    A web page can make a browser post any text to localhost, but not as application/json. Clients of Ollama leave the
+    type out. A browser that does so adds the field Origin.
+    """
+    headers = request.headers
+    if request.url.path.startswith(OLLAMA) and "content-type" not in headers:
+        return "origin" not in headers
+    return headers.get("content-type", "").partition(";")[0].strip().lower() == "application/json"
