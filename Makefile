@@ -27,10 +27,10 @@ serve: $(VENV)/.built $(VENV)/.model  ## build what is missing, then serve MODEL
 
 build: $(VENV)/.built $(VENV)/.model  ## build and install Octavo and the default model: .venv/bin/octavo
 
-test: build clients $(VENV)/.test  ## run the whole test suite
+test: build $(VENV)/.test  ## run the whole test suite
 	$(BIN)/python -m pytest $(ARGS)
 
-clients: $(VENV)/.clients/.python $(VENV)/.clients/.node  ## install the clients that the tests run against a server
+clients: $(VENV)/.clients/.python $(VENV)/.clients/.node  ## install further clients, for tests/e2e/test_clients.py
 
 lint: build $(VENV)/.test $(VENV)/.lint  ## check style, types, import rules and spelling
 	$(BIN)/ruff check .

@@ -79,10 +79,38 @@ std::pair<nb::object, T*> new_array(Shape... shape) {
     return {nb::cast(nb::ndarray<nb::numpy, T>(data, {size_t(shape)...}, owner)), data};
 }
 
-// Run a step; return the fields of StepResult: (tokens, logprobs, ranks, top_tokens, top_logprobs).
+// The arrays of a Python PoolingBatch, which it holds references to, and those of its results.
+struct PoolingArrays {
+    nb::object sums = nb::none(), label_logits = nb::none();
+    Pooling pooling;
+
+    PoolingArrays(const Program& program, nb::handle batch) {
+        if (batch.is_none()) return;
+        first_ = read_field<Array<int32_t>>(batch, "first"), end_ = read_field<Array<int32_t>>(batch, "end");
+        label_rows_ = read_field<Array<int32_t>>(batch, "label_rows");
+        label_tokens_ = read_field<Array<int32_t>>(batch, "label_tokens");
+        const auto before = read_field<Table<double>>(batch, "sums");
+        const size_t ranges = first_.shape(0), labels = label_rows_.shape(0), width = size_t(program.pooled_width());
+        if (end_.shape(0) != ranges || before.shape(0) != ranges || before.shape(1) != width)
+            throw nb::value_error("PoolingBatch.end and sums must have one entry per range, of the hidden size");
+        if (label_tokens_.shape(0) != labels)
+            throw nb::value_error("PoolingBatch.label_tokens must have one entry per label row");
+        pooling = {int64_t(ranges), int64_t(labels), first_.data(), end_.data()};
+        pooling.label_rows = label_rows_.data(), pooling.label_tokens = label_tokens_.data();
+        std::tie(sums, pooling.sums) = new_array<double>(ranges, width);
+        std::copy_n(before.data(), before.size(), pooling.sums);
+        std::tie(label_logits, pooling.label_logits) = new_array<float>(labels);
+    }
+
+private:
+    Array<int32_t> first_, end_, label_rows_, label_tokens_;
+};
+
+// Run a step; return the fields of StepResult: (tokens, logprobs, ranks, top_tokens, top_logprobs, sums, label_logits).
 nb::tuple step(Program& program, nb::handle python_batch) {
     const BatchArrays arrays(python_batch);
     const Batch batch = arrays.batch();
+    const PoolingArrays pooled(program, python_batch.attr("pooling"));
     const SamplingArrays sampling_arrays(python_batch.attr("sampling"));
     const SamplingBatch& sampling = sampling_arrays.batch();
     const int64_t rows = batch.sampled;
@@ -101,9 +129,9 @@ nb::tuple step(Program& program, nb::handle python_batch) {
     }
     {
         nb::gil_scoped_release release;
-        program.step(batch, sampling, result);
+        program.step(batch, sampling, pooled.pooling, result);
     }
-    return nb::make_tuple(tokens, logprobs, ranks, top_tokens, top_logprobs);
+    return nb::make_tuple(tokens, logprobs, ranks, top_tokens, top_logprobs, pooled.sums, pooled.label_logits);
 }
 
 nb::object logits(Program& program, nb::handle python_batch) {
@@ -236,6 +264,7 @@ NB_MODULE(_native, module) {
         .def("rope_and_cache", &Program::rope_and_cache, "qkv"_a, "layer"_a, "q_norm"_a, "k_norm"_a)
         .def("attention", &Program::attention, "q"_a, "layer"_a, "window"_a)
         .def("gated", &Program::gated)
+        .def("pool_rows", &Program::pool_rows, "x"_a, "vector"_a)
         .def("sampled_rows", &Program::sampled_rows)
         .def("observe", &Program::observe)
         .def("squares", &squares, "observed"_a)

@@ -115,13 +115,25 @@ struct Shape {
     OCTAVO_INLINE int64_t blocks_per_page() const { return page_size / kSpan; }
 };
 
-enum class Op { rotary, embed, norm, linear, rope_and_cache, attention, quantize, observe, sampled_rows, sample };
+enum class Op {
+    rotary,
+    embed,
+    norm,
+    linear,
+    rope_and_cache,
+    attention,
+    quantize,
+    observe,
+    pool_rows,
+    sampled_rows,
+    sample
+};
 
 struct Instruction {
     Op op;
     Matrix x = {}, out = {}, residual = {};  // residual.data may be null
     const Weight* weight = nullptr;          // embed, linear
-    const float* vector = nullptr;   // norm: its weight; linear: the bias or null; rope_and_cache: q_norm or null
+    const float* vector = nullptr;   // norm, pool_rows: weight; linear: bias or null; rope_and_cache: q_norm or null
     const float* vector2 = nullptr;  // rope_and_cache: k_norm or null
     double* squares = nullptr;       // observe: a sum per column
     int64_t width = 0;               // columns of x; embed: of out
@@ -161,6 +173,16 @@ struct Ahead {
     }
 };
 
+// The fields of PoolingBatch (src/octavo/backends/base.py): `sums` [ranges, hidden] of rows first[p] ... end[p] - 1, which
+// a step adds to; and the logits of tokens after sampled rows, which a step writes.
+struct Pooling {
+    int64_t ranges = 0, labels = 0;
+    const int32_t *first = nullptr, *end = nullptr;
+    double* sums = nullptr;
+    const int32_t *label_rows = nullptr, *label_tokens = nullptr;
+    float* label_logits = nullptr;
+};
+
 struct Step {
     const Shape* shape;
     int64_t rows, sampled;
@@ -175,6 +197,7 @@ struct Step {
     float* part_sums;       // [queries of tiles that are parts][sums_stride]
     int32_t* parts_done;    // [row tiles that are cut into parts][kv_heads]: how many parts are done
     int64_t rows_per_tile;  // of instructions that work on single rows
+    Pooling pooling;
 
     // Return the K of a sequence's block (positions 32 block ... 32 block + 31); the V lies behind it.
     OCTAVO_INLINE std::byte* kv_block(int64_t sequence, int64_t block, int64_t layer, int64_t kv_head) const {
@@ -214,7 +237,7 @@ using FourBitsKernel = void (*)(const float (*x)[kBlock], const float* importanc
 struct Kernels {
     void (*start_thread)();  // before a thread's first tile of a step
     void (*stop_thread)();   // after its last
-    RowKernel embed, norm, quantize, sampled_rows;
+    RowKernel embed, norm, quantize, pool_rows, sampled_rows;
     CacheKernel rope_and_cache;
     AttentionKernel attention;
     LinearKernel linear;

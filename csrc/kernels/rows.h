@@ -1,4 +1,4 @@
-// Kernels that work on single rows, `begin` to `end` - 1 of the step.
+// Kernels that work on single rows, `begin` to `end` - 1 of the step, or on ranges of them.
 #pragma once
 
 #include "integers.h"
@@ -28,21 +28,38 @@ void embed(const Instruction& op, const Step& step, int64_t begin, int64_t end, 
     }
 }
 
+// Return 1 / sqrt(mean(x[r, :]^2) + eps).
+OCTAVO_INLINE float norm_scale(const Instruction& op, const Step& step, int64_t r) {
+    const float* x = op.x.f32(r);
+    F32 squares[2] = {};
+    for (int64_t i = 0; i < op.x.stride; i += 2 * kLanes)
+        for (int j = 0; j < 2; j++) {
+            const F32 v = load(x + i + j * kLanes);
+            squares[j] = fma(v, v, squares[j]);
+        }
+    const float mean = sum(squares[0] + squares[1]) / float(op.width);
+    return 1.0f / __builtin_sqrtf(mean + step.shape->norm_eps);
+}
+
 // out[r, :] = x[r, :] / sqrt(mean(x[r, :]^2) + eps) * weight: RMS norm (Zhang and Sennrich, 2019).
 void norm(const Instruction& op, const Step& step, int64_t begin, int64_t end, Scratch& scratch) {
     for (int64_t r = begin; r < end; r++) {
         const float* x = op.x.f32(r);
         if (r + 1 < end) prefetch(op.x.f32(r + 1), op.x.stride * sizeof(float));
-        F32 squares[2] = {};
-        for (int64_t i = 0; i < op.x.stride; i += 2 * kLanes)
-            for (int j = 0; j < 2; j++) {
-                const F32 v = load(x + i + j * kLanes);
-                squares[j] = fma(v, v, squares[j]);
-            }
-        const float mean = sum(squares[0] + squares[1]) / float(op.width);
-        const F32 scale = splat(1.0f / __builtin_sqrtf(mean + step.shape->norm_eps));
+        const F32 scale = splat(norm_scale(op, step, r));
         const auto normed = [&](int64_t i) { return load(x + i) * scale * load(op.vector + i); };
         write_row(op.out, r, normed, scratch.row);
+    }
+}
+
+// sums[p, :] += norm(x)[r, :] for rows r = first[p] ... end[p] - 1, one after the other, for p = begin ... end - 1.
+void pool_rows(const Instruction& op, const Step& step, int64_t begin, int64_t end, Scratch&) {
+    for (int64_t p = begin; p < end; p++) {
+        double* sums = step.pooling.sums + p * op.width;
+        for (int64_t r = step.pooling.first[p]; r < step.pooling.end[p]; r++) {
+            const float *x = op.x.f32(r), scale = norm_scale(op, step, r);
+            for (int64_t i = 0; i < op.width; i++) sums[i] += double(x[i] * scale * op.vector[i]);
+        }
     }
 }
 

@@ -38,6 +38,7 @@ const char* name_of(const Instruction& instruction) {
         case Op::attention: return "attention";
         case Op::quantize: return "quantize";
         case Op::observe: return "observe";
+        case Op::pool_rows: return "pool_rows";
         case Op::sampled_rows: return "sampled_rows";
         case Op::sample: return "sample";
     }
@@ -98,7 +99,7 @@ std::byte* Program::page(int64_t page) const {
     return kv_->data() + page * page_bytes();
 }
 
-void Program::validate(const Batch& batch) const {
+void Program::validate(const Batch& batch, const Pooling& pooling) const {
     require(batch.rows <= sizes_.max_rows, "more rows than max_batch_tokens");
     require(batch.sampled <= sizes_.max_sampled, "more sampled rows than max_batch_size");
     require(batch.query_start[0] == 0 && batch.query_start[batch.sequences] == batch.rows,
@@ -107,6 +108,13 @@ void Program::validate(const Batch& batch) const {
         require(batch.tokens[i] >= 0 && batch.tokens[i] < sizes_.vocab, "a token is not in the vocabulary");
     for (int64_t i = 0; i < batch.sampled; i++)
         require(batch.sample_rows[i] >= 0 && batch.sample_rows[i] < batch.rows, "a sampled row is not in the batch");
+    for (int64_t i = 0; i < pooling.ranges; i++)
+        require(0 <= pooling.first[i] && pooling.first[i] <= pooling.end[i] && pooling.end[i] <= batch.rows,
+                "a pooled row is not in the batch");
+    for (int64_t i = 0; i < pooling.labels; i++) {
+        require(pooling.label_rows[i] >= 0 && pooling.label_rows[i] < batch.sampled, "a label's row is not sampled");
+        require(pooling.label_tokens[i] >= 0 && pooling.label_tokens[i] < logits_width_, "a label is not a token");
+    }
     for (int64_t s = 0; s < batch.sequences; s++) {
         const int64_t begin = batch.query_start[s], end = batch.query_start[s + 1];
         require(begin <= end && end <= batch.rows, "query_start must not descend");
@@ -158,7 +166,7 @@ void Program::cut_attention(const Batch& batch) {
 }
 
 // Cut the step's rows into tiles for the KV cache and for attention, and each instruction into its tiles.
-void Program::prepare(const Batch& batch) {
+void Program::prepare(const Batch& batch, const Pooling& pooling) {
     cut_attention(batch);
     cache_tiles_.clear();
     for (int64_t s = 0; s < batch.sequences; s++) {
@@ -183,7 +191,8 @@ void Program::prepare(const Batch& batch) {
              .attention_tiles = attention_tiles_.data(),
              .part_sums = reinterpret_cast<float*>(part_sums_.data()),
              .parts_done = parts_done_.data(),
-             .rows_per_tile = std::clamp<int64_t>(batch.rows / (4 * pool_.size()), 1, 16)};
+             .rows_per_tile = std::clamp<int64_t>(batch.rows / (4 * pool_.size()), 1, 16),
+             .pooling = pooling};
     for (size_t i = 0; i < plans_.size(); i++) {
         if (instructions_[i].op == Op::linear) plans_[i].cut = cut_linear(instructions_[i]);
         plans_[i].tiles = count_tiles(instructions_[i], plans_[i].cut);
@@ -213,6 +222,7 @@ int64_t Program::count_tiles(const Instruction& instruction, const Cut& cut) con
         case Op::rope_and_cache: return int64_t(cache_tiles_.size());
         case Op::attention: return int64_t(attention_tiles_.size()) * sizes_.kv_heads;
         case Op::sample: return step_.sampled;
+        case Op::pool_rows: return step_.pooling.ranges;
         case Op::observe: return (instruction.width + kObserved - 1) / kObserved;
         default: return (rows_of(instruction) + step_.rows_per_tile - 1) / step_.rows_per_tile;
     }
@@ -262,6 +272,7 @@ void Program::run_tile(int index, int64_t tile, bool more, int thread) {
         case Op::observe: return add_squares(instruction, tile);
         case Op::norm: return kernels_.norm(instruction, step_, begin, end, scratch);
         case Op::quantize: return kernels_.quantize(instruction, step_, begin, end, scratch);
+        case Op::pool_rows: return kernels_.pool_rows(instruction, step_, tile, tile + 1, scratch);
         case Op::sampled_rows: return kernels_.sampled_rows(instruction, step_, begin, end, scratch);
         case Op::rope_and_cache: return kernels_.rope_and_cache(instruction, step_, tile, scratch);
         case Op::attention: return kernels_.attention(instruction, step_, tile, more ? tile + 1 : -1, scratch);
@@ -293,12 +304,12 @@ void Program::run_tiles(int index, int thread) {
     }
 }
 
-void Program::run(const Batch& batch, const Work& finish_row) {
+void Program::run(const Batch& batch, const Pooling& pooling, const Work& finish_row) {
     require(!instructions_.empty(), "a program is run when it is finished");
     const std::unique_lock one_at_a_time(running_, std::try_to_lock);
     require(one_at_a_time.owns_lock(), "another thread is running a step");
-    validate(batch);
-    prepare(batch);
+    validate(batch, pooling);
+    prepare(batch, pooling);
     finish_row_ = &finish_row;
     const bool profiled = !seconds_.empty();
     Clock::time_point since;
@@ -307,7 +318,7 @@ void Program::run(const Batch& batch, const Work& finish_row) {
         kernels_.start_thread();
         if (timing) since = Clock::now();
         for (int i = 0; i < int(instructions_.size()); i++) {
-            if (i > 0) pool_.barrier();
+            if (i > 0 && plans_[i].tiles) pool_.barrier();
             if (timing && i > 0) seconds_[i - 1] += lap(since);
             run_tiles(i, thread);
         }
@@ -340,10 +351,12 @@ std::map<std::string, double> Program::times() const {
     return times;
 }
 
-void Program::step(const Batch& batch, const SamplingBatch& sampling, const Sampled& result) {
+void Program::step(const Batch& batch, const SamplingBatch& sampling, const Pooling& pooling, const Sampled& result) {
     require(sampling.rows == batch.sampled, "sampling must have one entry per sampled row");
-    run(batch, [&](int64_t row, int thread) {
+    run(batch, pooling, [&](int64_t row, int thread) {
         float* logits = instructions_.back().x.f32(row);
+        for (int64_t i = 0; i < pooling.labels; i++)
+            if (pooling.label_rows[i] == row) pooling.label_logits[i] = logits[pooling.label_tokens[i]];
         const int64_t top = row * result.top;
         const SampledToken sampled =
             sample_row(logits, int32_t(logits_width_), sampling.row(int32_t(row)), kernels_.scan,
@@ -356,7 +369,7 @@ void Program::step(const Batch& batch, const SamplingBatch& sampling, const Samp
 }
 
 void Program::logits(const Batch& batch, float* result) {
-    run(batch, [&](int64_t row, int) {
+    run(batch, {}, [&](int64_t row, int) {
         std::memcpy(result + row * logits_width_, instructions_.back().x.f32(row), logits_width_ * sizeof(float));
     });
 }

@@ -74,6 +74,7 @@ public:
     int rope_and_cache(int qkv, int layer, int q_norm, int k_norm);
     int attention(int q, int layer, int64_t window);
     int gated(int gate_up, Activation activation);  // fused into the linear before it
+    void pool_rows(int x, int vector);              // at most once
     int sampled_rows(int x);
     int observe(int x);       // returns a handle for squares()
     void finish(int logits);  // lay out the memory; `logits` is the buffer to sample from
@@ -90,9 +91,10 @@ public:
 
     // Run the forward pass; then sample, or copy the logits out. Both throw std::invalid_argument for a batch that
     // would index outside of an array, or if another thread is running a step.
-    void step(const Batch& batch, const SamplingBatch& sampling, const Sampled& result);
+    void step(const Batch& batch, const SamplingBatch& sampling, const Pooling& pooling, const Sampled& result);
     void logits(const Batch& batch, float* result);  // [sampled, logits_width]
     int64_t logits_width() const { return logits_width_; }
+    int64_t pooled_width() const { return pooled_width_; }  // of the sums of pool_rows; 0 without it
 
     // Return, for an observed buffer, the sum of the squares of each column over all rows of all steps.
     const std::vector<double>& squares(int observed) const { return squares_.at(observed); }
@@ -129,8 +131,8 @@ private:
     void lay_out_arena();
     void lay_out_weights();
     void make_scratch();
-    void validate(const Batch& batch) const;
-    void prepare(const Batch& batch);
+    void validate(const Batch& batch, const Pooling& pooling) const;
+    void prepare(const Batch& batch, const Pooling& pooling);
     void cut_attention(const Batch& batch);
     Cut cut_linear(const Instruction& instruction) const;
     int64_t count_tiles(const Instruction& instruction, const Cut& cut) const;
@@ -140,7 +142,7 @@ private:
     void run_tiles(int instruction, int thread);
     void add_squares(const Instruction& instruction, int64_t tile);
     void compute_rotary(int64_t begin, int64_t end);
-    void run(const Batch& batch, const Work& finish_row);
+    void run(const Batch& batch, const Pooling& pooling, const Work& finish_row);
 
     const Kernels& kernels_;
     ThreadPool pool_;
@@ -154,7 +156,7 @@ private:
     std::vector<Buffer> buffers_;
     std::vector<Recorded> recorded_;
     std::vector<Instruction> instructions_;
-    int64_t logits_width_ = 0, weight_bytes_ = 0;
+    int64_t logits_width_ = 0, pooled_width_ = 0, weight_bytes_ = 0;
     Memory weight_memory_, arena_;
     std::shared_ptr<const Memory> kv_;  // shared with the pages that Python has exported
     int64_t pages_ = 0;

@@ -105,6 +105,13 @@ int Program::gated(int gate_up, Activation activation) {
     return gate_up;
 }
 
+void Program::pool_rows(int x, int vector) {
+    require(pooled_width_ == 0, "pool_rows is recorded at most once");
+    pooled_width_ = buffers_.at(x).width;
+    record({.op = Op::pool_rows, .vector = values_of(vector, pooled_width_), .width = pooled_width_}, x, 0,
+           Element::f32);
+}
+
 int Program::sampled_rows(int x) { return record({.op = Op::sampled_rows}, x, buffers_.at(x).width, Element::f32); }
 
 int Program::observe(int x) {

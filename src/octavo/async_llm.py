@@ -10,15 +10,35 @@ from typing import Any, Unpack
 from .config import EngineConfig
 from .engine.messages import EngineInfo, EngineStats
 from .errors import EngineDead, OctavoError
-from .frontend.chat import Conversation, conversations
+from .frontend.beam_search import BeamSearch, beam_search_output
+from .frontend.chat import ChatOptions, Conversation, chat_tokens, conversations
 from .frontend.frontend import Frontend
 from .frontend.inbox import Inbox
 from .frontend.links.process import EngineProcess, ProcessLink
-from .frontend.live import LiveRequest
-from .frontend.requests import Prompt, Request, make_request, make_requests, tokenize_all
+from .frontend.live import LiveRequest, Sink
+from .frontend.metrics import Metric, metrics_of
+from .frontend.pooled import check_task, embedding_output, embedding_requests, pooling_output
+from .frontend.requests import (
+    Prompt,
+    Request,
+    check_logprobs,
+    check_sleep,
+    check_streamable,
+    make_request,
+    make_requests,
+    tokenize_all,
+)
+from .frontend.scoring import ScoringParams, pairs_of, score_requests, scoring_output, share_prefix
 from .frontend.stats import FrontendStats, ReplicaStats
-from .outputs import RequestOutput
-from .params import SamplingParams, Terms
+from .outputs import (
+    BeamSearchOutput,
+    EmbeddingRequestOutput,
+    PoolingOutput,
+    PoolingRequestOutput,
+    RequestOutput,
+    ScoringRequestOutput,
+)
+from .params import BeamSearchParams, PoolingParams, SamplingParams, Terms
 from .states import KVState, StateBook
 from .text import Tokenizer
 from .weights import generation_defaults, resolve
@@ -60,6 +80,7 @@ class AsyncLLM:
 
     def _set_up(self, config: EngineConfig, process: EngineProcess | None = None) -> None:
         self.config = config
+        self._is_sleeping = False
         path = self._path = resolve(config.model, config.revision)
         self._links: list[ProcessLink] = []
         self._begin_loading(process)  # engines load while this process continues
@@ -103,6 +124,7 @@ class AsyncLLM:
         except (OctavoError, OSError) as error:
             self._frontend.fail_all(EngineDead(f"the model cannot be loaded: {error}"))
             raise
+        self._is_sleeping = False
 
     async def scale(self, replicas: int) -> None:
         """Start engines, or drain some, until there are `replicas`. Requests of a drained engine move to the others.
@@ -118,6 +140,7 @@ class AsyncLLM:
 
     async def unload(self) -> None:
         """End the engine processes and free their memory. KV states are kept. Requests wait until `load` is called."""
+        self._is_sleeping = True
         await self._frontend.stop()
 
     def generate(
@@ -133,7 +156,7 @@ class AsyncLLM:
         """Complete prompts. `await` the result for whole outputs, or iterate over it, as in vLLM, for increments.
 
         Args:
-            prompts: one prompt or several, each as text, as token ids, or as a PromptDict.
+            prompts: one prompt or several, each as text, as token ids, or as a TextPrompt or TokensPrompt.
             sampling_params: one for all prompts, or one each; `default_sampling_params` by default.
             request_id: the request's id for `abort` and `get_kv_cache_state`; for one prompt only.
             kv_cache_state: the state that the prompts continue, one for all or one each. Its tokens are not computed
@@ -169,20 +192,61 @@ class AsyncLLM:
         messages: Conversation | Sequence[Conversation],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        chat_template: str | None = None,
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool = False,
+        tools: list[dict[str, Any]] | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
         priority: int | Sequence[int] = 0,
         **terms: Unpack[Terms],
     ) -> list[RequestOutput]:
-        """Answer one conversation, or each of several. The other arguments are those of `generate`.
+        """Answer one conversation, or each of several. The other arguments are those of ChatOptions and `generate`.
 
         Args:
             messages: a list of {"role": ..., "content": ...}, or a list of such lists.
+
+        The text of an answer has tool calls and reasoning as the model writes them.
         """
-        prompts: list[Prompt] = [await asyncio.to_thread(self.chat_tokens, one) for one in conversations(messages)]
+        options = ChatOptions(
+            chat_template=chat_template,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            tools=tools,
+            chat_template_kwargs=chat_template_kwargs,
+        )
+        prompts: list[Prompt] = [
+            await asyncio.to_thread(chat_tokens, self.tokenizer, one, options) for one in conversations(messages)
+        ]
         return await self.agenerate(prompts, sampling_params, priority=priority, **terms)
 
-    def chat_tokens(self, messages: Conversation) -> list[int]:
-        """Render a conversation with the model's chat template, and return the prompt's token ids."""
-        return self.tokenizer.encode(self.tokenizer.chat(messages), add_special_tokens=False)
+    def chat_tokens(self, messages: Conversation, **options: Unpack[ChatOptions]) -> list[int]:
+        """Render a conversation with the chat template, and return the prompt's token ids."""
+        return chat_tokens(self.tokenizer, messages, options)
+
+    async def beam_search(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: BeamSearchParams,
+        *,
+        priority: int | Sequence[int] = 0,
+        **terms: Unpack[Terms],
+    ) -> list[BeamSearchOutput]:
+        """Search the likeliest outputs of prompts. Return one BeamSearchOutput for each prompt, in order.
+
+        The arguments besides `params` are those of `generate`.
+        """
+        requests = make_requests(prompts, None, SamplingParams(temperature=0), priority, terms)
+        outputs = await self.beam_search_requests(requests, params)
+        return [beam_search_output(output, self.tokenizer) for output in outputs]
+
+    async def beam_search_requests(self, requests: list[Request], params: BeamSearchParams) -> list[RequestOutput]:
+        """Do what `beam_search` does for requests. The best beams are the completions of the outputs."""
+        self._frontend.check_capacity(len(requests) * params.beam_width)
+        tokens = await tokenize_all(requests, self.tokenizer, self.info)
+        search = BeamSearch(requests, tokens, params, self.tokenizer, self.info, self.config.request_timeout)
+        while tokens := search.tokens:
+            search.advance(await self.generate_requests(search.requests(), tokens=tokens))
+        return search.outputs()
 
     async def stream(
         self,
@@ -196,7 +260,8 @@ class AsyncLLM:
     ) -> AsyncGenerator[RequestOutput, None]:
         """Yield the increments of one request as they are computed. Their `outputs` hold only the new parts.
 
-        Closing the generator aborts the request. Arguments and exceptions are those of `generate`.
+        With another `output_kind` of the sampling parameters, they hold the whole output so far, or there is a single
+        output at the end. Closing the generator aborts the request. Arguments and exceptions are those of `generate`.
         """
         params = sampling_params or self.default_sampling_params
         request = make_request(prompt, params, priority, terms, kv_cache_state)
@@ -205,8 +270,14 @@ class AsyncLLM:
                 for _, increment in increments:
                     yield increment
 
-    async def generate_requests(self, requests: list[Request], request_id: str | None = None) -> list[RequestOutput]:
-        """Complete requests. Return one whole RequestOutput for each request, in order; see `generate`."""
+    async def generate_requests(
+        self, requests: list[Request], request_id: str | None = None, *, tokens: list[list[int]] | None = None
+    ) -> list[RequestOutput]:
+        """Complete requests. Return one whole RequestOutput for each request, in order; see `generate`.
+
+        Args:
+            tokens: the prompts' token ids, if the requests continue earlier ones, which were checked and admitted.
+        """
         done: Inbox[LiveRequest] = Inbox()
 
         def sink(live: LiveRequest, output: RequestOutput | Exception) -> None:
@@ -215,7 +286,7 @@ class AsyncLLM:
             elif output.finished:
                 done.put(live)
 
-        lives = await self._submit(requests, sink, request_id)
+        lives = await self._submit(requests, sink, request_id, tokens)
         try:
             running = len(lives)
             while running:
@@ -229,6 +300,7 @@ class AsyncLLM:
         self, requests: list[Request], request_id: str | None = None
     ) -> AsyncGenerator[list[Increment], None]:
         """Yield lists of increments: each holds all that have arrived since the one before; see `stream`."""
+        check_streamable(requests)
         inbox: Inbox[RequestOutput] = Inbox()
 
         def sink(_: LiveRequest, increment: RequestOutput | Exception) -> None:
@@ -247,6 +319,65 @@ class AsyncLLM:
                 yield [(index[increment.request_id], increment) for increment in increments]
         finally:
             self._frontend.abort(lives)
+
+    async def embed(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        pooling_params: PoolingParams | None = None,
+        priority: int | Sequence[int] = 0,
+        **terms: Unpack[Terms],
+    ) -> list[EmbeddingRequestOutput]:
+        """Return the embedding of each prompt, in order: `.outputs.embedding`, a list of floats.
+
+        The arguments are those of `generate`. Raises the same exceptions.
+        """
+        params = pooling_params or PoolingParams()
+        requests = embedding_requests(prompts, params, self.info, priority, terms)
+        return [embedding_output(output, params) for output in await self.generate_requests(requests)]
+
+    async def encode(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        pooling_params: PoolingParams | None = None,
+        *,
+        pooling_task: str | None = None,
+        priority: int | Sequence[int] = 0,
+        **terms: Unpack[Terms],
+    ) -> list[PoolingRequestOutput[PoolingOutput]]:
+        """Return what `embed` returns, but as arrays: `.outputs.data`, float32.
+
+        Args:
+            pooling_task: vLLM's name of the task; only "embed".
+        """
+        check_task(pooling_task)
+        params = pooling_params or PoolingParams()
+        requests = embedding_requests(prompts, params, self.info, priority, terms)
+        return [pooling_output(output, params) for output in await self.generate_requests(requests)]
+
+    async def score(
+        self,
+        data_1: str | Sequence[str],
+        data_2: str | Sequence[str],
+        *,
+        scoring_params: ScoringParams | None = None,
+        priority: int = 0,
+        **terms: Unpack[Terms],
+    ) -> list[ScoringRequestOutput]:
+        """Return the probability that each document is relevant for its query: `.outputs.score`, from 0 to 1.
+
+        Args:
+            data_1: a query for all documents, or one for each.
+            data_2: the documents.
+            scoring_params: the prompt, and the answers whose probabilities are compared; by default, Qwen3-Reranker's.
+        """
+        pairs = pairs_of(data_1, data_2)
+        requests = await asyncio.to_thread(
+            score_requests, pairs, scoring_params or ScoringParams(), self.tokenizer, self.info, priority, terms
+        )
+        first = await self.generate_requests(requests[:1]) if share_prefix(pairs) else []  # the others find its pages
+        rest = await self.generate_requests(requests[len(first) :])
+        return [scoring_output(output) for output in first + rest]
 
     def check_capacity(self, completions: int) -> None:
         """Raise QueueFull or InvalidRequest if `generate` would refuse so many completions."""
@@ -296,6 +427,33 @@ class AsyncLLM:
         """Return whether an engine is ready to serve, and its status as text, such as "the engine is ready"."""
         return self._frontend.readiness()
 
+    async def get_tokenizer(self) -> Tokenizer:
+        """Return the model's tokenizer."""
+        return self.tokenizer
+
+    async def get_metrics(self) -> list[Metric]:
+        """Return the engines' statistics as counters and gauges with vLLM's names."""
+        return metrics_of(await self.replica_stats(), self.config.model_name)
+
+    async def reset_prefix_cache(self) -> bool:
+        """Do what LLM.reset_prefix_cache does."""
+        return await self._frontend.reset_prefix_cache()
+
+    async def sleep(self, level: int = 1) -> None:
+        """Do what `unload` does, under vLLM's name. Requests wait until `wake_up`. The level must be 1 or 2."""
+        check_sleep(level)
+        await self.unload()
+
+    async def wake_up(self, tags: list[str] | None = None) -> None:
+        """Do what `load` does, under vLLM's name, if the model sleeps; see LLM.wake_up."""
+        check_sleep(tags=tags)
+        if self._is_sleeping:
+            await self.load()
+
+    async def is_sleeping(self) -> bool:
+        """Return whether the model sleeps."""
+        return self._is_sleeping
+
     async def close(self) -> None:
         """End the engine processes. Live requests fail with EngineDead."""
         await self._frontend.close()
@@ -313,10 +471,14 @@ class AsyncLLM:
         await self.close()
 
     async def _submit(
-        self, requests: list[Request], sink: Callable[[LiveRequest, RequestOutput | Exception], None], id: str | None
+        self, requests: list[Request], sink: Sink, id: str | None, tokens: list[list[int]] | None = None
     ) -> list[LiveRequest]:
-        """Tokenize and start requests."""
-        self._frontend.check_capacity(sum(request.params.n for request in requests))
+        """Tokenize and start requests; see `generate_requests`."""
+        if tokens is not None:
+            return self._frontend.submit(requests, tokens, sink, id, is_admitted=True)
+        self._frontend.check_capacity(sum(request.params.num_completions for request in requests))
+        for request in requests:
+            check_logprobs(request.params, self.config.max_logprobs, self.info)
         tokens = await tokenize_all(requests, self.tokenizer, self.info)
         return self._frontend.submit(requests, tokens, sink, id)
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from .errors import ConfigError
 from .machine import available_cores
+from .params import MAX_LOGPROBS
 from .settings import (
     Resolved,
     Rule,
@@ -102,6 +103,11 @@ class EngineConfig(Settings):
         f"Format of the model's reasoning: {', '.join(REASONING_PARSERS)}; none leaves it in the text; auto finds it "
         "from the chat template.",
         one_of("auto", "none", *REASONING_PARSERS),
+    )
+    max_logprobs: int = setting(
+        MAX_LOGPROBS,
+        "Logprobs per token that a request may ask for; -1: of the whole vocabulary, in large and slow replies.",
+        Rule("at least -1", lambda value: value >= -1),
     )
     max_model_len: int | None = setting(
         None, "Maximum tokens of prompt and output together; by default the model's own limit.", at_least(2)

@@ -1,19 +1,24 @@
-"""How a request is sampled (SamplingParams) and served (ServiceTerms), with vLLM's names and defaults.
+"""How a request is sampled (SamplingParams), pooled (PoolingParams) and served (ServiceTerms), with vLLM's names and
+defaults.
 
-These two classes are the only list of request parameters: command-line flags, HTTP fields and keywords are derived from
+These classes are the only list of request parameters: command-line flags, HTTP fields and keywords are derived from
 their fields. A field's description is its help text.
 """
 
 import json
 import math
-from typing import Annotated, Any, TypedDict
+from enum import Enum
+from typing import Annotated, Any, Literal, TypedDict
 
 import msgspec
 from msgspec import Meta
 
 from .errors import InvalidRequest
 
-MAX_LOGPROBS = 20
+MAX_LOGPROBS = 20  # OpenAI's limit, and the default of the setting max_logprobs
+MAX_ALLOWED_TOKENS = 8192  # these are checked on the event loop, in some milliseconds
+MAX_PATTERN, MAX_REPETITIONS = 256, 65_536  # of repetition_detection: tokens of a pattern, and how often it occurs
+MAX_COMPLETIONS = 128  # of a prompt
 MAX_STOP_STRINGS, MAX_STOP_CHARACTERS = 16, 1024
 MAX_BAD_WORDS, MAX_BAD_CHARACTERS = 128, 4096  # these are tokenized on the event loop, in about two milliseconds
 MAX_PRIORITY = 1000  # and at least -1000, so that aging makes up for any difference within hours
@@ -51,6 +56,12 @@ class StructuredOutputs(msgspec.Struct, frozen=True, kw_only=True, omit_defaults
     whitespace_pattern: Annotated[
         str | None, Meta(description="Regular expression of the whitespace between the parts of JSON.")
     ] = None
+    reasoning_end: Annotated[
+        list[str] | None, Meta(description="Texts that end the reasoning, which the constraint does not apply to.")
+    ] = None
+    reasoning_start: Annotated[
+        list[str] | None, Meta(description="Texts that begin it; if unset, the output begins within the reasoning.")
+    ] = None
 
     def __post_init__(self) -> None:
         fields = _Fields(self)
@@ -75,9 +86,47 @@ class StructuredOutputs(msgspec.Struct, frozen=True, kw_only=True, omit_defaults
             fields.need(isinstance(self.choice, list) and 0 < sum(map(len, self.choice)) <= MAX_GRAMMAR, "choice", what)
         fields.flag("disable_any_whitespace")
         fields.flag("disable_additional_properties")
+        for name in ("reasoning_end", "reasoning_start"):
+            if getattr(self, name) is not None:
+                fields.texts(name, MAX_STOP_STRINGS, MAX_STOP_CHARACTERS, f"a list of 1 to {MAX_STOP_STRINGS} strings")
+        fields.need(
+            self.reasoning_start is None or bool(self.reasoning_end), "reasoning_start", "set with reasoning_end"
+        )
 
 
 CONSTRAINTS = ("json", "regex", "choice", "grammar", "json_object", "structural_tag")
+
+
+class RepetitionDetectionParams(msgspec.Struct, frozen=True, omit_defaults=True):
+    """When an output ends because it repeats itself, with vLLM's names: a pattern occurs `min_count` times in a row.
+
+    Raises:
+        InvalidRequest: A ValueError, for a value of the wrong type or out of range.
+    """
+
+    max_pattern_size: Annotated[int, Meta(description="Tokens of the longest pattern; 0 turns the detection off.")] = 0
+    min_pattern_size: Annotated[int, Meta(description="Tokens of the shortest pattern; 0 means 1.")] = 0
+    min_count: Annotated[int, Meta(description="Occurrences of a pattern in a row that end the output.")] = 0
+
+    def __post_init__(self) -> None:
+        fields = _Fields(self)
+        fields.integer("max_pattern_size", 0, MAX_PATTERN, f"an integer from 0 to {MAX_PATTERN}")
+        fields.integer("min_pattern_size", 0, self.max_pattern_size, "an integer from 0 to max_pattern_size")
+        fewest = 2 if self.max_pattern_size else 0
+        fields.integer("min_count", fewest, MAX_REPETITIONS, f"an integer from {fewest} to {MAX_REPETITIONS:,}")
+
+
+class RequestOutputKind(Enum):
+    """What each output of a stream holds, with vLLM's names."""
+
+    CUMULATIVE = 0
+    """All of the completion so far."""
+
+    DELTA = 1
+    """The part that is new since the output before."""
+
+    FINAL_ONLY = 2
+    """All of the request; there is a single output, at the end."""
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -117,13 +166,12 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         Meta(description="Seed of sampling: the same seed gives the same text; if unset, a random one is drawn."),
     ] = None
     logprobs: Annotated[
-        int | None, Meta(description="Return log-probabilities of this many most likely tokens (up to 20).")
+        int | None,
+        Meta(description="Return log-probabilities of this many most likely tokens; -1: of the whole vocabulary."),
     ] = None
     prompt_logprobs: Annotated[
         int | None,
-        Meta(
-            description="Return log-probabilities of the prompt's tokens, with this many most likely ones (up to 20)."
-        ),
+        Meta(description="Return log-probabilities of the prompt's tokens, with this many most likely ones; -1: all."),
     ] = None
     presence_penalty: Annotated[
         float, Meta(description="Subtract this from the logits of tokens in the output, -2 to 2.")
@@ -139,6 +187,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         Meta(description="Map of token ids to numbers that are added to their logits, -100 to 100."),
     ] = None
     bad_words: Annotated[list[str] | None, Meta(description="Words that never appear in the output; up to 128.")] = None
+    allowed_token_ids: Annotated[
+        list[int] | None, Meta(description="The output has only these tokens; up to 8,192 ids.")
+    ] = None
     skip_special_tokens: Annotated[
         bool, Meta(description="Leave special tokens, such as those of the chat template, out of the text.")
     ] = True
@@ -158,11 +209,24 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     structured_outputs: Annotated[
         StructuredOutputs | None, Meta(description="Constraint on the form of the output: a JSON schema or a grammar.")
     ] = None
+    best_of: Annotated[
+        int | None,
+        Meta(description="Completions to generate, of which the n with the highest cumulative logprob are returned."),
+    ] = None
+    repetition_detection: Annotated[
+        RepetitionDetectionParams | None, Meta(description="End the output when it repeats itself.")
+    ] = None
+    thinking_token_budget: Annotated[
+        int | None, Meta(description="Tokens after which the model's reasoning is ended; -1: no limit.")
+    ] = None
+    output_kind: Annotated[
+        RequestOutputKind, Meta(description="What each output of a stream holds; not a field of HTTP requests.")
+    ] = RequestOutputKind.DELTA
 
     def __post_init__(self) -> None:
         fields = _Fields(self)
         need, number, integer = fields.need, fields.number, fields.integer
-        integer("n", 1, 128, "an integer from 1 to 128")
+        integer("n", 1, MAX_COMPLETIONS, f"an integer from 1 to {MAX_COMPLETIONS}")
         number("temperature", 0.0, 100.0, "a number from 0 (greedy) to 100")
         number("top_p", 0.0, 1.0, "a number above 0 and at most 1")
         need(self.top_p > 0, "top_p", "a number above 0 and at most 1")
@@ -180,10 +244,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
             fields.token_ids("stop_token_ids", 1024, "a list of at most 1,024 token ids")
         if self.seed is not None:
             integer("seed", -(2**63), 2**64 - 1, "a 64-bit integer")
-        if self.logprobs is not None:
-            integer("logprobs", 0, MAX_LOGPROBS, f"an integer from 0 to {MAX_LOGPROBS}")
-        if self.prompt_logprobs is not None:
-            integer("prompt_logprobs", 0, MAX_LOGPROBS, f"an integer from 0 to {MAX_LOGPROBS}")
+        for name in ("logprobs", "prompt_logprobs"):  # the setting max_logprobs limits them further
+            if getattr(self, name) is not None:
+                integer(name, -1, MAX_INTEGER, f"how many tokens to return, at most {MAX_INTEGER:,}, or -1 for all")
         number("presence_penalty", -2.0, 2.0, "a number from -2 to 2")
         number("frequency_penalty", -2.0, 2.0, "a number from -2 to 2")
         # At least 1e-30: logits are divided by it in float32.
@@ -196,6 +259,10 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
             fields.texts("bad_words", MAX_BAD_WORDS, MAX_STOP_CHARACTERS, f"a list of at most {limits}")
             total = f"at most {MAX_BAD_CHARACTERS:,} characters together"
             need(sum(map(len, self.bad_words)) <= MAX_BAD_CHARACTERS, "bad_words", total)
+        if self.allowed_token_ids is not None:
+            what = f"a list of 1 to {MAX_ALLOWED_TOKENS:,} token ids"
+            fields.token_ids("allowed_token_ids", MAX_ALLOWED_TOKENS, what)
+            need(bool(self.allowed_token_ids), "allowed_token_ids", what)
         for name in ("skip_special_tokens", "include_stop_str_in_output", "detokenize", "ignore_eos"):
             fields.flag(name)
         need(
@@ -210,7 +277,19 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         if self.speculative_tokens is not None:
             integer("speculative_tokens", 0, 1024, "an integer from 0 to 1,024")
         if self.structured_outputs is not None:
-            fields.structured("structured_outputs")
+            fields.struct("structured_outputs", StructuredOutputs, "an object with one constraint")
+        if self.best_of is not None:
+            integer("best_of", self.n, MAX_COMPLETIONS, f"an integer from n ({self.n}) to {MAX_COMPLETIONS}")
+        if self.repetition_detection is not None:
+            fields.struct("repetition_detection", RepetitionDetectionParams, "an object with max_pattern_size")
+        if self.thinking_token_budget is not None:
+            integer("thinking_token_budget", -1, MAX_INTEGER, f"an integer from 0 to {MAX_INTEGER:,}, or -1")
+        need(isinstance(self.output_kind, RequestOutputKind), "output_kind", "a RequestOutputKind")
+
+    @property
+    def num_completions(self) -> int:
+        """Return the number of completions to generate, of which `n` are returned."""
+        return self.best_of or self.n
 
     @property
     def stop_strings(self) -> list[str]:
@@ -221,6 +300,38 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     def penalized(self) -> bool:
         """Return whether any penalty is in effect."""
         return self.presence_penalty != 0 or self.frequency_penalty != 0 or self.repetition_penalty != 1
+
+
+class BeamSearchParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Parameters of a beam search, with vLLM's names and defaults.
+
+    Raises:
+        InvalidRequest: A ValueError, for a value of the wrong type or out of range.
+    """
+
+    beam_width: Annotated[int, Meta(description="Sequences that are continued at each step and returned, 1 to 128.")]
+    max_tokens: Annotated[int, Meta(description="Maximum number of tokens to generate.")]
+    ignore_eos: Annotated[bool, Meta(description="Continue after the end-of-sequence token.")] = False
+    temperature: Annotated[
+        float, Meta(description="No effect: beams are ranked by the logprobs of the model, as in vLLM.")
+    ] = 0.0
+    length_penalty: Annotated[
+        float,
+        Meta(description="Sequences are ranked by their logprob divided by this power of their length, -10 to 10."),
+    ] = 1.0
+    include_stop_str_in_output: Annotated[
+        bool, Meta(description="Whether the text of an output has its end-of-sequence token.")
+    ] = False
+    skip_special_tokens: Annotated[bool, Meta(description="Leave special tokens out of the text.")] = True
+
+    def __post_init__(self) -> None:
+        fields = _Fields(self)
+        fields.integer("beam_width", 1, MAX_COMPLETIONS, f"an integer from 1 to {MAX_COMPLETIONS}")
+        fields.integer("max_tokens", 1, MAX_INTEGER, f"an integer from 1 to {MAX_INTEGER:,}")
+        fields.number("temperature", 0.0, 100.0, "a number from 0 to 100")
+        fields.number("length_penalty", -10.0, 10.0, "a number from -10 to 10")
+        for name in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens"):
+            fields.flag(name)
 
 
 class Terms(TypedDict, total=False):
@@ -267,6 +378,36 @@ class ServiceTerms(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
                 fields.need(getattr(self, param) > 0, param, "a number of seconds, at most a day")
         if self.cache_salt is not None:
             fields.name("cache_salt", 1, f"1 to {MAX_NAME} printable characters")
+
+
+class PoolingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How the hidden states of a prompt become an embedding.
+
+    Raises:
+        InvalidRequest: A ValueError, for a value of the wrong type or out of range.
+    """
+
+    pooling: Annotated[
+        Literal["mean", "last"],
+        Meta(description="mean: the mean of the hidden states of all tokens; last: that of the last token."),
+    ] = "last"
+    normalize: Annotated[bool, Meta(description="Scale embeddings to length 1.")] = True
+    dimensions: Annotated[
+        int | None, Meta(description="Keep only the first dimensions of embeddings, before they are normalized.")
+    ] = None
+    truncate_prompt_tokens: Annotated[
+        int | None,
+        Meta(description="Keep only this many last tokens of the prompt; -1: as many as fit into the context."),
+    ] = None
+
+    def __post_init__(self) -> None:
+        fields = _Fields(self)
+        fields.need(self.pooling in ("mean", "last"), "pooling", "mean or last")
+        fields.flag("normalize")
+        if self.dimensions is not None:
+            fields.integer("dimensions", 1, MAX_INTEGER, "an integer of at least 1")
+        if self.truncate_prompt_tokens is not None:
+            SamplingParams(truncate_prompt_tokens=self.truncate_prompt_tokens)  # checks it
 
 
 class _Fields:
@@ -351,15 +492,15 @@ class _Fields:
         self.need(1 <= len(text) <= longest, param, what)
         self._store(param, given, text)
 
-    def structured(self, param: str) -> None:
-        """Store a dict as StructuredOutputs."""
+    def struct(self, param: str, kind: type[msgspec.Struct], what: str) -> None:
+        """Store a dict as a struct of the class `kind`."""
         given = getattr(self._struct, param)
         value = given
         if isinstance(given, dict):
-            if unknown := given.keys() - set(StructuredOutputs.__struct_fields__):
+            if unknown := given.keys() - set(kind.__struct_fields__):
                 raise InvalidRequest(f"{param} has no {min(map(str, unknown))}", param)
-            value = StructuredOutputs(**given)
-        self.need(isinstance(value, StructuredOutputs), param, "an object with one constraint")
+            value = kind(**given)
+        self.need(isinstance(value, kind), param, what)
         self._store(param, given, value)
 
     def _store(self, param: str, given: Any, value: Any) -> None:

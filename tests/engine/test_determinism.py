@@ -13,7 +13,18 @@ from tiny_models import real_text
 
 NUM_PROMPTS = 64
 # Without --many, for SmolLM2, whose tokens take long on a processor without AVX-512. The first seven are the long ones.
-SAMPLE = [2, 6, 10, 14, 18, 22, 26, 0, 1, 3, 4, 5]
+SAMPLE = [2, 6, 10, 14, 18, 22, 26, 0, 1, 3, 4, 5, 9]
+ITEM = {
+    "type": "object",
+    "properties": {"a": {"enum": [1, 22, "333"]}},
+    "required": ["a"],
+    "additionalProperties": False,
+}
+GRAMMARS = [
+    {"json": {"type": "array", "items": ITEM, "minItems": 2, "maxItems": 9}, "disable_additional_properties": True},
+    {"regex": "([a-z]+ ){4,9}(end|stop)"},
+    {"grammar": 'start: call (";" call){3,6}\ncall: /[a-z]{2,5}/ "(" /\\d{1,3}/? ")"'},
+]
 PAGES = 10  # of a KV pool that is too small for the prompts
 # The tiny ones have sliding windows, biases, norms of q and k. SmolLM2's own integers ("auto") are those of Q4_1.
 # The last is the KV cache's dtype.
@@ -50,11 +61,12 @@ class Cases:
 
 
 def parameters(i: int, longest: int) -> SamplingParams:
-    """Greedy and seeded by turns; some with penalties, or logprobs of the prompt; some outgrow their first pages."""
+    """Greedy and seeded by turns; some with penalties, a grammar, or logprobs of the prompt; some outgrow a page."""
     penalty = 0.5 if i % 8 == 3 else 0.0
     return SamplingParams(
         temperature=0.9 * (i % 2), top_p=0.95, top_k=50 * (i % 3), seed=i, frequency_penalty=penalty, logprobs=3,
         max_tokens=longest if i % 4 == 2 else 12 + i % 7, ignore_eos=True, prompt_logprobs=2 if i % 5 == 4 else None,
+        structured_outputs=GRAMMARS[i // 4 % 3] if i % 4 == 1 else None,
     )  # fmt: skip
 
 
@@ -103,6 +115,12 @@ def test_in_another_order(model, cases):
 def test_in_chunks(model, cases, chunk):
     with LLM(**model, max_batch_tokens=chunk) as llm:
         assert run(llm, cases) == cases.answers
+
+
+def test_with_draft_tokens(model, cases):
+    with LLM(**model, speculative_tokens=4) as llm:
+        assert run(llm, cases) == cases.answers
+        assert llm.stats().accepted_tokens > 0
 
 
 def test_from_the_prefix_cache(model, cases):

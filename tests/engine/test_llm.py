@@ -120,7 +120,7 @@ def test_messages_that_are_none(llm, messages):
     "wrong",
     [
         {"temperature": -1}, {"temperature": float("nan")}, {"top_p": 0}, {"top_p": 1.1}, {"top_k": -2}, {"n": 0},
-        {"max_tokens": -1}, {"min_tokens": 20}, {"stop": [""]}, {"logprobs": 21}, {"repetition_penalty": 0},
+        {"max_tokens": -1}, {"min_tokens": 20}, {"stop": [""]}, {"logprobs": -2}, {"repetition_penalty": 0},
         {"presence_penalty": 3}, {"logit_bias": {1: 101}}, {"seed": 2**64}, {"temperature": "hot"}, {"n": True},
         {"stop_token_ids": [-1]}, {"frequency_penalty": float("inf")}, {"ignore_eos": 1}, {"min_p": 2},
     ],

@@ -35,10 +35,13 @@ EVENT = st.one_of(
     max_batch_tokens=st.integers(1, 24),
     prefix_caching=st.booleans(),
     policy=st.sampled_from(POLICIES),
+    mask_steps=st.integers(0, 3),
 )
-def test_random_traffic(events, num_pages, max_batch_size, max_batch_tokens, prefix_caching, policy):
-    """No page is shared by accident or leaked, the budget is kept, and everybody is served."""
-    sim = Simulation(num_pages, max_batch_size, max_batch_tokens, prefix_caching, policy, tenant_weights="a=0.3,b=3")
+def test_random_traffic(events, num_pages, max_batch_size, max_batch_tokens, prefix_caching, policy, mask_steps):
+    """No page is shared by accident or leaked, the budget is kept, no mask is missing, and everybody is served."""
+    sim = Simulation(
+        num_pages, max_batch_size, max_batch_tokens, prefix_caching, policy, mask_steps, tenant_weights="a=0.3,b=3"
+    )
     expected: dict[str, list[int]] = {}
 
     def add(prompt, max_tokens, terms, after=None):
@@ -62,13 +65,27 @@ def test_random_traffic(events, num_pages, max_batch_size, max_batch_tokens, pre
         elif event[0] == "step":
             for _ in range(event[1]):
                 sim.step()
-    patience = 40 + sum(len(tokens) for tokens in expected.values()) * 40
+    patience = (40 + sum(len(tokens) for tokens in expected.values()) * 40) * (1 + mask_steps)
     while sim.live:
         sim.step()
         patience -= 1
         assert patience > 0, f"{len(sim.live)} sequences are never served"
     assert sim.finished == expected
     sim.assert_empty()
+
+
+def test_a_sequence_that_is_not_ready_can_be_admitted_again():
+    """It has tokens to compute in its first step, although all but its last token are in the cache."""
+    sim = Simulation(num_pages=16, max_batch_size=2, max_batch_tokens=16)
+    seq = sim.live[sim.add([0, 1, 2, 1], 8)]
+    sim.step()
+    sim.unready.clear()
+    seq.ready = False
+    sim.scheduler._preempt(seq)
+    assert sim.step().chunks == [4] and seq.num_uncomputed == 1
+    assert sim.step().chunks == []
+    seq.ready = True
+    assert sim.step().chunks == [1] and seq.num_outputs == 2
 
 
 def test_prompts_are_cut_into_chunks_beside_decoding():

@@ -2,116 +2,22 @@
 refused within a bounded time."""
 
 import contextlib
-import json
 import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jsonschema
 import msgspec
 import pytest
+from schema_cases import COLOR, POINT, SCHEMAS, SHORT, STRING, record, several
+from schemas import fault
 
 from octavo import LLM, SamplingParams, StructuredOutputs
 from octavo.config import EngineConfig
 from octavo.engine.loading import load_engine
 from octavo.errors import InvalidRequest, RequestFailed
 from octavo.text import Tokenizer
-
-STRING, INTEGER, BOOLEAN, NULL = ({"type": kind} for kind in ("string", "integer", "boolean", "null"))
-
-
-def record(required: int | None = None, **properties: Any) -> dict[str, Any]:
-    """An object of these properties, the first `required` of which are required; by default all."""
-    names = list(properties)[:required]
-    return {"type": "object", "properties": properties, "required": names, "additionalProperties": False}
-
-
-def several(item: Any, least: int, most: int) -> dict[str, Any]:
-    return {"type": "array", "items": item, "minItems": least, "maxItems": most}
-
-
-SHORT = {"type": "string", "maxLength": 8}
-DIGIT = {"type": "integer", "minimum": 0, "maximum": 9}
-COLOR = {"enum": ["red", "green", "blue"]}
-POINT = record(x=DIGIT, y=DIGIT)
-TREE = {
-    "$defs": {"node": record(1, value=DIGIT, next={"anyOf": [{"$ref": "#/$defs/node"}, NULL]})},
-    "$ref": "#/$defs/node",
-}
-LINKED = {
-    "definitions": {"name": {"type": "string", "pattern": "^[a-z]{1,5}$"}},
-    **record(first={"$ref": "#/definitions/name"}, second={"$ref": "#/definitions/name"}),
-}
-PATTERNS = [
-    "[a-z]{2,6}",
-    "[A-Z]{3}-[0-9]{4}",
-    "(ab|cd){1,3}",
-    "x+y{2}",
-    "\\d{4}",
-    "[äöü]{1,3}",
-    "(a|b)?c",
-    '[^"\\\\]{1,3}',
-]
-CHECKER = jsonschema.FormatChecker(["date", "ipv4", "uuid"])  # its "time" has no time zone, unlike RFC 3339
-FORMATS = ["date", "time", "date-time", "ipv4", "uuid"]
-SCHEMAS: list[dict[str, Any]] = [
-    BOOLEAN,
-    NULL,
-    DIGIT,
-    SHORT,
-    COLOR,
-    POINT,
-    TREE,
-    LINKED,
-    {"type": "integer", "minimum": -5, "maximum": 500},
-    {"type": "integer", "exclusiveMinimum": 0, "maximum": 7},
-    {"type": "number", "minimum": 0, "maximum": 1, "pattern": ""},
-    {"type": "string", "minLength": 2, "maxLength": 4},
-    {"const": "fixed"},
-    {"const": 3},
-    {"const": [1, "a", None]},
-    {"const": {"a": 1}},
-    {"enum": [1, 2, "three", None, True]},
-    {"enum": ["é", "日本", "🙂", '"', "\\", "\n"]},
-    {"type": ["boolean", "null"]},
-    {"type": ["integer", "null"], "minimum": 0, "maximum": 99},
-    *[{"type": "string", "pattern": f"^{pattern}$"} for pattern in PATTERNS],
-    *[{"type": "string", "format": name} for name in FORMATS],
-    *[several(item, low, high) for item in (DIGIT, COLOR, BOOLEAN, SHORT, POINT) for low, high in ((0, 2), (2, 3))],
-    several(several(DIGIT, 1, 2), 1, 2),
-    several({"anyOf": [DIGIT, COLOR]}, 1, 4),
-    {"type": "array", "prefixItems": [DIGIT, COLOR], "items": False, "minItems": 2},
-    record(0, a=DIGIT, b=COLOR),
-    record(1, a=DIGIT, b=COLOR),
-    record(name=SHORT, age=DIGIT),
-    record(ünïcode=DIGIT),
-    record(**{"a b": DIGIT, 'c"d': BOOLEAN}),
-    record(inner=record(deeper=record(deepest=DIGIT))),
-    record(points=several(POINT, 1, 2), color=COLOR),
-    record(kind={"const": "a"}, value={"anyOf": [DIGIT, NULL]}),
-    record(a=DIGIT, b=BOOLEAN, c=NULL, d=COLOR, e=SHORT),
-    record(0, a=POINT, b=POINT, c=POINT),
-    {"anyOf": [DIGIT, COLOR]},
-    {"anyOf": [POINT, several(DIGIT, 0, 2)]},
-    {"oneOf": [{"const": "a"}, {"const": "b"}]},
-    {"anyOf": [record(a=DIGIT), record(b=COLOR)]},
-    {"allOf": [{"type": "integer"}, {"minimum": 3}, {"maximum": 12}]},
-    {
-        "allOf": [{"type": "object", "properties": {"a": DIGIT}, "required": ["a"]}],
-        "additionalProperties": False,
-        "properties": {"a": True},
-    },
-    {
-        "type": "object",
-        "properties": {"a": DIGIT},
-        "required": ["a"],
-        "additionalProperties": BOOLEAN,
-        "maxProperties": 2,
-    },
-    record(date={"type": "string", "format": "date"}, id={"type": "string", "pattern": "^[A-F0-9]{4}$"}),
-]
 
 
 @pytest.fixture(scope="module")
@@ -132,17 +38,11 @@ def constrained(seed: int = 1, **fields: Any) -> SamplingParams:
 
 
 def test_outputs_follow_their_schemas(llm: LLM) -> None:
-    usable = SCHEMAS
-    assert len(usable) >= 60
-    params = [constrained(i, json=schema, disable_any_whitespace=True) for i, schema in enumerate(usable)]
+    assert len(SCHEMAS) >= 60
+    params = [constrained(i, json=schema, disable_any_whitespace=True) for i, schema in enumerate(SCHEMAS)]
     outputs = [output.outputs[0] for output in llm.generate(["Answer:"] * len(params), params)]
-    for schema, output in zip(usable, outputs, strict=True):
-        if output.finish_reason == "length":  # recursion and repetition without a limit may go on at random
-            assert "$defs" in json.dumps(schema) or "additionalProperties" in schema, (schema, output.text)
-            continue
-        assert output.finish_reason == "stop"
-        value = json.loads(output.text)
-        jsonschema.validate(value, schema, format_checker=CHECKER)
+    for schema, output in zip(SCHEMAS, outputs, strict=True):
+        assert fault(output, schema) is None, (schema, output)
 
 
 @pytest.mark.parametrize(
@@ -150,13 +50,44 @@ def test_outputs_follow_their_schemas(llm: LLM) -> None:
     [
         ({"regex": "[a-c]{3}d{1,4}e"}, "[a-c]{3}d{1,4}e"),
         ({"choice": ["red", "green", 'a "quoted"\n/word', "é"]}, 'red|green|a "quoted"\n/word|é'),
-        ({"grammar": 'start: "a" b+\nb: "x" | "y" "!"'}, "a(x|y!)+"),
+        ({"grammar": 'start: "a" b b?\nb: "x" | "y" "!"'}, "a(x|y!){1,2}"),
         ({"grammar": 'root ::= "yes" | "no" [0-9]'}, "yes|no[0-9]"),
     ],
 )
 def test_other_constraints(llm: LLM, fields: dict[str, Any], pattern: str) -> None:
-    for output in llm.generate("Say", constrained(n=8, max_tokens=60, **fields))[0].outputs:
-        assert output.finish_reason == "length" or re.fullmatch(pattern, output.text), output.text
+    for output in llm.generate("Say", constrained(n=8, **fields))[0].outputs:
+        assert output.finish_reason == "stop" and re.fullmatch(pattern, output.text), output
+
+
+@pytest.mark.parametrize(
+    ("fields", "pattern"),
+    [({"regex": "[xy]{5}"}, "[xy]{5}"), ({"json": POINT}, '\\{"x":\\d,"y":\\d\\}'), ({"choice": ["no"]}, "no"),
+     ({"grammar": 'root ::= "yes" | "no" [0-9]'}, "yes|no[0-9]")],
+)  # fmt: skip
+def test_a_constraint_begins_after_the_reasoning(llm: LLM, fields: dict[str, Any], pattern: str) -> None:
+    inside = constrained(**fields, n=4, reasoning_end=["e", "."], disable_any_whitespace=True)
+    for output in llm.generate("Say", inside)[0].outputs:
+        assert output.finish_reason == "stop"
+        assert re.fullmatch(f"(?s)[^e.]*[e.]\\s{{0,8}}({pattern})", output.text), output.text
+    perhaps = constrained(**fields, n=8, reasoning_start=["<", "["], reasoning_end=["e"], disable_any_whitespace=True)
+    texts = [output.text for output in llm.generate("Say", perhaps)[0].outputs if output.finish_reason == "stop"]
+    assert all(re.fullmatch(f"(?s)(\\s{{0,8}}[<[][^e]*e\\s{{0,8}})?({pattern})", text) for text in texts), texts
+    assert {text.lstrip()[0] in "<[" for text in texts} == {True, False}
+
+
+@pytest.mark.parametrize("named", ["<|im_end|>", "<[2]>", "<[^1-5]>", '"\\\\" <[0-9]>'])
+def test_a_grammar_cannot_name_tokens(tokenizer: Tokenizer, named: str) -> None:
+    with pytest.raises(InvalidRequest, match="cannot name tokens"):
+        tokenizer.grammars.matcher(StructuredOutputs(grammar=f'start: "a" {named} "b"'))
+    spelled = '// <|im_end|>\nstart: "<|im_end|>" /<[2]>/ # <x>'
+    [output] = [tokenizer.grammars.matcher(StructuredOutputs(grammar=spelled))]
+    output.accept(tokenizer.encode("<|im", add_special_tokens=False))
+
+
+def test_a_schema_cannot_turn_its_enforcement_off(tokenizer: Tokenizer) -> None:
+    schema = {"x-guidance": {"lenient": True}, "type": "array", "uniqueItems": True}
+    with pytest.raises(InvalidRequest, match="uniqueItems"):
+        tokenizer.grammars.matcher(StructuredOutputs(json=schema))
 
 
 def test_special_tokens_never_come_out(llm: LLM, tokenizer: Tokenizer) -> None:
@@ -181,12 +112,13 @@ LONG = [
 
 
 def test_the_same_tokens_in_any_batch_with_drafts_and_after_preemption(tiny_llama: Path) -> None:
-    params = [constrained(i, **LONG[i % 3], logprobs=2, max_tokens=80, temperature=i % 2) for i in range(9)]
+    terms = {"logprobs": 2, "max_tokens": 80}
+    params = [constrained(i, **LONG[i % 3], temperature=i % 2, n=1 + i % 2, **terms) for i in range(9)]
     prompts = [[5 + i] * 20 for i in range(9)]
 
     def run(llm: LLM, **changes: Any) -> list[Any]:
         changed = [msgspec.structs.replace(each, **changes) for each in params]
-        outputs = [output.outputs[0] for output in llm.generate(prompts, changed)]
+        outputs = [completion for output in llm.generate(prompts, changed) for completion in output.outputs]
         return [(output.token_ids, output.cumulative_logprob, output.finish_reason) for output in outputs]
 
     with LLM(str(tiny_llama)) as llm:
@@ -203,6 +135,17 @@ def test_the_same_tokens_in_any_batch_with_drafts_and_after_preemption(tiny_llam
         assert llm.info.page_size == page
         assert run(llm) == alone
         assert llm.stats().preemptions > 0
+
+
+def test_turns_that_continue_kv_states(llm: LLM, tiny_llama: Path) -> None:
+    first = llm.generate("A record:", constrained(**LONG[0]))[0]
+    state = llm.get_kv_cache_state(first.request_id)
+    turns = [constrained(i, **fields, speculative_tokens=i % 2) for i, fields in enumerate(LONG)]
+    continued = llm.generate([" And"] * len(turns), turns, kv_cache_state=state)
+    assert all(output.metrics.cached_tokens == state.num_tokens - 1 for output in continued)
+    with LLM(str(tiny_llama), enable_prefix_caching=False) as other:
+        whole = other.generate([output.prompt_token_ids for output in continued], turns)
+    assert [output.outputs for output in continued] == [output.outputs for output in whole]
 
 
 def pool(model: Path, pages: int) -> int:

@@ -13,7 +13,7 @@ native = pytest.importorskip("octavo.backends.cpu._native", reason="the cpu back
 
 from test_kernels import ISAS, VOCAB, Layers, linear, random, stored  # noqa: E402
 
-from octavo.backends.base import SamplingBatch, StepBatch  # noqa: E402
+from octavo.backends.base import PoolingBatch, SamplingBatch, StepBatch  # noqa: E402
 from step_batches import step_batch  # noqa: E402
 
 COLUMNS, WIDTH, TOKENS = 32, 64, list(range(20))
@@ -102,7 +102,9 @@ def wrong_arrays(array: np.ndarray) -> list[Any]:
     return [strided(np.concatenate([longer, longer])), array.astype(other), array[None], longer, None, "array"]
 
 
-@pytest.mark.parametrize("field", [field.name for field in fields(StepBatch) if field.name != "sampling"])
+@pytest.mark.parametrize(
+    "field", [field.name for field in fields(StepBatch) if field.name not in ("sampling", "pooling")]
+)
 def test_a_step_refuses_wrong_arrays(layers: Layers, field: str) -> None:
     batch = step_batch([(TOKENS, 0, [0, 1])])
     wrong = wrong_arrays(getattr(batch, field))
@@ -126,6 +128,30 @@ def test_sampling_refuses_wrong_arrays(layers: Layers, field: str) -> None:
             layers.program.step(replace(batch, sampling=replace(batch.sampling, **{field: array})))
 
 
+def labels_of_rows(rows: list[int], tokens: list[int]) -> PoolingBatch:
+    """A PoolingBatch of labels, for a program that sums no rows."""
+    nothing = np.zeros(0, np.int32)
+    return PoolingBatch(nothing, nothing, np.zeros((0, 0)), np.array(rows, np.int32), np.array(tokens, np.int32))
+
+
+@pytest.mark.parametrize("field", [field.name for field in fields(PoolingBatch)])
+def test_pooling_refuses_wrong_arrays(layers: Layers, field: str) -> None:
+    batch, pooling = step_batch([(TOKENS, 0, [0, 1])]), labels_of_rows([3, 3], [5, 6])
+    if field == "sums":
+        wrong = [np.zeros((1, 0)), np.zeros((0, 1)), np.zeros((0, 0), np.float32), np.zeros(0), None]
+    else:
+        wrong = wrong_arrays(getattr(pooling, field))
+    for array in wrong:
+        with pytest.raises(REFUSED):
+            layers.program.step(replace(batch, pooling=replace(pooling, **{field: array})))
+
+
+@pytest.mark.parametrize("row, token", [(-1, 0), (20, 0), (0, -1), (0, WIDTH)])
+def test_labels_outside_of_the_batch_are_refused(layers: Layers, row: int, token: int) -> None:
+    with pytest.raises(ValueError, match="label"):
+        layers.program.step(replace(step_batch([(TOKENS, 0, [0])]), pooling=labels_of_rows([row], [token])))
+
+
 class Changing(SimpleNamespace):
     """An object whose arrays live no longer than the access to them."""
 
@@ -136,7 +162,8 @@ class Changing(SimpleNamespace):
 
 def changing(batch: Any) -> Changing:
     values = {field.name: getattr(batch, field.name) for field in fields(batch)}
-    return Changing(**{name: changing(x) if isinstance(x, SamplingBatch) else x for name, x in values.items()})
+    parts = (SamplingBatch, PoolingBatch)
+    return Changing(**{name: changing(x) if isinstance(x, parts) else x for name, x in values.items()})
 
 
 def test_a_step_holds_the_arrays_that_it_reads(layers: Layers) -> None:
@@ -144,6 +171,8 @@ def test_a_step_holds_the_arrays_that_it_reads(layers: Layers) -> None:
     batch = step_batch([(TOKENS, 0, [0, 1])])
     np.testing.assert_array_equal(layers.program.step(changing(batch))[0], layers.program.step(batch)[0])
     np.testing.assert_array_equal(layers.program.logits(changing(batch)), layers.program.logits(batch))
+    batch = replace(batch, pooling=labels_of_rows([3, 7], [5, 6]))
+    np.testing.assert_array_equal(layers.program.step(changing(batch))[6], layers.program.logits(batch)[[3, 7], [5, 6]])
 
 
 def test_an_exported_page_outlives_the_pool(layers: Layers) -> None:

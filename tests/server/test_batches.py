@@ -26,9 +26,12 @@ def upload(client: openai.OpenAI, text: str) -> str:
     return client.files.create(file=("rows.jsonl", io.BytesIO(text.encode())), purpose="batch").id
 
 
-def begin(client: openai.OpenAI, text: str, **more: Any) -> Any:
-    file = upload(client, text)
+def create(client: openai.OpenAI, file: str, **more: Any) -> Any:
     return client.batches.create(input_file_id=file, endpoint="/v1/completions", completion_window="24h", **more)
+
+
+def begin(client: openai.OpenAI, text: str, **more: Any) -> Any:
+    return create(client, upload(client, text), **more)
 
 
 def until_ended(client: openai.OpenAI, id: str) -> Any:
@@ -167,3 +170,50 @@ def test_kill_and_restart(tiny_llama: Path, tmp_path: Path) -> None:
         assert [each["custom_id"] for each in got] == [str(id) for id in range(count)]
         whole = until_ended(client, begin(client, "".join(row(id, max_tokens=24) for id in range(count))).id)
         assert texts(client, whole.output_file_id) == texts(client, batch.output_file_id)
+
+
+def test_limits_of_a_tenant(tiny_llama: Path, tmp_path: Path) -> None:
+    limits = ("--max-files", "4", "--max-stored-bytes", "2000", "--max-batches", "2", "--max-batch-size", "2")
+    with ServerProcess(tiny_llama, "--data-dir", str(tmp_path), *limits) as server, connect(server) as client:
+        first = upload(client, "x" * 1500)
+        with pytest.raises(openai.BadRequestError, match="max_stored_bytes") as error:
+            upload(client, "x" * 501)
+        assert (error.value.code, error.value.param) == ("storage_limit_exceeded", "file")
+        upload(client, "x" * 500)
+        with pytest.raises(openai.BadRequestError, match="max_stored_bytes"):
+            upload(client, "x")
+        assert len(list((tmp_path / "files").iterdir())) == 2
+        with connect(server, "other") as other:
+            upload(other, "x" * 1500)
+        client.files.delete(first)
+        for _ in range(3):
+            last = upload(client, "x")
+        with pytest.raises(openai.BadRequestError, match="max_files") as error:
+            upload(client, "x")
+        assert error.value.code == "too_many_files"
+        client.files.delete(last)
+        rows = upload(client, "".join(row(id, max_tokens=400) for id in range(5)))
+        begun = [create(client, rows) for _ in range(2)]
+        with pytest.raises(openai.RateLimitError, match="max_batches") as error:
+            create(client, rows)
+        assert error.value.code == "too_many_batches"
+        client.batches.cancel(begun[0].id)
+        until_ended(client, begun[0].id)
+        client.batches.cancel(create(client, rows).id)
+
+
+def test_tenants_share_the_server(tiny_llama: Path, tmp_path: Path) -> None:
+    """The short batch of one tenant ends beside ten long ones of another."""
+    flags = ("--data-dir", str(tmp_path), "--max-batch-size", "8", "--threads", "1")
+    with ServerProcess(tiny_llama, *flags) as server, connect(server) as client, connect(server, "other") as other:
+        file = upload(client, "".join(row(id, max_tokens=400) for id in range(500)))
+        long = [create(client, file).id for _ in range(10)]
+        while client.batches.retrieve(long[0]).request_counts.completed == 0:
+            time.sleep(0.01)
+        short = until_ended(other, begin(other, "".join(row(id) for id in range(20))).id)
+        assert (short.status, short.request_counts.completed) == ("completed", 20)
+        assert all(client.batches.retrieve(id).status in ("validating", "in_progress") for id in long)
+        for id in long:
+            client.batches.cancel(id)
+        for id in long:
+            until_ended(client, id)

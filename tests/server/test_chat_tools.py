@@ -140,6 +140,24 @@ def test_reasoning(client: openai.OpenAI, script: Script) -> None:
     assert not hasattr(message, "reasoning") and message.content.startswith("Two.")
 
 
+def test_structured_output_begins_after_the_reasoning(client: openai.OpenAI) -> None:
+    schema = {"name": "point", "schema": {"type": "object", "properties": {"x": {"enum": [1, 2]}}, "required": ["x"]}}
+    answers = [
+        chat(
+            client,
+            seed=seed,
+            max_tokens=60,
+            temperature=1.5,
+            response_format={"type": "json_schema", "json_schema": schema},
+        )
+        for seed in range(16)
+    ]
+    choices = [answer.choices[0] for answer in answers]
+    begun = {json.loads(choice.message.content)["x"] for choice in choices if choice.finish_reason == "stop"}
+    assert begun <= {1, 2} and begun
+    assert any(getattr(choice.message, "reasoning_content", None) for choice in choices)
+
+
 def rendered(server: ServerProcess, **body: Any) -> str:
     reply = httpx.post(f"{server.url}/v1/chat/completions/render", json={"messages": HELLO, **body})
     assert reply.status_code == 200, reply.text
@@ -181,3 +199,28 @@ def test_the_end_of_a_long_chat(server: ServerProcess) -> None:
     assert whole.endswith(rendered(server, truncate_prompt_tokens=5))
     long = [{"role": "user", "content": "word " * 2000}]
     assert "word" in rendered(server, messages=long, truncate_prompt_tokens=-1)
+
+
+def test_the_older_form_of_tools(client: openai.OpenAI, script: Script) -> None:
+    script("Let me see.\n" + CALL + "\n" + CALL)
+    function = WEATHER["function"]
+    [choice] = chat(client, functions=[function]).choices
+    assert (choice.message.content, choice.finish_reason) == ("Let me see.", "function_call")
+    call = choice.message.function_call
+    assert (call.name, call.arguments, choice.message.tool_calls) == ("weather", '{"city": "Tromsø"}', None)
+    deltas = [chunk.choices[0].delta for chunk in chat(client, functions=[function], stream=True)]
+    calls = [delta.function_call for delta in deltas if delta.function_call]
+    assert [call.name for call in calls if call.name] == ["weather"]
+    assert "".join(call.arguments or "" for call in calls) == '{"city": "Tromsø"}'
+    script("{}")
+    assert chat(client, functions=[function], function_call={"name": "weather"}).choices[0].message.function_call
+    history = [
+        *HELLO,
+        {"role": "assistant", "content": None, "function_call": {"name": "weather", "arguments": "{}"}},
+        {"role": "function", "name": "weather", "content": "rain"},
+    ]
+    script("It rains.")
+    assert chat(client, messages=history, functions=[function]).choices[0].message.content == "It rains."
+    for wrong in ({"functions": [function], "tools": [WEATHER]}, {"function_call": {"name": "weather"}}):
+        with pytest.raises(openai.BadRequestError):
+            chat(client, **wrong)

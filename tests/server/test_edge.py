@@ -485,7 +485,7 @@ def test_neutral_fields_change_nothing(http: httpx.Client, client: str, path: st
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("length_penalty", 2.0), ("use_beam_search", True), ("no_stop_trim", True),
+        ("length_penalty", 2.0), ("logits_processors", ["a"]), ("no_stop_trim", True),
         ("top_a", 0.5), ("mirostat_mode", 2), ("reasoning_effort", "high"),
         ("min_length", 5), ("typical_p", 0.9), ("continue_final_message", True),
     ],

@@ -1,11 +1,13 @@
 """Ollama's routes as the real `ollama` client sees them."""
 
+from pathlib import Path
 from typing import Any
 
 import httpx
 import ollama
 import pytest
 
+from octavo.text import Tokenizer
 from server_process import ServerProcess
 
 HELLO: Any = [{"role": "user", "content": "Say hello to the modules"}]
@@ -40,10 +42,35 @@ def test_generate(llama: ollama.Client, server: ServerProcess) -> None:
     assert llama.generate("tiny").done_reason == "load"
 
 
+def test_embed(llama: ollama.Client, server: ServerProcess) -> None:
+    texts = ["The module", "Another, longer text about modules"]
+    expected = httpx.post(f"{server.url}/v1/embeddings", json={"input": texts}, timeout=60).json()
+    reply = llama.embed("tiny", texts)
+    assert [list(each) for each in reply.embeddings] == [each["embedding"] for each in expected["data"]]
+    assert reply.prompt_eval_count == expected["usage"]["prompt_tokens"] and (reply.total_duration or 0) > 0
+    assert len(llama.embed("tiny:latest", texts[0], dimensions=8).embeddings[0]) == 8
+    assert list(llama.embed("tiny", []).embeddings) == []
+    older = llama.embeddings("tiny", texts[0]).embedding
+    length = sum(value * value for value in older) ** 0.5
+    assert [value / length for value in older] == pytest.approx(expected["data"][0]["embedding"], abs=1e-6)
+
+
+def test_embed_leaves_out_the_end_of_a_long_input(
+    llama: ollama.Client, server: ServerProcess, tiny_llama: Path
+) -> None:
+    tokens = Tokenizer.load(tiny_llama).encode("one two " * 600)
+    assert len(tokens) > 600
+    begin = httpx.post(f"{server.url}/v1/embeddings", json={"input": tokens[:511]}, timeout=60).json()
+    reply = llama.embed("tiny", "one two " * 600)
+    assert reply.prompt_eval_count == 511
+    assert list(reply.embeddings[0]) == begin["data"][0]["embedding"]
+
+
 def test_models(llama: ollama.Client) -> None:
     assert [model.model for model in llama.list().models] == ["tiny"]
     assert [model.context_length for model in llama.ps().models] == [512]
     assert llama.show("tiny:latest").modelinfo["octavo.context_length"] == 512  # type: ignore[index]
+    assert llama.show("tiny").capabilities == ["completion", "tools", "embedding"]
 
 
 @pytest.mark.parametrize(
@@ -56,7 +83,10 @@ def test_models(llama: ollama.Client) -> None:
         ("/api/chat", {"options": {"temperature": -1}}, 400),
         ("/api/chat", {"options": {"mirostat": 2}}, 400),
         ("/api/generate", {"prompt": "a", "template": "b"}, 400),
-        ("/api/embed", {"input": "a"}, 501),
+        ("/api/embed", {"input": "a", "dimensions": 10_000}, 400),
+        ("/api/embed", {"input": "word " * 600, "truncate": False}, 400),
+        ("/api/embed", {"input": [1, 2]}, 400),
+        ("/api/embed", {"model": "other", "input": "a"}, 404),
         ("/api/pull", {}, 501),
         ("/api/unknown", {}, 404),
     ],

@@ -100,6 +100,8 @@ def call(http: httpx.Client, ids: dict[str, str], path: str, method: str, operat
         return http.post(url, files={"file": ("rows.jsonl", "{}")}, data={"purpose": example["purpose"]})
     if path == "/v1/batches":
         example = example and example | {"input_file_id": ids["/v1/files/"]}
+    if path.endswith(("score", "rerank")):  # the default labels are not single tokens of the tiny model
+        example = example | {"labels": ["a", "b"]}
     return http.request(method, url, **({} if example is None else {"json": example}))
 
 

@@ -67,9 +67,9 @@ def test_prompt_logprobs(server: ServerProcess, client: openai.OpenAI) -> None:
 
 
 def test_too_many(server: ServerProcess) -> None:
-    body = {"prompt": [[7] * 500] * 4, "max_tokens": 1, "prompt_logprobs": 20}
-    reply = httpx.post(f"{server.url}/v1/completions", json=body)
-    assert (reply.status_code, reply.json()["error"]["param"]) == (400, "prompt_logprobs")
+    for body in ({"prompt": [[7] * 500] * 26}, {"prompt": [7] * 500, "n": 26}):
+        reply = httpx.post(f"{server.url}/v1/completions", json={"max_tokens": 1, "prompt_logprobs": 20, **body})
+        assert (reply.status_code, reply.json()["error"]["param"]) == (400, "prompt_logprobs")
 
 
 def test_no_output(client: openai.OpenAI) -> None:

@@ -15,8 +15,8 @@ from octavo import AsyncLLM
 from octavo.errors import ConfigError
 from octavo.fleet.fleet import Fleet
 from octavo.server.app import create_app
+from octavo.server.database import DATABASE, Database
 from octavo.server.openai.chat_generation import ChatGeneration
-from octavo.server.openai.responses.routes import DATABASE
 from octavo.server.openai.responses.store import ResponseStore, StoredResponse
 from octavo.text.answer import ArgumentsDelta, ReasoningDelta, TextDelta, ToolCallStart
 from server_process import ServerProcess
@@ -324,15 +324,15 @@ def test_a_data_folder_survives_the_server(tiny_llama: Path, tmp_path: Path) -> 
         assert client.responses.retrieve(waiting.id).usage.output_tokens == 400
         assert create(client, "more", previous_response_id=first.id).previous_response_id == first.id
         with pytest.raises(ConfigError, match="another server"):
-            ResponseStore(path)
+            Database(path)
         ids = [client.responses.create(model="tiny", input=HELLO, background=True, **ENDLESS).id for _ in range(4)]
 
     async def end_of(id: str) -> StoredResponse | None:
         return await store.find(id, "")
 
-    store = ResponseStore(path)
+    store = ResponseStore(Database(path))
     found = [asyncio.run(end_of(id)) for id in ids]
-    store.close()
+    store.database.close()
     assert all(stored and stored.status == "failed" for stored in found)
     assert found[-1] and "shutting down" in found[-1].response["error"]["message"]
 
@@ -340,10 +340,10 @@ def test_a_data_folder_survives_the_server(tiny_llama: Path, tmp_path: Path) -> 
 def test_a_data_folder_that_cannot_be_used(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="data_dir cannot be used"):
-        ResponseStore(tmp_path / "file" / DATABASE)
+        Database(tmp_path / "file" / DATABASE)
     (tmp_path / DATABASE).write_text("not a database " * 100)
     with pytest.raises(ConfigError, match="data_dir cannot be used"):
-        ResponseStore(tmp_path / DATABASE)
+        Database(tmp_path / DATABASE)
 
 
 # What is refused

@@ -29,7 +29,7 @@ def complete(prompt: list[int], max_tokens: int) -> list[int]:
 class PrefixBackend:
     """A Backend (see octavo.backends.base) of this model; pages hold an int64 for each token."""
 
-    spec = SimpleNamespace(vocab_size=VOCAB)
+    spec = SimpleNamespace(vocab_size=VOCAB, hidden_size=0)
 
     def __init__(self, num_pages: int, page_size: int):
         self.page_size, self.page_bytes = page_size, page_size * 8

@@ -25,8 +25,10 @@ class Simulation:
         max_batch_tokens: int,
         prefix_caching: bool = True,
         policy: str = "fcfs",
+        mask_steps: int = 0,
         **settings: Any,
     ):
+        """`mask_steps`: most steps for which a sequence is not ready after a new token."""
         self.kv = KVCache(num_pages, PAGE, prefix_caching, self.copy_page)
         self.policy = load_policy(EngineConfig(scheduling_policy=policy, **settings))
         self.scheduler = Scheduler(
@@ -36,6 +38,8 @@ class Simulation:
         self.memory: list[list[tuple[int, ...] | None]] = [[None] * PAGE for _ in range(num_pages)]
         self.live: dict[str, Sequence] = {}
         self.finished: dict[str, list[int]] = {}
+        self.mask_steps = mask_steps
+        self.unready: dict[Sequence, int] = {}  # steps that are left
         self.arrivals = 0
         self.now = 0.0  # a step takes a second
 
@@ -63,6 +67,7 @@ class Simulation:
 
     def step(self) -> StepPlan:
         self.now += 1
+        self.compute_masks()
         plan = self.scheduler.schedule()
         self.check(plan)
         for seq, chunk in zip(plan.sequences, plan.chunks, strict=True):  # every row writes, then every row reads
@@ -81,10 +86,19 @@ class Simulation:
             self.kv.commit(seq.page_table, seq.num_computed)
             if sampled:
                 seq.tokens.append(sum(seq.tokens) % 3)  # a model whose next token depends on all before it
+                self.unready[seq] = (seq.order + len(seq.tokens)) % (self.mask_steps + 1)
+                seq.ready = not self.unready[seq]
                 if len(seq.tokens) == seq.max_tokens:
                     self.scheduler.finish(seq)
                     self.finished[seq.id] = list(self.live.pop(seq.id).tokens)
         return plan
+
+    def compute_masks(self) -> None:
+        for seq in [seq for seq, steps in self.unready.items() if steps == 0]:
+            del self.unready[seq]
+            seq.ready = True
+        for seq in self.unready:
+            self.unready[seq] -= 1
 
     def check(self, plan: StepPlan) -> None:
         assert sum(plan.chunks) <= self.max_batch_tokens
@@ -93,6 +107,7 @@ class Simulation:
         assert len({seq.id for seq in plan.sequences}) == len(plan.sequences)
         assert len({seq.slot for seq in plan.sequences}) == len(plan.sequences)
         assert all(not seq.aborted for seq in plan.sequences)
+        assert all(seq.ready or not plan.completes(i) for i, seq in enumerate(plan.sequences))
         decoding = plan.sequences[: plan.num_decoding]
         assert all(seq.num_uncomputed == chunk == 1 for seq, chunk in zip(decoding, plan.chunks, strict=False))
 

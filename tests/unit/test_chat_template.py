@@ -196,6 +196,12 @@ def test_no_content_beside_tool_calls_is_none() -> None:
         assert template.render([message]) == 'True {"name": "add", "arguments": {"a": 1}}'
 
 
+@pytest.mark.parametrize("source", ['{{ "<" + messages[0].content + ">" }}', "<{{ messages[0]['content'] }}>"])
+def test_no_content_is_empty_for_templates_that_do_not_test_for_none(source: str) -> None:
+    with made(source) as template:
+        assert template.render([{"role": "assistant", "content": None}]) == "<>"
+
+
 # Continuing the last message
 
 

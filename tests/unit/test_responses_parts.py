@@ -11,6 +11,7 @@ from openai.types.responses import ResponseStreamEvent
 from pydantic import TypeAdapter
 
 from octavo.server.config import ServerConfig
+from octavo.server.database import Database
 from octavo.server.errors import ApiError
 from octavo.server.openai.responses import store as store_module
 from octavo.server.openai.responses.body import ResponsesRequest
@@ -180,7 +181,7 @@ def stored(id: str, tenant: str = "", previous: str | None = None, status: str =
 
 def test_conversations_of_tenants() -> None:
     async def use() -> None:
-        store = ResponseStore(None)
+        store = ResponseStore(Database(None))
         for each in (stored("a"), stored("b", previous="a"), stored("c", previous="b"), stored("a2", "other", "c")):
             await store.put(each)
         assert [turn.id for turn in await store.conversation("c", "")] == ["a", "b", "c"]
@@ -192,14 +193,14 @@ def test_conversations_of_tenants() -> None:
             with pytest.raises(ApiError) as error:
                 await store.conversation(id, tenant)
             assert error.value.status == 404
-        store.close()
+        store.database.close()
 
     asyncio.run(use())
 
 
 def test_limits_of_the_store(clock: list[float]) -> None:
     async def use() -> None:
-        store = ResponseStore(None, limits=(4, 10_000))
+        store = ResponseStore(Database(None), limits=(4, 10_000))
         await store.put(stored("small", "modest"))
         for i in range(5):  # one tenant cannot displace another one
             await store.put(stored(str(i), "greedy"))
@@ -215,26 +216,26 @@ def test_limits_of_the_store(clock: list[float]) -> None:
         clock[0] += store_module.MAX_AGE
         await store.put(stored("new"))
         assert await store.find("small", "modest") is None and await store.find("new", "")
-        store.close()
+        store.database.close()
 
     asyncio.run(use())
 
 
 def test_what_a_store_on_disk_remembers(tmp_path: Path) -> None:
     async def use() -> None:
-        store = ResponseStore(tmp_path / "responses.db")
+        store = ResponseStore(Database(tmp_path / "octavo.db"))
         await store.put(stored("a", text="漢字 \x00 \ud83d\ude00".encode("utf-16", "surrogatepass").decode("utf-16")))
         await store.put(stored("b", status="queued"))
         await store.put(stored("b", status="in_progress"))
         before = await store.find("a", "")
-        store.close()
-        store = ResponseStore(tmp_path / "responses.db", limits=(2, 10**6))
+        store.database.close()
+        store = ResponseStore(Database(tmp_path / "octavo.db"), limits=(2, 10**6))
         assert await store.find("a", "") == before
         interrupted = await store.find("b", "")
         assert interrupted and (interrupted.status, interrupted.response["status"]) == ("failed", "failed")
         assert "server stopped" in interrupted.response["error"]["message"]
         await store.put(stored("c"))  # what was stored before counts
         assert [bool(await store.find(id, "")) for id in "abc"].count(True) == 2
-        store.close()
+        store.database.close()
 
     asyncio.run(use())

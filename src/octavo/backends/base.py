@@ -66,6 +66,21 @@ class SamplingBatch:
 
 
 @dataclass(frozen=True, slots=True)
+class PoolingBatch:
+    """What pooled requests want of a step: P sums of hidden states, and the logits of L labels.
+
+    Sum p: `sums[p]` plus the hidden states of rows first[p] to end[p] - 1, added in float64 in order of position, so
+    that it is the same for any division into steps. A row's hidden state is the output of the final norm in float32.
+    """
+
+    first: np.ndarray  # int32 [P]
+    end: np.ndarray  # int32 [P]
+    sums: np.ndarray  # float64 [P, hidden]: those of earlier steps, or zeros
+    label_rows: np.ndarray  # int32 [L], indices into the R sampled rows
+    label_tokens: np.ndarray  # int32 [L]
+
+
+@dataclass(frozen=True, slots=True)
 class StepBatch:
     """One step: N rows (tokens) of S sequences, concatenated by sequence, each sequence's rows in order of position.
 
@@ -79,6 +94,7 @@ class StepBatch:
     page_tables: np.ndarray  # int32 [S, P], C-contiguous
     sample_rows: np.ndarray  # int32 [R], rows (indices into N) whose next token is wanted
     sampling: SamplingBatch
+    pooling: PoolingBatch | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +102,7 @@ class StepResult:
     """The result of a step, for each of its R sampled rows.
 
     The logprobs, ranks and top_* are None if no row wants logprobs. top_* have K = max(num_logprobs) columns, likeliest
-    first; a row that wants fewer uses the first of them.
+    first; a row that wants fewer uses the first of them. `sums` and `label_logits` are None without a PoolingBatch.
     """
 
     tokens: np.ndarray  # int32 [R]
@@ -94,6 +110,8 @@ class StepResult:
     ranks: np.ndarray | None = None  # int32 [R], 1: the sampled token was the likeliest
     top_tokens: np.ndarray | None = None  # int32 [R, K]
     top_logprobs: np.ndarray | None = None  # float32 [R, K]
+    sums: np.ndarray | None = None  # float64 [P, hidden]
+    label_logits: np.ndarray | None = None  # float32 [L], raw logits
 
 
 class Backend(Protocol):

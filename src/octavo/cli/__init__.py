@@ -18,6 +18,7 @@ _COMMANDS = (
     "generate",
     "chat",
     "run-batch",
+    "enrich",
     "top",
     "models",
     "config",

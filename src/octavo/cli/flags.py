@@ -27,7 +27,10 @@ SHORT = {"data_parallel_size": ("-dp",), "tensor_parallel_size": ("-tp",)}
 _BOOLEANS = {name for kind in CLASSES for name in settings_of(kind) if is_boolean(kind, name)}
 _FOREIGN = "octavo.vllm_flags"  # key of the context's `meta`
 # Sampling parameters that are useless for one stream of text, and one that is also a setting of the engine.
-_NOT_FLAGS = ("n", "logprobs", "logit_bias", "speculative_tokens", "structured_outputs")
+_NOT_FLAGS = (
+    *("n", "best_of", "logprobs", "logit_bias", "speculative_tokens", "structured_outputs"),
+    *("repetition_detection", "output_kind"),
+)
 _TOKENS_PER_REQUEST = "--max-new-tokens"  # another common name for --max-tokens
 
 
@@ -62,13 +65,16 @@ def engine_flags(command: Callable[..., Result]) -> Callable[..., Result]:
     return _expand(command, "config", flags, lambda values: _resolve(values).build(EngineConfig))
 
 
-def sampling_flags(max_tokens: int | None) -> Callable[[Callable[..., Result]], Callable[..., Result]]:
+def sampling_flags(
+    max_tokens: int | None, temperature: float = 0.7
+) -> Callable[[Callable[..., Result]], Callable[..., Result]]:
     """Replace the parameter `params: SamplingParams` of a command by a flag for each sampling parameter.
 
     Args:
         max_tokens: The default of --max-tokens; None generates until the context is full.
+        temperature: The default of --temperature.
     """
-    defaults: dict[str, Any] = {"temperature": 0.7, "max_tokens": max_tokens}
+    defaults: dict[str, Any] = {"temperature": temperature, "max_tokens": max_tokens}
     fields = [f for f in msgspec.structs.fields(SamplingParams) if f.name not in _NOT_FLAGS]
 
     def build(values: Mapping[str, Any]) -> SamplingParams:

@@ -16,8 +16,10 @@ from octavo.backends.base import SamplingBatch, StepBatch
 from octavo.kv import PageTable
 
 from .constraints import masks_of
+from .pooling import pooling_batch
 from .scheduler import StepPlan
 from .sequence import Sequence
+from .token_masks import restrict
 
 CERTAIN = 1e30  # a bias that no other logit exceeds
 
@@ -35,11 +37,12 @@ class BatchBuilder:
         max_running: maximum number of running sequences, which is the number of slots.
         max_pages: maximum number of pages of a sequence.
         page_size: tokens per page.
+        hidden_size: elements of a hidden state.
     """
 
-    def __init__(self, max_running: int, max_pages: int, page_size: int):
+    def __init__(self, max_running: int, max_pages: int, page_size: int, hidden_size: int):
         n = max_running
-        self._page_size = page_size
+        self._page_size, self._hidden_size = page_size, hidden_size
         self._table_of: list[PageTable | None] = [None] * n  # page table of the sequence whose columns are filled in
         self._num_pages = np.zeros(n, np.int32)  # entries of the page table that are filled in
         self._page_tables = np.zeros((n, max_pages), np.int32)
@@ -57,6 +60,7 @@ class BatchBuilder:
         }
         self._penalized = np.zeros(n, bool)
         self._biased_until = np.zeros(n, np.int32)  # number of outputs until which its logits are biased
+        self._restricted = np.zeros(n, bool)  # whether it has allowed tokens, or a budget of reasoning
         self._gathered: dict[str, np.ndarray] = {}  # parameters of the last step's rows
         self._gathered_slots: np.ndarray | None = None  # the slots of those rows
 
@@ -88,6 +92,7 @@ class BatchBuilder:
             sampling=self._sampling(
                 plan.sequences, owner, slots[owner], (ends - self._num_prompt[slots])[owner] + ahead, masks_of(plan)
             ),
+            pooling=pooling_batch(plan, query_start, owner, self._hidden_size),
         )
 
     def _fill_columns(self, seq: Sequence) -> None:
@@ -110,6 +115,7 @@ class BatchBuilder:
         self._penalized[slot] = params.penalized
         always = params.logit_bias or seq.request.banned
         self._biased_until[slot] = 2**31 - 1 if always else params.min_tokens
+        self._restricted[slot] = seq.allowed is not None or seq.thinking is not None
         self._gathered_slots = None
 
     def _extend_page_table(self, seq: Sequence) -> None:
@@ -133,13 +139,17 @@ class BatchBuilder:
         if self._gathered_slots is None or not np.array_equal(slots, self._gathered_slots):
             self._gathered = {name: column[slots] for name, column in self._parameters.items()}
             self._gathered_slots = slots
+        biased = self._biased_until[slots] > outputs
+        if self._restricted[slots].any():
+            masks, forced = restrict(masks, sequences, owner, outputs)
+            biased &= ~forced
         if (scored := outputs < 0).any():
-            return self._scoring(sequences, owner, slots, outputs, scored, masks)
+            return self._scoring(sequences, owner, slots, outputs, scored, biased, masks)
         return SamplingBatch(
             positions=outputs,
             **self._gathered,
             **_histories(sequences, owner, self._penalized[slots], outputs),
-            **_biases([sequences[i] for i in owner], self._biased_until[slots] > outputs),
+            **_biases([sequences[i] for i in owner], biased),
             **_masks(masks, len(owner)),
         )
 
@@ -150,6 +160,7 @@ class BatchBuilder:
         slots: np.ndarray,
         outputs: np.ndarray,
         scored: np.ndarray,
+        biased: np.ndarray,
         masks: list[bytes] | None,
     ) -> SamplingBatch:
         """Return the SamplingBatch of a step with rows, `scored`, that give logprobs of prompt tokens.
@@ -170,7 +181,7 @@ class BatchBuilder:
             positions=outputs,
             **parameters,
             **_histories(sequences, owner, self._penalized[slots] & ~scored, outputs),
-            **_biases([sequences[i] for i in owner], (self._biased_until[slots] > outputs) | scored, targets),
+            **_biases([sequences[i] for i in owner], biased | scored, targets),
             **_masks(masks, len(owner)),
         )
 
@@ -183,7 +194,7 @@ def _sampled_rows(plan: StepPlan, num_drafts: np.ndarray) -> tuple[np.ndarray, n
     """
     samples, first = num_drafts + 1, np.zeros_like(num_drafts)
     for i in range(plan.num_decoding, len(plan.sequences)):
-        scored, completes = plan.sequences[i].num_scored(plan.chunks[i]), plan.completes(i)
+        scored, completes = plan.sequences[i].num_scored(plan.chunks[i]), plan.samples(i)
         samples[i] = samples[i] * completes + scored
         first[i] = (not completes) - scored
     owner = np.repeat(np.arange(len(samples)), samples)

@@ -7,6 +7,7 @@ from concurrent.futures import Future
 from pathlib import Path
 
 import msgspec
+import numpy as np
 
 from octavo.backends.base import Backend, StepResult
 from octavo.config import EngineConfig
@@ -20,12 +21,17 @@ from .constraints import Constraints
 from .deadlines import Deadlines
 from .messages import EngineInfo, EngineRequest, EngineStats, TokenLogprobs, TokenOutput
 from .policies import Policy
+from .pooling import pooled_vector, take_pooled
 from .recovery import Recovery
 from .scheduler import Scheduler, StepPlan
 from .sequence import Sequence
+from .thinking import ThinkingBudget
+from .token_masks import mask_of
 from .work_record import WorkRecord
 
-MAX_IDLE = 0.002  # seconds that a step without work waits for a transfer; a new request may wait as long
+MAX_IDLE = 0.002  # seconds for which a step without work waits for threads; a new request may wait as long
+_DAMAGED_LOGITS = "the model computed logits that are NaN or infinite"
+_NO_TOKEN = "no token is left to sample: all that are allowed are banned, or the model computed logits that are NaN"
 SECONDS_TO_CLOSE = 3.0  # the frontend kills an engine process that does not end in 5
 
 
@@ -84,7 +90,7 @@ class Engine:
         )
         self.max_model_len = min(max_model_len, num_pages * backend.page_size)
         max_pages = self.kv.pages_for(self.max_model_len)
-        self._builder = BatchBuilder(self.scheduler.max_running, max_pages, backend.page_size)
+        self._builder = BatchBuilder(self.scheduler.max_running, max_pages, backend.page_size, backend.spec.hidden_size)
         self._constraints = constraints
         self._live: dict[str, Sequence] = {}
         self._failures: list[TokenOutput] = []  # to be returned by the next step
@@ -104,7 +110,8 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Return whether `step` has anything to do."""
-        return self.scheduler.has_work or bool(self._failures or self._constraints) or self.kv.is_moving
+        compiling = self._constraints is not None and self._constraints.is_compiling
+        return self.scheduler.has_work or compiling or bool(self._failures) or self.kv.is_moving
 
     @property
     def info(self) -> EngineInfo:
@@ -114,6 +121,7 @@ class Engine:
             num_pages=self.kv.pool.num_pages,
             page_size=self.kv.page_size,
             fingerprint=self.fingerprint,
+            hidden_size=self.backend.spec.hidden_size,
         )
 
     @property
@@ -136,26 +144,30 @@ class Engine:
             prefix=self._prefix(tokens, request.tenant, request.salt, request.origin),
             num_prompt=len(request.prompt),
             max_tokens=min(len(request.prompt) + (params.max_tokens or self.max_model_len), self.max_model_len),
-            draft_limit=self._speculative_tokens if params.speculative_tokens is None else params.speculative_tokens,
+            draft_limit=self._draft_limit(request),
             arrival=self.clock() - request.age,
             scores=None if params.prompt_logprobs is None or request.output else [],
+            allowed=None if params.allowed_token_ids is None else mask_of(params.allowed_token_ids),
         )
+        if request.thinking is not None:
+            seq.thinking = ThinkingBudget(request.thinking, tokens, seq.num_prompt)
         self._num_added += 1
         self._live[request.id] = seq
         if (timeout := self._timeout(request)) is not None:
             self._deadlines.set(request.id, seq.arrival + timeout)
-        if params.structured_outputs is not None and self._constraints is not None:
-            self._constraints.begin(seq)
-        else:
+        if params.structured_outputs is None or self._constraints is None or self._constraints.begin(seq):
             self._queue(seq)
         self._work.nothing()
 
     def _queue(self, seq: Sequence) -> None:
         self.scheduler.add(seq, self._live.get(seq.request.after or ""))
 
-    def _queue_compiled(self) -> None:
-        """Queue the sequences whose grammars have been compiled; fail those whose grammars are refused."""
-        for seq, reason in self._constraints.compiled() if self._constraints is not None else ():
+    def _settle_constraints(self, constraints: Constraints) -> None:
+        """Queue the sequences whose grammars have been compiled; fail those whose grammars are refused or too slow."""
+        for seq in constraints.settle():
+            self.scheduler.abort(seq)
+            self._fail(seq, f"structured_outputs failed: {seq.grammar_error}")
+        for seq, reason in constraints.compiled():
             if reason is None and seq.matcher is not None and seq.matcher.is_stopped and seq.num_outputs:
                 reason = "the output was complete already"
             if reason is None:
@@ -216,11 +228,11 @@ class Engine:
     def step(self) -> list[TokenOutput]:
         """Compute one batch. Return its new tokens, and the outputs of requests that failed or timed out.
 
-        If there is no batch to compute, wait for transfers, at most MAX_IDLE seconds.
+        If there is no batch to compute, wait for transfers, grammars and masks, at most MAX_IDLE seconds.
         """
         started = time.perf_counter()
-        if self._constraints:
-            self._queue_compiled()
+        if self._constraints is not None:
+            self._settle_constraints(self._constraints)
         outputs, self._failures = self._failures + self._time_out(), []
         self.kv.collect()
         self._plan = plan = self.scheduler.schedule()
@@ -241,8 +253,15 @@ class Engine:
             self._steps += 1
             self._step_seconds += time.perf_counter() - started
         elif not outputs:
-            self.kv.wait(MAX_IDLE)
+            self._wait()
         return outputs
+
+    def _wait(self) -> None:
+        """Wait for the threads without which no sequence can continue, for at most MAX_IDLE seconds."""
+        if self._constraints is not None and (self.scheduler.running or self._constraints.is_compiling):
+            self._constraints.wait(MAX_IDLE)
+        else:
+            self.kv.wait(MAX_IDLE)
 
     def stats(self) -> EngineStats:
         """Return statistics of the current state. From any thread."""
@@ -292,6 +311,12 @@ class Engine:
     def _prefix(self, tokens: "array[int]", tenant: str, salt: str, origin: str) -> Prefix:
         return Prefix(root_key(self.fingerprint, tenant, salt, origin), tokens, self.kv.page_size)
 
+    def _draft_limit(self, request: EngineRequest) -> int:
+        if request.pooling is not None:
+            return 0
+        own = request.params.speculative_tokens
+        return self._speculative_tokens if own is None else own
+
     def _timeout(self, request: EngineRequest) -> float | None:
         return self._request_timeout if request.timeout is None else request.timeout
 
@@ -315,12 +340,18 @@ class Engine:
             return f"prompt tokens must be from 0 to {self.backend.spec.vocab_size - 1}"
         if request.params.structured_outputs is not None and self._constraints is None:
             return "this engine has no vocabulary for structured outputs"
+        labels = request.pooling.labels if request.pooling is not None else ()
+        if not all(0 <= label < self.backend.spec.vocab_size for label in labels):
+            return f"labels must be tokens from 0 to {self.backend.spec.vocab_size - 1}"
         return None
 
     def _advance(self, plan: StepPlan, result: StepResult) -> list[TokenOutput]:
         """Record what the step computed, append the sampled tokens, and end finished sequences."""
         outputs: list[TokenOutput] = []
+        constrained: list[Sequence] = []
+        pooled: list[TokenOutput] = []
         tokens, page_size = result.tokens.tolist(), self.kv.page_size
+        take_pooled(plan, result)
         row = 0
         for i, (seq, chunk) in enumerate(zip(plan.sequences, plan.chunks, strict=True)):
             before = seq.num_computed
@@ -333,14 +364,22 @@ class Engine:
                 self._end_prompt(seq)
             if computed < len(seq.tokens):
                 continue
-            outputs.append(self._append(seq, tokens[row], _logprobs(seq, result, row)))
+            if seq.pooling is not None:
+                row += not seq.pooling.hidden  # the logits of labels are those of a sampled row
+                pooled.append(self._end_pooled(seq))
+                continue
+            outputs.append(self._append(seq, tokens[row], result, row))
             row += 1
             if i in plan.drafts:
                 outputs += self._append_accepted(seq, plan.drafts[i], result, row)
                 row += len(plan.drafts[i])
+            if seq.matcher is not None and seq.slot >= 0:
+                constrained.append(seq)
+        if constrained and self._constraints is not None:
+            self._constraints.follow(constrained, len(self.scheduler.running))
         self._tokens_computed += sum(plan.chunks)
         self._tokens_generated += len(outputs)
-        return outputs
+        return outputs + pooled
 
     def _score(self, seq: Sequence, chunk: int, result: StepResult, row: int) -> int:
         """Record the logprobs of prompt tokens that a chunk gives, which are the rows of `result` from `row` on.
@@ -348,8 +387,9 @@ class Engine:
         Returns the row after them.
         """
         assert seq.scores is not None
-        end, wanted = row + seq.num_scored(chunk), seq.request.params.prompt_logprobs or 0
-        seq.scores += [_row_logprobs(result, each, wanted) for each in range(row, end)]
+        end = row + seq.num_scored(chunk)
+        seq.scores.append(_logprobs(result, row, end, seq.request.params.prompt_logprobs))
+        seq.scored += end - row
         return end
 
     def _append_accepted(self, seq: Sequence, draft: "array[int]", result: StepResult, row: int) -> list[TokenOutput]:
@@ -363,7 +403,7 @@ class Engine:
                 break
             seq.num_computed += 1
             self.kv.commit(seq.page_table, seq.num_computed)
-            outputs.append(self._append(seq, int(result.tokens[row]), _logprobs(seq, result, row)))
+            outputs.append(self._append(seq, int(result.tokens[row]), result, row))
             row += 1
         self._draft_tokens += len(draft)
         self._accepted_tokens += len(outputs)
@@ -376,9 +416,13 @@ class Engine:
             self._cached_tokens += seq.cached_tokens
         self.scheduler.end_prompt(seq)
 
-    def _append(self, seq: Sequence, token: int, logprobs: TokenLogprobs | None) -> TokenOutput:
-        """Append the sequence's next token and return its output. The sequence may end with it."""
+    def _append(self, seq: Sequence, token: int, result: StepResult, row: int) -> TokenOutput:
+        """Append the sequence's next token, sampled in a row of `result`, and return its output. It may be the last."""
+        wanted = seq.request.params.logprobs
+        logprobs = None if wanted is None else _logprobs(result, row, row + 1, wanted)
         seq.tokens.append(token)
+        if seq.thinking is not None:
+            seq.thinking.advance()
         if seq.matcher is not None and self._ends_grammar(seq, token):
             return self._end(seq, token, logprobs)
         if token < 0 or token in seq.stop_tokens or len(seq.tokens) >= seq.max_tokens:
@@ -387,8 +431,22 @@ class Engine:
             output = TokenOutput(seq.request.id, token, None, None, logprobs, seq.cached_tokens)
         if seq.scores is None:
             return output
-        scores, seq.scores = seq.scores, None
+        scores, seq.scores = TokenLogprobs.joined(seq.scores), None
         return msgspec.structs.replace(output, prompt_logprobs=scores)
+
+    def _end_pooled(self, seq: Sequence) -> TokenOutput:
+        """End a pooled sequence, whose prompt is computed, and return its output."""
+        vector = pooled_vector(seq)
+        self._remove_finished(seq)
+        if not np.isfinite(vector).all():
+            message = "the model computed hidden states or logits that are NaN or infinite"
+            return TokenOutput(seq.id, -1, "error", message=message)
+        return TokenOutput(seq.id, -1, "length", cached_tokens=seq.cached_tokens, pooled=vector.tobytes())
+
+    def _remove_finished(self, seq: Sequence) -> None:
+        del self._live[seq.id]
+        self._deadlines.forget(seq.id)
+        self.scheduler.finish(seq)
 
     def _ends_grammar(self, seq: Sequence, token: int) -> bool:
         """Advance a sequence's grammar by a token. Return whether the output is complete, or the grammar fails."""
@@ -409,7 +467,7 @@ class Engine:
         reason = message = stop_token = None
         in_text = False
         if token < 0:
-            reason, message = "error", "the model computed logits that are NaN or infinite"
+            reason, message = "error", _NO_TOKEN if seq.allowed or seq.matcher else _DAMAGED_LOGITS
         elif seq.grammar_error is not None:
             reason, message = "invalid", f"structured_outputs failed: {seq.grammar_error}"
         elif token in seq.stop_tokens and seq.num_outputs >= seq.request.params.min_tokens:
@@ -419,9 +477,7 @@ class Engine:
         elif len(seq.tokens) >= seq.max_tokens:
             reason = "length"
         if reason:
-            del self._live[seq.id]
-            self._deadlines.forget(seq.id)
-            self.scheduler.finish(seq)
+            self._remove_finished(seq)
         return TokenOutput(seq.id, token, reason, stop_token, logprobs, seq.cached_tokens, message, in_text)
 
     def _fail(self, seq: Sequence, reason: str) -> None:
@@ -431,13 +487,12 @@ class Engine:
         self._failures.append(TokenOutput(seq.id, -1, "error", message=reason))
 
 
-def _logprobs(seq: Sequence, result: StepResult, row: int) -> TokenLogprobs | None:
-    wanted = seq.request.params.logprobs
-    return None if wanted is None else _row_logprobs(result, row, wanted)
-
-
-def _row_logprobs(result: StepResult, row: int, wanted: int) -> TokenLogprobs:
+def _logprobs(result: StepResult, begin: int, end: int, wanted: int | None) -> TokenLogprobs:
+    """Return the logprobs of the rows from `begin` to `end`, with those of the `wanted` likeliest tokens."""
     assert result.logprobs is not None and result.ranks is not None
-    top_tokens = result.top_tokens[row, :wanted].tolist() if result.top_tokens is not None else []
-    top_logprobs = result.top_logprobs[row, :wanted].tolist() if result.top_logprobs is not None else []
-    return TokenLogprobs(float(result.logprobs[row]), int(result.ranks[row]), top_tokens, top_logprobs)
+    logprobs, ranks = result.logprobs[begin:end].tobytes(), result.ranks[begin:end].tobytes()
+    if not wanted:
+        return TokenLogprobs(logprobs, ranks)
+    assert result.top_tokens is not None and result.top_logprobs is not None
+    likeliest = result.top_tokens[begin:end, :wanted], result.top_logprobs[begin:end, :wanted]
+    return TokenLogprobs(logprobs, ranks, likeliest[0].tobytes(), likeliest[1].tobytes())

@@ -1,12 +1,40 @@
 """Inputs and outputs of an engine: plain data that can be sent between processes."""
 
+from typing import Literal
+
 import msgspec
 
 from octavo.params import SamplingParams
 
 
+class Pooling(msgspec.Struct, frozen=True, array_like=True):
+    """What a pooled request wants of its prompt, instead of a continuation: a hidden state, or logits.
+
+    Attributes:
+        hidden: "mean": the mean of the hidden states of all tokens; "last": that of the last token; both after the
+            final norm.
+        labels: token ids whose logits after the prompt are wanted, if `hidden` is None.
+    """
+
+    hidden: Literal["mean", "last"] | None = None
+    labels: list[int] = []
+
+
+class Thinking(msgspec.Struct, frozen=True, array_like=True):
+    """A limit of the tokens that a model may spend on reasoning.
+
+    Attributes:
+        budget: tokens of reasoning after which its end is forced.
+        start, end: the tokens that begin and end the reasoning.
+    """
+
+    budget: int
+    start: list[int]
+    end: list[int]
+
+
 class EngineRequest(msgspec.Struct, frozen=True, array_like=True):
-    """One sequence to generate.
+    """One sequence to generate, or to pool.
 
     Attributes:
         id: unique among live requests.
@@ -18,6 +46,8 @@ class EngineRequest(msgspec.Struct, frozen=True, array_like=True):
         after: the id of a live request with the same prompt; this request waits until that prompt is in the cache.
         tenant, salt: only requests with the same tenant, salt and origin share pages.
         banned: token sequences whose last token is never sampled after the others.
+        pooling: what is wanted of the prompt, if not a continuation.
+        thinking: the limit of the model's reasoning, if there is one.
         origin: the origin of the KV state that the request continues (KVState.origin); "" if it continues none.
         priority: lower goes first.
         ttft_target: target for the seconds from arrival to the first token.
@@ -38,15 +68,29 @@ class EngineRequest(msgspec.Struct, frozen=True, array_like=True):
     timeout: float | None = None
     origin: str = ""
     banned: list[list[int]] = []
+    pooling: Pooling | None = None
+    thinking: Thinking | None = None
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
-    """The logprob and rank of one sampled token, and the likeliest tokens with their logprobs."""
+    """Logprobs and ranks of T tokens in a row, and the K likeliest tokens at each position, as arrays in bytes.
 
-    logprob: float
-    rank: int
-    top_tokens: list[int]
-    top_logprobs: list[float]
+    Shapes:
+        logprobs: float32 [T]
+        ranks: int32 [T]
+        top_tokens: int32 [T, K]
+        top_logprobs: float32 [T, K]
+    """
+
+    logprobs: bytes
+    ranks: bytes
+    top_tokens: bytes = b""
+    top_logprobs: bytes = b""
+
+    @classmethod
+    def joined(cls, parts: "list[TokenLogprobs]") -> "TokenLogprobs":
+        """Return the logprobs of consecutive parts as one."""
+        return cls(*(b"".join(getattr(part, name) for part in parts) for name in cls.__struct_fields__))
 
 
 class TokenOutput(msgspec.Struct, frozen=True, array_like=True):
@@ -62,6 +106,7 @@ class TokenOutput(msgspec.Struct, frozen=True, array_like=True):
         in_text: whether a token that ends the output with "stop" belongs to its text: the last token of a grammar.
         prompt_logprobs: those of the prompt's tokens from the second one on, with the request's first token, if it
             wants them.
+        pooled: the vector of a pooled request, float32, with its only output, which has no token.
     """
 
     id: str
@@ -72,13 +117,16 @@ class TokenOutput(msgspec.Struct, frozen=True, array_like=True):
     cached_tokens: int = 0
     message: str | None = None
     in_text: bool = False
-    prompt_logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: TokenLogprobs | None = None
+    pooled: bytes | None = None
 
 
 class EngineInfo(msgspec.Struct, frozen=True):
     """Properties of an engine that its frontend needs.
 
-    `fingerprint` identifies everything that determines the bits of a page's K and V.
+    Attributes:
+        fingerprint: identifies everything that determines the bits of a page's K and V.
+        hidden_size: elements of a hidden state.
     """
 
     max_model_len: int
@@ -86,6 +134,7 @@ class EngineInfo(msgspec.Struct, frozen=True):
     num_pages: int
     page_size: int
     fingerprint: str = ""
+    hidden_size: int = 0
 
 
 class EngineStats(msgspec.Struct, frozen=True):

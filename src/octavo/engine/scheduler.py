@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 
 from octavo.kv import KVCache
 
-from .constraints import count_allowed
 from .policies import Policy
 from .policies.guard import PolicyGuard
 from .recovery import Recovery
@@ -35,13 +34,19 @@ class StepPlan:
         """Return whether all tokens of sequence i will be computed, so that its next token can be sampled."""
         return i < self.num_decoding or self.chunks[i] == self.sequences[i].num_uncomputed
 
+    def samples(self, i: int) -> bool:
+        """Return whether the logits after the last token of sequence i are computed."""
+        pooling = self.sequences[i].pooling
+        return self.completes(i) and (pooling is None or not pooling.hidden)
+
 
 class Scheduler:
     """Plans steps of at most `max_batch_tokens` tokens of at most `max_batch_size` sequences.
 
-    Every running sequence gets a token in every step. The remaining tokens go to prompts of running and waiting
-    sequences, in the policy's order. If a sequence needs a page and none is available, the policy chooses a victim,
-    which is preempted: it waits again and is recomputed later. No sequence is admitted in such a step.
+    Every running sequence gets a token in every step, unless it is not ready (`Sequence.ready`): then its last token is
+    not computed. The remaining tokens go to prompts of running and waiting sequences, in the policy's order. If a
+    sequence needs a page and none is available, the policy chooses a victim, which is preempted: it waits again and is
+    recomputed later. No sequence is admitted in such a step.
 
     The next few waiting sequences whose pages are in a lower tier leave the queue while their pages are fetched. They
     release the pages again if running sequences, or the first of the fetching ones, need them. docs/scheduling.md
@@ -155,9 +160,10 @@ class Scheduler:
                 self._preempt(victim)
 
     def _continue_running(self) -> tuple[list[Sequence], list[Sequence], bool]:
-        """Return the running sequences with one token to compute, those with more, and whether pages ran short.
+        """Return the ready sequences with one token to compute, those with more, and whether pages ran short.
 
-        Sequences are admitted with pages for all of their tokens, so only those with one token may need a page.
+        Pooled sequences always count as those with more. Sequences are admitted with pages for all of their tokens, so
+        only those with one token may need a page.
         """
         decoding: list[Sequence] = []
         prompts: list[Sequence] = []
@@ -165,9 +171,9 @@ class Scheduler:
         page_size = self.kv.page_size
         for seq in self.running:
             length = len(seq.tokens)
-            if length - seq.num_computed > 1:
+            if length - seq.num_computed > 1 or seq.pooling is not None:
                 prompts.append(seq)
-            else:
+            elif seq.ready:
                 decoding.append(seq)
                 if length > len(seq.page_table.pages) * page_size:
                     need_page.append(seq)
@@ -204,7 +210,7 @@ class Scheduler:
                 self._short_of_pages = not seq.aborted
                 waiting = self._next_waiting() if seq.aborted else None
                 continue
-            chunk = min(seq.num_uncomputed, 1 + spare)
+            chunk = min(seq.num_uncomputed if seq.ready else seq.num_uncomputed - 1, 1 + spare)
             if seq.unscored is not None:
                 chunk = min(chunk, 1 + spare_samples)
                 spare_samples -= chunk - 1
@@ -215,12 +221,11 @@ class Scheduler:
     def _admit(self, seq: Sequence) -> bool:
         """Admit a waiting sequence into a free slot. Return False if it lacks pages or failed."""
         # Reserve a page for each running sequence: otherwise this one would soon be preempted for them.
-        # A cached page hides the logits of its tokens.
-        allocated = self.kv.allocate(seq.prefix, len(self.running), max_cached=seq.unscored)
+        allocated = self.kv.allocate(seq.prefix, len(self.running), max_cached=seq.max_cached)
         while allocated is None:
             if not seq.prefetch or not self._give_up_fetching(behind=seq):
                 return False
-            allocated = self.kv.allocate(seq.prefix, len(self.running), max_cached=seq.unscored)
+            allocated = self.kv.allocate(seq.prefix, len(self.running), max_cached=seq.max_cached)
         seq.page_table, seq.num_computed = allocated
         if seq.prefetch:
             self._end_prefetch(seq)
@@ -246,7 +251,7 @@ class Scheduler:
     def _fetch_ahead(self) -> None:
         """Begin to fetch the pages of the next waiting sequences from lower tiers, as far as pages are available."""
         while len(self._fetching) < MAX_FETCHING and (seq := self._policy.peek()):
-            if seq.unscored is not None or not self.recovery.should_fetch(seq, self.kv.seconds_per_page):
+            if seq.max_cached is not None or not self.recovery.should_fetch(seq, self.kv.seconds_per_page):
                 return
             seq.prefetch = self.kv.prefetch(seq.prefix, reserve=len(self.running))
             if seq.prefetch is None:
@@ -284,9 +289,9 @@ class Scheduler:
             if not seq.num_draft_tokens or not plan.completes(i):
                 continue
             limit = min(free, seq.num_draft_tokens, seq.max_tokens - len(seq.tokens) - 1)
-            draft = propose_draft(seq.tokens, limit) if limit > 0 else None
-            if draft and seq.matcher is not None:
-                draft = draft[: count_allowed(seq, draft)]
+            if limit <= 0:
+                continue
+            draft = propose_draft(seq.tokens, limit) if seq.matcher is None else seq.draft[:limit]
             if draft and self.kv.extend(seq.page_table, len(seq.tokens) + len(draft)):
                 plan.drafts[i] = draft
                 free -= len(draft)

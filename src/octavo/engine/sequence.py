@@ -8,9 +8,12 @@ from typing import TYPE_CHECKING
 from octavo.kv import PageTable, Prefetch, Prefix
 from octavo.params import SamplingParams
 
-from .messages import EngineRequest, TokenLogprobs
+from .messages import EngineRequest, Pooling, TokenLogprobs
+from .thinking import ThinkingBudget
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from octavo.text.grammars import Matcher
 
 
@@ -33,10 +36,20 @@ class Sequence:
         slot: row of the batch columns while the sequence runs; -1 while it waits.
         admitted: whether the sequence has been admitted before; if it waits, it was preempted.
         aborted: whether the sequence was removed or has failed.
-        scores: the logprobs of the prompt's tokens so far, from its second token on; None if the request does not want
-            any, or has got them.
+        scores: the logprobs of the prompt's tokens so far, from its second token on, in parts; None if the request does
+            not want any, or has got them.
+        scored: number of tokens whose logprobs are in `scores`.
         matcher: the position in the grammar of structured outputs, behind the last token; None without a grammar.
+        ready: whether the next token may be sampled: False while a thread uses the matcher to compute its mask.
+        draft: draft tokens that the grammar allows, for a sequence with a grammar.
+        masks: the tokens that the grammar allows next, and those that it allows after each token of `draft`.
         grammar_error: the reason why the grammar cannot be followed any further.
+        pooling: what is wanted of the prompt, if not a continuation.
+        sums: the sum of the hidden states of the first `num_pooled` tokens, or the hidden state of the last token, in
+            float64; None if there is none yet.
+        label_logits: the logits of the labels of `pooling`.
+        allowed: the mask of allowed_token_ids; None if all tokens are allowed.
+        thinking: the limit of the model's reasoning; None if there is none.
         tenant: the same object for all sequences of a tenant, so that counting them is fast.
     """
 
@@ -53,18 +66,29 @@ class Sequence:
     cached_tokens: int = 0
     page_table: PageTable = field(init=False)
     tenant: str = field(init=False)
+    pooling: Pooling | None = field(init=False)
+    sums: "np.ndarray | None" = None
+    num_pooled: int = 0
+    label_logits: "np.ndarray | None" = None
     prefetch: Prefetch | None = None
     scores: list[TokenLogprobs] | None = None
+    scored: int = 0
     place: tuple[float, int] = (0.0, 0)
     slot: int = -1
     admitted: bool = False
     aborted: bool = False
     matcher: "Matcher | None" = None
+    ready: bool = True
+    draft: "array[int]" = field(default_factory=lambda: array("i"))
+    masks: list[bytes] = field(default_factory=list)
     grammar_error: str | None = None
+    allowed: bytes | None = None
+    thinking: ThinkingBudget | None = None
 
     def __post_init__(self) -> None:
         self.page_table = PageTable(self.prefix)
         self.tenant = sys.intern(self.request.tenant)
+        self.pooling = self.request.pooling
 
     @property
     def id(self) -> str:
@@ -100,8 +124,26 @@ class Sequence:
 
         The logits at a position give the logprobs of the token that follows.
         """
-        scores = self.scores
-        return len(scores) if scores is not None and len(scores) < self.num_prompt - 1 else None
+        return self.scored if self.scores is not None and self.scored < self.num_prompt - 1 else None
+
+    @property
+    def max_cached(self) -> int | None:
+        """Return the number of tokens whose pages may be taken from the cache; None for no limit.
+
+        A cached page hides the logits and the hidden states of its tokens. A sequence that is not ready must have a
+        token to compute before the last one, so that it can be part of a step.
+        """
+        if self.pooling is not None and self.pooling.hidden == "mean":
+            return self.num_pooled
+        unscored = self.unscored
+        return unscored if self.ready or unscored is not None else len(self.tokens) - 2
+
+    def num_to_pool(self, chunk: int) -> int:
+        """Return how many of the last rows of the next `chunk` tokens have hidden states that are wanted."""
+        hidden, end = self.pooling and self.pooling.hidden, self.num_computed + chunk
+        if hidden == "mean":
+            return max(0, end - max(self.num_computed, self.num_pooled))
+        return int(hidden == "last" and end == len(self.tokens))
 
     def num_scored(self, chunk: int) -> int:
         """Return how many missing logprobs of the prompt the computation of the next `chunk` tokens gives."""
@@ -110,9 +152,9 @@ class Sequence:
 
     @property
     def num_draft_tokens(self) -> int:
-        """Return the number of draft tokens to try now; 0 if a penalty or a ban makes sampling depend on them."""
+        """Return the number of draft tokens to try now; 0 if sampling depends on the tokens before."""
         params = self.request.params
-        depends = params.penalized or self.request.banned or self.num_outputs < params.min_tokens
+        depends = params.penalized or self.request.banned or self.thinking or self.num_outputs < params.min_tokens
         return 0 if depends else self.draft_limit
 
     def ends_with(self, tokens: list[int]) -> bool:

@@ -1,4 +1,4 @@
-"""Calls: messages to engines that expect an answer: statistics, and files of KV states."""
+"""Calls: messages to engines that expect an answer: statistics, resets of the cache, and files of KV states."""
 
 import asyncio
 import itertools
@@ -7,7 +7,7 @@ from typing import Any
 from octavo.engine.messages import EngineStats
 from octavo.errors import EngineDead, OctavoError
 
-from .links.messages import AskStats, LoadState, SaveState, StateDone, Stats
+from .links.messages import AskStats, CacheReset, LoadState, ResetCache, SaveState, StateDone, Stats
 from .replica import Replica
 
 
@@ -28,17 +28,25 @@ class Calls:
         except TimeoutError:
             raise EngineDead("the engine is busy and has not answered yet") from None
 
+    async def reset_cache(self, replica: Replica) -> bool:
+        """Evict the cached pages of a replica. Return False if requests use pages. Raises EngineDead."""
+        message = ResetCache(next(self._ids))
+        done: bool = await self._call(replica, message.id, message)
+        return done
+
     async def run(self, replica: Replica, message: LoadState | SaveState) -> None:
         """Make a replica's engine open or write the file of a KV state. Raises EngineDead, and the engine's error."""
         await self._call(replica, message.id, message)
 
-    def answered(self, replica: Replica, message: Stats | StateDone) -> None:
+    def answered(self, replica: Replica, message: Stats | StateDone | CacheReset) -> None:
         """Pass on an answer."""
         answer = self._waiting.get((replica, message.id))
         if answer is None or answer.done():
             return
         if isinstance(message, Stats):
             answer.set_result(message.stats)
+        elif isinstance(message, CacheReset):
+            answer.set_result(message.done)
         elif message.failed is None:
             answer.set_result(None)
         else:
@@ -50,7 +58,9 @@ class Calls:
             if called is replica and not answer.done():
                 answer.set_exception(error)
 
-    async def _call(self, replica: Replica, id: int | str, message: AskStats | LoadState | SaveState) -> Any:
+    async def _call(
+        self, replica: Replica, id: int | str, message: AskStats | ResetCache | LoadState | SaveState
+    ) -> Any:
         if not replica.is_ready:
             raise EngineDead(f"the engine {replica.status}")
         self._waiting[replica, id] = answer = asyncio.get_running_loop().create_future()

@@ -24,6 +24,7 @@ from .ledger import Ledger
 from .links.link import Exit, Link
 from .links.messages import (
     Abort,
+    CacheReset,
     FromEngine,
     LoadState,
     Pages,
@@ -196,18 +197,25 @@ class Frontend:
         return ledger is not None and admission is not None and ledger.num_completions >= admission.limit
 
     def submit(
-        self, requests: list[Request], tokens: list[list[int]], sink: Sink, request_id: str | None = None
+        self,
+        requests: list[Request],
+        tokens: list[list[int]],
+        sink: Sink,
+        request_id: str | None = None,
+        is_admitted: bool = False,
     ) -> list[LiveRequest]:
         """Start all requests, or none if one of them is invalid.
 
         Args:
             tokens: the prompts' token ids, from `requests.tokenize`.
-            sink: called with the live request and each of its increments, or with the error that ended it.
+            sink: called with the live request and each of its outputs, or with the error that ended it.
             request_id: the id of a single request; by default a random one.
+            is_admitted: whether the requests continue earlier ones, so that they are not refused if the queue is full.
 
         Raises QueueFull, InvalidRequest, PromptTooLong, InvalidKVState, EngineDead.
         """
-        self.check_capacity(sum(request.params.n for request in requests))
+        if not is_admitted:
+            self.check_capacity(sum(request.params.num_completions for request in requests))
         ledger, lives = self._living(), list[LiveRequest]()
         try:
             for request, prompt in zip(requests, tokens, strict=True):
@@ -271,6 +279,11 @@ class Frontend:
         if engines := [replica.engine for replica in replicas if replica.engine is not None]:
             return total(engines)
         raise EngineDead(replicas[0].status if replicas else "no engine is loaded")
+
+    async def reset_prefix_cache(self) -> bool:
+        """Evict the cached pages of all engines. Return False if requests use pages of one. Raises EngineDead."""
+        self._living()
+        return all(await asyncio.gather(*(self._calls.reset_cache(replica) for replica in self.replicas)))
 
     # KV states
 
@@ -364,7 +377,7 @@ class Frontend:
             self.states = StateBook(
                 self, self._state_owner, info.fingerprint, self._config.kv_state_quota, self._config.kv_state_ttl
             )
-            self._ledger = Ledger(self._tokenizer, info, self._config.request_timeout)
+            self._ledger = Ledger(self._tokenizer, info, self._config.request_timeout, self._config.reasoning_parser)
             if self._config.kv_events is not None:
                 self._events = KVEvents(self._config.kv_events, self._config.kv_events_replay, info.page_size)
         elif info.fingerprint != self.info.fingerprint:
@@ -423,7 +436,7 @@ class Frontend:
                     replica.send(WatchPages(with_content=self._events is not None))
                 elif self._events is not None:
                     self._events.changed(replica.number, message)
-            case Stats() | StateDone():
+            case Stats() | StateDone() | CacheReset():
                 self._calls.answered(replica, message)
 
     def _take_tokens(self, replica: Replica, outputs: list[TokenOutput]) -> None:
@@ -449,16 +462,17 @@ class Frontend:
                 self.placement.router.ended(len(completion.token_ids))
                 replica.load.completions -= 1
                 ended += 1
-                if not output.finish_reason:  # a stop string ended it; the engine does not know stop strings
+                if not output.finish_reason:  # a stop string or a repetition ended it, which the engine does not know
                     stopped.append(output.id)
             if live.progress < TRIAL_TOKENS:
                 replica.load.started(live)
                 live.metrics.replica = live.metrics.replica or (replica.name if len(self.replicas) > 1 else None)
                 replica.readmission.progressed(live)
-            if increment.finished:
+            if live.finished:
                 self._remember(live)
                 replica.readmission.ended(live)
-            self._deliver(live, increment)
+            if increment is not None:
+                self._deliver(live, increment)
         if stopped:
             replica.send(Abort(stopped))
         if self._admission is not None:

@@ -12,11 +12,14 @@ from octavo.engine.deadlines import Deadlines
 from octavo.engine.messages import EngineInfo, EngineRequest
 from octavo.errors import InvalidRequest
 from octavo.outputs import RequestMetrics
+from octavo.params import RequestOutputKind, SamplingParams
 from octavo.text import Detokenizer, Tokenizer
 from octavo.text.stop_strings import StopStrings
 
 from .live import LiveCompletion, LiveRequest, Sink
+from .repetition import RepetitionDetector
 from .requests import Request, banned_tokens, check_id
+from .thinking import thinking_of
 
 SEED_BITS = 53  # JavaScript, and JSON parsers with its numbers, keep integers exact up to 53 bits
 
@@ -26,10 +29,14 @@ class Ledger:
 
     Args:
         request_timeout: timeout in seconds of requests that set none; None for no limit.
+        reasoning_parser: the setting of this name.
     """
 
-    def __init__(self, tokenizer: Tokenizer, info: EngineInfo, request_timeout: float | None):
+    def __init__(
+        self, tokenizer: Tokenizer, info: EngineInfo, request_timeout: float | None, reasoning_parser: str = "none"
+    ):
         self._tokenizer, self._info, self._request_timeout = tokenizer, info, request_timeout
+        self._reasoning_parser = reasoning_parser
         self._eos = sorted(tokenizer.eos_token_ids)
         self._live: dict[str, LiveRequest] = {}
         self._completions: dict[str, tuple[LiveRequest, LiveCompletion]] = {}  # by the engine's id
@@ -132,23 +139,15 @@ class Ledger:
         )
         capacity = self._info.max_model_len - len(tokens)
         banned = banned_tokens(params.bad_words or (), self._tokenizer)
+        thinking = thinking_of(params, self._tokenizer, self._reasoning_parser)
         first: str | None = None
-        for index in range(params.n):
+        for index in range(params.num_completions):
             engine_request = EngineRequest(
                 id=str(next(self._engine_ids)),
                 prompt=tokens,
-                params=msgspec.structs.replace(
-                    params,
-                    n=1,
-                    stop=None,
-                    seed=(live.seed + index) % 2**64,
-                    # For no token, one is computed and left out, so that the prompt is computed.
-                    max_tokens=capacity if params.max_tokens is None else min(max(params.max_tokens, 1), capacity),
-                    min_tokens=min(params.min_tokens, capacity),
-                    prompt_logprobs=None if index else params.prompt_logprobs,
-                    bad_words=None,
-                ),
+                params=self._engine_params(params, index, live.seed, capacity),
                 banned=banned,
+                thinking=thinking,
                 eos=[] if params.ignore_eos else self._eos,
                 after=first,
                 tenant=terms.tenant,
@@ -157,9 +156,47 @@ class Ledger:
                 priority=terms.priority,
                 ttft_target=terms.ttft_target,
                 timeout=live.timeout,
+                pooling=request.pooling,
             )
             first = first or engine_request.id
-            stops = StopStrings(params.stop_strings)
-            detokenizer = Detokenizer(self._tokenizer, params.skip_special_tokens)
-            live.completions.append(LiveCompletion(engine_request, index, detokenizer, stops))
+            live.completions.append(self._completion(engine_request, index, params))
         return live
+
+    def _engine_params(self, params: SamplingParams, index: int, seed: int, capacity: int) -> SamplingParams:
+        """Return the parameters of completion `index`, as the engine gets them: resolved, and without what it ignores.
+
+        Args:
+            capacity: the tokens of output for which the context has space.
+        """
+
+        def count(wanted: int | None) -> int | None:
+            return self._info.vocab_size if wanted == -1 else wanted
+
+        is_ranked = params.num_completions > params.n
+        return msgspec.structs.replace(
+            params,
+            n=1,
+            best_of=None,
+            stop=None,
+            bad_words=None,
+            repetition_detection=None,
+            thinking_token_budget=None,
+            output_kind=RequestOutputKind.DELTA,
+            seed=(seed + index) % 2**64,
+            # For no token, one is computed and left out, so that the prompt is computed.
+            max_tokens=capacity if params.max_tokens is None else min(max(params.max_tokens, 1), capacity),
+            min_tokens=min(params.min_tokens, capacity),
+            logprobs=0 if is_ranked and params.logprobs is None else count(params.logprobs),
+            prompt_logprobs=None if index else count(params.prompt_logprobs),
+        )
+
+    def _completion(self, request: EngineRequest, index: int, params: SamplingParams) -> LiveCompletion:
+        detection = params.repetition_detection
+        return LiveCompletion(
+            request,
+            index,
+            Detokenizer(self._tokenizer, params.skip_special_tokens),
+            StopStrings(params.stop_strings),
+            RepetitionDetector(detection) if detection is not None and detection.max_pattern_size else None,
+            params.logprobs is not None,
+        )

@@ -7,11 +7,14 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from octavo.engine.messages import EngineRequest, TokenLogprobs, TokenOutput
+from octavo.engine.messages import EngineRequest, TokenOutput
 from octavo.outputs import CompletionOutput, FinishReason, Logprob, RequestMetrics, RequestOutput
-from octavo.params import SamplingParams
+from octavo.params import RequestOutputKind, SamplingParams
 from octavo.text import Detokenizer, Tokenizer
 from octavo.text.stop_strings import StopStrings
+
+from .logprobs import LogprobRows, PromptLogprobs
+from .repetition import RepetitionDetector
 
 if TYPE_CHECKING:
     from octavo.states import KVState
@@ -21,12 +24,18 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class LiveCompletion:
-    """One completion of a request: the message to the engine, and all output so far."""
+    """One completion of a request: the message to the engine, and all output so far.
+
+    Attributes:
+        has_logprobs: whether the user wants logprobs; the engine also computes them to rank completions (best_of).
+    """
 
     request: EngineRequest
     index: int
     detokenizer: Detokenizer
     stops: StopStrings
+    repetition: RepetitionDetector | None = None
+    has_logprobs: bool = False
     token_ids: list[int] = field(default_factory=list)
     text: list[str] = field(default_factory=list)  # pieces
     logprobs: list[dict[int, Logprob]] = field(default_factory=list)
@@ -36,19 +45,18 @@ class LiveCompletion:
 
     def output(self) -> CompletionOutput:
         """Return the whole output so far."""
-        return self.increment("".join(self.text), self.token_ids, self.logprobs)
+        return self.increment("".join(self.text), list(self.token_ids), list(self.logprobs))
 
     def increment(self, text: str, tokens: list[int], logprobs: list[dict[int, Logprob]]) -> CompletionOutput:
         """Return a new part of the completion, with its current status."""
-        wanted = self.request.params.logprobs is not None
         return CompletionOutput(
             self.index,
             text,
             tokens,
             self.finish_reason,
             self.stop_reason,
-            logprobs if wanted else None,
-            self.cumulative_logprob if wanted else None,
+            logprobs if self.has_logprobs else None,
+            self.cumulative_logprob if self.request.params.logprobs is not None else None,
         )
 
 
@@ -60,7 +68,7 @@ class LiveRequest:
     """A request until its last token.
 
     Attributes:
-        sink: called with each increment, one per step that computed a token, or with the error that ended the request.
+        sink: called with each output (see `advance`), or with the error that ended the request.
         arrival: time of arrival, in seconds of time.monotonic().
         state: the KV state that the prompt begins with.
         replica: the replica that the request was sent to, or waits for after a crash; None if any replica may take it.
@@ -69,7 +77,7 @@ class LiveRequest:
         tokens_to_compute: tokens to compute before the first token, as far as the frontend knows the engine's cache.
         progress: tokens that the current engine has computed for the request; not counted beyond TRIAL_TOKENS.
         crashes: number of engines that failed while they served the request.
-        prompt_logprobs: see RequestOutput.
+        prompt_logprobs, pooled: see RequestOutput.
     """
 
     id: str
@@ -91,7 +99,8 @@ class LiveRequest:
     tokens_to_compute: int = 0
     progress: int = 0
     crashes: int = 0
-    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+    prompt_logprobs: PromptLogprobs | None = None
+    pooled: bytes | None = None
 
     @property
     def engine_ids(self) -> list[str]:
@@ -125,11 +134,16 @@ class LiveRequest:
         """Return the whole output so far."""
         return self._output([completion.output() for completion in self.completions])
 
-    def advance(self, completion: LiveCompletion, output: TokenOutput) -> RequestOutput:
-        """Add one token of the engine and return the increment. A stop string may end the completion earlier."""
+    def advance(self, completion: LiveCompletion, output: TokenOutput) -> RequestOutput | None:
+        """Add one token of the engine, and return the next output of the kind that the request wants; None for none.
+
+        A stop string or a repetition may end the completion earlier than the engine would.
+        """
         if output.prompt_logprobs is not None:
-            prompt = zip(self.prompt_token_ids[1:], output.prompt_logprobs, strict=True)
-            self.prompt_logprobs = [None, *(self._logprobs(token, got) for token, got in prompt)]
+            rows = LogprobRows(output.prompt_logprobs, self.tokenizer.token_text)
+            self.prompt_logprobs = PromptLogprobs(self.prompt_token_ids, rows)
+        if output.pooled is not None:
+            self.pooled = output.pooled
         if self.params.max_tokens == 0 and output.token >= 0:
             output = msgspec.structs.replace(output, token=-1, finish_reason="length", stop_token=None, logprobs=None)
         if self.metrics.first_token_time is None:
@@ -139,30 +153,58 @@ class LiveRequest:
         if output.token >= 0:
             tokens.append(output.token)
             if output.logprobs is not None:
-                logprobs.append(self._logprobs(output.token, output.logprobs))
-                completion.cumulative_logprob += output.logprobs.logprob
+                entry = LogprobRows(output.logprobs, self.tokenizer.token_text).entry(0, output.token)
+                logprobs.append(entry)
+                completion.cumulative_logprob += entry[output.token].logprob
             text = self._text(completion, output)
+        completion.token_ids += tokens
+        completion.logprobs += logprobs
+        if not completion.finish_reason and self._repeats(completion, output):
+            text += completion.stops.flush(completion.detokenizer.flush())
+            self._finish(completion, "repetition", "repetition_detected")
         if output.finish_reason and not completion.finish_reason:
             text += completion.stops.flush(completion.detokenizer.flush())
             self._finish(completion, output.finish_reason, output.stop_token)
-        completion.token_ids += tokens
-        completion.logprobs += logprobs
         if text:
             completion.text.append(text)
-        return self._output([completion.increment(text, tokens, logprobs)])
+        if self.finished and self.params.num_completions > self.params.n:
+            self._keep_best()
+        match self.params.output_kind:
+            case RequestOutputKind.DELTA:
+                return self._output([completion.increment(text, tokens, logprobs)])
+            case RequestOutputKind.CUMULATIVE:
+                return self._output([completion.output()])
+            case RequestOutputKind.FINAL_ONLY:
+                return self.whole() if self.finished else None
 
     def abort(self) -> RequestOutput:
-        """End all unfinished completions with finish_reason "abort", and return their last increment."""
+        """End all unfinished completions with finish_reason "abort", and return their last output."""
         unfinished = self.unfinished
         for completion in unfinished:
             self._finish(completion, "abort", None)
-        return self._output([completion.increment("", [], []) for completion in unfinished])
+        if self.params.output_kind is RequestOutputKind.DELTA:
+            return self._output([completion.increment("", [], []) for completion in unfinished])
+        return self.whole()
 
     def _finish(self, completion: LiveCompletion, reason: str, stop: str | int | None) -> None:
         completion.finish_reason, completion.stop_reason = reason, stop  # type: ignore[assignment]
         self.finished = all(completion.finish_reason for completion in self.completions)
         if self.finished:
             self.metrics.finished_time = self._wall_time()
+
+    def _repeats(self, completion: LiveCompletion, output: TokenOutput) -> bool:
+        """Return whether the output repeats itself, and may end, after one more token."""
+        detector = completion.repetition
+        if detector is None or output.token < 0 or not detector.push(completion.token_ids):
+            return False
+        return not output.finish_reason and len(completion.token_ids) >= self.params.min_tokens
+
+    def _keep_best(self) -> None:
+        """Drop all but the n completions with the highest cumulative logprob (best_of)."""
+        self.completions.sort(key=lambda completion: -completion.cumulative_logprob)
+        del self.completions[self.params.n :]
+        for index, completion in enumerate(self.completions):
+            completion.index = index
 
     def _wall_time(self) -> float:
         """Return the arrival's wall-clock time plus the time since then, in case the clock was set in between."""
@@ -182,13 +224,6 @@ class LiveRequest:
         self._finish(completion, "stop", stop)
         return text + stop if params.include_stop_str_in_output else text
 
-    def _logprobs(self, token: int, got: TokenLogprobs) -> dict[int, Logprob]:
-        name = self.tokenizer.token_text
-        entry = {token: Logprob(got.logprob, got.rank, name(token))}
-        for rank, (other, logprob) in enumerate(zip(got.top_tokens, got.top_logprobs, strict=True), 1):
-            entry.setdefault(other, Logprob(logprob, rank, name(other)))
-        return entry
-
     def _output(self, outputs: list[CompletionOutput]) -> RequestOutput:
         return RequestOutput(
             request_id=self.id,
@@ -199,4 +234,5 @@ class LiveRequest:
             metrics=self.metrics,
             seed=self.seed,
             prompt_logprobs=self.prompt_logprobs,
+            pooled=self.pooled,
         )

@@ -3,28 +3,37 @@
 import asyncio
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TypedDict, TypeVar, cast
+from typing import Any, NotRequired, TypedDict, TypeVar, cast
 
-from octavo.engine.messages import EngineInfo
+from octavo.engine.messages import EngineInfo, Pooling
 from octavo.errors import InvalidRequest, PromptTooLong
-from octavo.params import SamplingParams, ServiceTerms, Terms, plain
+from octavo.params import RequestOutputKind, SamplingParams, ServiceTerms, StructuredOutputs, Terms, plain
 from octavo.states import KVState
 from octavo.text import Tokenizer
 from octavo.text.offload import off_loop
 
 MAX_TRUNCATED = 16  # a text that is to be truncated may have this many times the tokens of the context
 MAX_ID = 256  # characters in a request id chosen by the user
+MAX_PROMPT_LOGPROBS = 2**25  # of a request, in 8 bytes each
 
 
-class PromptDict(TypedDict, total=False):
-    """A prompt in vLLM's form: `prompt` or `prompt_token_ids`, and optionally its own `cache_salt`."""
+class TextPrompt(TypedDict):
+    """A prompt of text, in vLLM's form, optionally with its own `cache_salt`."""
 
     prompt: str
+    cache_salt: NotRequired[str]
+
+
+class TokensPrompt(TypedDict):
+    """A prompt of token ids, in vLLM's form, optionally with its text and its own `cache_salt`."""
+
     prompt_token_ids: list[int]
-    cache_salt: str
+    prompt: NotRequired[str]
+    cache_salt: NotRequired[str]
 
 
-Prompt = str | list[int] | PromptDict
+Prompt = str | list[int] | TextPrompt | TokensPrompt
+_PROMPT_KEYS = TextPrompt.__annotations__.keys() | TokensPrompt.__annotations__.keys()
 T = TypeVar("T")
 
 
@@ -35,12 +44,14 @@ class Request:
     Attributes:
         prompt: text or token ids; if there is a `state`, only the part after it.
         state: the KV state that the prompt continues.
+        pooling: what is wanted of the prompt, if not a continuation.
     """
 
     prompt: str | list[int]
     params: SamplingParams
     terms: ServiceTerms
     state: KVState | None = None
+    pooling: Pooling | None = None
 
 
 def make_request(
@@ -52,16 +63,16 @@ def make_request(
 ) -> Request:
     """Make a request of one prompt. Raises InvalidRequest."""
     terms = terms or {}
+    content: Any = prompt
     if isinstance(prompt, dict):
-        if unknown := prompt.keys() - PromptDict.__annotations__.keys():
+        given = {name: value for name, value in prompt.items() if value is not None}  # vLLM's other keys may be None
+        if unknown := given.keys() - _PROMPT_KEYS:
             raise InvalidRequest(
                 f"a prompt cannot have {min(unknown)}: only text or token ids, and cache_salt", "prompt"
             )
-        if "cache_salt" in prompt:
-            terms = {**terms, "cache_salt": prompt["cache_salt"]}
-        content = prompt.get("prompt_token_ids", prompt.get("prompt"))
-    else:
-        content = prompt
+        if "cache_salt" in given:
+            terms = cast("Terms", {**terms, "cache_salt": given["cache_salt"]})
+        content = given.get("prompt_token_ids", given.get("prompt"))
     content = plain(content)
     if not isinstance(content, (str, list)):
         raise InvalidRequest("a prompt must be a string or a list of token ids", "prompt")
@@ -120,7 +131,45 @@ def tokenize(request: Request, tokenizer: Tokenizer, info: EngineInfo) -> list[i
         if not all(type(token) is int and 0 <= token < size for token in tokens):
             raise InvalidRequest(f"prompt token ids must be integers from 0 to {size - 1}", "prompt")
     check_length(len(tokens), info, has_state=request.state is not None)
+    if (wanted := request.params.prompt_logprobs) is not None:
+        count = num_logprobs(len(tokens), wanted, info)
+        check_prompt_logprobs(count, MAX_PROMPT_LOGPROBS)
     return tokens
+
+
+def num_logprobs(tokens: int, wanted: int, info: EngineInfo) -> int:
+    """Return the number of logprobs of so many tokens: each has its own, and those of the `wanted` likeliest."""
+    return tokens * (1 + (info.vocab_size if wanted == -1 else wanted))
+
+
+def check_prompt_logprobs(count: int, limit: int) -> None:
+    """Raise InvalidRequest if so many logprobs of prompts are more than the limit."""
+    if count > limit:
+        raise InvalidRequest(
+            f"{count:,} logprobs of prompts are wanted: tokens times (1 + prompt_logprobs); the limit is {limit:,}",
+            "prompt_logprobs",
+        )
+
+
+def check_logprobs(params: SamplingParams, max_logprobs: int, info: EngineInfo, name: str = "logprobs") -> None:
+    """Raise InvalidRequest for more logprobs per token than the setting max_logprobs allows; -1 allows all.
+
+    Args:
+        name: the name that `logprobs` has in the request.
+    """
+    for field, wanted in ((name, params.logprobs), ("prompt_logprobs", params.prompt_logprobs)):
+        if wanted is None or max_logprobs == -1:
+            continue
+        if num_logprobs(1, wanted, info) - 1 > max_logprobs:
+            raise InvalidRequest(f"{field} must be at most {max_logprobs} (max_logprobs), not {wanted}", field)
+
+
+def check_streamable(requests: Iterable[Request]) -> None:
+    """Raise InvalidRequest if the completions to return are only known at the end, but a stream begins before it."""
+    for request in requests:
+        params = request.params
+        if params.num_completions > params.n and params.output_kind is not RequestOutputKind.FINAL_ONLY:
+            raise InvalidRequest("best_of cannot be streamed: completions are compared when all have ended", "best_of")
 
 
 def kept_tokens(params: SamplingParams, info: EngineInfo) -> int | None:
@@ -158,7 +207,7 @@ async def tokenize_all(requests: list[Request], tokenizer: Tokenizer, info: Engi
         return [tokenize(request, tokenizer, info) for request in requests]
 
     tokens = await off_loop(tokenizer, sum(len(request.prompt) for request in requests), work)
-    if any(request.params.structured_outputs is not None for request in requests):
+    if new_grammars(requests, tokenizer):
         threads = tokenizer.grammars.threads
         await asyncio.get_running_loop().run_in_executor(threads, check_grammars, requests, tokenizer)
     return tokens
@@ -166,9 +215,22 @@ async def tokenize_all(requests: list[Request], tokenizer: Tokenizer, info: Engi
 
 def check_grammars(requests: list[Request], tokenizer: Tokenizer) -> None:
     """Compile the grammars of requests, which may take a second. Raises InvalidRequest if one cannot be used."""
-    for request in requests:
-        if request.params.structured_outputs is not None:
-            tokenizer.grammars.matcher(request.params.structured_outputs)
+    for outputs in new_grammars(requests, tokenizer):
+        tokenizer.grammars.matcher(outputs)
+
+
+def new_grammars(requests: list[Request], tokenizer: Tokenizer) -> list[StructuredOutputs]:
+    """Return the grammars of requests that are not known to be usable."""
+    grammars = [request.params.structured_outputs for request in requests]
+    return [outputs for outputs in grammars if outputs is not None and outputs not in tokenizer.grammars]
+
+
+def check_sleep(level: int = 1, tags: list[str] | None = None) -> None:
+    """Raise InvalidRequest for arguments of `sleep` and `wake_up` that would free or load only a part."""
+    if level not in (1, 2):
+        raise InvalidRequest(f"level must be 1 or 2, which both free weights and KV cache, not {level!r}", "level")
+    if tags is not None and set(tags) != {"weights", "kv_cache"}:
+        raise InvalidRequest("tags must be None: weights and KV cache wake up together", "tags")
 
 
 def check_length(num_tokens: int, info: EngineInfo, has_state: bool = False) -> None:
@@ -190,6 +252,6 @@ def check_id(id: str) -> None:
 
 
 def _check_params(params: SamplingParams, vocab_size: int) -> None:
-    for name, tokens in (("stop_token_ids", params.stop_token_ids), ("logit_bias", params.logit_bias)):
-        if any(token >= vocab_size for token in tokens or ()):
+    for name in ("stop_token_ids", "logit_bias", "allowed_token_ids"):
+        if any(token >= vocab_size for token in getattr(params, name) or ()):
             raise InvalidRequest(f"{name} has token ids beyond the vocabulary of {vocab_size}", name)

@@ -165,6 +165,18 @@ class KVCache:
         """Release the pages of KV state `id`, if there are any."""
         self._release_all(self._pins.pop(id, []))
 
+    def reset(self) -> bool:
+        """Evict all cached pages of the pool, those of KV states too. The tiers below the pool keep theirs.
+
+        Returns False, and evicts nothing, if sequences or transfers use pages.
+        """
+        if self.pool.num_pages - self.pool.num_available > len(self.pinned_pages()):
+            return False
+        for id in list(self._pins):
+            self.unpin(id)
+        self.pool.evict_all()
+        return True
+
     def prefetch(self, prefix: Prefix, reserve: int = 0) -> Prefetch | None:
         """Acquire the pages of these tokens, and begin to fetch those that only lower tiers have.
 

@@ -91,6 +91,11 @@ class PagePool:
             del self._cached[page]
             self._free.append(page)
 
+    def evict_all(self) -> None:
+        """Evict all cached pages."""
+        for page in list(self._cached):
+            self.evict(page)
+
     def release(self, page: int) -> None:
         """Drop one reference. After the last one, the page is cached if it was published, otherwise free."""
         self._references[page] -= 1

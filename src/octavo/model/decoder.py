@@ -21,6 +21,7 @@ def describe(spec: DecoderSpec, ops: Ops[T]) -> T:
     x = ops.embed("embed")
     for i in range(spec.num_layers):
         x = describe_layer(spec, i, ops, x)
+    ops.pool_rows(x, "norm")
     return ops.logits(ops.norm(ops.sampled_rows(x), "norm"), "embed" if spec.tied_embeddings else "head")
 
 

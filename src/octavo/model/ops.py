@@ -41,6 +41,10 @@ class Ops(Protocol, Generic[T]):
         """Return activation(gate) * up, where gate and up are the halves of `gate_up`: [rows, intermediate]."""
         ...
 
+    def pool_rows(self, x: T, weight: str) -> None:
+        """Add norm(x, weight), in float32, to the sums of the batch's PoolingBatch, if there is one."""
+        ...
+
     def sampled_rows(self, x: T) -> T:
         """Return the rows that the batch's `sample_rows` lists."""
         ...

@@ -10,6 +10,7 @@ from octavo.async_llm import AsyncLLM
 from octavo.fleet.fleet import Fleet
 
 from .config import ServerConfig
+from .database import Database
 from .edge.access_log import RequestRecord
 from .edge.body import BodyReader
 
@@ -24,6 +25,7 @@ class Api:
     Args:
         started: Unix time at which the server started, in seconds.
         draining: returns whether the server is shutting down.
+        database: what must survive a restart, if there is a data folder.
     """
 
     fleet: Fleet
@@ -31,6 +33,7 @@ class Api:
     bodies: BodyReader
     started: int
     draining: Callable[[], bool]
+    database: Database
 
     async def model(
         self,

@@ -10,10 +10,23 @@ from . import admin, anthropic, models_admin, ollama, worker_info
 from .api import Api
 from .batch.service import BatchService
 from .config import ServerConfig
+from .database import DATABASE, Database
 from .edge.body import BodyReader
 from .edge.dispatch import Dispatcher
 from .edge.traffic import Traffic
-from .openai import batches, chat, completions, files, kv_states, models, render, responses, tokenize
+from .openai import (
+    batches,
+    chat,
+    completions,
+    embeddings,
+    files,
+    kv_states,
+    models,
+    render,
+    responses,
+    scores,
+    tokenize,
+)
 from .openapi.pages import documented
 
 
@@ -27,13 +40,15 @@ def create_app(
         draining: returns whether the server is shutting down, for GET /ready.
     """
     config = config or ServerConfig()
-    api = Api(fleet, config, BodyReader(config), int(time.time()), draining)
-    openai = (chat, completions, responses, models, render, tokenize, kv_states)
+    folder = Path(config.data_dir) if config.data_dir else None
+    database = Database(folder / DATABASE if folder else None)
+    api = Api(fleet, config, BodyReader(config), int(time.time()), draining, database)
+    openai = (chat, completions, responses, embeddings, scores, models, render, tokenize, kv_states)
     families = (*openai, anthropic, ollama, admin, models_admin, worker_info)
     traffic = Traffic()
-    service = BatchService(Path(config.data_dir), config, traffic) if config.data_dir else None
+    service = BatchService(folder, database, config, traffic) if folder else None
     routes = [route for family in families for route in family.routes(api)]
-    routes += [*files.routes(service, config, api.bodies), *batches.routes(service, api.bodies)]
+    routes += [*files.routes(service, config, api.bodies), *batches.routes(service, config, api.bodies)]
     app = Dispatcher(documented(routes, fleet.default.name), config.allowed_origins, traffic)
     if service:
         service.start(app)

@@ -81,6 +81,15 @@ class ServerConfig(Settings):
         128 * 2**20, "Maximum size of all bodies that are still arriving; requests beyond it are answered 503."
     )
     max_file_bytes: Size = setting(512 * 2**20, "Maximum size of a file for /v1/files; larger ones are answered 413.")
+    max_files: int = setting(
+        10_000, "Maximum number of files of a tenant, results of batches included; more are answered 400.", at_least(1)
+    )
+    max_stored_bytes: Size = setting(
+        16 * 2**30, "Maximum size of all files of a tenant, results of batches included; more are answered 400."
+    )
+    max_batches: int = setting(
+        100, "Maximum number of batches of a tenant that have not ended; more are answered 429.", at_least(1)
+    )
     max_json_values: int = setting(
         200_000,
         "Maximum number of values in a JSON body, estimated from its punctuation; a key counts as four. More are "

@@ -167,6 +167,8 @@ def invalid_body(error: ValidationError) -> ApiError:
     path = _path(first)
     if first["type"] == "missing":
         return ApiError(400, f"{path} is missing", path)
+    if first["type"] == "too_short" and first["ctx"]["min_length"] == 1:
+        return ApiError(400, f"{path} should not be empty", path)
     return ApiError(400, f"{path or 'the body'} {_in_json_terms(first['msg'])}", path or None)
 
 

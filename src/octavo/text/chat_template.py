@@ -63,7 +63,8 @@ class ChatTemplate:
 
         Args:
             messages: Objects with a "role" and a "content": a string, a list of {"type": "text", "text": ...}, or None.
-                If the template does not loop over parts itself, they are joined with newlines.
+                If the template does not loop over parts itself, they are joined with newlines. None becomes "", unless
+                the template tests for it.
             add_generation_prompt: End with the header of the assistant's answer. Default: True, unless
                 continue_final_message is set.
             continue_final_message: End with the last message's content, for the model to continue it; a string names

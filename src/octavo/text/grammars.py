@@ -1,12 +1,14 @@
 """Structured output: compile StructuredOutputs to grammars, and follow a grammar token by token with llguidance."""
 
 import json
+import re
 import threading
 import time
 from array import array
 from collections import OrderedDict
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -16,17 +18,21 @@ from llguidance.gbnf_to_lark import any_to_lark
 from octavo.errors import InvalidRequest, shortened
 from octavo.params import StructuredOutputs
 
+from .structural_tags import enforced, lark_of
+
 if TYPE_CHECKING:
     from .tokenizer import Tokenizer
 
 MAX_CACHED = 64  # compiled grammars, each of which takes up to some MiB
 MAX_SECONDS = 1.0  # of processor time, for compiling a grammar and computing its first mask
-MASK_SECONDS = 0.005  # of processor time for a mask, on average, after the first; all sequences of a step wait for it
+MASK_SECONDS = 0.005  # of processor time for a mask of an output, on average, after the first
 MASK_BURST = 0.1  # seconds by which the masks of an output may exceed this
+SLOW_SECONDS = 0.001  # of processor time for a mask of a slow grammar, on average over its last masks
+PACE_WEIGHT = 0.2  # of the latest mask in this average
 MAX_FORCED = 1024  # bytes that are tokenized at once
-MAX_TAGS = 256  # structures of a structural tag
 MAX_ERROR = 300  # characters of an error message
 
+_LARK_TEXT = re.compile(r""""(\\.|[^"\\])*"|/(?!/)(\\.|[^/\\])+/|//[^\n]*|\#[^\n]*""")  # strings, expressions, comments
 _LIMITS = {
     "max_items_in_row": 2000,
     "initial_lexer_fuel": 1_000_000,
@@ -42,13 +48,46 @@ class GrammarError(Exception):
     """A grammar that cannot be followed any further, or not within the limits."""
 
 
-class Matcher:
-    """The position of one sequence in its grammar. Not thread-safe."""
+@dataclass(slots=True)
+class Pace:
+    """How long the masks of a grammar take, in all outputs that follow it.
 
-    def __init__(self, matcher: llguidance.LLMatcher, end_tokens: frozenset[int] = frozenset()):
+    Attributes:
+        seconds: exponential moving average of the processor time of a mask.
+    """
+
+    seconds: float = 0.0
+
+    def record(self, seconds: float) -> None:
+        self.seconds += PACE_WEIGHT * (seconds - self.seconds)
+
+
+class Matcher:
+    """The position of one sequence in its grammar. Only one thread at a time may use it.
+
+    Args:
+        pace: that of the grammar.
+        end_tokens: end-of-sequence tokens.
+        mask: the mask of the first token, if it is known.
+    """
+
+    def __init__(
+        self,
+        matcher: llguidance.LLMatcher,
+        pace: Pace,
+        end_tokens: frozenset[int] = frozenset(),
+        mask: bytes | None = None,
+    ):
         self._matcher = matcher
+        self._pace = pace
         self._end_tokens = end_tokens
+        self._known = mask  # the mask of the next token, if it is known
         self._seconds = -MASK_BURST  # of processor time so far, less what the masks may take
+
+    @property
+    def is_slow(self) -> bool:
+        """Return whether the grammar's last masks took long, in this or other outputs."""
+        return self._pace.seconds > SLOW_SECONDS
 
     @property
     def is_stopped(self) -> bool:
@@ -62,6 +101,7 @@ class Matcher:
     def accept(self, tokens: Iterable[int]) -> None:
         """Advance by tokens of the output. Raises GrammarError if the grammar does not allow them."""
         for token in tokens:
+            self._known = None
             if not self._matcher.consume_token(token):
                 raise GrammarError(_one_line(self._matcher.get_error()))
 
@@ -87,14 +127,31 @@ class Matcher:
         return masks
 
     def _mask(self) -> bytes:
+        if self._known is not None:
+            return self._known
         started = time.thread_time()
         mask = self._matcher.compute_bitmask()
         if self._matcher.is_error():
             raise GrammarError(_one_line(self._matcher.get_error()))
-        self._seconds += time.thread_time() - started - MASK_SECONDS
+        seconds = time.thread_time() - started
+        self._pace.record(seconds)
+        self._seconds += seconds - MASK_SECONDS
         if self._seconds > 0:
             raise GrammarError("the grammar is too complex: its masks take too long to compute")
         return mask
+
+
+@dataclass(slots=True)
+class _Compiled:
+    """A compiled grammar: a matcher at its beginning, and the mask of the first token."""
+
+    matcher: llguidance.LLMatcher
+    mask: bytes
+    end_tokens: frozenset[int]
+    pace: Pace = field(default_factory=Pace)
+
+    def copy(self) -> Matcher:
+        return Matcher(self.matcher.deep_copy(), self.pace, self.end_tokens, self.mask)
 
 
 class Grammars:
@@ -102,8 +159,12 @@ class Grammars:
 
     def __init__(self, tokenizer: "Tokenizer"):
         self._tokenizer = tokenizer
-        self._compiled: OrderedDict[str, llguidance.LLMatcher] = OrderedDict()
+        self._compiled: OrderedDict[str, _Compiled] = OrderedDict()
         self._lock = threading.Lock()
+
+    def __contains__(self, outputs: StructuredOutputs) -> bool:
+        """Return whether a grammar is in the cache, and mark it as recently used."""
+        return self.find(outputs) is not None
 
     @cached_property
     def threads(self) -> ThreadPoolExecutor:
@@ -117,34 +178,39 @@ class Grammars:
             InvalidRequest: The grammar is malformed, or exceeds a limit.
             GrammarError: The grammar does not allow `output`.
         """
-        key = repr(outputs)
-        with self._lock:
-            compiled = self._compiled.get(key)
-            if compiled is not None:
-                self._compiled.move_to_end(key)
-        if compiled is None:
+        matcher = self.find(outputs)
+        if matcher is None:
             compiled = self._compile(outputs)
             with self._lock:
-                self._compiled[key] = compiled
+                self._compiled[repr(outputs)] = compiled
                 if len(self._compiled) > MAX_CACHED:
                     self._compiled.popitem(last=False)
-        matcher = Matcher(compiled.deep_copy(), self._tokenizer.eos_token_ids)
+            matcher = compiled.copy()
         matcher.accept(output)
         return matcher
 
-    def _compile(self, outputs: StructuredOutputs) -> llguidance.LLMatcher:
+    def find(self, outputs: StructuredOutputs) -> Matcher | None:
+        """Return a matcher at the beginning of a grammar that is in the cache, or None. Takes less than 0.2 ms."""
+        key = repr(outputs)
+        with self._lock:
+            if key in self._compiled:
+                self._compiled.move_to_end(key)
+            compiled = self._compiled.get(key)
+        return None if compiled is None else compiled.copy()
+
+    def _compile(self, outputs: StructuredOutputs) -> _Compiled:
         grammar, started = to_grammar(outputs), time.thread_time()
         limits = llguidance.LLParserLimits(**_LIMITS)  # type: ignore[arg-type]
         matcher = llguidance.LLMatcher(self._vocabulary, grammar, log_level=0, limits=limits)
         if matcher.is_error():
             raise _invalid(matcher.get_error())
         try:
-            Matcher(matcher).masks()  # computed in the copies' common lexer, so that theirs are faster
+            [mask] = Matcher(matcher, Pace()).masks()  # builds states of the lexer, which copies inherit
         except GrammarError as error:
             raise _invalid(str(error)) from None
         if time.thread_time() - started > MAX_SECONDS:
             raise _invalid("the grammar is too complex")
-        return matcher
+        return _Compiled(matcher, mask, self._tokenizer.eos_token_ids)
 
     @cached_property
     def _vocabulary(self) -> llguidance.LLTokenizer:
@@ -193,7 +259,26 @@ class _Vocabulary:
 
 
 def to_grammar(outputs: StructuredOutputs) -> str:
-    """Return the grammar of a constraint in llguidance's form. Raises InvalidRequest."""
+    """Return the grammar of an output in llguidance's form. Raises InvalidRequest."""
+    grammar = _of_constraint(outputs)
+    return _after_reasoning(grammar, outputs) if outputs.reasoning_end else grammar
+
+
+def _after_reasoning(grammar: str, outputs: StructuredOutputs) -> str:
+    """Return the grammar of an output that begins with reasoning: always, or if it begins with a reasoning_start."""
+    ends = " | ".join(map(json.dumps, outputs.reasoning_end or ()))
+    starts = " | ".join(map(json.dumps, outputs.reasoning_start or ()))
+    lark = [
+        "start: (SPACE reasoning SPACE)? @answer" if starts else "start: reasoning SPACE @answer",
+        f"reasoning[lazy]: ({starts}) TEXT ({ends})" if starts else f"reasoning[lazy]: TEXT ({ends})",
+        "TEXT: /(.|\\n)*/",
+        "SPACE: /[ \\r\\n\\t]{0,8}/",
+    ]
+    [answer] = json.loads(grammar)["grammars"] if grammar.startswith("{") else [{"lark_grammar": grammar}]
+    return json.dumps({"grammars": [{"lark_grammar": "\n".join(lark)}, {**answer, "name": "answer"}]})
+
+
+def _of_constraint(outputs: StructuredOutputs) -> str:
     try:
         if outputs.json is not None or outputs.json_object:
             return _of_schema(outputs)
@@ -203,14 +288,24 @@ def to_grammar(outputs: StructuredOutputs) -> str:
             choices = " | ".join(json.dumps(choice, ensure_ascii=False) for choice in outputs.choice)
             return llguidance.LLMatcher.grammar_from_lark(f"start: {choices}")
         if outputs.structural_tag is not None:
-            return _of_tags(_object(outputs.structural_tag, "structural_tag"))
-        return llguidance.LLMatcher.grammar_from_lark(any_to_lark(outputs.grammar or ""))
+            return llguidance.LLMatcher.grammar_from_lark(lark_of(_object(outputs.structural_tag, "structural_tag")))
+        return llguidance.LLMatcher.grammar_from_lark(_without_special_tokens(any_to_lark(outputs.grammar or "")))
     except InvalidRequest:
         raise
     except RecursionError:
         raise _invalid("it is nested too deeply") from None
     except Exception as error:  # llguidance's converters raise various types for malformed grammars
         raise _invalid(str(error)) from None
+
+
+def _without_special_tokens(lark: str) -> str:
+    """Return a grammar. Raises InvalidRequest if it names tokens, since special ones may end or forge a turn of a chat.
+
+    llguidance's syntax for them is <name>, <[ids]> and <[^ids]>, outside of strings, regular expressions and comments.
+    """
+    if named := re.search(r"<[^\s>]+>", _LARK_TEXT.sub(" ", lark)):
+        raise _invalid(f"a grammar cannot name tokens, such as {shortened(named.group(), 40)}")
+    return lark
 
 
 def _of_schema(outputs: StructuredOutputs) -> str:
@@ -222,7 +317,7 @@ def _of_schema(outputs: StructuredOutputs) -> str:
         options["whitespace_flexible"] = False
     elif outputs.whitespace_pattern is not None:
         options["whitespace_pattern"] = outputs.whitespace_pattern
-    return llguidance.LLMatcher.grammar_from_json_schema(schema, overrides=options)  # type: ignore[arg-type]
+    return llguidance.LLMatcher.grammar_from_json_schema(enforced(schema), overrides=options)  # type: ignore[arg-type]
 
 
 def _closed(schema: Any) -> Any:
@@ -235,26 +330,6 @@ def _closed(schema: Any) -> Any:
     if isinstance(schema.get("properties"), dict):
         closed.setdefault("additionalProperties", False)
     return closed
-
-
-def _of_tags(tag: dict[str, Any]) -> str:
-    """Return the grammar of vLLM's structural tag: {"structures": [{"begin", "schema", "end"}], "triggers": [...]}."""
-    structures, triggers = tag.get("structures"), tag.get("triggers")
-    if not isinstance(structures, list) or not isinstance(triggers, list) or not 0 < len(structures) <= MAX_TAGS:
-        raise _invalid(f"a structural tag must have triggers, and 1 to {MAX_TAGS} structures")
-    tags = []
-    for structure in structures:
-        parts = structure if isinstance(structure, dict) else {}
-        begin, schema, end = parts.get("begin"), parts.get("schema", {}), parts.get("end", "")
-        if not isinstance(begin, str) or not isinstance(schema, dict) or not isinstance(end, str):
-            raise _invalid("a structure must have the strings begin and end, and a schema")
-        fitting = [
-            trigger for trigger in triggers if isinstance(trigger, str) and trigger and begin.startswith(trigger)
-        ]
-        if not fitting:
-            raise _invalid(f"no trigger is the beginning of the structure {shortened(begin, 40)!r}")
-        tags.append(llguidance.StructTag(trigger=fitting[0], begin=begin, grammar=schema, end=end))
-    return llguidance.StructTag.to_grammar(tags, assume_special=False)
 
 
 def _object(text: Any, name: str) -> dict[str, Any]:

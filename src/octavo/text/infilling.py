@@ -57,18 +57,23 @@ def infill(
     Raises InvalidRequest if the tokenizer does not have the marks of a family, or if a text is not Unicode;
     PromptTooLong.
     """
-    for marks in FAMILIES:
-        ids = {mark: tokenizer.special_id(mark) for mark in (marks.prefix, marks.suffix, marks.middle) if mark}
-        if None not in ids.values():
-            break
-    else:
+    marks = marks_of(tokenizer)
+    if marks is None:
         message = "suffix needs a model with tokens to fill in the middle, which this model's tokenizer does not have"
         raise InvalidRequest(message, "suffix")
-    before = [ids[marks.prefix], *tokenizer.encode(prefix, add_special_tokens=False, max_tokens=max_tokens)]
-    after = [ids[marks.suffix], *_continued(tokenizer, suffix, max_tokens)]
-    parts = [*before, *after, ids[marks.middle]] if marks.middle else [*after, *before]
+    before = [tokenizer.special_id(marks.prefix), *tokenizer.encode(prefix, False, max_tokens=max_tokens)]
+    after = [tokenizer.special_id(marks.suffix), *_continued(tokenizer, suffix, max_tokens)]
+    parts = [*before, *after, tokenizer.special_id(marks.middle)] if marks.middle else [*after, *before]
     ends = [end for mark in marks.ends if (end := tokenizer.special_id(mark)) is not None]
     return [*tokenizer.leading_ids, *(part for part in parts if part is not None)], ends
+
+
+def marks_of(tokenizer: Tokenizer) -> Marks | None:
+    """Return the marks of the family that a tokenizer belongs to, None if it has no tokens to fill in the middle."""
+    for marks in FAMILIES:
+        if all(tokenizer.special_id(mark) is not None for mark in (marks.prefix, marks.suffix, marks.middle) if mark):
+            return marks
+    return None
 
 
 def _continued(tokenizer: Tokenizer, text: str, max_tokens: int | None) -> list[int]:

@@ -52,7 +52,9 @@ class Template:
         self._source = source
         self._compiled = environment.from_string(source)
         self.takes_parts = loops_over_parts(tree)
-        self._takes_strings = not self.takes_parts or any(test.name == "string" for test in tree.find_all(nodes.Test))
+        tests = list(tree.find_all(nodes.Test))
+        self._takes_strings = not self.takes_parts or any(test.name == "string" for test in tests)
+        self._takes_none = any(test.name == "none" and _content_of(test.node) is not None for test in tests)
 
     def render(self, messages: list[Any], continue_field: str | None, variables: dict[str, Any]) -> str:
         """Return the prompt of a conversation. With `continue_field`, it ends with that field of the last message.
@@ -64,6 +66,8 @@ class Template:
         messages = [self._message(i, message) for i, message in enumerate(messages)]
         if continue_field is not None:
             messages[-1] = self._marked(messages[-1], continue_field)
+        if not self._takes_none:
+            messages = [{**each, "content": ""} if each.get("content") is None else each for each in messages]
         try:
             prompt = self._compiled.render(messages=messages, **variables)
         except (Refused, MemoryError):
@@ -154,10 +158,15 @@ def _is_variable(node: nodes.Node | None, name: str) -> bool:
 
 def _is_content(node: nodes.Node | None, item: str) -> bool:
     """Return whether `node` is item.content or item["content"], sliced or filtered."""
+    return _is_variable(_content_of(node), item)
+
+
+def _content_of(node: nodes.Node | None) -> nodes.Node | None:
+    """Return x if `node` is x.content or x["content"], sliced or filtered, and None for other nodes."""
     node = _unfiltered(node)
     if isinstance(node, nodes.Getitem):
-        return isinstance(node.arg, nodes.Const) and node.arg.value == "content" and _is_variable(node.node, item)
-    return isinstance(node, nodes.Getattr) and node.attr == "content" and _is_variable(node.node, item)
+        return node.node if isinstance(node.arg, nodes.Const) and node.arg.value == "content" else None
+    return node.node if isinstance(node, nodes.Getattr) and node.attr == "content" else None
 
 
 def _unfiltered(node: nodes.Node | None) -> nodes.Node | None:

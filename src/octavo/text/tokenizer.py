@@ -138,6 +138,20 @@ class Tokenizer:
         """Return the largest token id, -1 if there is no token. Takes some 20 ms the first time."""
         return max(self.backend.get_vocab(with_added_tokens=True).values(), default=-1)
 
+    def __len__(self) -> int:
+        return self.vocab_size
+
+    @property
+    def eos_token_id(self) -> int | None:
+        """Return the main one of the tokens that end a text; None if there is none."""
+        name = self._special_tokens.get("eos_token")
+        token: int | None = None if name is None else self.backend.token_to_id(name)
+        return min(self.eos_token_ids, default=None) if token is None else token
+
+    def get_vocab(self) -> dict[str, int]:
+        """Return the ids of all tokens by their spelling in the vocabulary."""
+        return self.backend.get_vocab(with_added_tokens=True)
+
     @property
     def has_chat_template(self) -> bool:
         return self._template is not None
@@ -241,6 +255,18 @@ class Tokenizer:
         """
         template, variables = self._template_for(template_kwargs)
         return template.render(messages, **(self._special_tokens | variables))
+
+    def apply_chat_template(
+        self, conversation: list[dict[str, Any]], tokenize: bool = True, **template_kwargs: Any
+    ) -> str | list[int]:
+        """Do what `chat` does, under the name that transformers gives it.
+
+        Args:
+            tokenize: Return token ids rather than text.
+            template_kwargs: See `chat`. As in transformers, add_generation_prompt is False by default.
+        """
+        text = self.chat(conversation, **{"add_generation_prompt": False, **template_kwargs})
+        return self.encode(text, add_special_tokens=False) if tokenize else text
 
     async def achat(self, messages: list[dict[str, Any]], **template_kwargs: Any) -> str:
         """Do what `chat` does, without blocking the event loop."""

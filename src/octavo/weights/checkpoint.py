@@ -41,8 +41,15 @@ def open_checkpoint(path: Path) -> Checkpoint:
     if path.suffix == ".gguf":
         config, tensors = open_gguf(path)
         return Checkpoint(path, config, tensors, tensors)
-    config, stored = read_config(path), open_safetensors(path)
+    config, stored = read_config(path), _with_prefix(open_safetensors(path))
     return Checkpoint(path, config, _weights(path, config.get("quantization_config"), stored), stored)
+
+
+def _with_prefix(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors by their usual names. Without a head (Qwen3-Embedding), they lack a prefix."""
+    if "embed_tokens.weight" not in tensors:
+        return tensors
+    return {name if name.startswith("lm_head.") else f"model.{name}": tensor for name, tensor in tensors.items()}
 
 
 def _weights(path: Path, settings: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

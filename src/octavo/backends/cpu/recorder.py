@@ -42,6 +42,9 @@ class Recorder:
     def gated(self, gate_up: int, activation: Literal["silu", "gelu_tanh"]) -> int:
         return self._program.gated(gate_up, getattr(Activation, activation))
 
+    def pool_rows(self, x: int, weight: str) -> None:
+        self._program.pool_rows(x, self._vector(weight))
+
     def sampled_rows(self, x: int) -> int:
         return self._program.sampled_rows(x)
 

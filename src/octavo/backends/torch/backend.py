@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -70,14 +71,23 @@ class TorchBackend:
         return [pages[page].view(torch.uint8).view(-1) for pages in (keys, values)]
 
     def step(self, batch: StepBatch) -> StepResult:
-        return sample(self.logits(batch), batch.sampling)
+        logits, sums = self._run(batch)
+        result = sample(logits, batch.sampling)
+        if batch.pooling is None:
+            return result
+        labels = logits[batch.pooling.label_rows, batch.pooling.label_tokens]
+        return replace(result, sums=sums, label_logits=labels)
+
+    def logits(self, batch: StepBatch) -> np.ndarray:
+        return self._run(batch)[0]
 
     @torch.inference_mode()
-    def logits(self, batch: StepBatch) -> np.ndarray:
+    def _run(self, batch: StepBatch) -> tuple[np.ndarray, np.ndarray | None]:
+        """Compute the forward pass. Return the logits and, with a PoolingBatch, the sums of hidden states."""
         assert self._pool is not None, "allocate_kv comes first"
         ops = TorchOps(self.spec, self._weights, self._dtype, self._pool, batch)
         logits: np.ndarray = describe(self.spec, ops).cpu().numpy()
-        return logits
+        return logits, ops.sums
 
     def close(self) -> None:
         self._weights, self._pool = {}, None

@@ -43,6 +43,8 @@ class TorchOps:
         self.slots = self.positions % page_size
         angles = self.positions[:, None] * torch.from_numpy(spec.rope.frequencies(spec.head_dim)).to(device)
         self.cos, self.sin = angles.cos()[:, None, :], angles.sin()[:, None, :]
+        self.pooling = batch.pooling
+        self.sums: np.ndarray | None = None  # see StepResult
 
     def embed(self, weight: str) -> Tensor:
         return self.weights[weight][self.tokens].float()
@@ -93,6 +95,14 @@ class TorchOps:
     def gated(self, gate_up: Tensor, activation: Literal["silu", "gelu_tanh"]) -> Tensor:
         gate, up = gate_up.chunk(2, dim=1)
         return (functional.silu(gate) if activation == "silu" else functional.gelu(gate, approximate="tanh")) * up
+
+    def pool_rows(self, x: Tensor, weight: str) -> None:
+        if self.pooling is None:
+            return
+        hidden = self.norm(x, weight).double()
+        ranges = zip(self.pooling.sums, self.pooling.first.tolist(), self.pooling.end.tolist(), strict=True)
+        sums = [before + hidden[first:end].sum(dim=0).cpu().numpy() for before, first, end in ranges]
+        self.sums = np.array(sums).reshape(self.pooling.sums.shape)
 
     def sampled_rows(self, x: Tensor) -> Tensor:
         return x[self.sample_rows]

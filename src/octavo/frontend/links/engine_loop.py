@@ -15,11 +15,13 @@ from .messages import (
     Abort,
     Alive,
     AskStats,
+    CacheReset,
     Failed,
     FromEngine,
     LoadState,
     Pages,
     Pin,
+    ResetCache,
     SaveState,
     StateDone,
     Stats,
@@ -98,6 +100,8 @@ class EngineLoop:
                 self._pages_sent = 1
             case AskStats():
                 self._send(Stats(message.id, engine.stats()))
+            case ResetCache():
+                self._send(CacheReset(message.id, engine.kv.reset()))
 
     def _publish_pages(self) -> None:
         engine = self.engine

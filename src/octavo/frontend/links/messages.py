@@ -76,6 +76,12 @@ class AskStats(msgspec.Struct, frozen=True, tag=True):
     id: int
 
 
+class ResetCache(msgspec.Struct, frozen=True, tag=True):
+    """Evict all cached pages. Answered by CacheReset with the same id."""
+
+    id: int
+
+
 class WatchPages(msgspec.Struct, frozen=True, tag=True):
     """Publish the pages of the cache from now on. Answered by Pages with all of them, then after each step.
 
@@ -152,6 +158,13 @@ class Stats(msgspec.Struct, frozen=True, tag=True):
     stats: EngineStats
 
 
+class CacheReset(msgspec.Struct, frozen=True, tag=True):
+    """The answer to ResetCache: whether the pages were evicted, which is impossible while requests use some."""
+
+    id: int
+    done: bool
+
+
 class StateDone(msgspec.Struct, frozen=True, tag=True):
     """The answer to SaveState and LoadState. `failed` is None on success."""
 
@@ -179,8 +192,8 @@ class Pages(msgspec.Struct, frozen=True, tag=True):
     tokens: bytes = b""
 
 
-ToEngine = Load | Submit | Abort | AskStats | Pin | Unpin | SaveState | LoadState | WatchPages
-FromEngine = Loading | Ready | Failed | Alive | Tokens | Stats | StateDone | Pages
+ToEngine = Load | Submit | Abort | AskStats | Pin | Unpin | SaveState | LoadState | WatchPages | ResetCache
+FromEngine = Loading | Ready | Failed | Alive | Tokens | Stats | StateDone | Pages | CacheReset
 
 HEARTBEAT = 0.5  # seconds between Alive messages
 _LENGTH_BYTES = 4

@@ -13,7 +13,7 @@ URLS = ("/v1/chat/completions", "/v1/completions")
 ENVELOPE_BYTES = 65_536  # of a line, besides the body of the request
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Row:
     """One line of the input: a request, or what is wrong with the line."""
 

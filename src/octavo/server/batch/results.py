@@ -17,14 +17,19 @@ from .lines import Result, Row, read_result
 SYNC_SECONDS = 1.0  # between two calls of fsync
 
 
+class OtherResults(ConfigError):
+    """An output file that does not have the results of the input."""
+
+
 @dataclass
 class Counts:
-    """Totals of a batch. The tokens are those of this run, without the rows that an earlier run has finished."""
+    """Totals of a batch; tokens and seconds without those of an earlier run that is continued."""
 
     completed: int = 0
     failed: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    seconds: float = 0.0
 
     @property
     def rows(self) -> int:
@@ -63,7 +68,7 @@ class ResultFile:
     def resume(self, rows: Iterator[Row]) -> None:
         """Skip the rows whose results are in the file already, and delete a last line that is incomplete.
 
-        Raises ConfigError if a line is not the result of the row at its position.
+        Raises OtherResults if a line is not the result of the row at its position.
         """
         end = 0
         with self._path.open("rb") as file:
@@ -79,10 +84,10 @@ class ResultFile:
         try:
             custom_id, is_failure = read_result(line)
         except (msgspec.DecodeError, UnicodeDecodeError):
-            raise ConfigError(f"{self._path} exists, and its line {number} is not a batch result") from None
+            raise OtherResults(f"{self._path} exists, and its line {number} is not a batch result") from None
         if row is None or row.custom_id != custom_id:
             detail = "the input has ended" if row is None else f"the input has custom_id {row.custom_id!r}"
-            raise ConfigError(
+            raise OtherResults(
                 f"{self._path} has the results of another input: where its line {number} has custom_id {custom_id!r}, "
                 f"{detail}"
             )

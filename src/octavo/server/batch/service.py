@@ -13,18 +13,22 @@ from typing import Any
 
 from octavo.errors import OctavoError
 from octavo.server.config import ServerConfig
+from octavo.server.database import Database
 from octavo.server.edge.traffic import Traffic
 
+from .fair_places import FairPlaces
 from .lines import LineError, Rows, failed, read_result
 from .results import Counts, ResultFile
 from .run import BatchRun
-from .slots import LowPrioritySlots
+from .slots import LowPrioritySlots, TenantSlots
 from .store import Content, FileStore
 
 WINDOW_SECONDS = 24 * 3600
 SLOTS = 64  # requests of all batches that run at the same time
 WINDOW_ROWS = 256
+WINDOW_BYTES = 4 * 2**20  # of a batch; see BatchRun
 MAX_RUNNING = 8  # batches that run at the same time; others wait
+RESERVE = 64  # batches that run besides, of tenants that have no other one running
 SAVE_SECONDS = 1.0  # between two updates of a batch's counts
 ENDED = ("completed", "failed", "expired", "cancelled")
 EXPIRED = LineError("batch_expired", "the batch's 24 hours were over before this request was run")
@@ -45,12 +49,13 @@ class Running:
 class BatchService:
     """The batches of a server whose data is in `folder`. Raises ConfigError if the folder cannot be used."""
 
-    def __init__(self, folder: Path, config: ServerConfig, traffic: Traffic):
-        self.store = FileStore(folder)
+    def __init__(self, folder: Path, database: Database, config: ServerConfig, traffic: Traffic):
+        self.store = FileStore(folder, database)
+        self.storing = asyncio.Lock()  # held while a file is stored, so that a tenant's files stay within the limits
         self.running: dict[str, Running] = {}
         self._config = config
         self._slots = LowPrioritySlots(SLOTS, traffic)
-        self._at_once = asyncio.Semaphore(MAX_RUNNING)
+        self._places = FairPlaces(MAX_RUNNING, RESERVE)
         self._app: Any = None
 
     def start(self, app: Any) -> None:
@@ -94,6 +99,10 @@ class BatchService:
         self._begin(Running(tenant, batch))
         return batch
 
+    def unfinished(self, tenant: str) -> int:
+        """Return the number of a tenant's batches that have not ended."""
+        return sum(running.tenant == tenant for running in self.running.values())
+
     async def cancel(self, id: str) -> None:
         """Cancel a batch, unless it is already about to end. The results so far are kept."""
         running = self.running.get(id)
@@ -123,7 +132,7 @@ class BatchService:
     async def _run(self, running: Running) -> None:
         batch = running.batch
         try:
-            async with self._at_once:
+            async with self._places.place(running.tenant):
                 await self._advance(running)
         except (OctavoError, OSError) as error:
             log.error("batch %s failed: %s", batch["id"], error)
@@ -170,7 +179,7 @@ class BatchService:
         """Answer the rows that have no result yet."""
         batch, saved = running.batch, time.monotonic()
         headers = [(b"x-octavo-tenant", running.tenant.encode("latin-1"))]
-        run = BatchRun(self._app, self._slots, WINDOW_ROWS, headers)
+        run = BatchRun(self._app, TenantSlots(self._slots, running.tenant), WINDOW_ROWS, headers, WINDOW_BYTES)
         with self._input(batch).open("rb") as file, contextlib.closing(ResultFile(self._results(batch))) as results:
             rows = Rows(file, self._config.max_body_bytes, (batch["endpoint"],))
             await asyncio.to_thread(results.resume, rows)

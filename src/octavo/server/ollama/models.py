@@ -12,8 +12,10 @@ from octavo.fleet.model import Model
 from octavo.server.api import Api
 from octavo.server.edge.dispatch import route
 from octavo.server.errors import ApiError, OllamaError
+from octavo.server.openai.answers import reasoning_parser
 from octavo.server.openai.replies import Json
 from octavo.server.openapi.operation import MODEL, Operation
+from octavo.text.infilling import marks_of
 from octavo.version import __version__
 
 NEVER = "9999-12-31T23:59:59Z"  # when a loaded model expires
@@ -43,8 +45,6 @@ def routes(api: Api) -> list[Route]:
         route("GET", "/api/ps", partial(loaded, api), described("List the loaded models.", reply=Models)),
         route("POST", "/api/show", partial(show, api), properties),
         *(route(method, f"/api/{name}", partial(refuse, name), refused) for method, name in REFUSED),
-        route("POST", "/api/embed", refuse_embeddings, described("Refused.", status=501, reply=OllamaError)),
-        route("POST", "/api/embeddings", refuse_embeddings, described("Refused.", status=501, reply=OllamaError)),
     ]
 
 
@@ -94,7 +94,7 @@ async def show(api: Api, request: Request) -> Response:
             "details": entry["details"],
             "model_info": info,
             "modified_at": entry["modified_at"],
-            "capabilities": ["completion"],
+            "capabilities": _capabilities(model),
         }
     )
 
@@ -105,9 +105,14 @@ async def refuse(name: str, _: Request) -> Response:
     raise ApiError(501, message, code="not_supported")
 
 
-async def refuse_embeddings(_: Request) -> Response:
-    """Refuse embeddings. Raises ApiError 501."""
-    raise ApiError(501, "embeddings are not supported by this server", code="not_supported")
+def _capabilities(model: Model) -> list[str]:
+    """Return what a model can do, as far as it is known: those of its tokenizer only when it has been loaded."""
+    capabilities = ["completion", "tools", "embedding"]
+    if model.was_loaded and reasoning_parser(model.llm):
+        capabilities.append("thinking")
+    if model.was_loaded and marks_of(model.llm.tokenizer):
+        capabilities.append("insert")
+    return capabilities
 
 
 def known_name(api: Api, name: str) -> str:

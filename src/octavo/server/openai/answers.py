@@ -1,6 +1,5 @@
 """Which parsers read the answers of a chat."""
 
-import re
 from collections.abc import Callable
 
 import msgspec
@@ -61,20 +60,13 @@ def reasoning_parser(llm: AsyncLLM) -> str | None:
     return None if name == "none" else name
 
 
-def knows_tools(source: str) -> bool:
-    """Return whether a chat template shows the functions of a request."""
-    return re.search(r"\btools\b", source) is not None
-
-
 def answer_reader(llm: AsyncLLM, body: ChatRequest, tools: Tools | None, prompt: str) -> Callable[[], AnswerReader]:
     """Return a function that makes a reader for an answer to `prompt`, the rendered chat."""
     streaming = bool(body.stream)
     makers: list[Callable[[], AnswerParser]] = []
-    reasoning = None if body.separate_reasoning is False else reasoning_parser(llm)
-    ended = prompt.rstrip()
-    if reasoning and not ended.endswith("</think>"):  # the template has switched reasoning off
-        begins_inside = ended.endswith("<think>")
-        makers.append(lambda: _reasoning_stage(REASONING_PARSERS[reasoning], begins_inside))
+    reasoning = None if body.separate_reasoning is False else expected_reasoning(llm, prompt)
+    if reasoning:
+        makers.append(lambda: _reasoning_stage(*reasoning))
     if tools is not None and tools.mode != "none":
         schemas = tools.schemas
         kind = {"named": Forced, "required": JsonAnswer}.get(tools.mode) or TOOL_PARSERS[tool_parser(llm)]
@@ -82,6 +74,30 @@ def answer_reader(llm: AsyncLLM, body: ChatRequest, tools: Tools | None, prompt:
             makers.clear()  # it also reads the reasoning
         makers.append(lambda: kind(schemas, streaming))
     return lambda: AnswerReader([make() for make in makers])
+
+
+def expected_reasoning(llm: AsyncLLM, prompt: str) -> tuple[type[AnswerParser], bool] | None:
+    """Return the parser of the reasoning in an answer to `prompt`, and whether the prompt has its start tag already.
+
+    Returns None if answers have no reasoning, as far as model and prompt show.
+    """
+    name, ended = reasoning_parser(llm), prompt.rstrip()
+    if name is None or ended.endswith("</think>"):  # the template has switched reasoning off
+        return None
+    return REASONING_PARSERS[name], ended.endswith("<think>")
+
+
+def after_reasoning(llm: AsyncLLM, params: SamplingParams, prompt: str) -> SamplingParams:
+    """Return sampling parameters whose constraint, if any, begins after the reasoning of an answer to `prompt`."""
+    outputs, reasoning = params.structured_outputs, expected_reasoning(llm, prompt)
+    if outputs is None or outputs.structural_tag or reasoning is None:
+        return params
+    kind, begins_inside = reasoning
+    if not issubclass(kind, ThinkTags):
+        return params
+    starts = None if begins_inside or kind.begins_inside else list(kind.starts)
+    outputs = msgspec.structs.replace(outputs, reasoning_end=list(kind.ends), reasoning_start=starts)
+    return msgspec.structs.replace(params, structured_outputs=outputs)
 
 
 def _reasoning_stage(kind: type[AnswerParser], begins_inside: bool) -> AnswerParser:

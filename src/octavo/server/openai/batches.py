@@ -9,6 +9,7 @@ from starlette.routing import Route
 
 from octavo.server.batch.lines import URLS
 from octavo.server.batch.service import BatchService
+from octavo.server.config import ServerConfig
 from octavo.server.edge.body import BodyReader
 from octavo.server.edge.dispatch import route
 from octavo.server.errors import ApiError
@@ -79,7 +80,7 @@ class BatchList(TypedDict):
     has_more: bool
 
 
-def routes(service: BatchService | None, bodies: BodyReader) -> list[Route]:
+def routes(service: BatchService | None, config: ServerConfig, bodies: BodyReader) -> list[Route]:
     """Return the routes of this family. Without `service`, they answer 404."""
 
     def described(summary: str, **more: Any) -> Operation:
@@ -89,14 +90,14 @@ def routes(service: BatchService | None, bodies: BodyReader) -> list[Route]:
     created = described("Begin a batch of the requests in a file.", body=BODY, example=example)
     all_batches = described("List batches.", query=PAGE_QUERY, reply=BatchList)
     return [
-        route("POST", PATH, bound(service, partial(create, bodies)), created),
+        route("POST", PATH, bound(service, partial(create, config, bodies)), created),
         route("GET", PATH, bound(service, list_batches), all_batches),
         route("GET", f"{PATH}/{{id}}", bound(service, retrieve), described("Describe a batch.")),
         route("POST", f"{PATH}/{{id}}/cancel", bound(service, cancel), described("Cancel a batch.")),
     ]
 
 
-async def create(bodies: BodyReader, service: BatchService, request: Request) -> Response:
+async def create(config: ServerConfig, bodies: BodyReader, service: BatchService, request: Request) -> Response:
     """Begin a batch of the requests in a file. Raises ApiError."""
     body = await bodies.read_json(request)
     if not isinstance(body, dict):
@@ -115,7 +116,11 @@ async def create(bodies: BodyReader, service: BatchService, request: Request) ->
     if file["purpose"] != "batch":
         raise ApiError(400, f"the purpose of {id} is {file['purpose']}, not batch", "input_file_id")
     metadata = _metadata(body.get("metadata"))
-    return Json(await service.create(tenant_in(request), file, body["endpoint"], metadata))
+    tenant = tenant_in(request)
+    if service.unfinished(tenant) >= config.max_batches:
+        message = f"{config.max_batches} batches have not ended, which is the limit (max_batches): wait, or cancel some"
+        raise ApiError(429, message, code="too_many_batches")
+    return Json(await service.create(tenant, file, body["endpoint"], metadata))
 
 
 async def list_batches(service: BatchService, request: Request) -> Response:

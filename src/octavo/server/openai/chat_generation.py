@@ -10,14 +10,16 @@ from starlette.requests import Request
 
 from octavo.async_llm import AsyncLLM
 from octavo.errors import InvalidRequest
+from octavo.frontend.chat import knows_tools
+from octavo.frontend.requests import check_logprobs
 from octavo.outputs import CompletionOutput
 from octavo.params import SamplingParams
 from octavo.server.api import Api
 from octavo.server.edge.access_log import RequestRecord
 from octavo.text.answer import Answer, AnswerEvent, ReasoningDelta
 
-from .answers import AnswerReader, answer_reader, knows_tools, tool_parser, with_markers
-from .generation import Generation, tokenized
+from .answers import AnswerReader, after_reasoning, answer_reader, tool_parser, with_markers
+from .generation import Generation, ReplyOptions, tokenized
 from .kv_states import continuation
 from .protocol import ChatRequest
 
@@ -62,8 +64,9 @@ class ChatGeneration(Generation):
 
     def finish_reason(self, new: CompletionOutput) -> str | None:
         """Return the reason why a completion has ended, to be called after `events`; None if it has not ended."""
-        called = new.finish_reason == "stop" and self._readers[new.index].has_calls
-        return "tool_calls" if called else new.finish_reason
+        if new.finish_reason == "stop" and self._readers[new.index].has_calls:
+            return "function_call" if self.body.functions else "tool_calls"
+        return new.finish_reason
 
     def answers(self, outputs: list[CompletionOutput]) -> list[FinishedAnswer]:
         """Return the whole answers of all completions."""
@@ -88,21 +91,37 @@ async def prepare(api: Api, request: Request, body: ChatRequest, record: Request
     constraint = None if tools is None else tools.constraint(tool_parser(llm))
     if tools is not None and constraint and (tools.is_forced or params.structured_outputs is None):
         params = msgspec.structs.replace(params, structured_outputs=constraint)
-    llm.check_capacity(params.n)
+    check_logprobs(params, llm.config.max_logprobs, llm.info, name="top_logprobs")
+    llm.check_capacity(params.num_completions)
     messages = body.conversation()
     record.stream = bool(body.stream)
     if api.config.access_log_prompts:
         record.prompt = messages
-    if continued := continuation(llm, body.kv_cache_state, params.n, terms):
+    if continued := continuation(llm, body.kv_cache_state, params.num_completions, terms):
         messages = continued.whole_chat(messages)
+    beams = body.beam_search(params)
+    if beams and (continued or params.structured_outputs is not None):
+        what = "functions that must be called, or kv_cache_state"
+        raise InvalidRequest(f"use_beam_search does not go with {what}", "use_beam_search")
     text = await rendered(llm, body, messages)
+    params = after_reasoning(llm, params, text)
     prompt = await chat_tokens(llm, body, text, params)
     if continued:
         prompt = continued.after_state(prompt)
         terms["kv_cache_state"] = continued.state
         continued.check_quota(prompt, params)
-    reader = answer_reader(llm, body, tools, text)
-    return ChatGeneration(llm, [prompt], params, terms, record, continuation=continued, body=body, new_reader=reader)
+    return ChatGeneration(
+        llm,
+        [prompt],
+        params,
+        terms,
+        record,
+        continuation=continued,
+        options=ReplyOptions.of(body),
+        beams=beams,
+        body=body,
+        new_reader=answer_reader(llm, body, tools, text),
+    )
 
 
 async def rendered(llm: AsyncLLM, body: ChatRequest, messages: list[dict[str, Any]]) -> str:

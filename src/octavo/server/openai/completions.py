@@ -1,6 +1,5 @@
 """POST /v1/completions."""
 
-import itertools
 from collections.abc import Iterator
 from functools import partial
 
@@ -9,7 +8,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from octavo.outputs import CompletionOutput, Logprob
+from octavo.errors import InvalidRequest
+from octavo.outputs import CompletionOutput
 from octavo.server.api import Api
 from octavo.server.edge.access_log import RequestRecord
 from octavo.server.edge.dispatch import route
@@ -18,12 +18,10 @@ from octavo.text import Tokenizer
 
 from . import replies
 from .events import EventStream
-from .generation import Generation, infilled, tokenized
+from .generation import Generation, ReplyOptions, infilled, tokenized
 from .kv_states import continuation
+from .logprobs import EchoedLogprobs
 from .protocol import CompletionRequest
-
-Scored = tuple[int, dict[int, Logprob] | None]
-"""A token and its logprobs; None for the first token of a prompt."""
 
 
 def routes(api: Api) -> list[Route]:
@@ -60,7 +58,11 @@ async def prepare(api: Api, request: Request, body: CompletionRequest, record: R
     terms = body.terms(request.headers)
     llm = await api.model(record, body.model, body.user_id, terms, body.kv_cache_state)
     params = body.sampling_params(llm.generation_defaults)
-    count = len(body.prompt) * params.n
+    beams = body.beam_search(params)
+    if beams and (body.suffix or body.kv_cache_state or params.prompt_logprobs is not None):
+        what = "suffix, kv_cache_state, or logprobs of an echoed prompt"
+        raise InvalidRequest(f"use_beam_search does not go with {what}", "use_beam_search")
+    count = len(body.prompt) * params.num_completions
     llm.check_capacity(count)
     continued = continuation(llm, body.kv_cache_state, count, terms)
     if body.suffix:
@@ -72,7 +74,8 @@ async def prepare(api: Api, request: Request, body: CompletionRequest, record: R
     if continued:
         terms["kv_cache_state"] = continued.state
         continued.check_quota(prompts[0], params)
-    return Generation(llm, prompts, params, terms, record, "cmpl", continued)
+    options = ReplyOptions.of(body, echo=bool(body.echo))
+    return Generation(llm, prompts, params, terms, record, "cmpl", continued, options, beams)
 
 
 async def _whole(generation: Generation, echoed: list[str]) -> Response:
@@ -84,7 +87,7 @@ async def _whole(generation: Generation, echoed: list[str]) -> Response:
     reply.kv_cache_state = generation.kept_state()
     if len(outputs) == 1:
         reply.seed = outputs[0].seed
-    return replies.Json(reply)
+    return generation.json(reply)
 
 
 class _Choices:
@@ -102,7 +105,8 @@ class _Choices:
         """Return the choice of a chunk, if the increment is of any use to a client."""
         is_first = (prompt, new.index) not in self._offsets
         choice = self.of(prompt, new)
-        if choice.text or new.logprobs or new.finish_reason or (is_first and choice.prompt_logprobs):
+        has_ids = self._generation.options.token_ids and new.token_ids
+        if choice.text or new.logprobs or new.finish_reason or has_ids or (is_first and choice.prompt_logprobs):
             yield choice
 
     def of(self, prompt: int, new: CompletionOutput) -> replies.CompletionChoice:
@@ -110,25 +114,33 @@ class _Choices:
         generation, key = self._generation, (prompt, new.index)
         is_first = key not in self._offsets
         echo = self._echoed[prompt] if is_first and self._echoed else ""
-        known = generation.prompt_logprobs.get(prompt) if is_first else None
-        logprobs = None
-        if new.logprobs is not None:
-            scored: list[Scored] = list(zip(new.token_ids, new.logprobs, strict=True))
-            offset = self._offsets.get(key, len(echo))
-            if known and self._echoed:
-                scored, offset = [*zip(generation.prompts[prompt], known, strict=True), *scored], 0
-            logprobs = _logprobs(generation.llm.tokenizer, scored, offset, bool(generation.params.logprobs))
-            self._offsets[key] = offset + sum(map(len, logprobs.tokens))
-        else:
-            self._offsets[key] = 0
+        scored = generation.scored.get(prompt) if is_first else None
+        with_ids = generation.options.token_ids
         return replies.CompletionChoice(
             index=prompt * generation.params.n + new.index,
             text=echo + new.text,
-            logprobs=logprobs,
+            logprobs=self._logprobs(key, new, scored.echoed if scored else None, len(echo)),
             finish_reason=new.finish_reason,
             stop_reason=new.stop_reason,
-            prompt_logprobs=replies.prompt_logprobs(known) if known else msgspec.UNSET,
+            prompt_logprobs=generation.placed(scored.known) if scored else msgspec.UNSET,
+            token_ids=new.token_ids if with_ids else msgspec.UNSET,
+            prompt_token_ids=generation.prompts[prompt] if with_ids and is_first else msgspec.UNSET,
         )
+
+    def _logprobs(
+        self, key: tuple[int, int], new: CompletionOutput, echoed: EchoedLogprobs | None, echo_length: int
+    ) -> replies.CompletionLogprobs | None:
+        """Return the logprobs of a choice, those of the echoed prompt first, and note where the next token is."""
+        if new.logprobs is None:
+            self._offsets[key] = 0
+            return None
+        generation = self._generation
+        offset = self._offsets.get(key, echo_length) if echoed is None else echoed.length
+        logprobs = generation.logprobs.completion(new.token_ids, new.logprobs, offset, generation.params.logprobs != 0)
+        self._offsets[key] = offset + sum(len(generation.llm.tokenizer.token_text(token)) for token in new.token_ids)
+        if echoed is None:
+            return logprobs
+        return echoed.followed_by(logprobs, generation.placed(echoed.likeliest) if echoed.likeliest else [])
 
 
 def _reply(generation: Generation) -> replies.Completion:
@@ -139,22 +151,6 @@ def _reply(generation: Generation) -> replies.Completion:
         system_fingerprint=generation.fingerprint,
         choices=[],
     )
-
-
-def _logprobs(tokenizer: Tokenizer, scored: list[Scored], offset: int, with_top: bool) -> replies.CompletionLogprobs:
-    """Return the logprobs of tokens, the first of which starts at `offset` in the text."""
-    tokens = [of[token].decoded_token if of else tokenizer.token_text(token) for token, of in scored]
-    return replies.CompletionLogprobs(
-        tokens=tokens,
-        token_logprobs=[of[token].logprob if of else None for token, of in scored],
-        top_logprobs=[_by_text(of) if of else None for _, of in scored] if with_top else None,
-        text_offset=list(itertools.accumulate(map(len, tokens[:-1]), initial=offset)) if tokens else [],
-    )
-
-
-def _by_text(entries: dict[int, Logprob]) -> dict[str, float]:
-    """Return logprobs by text. If tokens have the same text, such as parts of a character, the most likely one wins."""
-    return {entry.decoded_token: entry.logprob for entry in sorted(entries.values(), key=lambda entry: -entry.rank)}
 
 
 def _text(tokenizer: Tokenizer, prompt: str | list[int]) -> str:

@@ -118,6 +118,7 @@ async def create(config: ServerConfig, service: BatchService, request: Request) 
     tenant = tenant_in(request)
     if not request.headers.get("content-type", "").startswith("multipart/form-data"):
         raise ApiError(415, "send the file as multipart/form-data", code="unsupported_media_type")
+    await _check_space(config, service, tenant, new=1)
     limited = Request(request.scope, _limited(request, config.max_file_bytes + FORM_BYTES))
     try:
         form = limited.form(max_files=1, max_fields=16, max_part_size=4096)
@@ -132,7 +133,13 @@ async def create(config: ServerConfig, service: BatchService, request: Request) 
             made = file_object(id, size, (file.filename or "file")[:MAX_FILENAME], str(purpose))
     except ClientDisconnect:
         raise ApiError(CLIENT_LEFT, "the client left before its whole file had arrived") from None
-    await service.store.put(tenant, made)
+    async with service.storing:
+        try:
+            await _check_space(config, service, tenant, made["bytes"])
+        except ApiError:
+            (service.store.files / id).unlink()
+            raise
+        await service.store.put(tenant, made)
     return Json(made)
 
 
@@ -191,6 +198,17 @@ def tenant_in(request: Request) -> str:
     except UnicodeEncodeError:
         raise ApiError(400, "tenant must consist of characters of Latin-1", "tenant") from None
     return tenant
+
+
+async def _check_space(config: ServerConfig, service: BatchService, tenant: str, new: int) -> None:
+    """Raise ApiError 400 if another file, of `new` bytes, would exceed the tenant's limits."""
+    count, size = await service.store.file_usage(tenant)
+    if count >= config.max_files:
+        message = f"there are {count} files, and the limit is {config.max_files} (max_files): delete some"
+        raise ApiError(400, message, "file", "too_many_files")
+    if size + new > config.max_stored_bytes:
+        message = f"the files would have more than {config.max_stored_bytes} bytes (max_stored_bytes): delete some"
+        raise ApiError(400, message, "file", "storage_limit_exceeded")
 
 
 def _limited(request: Request, limit: int) -> Callable[[], Awaitable[Message]]:

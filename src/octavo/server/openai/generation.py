@@ -3,6 +3,7 @@
 import time
 import uuid
 from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,18 +11,62 @@ import msgspec
 
 from octavo.async_llm import AsyncLLM, Increment
 from octavo.errors import InvalidRequest
-from octavo.frontend.requests import Request, encode, kept_tokens, make_requests
-from octavo.outputs import Logprob, RequestOutput
-from octavo.params import SamplingParams
+from octavo.frontend.requests import (
+    Request,
+    check_prompt_logprobs,
+    encode,
+    kept_tokens,
+    make_requests,
+    num_logprobs,
+)
+from octavo.outputs import RequestOutput
+from octavo.params import BeamSearchParams, SamplingParams
 from octavo.server.edge.access_log import RequestRecord
 from octavo.text.infilling import infill
 from octavo.text.offload import off_loop
 
 from .kv_states import Continuation
-from .protocol import CompletionRequest
-from .replies import KVCacheState, PromptTokensDetails, Usage
+from .logprobs import EchoedLogprobs, LogprobFormat, prompt_logprobs
+from .protocol import CompletionRequest, GenerationRequest
+from .replies import Elements, Json, JsonInPieces, KVCacheState, PromptTokensDetails, Reply, Usage
 
-MAX_PROMPT_LOGPROBS = 32_768  # of a request; converted on the event loop, in about a tenth of a second
+MAX_PROMPT_LOGPROBS = 262_144  # of a request, which take about 20 MB in a reply
+MAX_STREAMED_PROMPT_LOGPROBS = 32_768  # of a stream, whose first event has them all
+
+
+@dataclass(frozen=True)
+class ReplyOptions:
+    """Which optional parts the replies to a request have.
+
+    Attributes:
+        stream: events in place of one reply.
+        echo: the prompt, before each completion.
+        token_ids: the token ids of prompts and outputs (return_token_ids).
+        tokens_as_ids: token ids instead of texts in logprobs (return_tokens_as_token_ids).
+    """
+
+    stream: bool = False
+    echo: bool = False
+    token_ids: bool = False
+    tokens_as_ids: bool = False
+
+    @classmethod
+    def of(cls, body: GenerationRequest, echo: bool = False) -> "ReplyOptions":
+        """Return the options of a request."""
+        return cls(bool(body.stream), echo, bool(body.return_token_ids), bool(body.return_tokens_as_token_ids))
+
+
+@dataclass(frozen=True)
+class ScoredPrompt:
+    """The logprobs of a prompt in the forms of replies. `echoed` is None unless the prompt is echoed with logprobs."""
+
+    known: Elements
+    echoed: EchoedLogprobs | None
+
+    @property
+    def elements(self) -> list[Elements]:
+        """Return the parts that are written in pieces."""
+        return [self.known, *([self.echoed.likeliest] if self.echoed and self.echoed.likeliest else ())]
 
 
 @dataclass
@@ -33,6 +78,7 @@ class Generation:
         terms: the given fields of ServiceTerms, and `kv_cache_state` if the prompt continues a state.
         record: the access log's record of the request; receives the model and token counts.
         kind: the prefix of the reply's id.
+        beams: the beam search that completes the prompts, in place of sampling.
     """
 
     llm: AsyncLLM
@@ -42,18 +88,16 @@ class Generation:
     record: RequestRecord
     kind: str
     continuation: Continuation | None = None
+    options: ReplyOptions = ReplyOptions()
+    beams: BeamSearchParams | None = None
     created: int = field(default_factory=lambda: int(time.time()))
 
     def __post_init__(self) -> None:
         """Raise InvalidRequest if the reply would have too many logprobs of prompts."""
         if (wanted := self.params.prompt_logprobs) is not None:
-            count = sum(map(len, self.prompts)) * (1 + wanted)
-            if count > MAX_PROMPT_LOGPROBS:
-                raise InvalidRequest(
-                    f"{count:,} logprobs of prompts are wanted: tokens times (1 + prompt_logprobs); the limit is "
-                    f"{MAX_PROMPT_LOGPROBS:,}",
-                    "prompt_logprobs",
-                )
+            count = num_logprobs(sum(map(len, self.prompts)), wanted, self.llm.info)
+            limit = MAX_STREAMED_PROMPT_LOGPROBS if self.options.stream else MAX_PROMPT_LOGPROBS
+            check_prompt_logprobs(count * self.params.n, limit)
         self.id = f"{self.kind}-{uuid.uuid4().hex}"
         self.model = self.llm.config.model_name
         # Identifies everything besides the request that determines the tokens. If it and the seed are the same, so is
@@ -61,15 +105,14 @@ class Generation:
         self.fingerprint = f"fp_{self.llm.info.fingerprint[:12]}"
         self.record.model = self.model
         self.record.tenant = self.terms["tenant"]
-        self.prompt_logprobs: dict[int, list[dict[int, Logprob] | None]] = {}  # by the index of the prompt
+        self.logprobs = LogprobFormat(self.llm.tokenizer, self.options.tokens_as_ids)
+        self.scored: dict[int, ScoredPrompt] = {}  # by the index of the prompt
         self._known_prompts: set[str] = set()
         self.record.prompt_tokens = self.record.cached_tokens = self.record.completion_tokens = 0
 
     def add(self, prompt: int, output: RequestOutput) -> None:
         """Count the tokens of an increment, or of a whole output, of prompt number `prompt`."""
         record = self.record
-        if output.prompt_logprobs is not None:
-            self.prompt_logprobs[prompt] = output.prompt_logprobs
         for completion in output.outputs:
             record.completion_tokens += len(completion.token_ids)  # type: ignore[operator]
         if output.request_id not in self._known_prompts:
@@ -98,14 +141,60 @@ class Generation:
 
     async def whole(self) -> list[RequestOutput]:
         """Return the whole outputs, one per prompt. If the caller is cancelled, their requests are aborted."""
-        outputs = await self.llm.generate_requests(self._requests())
+        if self.beams is not None:
+            outputs = await self._searched(self.beams)
+        else:
+            outputs = await self.llm.generate_requests(self._requests())
         for prompt, output in enumerate(outputs):
             self.add(prompt, output)
+            await self._score(prompt, output)
         return outputs
 
-    def increments(self) -> AsyncGenerator[list[Increment], None]:
-        """Return a generator of the increments of all prompts. Closing it aborts what still runs."""
-        return self.llm.stream_requests(self._requests())
+    async def increments(self) -> AsyncGenerator[list[Increment], None]:
+        """Yield the increments of all prompts. Closing the generator aborts what still runs.
+
+        A beam search has one increment, when it has ended.
+        """
+        if self.beams is not None:
+            yield list(enumerate(await self._searched(self.beams)))
+            return
+        async with aclosing(self.llm.stream_requests(self._requests())) as steps:
+            async for increments in steps:
+                for increment in increments:
+                    await self._score(*increment)
+                yield increments
+
+    def json(self, reply: Reply) -> Json | JsonInPieces:
+        """Return the response with a whole reply."""
+        elements = [each for scored in self.scored.values() for each in scored.elements]
+        return JsonInPieces(reply, elements) if elements else Json(reply)
+
+    def placed(self, elements: Elements) -> list[msgspec.Raw]:
+        """Return the elements of an array for a reply: their stand-in, or, in a stream, all of them."""
+        return [msgspec.Raw(b"".join(elements.pieces)) if self.options.stream else elements.stand_in]
+
+    async def _score(self, prompt: int, output: RequestOutput) -> None:
+        """Convert the logprobs of a prompt, once."""
+        if (known := output.prompt_logprobs) is None or prompt in self.scored:
+            return
+        echoed, top = None, self.params.logprobs
+        if self.options.echo and top is not None:
+            echoed = await self.logprobs.echoed(self.prompts[prompt], known, top != 0)
+        self.scored[prompt] = ScoredPrompt(await prompt_logprobs(known), echoed)
+
+    async def _searched(self, beams: BeamSearchParams) -> list[RequestOutput]:
+        """Return the outputs of a beam search, with as many logprobs as the request wants."""
+        outputs = await self.llm.beam_search_requests(self._requests(), beams)
+        wanted = self.llm.info.vocab_size if self.params.logprobs == -1 else self.params.logprobs
+        for completion in (completion for output in outputs for completion in output.outputs):
+            if wanted is None or completion.logprobs is None:
+                completion.logprobs = None
+                continue
+            completion.logprobs = [
+                {other: logprob for other, logprob in entry.items() if other == token or logprob.rank <= wanted}
+                for token, entry in zip(completion.token_ids, completion.logprobs, strict=True)
+            ]
+        return outputs
 
     def _requests(self) -> list[Request]:
         terms: Any = dict(self.terms)

@@ -28,20 +28,17 @@ NEUTRAL: dict[str, Any] = {
     **dict.fromkeys(("prompt_cache_key", "prompt_cache_retention", "parallel_tool_calls", "moderation"), ANY),
     "reasoning_effort": ("none",),
     "verbosity": ("medium",),
-    "function_call": ("none", "auto"),
     "modalities": (["text"],),
-    **dict.fromkeys(("audio", "functions", "tools", "web_search_options"), ()),
+    **dict.fromkeys(("audio", "tools", "web_search_options"), ()),
     # vLLM
-    "length_penalty": (1.0,),
     "spaces_between_special_tokens": (True,),
     "include_reasoning": (True, False),  # completions have no reasoning
     "early_stopping": (False,),
     "response_role": ("assistant",),
-    **dict.fromkeys(("use_beam_search", "return_tokens_as_token_ids", "return_token_ids"), (False,)),
     **dict.fromkeys(("request_id", "guided_decoding_backend", "mm_processor_kwargs"), ANY),
     "truncation_side": ("left", "right"),  # only with truncate_prompt_tokens
-    **dict.fromkeys(("allowed_token_ids", "documents", "logits_processors"), ()),
-    **dict.fromkeys(("chat_template", "kv_transfer_params", "vllm_xargs", "thinking_token_budget"), ()),
+    **dict.fromkeys(("documents", "logits_processors"), ()),
+    **dict.fromkeys(("chat_template", "kv_transfer_params", "vllm_xargs"), ()),
     # SGLang
     "no_stop_trim": (False,),
     "separate_reasoning": (True, False),
@@ -86,7 +83,7 @@ NEUTRAL: dict[str, Any] = {
     **dict.fromkeys(("banned_strings", "custom_token_bans", "grammar_string", "logit_bias_exp"), ()),
 }
 COMPLETION_NEUTRAL = {**NEUTRAL, "continue_final_message": (False,), "add_special_tokens": (True,)}
-CHAT_NEUTRAL = {**NEUTRAL, "add_special_tokens": (False,), "echo": (False,), "best_of": (1,)}
+CHAT_NEUTRAL = {**NEUTRAL, "add_special_tokens": (False,), "echo": (False,)}
 MESSAGE_NEUTRAL: Mapping[str, Any] = {
     **dict.fromkeys(("refusal", "annotations", "cache_control"), ANY),
     **dict.fromkeys(("audio", "function_call"), ()),

@@ -28,11 +28,18 @@ from pydantic_core import PydanticCustomError
 from starlette.datastructures import Headers
 
 from octavo.errors import InvalidRequest
-from octavo.params import MAX_LOGPROBS, SamplingParams, ServiceTerms, StructuredOutputs
+from octavo.params import (
+    MAX_INTEGER,
+    BeamSearchParams,
+    RepetitionDetectionParams,
+    SamplingParams,
+    ServiceTerms,
+    StructuredOutputs,
+)
 from octavo.server.config import ServerConfig
 from octavo.server.errors import MAX_DETAILS, ApiError, invalid_body
 
-from . import neutral_fields
+from . import functions, neutral_fields
 from .response_format import FORMAT_SCHEMA, GUIDED, structured_outputs_of
 from .tools import Tools, tools_of
 
@@ -49,8 +56,13 @@ _SAMPLING_FIELDS = frozenset(SamplingParams.__struct_fields__) - {
     "logit_bias",
     "top_p",
     "structured_outputs",
+    "output_kind",
 }
 
+_BEAM_SEARCH_FIELDS = frozenset(BeamSearchParams.__struct_fields__) | {
+    *("n", "logprobs", "truncate_prompt_tokens"),
+    *("top_p", "top_k", "min_p", "seed", "speculative_tokens"),  # without effect
+}
 _TERMS = ServiceTerms.__struct_fields__
 
 Defaults = Mapping[str, float | int]
@@ -71,7 +83,7 @@ def _given_model(name: Any) -> Any:
     return None if name == "unknown" else name
 
 
-def _prompts(value: Any) -> list[str | list[int]]:
+def prompt_list(value: Any) -> list[str | list[int]]:
     """Return one entry per prompt for any of the four forms of `prompt`. (A union type would report four errors.)"""
     if isinstance(value, str):
         prompts: Any = [value]
@@ -130,6 +142,7 @@ class StreamOptions(Strict):
 # Schemas in /openapi.json of fields that are not checked by pydantic.
 _TEXTS = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}
 _CONSTRAINT = msgspec.json.schema(StructuredOutputs)["$defs"]["StructuredOutputs"]
+_REPETITION = msgspec.json.schema(RepetitionDetectionParams)["$defs"]["RepetitionDetectionParams"]
 _TEXT = WithJsonSchema({"type": "string"})
 _OBJECTS = WithJsonSchema({"type": "array", "items": {"type": "object"}})
 _NAME_OR_OBJECT = WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "object"}]})
@@ -144,6 +157,7 @@ _JSON_TYPES: dict[Any, Any] = {  # of a parameter's type, None left out
     dict[int, float]: dict[str, float],
     list[str] | str: Annotated[Any, WithJsonSchema(_TEXTS)],  # SamplingParams checks it
     StructuredOutputs: Annotated[Any, WithJsonSchema(_CONSTRAINT)],  # StructuredOutputs checks it
+    RepetitionDetectionParams: Annotated[Any, WithJsonSchema(_REPETITION)],  # RepetitionDetectionParams checks it
 }
 
 
@@ -159,7 +173,7 @@ _PARAMETERS = {
     **get_type_hints(SamplingParams, include_extras=True),
     **get_type_hints(ServiceTerms, include_extras=True),
 }
-_FIELDS: dict[str, Any] = {name: _json_field(hint) for name, hint in _PARAMETERS.items()}
+_FIELDS: dict[str, Any] = {name: _json_field(hint) for name, hint in _PARAMETERS.items() if name != "output_kind"}
 Parameters: Any = create_model("Parameters", __base__=Strict, **_FIELDS)
 
 
@@ -174,6 +188,10 @@ class GenerationRequest(Parameters):  # type: ignore[misc]
     kv_cache_state: bool | str | None = None  # true: keep the state; a handle: also continue that state
     user: Annotated[Any, _TEXT] | None = None
     safety_identifier: Annotated[Any, _TEXT] | None = None  # OpenAI's newer name for it
+    use_beam_search: bool | None = None
+    length_penalty: float | None = None
+    return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
     response_format: Annotated[Any, WithJsonSchema(FORMAT_SCHEMA)] | None = None
     guided_json: Annotated[Any, _NAME_OR_OBJECT] | None = None
     guided_regex: Annotated[Any, _TEXT] | None = None
@@ -203,7 +221,8 @@ class GenerationRequest(Parameters):  # type: ignore[misc]
     def _limited(cls, body: dict[str, Any], config: ServerConfig) -> dict[str, Any]:
         """Return `body`. Raises ApiError 400 if a list, map or string in it is too long."""
         for name, value in body.items():
-            if name not in ("prompt", "messages") and isinstance(value, (list, dict)) and len(value) > MAX_ENTRIES:
+            is_large = isinstance(value, (list, dict)) and len(value) > MAX_ENTRIES
+            if is_large and name not in ("prompt", "messages", "allowed_token_ids"):
                 raise ApiError(400, f"{name} has {len(value)} entries; the limit is {MAX_ENTRIES}", name)
             has_own_limit = name in ("prompt", "suffix", "stop") or name in _TERMS or name in GUIDED
             has_own_limit = has_own_limit or name == "chat_template"
@@ -245,6 +264,31 @@ class GenerationRequest(Parameters):  # type: ignore[misc]
         given["structured_outputs"] = structured_outputs_of(self.structured_outputs, self.response_format, guided)
         return SamplingParams(max_tokens=max_tokens, logprobs=logprobs, logit_bias=bias or None, **given)
 
+    def beam_search(self, params: SamplingParams) -> BeamSearchParams | None:
+        """Return the parameters of the beam search that the request wants, None if it wants none.
+
+        Args:
+            params: the request's sampling parameters.
+
+        Raises InvalidRequest for parameters that a beam search does not have.
+        """
+        if not self.use_beam_search:
+            if self.length_penalty not in (None, 1.0):
+                raise InvalidRequest("length_penalty needs use_beam_search", "length_penalty")
+            return None
+        given, defaults = self.params({}, None, None), SamplingParams(max_tokens=None)
+        for name in sorted(set(SamplingParams.__struct_fields__) - _BEAM_SEARCH_FIELDS):
+            if getattr(given, name) and getattr(given, name) != getattr(defaults, name):
+                raise InvalidRequest(f"{name} does not go with use_beam_search", name)
+        return BeamSearchParams(
+            beam_width=params.n,
+            max_tokens=MAX_INTEGER if params.max_tokens is None else params.max_tokens,
+            length_penalty=1.0 if self.length_penalty is None else self.length_penalty,
+            ignore_eos=params.ignore_eos,
+            include_stop_str_in_output=params.include_stop_str_in_output,
+            skip_special_tokens=params.skip_special_tokens,
+        )
+
     @property
     def user_id(self) -> str | None:
         """Return the end user whom the request names, if any, for sticky splits."""
@@ -264,26 +308,23 @@ class CompletionRequest(GenerationRequest):
 
     neutral: ClassVar[dict[str, Any]] = neutral_fields.COMPLETION_NEUTRAL
 
-    prompt: Annotated[list[str | list[int]], PlainValidator(_prompts, json_schema_input_type=Prompt)]
+    prompt: Annotated[list[str | list[int]], PlainValidator(prompt_list, json_schema_input_type=Prompt)]
     suffix: str | None = None
     echo: bool | None = None
     logprobs: Whole | None = None
-    best_of: Whole | None = None
 
     @classmethod
     def _limited(cls, body: dict[str, Any], config: ServerConfig) -> dict[str, Any]:
-        prompt, n = body.get("prompt"), body.get("n")
+        prompt, counts = body.get("prompt"), (body.get("n"), body.get("best_of"))
         many = isinstance(prompt, list) and len(prompt) > 0 and isinstance(prompt[0], (str, list))
         prompts = len(prompt) if isinstance(prompt, list) and many else 1
-        if many and prompts * (n if isinstance(n, int) else 1) > config.max_completions:
+        if many and prompts * max(1, *(n for n in counts if isinstance(n, int)), 1) > config.max_completions:
             limit = config.max_completions
             raise ApiError(400, f"the prompts times n are more than {limit} completions (max_completions)", "prompt")
         return super()._limited(body, config)
 
     def sampling_params(self, defaults: Defaults) -> SamplingParams:
         """Return the sampling parameters, see `params`. Raises InvalidRequest."""
-        if self.best_of is not None and self.best_of != (self.n or 1):
-            raise InvalidRequest("best_of must equal n, since this server does not rank completions", "best_of")
         if self.max_tokens == 0 and self.kv_cache_state:
             raise InvalidRequest("kv_cache_state needs max_tokens of at least 1", "kv_cache_state")
         limit = defaults.get("max_tokens", 16) if self.max_tokens is None else self.max_tokens
@@ -348,11 +389,13 @@ class ChatRequest(GenerationRequest):
     messages: list[Message] = Field(min_length=1)
     max_completion_tokens: Whole | None = Field(None, ge=1)
     logprobs: bool | None = None
-    top_logprobs: Whole | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    top_logprobs: Whole | None = Field(None, ge=-1)
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     modalities: list[Literal["text"]] | None = None
+    functions: Annotated[Any, _OBJECTS] | None = None
+    function_call: Annotated[Any, _NAME_OR_OBJECT] | None = None
     tools: Annotated[Any, _OBJECTS] | None = None
     tool_choice: Annotated[Any, _NAME_OR_OBJECT] | None = None
     parallel_tool_calls: bool | None = None
@@ -364,6 +407,7 @@ class ChatRequest(GenerationRequest):
 
     @classmethod
     def _limited(cls, body: dict[str, Any], config: ServerConfig) -> dict[str, Any]:
+        body = functions.with_tools(body)
         if body.get("chat_template") and not config.trust_request_chat_template:
             message = "this server runs only its model's chat template (trust_request_chat_template is false)"
             raise ApiError(400, message, "chat_template")
@@ -379,7 +423,7 @@ class ChatRequest(GenerationRequest):
         known, neutral = Message.model_fields.keys(), neutral_fields.MESSAGE_NEUTRAL
         messages = [
             neutral_fields.without_neutral(each, known, neutral, f"messages[{i}]") if isinstance(each, dict) else each
-            for i, each in enumerate(messages)
+            for i, each in enumerate(functions.with_tool_calls(messages))
         ]
         return super()._limited({**body, "messages": messages}, config)
 

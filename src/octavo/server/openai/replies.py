@@ -1,12 +1,13 @@
 """OpenAI's response objects, as structs that msgspec encodes in about a microsecond."""
 
-from collections.abc import Mapping
+import uuid
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import msgspec
 from starlette.responses import Response
-
-from octavo.outputs import Logprob
+from starlette.types import Receive, Scope, Send
 
 encode = msgspec.json.Encoder().encode
 
@@ -18,6 +19,47 @@ class Json(Response):
 
     def __init__(self, body: Any, status_code: int = 200, headers: Mapping[str, str] | None = None):
         super().__init__(encode(body), status_code, headers)
+
+
+@dataclass(frozen=True)
+class Elements:
+    """Elements of a JSON array that are too many to be encoded at once.
+
+    Attributes:
+        pieces: their JSON, separated by commas, in pieces.
+        stand_in: an element that takes their place in a reply until it is sent; see JsonInPieces.
+    """
+
+    pieces: list[bytes]
+    stand_in: msgspec.Raw = field(default_factory=lambda: msgspec.Raw(b'"%b"' % uuid.uuid4().hex.encode()))
+
+
+class JsonInPieces(Response):
+    """A struct as a JSON response, written in pieces, between which other requests are served.
+
+    Args:
+        elements: those whose stand-ins `body` has.
+    """
+
+    media_type = "application/json"
+
+    def __init__(self, body: Any, elements: Iterable[Elements]):
+        self._pieces = [encode(body)]
+        for each in elements:
+            self._pieces = [part for piece in self._pieces for part in _replaced(piece, each)]
+        super().__init__(headers={"content-length": str(sum(map(len, self._pieces)))})
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        for piece in self._pieces:
+            await send({"type": "http.response.body", "body": piece, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+def _replaced(piece: bytes, elements: Elements) -> list[bytes]:
+    """Return a piece with elements in place of their stand-ins, in pieces."""
+    first, *others = piece.split(bytes(elements.stand_in))
+    return [first, *(part for other in others for part in (*elements.pieces, other))]
 
 
 class ErrorBody(msgspec.Struct):
@@ -119,37 +161,21 @@ class Reply(msgspec.Struct, kw_only=True):
 class CompletionLogprobs(msgspec.Struct):
     tokens: list[str]
     token_logprobs: list[float | None]
-    top_logprobs: list[dict[str, float] | None] | None
+    top_logprobs: list[dict[str, float] | msgspec.Raw | None] | None
     text_offset: list[int]
 
 
-class PromptLogprob(msgspec.Struct):
-    logprob: float
-    rank: int
-    decoded_token: str
-
-
-PromptLogprobs = list[dict[str, PromptLogprob] | None]
-"""For each token of a prompt, logprobs by token id; None for the first token. The form of vLLM."""
-
-
-def prompt_logprobs(known: list[dict[int, Logprob] | None]) -> PromptLogprobs:
-    """Return a prompt's logprobs in the form of a reply."""
-    return [
-        {str(token): PromptLogprob(one.logprob, one.rank, one.decoded_token) for token, one in of.items()}
-        if of
-        else None
-        for of in known
-    ]
-
-
 class CompletionChoice(msgspec.Struct):
+    """A completion, or a chunk of its stream. The last three fields are vLLM's, and only present if requested."""
+
     index: int
     text: str
     logprobs: CompletionLogprobs | None = None
     finish_reason: str | None = None
     stop_reason: str | int | None = None
-    prompt_logprobs: PromptLogprobs | msgspec.UnsetType = msgspec.UNSET
+    prompt_logprobs: list[msgspec.Raw] | msgspec.UnsetType = msgspec.UNSET
+    token_ids: list[int] | msgspec.UnsetType = msgspec.UNSET
+    prompt_token_ids: list[int] | msgspec.UnsetType = msgspec.UNSET
 
 
 class Completion(Reply, kw_only=True):
@@ -198,7 +224,10 @@ class ToolCallDelta(msgspec.Struct, omit_defaults=True):
 
 
 class ChatMessage(msgspec.Struct, kw_only=True):
-    """An answer. `content` is None if there is nothing but calls. `reasoning` is the newer name of the same text."""
+    """An answer. `content` is None if there is nothing but calls. `reasoning` is the newer name of the same text.
+
+    `function_call` is the only call if the request has `functions`, the older form of `tools`.
+    """
 
     role: Literal["assistant"] = "assistant"
     content: str | None
@@ -206,6 +235,7 @@ class ChatMessage(msgspec.Struct, kw_only=True):
     reasoning_content: str | msgspec.UnsetType = msgspec.UNSET
     reasoning: str | msgspec.UnsetType = msgspec.UNSET
     tool_calls: list[ToolCall] | msgspec.UnsetType = msgspec.UNSET
+    function_call: FunctionCall | msgspec.UnsetType = msgspec.UNSET
 
 
 class ChatChoice(msgspec.Struct):
@@ -214,6 +244,7 @@ class ChatChoice(msgspec.Struct):
     logprobs: ChatLogprobs | None = None
     finish_reason: str | None = None
     stop_reason: str | int | None = None
+    token_ids: list[int] | msgspec.UnsetType = msgspec.UNSET
 
 
 class Chat(Reply, kw_only=True):
@@ -221,7 +252,8 @@ class Chat(Reply, kw_only=True):
 
     object: Literal["chat.completion"] = "chat.completion"
     choices: list[ChatChoice]
-    prompt_logprobs: PromptLogprobs | msgspec.UnsetType = msgspec.UNSET
+    prompt_logprobs: list[msgspec.Raw] | msgspec.UnsetType = msgspec.UNSET
+    prompt_token_ids: list[int] | msgspec.UnsetType = msgspec.UNSET
 
 
 class Delta(msgspec.Struct, omit_defaults=True):
@@ -230,6 +262,7 @@ class Delta(msgspec.Struct, omit_defaults=True):
     reasoning_content: str | None = None
     reasoning: str | None = None
     tool_calls: list[ToolCallDelta] | None = None
+    function_call: FunctionCall | None = None
 
 
 class ChunkChoice(msgspec.Struct):
@@ -238,6 +271,7 @@ class ChunkChoice(msgspec.Struct):
     logprobs: ChatLogprobs | None = None
     finish_reason: str | None = None
     stop_reason: str | int | msgspec.UnsetType | None = msgspec.UNSET
+    token_ids: list[int] | msgspec.UnsetType = msgspec.UNSET
 
 
 class ChatChunk(Reply, kw_only=True):
@@ -245,3 +279,4 @@ class ChatChunk(Reply, kw_only=True):
 
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
     choices: list[ChunkChoice]
+    prompt_token_ids: list[int] | msgspec.UnsetType = msgspec.UNSET

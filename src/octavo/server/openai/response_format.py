@@ -39,9 +39,12 @@ class _JsonSchema(_Part):
 
 
 class _Tags(_Part):
+    """vLLM's structural tags: either `format`, or the older fields structures and triggers."""
+
     type: Literal["structural_tag"]
-    structures: list[dict[str, Any]]
-    triggers: list[str]
+    format: dict[str, Any] | None = None
+    structures: list[dict[str, Any]] | None = None
+    triggers: list[str] | None = None
 
 
 _FORMATS: dict[Any, type[_Part]] = {
@@ -108,5 +111,5 @@ def _of_format(response_format: Any) -> dict[str, Any]:
         # Without a schema, any JSON object is allowed.
         return {"json_object": True} if format.json_schema.schema_ is None else {"json": format.json_schema.schema_}
     if isinstance(format, _Tags):
-        return {"structural_tag": {"structures": format.structures, "triggers": format.triggers}}
+        return {"structural_tag": format.model_dump(exclude_none=True)}
     return {"json_object": True} if kind == "json_object" else {}

@@ -59,15 +59,16 @@ class Llama4Pythonic(AnswerParser):
         try:
             with warnings.catch_warnings(action="ignore"):  # of escape sequences that Python does not know
                 tree = ast.parse(text, mode="eval").body
-            assert isinstance(tree, ast.List) and tree.elts
+            if not isinstance(tree, ast.List) or not tree.elts:
+                raise Malformed
             return [self._call_of(node) for node in tree.elts]
-        except (AssertionError, SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
+        except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
             raise Malformed from None
 
     def _call_of(self, node: ast.expr) -> tuple[str, str]:
-        assert isinstance(node, ast.Call) and not node.args
-        name = ast.unparse(node.func)
-        assert name in self.schemas
+        if not isinstance(node, ast.Call) or node.args or (name := ast.unparse(node.func)) not in self.schemas:
+            raise Malformed
         arguments = {keyword.arg: ast.literal_eval(keyword.value) for keyword in node.keywords if keyword.arg}
-        assert len(arguments) == len(node.keywords)
+        if len(arguments) < len(node.keywords):  # a **mapping, or a name given twice
+            raise Malformed
         return name, json.dumps(arguments, ensure_ascii=False, allow_nan=False)

@@ -2,7 +2,6 @@
 
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from msgspec import Meta
@@ -29,7 +28,6 @@ from .store import ResponseStore, StoredResponse
 from .stream import EventResponse
 
 PATH = "/v1/responses"
-DATABASE = "responses.db"  # in the data folder
 MAX_PAGE = 100  # input items in one answer
 DEFAULT_PAGE = 20
 EVENT = {
@@ -54,9 +52,7 @@ PAGE_QUERY: dict[str, Any] = {
 
 def routes(api: Api) -> list[Route]:
     """Return the routes of this family."""
-    responses = Responses(
-        api, ResponseStore(Path(folder) / "responses.db" if (folder := api.config.data_dir) else None)
-    )
+    responses = Responses(api, ResponseStore(api.database))
 
     def described(summary: str, **more: Any) -> Operation:
         return Operation(tag="OpenAI", summary=summary, **{"reply": ResponseObject, "query": TENANT_QUERY, **more})

@@ -12,7 +12,6 @@ from octavo.async_llm import Increment
 from octavo.outputs import RequestOutput
 from octavo.server.edge.dispatch import note_error
 from octavo.server.errors import error_reply, is_expected
-from octavo.server.openai.chat import _logprobs as token_logprobs
 from octavo.server.openai.chat_generation import ChatGeneration
 from octavo.server.openai.events import PING, PING_SECONDS
 from octavo.server.openai.replies import TokenLogprob
@@ -167,7 +166,7 @@ class Run:
         """Add an increment, or the whole output, to the response. Return the events."""
         self.response.seed = output.seed
         [new] = output.outputs
-        given = token_logprobs(self.generation.llm.tokenizer, new, self.generation.params.logprobs)
+        given = self.generation.logprobs.chat(new, self.generation.params.logprobs)
         if given is not None:
             self._logprobs += given.content
         events = b"".join([self._part(part) for part in self.generation.events(new)])

@@ -1,17 +1,13 @@
-"""ResponseStore: stored responses by id, in an SQLite database on disk or in memory."""
+"""ResponseStore: stored responses by id, in the server's database."""
 
-import asyncio
 import sqlite3
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
 
-from octavo.errors import ConfigError
+from octavo.server.database import Database
 from octavo.server.errors import ApiError
 
 from .items import Item
@@ -32,8 +28,6 @@ CREATE TABLE IF NOT EXISTS responses (
 CREATE INDEX IF NOT EXISTS responses_by_use ON responses (used);
 CREATE INDEX IF NOT EXISTS responses_by_tenant ON responses (tenant, used);
 """
-
-Result = TypeVar("Result")
 
 
 @dataclass
@@ -74,74 +68,46 @@ class _Held:
 class ResponseStore:
     """Stores responses up to a number, a size and an age. Each tenant sees its own only.
 
-    If there are too many, the least recently used ones of the tenant that has stored the most bytes are deleted. A
-    thread of the store runs the database. Raises ConfigError if it cannot be opened, or another process has opened it.
+    If there are too many, the least recently used ones of the tenant that has stored the most bytes are deleted.
 
     Args:
-        path: of the database's file; None keeps it in memory.
         limits: the maximum number of responses and of bytes.
     """
 
-    path: Path | None
+    database: Database
     limits: tuple[int, int] = (0, 0)
     _held: dict[str, _Held] = field(default_factory=dict)
     _expired: float = 0.0
 
     def __post_init__(self) -> None:
         if self.limits == (0, 0):
-            self.limits = MAX_ON_DISK if self.path else MAX_IN_MEMORY
-        try:
-            self._database = self._open()
-        except (OSError, sqlite3.Error) as error:
-            hint = " (is another server using it?)" if "locked" in str(error) else ""
-            raise ConfigError(f"data_dir cannot be used: {self.path}: {error}{hint}") from None
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="octavo-responses")
+            self.limits = MAX_ON_DISK if self.database.is_on_disk else MAX_IN_MEMORY
+        self.database.run_now(self._open)
 
     async def put(self, stored: StoredResponse) -> None:
         """Store a response, or replace the one with its id."""
-        await self._run(lambda database: self._put(database, stored))
+        await self.database.run(lambda database: self._put(database, stored))
 
     async def find(self, id: str, tenant: str) -> StoredResponse | None:
         """Return a tenant's response, or None if there is none of this id."""
-        return await self._run(lambda database: _find(database, id, tenant))
+        return await self.database.run(lambda database: _find(database, id, tenant))
 
     async def conversation(self, id: str, tenant: str) -> list[StoredResponse]:
         """Return a response and all that it continues, the first one first. Counts as a use of each.
 
         Raises ApiError 404 if one of them does not exist, 400 if there are too many.
         """
-        return await self._run(lambda database: self._conversation(database, id, tenant))
+        return await self.database.run(lambda database: self._conversation(database, id, tenant))
 
     async def delete(self, id: str, tenant: str) -> bool:
         """Delete a tenant's response. Return whether it existed."""
-        return await self._run(lambda database: self._delete(database, id, tenant))
+        return await self.database.run(lambda database: self._delete(database, id, tenant))
 
-    def close(self) -> None:
-        """Wait for running operations, then close the database."""
-        self._thread.submit(self._database.close)
-        self._thread.shutdown()
-
-    async def _run(self, work: Callable[[sqlite3.Connection], Result]) -> Result:
-        """Run `work` in a transaction, in the store's thread."""
-        return await asyncio.get_running_loop().run_in_executor(self._thread, self._transact, work)
-
-    def _transact(self, work: Callable[[sqlite3.Connection], Result]) -> Result:
-        with self._database:
-            return work(self._database)
-
-    def _open(self) -> sqlite3.Connection:
-        if self.path:
-            self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        database = sqlite3.connect(self.path or ":memory:", timeout=1.0, check_same_thread=False)
-        database.execute("PRAGMA locking_mode = EXCLUSIVE")  # a second server would fail this one's running responses
-        database.execute("PRAGMA journal_mode = WAL")
-        database.execute("PRAGMA synchronous = NORMAL")
+    def _open(self, database: sqlite3.Connection) -> None:
         database.executescript(_SCHEMA)
-        with database:
-            _fail_interrupted(database)
-            counts = "SELECT tenant, count(*), sum(size) FROM responses GROUP BY tenant"
-            self._held = {tenant: _Held(count, size) for tenant, count, size in database.execute(counts)}
-        return database
+        _fail_interrupted(database)
+        counts = "SELECT tenant, count(*), sum(size) FROM responses GROUP BY tenant"
+        self._held = {tenant: _Held(count, size) for tenant, count, size in database.execute(counts)}
 
     def _put(self, database: sqlite3.Connection, stored: StoredResponse) -> None:
         now = time.time()

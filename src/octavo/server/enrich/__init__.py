@@ -1,0 +1,1 @@
+"""Enrichment: a prompt for each row of a table, whose answers become new columns."""
