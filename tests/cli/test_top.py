@@ -159,7 +159,7 @@ def test_page_map_says_what_the_pool_says() -> None:
 def test_page_map_of_a_large_pool() -> None:
     kv = KVCache(100_000, 4)
     assert page_map(kv) == "." * 512
-    held, _ = kv.allocate(Prefix(b"", array("i", [1] * 4 * 50_000), 4)) or (None, 0)
+    held, _ = kv.allocate(Prefix(bytes(16), array("i", [1] * 4 * 50_000), 4)) or (None, 0)
     shown = page_map(kv)
     assert abs(shown.count("h") - 256) <= 1 and shown == "h" * shown.count("h") + "." * shown.count(".")
     assert held is not None

@@ -133,9 +133,12 @@ def assemble(
 
 
 def _load_grammars(path: Path) -> "Grammars":
-    from octavo.text import Tokenizer  # imported with the first grammar, so that other engines start sooner
+    # Imported with the first grammar, so that other engines start sooner.
+    from octavo.text import Tokenizer
+    from octavo.text.grammars import MAX_SECONDS, Grammars
 
-    return Tokenizer.load(path).grammars
+    # The frontend has compiled the grammar within its limit; a slower moment must not fail the request.
+    return Grammars(Tokenizer.load(path), max_seconds=4 * MAX_SECONDS)
 
 
 def _transfers(config: EngineConfig, backend: Backend) -> Transfers:

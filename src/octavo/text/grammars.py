@@ -155,10 +155,15 @@ class _Compiled:
 
 
 class Grammars:
-    """Compiles grammars for one tokenizer, and caches them. Safe to use from several threads."""
+    """Compiles grammars for one tokenizer, and caches them. Safe to use from several threads.
 
-    def __init__(self, tokenizer: "Tokenizer"):
+    Args:
+        max_seconds: of processor time, for compiling a grammar and computing its first mask.
+    """
+
+    def __init__(self, tokenizer: "Tokenizer", max_seconds: float = MAX_SECONDS):
         self._tokenizer = tokenizer
+        self._max_seconds = max_seconds
         self._compiled: OrderedDict[str, _Compiled] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -208,7 +213,7 @@ class Grammars:
             [mask] = Matcher(matcher, Pace()).masks()  # builds states of the lexer, which copies inherit
         except GrammarError as error:
             raise _invalid(str(error)) from None
-        if time.thread_time() - started > MAX_SECONDS:
+        if time.thread_time() - started > self._max_seconds:
             raise _invalid("the grammar is too complex")
         return _Compiled(matcher, mask, self._tokenizer.eos_token_ids)
 
