@@ -15,7 +15,7 @@ from octavo import LLM, AsyncLLM, RequestOutput, SamplingParams, StructuredOutpu
 from octavo.engine import constraints
 from octavo.engine.engine import MAX_IDLE
 from octavo.engine.scheduler import Scheduler
-from octavo.errors import RequestFailed, RequestTimeout
+from octavo.errors import InvalidRequest, RequestTimeout
 from octavo.text import grammars
 from octavo.text.grammars import Grammars, Matcher
 
@@ -155,7 +155,7 @@ def test_masks_that_take_too_long_end_their_output_only(tiny_llama: Path, monkey
     with LLM(str(tiny_llama)) as llm:
         expected = token_ids(llm.generate("Say", PLAIN))
         monkeypatch.setattr(grammars, "MASK_SECONDS", -0.6 * grammars.MASK_BURST)  # the second mask exceeds the budget
-        with pytest.raises(RequestFailed, match="its masks take too long to compute"):
+        with pytest.raises(InvalidRequest, match="its masks take too long to compute"):
             llm.generate(["Say", "Say"], [constrained(HELD, n=3), PLAIN])
         assert token_ids(llm.generate("Say", PLAIN)) == expected
         stats = llm.stats()

@@ -166,7 +166,7 @@ class Engine:
         """Queue the sequences whose grammars have been compiled; fail those whose grammars are refused or too slow."""
         for seq in constraints.settle():
             self.scheduler.abort(seq)
-            self._fail(seq, f"structured_outputs failed: {seq.grammar_error}")
+            self._fail(seq, f"structured_outputs failed: {seq.grammar_error}", "invalid")
         for seq, reason in constraints.compiled():
             if reason is None and seq.matcher is not None and seq.matcher.is_stopped and seq.num_outputs:
                 reason = "the output was complete already"
@@ -480,11 +480,11 @@ class Engine:
             self._remove_finished(seq)
         return TokenOutput(seq.id, token, reason, stop_token, logprobs, seq.cached_tokens, message, in_text)
 
-    def _fail(self, seq: Sequence, reason: str) -> None:
-        """Make the next step return an error for a sequence that the scheduler has removed."""
+    def _fail(self, seq: Sequence, message: str, reason: str = "error") -> None:
+        """Make the next step end a sequence that the scheduler has removed: with "error", or "invalid"."""
         del self._live[seq.id]
         self._deadlines.forget(seq.id)
-        self._failures.append(TokenOutput(seq.id, -1, "error", message=reason))
+        self._failures.append(TokenOutput(seq.id, -1, reason, message=message))
 
 
 def _logprobs(result: StepResult, begin: int, end: int, wanted: int | None) -> TokenLogprobs:
