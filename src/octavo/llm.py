@@ -164,7 +164,8 @@ class LLM:
         raised after the outputs of the prompts before it.
 
         Args:
-            prompts: each as text, as token ids, as a PromptDict, or as a conversation for the model's chat template.
+            prompts: each as text, as token ids, as a TextPrompt or TokensPrompt, or as a conversation for the model's
+                chat template.
             sampling_params: for all prompts; `default_sampling_params` by default.
             priority, terms: for all prompts; see `generate`.
 

@@ -59,7 +59,7 @@ def test_allowed_tokens_and_a_grammar(llm: LLM) -> None:
     grammar = {"regex": "[ab]{6}"}
     for allowed, text in (([a, c], "aaaaaa"), ([b, c, 511], "bbbbbb")):
         assert run(llm, allowed_token_ids=allowed, structured_outputs=grammar).text == text
-    with pytest.raises(Exception, match="no token is left"):
+    with pytest.raises(InvalidRequest, match="no token is left"):
         run(llm, allowed_token_ids=[c], structured_outputs=grammar)
     assert run(llm, max_tokens=2).outputs[0].finish_reason == "length", "other requests go on"
 

@@ -30,9 +30,9 @@ from .token_masks import mask_of
 from .work_record import WorkRecord
 
 MAX_IDLE = 0.002  # seconds for which a step without work waits for threads; a new request may wait as long
+SECONDS_TO_CLOSE = 3.0  # the frontend kills an engine process that does not end in 5
 _DAMAGED_LOGITS = "the model computed logits that are NaN or infinite"
 _NO_TOKEN = "no token is left to sample: all that are allowed are banned, or the model computed logits that are NaN"
-SECONDS_TO_CLOSE = 3.0  # the frontend kills an engine process that does not end in 5
 
 
 class Engine:
@@ -466,8 +466,10 @@ class Engine:
         """Return the output of a token that may end the sequence, and end it unless min_tokens forbids that."""
         reason = message = stop_token = None
         in_text = False
-        if token < 0:
-            reason, message = "error", _NO_TOKEN if seq.allowed or seq.matcher else _DAMAGED_LOGITS
+        if token < 0 and (seq.allowed or seq.matcher):
+            reason, message = "invalid", _NO_TOKEN
+        elif token < 0:
+            reason, message = "error", _DAMAGED_LOGITS
         elif seq.grammar_error is not None:
             reason, message = "invalid", f"structured_outputs failed: {seq.grammar_error}"
         elif token in seq.stop_tokens and seq.num_outputs >= seq.request.params.min_tokens:

@@ -99,7 +99,7 @@ class TokenOutput(msgspec.Struct, frozen=True, array_like=True):
     Attributes:
         token: -1 if the request ended without one.
         finish_reason: set on the last output: "stop", "length", "error" (the request could not be continued), "invalid"
-            (its grammar cannot be followed within the limits) or "timeout".
+            (its own constraints leave no token, or cannot be followed within the limits) or "timeout".
         stop_token: the entry of stop_token_ids that ended the request.
         cached_tokens: tokens of the prompt that were found in the prefix cache.
         message: the reason for an error or a timeout.

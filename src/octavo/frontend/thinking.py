@@ -4,7 +4,7 @@ from octavo.engine.messages import Thinking
 from octavo.errors import InvalidRequest
 from octavo.params import SamplingParams
 from octavo.text import Tokenizer
-from octavo.text.reasoning import REASONING_PARSERS, ThinkTags, find_reasoning_parser
+from octavo.text.reasoning import REASONING_PARSERS, ThinkTags, chosen_reasoning_parser
 
 
 def thinking_of(params: SamplingParams, tokenizer: Tokenizer, reasoning_parser: str) -> Thinking | None:
@@ -17,7 +17,7 @@ def thinking_of(params: SamplingParams, tokenizer: Tokenizer, reasoning_parser: 
     """
     if params.thinking_token_budget in (None, -1):
         return None
-    name = find_reasoning_parser(tokenizer.template_source()) if reasoning_parser == "auto" else reasoning_parser
+    name = chosen_reasoning_parser(reasoning_parser, tokenizer.template_source())
     kind = REASONING_PARSERS.get(name or "none")
     if kind is None or not issubclass(kind, ThinkTags):
         raise InvalidRequest(

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tokenizers
 
@@ -25,8 +25,10 @@ from octavo.formats.gguf import read_header
 
 from .chat_template import ChatTemplate
 from .gguf_vocabulary import WORD_REGEXES, tokenizer_from_metadata
-from .grammars import Grammars
 from .token_bound import TokenBound, component_steps
+
+if TYPE_CHECKING:
+    from .grammars import Grammars
 
 MAX_TOKENIZER_BYTES = 256 << 20  # limit for tokenizer.json; the largest known ones have about 40 MiB
 MAX_SETTINGS_BYTES = 16 << 20  # limit for any other file
@@ -303,14 +305,16 @@ class Tokenizer:
         return None if self._template is None else ChatTemplate(self._template, **self._template_limits)
 
     def prepare(self) -> None:
-        """Prepare for the first long text and the first chat. Takes tenths of a second. May be called by any thread."""
-        _ = self._bound
+        """Prepare for the first long text, grammar and chat. Takes tenths of a second. May be called by any thread."""
+        _ = self._bound, self.grammars
         if self._chat_template is not None:
             self._chat_template.start()
 
     @cached_property
-    def grammars(self) -> Grammars:
+    def grammars(self) -> "Grammars":
         """Return the compiler of grammars for structured output."""
+        from .grammars import Grammars  # takes longer to import than the rest of this package
+
         return Grammars(self)
 
     @cached_property

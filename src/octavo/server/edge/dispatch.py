@@ -26,7 +26,7 @@ log = logging.getLogger("octavo.server")
 class Endpoint:
     """A handler as an ASGI application, without Starlette's error handling: `Dispatcher` handles all errors."""
 
-    def __init__(self, handler: Handler, operation: Operation | None):
+    def __init__(self, handler: Handler, operation: Operation):
         self._handler = handler
         self.operation = operation
 
@@ -35,12 +35,8 @@ class Endpoint:
         await response(scope, receive, send)
 
 
-def route(method: str, path: str, handler: Handler, operation: Operation | None = None) -> Route:
-    """Return a route. A route for GET answers HEAD too.
-
-    Args:
-        operation: describes the route in /openapi.json, which leaves it out otherwise.
-    """
+def route(method: str, path: str, handler: Handler, operation: Operation) -> Route:
+    """Return a route, which `operation` describes in /openapi.json. A route for GET answers HEAD too."""
     return Route(path, Endpoint(handler, operation), methods=[method])
 
 

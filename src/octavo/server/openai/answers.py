@@ -8,7 +8,7 @@ from octavo.async_llm import AsyncLLM
 from octavo.params import SamplingParams
 from octavo.text.answer import AnswerEvent, TextDelta, ToolCallStart
 from octavo.text.reader import AnswerParser
-from octavo.text.reasoning import REASONING_PARSERS, ThinkTags, find_reasoning_parser
+from octavo.text.reasoning import REASONING_PARSERS, ThinkTags, chosen_reasoning_parser
 from octavo.text.tools import TOOL_PARSERS, Forced, JsonAnswer, find_tool_parser
 
 from .protocol import ChatRequest
@@ -54,10 +54,7 @@ def tool_parser(llm: AsyncLLM) -> str:
 
 def reasoning_parser(llm: AsyncLLM) -> str | None:
     """Return the name of the model's format of reasoning: the setting's, or that of its chat template."""
-    name = llm.config.reasoning_parser
-    if name == "auto":
-        return find_reasoning_parser(llm.tokenizer.template_source())
-    return None if name == "none" else name
+    return chosen_reasoning_parser(llm.config.reasoning_parser, llm.tokenizer.template_source())
 
 
 def answer_reader(llm: AsyncLLM, body: ChatRequest, tools: Tools | None, prompt: str) -> Callable[[], AnswerReader]:

@@ -318,7 +318,7 @@ class CompletionRequest(GenerationRequest):
         prompt, counts = body.get("prompt"), (body.get("n"), body.get("best_of"))
         many = isinstance(prompt, list) and len(prompt) > 0 and isinstance(prompt[0], (str, list))
         prompts = len(prompt) if isinstance(prompt, list) and many else 1
-        if many and prompts * max(1, *(n for n in counts if isinstance(n, int)), 1) > config.max_completions:
+        if many and prompts * max([1, *(n for n in counts if isinstance(n, int))]) > config.max_completions:
             limit = config.max_completions
             raise ApiError(400, f"the prompts times n are more than {limit} completions (max_completions)", "prompt")
         return super()._limited(body, config)

@@ -29,7 +29,7 @@ def document(routes: Iterable[Route], model: str) -> dict[str, Any]:
     Args:
         model: the name that examples give for a model.
     """
-    described = [(route, operation) for route in routes if (operation := operation_of(route))]
+    described = [(route, operation_of(route)) for route in routes]
     errors = {route.path: error_type(route.path) for route, _ in described}
     schemas = _Schemas([kind for _, operation in described for kind in operation.types] + list(errors.values()))
     paths: defaultdict[str, dict[str, Any]] = defaultdict(dict)
@@ -48,9 +48,10 @@ def document(routes: Iterable[Route], model: str) -> dict[str, Any]:
     }
 
 
-def operation_of(route: Route) -> Operation | None:
+def operation_of(route: Route) -> Operation:
     """Return the operation that was declared with a route."""
-    return route.endpoint.operation if isinstance(route.endpoint, Endpoint) else None
+    assert isinstance(route.endpoint, Endpoint)
+    return route.endpoint.operation
 
 
 def method_of(route: Route) -> str:

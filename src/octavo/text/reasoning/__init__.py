@@ -30,4 +30,11 @@ def find_reasoning_parser(template: str) -> str | None:
     return next((name for name, markers in _MARKERS if all(marker in template for marker in markers)), None)
 
 
-__all__ = ["REASONING_PARSERS", "ThinkTags", "find_reasoning_parser"]
+def chosen_reasoning_parser(setting: str, template: str) -> str | None:
+    """Return the name of the parser that the setting reasoning_parser chooses for a model; None for none."""
+    if setting == "auto":
+        return find_reasoning_parser(template)
+    return None if setting == "none" else setting
+
+
+__all__ = ["REASONING_PARSERS", "ThinkTags", "chosen_reasoning_parser", "find_reasoning_parser"]
