@@ -18,6 +18,7 @@ from .openai import (
     batches,
     chat,
     completions,
+    decisions,
     embeddings,
     files,
     kv_states,
@@ -43,7 +44,7 @@ def create_app(
     folder = Path(config.data_dir) if config.data_dir else None
     database = Database(folder / DATABASE if folder else None)
     api = Api(fleet, config, BodyReader(config), int(time.time()), draining, database)
-    openai = (chat, completions, responses, embeddings, scores, models, render, tokenize, kv_states)
+    openai = (chat, completions, responses, embeddings, scores, decisions, models, render, tokenize, kv_states)
     families = (*openai, anthropic, ollama, admin, models_admin, worker_info)
     traffic = Traffic()
     service = BatchService(folder, database, config, traffic) if folder else None
