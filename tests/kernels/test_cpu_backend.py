@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -188,7 +189,10 @@ def test_threads_come_and_go_and_leave_the_caller_alone() -> None:
     assert len(threads() - before) == min(2, len(AFFINITY)) - 1
     assert os.sched_getaffinity(0) == AFFINITY
     backend.close()
-    assert threads() <= before
+    deadline = time.monotonic() + 10
+    while not threads() <= before:  # the kernel lists a thread for a moment after it was joined
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
 
 
 @pytest.mark.skipif(len(AFFINITY) < 2, reason="needs two processors")
