@@ -2,8 +2,7 @@
 
 Their outputs are bounded, so that a model at a high temperature does not ramble on until max_tokens: strings by
 maxLength, a pattern or a format, arrays by maxItems, properties by names, and the digits of a fraction by multipleOf
-(without it, a small model may repeat a digit for ever). Only recursive schemas and the fractions of seconds may go on;
-a random choice ends them soon.
+(without it, a small model may repeat a digit for ever). Only recursive schemas may go on; a random choice ends them soon.
 """
 
 from typing import Any
@@ -53,7 +52,7 @@ PATTERNS = [
     "[a-z]{2,6}", "[A-Z]{3}-[0-9]{4}", "(ab|cd){1,3}", "x{1,5}y{2}", "\\d{4}", "[äöü]{1,3}", "(a|b)?c", '[^"\\\\]{1,3}',
     "\\w{1,4}", "[Yy]es|[Nn]o", "[日本語]{2}", "\\+\\d{2} \\d{3,6}",
 ]  # fmt: skip
-FORMATS = ["date", "time", "date-time", "duration", "ipv4", "ipv6", "uuid"]
+FORMATS = ["date", "ipv4", "ipv6", "uuid"]  # of a bounded length
 
 SCHEMAS: list[dict[str, Any]] = [
     BOOLEAN,
@@ -83,6 +82,7 @@ SCHEMAS: list[dict[str, Any]] = [
     *[matching(pattern) for pattern in PATTERNS],
     *[{"type": "string", "format": name} for name in FORMATS],
     *[{"type": "string", "format": name, "maxLength": 20} for name in ("email", "hostname", "uri")],
+    *[{"type": "string", "format": name, "maxLength": 35} for name in ("time", "date-time", "duration")],
     *[several(item, low, high) for item in (DIGIT, COLOR, BOOLEAN, SHORT, POINT) for low, high in ((0, 2), (2, 3))],
     several(several(DIGIT, 1, 2), 1, 2),
     several({"anyOf": [DIGIT, COLOR]}, 1, 4),

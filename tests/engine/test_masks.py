@@ -192,5 +192,6 @@ def test_no_step_need_wait_for_masks(tiny_llama: Path, monkeypatch: pytest.Monke
     with LLM(str(tiny_llama)) as llm:
         expected = token_ids(llm.generate(prompts, params))
     monkeypatch.setattr(constraints, "QUICK_SECONDS", 0)
+    monkeypatch.setattr(constraints, "QUICK_SHARE", 0)
     with LLM(str(tiny_llama)) as llm:
         assert token_ids(llm.generate(prompts, params)) == expected

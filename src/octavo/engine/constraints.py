@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from .scheduler import StepPlan
 
 QUICK_THREADS = 2
-QUICK_SECONDS = 0.005  # for which a step waits at most for the masks of quick grammars
+QUICK_SECONDS = 0.005  # for which a step waits at most for the masks of quick grammars,
+QUICK_SHARE = 0.1  # or this share of the time that the step before took, if that is longer
 NICENESS = 10  # of the thread for slow grammars, which thus gets a tenth of a core that a step's threads use
 
 
@@ -92,13 +93,16 @@ class Constraints:
         self._unawaited = self._quick.submit(quick)
         self._batches += self._unawaited + self._slow.submit(slow)
 
-    def settle(self) -> list[Sequence]:
+    def settle(self, step_seconds: float) -> list[Sequence]:
         """Return the sequences whose masks cannot be computed, and which have not been aborted.
 
-        Waits for the latest masks of quick grammars, at most QUICK_SECONDS.
+        Waits for the latest masks of quick grammars, which are ready soon.
+
+        Args:
+            step_seconds: the time that the step before took.
         """
         if self._unawaited:
-            wait(self._unawaited, QUICK_SECONDS)
+            wait(self._unawaited, max(QUICK_SECONDS, QUICK_SHARE * step_seconds))
             self._unawaited = []
         self._batches = [batch for batch in self._batches if not batch.done()]
         failed = [self._failed.popleft() for _ in range(len(self._failed))]

@@ -106,6 +106,7 @@ class Engine:
         self._prompt_tokens = self._cached_tokens = 0
         self._draft_tokens = self._accepted_tokens = 0
         self._step_seconds = self._backend_seconds = 0.0
+        self._last_step = 0.0  # seconds that the last step took
 
     @property
     def has_work(self) -> bool:
@@ -164,7 +165,7 @@ class Engine:
 
     def _settle_constraints(self, constraints: Constraints) -> None:
         """Queue the sequences whose grammars have been compiled; fail those whose grammars are refused or too slow."""
-        for seq in constraints.settle():
+        for seq in constraints.settle(self._last_step):
             self.scheduler.abort(seq)
             self._fail(seq, f"structured_outputs failed: {seq.grammar_error}", "invalid")
         for seq, reason in constraints.compiled():
@@ -251,7 +252,8 @@ class Engine:
             self.scheduler.recovery.record_step(rows, self.clock() - before)
             outputs += self._advance(plan, result)
             self._steps += 1
-            self._step_seconds += time.perf_counter() - started
+            self._last_step = time.perf_counter() - started
+            self._step_seconds += self._last_step
         elif not outputs:
             self._wait()
         return outputs
