@@ -2,7 +2,8 @@
 
 Their outputs are bounded, so that a model at a high temperature does not ramble on until max_tokens: strings by
 maxLength, a pattern or a format, arrays by maxItems, properties by names, and the digits of a fraction by multipleOf
-(without it, a small model may repeat a digit for ever). Only recursive schemas may go on; a random choice ends them soon.
+(without it, a small model may repeat a digit for ever). Only recursive schemas may go on, and a random choice ends
+them soon.
 """
 
 from typing import Any
