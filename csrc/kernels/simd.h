@@ -172,7 +172,11 @@ template <typename T>
 OCTAVO_INLINE U32 splat_word(const T* from) {
     uint32_t word;
     std::memcpy(&word, from, sizeof word);
-    return word - U32{};
+    U32 lanes = word - U32{};
+#ifdef OCTAVO_AVX2
+    asm("" : "+x"(lanes));  // else GCC shifts and masks the scalar, and broadcasts each result from a general register
+#endif
+    return lanes;
 }
 
 OCTAVO_INLINE F32 from_bf16(const bf16* from) {

@@ -54,6 +54,25 @@ def test_conversations_that_fork_within_a_page():
         assert client.ask(PROMPT + answer + further)[1] >= len(PROMPT) - len(PROMPT) % PAGE
 
 
+@pytest.mark.parametrize("length", range(1, 3 * PAGE))
+@pytest.mark.parametrize("max_tokens", [1, 2, PAGE, 2 * PAGE])
+def test_a_prompt_that_comes_again_computes_its_last_token_only(length, max_tokens):
+    client = Client()
+    prompt = (PROMPT * 2)[:length]
+    client.ask(prompt, max_tokens)
+    assert client.ask(prompt, max_tokens)[1] == length - 1
+
+
+def test_an_edit_where_the_last_completion_was_computes_the_edit_alone():
+    client = Client()
+    text = PROMPT
+    for edit in ([0], [1, 1], [2, 0, 1, 0, 2], [1, 2, 1]):
+        completion, _ = client.ask(text, 2 * PAGE)
+        edited = text + [(completion[0] + 1) % 3, *edit]  # another token than the one that was generated
+        assert client.ask(edited, 1)[1] == len(text)
+        text = edited
+
+
 def test_a_page_is_not_found_under_another_tenant_or_salt():
     client = Client()
     assert client.ask(PROMPT, tenant="a", salt="s")[1] == 0

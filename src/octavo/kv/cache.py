@@ -20,11 +20,15 @@ SAVING_SHARE = 8  # at most one page in this many is referenced only because it 
 
 @dataclass(slots=True)
 class PageTable:
-    """The pages of one sequence, in order of position. The first `num_full` are full, computed and published."""
+    """The pages of one sequence, in order of position. The first `num_full` are full, computed and published.
+
+    Page number `last_given` has the last of the tokens for which the table was allocated: the end of the prompt.
+    """
 
     prefix: Prefix
     pages: list[int] = field(default_factory=list)
     num_full: int = 0
+    last_given: int = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +112,7 @@ class KVCache:
             self._release_all(table.pages)
             return None
         self.extend(table, len(prefix.tokens))
+        table.last_given = len(table.pages) - 1
         if partial is not None and self._copy_page is not None:
             self._copy_page(partial, table.pages[table.num_full])  # the original stays, for other forks
             self.pool.release(partial)
@@ -135,6 +140,8 @@ class KVCache:
             page, key = table.pages[table.num_full], table.prefix.key(table.num_full)
             if self.pool.publish(page, key):
                 self._note_content(table.prefix, table.num_full)
+            if table.num_full == table.last_given and self._copy_page is not None:
+                self._index_full(table, key)
             table.num_full += 1
             if self._saves:
                 self._unsaved.append((page, key))
@@ -313,6 +320,13 @@ class KVCache:
             prefetch.pages.remove(done.page)
             self.pool.release(done.page)
 
+    def _index_full(self, table: PageTable, key: bytes) -> None:
+        """Index the published page that has the end of the prompt, so that it is found by a part of its tokens."""
+        page, start = self.pool.find(key), table.num_full * self.page_size
+        assert page is not None
+        tokens = table.prefix.tokens[start : start + self.page_size]
+        self._partial.add(page, table.prefix.parent(table.num_full), tokens, key)
+
     def _match_prefix(self, prefix: Prefix, most: int) -> PageTable:
         """Acquire the pages of the pool that begin these tokens, with at most `most` tokens."""
         table = PageTable(prefix)
@@ -327,7 +341,7 @@ class KVCache:
         return table
 
     def _match_partial(self, table: PageTable, most: int) -> tuple[int | None, int]:
-        """Return a partial page that continues the full pages of `table`, and how many of its tokens can be used.
+        """Return an indexed page that continues the full pages of `table`, and how many of its tokens can be used.
 
         Together with the full pages, these are at most `most` tokens.
         """
