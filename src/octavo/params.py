@@ -62,6 +62,9 @@ class StructuredOutputs(msgspec.Struct, frozen=True, kw_only=True, omit_defaults
     reasoning_start: Annotated[
         list[str] | None, Meta(description="Texts that begin it; if unset, the output begins within the reasoning.")
     ] = None
+    reasoning_format: Annotated[
+        str | None, Meta(description="harmony for gpt-oss, whose reasoning is in messages of its own.")
+    ] = None
 
     def __post_init__(self) -> None:
         fields = _Fields(self)
@@ -92,6 +95,7 @@ class StructuredOutputs(msgspec.Struct, frozen=True, kw_only=True, omit_defaults
         fields.need(
             self.reasoning_start is None or bool(self.reasoning_end), "reasoning_start", "set with reasoning_end"
         )
+        fields.need(self.reasoning_format in (None, "harmony"), "reasoning_format", "harmony")
 
 
 CONSTRAINTS = ("json", "regex", "choice", "grammar", "json_object", "structural_tag")

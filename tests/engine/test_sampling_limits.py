@@ -14,6 +14,7 @@ import pytest
 
 from octavo import LLM, AsyncLLM, RequestOutput, RequestOutputKind, SamplingParams
 from octavo.errors import InvalidRequest
+from octavo.params import StructuredOutputs
 from tiny_models import save_tiny_model, save_tokenizer
 
 PROMPT = "The module"
@@ -123,6 +124,26 @@ def test_the_end_of_reasoning_is_forced(thinker: Path) -> None:
         outputs = other.generate(prompts, SamplingParams(**long, ignore_eos=True), use_tqdm=False)
         assert [output.outputs[0].token_ids for output in outputs] == expected
         assert other.stats().preemptions
+
+
+def test_reasoning_that_must_end_within_a_character_ends_after_it(thinker: Path) -> None:
+    """A grammar has whole characters, also in the reasoning before its constraint begins."""
+    outputs = StructuredOutputs(choice=["yes", "no"], reasoning_end=["</think>"])
+    with LLM(str(thinker)) as llm:
+        start, end = (llm.tokenizer.special_id(mark) for mark in ("<think>", "</think>"))
+        assert start is not None and end is not None
+        [first, *_] = llm.tokenizer.encode("é", add_special_tokens=False)
+        options: dict[str, Any] = {"temperature": 1, "max_tokens": 20, "ignore_eos": False, "thinking_token_budget": 3}
+        options |= {"structured_outputs": outputs, "logit_bias": {first: 8.0}}
+        within = 0
+        for seed in range(20):
+            [output] = run(llm, [start], **options, seed=seed).outputs
+            at = output.token_ids.index(end)
+            thought, answer = output.token_ids[:at], llm.tokenizer.decode(output.token_ids[at:])
+            assert output.finish_reason == "stop" and answer.strip() in ("yes", "no"), output
+            assert len(thought) in (3, 4) and "\ufffd" not in llm.tokenizer.decode(thought)
+            within += len(thought) == 4
+        assert within
 
 
 def test_the_budget_of_reasoning_survives_crashes(thinker: Path) -> None:

@@ -68,7 +68,7 @@ def test_an_edit_where_the_last_completion_was_computes_the_edit_alone():
     text = PROMPT
     for edit in ([0], [1, 1], [2, 0, 1, 0, 2], [1, 2, 1]):
         completion, _ = client.ask(text, 2 * PAGE)
-        edited = text + [(completion[0] + 1) % 3, *edit]  # another token than the one that was generated
+        edited = [*text, (completion[0] + 1) % 3, *edit]  # another token than the one that was generated
         assert client.ask(edited, 1)[1] == len(text)
         text = edited
 

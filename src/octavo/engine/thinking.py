@@ -9,8 +9,8 @@ class ThinkingBudget:
     """Decides which token must come next in a sequence so that its reasoning ends within the budget.
 
     Reasoning begins after the tokens `start`, in the prompt or in the output, and ends with the tokens `end`. After
-    `budget` tokens of reasoning, `end` is forced token by token. This depends on the sequence's tokens only, so it is
-    the same after a preemption and on another engine.
+    `budget` tokens of reasoning, `end` is forced token by token, or as soon as a grammar allows it. This depends on the
+    sequence's tokens only, so it is the same after a preemption and on another engine.
 
     Args:
         tokens: prompt and output. Call `advance` after each token that is appended to it.
@@ -36,9 +36,12 @@ class ThinkingBudget:
         """Return the token that must come next; None if any may."""
         if self._inside_since is None:
             return None
-        last = max(self._inside_since + self._thinking.budget, self._num_prompt)
-        past = len(self._tokens) - last
-        return self._thinking.end[past] if 0 <= past < len(self._thinking.end) else None
+        end, first = self._thinking.end, max(self._inside_since + self._thinking.budget, self._num_prompt)
+        past = len(self._tokens) - first
+        if past < 0:
+            return None
+        begun = next(size for size in range(min(past, len(end) - 1), -1, -1) if _ends_with(self._tokens, end[:size]))
+        return end[begun]
 
 
 def _find(tokens: "array[int]", part: list[int], begin: int) -> int | None:
@@ -60,4 +63,4 @@ def _find_last(tokens: "array[int]", part: list[int]) -> int | None:
 
 
 def _ends_with(tokens: "array[int]", part: list[int]) -> bool:
-    return len(tokens) >= len(part) and tokens[-1] == part[-1] and tokens[-len(part) :].tolist() == part
+    return len(tokens) >= len(part) and tokens[len(tokens) - len(part) :].tolist() == part

@@ -33,11 +33,17 @@ def restrict(
         seq = sequences[i]
         if output < 0:
             continue
-        if seq.thinking is not None and (token := seq.thinking.forced_token) is not None:
+        token = seq.thinking.forced_token if seq.thinking is not None else None
+        if token is not None and (not masks[row] or _allows(masks[row], token)):
             masks[row], forced[row] = mask_of([token]), True
         elif seq.allowed is not None:
             masks[row] = _intersection(masks[row], seq.allowed) if masks[row] else seq.allowed
     return masks, forced
+
+
+def _allows(mask: bytes, token: int) -> bool:
+    """Return whether a grammar's mask allows a token. In the middle of a character, it allows no special token."""
+    return token // 8 < len(mask) and bool(mask[token // 8] >> token % 8 & 1)
 
 
 def _intersection(one: bytes, other: bytes) -> bytes:

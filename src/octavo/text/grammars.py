@@ -33,6 +33,11 @@ MAX_FORCED = 1024  # bytes that are tokenized at once
 MAX_ERROR = 300  # characters of an error message
 
 _LARK_TEXT = re.compile(r""""(\\.|[^"\\])*"|/(?!/)(\\.|[^/\\])+/|//[^\n]*|\#[^\n]*""")  # strings, expressions, comments
+_HARMONY = r"""
+start: analysis* <|channel|> "final" <|message|> @answer
+analysis: <|channel|> "analysis" <|message|> TEXT? <|end|> <|start|> "assistant"
+TEXT: /(.|\n)+/
+"""  # gpt-oss's messages: any on the channel of reasoning, then the answer. Names in <> are special tokens.
 _LIMITS = {
     "max_items_in_row": 2000,
     "initial_lexer_fuel": 1_000_000,
@@ -207,7 +212,7 @@ class Grammars:
             return self._compiled.get(key)
 
     def _compile(self, outputs: StructuredOutputs) -> _Compiled:
-        grammar, started = to_grammar(outputs), time.thread_time()
+        grammar, started = to_grammar(outputs, self._tokenizer), time.thread_time()
         limits = llguidance.LLParserLimits(**_LIMITS)  # type: ignore[arg-type]
         matcher = llguidance.LLMatcher(self._vocabulary, grammar, log_level=0, limits=limits)
         if matcher.is_error():
@@ -266,24 +271,37 @@ class _Vocabulary:
         return ids
 
 
-def to_grammar(outputs: StructuredOutputs) -> str:
+def to_grammar(outputs: StructuredOutputs, tokenizer: "Tokenizer") -> str:
     """Return the grammar of an output in llguidance's form. Raises InvalidRequest."""
     grammar = _of_constraint(outputs)
-    return _after_reasoning(grammar, outputs) if outputs.reasoning_end else grammar
+    if outputs.reasoning_format == "harmony":
+        return _after(_HARMONY, grammar)
+    return _after(_reasoning(outputs, tokenizer), grammar) if outputs.reasoning_end else grammar
 
 
-def _after_reasoning(grammar: str, outputs: StructuredOutputs) -> str:
+def _after(lark: str, grammar: str) -> str:
+    """Return a grammar in Lark whose rule `answer` is another grammar."""
+    [answer] = json.loads(grammar)["grammars"] if grammar.startswith("{") else [{"lark_grammar": grammar}]
+    return json.dumps({"grammars": [{"lark_grammar": lark}, {**answer, "name": "answer"}]})
+
+
+def _reasoning(outputs: StructuredOutputs, tokenizer: "Tokenizer") -> str:
     """Return the grammar of an output that begins with reasoning: always, or if it begins with a reasoning_start."""
-    ends = " | ".join(map(json.dumps, outputs.reasoning_end or ()))
-    starts = " | ".join(map(json.dumps, outputs.reasoning_start or ()))
+    starts, ends = outputs.reasoning_start or [], outputs.reasoning_end or []
+    special = {mark: f"<[{token}]>" for mark in starts + ends if (token := tokenizer.special_token(mark)) is not None}
+    opening = " | ".join(special.get(start, json.dumps(start)) for start in starts)
+    texts = " | ".join(json.dumps(end) for end in ends if end not in special)
+    tokens = " | ".join(special[end] for end in ends if end in special)
+    reasoning = [*(["until_text"] if texts else []), *([f"TEXT? ({tokens})"] if tokens else [])]
     lark = [
-        "start: (SPACE reasoning SPACE)? @answer" if starts else "start: reasoning SPACE @answer",
-        f"reasoning[lazy]: ({starts}) TEXT ({ends})" if starts else f"reasoning[lazy]: TEXT ({ends})",
-        "TEXT: /(.|\\n)*/",
+        f"start: (SPACE ({opening}) reasoning SPACE)? @answer" if starts else "start: reasoning SPACE @answer",
+        f"reasoning: {' | '.join(reasoning)}",
+        f"until_text[lazy]: PERHAPS ({texts})" if texts else "",
+        "PERHAPS: /(.|\\n)*/",
+        "TEXT: /(.|\\n)+/",
         "SPACE: /[ \\r\\n\\t]{0,8}/",
     ]
-    [answer] = json.loads(grammar)["grammars"] if grammar.startswith("{") else [{"lark_grammar": grammar}]
-    return json.dumps({"grammars": [{"lark_grammar": "\n".join(lark)}, {**answer, "name": "answer"}]})
+    return "\n".join(lark)
 
 
 def _of_constraint(outputs: StructuredOutputs) -> str:

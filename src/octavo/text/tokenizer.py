@@ -237,6 +237,11 @@ class Tokenizer:
         token: int | None = self.backend.token_to_id(name)
         return token if token in self._added_ids else None
 
+    def special_token(self, name: str) -> int | None:
+        """Return the id of a token that is not part of the text; None if it is text, or no token."""
+        token = self.special_id(name)
+        return token if token is not None and self.is_special(token) else None
+
     @property
     def leading_ids(self) -> list[int]:
         """Return the special tokens that `encode` puts before a text, such as BOS."""

@@ -3,6 +3,7 @@
 from functools import partial
 from typing import Any, TypedDict
 
+import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -10,6 +11,7 @@ from starlette.routing import Route
 from octavo.server.api import Api
 from octavo.server.edge.access_log import RequestRecord
 from octavo.server.edge.dispatch import route
+from octavo.server.openai.answers import reasoning_parser
 from octavo.server.openai.chat_generation import ChatGeneration, prepare
 from octavo.server.openai.replies import Json
 from octavo.server.openapi.operation import MODEL, Operation
@@ -75,4 +77,7 @@ async def _read(api: Api, request: Request) -> Any:
 async def _prepare(api: Api, request: Request, body: CountRequest) -> ChatGeneration:
     generation = await prepare(api, request, body.chat(api.config), RequestRecord.of(request.scope))
     generation.id = generation.id.replace("chatcmpl-", "msg_")
+    if body.thinking and body.thinking.budget_tokens and reasoning_parser(generation.llm):
+        budget = body.thinking.budget_tokens
+        generation.params = msgspec.structs.replace(generation.params, thinking_token_budget=budget)
     return generation

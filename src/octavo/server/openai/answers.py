@@ -8,7 +8,7 @@ from octavo.async_llm import AsyncLLM
 from octavo.params import SamplingParams
 from octavo.text.answer import AnswerEvent, TextDelta, ToolCallStart
 from octavo.text.reader import AnswerParser
-from octavo.text.reasoning import REASONING_PARSERS, ThinkTags, chosen_reasoning_parser
+from octavo.text.reasoning import REASONING_PARSERS, ReasoningParser, chosen_reasoning_parser
 from octavo.text.tools import TOOL_PARSERS, Forced, JsonAnswer, find_tool_parser
 
 from .protocol import ChatRequest
@@ -73,7 +73,7 @@ def answer_reader(llm: AsyncLLM, body: ChatRequest, tools: Tools | None, prompt:
     return lambda: AnswerReader([make() for make in makers])
 
 
-def expected_reasoning(llm: AsyncLLM, prompt: str) -> tuple[type[AnswerParser], bool] | None:
+def expected_reasoning(llm: AsyncLLM, prompt: str) -> tuple[type[ReasoningParser], bool] | None:
     """Return the parser of the reasoning in an answer to `prompt`, and whether the prompt has its start tag already.
 
     Returns None if answers have no reasoning, as far as model and prompt show.
@@ -90,23 +90,21 @@ def after_reasoning(llm: AsyncLLM, params: SamplingParams, prompt: str) -> Sampl
     if outputs is None or outputs.structural_tag or reasoning is None:
         return params
     kind, begins_inside = reasoning
-    if not issubclass(kind, ThinkTags):
-        return params
-    starts = None if begins_inside or kind.begins_inside else list(kind.starts)
-    outputs = msgspec.structs.replace(outputs, reasoning_end=list(kind.ends), reasoning_start=starts)
-    return msgspec.structs.replace(params, structured_outputs=outputs)
+    return msgspec.structs.replace(params, structured_outputs=kind.after_reasoning(outputs, begins_inside))
 
 
-def _reasoning_stage(kind: type[AnswerParser], begins_inside: bool) -> AnswerParser:
+def _reasoning_stage(kind: type[ReasoningParser], begins_inside: bool) -> ReasoningParser:
     stage = kind()
-    if begins_inside and isinstance(stage, ThinkTags):
-        stage.begins_inside = True
+    stage.begins_inside |= begins_inside
     return stage
 
 
 def with_markers(llm: AsyncLLM, tools: Tools | None, params: SamplingParams) -> SamplingParams:
     """Return sampling parameters with which the text keeps special tokens, if a parser needs them."""
-    parsers = [reasoning_parser(llm), tool_parser(llm) if tools is not None and not tools.is_forced else None]
-    if any(name in _MAY_BE_SPECIAL for name in parsers):
+    reasoning = reasoning_parser(llm)
+    parsers = [reasoning, tool_parser(llm) if tools is not None and not tools.is_forced else None]
+    ends = REASONING_PARSERS[reasoning].ends if reasoning else ()
+    special = [end for end in ends if llm.tokenizer.special_token(end) is not None]
+    if special or any(name in _MAY_BE_SPECIAL for name in parsers):
         return msgspec.structs.replace(params, skip_special_tokens=False)
     return params

@@ -2,15 +2,13 @@
 
 from collections.abc import Mapping
 
-from octavo.text.reader import AnswerParser
-
 from .deepseek_r1 import DeepSeekR1
 from .granite import GraniteReasoning
 from .openai_gptoss import HarmonyReasoning
+from .parser import ReasoningParser
 from .qwen3 import Qwen3
-from .think_tags import ThinkTags
 
-REASONING_PARSERS: Mapping[str, type[AnswerParser]] = {
+REASONING_PARSERS: Mapping[str, type[ReasoningParser]] = {
     "qwen3": Qwen3,
     "deepseek_r1": DeepSeekR1,
     "granite": GraniteReasoning,
@@ -37,4 +35,4 @@ def chosen_reasoning_parser(setting: str, template: str) -> str | None:
     return None if setting == "none" else setting
 
 
-__all__ = ["REASONING_PARSERS", "ThinkTags", "chosen_reasoning_parser", "find_reasoning_parser"]
+__all__ = ["REASONING_PARSERS", "ReasoningParser", "chosen_reasoning_parser", "find_reasoning_parser"]

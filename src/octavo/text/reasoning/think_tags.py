@@ -2,21 +2,16 @@
 
 from typing import ClassVar
 
-from octavo.text.reader import AnswerParser, Reading
+from octavo.text.reader import Reading
+
+from .parser import ReasoningParser
 
 
-class ThinkTags(AnswerParser):
-    """Parser of reasoning at the beginning of an answer.
-
-    Attributes:
-        starts, ends: Texts that begin and end the reasoning.
-        begins_inside: Whether the answer begins within the reasoning, because the prompt has its start, or because the
-            model always reasons.
-    """
+class ThinkTags(ReasoningParser):
+    """Parser of reasoning at the beginning of an answer, between two texts."""
 
     starts: ClassVar[tuple[str, ...]] = ("<think>",)
     ends: ClassVar[tuple[str, ...]] = ("</think>",)
-    begins_inside = False
 
     def parse(self) -> Reading[None]:
         has_start = yield from self.attempt(self._start())
