@@ -163,7 +163,11 @@ def test_kill_and_restart(tiny_llama: Path, tmp_path: Path) -> None:
         assert done < count
         killed.signal(signal.SIGKILL)
         killed.process.wait()
+    unrecorded = [tmp_path / "files" / "file-1", tmp_path / "batches" / "batch_1.input"]
+    for path in unrecorded:
+        path.write_text("{}")
     with ServerProcess(tiny_llama, *flags) as server, connect(server) as client:
+        assert not any(path.exists() for path in unrecorded)
         batch = until_ended(client, begun.id)
         assert (batch.status, batch.request_counts.completed) == ("completed", count)
         got = lines(client, batch.output_file_id)

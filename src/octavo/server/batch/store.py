@@ -37,6 +37,15 @@ class FileStore:
             raise ConfigError(f"data_dir cannot be used: {folder}: {error}") from None
         self._database = database
         database.run_now(lambda connection: connection.executescript(_SCHEMA))
+        self._delete_unrecorded()
+
+    def _delete_unrecorded(self) -> None:
+        """Delete files that a server wrote, but did not record before it was killed. No other server uses the folder."""
+        query = "SELECT id FROM objects"
+        ids = {id for [id] in self._database.run_now(lambda connection: connection.execute(query).fetchall())}
+        for path in (*self.files.iterdir(), *self.batches.iterdir()):
+            if path.stem not in ids:
+                path.unlink()
 
     async def put(self, tenant: str, *objects: Content) -> None:
         """Store objects, or replace those with their ids, in one transaction."""
