@@ -40,7 +40,7 @@ class FileStore:
         self._delete_unrecorded()
 
     def _delete_unrecorded(self) -> None:
-        """Delete files that a server wrote, but did not record before it was killed. No other server uses the folder."""
+        """Delete files that a server wrote, but did not record before it was killed."""
         query = "SELECT id FROM objects"
         ids = {id for [id] in self._database.run_now(lambda connection: connection.execute(query).fetchall())}
         for path in (*self.files.iterdir(), *self.batches.iterdir()):
