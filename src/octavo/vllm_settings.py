@@ -167,9 +167,6 @@ _VALUES: dict[str, Alias] = {
     "task": _ignored("models generate text"),
     "runner": _ignored("models generate text"),
     "model_impl": _ignored("there is one"),
-    "api_key": _refused(
-        "api_key", "this version checks no keys and would serve anyone; put a proxy that checks keys in front of it"
-    ),
     "ssl_keyfile": _refused("ssl_keyfile", _NO_TLS),
     "ssl_certfile": _refused("ssl_certfile", _NO_TLS),
     "ssl_ca_certs": _refused("ssl_ca_certs", _NO_TLS),

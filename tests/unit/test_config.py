@@ -297,7 +297,6 @@ def test_a_flag_of_vllm(given: dict[str, Any], settings: dict[str, Any], warning
 @pytest.mark.parametrize(
     "name, value",
     [
-        ("api_key", "secret"),
         ("ssl_keyfile", "key.pem"),
         ("ssl_certfile", "cert.pem"),
         ("chat_template", "x.jinja"),
