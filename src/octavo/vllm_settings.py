@@ -172,9 +172,6 @@ _VALUES: dict[str, Alias] = {
     "ssl_ca_certs": _refused("ssl_ca_certs", _NO_TLS),
     "ssl_cert_reqs": _refused("ssl_cert_reqs", _NO_TLS),
     "middleware": _refused("middleware", "without it, authentication might be missing; put it into a proxy"),
-    "max_new_tokens": _refused(
-        "max_new_tokens", "the output of a request is limited by its max_tokens and max_model_len"
-    ),
     "hf_token": _refused("hf_token", "set the environment variable HF_TOKEN"),
     "chat_template": _refused(
         "chat_template", _OTHER_ANSWERS + "; put it into the model's folder as chat_template.jinja"

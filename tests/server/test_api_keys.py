@@ -42,7 +42,7 @@ def guarded(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     keys = folder / "keys.yaml"
     fields: dict[str, dict[str, Any]] = {
         "alice": {"tenant": "team-a"}, "ann": {"tenant": "team-a"}, "bob": {},
-        "other-model": {"models": ["another"]}, "slow": {"requests_per_minute": 2}, "modest": {"max_priority": 0},
+        "other-model": {"models": ["another"]}, "slow": {"requests_per_minute": 2}, "modest": {"min_priority": 0},
     }  # fmt: skip
     secrets = {name: add_key(keys, name=name, **each) for name, each in fields.items()}
     flags = ["--keys", str(keys), "--api-key", "proxy-key", "--admin-key", "root"]
@@ -124,8 +124,8 @@ def test_what_a_key_does_not_allow(guarded: Guarded) -> None:
         guarded.client("other-model").completions.create(model=guarded.model, prompt="x", max_tokens=2)
     assert error.value.code == "model_not_allowed"
     body = {"model": guarded.model, "prompt": "x", "max_tokens": 2}
-    assert guarded.send("modest", "POST", "/v1/completions", json=body | {"priority": 1}).status_code == 403
-    assert guarded.send("modest", "POST", "/v1/completions", json=body | {"priority": -3}).status_code == 200
+    assert guarded.send("modest", "POST", "/v1/completions", json=body | {"priority": -1}).status_code == 403
+    assert guarded.send("modest", "POST", "/v1/completions", json=body | {"priority": 3}).status_code == 200
     slow = guarded.client("slow").completions.with_raw_response
     remaining = [slow.create(**body).headers["x-ratelimit-remaining-requests"] for _ in range(2)]
     assert remaining == ["1", "0"]

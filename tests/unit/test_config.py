@@ -302,7 +302,6 @@ def test_a_flag_of_vllm(given: dict[str, Any], settings: dict[str, Any], warning
         ("chat_template", "x.jinja"),
         ("hf_overrides", "{}"),
         ("enable_lora", True),
-        ("max_new_tokens", "100"),
     ],
 )
 def test_what_must_not_be_ignored_is_refused(name: str, value: Any) -> None:

@@ -43,7 +43,9 @@ def add(
         list[str] | None,
         typer.Option(help="Beginning of the paths that may be used, such as /v1/embeddings. Default: all."),
     ] = None,
-    max_priority: Annotated[int | None, typer.Option(help="Highest priority that requests may have.")] = None,
+    min_priority: Annotated[
+        int | None, typer.Option(help="Least priority value of requests; lower ones run sooner.")
+    ] = None,
     expires: Annotated[
         str | None, typer.Option(help="Date after which the key is refused, such as 2027-12-31.", show_default=False)
     ] = None,
@@ -60,7 +62,7 @@ def add(
         concurrent_requests=concurrent_requests,
         models=model or None,
         routes=route or None,
-        max_priority=max_priority,
+        min_priority=min_priority,
         expires=expires,
     )
     _show(secret, keys)

@@ -69,12 +69,13 @@ class Api:
         return model.llm
 
     def _check_terms(self, key: Key, name: str | None, terms: dict[str, Any]) -> None:
-        """Raise ApiError 403 for a model or a priority that the key does not allow."""
+        """Set the priority that follows from the key. Raise ApiError 403 for a model or a priority that it forbids."""
         name = name or self.fleet.default.name
         if not key.allows_model(name):
             raise ApiError(403, f"this API key may not be used for the model {name}", "model", "model_not_allowed")
-        if key.max_priority is not None and terms.get("priority", 0) > key.max_priority:
-            message = f"this API key allows a priority of at most {key.max_priority}"
+        least = key.min_priority
+        if least is not None and terms.setdefault("priority", max(0, least)) < least:
+            message = f"this API key allows values of priority from {least} on"
             raise ApiError(403, message, "priority", "priority_not_allowed")
 
     def _model_of_state(self, name: str | None, state: str, tenant: str) -> str | None:

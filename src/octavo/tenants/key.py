@@ -44,7 +44,7 @@ class Key(Settings):
     concurrent_requests: int | None = setting(None, "Requests at the same time.", at_least(1))
     models: list[str] | None = setting(None, "Names of the models that may be used.")
     routes: list[str] | None = setting(None, "Beginnings of the paths that may be used, such as /v1/embeddings.")
-    max_priority: int | None = setting(None, "Highest priority that requests may have.")
+    min_priority: int | None = setting(None, "Least value of `priority` that requests may have; lower ones run sooner.")
     expires: str | None = setting(
         None, "Date, or date and time, after which the key is refused.", Rule("a date in ISO 8601", _is_date)
     )
