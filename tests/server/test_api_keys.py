@@ -123,6 +123,8 @@ def test_what_a_key_does_not_allow(guarded: Guarded) -> None:
     with pytest.raises(openai.PermissionDeniedError) as error:
         guarded.client("other-model").completions.create(model=guarded.model, prompt="x", max_tokens=2)
     assert error.value.code == "model_not_allowed"
+    batch = {"input_file_id": "file-1", "endpoint": "/v1/completions", "completion_window": "24h"}
+    assert guarded.send("other-model", "POST", "/v1/batches", json=batch).status_code == 403
     body = {"model": guarded.model, "prompt": "x", "max_tokens": 2}
     assert guarded.send("modest", "POST", "/v1/completions", json=body | {"priority": -1}).status_code == 403
     assert guarded.send("modest", "POST", "/v1/completions", json=body | {"priority": 3}).status_code == 200
