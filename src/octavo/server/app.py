@@ -6,7 +6,7 @@ from pathlib import Path
 
 from octavo.fleet.fleet import Fleet
 
-from . import admin, anthropic, models_admin, ollama, worker_info
+from . import admin, anthropic, metrics, models_admin, ollama, worker_info
 from .api import Api
 from .batch.service import BatchService
 from .config import ServerConfig
@@ -50,7 +50,13 @@ def create_app(
     service = BatchService(folder, database, config, traffic) if folder else None
     routes = [route for family in families for route in family.routes(api)]
     routes += [*files.routes(service, config, api.bodies), *batches.routes(service, config, api.bodies)]
-    app = Dispatcher(documented(routes, fleet.default.name), config.allowed_origins, traffic)
+    http = None
+    if config.enable_metrics:
+        fleet.enable_metrics()
+        http = metrics.HttpMeter()
+        routes += metrics.routes(metrics.Exporter(fleet, http))
+    on_end = http.ended if http else None
+    app = Dispatcher(documented(routes, fleet.default.name), config.allowed_origins, traffic, on_end)
     if service:
         service.start(app)
     return app
