@@ -16,6 +16,7 @@ from .devices import Devices
 from .engine_history import EngineHistory
 from .families import Families
 from .http_meter import HttpMeter
+from .text_format import render
 from .window import Window
 
 
@@ -68,8 +69,8 @@ class Exporter:
         self._fleet, self._http = fleet, http
         self._history, self._devices = EngineHistory(), Devices()
         self._swaps: dict[tuple[str, int], Window] = {}
-        self._registry = CollectorRegistry(auto_describe=False)
-        ProcessCollector(registry=self._registry)
+        self._process = CollectorRegistry(auto_describe=False)
+        ProcessCollector(registry=self._process)
 
     async def scrape(self) -> bytes:
         """Return all metrics in Prometheus's text format."""
@@ -117,6 +118,4 @@ class Exporter:
         ]
 
     def _render(self, snapshot: Snapshot) -> bytes:
-        registry = CollectorRegistry(auto_describe=False)
-        registry.register(Families(snapshot))
-        return generate_latest(registry) + generate_latest(self._registry)
+        return render(Families(snapshot)) + generate_latest(self._process)

@@ -10,8 +10,7 @@ from octavo.server.edge.dispatch import route
 from octavo.server.openapi.operation import Operation
 
 from .exporter import Exporter
-
-TEXT_FORMAT = "text/plain; version=0.0.4; charset=utf-8"
+from .text_format import CONTENT_TYPE
 
 
 def routes(exporter: Exporter) -> list[Route]:
@@ -22,4 +21,4 @@ def routes(exporter: Exporter) -> list[Route]:
 
 async def metrics(exporter: Exporter, _: Request) -> Response:
     """Answer with all metrics. Waits a second at most for an engine's statistics; then its latest ones are used."""
-    return Response(await exporter.scrape(), media_type=TEXT_FORMAT)
+    return Response(await exporter.scrape(), media_type=CONTENT_TYPE)
