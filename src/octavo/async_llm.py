@@ -16,6 +16,7 @@ from .frontend.frontend import Frontend
 from .frontend.inbox import Inbox
 from .frontend.links.process import EngineProcess, ProcessLink
 from .frontend.live import LiveRequest, Sink
+from .frontend.meter import Meter
 from .frontend.metrics import Metric, metrics_of
 from .frontend.pooled import check_task, embedding_output, embedding_requests, pooling_output
 from .frontend.requests import (
@@ -426,6 +427,10 @@ class AsyncLLM:
     def readiness(self) -> tuple[bool, str]:
         """Return whether an engine is ready to serve, and its status as text, such as "the engine is ready"."""
         return self._frontend.readiness()
+
+    def set_meter(self, meter: Meter) -> None:
+        """Measure all requests with `meter` from now on."""
+        self._frontend.meter = meter
 
     async def get_tokenizer(self) -> Tokenizer:
         """Return the model's tokenizer."""

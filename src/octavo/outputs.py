@@ -55,6 +55,7 @@ class RequestMetrics:
     Attributes:
         replica: The engine that computed the first token, such as "engine 1", if the model has several.
         cached_tokens: Tokens of the prompt that were found in the prefix cache.
+        time_in_queue: Seconds from arrival until an engine began to compute the prompt; None before the first token.
     """
 
     arrival_time: float
@@ -62,6 +63,7 @@ class RequestMetrics:
     finished_time: float | None = None
     cached_tokens: int = 0
     replica: str | None = None
+    time_in_queue: float | None = None
 
     @property
     def time_to_first_token(self) -> float | None:

@@ -2,6 +2,7 @@
 
 import time
 from array import array
+from bisect import bisect_left
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from pathlib import Path
@@ -19,12 +20,21 @@ from octavo.states.jobs import StateFiles
 from .batch import BatchBuilder
 from .constraints import Constraints
 from .deadlines import Deadlines
-from .messages import EngineInfo, EngineRequest, EngineStats, TokenLogprobs, TokenOutput
+from .messages import (
+    PREEMPTIONS,
+    STEP_TOKENS,
+    EngineInfo,
+    EngineRequest,
+    EngineStats,
+    TokenLogprobs,
+    TokenOutput,
+)
 from .policies import Policy
 from .pooling import pooled_vector, take_pooled
 from .recovery import Recovery
 from .scheduler import Scheduler, StepPlan
 from .sequence import Sequence
+from .speculation import FREE_ROWS
 from .thinking import ThinkingBudget
 from .token_masks import mask_of
 from .work_record import WorkRecord
@@ -104,7 +114,10 @@ class Engine:
         self._plan = StepPlan([], [])  # plan of the last step
         self._steps = self._tokens_computed = self._tokens_generated = 0
         self._prompt_tokens = self._cached_tokens = 0
-        self._draft_tokens = self._accepted_tokens = 0
+        self._draft_tokens = self._accepted_tokens = self._damaged = 0
+        self._step_tokens, self._preempted = [0] * (len(STEP_TOKENS) + 1), [0] * (len(PREEMPTIONS) + 1)
+        self._preemptions_of_ended = 0
+        self._accepted = [0] * (FREE_ROWS + 1)
         self._step_seconds = self._backend_seconds = 0.0
         self._last_step = 0.0  # seconds that the last step took
 
@@ -239,9 +252,13 @@ class Engine:
         self._plan = plan = self.scheduler.schedule()
         if plan.sequences:
             batch = self._builder.build(plan)
-            self._work.computing([seq.id for seq in plan.sequences[plan.num_decoding :]])
+            prompts = plan.sequences[plan.num_decoding :]
+            self._work.computing([seq.id for seq in prompts])
             self.rows = rows = len(batch.tokens)
             execution, before = time.perf_counter(), self.clock()
+            for seq in prompts:
+                if seq.started is None:
+                    seq.started = before
             result = self.backend.step(batch)
             seconds = time.perf_counter() - execution
             self.rows = 0
@@ -252,6 +269,7 @@ class Engine:
             self.scheduler.recovery.record_step(rows, self.clock() - before)
             outputs += self._advance(plan, result)
             self._steps += 1
+            self._step_tokens[bisect_left(STEP_TOKENS, rows)] += 1
             self._last_step = time.perf_counter() - started
             self._step_seconds += self._last_step
         elif not outputs:
@@ -296,6 +314,11 @@ class Engine:
             pending_saves=transfers.pending_saves if transfers else 0,
             pages_saved=transfers.pages_saved if transfers else 0,
             pages_fetched=transfers.pages_fetched if transfers else 0,
+            damaged=self._damaged,
+            step_tokens=list(self._step_tokens),
+            preempted=list(self._preempted),
+            preemptions_of_ended=self._preemptions_of_ended,
+            accepted=list(self._accepted),
         )
 
     def end_transfers(self) -> None:
@@ -409,6 +432,7 @@ class Engine:
             row += 1
         self._draft_tokens += len(draft)
         self._accepted_tokens += len(outputs)
+        self._accepted[len(outputs)] += 1
         return outputs
 
     def _end_prompt(self, seq: Sequence) -> None:
@@ -416,6 +440,8 @@ class Engine:
         if not seq.num_outputs:
             self._prompt_tokens += seq.num_prompt
             self._cached_tokens += seq.cached_tokens
+            if seq.started is not None:
+                seq.time_in_queue = seq.started - seq.arrival
         self.scheduler.end_prompt(seq)
 
     def _append(self, seq: Sequence, token: int, result: StepResult, row: int) -> TokenOutput:
@@ -425,16 +451,22 @@ class Engine:
         seq.tokens.append(token)
         if seq.thinking is not None:
             seq.thinking.advance()
-        if seq.matcher is not None and self._ends_grammar(seq, token):
-            return self._end(seq, token, logprobs)
-        if token < 0 or token in seq.stop_tokens or len(seq.tokens) >= seq.max_tokens:
+        ends_grammar = seq.matcher is not None and self._ends_grammar(seq, token)
+        if ends_grammar or token < 0 or token in seq.stop_tokens or len(seq.tokens) >= seq.max_tokens:
             output = self._end(seq, token, logprobs)
         else:
             output = TokenOutput(seq.request.id, token, None, None, logprobs, seq.cached_tokens)
-        if seq.scores is None:
+        if seq.time_in_queue is None:
             return output
-        scores, seq.scores = TokenLogprobs.joined(seq.scores), None
-        return msgspec.structs.replace(output, prompt_logprobs=scores)
+        return self._first_output(seq, output)
+
+    def _first_output(self, seq: Sequence, output: TokenOutput) -> TokenOutput:
+        """Return a sequence's first output, with what is known when the prompt is computed."""
+        waited, seq.time_in_queue = seq.time_in_queue, None
+        scores = None
+        if seq.scores is not None:
+            scores, seq.scores = TokenLogprobs.joined(seq.scores), None
+        return msgspec.structs.replace(output, prompt_logprobs=scores, time_in_queue=waited)
 
     def _end_pooled(self, seq: Sequence) -> TokenOutput:
         """End a pooled sequence, whose prompt is computed, and return its output."""
@@ -443,11 +475,14 @@ class Engine:
         if not np.isfinite(vector).all():
             message = "the model computed hidden states or logits that are NaN or infinite"
             return TokenOutput(seq.id, -1, "error", message=message)
-        return TokenOutput(seq.id, -1, "length", cached_tokens=seq.cached_tokens, pooled=vector.tobytes())
+        output = TokenOutput(seq.id, -1, "length", cached_tokens=seq.cached_tokens, pooled=vector.tobytes())
+        return msgspec.structs.replace(output, time_in_queue=seq.time_in_queue)
 
     def _remove_finished(self, seq: Sequence) -> None:
         del self._live[seq.id]
         self._deadlines.forget(seq.id)
+        self._preempted[bisect_left(PREEMPTIONS, seq.preemptions)] += 1
+        self._preemptions_of_ended += seq.preemptions
         self.scheduler.finish(seq)
 
     def _ends_grammar(self, seq: Sequence, token: int) -> bool:
@@ -472,6 +507,7 @@ class Engine:
             reason, message = "invalid", _NO_TOKEN
         elif token < 0:
             reason, message = "error", _DAMAGED_LOGITS
+            self._damaged += 1
         elif seq.grammar_error is not None:
             reason, message = "invalid", f"structured_outputs failed: {seq.grammar_error}"
         elif token in seq.stop_tokens and seq.num_outputs >= seq.request.params.min_tokens:

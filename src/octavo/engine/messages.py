@@ -107,6 +107,7 @@ class TokenOutput(msgspec.Struct, frozen=True, array_like=True):
         prompt_logprobs: those of the prompt's tokens from the second one on, with the request's first token, if it
             wants them.
         pooled: the vector of a pooled request, float32, with its only output, which has no token.
+        time_in_queue: seconds from the request's arrival to its admission, with its first output; otherwise None.
     """
 
     id: str
@@ -119,6 +120,13 @@ class TokenOutput(msgspec.Struct, frozen=True, array_like=True):
     in_text: bool = False
     prompt_logprobs: TokenLogprobs | None = None
     pooled: bytes | None = None
+    time_in_queue: float | None = None
+
+
+STEP_TOKENS = (1, *(2**power for power in range(3, 15)))
+"""Upper bounds of the buckets of `EngineStats.step_tokens`."""
+PREEMPTIONS = (1, 2, 3, 4, 5, 10, 20)
+"""Upper bounds of the buckets of `EngineStats.preempted`."""
 
 
 class EngineInfo(msgspec.Struct, frozen=True):
@@ -156,6 +164,11 @@ class EngineStats(msgspec.Struct, frozen=True):
         num_pinned: pages referenced by KV states.
         num_fetching, pages_fetched: pages being fetched from a lower tier, and fetched so far.
         pending_saves, pages_saved: pages being saved to the lower tiers, and saved so far.
+        damaged: sequences that ended because the model computed logits that are NaN or infinite.
+        step_tokens: number of steps by their rows, in buckets of at most STEP_TOKENS rows, then of more.
+        preempted: number of ended sequences by their preemptions, in buckets of at most PREEMPTIONS, then of more.
+        preemptions_of_ended: preemptions of these sequences.
+        accepted: number of drafts by how many of their first tokens were accepted, from 0 on.
     """
 
     running: int
@@ -184,3 +197,8 @@ class EngineStats(msgspec.Struct, frozen=True):
     pending_saves: int
     pages_saved: int
     pages_fetched: int
+    damaged: int
+    step_tokens: list[int]
+    preempted: list[int]
+    preemptions_of_ended: int
+    accepted: list[int]

@@ -300,6 +300,7 @@ class Scheduler:
         """Put a running sequence back into the queue, and release its pages."""
         self._stop(seq)
         self.preemptions += 1
+        seq.preemptions += 1
         self._policy.add(seq)
 
     def _stop(self, seq: Sequence) -> None:

@@ -31,6 +31,9 @@ class Sequence:
         arrival: time of arrival on the engine's clock, in seconds.
         num_computed: number of `tokens` whose K and V are in the pages of `page_table`.
         cached_tokens: tokens found in the prefix cache at the first admission.
+        started: time of the first step with tokens of this sequence, on the engine's clock; None before it.
+        time_in_queue: seconds from arrival to `started`, from the end of the prompt until the first output has them.
+        preemptions: number of preemptions.
         prefetch: pages that are being fetched while the sequence waits.
         place: (rank, order), by which sequences are sorted; the rank comes from the policy.
         slot: row of the batch columns while the sequence runs; -1 while it waits.
@@ -64,6 +67,9 @@ class Sequence:
     arrival: float = 0.0
     num_computed: int = 0
     cached_tokens: int = 0
+    started: float | None = None
+    time_in_queue: float | None = None
+    preemptions: int = 0
     page_table: PageTable = field(init=False)
     tenant: str = field(init=False)
     pooling: Pooling | None = field(init=False)

@@ -18,6 +18,7 @@ from octavo.errors import (
     UnknownModel,
 )
 from octavo.frontend.links.process import EngineProcess
+from octavo.frontend.meter import Meter
 
 from .memory import Budget
 from .model import Model
@@ -39,6 +40,9 @@ class Fleet:
     Args:
         models: the default one first.
         memory: budget in bytes; None for no budget.
+
+    Attributes:
+        meters: one for each name of a model, past ones included, once `enable_metrics` was called; otherwise None.
     """
 
     def __init__(self, models: Sequence[Model], splits: Sequence[SplitSpec] = (), memory: int | None = None):
@@ -56,6 +60,7 @@ class Fleet:
         self._freed = asyncio.Event()  # a model has become idle, or memory was freed
         self._watches_idle_models = False
         self._closed = False
+        self.meters: dict[str, Meter] | None = None
 
     @classmethod
     def begin(cls, spec: FleetSpec, process: EngineProcess | None = None) -> "Fleet":
@@ -243,7 +248,7 @@ class Fleet:
 
     async def _add(self, spec: ModelSpec) -> None:
         self._check_names(spec)
-        model = Model(spec)
+        model = self._metered(Model(spec))
         with model.wanted():
             try:
                 await self._load(model)
@@ -259,7 +264,7 @@ class Fleet:
         await self._unload(model)
 
     async def _swap(self, spec: ModelSpec) -> None:
-        old, new = self.known(spec.name), Model(spec)
+        old, new = self.known(spec.name), self._metered(Model(spec))
         self._check_names(spec, replaced=old)
         with new.wanted():
             try:
@@ -305,7 +310,18 @@ class Fleet:
         await old.idle()
         await self._end(old)
 
+    def enable_metrics(self) -> None:
+        """Measure the requests of all models from now on. A model that is swapped in continues the counts."""
+        self.meters = {}
+        for model in self._models.values():
+            self._metered(model)
+
     # Inside
+
+    def _metered(self, model: Model) -> Model:
+        if self.meters is not None:
+            model.set_meter(self.meters.setdefault(model.name, Meter()))
+        return model
 
     def _living(self) -> Mapping[str, Model]:
         """Return the models by name. Raises EngineDead after `close`."""

@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeVar
 
 from octavo.async_llm import AsyncLLM
 from octavo.frontend.links.process import EngineProcess
+from octavo.frontend.meter import Meter
 from octavo.params import SamplingParams
 from octavo.weights import resolve
 
@@ -38,6 +39,7 @@ class Model:
         num_wanting: requests and changes that wait until the model is loaded.
         loaded_at: time of the latest load, in seconds of time.monotonic().
         last_used: time at which the latest request ended, in seconds of time.monotonic().
+        meter: measures the requests, if it is set.
     """
 
     def __init__(self, spec: ModelSpec):
@@ -48,6 +50,7 @@ class Model:
         self.size = 0
         self.num_wanting = 0
         self.loaded_at = self.last_used = time.monotonic()
+        self.meter: Meter | None = None
         self._llm: AsyncLLM | None = None
         self._was_started = False
         self._users = 0  # requests that use the model, from before they are tokenized until their response ends
@@ -137,6 +140,14 @@ class Model:
         """
         self.state = "loading"
         self._llm = AsyncLLM.from_config(self.config, process)
+        if self.meter is not None:
+            self._llm.set_meter(self.meter)
+
+    def set_meter(self, meter: Meter) -> None:
+        """Measure all requests with `meter` from now on, also after later loads."""
+        self.meter = meter
+        if self._llm is not None:
+            self._llm.set_meter(meter)
 
     def discard(self) -> None:
         """End engines that `begin` has started. Needs no event loop."""

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from octavo.config import EngineConfig
 from octavo.engine.messages import EngineInfo, EngineStats, TokenOutput
-from octavo.errors import EngineDead, InvalidRequest, OctavoError, RequestFailed, RequestTimeout
-from octavo.outputs import RequestOutput
+from octavo.errors import EngineDead, InvalidRequest, OctavoError, QueueFull, RequestFailed, RequestTimeout
+from octavo.outputs import FinishReason, RequestOutput
 from octavo.states import KVState, StateBook
 from octavo.states.file import read_saved_tokens
 from octavo.states.handle import StateOwner
@@ -38,6 +38,7 @@ from .links.messages import (
     WatchPages,
 )
 from .live import LiveRequest, Sink
+from .meter import Meter
 from .placement import Placement
 from .readmission import TRIAL_TOKENS
 from .replica import Replica
@@ -67,6 +68,9 @@ class Frontend:
         has_queue_limit: whether `submit` raises QueueFull beyond the completions that replicas run at once plus
             max_queue.
         state_owner: the object that the methods of KV states call; this frontend by default.
+
+    Attributes:
+        meter: measures the requests, if it is set.
     """
 
     info: EngineInfo  # set by `start`
@@ -92,6 +96,7 @@ class Frontend:
         self._deadline_at: float | None = None  # time.monotonic()
         self._timed_out = 0
         self._closed = False
+        self.meter: Meter | None = None
         self._pid = os.getpid()
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -188,7 +193,12 @@ class Frontend:
         """Raise QueueFull or InvalidRequest if `submit` would refuse so many completions; EngineDead."""
         ledger = self._living()
         if self._admission is not None:
-            self._admission.check(ledger.num_completions, completions)
+            try:
+                self._admission.check(ledger.num_completions, completions)
+            except QueueFull:
+                if self.meter is not None:
+                    self.meter.refused += 1
+                raise
 
     @property
     def is_full(self) -> bool:
@@ -399,6 +409,8 @@ class Frontend:
         replica.load.clear()
         if self._events is not None:
             self._events.cleared(replica.number)
+        if self.meter is not None:
+            self.meter.engine(replica.number).restarts += 1
         culprit, others = replica.readmission.engine_lost(self._lives_of(replica), exit)
         self.placement.wait_first(others)
         if others and self.placement.has_open_replica:
@@ -446,6 +458,7 @@ class Frontend:
         """Pass the tokens of a step on to the sinks."""
         assert self._ledger is not None
         live_before, ended, stopped = self._ledger.num_completions, 0, list[str]()
+        meter, now = self.meter.engine(replica.number) if self.meter else None, time.monotonic()
         for output in outputs:
             if (found := self._ledger.find(output.id)) is None or found[0].replica is not replica:
                 continue  # the request was aborted, or continues elsewhere
@@ -460,6 +473,8 @@ class Frontend:
                 log.exception("the request %s failed", live.id)
                 self._fail(live, RequestFailed(f"{type(error).__name__}: {error}"))
                 continue
+            if meter is not None:
+                meter.advanced(live, completion, now)
             if completion.finish_reason:
                 self._ledger.finish(completion)
                 self.placement.router.ended(len(completion.token_ids))
@@ -524,15 +539,17 @@ class Frontend:
             self._close(live)
 
     def _fail(self, live: LiveRequest, error: Exception) -> None:
-        if self._close(live):
+        if self._close(live, "error"):
             self._deliver(live, error)
 
-    def _close(self, live: LiveRequest) -> bool:
+    def _close(self, live: LiveRequest, reason: FinishReason = "abort") -> bool:
         """End a request, here and in the engine. Return whether it was live."""
         assert self._ledger is not None
         live_before = self._ledger.num_completions
         if not self._ledger.close(live):
             return False
+        if self.meter is not None:
+            self.meter.engine(live.replica.number if live.replica else 0).ended_early(live, reason)
         self.placement.take_back(live)
         self._count_left(live_before)
         return True

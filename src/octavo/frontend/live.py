@@ -28,6 +28,7 @@ class LiveCompletion:
 
     Attributes:
         has_logprobs: whether the user wants logprobs; the engine also computes them to rank completions (best_of).
+        num_metered, metered_at: number of tokens, and time.monotonic(), at the Meter's latest look; 0 before it.
     """
 
     request: EngineRequest
@@ -42,6 +43,8 @@ class LiveCompletion:
     cumulative_logprob: float = 0.0
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
+    num_metered: int = 0
+    metered_at: float = 0.0
 
     def output(self) -> CompletionOutput:
         """Return the whole output so far."""
@@ -78,6 +81,7 @@ class LiveRequest:
         progress: tokens that the current engine has computed for the request; not counted beyond TRIAL_TOKENS.
         crashes: number of engines that failed while they served the request.
         prompt_logprobs, pooled: see RequestOutput.
+        prompt_metered: whether the Meter has counted the prompt.
     """
 
     id: str
@@ -101,6 +105,7 @@ class LiveRequest:
     crashes: int = 0
     prompt_logprobs: PromptLogprobs | None = None
     pooled: bytes | None = None
+    prompt_metered: bool = False
 
     @property
     def engine_ids(self) -> list[str]:
@@ -149,6 +154,7 @@ class LiveRequest:
         if self.metrics.first_token_time is None:
             self.metrics.first_token_time = self._wall_time()
             self.metrics.cached_tokens = output.cached_tokens
+            self.metrics.time_in_queue = output.time_in_queue
         text, tokens, logprobs = "", [], []
         if output.token >= 0:
             tokens.append(output.token)

@@ -30,12 +30,12 @@ class Gauge(Metric):
     value: float
 
 
-_GAUGES: dict[str, Callable[[EngineStats], float]] = {
+GAUGES: dict[str, Callable[[EngineStats], float]] = {
     "vllm:num_requests_running": lambda stats: stats.running,
     "vllm:num_requests_waiting": lambda stats: stats.waiting,
     "vllm:kv_cache_usage_perc": lambda stats: 1 - (stats.free_pages + stats.cached_pages) / stats.num_pages,
 }
-_COUNTERS: dict[str, Callable[[EngineStats], int]] = {
+COUNTERS: dict[str, Callable[[EngineStats], int]] = {
     "vllm:num_preemptions": lambda stats: stats.preemptions,
     "vllm:prompt_tokens": lambda stats: stats.prompt_tokens,
     "vllm:generation_tokens": lambda stats: stats.tokens_generated,
@@ -52,6 +52,6 @@ def metrics_of(replicas: Sequence[ReplicaStats], model: str) -> list[Metric]:
     for number, replica in enumerate(replicas):
         if (stats := replica.engine) is not None:
             labels = {"model_name": model, "engine": str(number)}
-            metrics += [Gauge(name, labels, read(stats)) for name, read in _GAUGES.items()]
-            metrics += [Counter(name, labels, count(stats)) for name, count in _COUNTERS.items()]
+            metrics += [Gauge(name, labels, read(stats)) for name, read in GAUGES.items()]
+            metrics += [Counter(name, labels, count(stats)) for name, count in COUNTERS.items()]
     return metrics

@@ -1,6 +1,7 @@
 """Statistics of a frontend and of its replicas."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import msgspec
 
@@ -49,8 +50,12 @@ def total(engines: Sequence[EngineStats]) -> EngineStats:
     """Return the sums of all statistics, and the page maps one after the other."""
     if len(engines) == 1:
         return engines[0]
-    sums = {name: sum(getattr(each, name) for each in engines) for name in _NUMBERS}
-    return EngineStats(**sums, page_map="".join(each.page_map for each in engines))
+    return EngineStats(*(_sum(values) for values in zip(*map(msgspec.structs.astuple, engines), strict=True)))
 
 
-_NUMBERS = [name for name in EngineStats.__struct_fields__ if name != "page_map"]
+def _sum(values: Sequence[Any]) -> Any:
+    if isinstance(values[0], str):
+        return "".join(values)
+    if isinstance(values[0], list):
+        return list(map(sum, zip(*values, strict=True)))
+    return sum(values)

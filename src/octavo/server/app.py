@@ -10,7 +10,7 @@ from starlette.types import Scope
 from octavo.fleet.fleet import Fleet
 from octavo.tenants import KeyRing
 
-from . import admin, anthropic, models_admin, ollama, worker_info
+from . import admin, anthropic, metrics, models_admin, ollama, worker_info
 from .api import Api
 from .batch.service import BatchService
 from .config import ServerConfig
@@ -55,8 +55,13 @@ def create_app(
     service = BatchService(folder, database, config, traffic) if folder else None
     routes = [route for family in families for route in family.routes(api)]
     routes += [*files.routes(service, config, api.bodies), *batches.routes(service, config, api.bodies)]
-    pages = documented(routes, fleet.default.name)
-    app = Dispatcher(pages, config.allowed_origins, traffic, _authentication(config))
+    http = None
+    if config.enable_metrics:
+        fleet.enable_metrics()
+        http = metrics.HttpMeter()
+        routes += metrics.routes(metrics.Exporter(fleet, http))
+    pages, on_end = documented(routes, fleet.default.name), http.ended if http else None
+    app = Dispatcher(pages, config.allowed_origins, traffic, _authentication(config), on_end)
     if service:
         service.start(app)
     return app

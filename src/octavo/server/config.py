@@ -30,6 +30,7 @@ class ServerConfig(Settings):
         one_of("text", "json", "none"),
     )
     access_log_prompts: bool = setting(False, "Include prompts and messages in the access log.")
+    enable_metrics: bool = setting(False, "Serve metrics for Prometheus at GET /metrics (docs/metrics.md).")
     models: str | None = setting(
         None, "YAML file of several models with their settings, aliases and splits (docs/fleet.md)."
     )

@@ -66,11 +66,12 @@ class ServerStats(msgspec.Struct, kw_only=True):
 
 async def server_stats(fleet: "Fleet") -> ServerStats:
     """Return a snapshot."""
-    models = await asyncio.gather(*map(_model_stats, fleet.all_models()))
+    models = await asyncio.gather(*map(model_stats, fleet.all_models()))
     return ServerStats(time=time.time(), version=__version__, models=models)
 
 
-async def _model_stats(model: "Model") -> ModelStats:
+async def model_stats(model: "Model") -> ModelStats:
+    """Return a snapshot of one model."""
     config = model.config
     stats = ModelStats(
         name=model.name,

@@ -27,8 +27,8 @@ log = logging.getLogger("octavo.server")
 class Endpoint:
     """A handler as an ASGI application, without Starlette's error handling: `Dispatcher` handles all errors."""
 
-    def __init__(self, handler: Handler, operation: Operation):
-        self._handler = handler
+    def __init__(self, path: str, handler: Handler, operation: Operation):
+        self.path, self._handler = path, handler
         self.operation = operation
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -38,7 +38,7 @@ class Endpoint:
 
 def route(method: str, path: str, handler: Handler, operation: Operation) -> Route:
     """Return a route, which `operation` describes in /openapi.json. A route for GET answers HEAD too."""
-    return Route(path, Endpoint(handler, operation), methods=[method])
+    return Route(path, Endpoint(path, handler, operation), methods=[method])
 
 
 class Dispatcher:
@@ -48,6 +48,7 @@ class Dispatcher:
         origins: the web origins whose pages may call; see `cors`.
         traffic: counts the requests of clients.
         authentication: checks the API keys of clients; None if there are no keys.
+        on_end: called with the path of each request's route, None if it has none, and its record.
     """
 
     def __init__(
@@ -56,11 +57,13 @@ class Dispatcher:
         origins: Collection[str],
         traffic: Traffic | None = None,
         authentication: Authentication | None = None,
+        on_end: Callable[[str | None, RequestRecord], None] | None = None,
     ):
         self._router = Router(list(routes), redirect_slashes=False)
         self._origins = origins
         self._traffic = traffic or Traffic()
         self._authentication = authentication
+        self._on_end = on_end
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         scope["app"] = self  # makes Starlette's router raise HTTPException instead of answering in plain text
@@ -89,6 +92,9 @@ class Dispatcher:
                 leave()
             if record.on_end is not None:
                 record.on_end()
+            if self._on_end is not None:
+                endpoint = scope.get("endpoint")
+                self._on_end(endpoint.path if isinstance(endpoint, Endpoint) else None, record)
 
     async def _answer(
         self, error: Exception, record: RequestRecord, scope: Scope, receive: Receive, send: Send

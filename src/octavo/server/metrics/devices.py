@@ -1,0 +1,58 @@
+"""Devices: how busy the machine's GPUs are, or its processor cores if it has none."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from .window import Window
+
+PROC_STAT = Path("/proc/stat")
+TICKS = os.sysconf("SC_CLK_TCK")
+
+
+class Devices:
+    """Measures the utilization of each device, by all processes of the machine."""
+
+    def __init__(self) -> None:
+        self._nvml = _nvml()
+        self._windows = {core: Window(busy) for core, busy in _busy_seconds().items()}
+
+    def utilization(self) -> dict[str, float]:
+        """Return the utilization of each device in percent, by name: "gpu0", or "cpu0" for a core.
+
+        Cores that this process may not use are left out. Read from the NVIDIA driver, or from /proc/stat, where a core
+        is averaged over the seconds since an earlier call.
+        """
+        if self._nvml is not None:
+            return _gpus(self._nvml)
+        busy = _busy_seconds()
+        return {
+            core: min(100.0 * window.rate(busy[core]), 100.0) for core, window in self._windows.items() if core in busy
+        }
+
+
+def _busy_seconds() -> dict[str, float]:
+    """Return the seconds that each core has been busy since the machine's start."""
+    cores, busy = {f"cpu{number}" for number in os.sched_getaffinity(0)}, {}
+    for line in PROC_STAT.read_text().splitlines():
+        core, *ticks = line.split()
+        if core in cores:
+            user, nice, system, _, _, irq, soft_irq, steal = map(int, ticks[:8])
+            busy[core] = (user + nice + system + irq + soft_irq + steal) / TICKS
+    return busy
+
+
+def _nvml() -> Any:
+    """Return the module of NVIDIA's management library, or None without it or without a GPU."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+    except Exception:  # not installed, or no driver
+        return None
+    return pynvml if pynvml.nvmlDeviceGetCount() else None
+
+
+def _gpus(nvml: Any) -> dict[str, float]:
+    handles = [nvml.nvmlDeviceGetHandleByIndex(number) for number in range(nvml.nvmlDeviceGetCount())]
+    return {f"gpu{number}": float(nvml.nvmlDeviceGetUtilizationRates(each).gpu) for number, each in enumerate(handles)}
