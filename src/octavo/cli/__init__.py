@@ -22,6 +22,7 @@ _COMMANDS = (
     "top",
     "models",
     "config",
+    "doctor",
     "pull",
     "quantize",
     "bench",

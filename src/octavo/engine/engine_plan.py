@@ -1,4 +1,4 @@
-"""EnginePlan: what an engine decides when it loads, from the settings, the model's size and the free memory, and why."""
+"""EnginePlan: what an engine decides when it loads, from settings, model and free memory, and why."""
 
 import msgspec
 
