@@ -243,7 +243,7 @@ class AsyncLLM:
         """Do what `beam_search` does for requests. The best beams are the completions of the outputs."""
         self._frontend.check_capacity(len(requests) * params.beam_width)
         tokens = await tokenize_all(requests, self.tokenizer, self.info)
-        search = BeamSearch(requests, tokens, params, self.tokenizer, self.info, self.config.request_timeout)
+        search = BeamSearch(requests, tokens, params, self.tokenizer, self.info, self.config)
         while tokens := search.tokens:
             search.advance(await self.generate_requests(search.requests(), tokens=tokens))
         return search.outputs()

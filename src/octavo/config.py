@@ -158,6 +158,9 @@ class EngineConfig(Settings):
     max_queue: int = setting(
         10_000, "Maximum number of waiting completions; requests beyond it are answered 503.", at_least(0)
     )
+    max_new_tokens: int | None = setting(
+        None, "Maximum tokens of a completion, whatever its max_tokens; unlimited by default.", at_least(1)
+    )
     request_timeout: float | None = setting(
         None, "Timeout in seconds of requests that set none; unlimited by default.", positive("seconds")
     )

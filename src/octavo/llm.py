@@ -235,7 +235,7 @@ class LLM:
         """
         requests = make_requests(prompts, None, SamplingParams(temperature=0), priority, terms)
         tokens = self._tokens(requests)
-        search = BeamSearch(requests, tokens, params, self.tokenizer, self.info, self.config.request_timeout)
+        search = BeamSearch(requests, tokens, params, self.tokenizer, self.info, self.config)
         with generation_bar(len(requests), enabled=use_tqdm) as advance:
             while tokens := search.tokens:
                 search.advance(self._complete(search.requests(), use_tqdm=False, tokens=tokens))

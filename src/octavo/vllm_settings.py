@@ -167,17 +167,11 @@ _VALUES: dict[str, Alias] = {
     "task": _ignored("models generate text"),
     "runner": _ignored("models generate text"),
     "model_impl": _ignored("there is one"),
-    "api_key": _refused(
-        "api_key", "this version checks no keys and would serve anyone; put a proxy that checks keys in front of it"
-    ),
     "ssl_keyfile": _refused("ssl_keyfile", _NO_TLS),
     "ssl_certfile": _refused("ssl_certfile", _NO_TLS),
     "ssl_ca_certs": _refused("ssl_ca_certs", _NO_TLS),
     "ssl_cert_reqs": _refused("ssl_cert_reqs", _NO_TLS),
     "middleware": _refused("middleware", "without it, authentication might be missing; put it into a proxy"),
-    "max_new_tokens": _refused(
-        "max_new_tokens", "the output of a request is limited by its max_tokens and max_model_len"
-    ),
     "hf_token": _refused("hf_token", "set the environment variable HF_TOKEN"),
     "chat_template": _refused(
         "chat_template", _OTHER_ANSWERS + "; put it into the model's folder as chat_template.jinja"

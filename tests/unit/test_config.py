@@ -297,13 +297,11 @@ def test_a_flag_of_vllm(given: dict[str, Any], settings: dict[str, Any], warning
 @pytest.mark.parametrize(
     "name, value",
     [
-        ("api_key", "secret"),
         ("ssl_keyfile", "key.pem"),
         ("ssl_certfile", "cert.pem"),
         ("chat_template", "x.jinja"),
         ("hf_overrides", "{}"),
         ("enable_lora", True),
-        ("max_new_tokens", "100"),
     ],
 )
 def test_what_must_not_be_ignored_is_refused(name: str, value: Any) -> None:

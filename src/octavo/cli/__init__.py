@@ -21,6 +21,7 @@ _COMMANDS = (
     "enrich",
     "top",
     "models",
+    "keys",
     "config",
     "doctor",
     "pull",

@@ -1,6 +1,5 @@
 """octavo models: see and change the models of a running server."""
 
-import os
 from collections.abc import Callable
 from concurrent.futures import Future, wait
 from functools import partial
@@ -12,19 +11,15 @@ import typer
 from octavo.errors import ConfigError, EngineDead
 from octavo.terminal import printable
 
-from .top import fetch_stats
+from .top import KEY_VARIABLE, Key, admin_headers, fetch_stats
 
 if TYPE_CHECKING:
     import httpx
 
-KEY_VARIABLE = "OCTAVO_ADMIN_KEY"
 LOOK = 0.5  # seconds between two looks at the progress of a load
 CONNECT_SECONDS = 5.0
 
 Url = Annotated[str, typer.Option(help="Address of the server.")]
-Key = Annotated[
-    str | None, typer.Option("--admin-key", help=f"The server's admin key; by default the variable {KEY_VARIABLE}.")
-]
 Name = Annotated[str, typer.Argument(help="The model's name in the API.", show_default=False)]
 Settings = Annotated[
     list[str] | None,
@@ -43,14 +38,14 @@ def register(app: typer.Typer) -> None:
     app.add_typer(group, name="models")
 
 
-def list_models(url: Url = LOCAL) -> None:
-    """Print the server's models, their states and engines. Needs no key."""
+def list_models(url: Url = LOCAL, key: Key = None) -> None:
+    """Print the server's models, their states and engines. Needs the admin key if the server has API keys."""
     from rich.table import Table
     from rich.text import Text
 
     from octavo.terminal import console
 
-    with _client(url) as http:
+    with _client(url, key) as http:
         models = fetch_stats(http, _address(url)).models
     table = Table("model", "aliases", "state", "engines", "requests", "memory", box=None, pad_edge=False)
     for model in models:
@@ -125,12 +120,9 @@ def _client(url: str, key: str | None = None) -> "httpx.Client":
     """Return a client of the server. Raises ConfigError."""
     import httpx
 
-    if key is not None and not (key.isascii() and key.isprintable()):
-        raise ConfigError("the admin key must be printable ASCII")
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
     try:
         return httpx.Client(
-            base_url=_address(url), headers=headers, timeout=httpx.Timeout(None, connect=CONNECT_SECONDS)
+            base_url=_address(url), headers=admin_headers(key), timeout=httpx.Timeout(None, connect=CONNECT_SECONDS)
         )
     except httpx.InvalidURL as error:
         raise ConfigError(f"--url {url[:200]} is no address of a server ({error})") from None
@@ -139,7 +131,7 @@ def _client(url: str, key: str | None = None) -> "httpx.Client":
 def _change(url: str, key: str | None, body: dict[str, Any]) -> None:
     """Send a change, show its progress, and print the result. Raises ConfigError, EngineDead."""
     body = {name: value for name, value in body.items() if value not in (None, {})}
-    with _client(url, key or os.environ.get(KEY_VARIABLE)) as http:
+    with _client(url, key) as http:
         reply: Future[dict[str, str]] = Future()
         # A daemon thread: Ctrl-C ends this command at once. The server finishes the change in any case.
         Thread(target=_settle, args=(reply, partial(_post, http, body)), daemon=True).start()

@@ -39,6 +39,8 @@ def serve(
     Every setting is also a key of a --config file and an environment variable OCTAVO_...; see octavo config. vLLM's
     flags are accepted too.
     """
+    if (key := os.environ.get("VLLM_API_KEY")) and "api_key" not in settings.values:
+        settings.values["api_key"] = [key]
     server = settings.build(ServerConfig)
     names = list(given or ())
     flag = [settings.values["model"]] if settings.origins.get("model", "").startswith("flag") else []
@@ -49,10 +51,6 @@ def serve(
     if len(names) == 1:
         settings.values["model"] = names[0]
     engine = settings.build(EngineConfig)
-    if os.environ.get("VLLM_API_KEY"):
-        typer.echo(
-            "octavo: VLLM_API_KEY is set, but this version checks no keys: anyone who can connect is served", err=True
-        )
     from octavo.server.run import serve as run
 
     is_fleet = len(names) > 1 or server.models is not None or server.memory is not None

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 
     from octavo.server.stats import ServerStats
 
+KEY_VARIABLE = "OCTAVO_ADMIN_KEY"
+Key = Annotated[
+    str | None, typer.Option("--admin-key", help=f"The server's admin key; by default the variable {KEY_VARIABLE}.")
+]
 PERIOD = 1.0  # seconds between two frames
 TIMEOUT = 5.0  # seconds in which the server must answer
 
@@ -31,6 +35,7 @@ def top(
     once: Annotated[
         bool, typer.Option("--once", help="Print one frame, with rates measured over one second, and exit.")
     ] = False,
+    key: Key = None,
 ) -> None:
     """Show live requests, batches, speed and KV pages of a running server, by model and engine. q or Ctrl-C ends it."""
     import httpx
@@ -40,13 +45,21 @@ def top(
     from .top_screen import frame
 
     url = url if "://" in url else f"http://{url}"
-    with httpx.Client(timeout=TIMEOUT) as http, suppress(KeyboardInterrupt):
+    with httpx.Client(timeout=TIMEOUT, headers=admin_headers(key)) as http, suppress(KeyboardInterrupt):
         before = fetch_stats(http, url)
         if not once and sys.stdout.isatty() and sys.stdin.isatty():
             watch(http, url, before, model)
             return
         time.sleep(PERIOD)
         console().print(frame(fetch_stats(http, url), before, model))
+
+
+def admin_headers(key: str | None) -> dict[str, str]:
+    """Return the header fields with the admin key, if there is one, or that of the environment. Raises ConfigError."""
+    key = key or os.environ.get(KEY_VARIABLE)
+    if key is not None and not (key.isascii() and key.isprintable()):
+        raise ConfigError("the admin key must be printable ASCII")
+    return {"Authorization": f"Bearer {key}"} if key else {}
 
 
 def fetch_stats(http: "httpx.Client", url: str) -> "ServerStats":
@@ -68,6 +81,8 @@ def fetch_stats(http: "httpx.Client", url: str) -> "ServerStats":
         cause = msgspec.json.decode(reply.content, type=ErrorReply).error.message
     except msgspec.MsgspecError:
         cause = f"HTTP {reply.status_code} to GET /stats"
+    if reply.status_code in (401, 403):
+        raise ConfigError(f"the server at {url} has API keys, so its statistics need --admin-key: {cause}")
     raise ConfigError(f"the server at {url} is not an Octavo server of this version: {cause}")
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
+from octavo.config import EngineConfig
 from octavo.engine.messages import EngineInfo
 from octavo.errors import RequestTimeout
 from octavo.outputs import (
@@ -113,7 +114,7 @@ class BeamSearch:
     Args:
         prompts: the prompts with their terms of service; their sampling parameters are not used.
         tokens: the token ids of each prompt.
-        timeout: limit on the seconds that a prompt without one of its own may take.
+        config: the settings; request_timeout and max_new_tokens apply.
     """
 
     def __init__(
@@ -123,15 +124,16 @@ class BeamSearch:
         params: BeamSearchParams,
         tokenizer: Tokenizer,
         info: EngineInfo,
-        timeout: float | None = None,
+        config: EngineConfig,
     ):
-        self._prompts, self._params, self._tokenizer, self._timeout = prompts, params, tokenizer, timeout
+        self._prompts, self._params, self._tokenizer = prompts, params, tokenizer
+        self._timeout = config.request_timeout
         self._eos = frozenset[int]() if params.ignore_eos else tokenizer.eos_token_ids
         self._begun = time.monotonic()
         self._first: list[RequestOutput] = []  # the outputs of the first round
+        limit = min(params.max_tokens, config.max_new_tokens or params.max_tokens)
         self._searches = [
-            PromptSearch(prompt, params, self._eos, min(params.max_tokens, info.max_model_len - len(prompt)))
-            for prompt in tokens
+            PromptSearch(prompt, params, self._eos, min(limit, info.max_model_len - len(prompt))) for prompt in tokens
         ]
         # Enough continuations of each beam for beam_width ones that do not finish it.
         count = min(max(2, 1 + len(self._eos)) * params.beam_width, info.vocab_size)

@@ -377,7 +377,10 @@ class Frontend:
             self.states = StateBook(
                 self, self._state_owner, info.fingerprint, self._config.kv_state_quota, self._config.kv_state_ttl
             )
-            self._ledger = Ledger(self._tokenizer, info, self._config.request_timeout, self._config.reasoning_parser)
+            config = self._config
+            self._ledger = Ledger(
+                self._tokenizer, info, config.request_timeout, config.reasoning_parser, config.max_new_tokens
+            )
             if self._config.kv_events is not None:
                 self._events = KVEvents(self._config.kv_events, self._config.kv_events_replay, info.page_size)
         elif info.fingerprint != self.info.fingerprint:

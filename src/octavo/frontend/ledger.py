@@ -2,6 +2,7 @@
 
 import itertools
 import secrets
+import sys
 import time
 import uuid
 from collections.abc import Iterator
@@ -29,13 +30,19 @@ class Ledger:
 
     Args:
         request_timeout: timeout in seconds of requests that set none; None for no limit.
-        reasoning_parser: the setting of this name.
+        reasoning_parser, max_new_tokens: the settings of these names.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, info: EngineInfo, request_timeout: float | None, reasoning_parser: str = "none"
+        self,
+        tokenizer: Tokenizer,
+        info: EngineInfo,
+        request_timeout: float | None,
+        reasoning_parser: str = "none",
+        max_new_tokens: int | None = None,
     ):
         self._tokenizer, self._info, self._request_timeout = tokenizer, info, request_timeout
+        self._max_new_tokens = max_new_tokens or sys.maxsize
         self._reasoning_parser = reasoning_parser
         self._eos = sorted(tokenizer.eos_token_ids)
         self._live: dict[str, LiveRequest] = {}
@@ -137,7 +144,7 @@ class Ledger:
             timeout=self._request_timeout if terms.timeout is None else terms.timeout,
             state=request.state,
         )
-        capacity = self._info.max_model_len - len(tokens)
+        capacity = min(self._info.max_model_len - len(tokens), self._max_new_tokens)
         banned = banned_tokens(params.bad_words or (), self._tokenizer)
         thinking = thinking_of(params, self._tokenizer, self._reasoning_parser)
         first: str | None = None
@@ -166,7 +173,7 @@ class Ledger:
         """Return the parameters of completion `index`, as the engine gets them: resolved, and without what it ignores.
 
         Args:
-            capacity: the tokens of output for which the context has space.
+            capacity: the maximum tokens of output.
         """
 
         def count(wanted: int | None) -> int | None:

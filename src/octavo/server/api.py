@@ -8,11 +8,13 @@ from typing import Any
 
 from octavo.async_llm import AsyncLLM
 from octavo.fleet.fleet import Fleet
+from octavo.tenants import Key
 
 from .config import ServerConfig
 from .database import Database
 from .edge.access_log import RequestRecord
 from .edge.body import BodyReader
+from .errors import ApiError
 
 LEAST_TIMEOUT = 0.001  # seconds
 LEAST_WAIT = 0.01  # seconds of a wait that are subtracted from a timeout
@@ -52,10 +54,12 @@ class Api:
                 and is then reduced by it.
             state: the request's `kv_cache_state`. If `name` is a split, the model that has this state is chosen.
 
-        Raises UnknownModel, RequestTimeout, EngineDead.
+        Raises UnknownModel, RequestTimeout, EngineDead; ApiError 403 for what the request's key does not allow.
         """
         if isinstance(state, str):
             name = self._model_of_state(name, state, terms["tenant"])
+        if record.key is not None:
+            self._check_terms(record.key, name, terms)
         began, timeout = time.monotonic(), terms.get("timeout")
         model = await self.fleet.acquire(name, {"user": user, "request_id": record.id}, timeout)
         record.on_end = partial(self.fleet.release, model)
@@ -63,6 +67,16 @@ class Api:
         if timeout and waited > LEAST_WAIT:
             terms["timeout"] = max(timeout - waited, LEAST_TIMEOUT)
         return model.llm
+
+    def _check_terms(self, key: Key, name: str | None, terms: dict[str, Any]) -> None:
+        """Set the priority that follows from the key. Raise ApiError 403 for a model or a priority that it forbids."""
+        name = name or self.fleet.default.name
+        if not key.allows_model(name):
+            raise ApiError(403, f"this API key may not be used for the model {name}", "model", "model_not_allowed")
+        least = key.min_priority
+        if least is not None and terms.setdefault("priority", max(0, least)) < least:
+            message = f"this API key allows values of priority from {least} on"
+            raise ApiError(403, message, "priority", "priority_not_allowed")
 
     def _model_of_state(self, name: str | None, state: str, tenant: str) -> str | None:
         """Return the model of a split that has a KV state; otherwise `name`."""

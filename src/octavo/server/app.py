@@ -4,13 +4,18 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from starlette.datastructures import Headers
+from starlette.types import Scope
+
 from octavo.fleet.fleet import Fleet
+from octavo.tenants import KeyRing
 
 from . import admin, anthropic, models_admin, ollama, worker_info
 from .api import Api
 from .batch.service import BatchService
 from .config import ServerConfig
 from .database import DATABASE, Database
+from .edge.authentication import Authentication
 from .edge.body import BodyReader
 from .edge.dispatch import Dispatcher
 from .edge.traffic import Traffic
@@ -50,7 +55,19 @@ def create_app(
     service = BatchService(folder, database, config, traffic) if folder else None
     routes = [route for family in families for route in family.routes(api)]
     routes += [*files.routes(service, config, api.bodies), *batches.routes(service, config, api.bodies)]
-    app = Dispatcher(documented(routes, fleet.default.name), config.allowed_origins, traffic)
+    pages = documented(routes, fleet.default.name)
+    app = Dispatcher(pages, config.allowed_origins, traffic, _authentication(config))
     if service:
         service.start(app)
     return app
+
+
+def _authentication(config: ServerConfig) -> Authentication | None:
+    """Return what checks the API keys of requests; None if the server has no keys. Raises ConfigError."""
+    if config.api_key is None and config.keys is None:
+        return None
+
+    def admit_operator(scope: Scope) -> None:
+        models_admin.check_key(config.admin_key, Headers(scope=scope))
+
+    return Authentication(KeyRing(config.api_key or (), Path(config.keys) if config.keys else None), admit_operator)

@@ -43,9 +43,17 @@ class ServerConfig(Settings):
         "Folder for what must survive a restart: files and batches, whose routes need it, and stored responses, which "
         "are in memory without it.",
     )
+    api_key: list[str] | None = setting(
+        None,
+        "Keys of clients, separated by commas: requests without one of them are answered 401. For keys with names and "
+        "limits, see keys.",
+        Rule(_KEY.what, lambda keys: bool(keys) and all(map(_KEY.holds, keys))),
+    )
+    keys: str | None = setting(None, "YAML file of API keys with owners and limits, see octavo keys (docs/keys.md).")
     admin_key: str | None = setting(
         None,
-        "Key for /v1/admin, whose routes load, unload, swap and scale models; without a key, they are refused.",
+        "Key for /v1/admin, whose routes load, unload, swap and scale models, and, on a server with API keys, for "
+        "/stats; without a key, they are refused.",
         _KEY,
     )
     cors_origins: str | None = setting(

@@ -68,10 +68,19 @@ class ApiError(Exception):
     Args:
         param: the name of the field at fault.
         code: identifies the kind of error for programs.
+        headers: further header fields of the response.
     """
 
-    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None):
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ):
         super().__init__(message)
+        self.headers = headers
         self.status = status
         self.param = param
         self.code = code
@@ -118,7 +127,9 @@ def error_headers(error: Exception) -> Mapping[str, str] | None:
     match error:
         case QueueFull():
             return {"retry-after": str(error.retry_after)}
-        case ApiError() if error.status == 503:
+        case ApiError() if error.headers or error.status != 503:
+            return error.headers
+        case ApiError():
             return {"retry-after": "1"}
         case RequestTimeout():
             # OpenAI's clients retry after any status of 500 or more unless this header forbids it. A retry of a request

@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any, Literal, TypedDict
 
 import msgspec
+from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -73,7 +74,7 @@ def routes(api: Api) -> list[Route]:
 
 async def list_models(api: Api, request: Request) -> Response:
     """Answer with the statistics of all models, as GET /stats does. Raises ApiError 401 or 403."""
-    check_key(api.config.admin_key, request)
+    check_key(api.config.admin_key, request.headers)
     return Json(await server_stats(api.fleet))
 
 
@@ -83,7 +84,7 @@ async def change_models(api: Api, request: Request) -> Response:
     Raises ApiError: 400 for a model that cannot be loaded, 401 or 403 without the key, 404 for an unknown name, 409
         while another change of the model is under way, 503 if its engine fails.
     """
-    check_key(api.config.admin_key, request)
+    check_key(api.config.admin_key, request.headers)
     content = await api.bodies.read_json(request)
     try:
         change = msgspec.convert(content, Change)
@@ -126,10 +127,10 @@ def _refuse_unused(change: Change) -> None:
             raise ApiError(400, f"{change.action} does not take {field}", field)
 
 
-def check_key(key: str | None, request: Request) -> None:
+def check_key(key: str | None, headers: Headers) -> None:
     """Raise ApiError 403 if the server has no admin key, 401 unless the request has it as its bearer token."""
     if key is None:
         raise ApiError(403, "the admin routes are off: start the server with --admin-key", code="admin_disabled")
-    scheme, _, token = request.headers.get("authorization", "").partition(" ")
+    scheme, _, token = headers.get("authorization", "").partition(" ")
     if scheme.lower() != "bearer" or not hmac.compare_digest(token.strip().encode(), key.encode()):
         raise ApiError(401, "this route needs the header Authorization: Bearer with the server's admin key")

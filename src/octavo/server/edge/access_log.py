@@ -11,6 +11,8 @@ from typing import Any, TextIO
 
 import msgspec
 
+from octavo.tenants import Key
+
 from .ids import request_id
 
 PROBES = ("/health", "/ready")  # polled every second or so: logged only if they fail
@@ -40,6 +42,7 @@ class RequestRecord:
     model: str | None = None
     replica: str | None = None
     tenant: str | None = None
+    key: Key | None = None
     stream: bool = False
     prompt: Any = None
     error: str | None = None
@@ -141,6 +144,7 @@ def fields(now: datetime, seconds: float, record: RequestRecord, prompts: bool =
         "model": record.model,
         "replica": record.replica,
         "tenant": record.tenant or None,
+        "key": record.key and record.key.name,
         "stream": record.stream or None,
         "prompt_tokens": record.prompt_tokens,
         "cached_tokens": record.cached_tokens,

@@ -16,6 +16,7 @@ from octavo.server.openapi.operation import Operation
 
 from . import cors
 from .access_log import RequestRecord
+from .authentication import Authentication
 from .traffic import INTERNAL, Traffic
 
 Handler = Callable[[Request], Awaitable[Response]]
@@ -46,25 +47,36 @@ class Dispatcher:
     Args:
         origins: the web origins whose pages may call; see `cors`.
         traffic: counts the requests of clients.
+        authentication: checks the API keys of clients; None if there are no keys.
     """
 
-    def __init__(self, routes: Collection[BaseRoute], origins: Collection[str], traffic: Traffic | None = None):
+    def __init__(
+        self,
+        routes: Collection[BaseRoute],
+        origins: Collection[str],
+        traffic: Traffic | None = None,
+        authentication: Authentication | None = None,
+    ):
         self._router = Router(list(routes), redirect_slashes=False)
         self._origins = origins
         self._traffic = traffic or Traffic()
+        self._authentication = authentication
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         scope["app"] = self  # makes Starlette's router raise HTTPException instead of answering in plain text
         record = RequestRecord.of(scope)
         record.response_headers += cors.response_headers(scope["headers"], self._origins)
-        counted = scope["method"] == "POST" and INTERNAL not in scope
-        if counted:
-            self._traffic.add(1)
+        is_client = INTERNAL not in scope
+        counted, leave = False, None
         try:
             if scope["method"] == "OPTIONS":
                 record.response_headers += cors.preflight_headers(scope["headers"], self._origins)
                 await Response(status_code=204)(scope, receive, send)
             else:
+                if self._authentication and is_client:
+                    leave = self._authentication.enter(scope, record)
+                if counted := scope["method"] == "POST" and is_client:
+                    self._traffic.add(1)
                 await self._router(scope, receive, send)
         except asyncio.CancelledError:  # the drain timeout is over, or the client has disconnected
             await self._answer(ServerStopping(), record, scope, receive, send)
@@ -73,6 +85,8 @@ class Dispatcher:
         finally:
             if counted:
                 self._traffic.add(-1)
+            if leave is not None:
+                leave()
             if record.on_end is not None:
                 record.on_end()
 

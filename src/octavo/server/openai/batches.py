@@ -10,6 +10,7 @@ from starlette.routing import Route
 from octavo.server.batch.lines import URLS
 from octavo.server.batch.service import BatchService
 from octavo.server.config import ServerConfig
+from octavo.server.edge.access_log import RequestRecord
 from octavo.server.edge.body import BodyReader
 from octavo.server.edge.dispatch import route
 from octavo.server.errors import ApiError
@@ -109,6 +110,10 @@ async def create(config: ServerConfig, bodies: BodyReader, service: BatchService
         raise ApiError(400, f"endpoint must be {' or '.join(URLS)}", "endpoint")
     if body.get("completion_window") != "24h":
         raise ApiError(400, "completion_window must be 24h", "completion_window")
+    key = RequestRecord.of(request.scope).key
+    if key is not None and (key.models is not None or not key.allows_path(body["endpoint"])):
+        message = "this API key is limited to some models or routes, so it cannot create batches, which may use others"
+        raise ApiError(403, message, code="route_not_allowed")
     id = body.get("input_file_id")
     if not isinstance(id, str):
         raise ApiError(400, "input_file_id must be the id of a file", "input_file_id")

@@ -1,0 +1,67 @@
+"""KeyRing: finds the key of a secret, and follows changes of the file of keys."""
+
+import hmac
+import logging
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from threading import Thread
+
+from octavo.errors import ConfigError
+
+from .key import Key, secret_hash
+from .key_file import read_keys
+
+LOOK_SECONDS = 0.5  # between two looks at whether the file has changed
+
+log = logging.getLogger("octavo.server")
+
+
+class KeyRing:
+    """The keys that a server accepts.
+
+    A secret is found by its hash, so the time that this takes tells nothing of the secrets that exist.
+
+    Args:
+        secrets: of keys without limits, whose clients may name a tenant.
+        path: a file of keys, which is read again after each change. While it is wrong, the last right one applies.
+
+    Raises:
+        ConfigError: The file is wrong.
+    """
+
+    def __init__(self, secrets: Sequence[str] = (), path: Path | None = None):
+        self._plain = {
+            hash: Key(name=f"api-key-{n}", hash=hash, names_tenants=True)
+            for n, hash in enumerate(map(secret_hash, secrets), 1)
+        }
+        self._keys = self._plain
+        if path is not None:
+            self._keys = self._plain | {key.hash: key for key in read_keys(path)}
+            Thread(target=self._follow, args=(path, _version(path)), name="octavo-keys", daemon=True).start()
+
+    def find(self, secret: str) -> Key | None:
+        """Return the key with this secret; None if there is none."""
+        wanted = secret_hash(secret)
+        key = self._keys.get(wanted)
+        return key if key is not None and hmac.compare_digest(key.hash, wanted) else None
+
+    def _follow(self, path: Path, version: object) -> None:
+        while True:
+            time.sleep(LOOK_SECONDS)
+            if (now := _version(path)) == version:
+                continue
+            version = now
+            try:
+                self._keys = self._plain | {key.hash: key for key in read_keys(path)}
+                log.info("the keys in %s were read again", path)
+            except ConfigError as error:
+                log.error("%s; the keys of before apply until this is corrected", error)
+
+
+def _version(path: Path) -> object:
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_mtime_ns, status.st_size
