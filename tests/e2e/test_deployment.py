@@ -66,11 +66,13 @@ def test_the_unit_is_sandboxed(unit: Path) -> None:
 
 
 def test_all_settings_in_deploy_exist() -> None:
-    for path in (DEPLOY / "systemd" / "octavo.service", ROOT / "Dockerfile"):
+    for path in (DEPLOY / "systemd" / "octavo.service", DEPLOY / "systemd" / "octavo.env", ROOT / "Dockerfile"):
         unknown = variables(path.read_text()) - SETTINGS
         assert not unknown, path
     octavo = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]["octavo"]
     assert {name for name in octavo["environment"] if name.startswith("OCTAVO_")} <= SETTINGS
+    documented = variables((ROOT / "docs" / "deploy.md").read_text()) - {"OCTAVO_ADDRESS", "OCTAVO_CONTAINER_MEMORY"}
+    assert documented <= SETTINGS, "the two are of deploy/compose.yaml alone"
 
 
 def test_the_drain_ends_before_the_process_is_killed(unit: Path) -> None:
@@ -93,6 +95,61 @@ def test_compose() -> None:
 
 def test_prometheus_accepts_its_configuration() -> None:
     text_of(program("promtool"), "check", "config", DEPLOY / "prometheus" / "prometheus.yml")
+
+
+ALL_OPTIONS = {
+    "args": ["--kv-cache-memory", "1GiB"],
+    "secrets": ["octavo-secrets"],
+    "autoscaling": {"enabled": True},
+    "serviceMonitor": {"enabled": True, "keySecret": {"name": "octavo-metrics", "key": "token"}},
+    "models": {"existingClaim": "models"},
+    "imagePullSecrets": [{"name": "pull"}],
+    "nodeSelector": {"disk": "fast"},
+    "tolerations": [{"operator": "Exists"}],
+    "affinity": {"nodeAffinity": {}},
+}
+
+
+def rendered(values: dict[str, Any]) -> dict[str, Any]:
+    """Render the chart as Helm does; returns its objects by kind. The test is skipped without Helm's library."""
+    helm = pytest.importorskip("helm_python")
+    with helm.Chart.load(str(DEPLOY / "helm" / "octavo")) as chart:
+        files = chart.render(values, name="demo", namespace="prod").values()
+    return {each["kind"]: each for text in files for each in yaml.safe_load_all(text) if each}
+
+
+@pytest.mark.parametrize(
+    ("values", "more"),
+    [({}, {"PersistentVolumeClaim"}), (ALL_OPTIONS, {"HorizontalPodAutoscaler", "ServiceMonitor"})],
+)
+def test_kubernetes_accepts_the_chart(values: dict[str, Any], more: set[str]) -> None:
+    validate = pytest.importorskip("kubernetes_validate").validate
+    objects = rendered(values)
+    assert set(objects) == {"Deployment", "Service", "PodDisruptionBudget"} | more
+    for kind, each in objects.items():
+        if kind != "ServiceMonitor":  # it is defined by the Prometheus operator
+            validate(each, "1.33", strict=True)
+    labels = objects["Deployment"]["spec"]["template"]["metadata"]["labels"].items()
+    for selector in (
+        objects["Service"]["spec"]["selector"],
+        objects["Deployment"]["spec"]["selector"]["matchLabels"],
+        objects["PodDisruptionBudget"]["spec"]["selector"]["matchLabels"],
+    ):
+        assert selector.items() <= labels
+
+
+def test_a_pod_of_the_chart_drains_and_is_sandboxed() -> None:
+    pod = rendered({"preStopSeconds": 7, "drainSeconds": 30, "secrets": ["s"]})["Deployment"]["spec"]["template"][
+        "spec"
+    ]
+    [container] = pod["containers"]
+    assert container["lifecycle"]["preStop"]["exec"]["command"] == ["sleep", "7"]
+    assert "--drain-timeout=30" in container["args"] and pod["terminationGracePeriodSeconds"] > 37
+    assert pod["enableServiceLinks"] is False  # OCTAVO_PORT=tcp://... would be a wrong setting
+    assert container["securityContext"]["readOnlyRootFilesystem"] and pod["securityContext"]["runAsNonRoot"]
+    assert {mount["mountPath"] for mount in container["volumeMounts"]} == {"/models", "/data", "/tmp"}
+    assert container["envFrom"] == [{"secretRef": {"name": "s"}}]
+    assert f"USER {pod['securityContext']['runAsUser']}\n" in (ROOT / "Dockerfile").read_text()
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +196,8 @@ def bearer(key: str, **more: str) -> dict[str, str]:
 
 
 @pytest.mark.parametrize(
-    "headers", [{}, bearer("sk-wrong"), {"Authorization": "Bearer"}, {"x-api-key": "premium:alice"}, {"Authorization": PREMIUM}]
+    "headers",
+    [{}, bearer("sk-wrong"), {"Authorization": "Bearer"}, {"x-api-key": "premium:alice"}, {"Authorization": PREMIUM}],
 )
 def test_no_key_no_answer(proxy: str, headers: dict[str, str]) -> None:
     reply = httpx.get(f"{proxy}/v1/models", headers=headers)
