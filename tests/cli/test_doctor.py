@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,7 +23,7 @@ GIB = 2**30
 LINE = re.compile(r"(?:✓ fine  |! change|✗ stops ) {2}(\S[\w ]{10,}?)  (\S.*)")
 SUBJECTS = [
     *("Python", "packages", "machine", "kernels", "cores", "memory", "huge pages", "limits", "GPU", "port"),
-    *("data folder", "model cache"),
+    *("clients", "data folder", "model cache"),
 ]
 
 
@@ -202,6 +203,14 @@ def test_packages(monkeypatch: pytest.MonkeyPatch) -> None:
     found = installation._packages()
     assert level(found) == "stop" and "numpy>=99 (2." in found.text and "absent-package>=1" in found.text
     assert "x;" not in found.text
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [({}, "ok"), ({"host": "0.0.0.0"}, "change"), ({"host": ""}, "change"), ({"host": "", "api_key": ["k"]}, "ok")],
+)
+def test_who_is_served(settings: dict[str, Any], expected: str) -> None:
+    assert level(places._clients(ServerConfig(**settings))) == expected
 
 
 def test_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,12 +13,14 @@ from octavo.server.run import listen
 
 from .finding import Finding, change, ok, stop
 
+LOCAL = ("127.0.0.1", "localhost", "::1")
 LITTLE = 2**30  # bytes of free disk space below which a warning is due
 
 
 def check_places(config: EngineConfig, server: ServerConfig) -> Iterator[Finding]:
     """Yield the findings about the port and the folders of a server with these settings. Creates nothing."""
     yield _port(server)
+    yield _clients(server)
     if server.data_dir is None:
         yield ok("data folder", "none: files, batches and stored responses need --data-dir DIR to survive a restart")
     else:
@@ -39,6 +41,19 @@ def _port(server: ServerConfig) -> Finding:
     for listener in listeners:
         listener.close()
     return ok("port", f"{server.port} on {where} is free" if server.port else f"a free one on {where} will be taken")
+
+
+def _clients(server: ServerConfig) -> Finding:
+    """Return who is served."""
+    if server.api_key or server.keys:
+        return ok("clients", "those that have an API key")
+    if server.host in LOCAL:
+        return ok("clients", "all programs on this machine, without a key")
+    return change(
+        "clients",
+        "everybody who can reach the port, without a key: set --keys or --api-key (docs/keys.md), or --host 127.0.0.1 "
+        "behind a proxy",
+    )
 
 
 def _folder(subject: str, flag: str, folder: Path, wanted: int = LITTLE, setting: str = "") -> Finding:
