@@ -187,6 +187,7 @@ def test_the_log_names_keys_and_never_shows_one(tiny_llama: Path, tmp_path: Path
             for path in ("/v1/models", "/stats", "/nothing"):
                 httpx.get(server.url + path, headers={"Authorization": f"Bearer {sent}", "x-api-key": sent})
     assert server.process.stdout is not None
+    assert "-H 'Authorization: Bearer KEY'" in server.banner
     log = server.banner + server.process.stdout.read() + server.stderr()
     assert "key=alice" in log and "error=invalid_api_key" in log
     for sent in (secret, "plain-key", "root-key", "sk-wrong-and-secret"):

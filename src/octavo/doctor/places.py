@@ -45,7 +45,7 @@ def _port(server: ServerConfig) -> Finding:
 
 def _clients(server: ServerConfig) -> Finding:
     """Return who is served."""
-    if server.api_key or server.keys:
+    if server.has_keys:
         return ok("clients", "those that have an API key")
     if server.host in LOCAL:
         return ok("clients", "all programs on this machine, without a key")

@@ -64,7 +64,7 @@ def create_app(
 
 def _authentication(config: ServerConfig) -> Authentication | None:
     """Return what checks the API keys of requests; None if the server has no keys. Raises ConfigError."""
-    if config.api_key is None and config.keys is None:
+    if not config.has_keys:
         return None
 
     def admit_operator(scope: Scope) -> None:

@@ -113,6 +113,11 @@ class ServerConfig(Settings):
     max_stop_length: int = setting(1024, "Maximum number of characters in a stop string.", at_least(1))
 
     @property
+    def has_keys(self) -> bool:
+        """Return whether requests need an API key."""
+        return self.api_key is not None or self.keys is not None
+
+    @property
     def allowed_origins(self) -> frozenset[str]:
         """Return the web origins in `cors_origins`; {"*"} stands for all."""
         return frozenset(filter(None, (origin.strip().rstrip("/") for origin in (self.cors_origins or "").split(","))))

@@ -100,7 +100,7 @@ async def _serve(
     try:
         await fleet.start()
         app = create_app(fleet, config, draining=lambda: servers[0].should_exit)
-        server = DrainingServer(app, config, access_log, on_ready=lambda: _announce(fleet, listeners[0]))
+        server = DrainingServer(app, config, access_log, on_ready=lambda: _announce(fleet, config, listeners[0]))
         servers.append(server)
         gc.enable()
         gc.freeze()  # otherwise the collector scans all modules from time to time, which delays every stream
@@ -198,7 +198,7 @@ def _decisions(model: "Model") -> list[str]:
     return [f"{printable(model.name, lines=False)}{engines}", *lines]
 
 
-def _announce(fleet: "Fleet", listener: socket.socket) -> None:
+def _announce(fleet: "Fleet", config: ServerConfig, listener: socket.socket) -> None:
     host, port = listener.getsockname()[:2]
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # an address to connect to
     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
@@ -207,7 +207,10 @@ def _announce(fleet: "Fleet", listener: socket.socket) -> None:
         route, body = "chat/completions", {"model": model, "messages": [{"role": "user", "content": "Hello!"}]}
     else:
         route, body = "completions", {"model": model, "prompt": "Once upon a time"}
-    curl = shlex.join(["curl", f"{url}/v1/{route}", "-H", "Content-Type: application/json", "-d", json.dumps(body)])
+    headers = ["-H", "Content-Type: application/json"]
+    if config.has_keys:
+        headers += ["-H", "Authorization: Bearer KEY"]
+    curl = shlex.join(["curl", f"{url}/v1/{route}", *headers, "-d", json.dumps(body)])
     try:
         names = ", ".join(each.name for each in fleet.models)
         decisions = "\n".join(line for model in fleet.models for line in _decisions(model))
