@@ -223,7 +223,8 @@ def test_tokens_are_passed_on_as_they_come(proxy: str) -> None:
 
 def test_the_proxy_decides_on_the_tenant(proxy: str) -> None:
     body: dict[str, Any] = {"model": "tiny", "prompt": "a", "max_tokens": 2, "kv_cache_state": True}
-    reply = httpx.post(f"{proxy}/v1/completions", json=body, headers=bearer(PREMIUM), timeout=60).json()
+    pretender = bearer(PREMIUM, **{"X-Octavo-Tenant": "carol"})
+    reply = httpx.post(f"{proxy}/v1/completions", json=body, headers=pretender, timeout=60).json()
     state = f"{proxy}/v1/kv_cache_states/{reply['kv_cache_state']['id']}"
     thief = bearer(OTHER, **{"X-Octavo-Tenant": "alice"})
     assert httpx.get(state, headers=thief).status_code == 404
