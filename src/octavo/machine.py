@@ -12,6 +12,12 @@ CGROUPS = Path("/sys/fs/cgroup")
 MEMBERSHIP = Path("/proc/self/cgroup")
 MEMINFO = Path("/proc/meminfo")
 VMSTAT = Path("/proc/vmstat")
+CPUINFO = Path("/proc/cpuinfo")
+PROCESSORS = Path("/sys/devices/system/cpu")
+HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+_MEMORY_LIMITS = ("memory.max", "memory.high")
+_MEMORY_LIMITS_1 = ("memory.limit_in_bytes",)  # of version 1
+_UNLIMITED = 2**62  # version 1 writes a number above this where there is no limit
 
 
 def available_cores(cgroups: Path = CGROUPS, membership: Path = MEMBERSHIP) -> int:
@@ -20,6 +26,11 @@ def available_cores(cgroups: Path = CGROUPS, membership: Path = MEMBERSHIP) -> i
     This is the number of processors in the affinity mask, or the control group's quota of processor time
     (`docker run --cpus`), rounded up, if that is lower.
     """
+    return max(1, math.ceil(min(len(os.sched_getaffinity(0)), core_quota(cgroups, membership))))
+
+
+def core_quota(cgroups: Path = CGROUPS, membership: Path = MEMBERSHIP) -> float:
+    """Return the control group's quota of processor time, in processors; infinity if there is none."""
     quotas = [
         *(_quota(folder / "cpu.max") for folder in _groups(cgroups, membership, None)),
         *(
@@ -27,7 +38,14 @@ def available_cores(cgroups: Path = CGROUPS, membership: Path = MEMBERSHIP) -> i
             for folder in _groups(cgroups, membership, "cpu")
         ),
     ]
-    return max(1, math.ceil(min([len(os.sched_getaffinity(0)), *quotas])))
+    return min(quotas, default=math.inf)
+
+
+def physical_cores(processors: Path = PROCESSORS) -> int:
+    """Return the number of cores that this process may use; hyperthreads of one core count once."""
+    allowed = os.sched_getaffinity(0)
+    siblings = {_read(processors / f"cpu{number}/topology/thread_siblings_list") or str(number) for number in allowed}
+    return len(siblings)
 
 
 def share_of_cores(number: int, of: int) -> set[int]:
@@ -47,15 +65,47 @@ def available_memory(cgroups: Path = CGROUPS, membership: Path = MEMBERSHIP, mem
     """
     free = [
         *(
-            _below_limit(folder, ("memory.max", "memory.high"), "memory.current", "inactive_file")
+            _below_limit(folder, _MEMORY_LIMITS, "memory.current", "inactive_file")
             for folder in _groups(cgroups, membership, None)
         ),
         *(
-            _below_limit(folder, ("memory.limit_in_bytes",), "memory.usage_in_bytes", "total_inactive_file")
+            _below_limit(folder, _MEMORY_LIMITS_1, "memory.usage_in_bytes", "total_inactive_file")
             for folder in _groups(cgroups, membership, "memory")
         ),
     ]
     return max(0, min([_available_on_machine(meminfo), *(bytes for bytes in free if bytes is not None)]))
+
+
+def total_memory(meminfo: Path = MEMINFO) -> int:
+    """Return the bytes of the machine's memory, whatever the group's limit."""
+    kilobytes = _field(meminfo, "MemTotal:")
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if kilobytes is None else kilobytes * 1024
+
+
+def memory_limit(cgroups: Path = CGROUPS, membership: Path = MEMBERSHIP) -> int | None:
+    """Return the lowest limit of memory of the control groups, in bytes; None if there is none."""
+    limits = [
+        *(_limit(folder, _MEMORY_LIMITS) for folder in _groups(cgroups, membership, None)),
+        *(_limit(folder, _MEMORY_LIMITS_1) for folder in _groups(cgroups, membership, "memory")),
+    ]
+    return min((limit for limit in limits if limit is not None and limit < _UNLIMITED), default=None)
+
+
+def processor_name(cpuinfo: Path = CPUINFO) -> str:
+    """Return the name of the first processor; "" if unknown."""
+    for line in _read(cpuinfo).splitlines():
+        name, _, value = line.partition(":")
+        if name.strip() == "model name":
+            return value.strip()
+    return ""
+
+
+def huge_pages(enabled: Path = HUGE_PAGES) -> str:
+    """Return when the kernel uses transparent huge pages: always, madvise (if asked by a program) or never.
+
+    Returns "" if the kernel does not have them.
+    """
+    return next((word.strip("[]") for word in _read(enabled).split() if word.startswith("[")), "")
 
 
 def memory_kills(vmstat: Path = VMSTAT) -> int:
@@ -110,11 +160,16 @@ def _quota(file: Path, period_file: Path | None = None) -> float:
 
 def _below_limit(folder: Path, limits: tuple[str, ...], usage: str, droppable: str) -> int | None:
     """Return the bytes that a group may still allocate; None if it has no limit."""
-    bounds = [int(text) for name in limits if (text := _read(folder / name).strip()).isdecimal()]
+    limit = _limit(folder, limits)
     used = _read(folder / usage).strip()
-    if not bounds or not used.isdecimal():
+    if limit is None or not used.isdecimal():
         return None
-    return min(bounds) - int(used) + (_field(folder / "memory.stat", droppable) or 0)
+    return limit - int(used) + (_field(folder / "memory.stat", droppable) or 0)
+
+
+def _limit(folder: Path, names: tuple[str, ...]) -> int | None:
+    """Return the lowest number in a group's files of these names; None if none of them has a number."""
+    return min((int(text) for name in names if (text := _read(folder / name).strip()).isdecimal()), default=None)
 
 
 def _field(file: Path, name: str) -> int | None:

@@ -110,6 +110,24 @@ class ServerProcess:
         return found
 
 
+def free_port() -> int:
+    """A port of 127.0.0.1 that nothing uses now."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port: int = server.getsockname()[1]
+        return port
+
+
+def wait_for_port(port: int) -> None:
+    """Until something accepts connections on 127.0.0.1."""
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        with contextlib.suppress(OSError):
+            socket.create_connection(("127.0.0.1", port), timeout=10).close()
+            return
+        time.sleep(0.005)
+    raise AssertionError(f"nothing listens on port {port}")
+
+
 @contextlib.asynccontextmanager
 async def serving(
     model: Path, config: ServerConfig | None = None, access_log: AccessLog | None = None, **settings: Any

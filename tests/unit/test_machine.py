@@ -8,7 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from octavo.machine import CGROUPS, available_cores, available_memory
+from control_group import JOIN, control_group
+from octavo.machine import (
+    available_cores,
+    available_memory,
+    core_quota,
+    huge_pages,
+    memory_limit,
+    physical_cores,
+    processor_name,
+    total_memory,
+)
 
 CORES = len(os.sched_getaffinity(0))
 GIB = 2**30
@@ -69,40 +79,50 @@ def test_memory(membership: str, files: dict[str, str], memory: int, tmp_path: P
     assert available_memory(*tree(tmp_path, membership, files)) == memory
 
 
+def test_limits_and_totals(tmp_path: Path) -> None:
+    files = {"a/cpu.max": "150000 100000", "a/memory.max": str(3 * GIB), "memory.max": str(4 * GIB)}
+    groups, membership, meminfo = tree(tmp_path, "0::/a\n", files)
+    assert core_quota(groups, membership) == 1.5
+    assert memory_limit(groups, membership) == 3 * GIB
+    assert total_memory(meminfo) == 99999999 * 1024
+    none, membership, _ = tree(tmp_path / "1", "9:memory:/\n", {"memory/memory.limit_in_bytes": str(2**63 - 4096)})
+    assert memory_limit(none, membership) is None  # version 1 writes this number for "no limit"
+    assert core_quota(none, membership) == math.inf
+
+
+def test_hyperthreads_count_as_one_core(tmp_path: Path) -> None:
+    allowed = sorted(os.sched_getaffinity(0))
+    assert physical_cores(tmp_path) == CORES  # nothing is known
+    for number in allowed:
+        (tmp_path / f"cpu{number}" / "topology").mkdir(parents=True)
+        (tmp_path / f"cpu{number}" / "topology" / "thread_siblings_list").write_text(f"{allowed[0]}-{allowed[-1]}\n")
+    assert physical_cores(tmp_path) == 1
+
+
+@pytest.mark.parametrize(("text", "mode"), [("always [madvise] never\n", "madvise"), ("", "")])
+def test_huge_pages_and_the_processor_s_name(text: str, mode: str, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text(text)
+    assert huge_pages(file) == mode
+    file.write_text("processor\t: 0\nmodel name\t: Abacus 9: deluxe\nmodel name\t: other\n")
+    assert processor_name(file) == "Abacus 9: deluxe"
+    assert processor_name(tmp_path / "none") == ""
+
+
 def test_without_proc_the_machine_s_memory_is_assumed(tmp_path: Path) -> None:
     assert available_memory(tmp_path, tmp_path / "none", tmp_path / "none") > 0
 
 
 def test_a_real_group_limits_the_engine_s_threads_and_memory() -> None:
-    version_2 = (CGROUPS / "cgroup.controllers").exists()
-    cpu, memory = (CGROUPS if version_2 else CGROUPS / kind for kind in ("cpu", "memory"))
-    groups = {parent / f"octavo-test-{os.getpid()}" for parent in (cpu, memory)}
-    limits = {"cpu.max": "100000 100000", "memory.max": str(GIB)} if version_2 else {
-        "cpu.cfs_quota_us": "100000", "memory.limit_in_bytes": str(GIB)
-    }  # fmt: skip
-    made: list[Path] = []
-    try:
-        try:
-            for group in groups:
-                group.mkdir()
-                made.append(group)
-            for name, limit in limits.items():
-                [file] = [group / name for group in groups if (group / name).exists()]
-                file.write_text(limit)
-        except (OSError, ValueError) as error:
-            pytest.skip(f"control groups cannot be made here: {error}")
-        script = (
-            "import sys, os; from pathlib import Path\n"
-            "for group in sys.argv[1:]: (Path(group) / 'cgroup.procs').write_text(str(os.getpid()))\n"
-            "from octavo.machine import available_memory; from octavo import EngineConfig\n"
-            "print(EngineConfig().num_threads, available_memory())\n"
-        )
+    script = (
+        f"{JOIN}\nfrom octavo.machine import available_memory; from octavo import EngineConfig\n"
+        "print(EngineConfig().num_threads, available_memory())\n"
+    )
+    with control_group(processors=1, memory=GIB) as environment:
         done = subprocess.run(
-            [sys.executable, "-c", script, *map(str, groups)], capture_output=True, text=True, timeout=60, check=True
-        )
-        threads, free = map(int, done.stdout.split())
-        assert threads == 1
-        assert 0 < free <= GIB
-    finally:
-        for group in made:
-            group.rmdir()
+            [sys.executable, "-c", script],
+            capture_output=True, text=True, timeout=60, check=True, env=os.environ | environment,
+        )  # fmt: skip
+    threads, free = map(int, done.stdout.split())
+    assert threads == 1
+    assert 0 < free <= GIB

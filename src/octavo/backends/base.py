@@ -114,6 +114,21 @@ class StepResult:
     label_logits: np.ndarray | None = None  # float32 [L], raw logits
 
 
+@dataclass(frozen=True)
+class Footprint:
+    """What a backend runs for a model, and the memory that it takes.
+
+    Attributes:
+        kernels: name of the kernels, for people: an instruction set, or PyTorch's device.
+        weight_bytes: bytes of the weights in memory.
+        page_bytes: bytes of one KV page, all layers together.
+    """
+
+    kernels: str
+    weight_bytes: int
+    page_bytes: int
+
+
 class Backend(Protocol):
     """One model on one device. One thread at a time calls its methods, except export_page and import_page.
 
@@ -127,12 +142,14 @@ class Backend(Protocol):
         page_bytes: bytes of one KV page, all layers together.
         arithmetic: identifies everything that determines a page's bits besides weights and page size: kernels,
             instruction set, recipe, dtypes.
+        footprint: what runs, and the memory that it takes.
     """
 
     spec: DecoderSpec
     page_size: int
     page_bytes: int
     arithmetic: str
+    footprint: Footprint
 
     def allocate_kv(self, num_pages: int) -> None:
         """Allocate the KV pool. Raises OutOfMemory, whose message says how many pages would fit."""

@@ -23,6 +23,7 @@ _COMMANDS = (
     "models",
     "keys",
     "config",
+    "doctor",
     "pull",
     "quantize",
     "bench",

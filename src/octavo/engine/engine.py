@@ -20,6 +20,7 @@ from octavo.states.jobs import StateFiles
 from .batch import BatchBuilder
 from .constraints import Constraints
 from .deadlines import Deadlines
+from .engine_plan import EnginePlan
 from .messages import (
     PREEMPTIONS,
     STEP_TOKENS,
@@ -108,6 +109,7 @@ class Engine:
         self._request_timeout = request_timeout
         self._speculative_tokens = speculative_tokens
         self.rows = 0  # tokens that the backend is computing now; may be read by any thread
+        self.plan: EnginePlan | None = None  # what was decided when it was loaded, set by load_engine
         self.slowest_step = (0.0, 1)  # seconds and rows of the slowest step so far
         self._work = work or WorkRecord()
         self._num_added = 0
@@ -136,6 +138,7 @@ class Engine:
             page_size=self.kv.page_size,
             fingerprint=self.fingerprint,
             hidden_size=self.backend.spec.hidden_size,
+            plan=self.plan,
         )
 
     @property

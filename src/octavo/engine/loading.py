@@ -1,6 +1,7 @@
 """Load an engine according to an EngineConfig.
 
-`load_engine` opens the checkpoint and loads the backend; `assemble` makes the engine around a backend.
+`load_engine` opens the checkpoint and loads the backend; `assemble` makes the engine around a backend; `plan_engine`
+returns what `load_engine` would decide.
 """
 
 import importlib.util
@@ -9,22 +10,23 @@ from collections.abc import Callable
 from functools import partial
 from hashlib import blake2b
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from octavo.backends.base import Backend, BackendFactory, Progress
+from octavo.backends.base import Backend, BackendFactory, Footprint, Progress
 from octavo.config import DTYPES, KV_CACHE_DTYPES, EngineConfig
 from octavo.errors import ConfigError, OutOfMemory
 from octavo.kv import Transfers
 from octavo.kv.tiers.disk import DiskTier
 from octavo.kv.tiers.host import HostTier
 from octavo.kv.tiers.tier import Tier
-from octavo.machine import available_memory
+from octavo.machine import available_cores, available_memory
 from octavo.model import describe_model
 from octavo.version import __version__
 from octavo.weights import Checkpoint, fingerprint, open_checkpoint
 
 from .constraints import Constraints
 from .engine import Engine
+from .engine_plan import EnginePlan, make_plan, size
 from .policies import Policy
 from .policies.loading import load_policy
 from .self_test import self_test
@@ -56,38 +58,47 @@ def load_engine(
     policy = load_policy(config)  # first, so that a mistake in it is reported before weights are read
     checkpoint = open_checkpoint(path)
     spec, parameters = describe_model(checkpoint.config, checkpoint.tensors)
-    if config.max_model_len and config.max_model_len > spec.max_positions:
-        raise ConfigError(f"max_model_len must be at most the model's {spec.max_positions}, not {config.max_model_len}")
-    max_model_len = config.max_model_len or spec.max_positions
-    backend = _backend_factory(config)(
-        spec,
-        parameters,
-        page_size=config.kv_cache_page_size,
-        max_batch_tokens=config.max_batch_tokens,
-        max_batch_size=max(config.max_batch_size, FREE_ROWS),  # draft tokens are sampled too
-        max_model_len=max_model_len,
-        threads=config.num_threads,
-        dtype=DTYPES[config.dtype],
-        quantization=config.quantization,
-        kv_cache_dtype=KV_CACHE_DTYPES[config.kv_cache_dtype],
-        device=config.device,
-        progress=progress or _silent,
-    )
-    num_pages = _num_pages(config, spec, backend.page_bytes, max_model_len, available_memory() // 2 // engines)
-    backend.allocate_kv(num_pages)
+    max_model_len = _max_model_len(config, spec)
+    load_backend, _ = _backend(config)
+    settings = _backend_settings(config, max_model_len)
+    backend = load_backend(spec, parameters, **settings, progress=progress or _silent)
+    plan = make_plan(config, backend.footprint, max_model_len, config.num_threads, available_memory() // 2 // engines)
+    backend.allocate_kv(plan.num_pages)
     slowest = self_test(backend, config.max_batch_tokens)
     engine = assemble(
         config,
         backend,
-        num_pages=num_pages,
+        num_pages=plan.num_pages,
         max_model_len=max_model_len,
         policy=policy,
         fingerprint=_page_fingerprint(checkpoint, backend),
         work=work,
         constraints=Constraints(partial(_load_grammars, path)),
     )
-    engine.slowest_step = slowest
+    engine.slowest_step, engine.plan = slowest, plan
     return engine
+
+
+def plan_engine(config: EngineConfig, path: Path) -> EnginePlan:
+    """Return what each of the model's engines would decide if it were loaded now. Reads no weights.
+
+    Raises:
+        ConfigError, DamagedWeights, UnsupportedModel, OutOfMemory
+    """
+    load_policy(config)
+    checkpoint = open_checkpoint(path)
+    spec, parameters = describe_model(checkpoint.config, checkpoint.tensors)
+    max_model_len, engines = _max_model_len(config, spec), config.data_parallel_size
+    _, backend_footprint = _backend(config)
+    footprint = backend_footprint(spec, parameters, **_backend_settings(config, max_model_len))
+    free = available_memory() - engines * footprint.weight_bytes
+    if free < 0:
+        raise OutOfMemory(
+            f"the weights of {engines} engines need {size(engines * footprint.weight_bytes)} and "
+            f"{size(available_memory())} are free; use a smaller model, quantization 4bit or fewer engines"
+        )
+    threads = config.threads or max(1, available_cores() // engines)
+    return make_plan(config, footprint, max_model_len, threads, free // 2 // engines)
 
 
 def assemble(
@@ -151,43 +162,45 @@ def _transfers(config: EngineConfig, backend: Backend) -> Transfers:
     return Transfers(backend, tiers)
 
 
-def _backend_factory(config: EngineConfig) -> BackendFactory:
+def _max_model_len(config: EngineConfig, spec: "DecoderSpec") -> int:
+    """Return the tokens of the longest sequence. Raises ConfigError if the setting exceeds the model's."""
+    if config.max_model_len and config.max_model_len > spec.max_positions:
+        raise ConfigError(f"max_model_len must be at most the model's {spec.max_positions}, not {config.max_model_len}")
+    return config.max_model_len or spec.max_positions
+
+
+def _backend(config: EngineConfig) -> tuple[BackendFactory, Callable[..., Footprint]]:
+    """Return the functions of the configured backend that load a model, and that return its footprint."""
     if config.backend == "torch":
         if importlib.util.find_spec("torch") is None:
             raise ConfigError("the torch backend needs PyTorch: pip install 'octavo[torch]'")
-        from octavo.backends.torch import load as load_torch
+        from octavo.backends import torch
 
-        return load_torch
-    from octavo.backends.cpu import load as load_cpu
+        return torch.load, torch.footprint
+    from octavo.backends import cpu
 
-    return load_cpu
+    return cpu.load, cpu.footprint
+
+
+def _backend_settings(config: EngineConfig, max_model_len: int) -> dict[str, Any]:
+    """Return the arguments of a BackendFactory that come from the settings."""
+    return {
+        "page_size": config.kv_cache_page_size,
+        "max_batch_tokens": config.max_batch_tokens,
+        "max_batch_size": max(config.max_batch_size, FREE_ROWS),  # draft tokens are sampled too
+        "max_model_len": max_model_len,
+        "threads": config.num_threads,
+        "dtype": DTYPES[config.dtype],
+        "quantization": config.quantization,
+        "kv_cache_dtype": KV_CACHE_DTYPES[config.kv_cache_dtype],
+        "device": config.device,
+    }
 
 
 def _page_fingerprint(checkpoint: Checkpoint, backend: Backend) -> str:
     """Return a hash of everything that determines the bits of a page's K and V, besides its tokens."""
     parts = (__version__, fingerprint(checkpoint), backend.arithmetic, backend.page_size)
     return blake2b(repr(parts).encode(), digest_size=16).hexdigest()
-
-
-def _num_pages(config: EngineConfig, spec: "DecoderSpec", page_bytes: int, max_model_len: int, most: int) -> int:
-    """Return the number of pages of the KV pool: as kv_cache_memory says, or else enough for a full batch of long
-    sequences, but at most `most` bytes.
-
-    Raises ConfigError, and OutOfMemory if the pool is too small for one page, or for an explicit max_model_len.
-    """
-    page_size = config.kv_cache_page_size
-    pages_per_sequence = -(-max_model_len // page_size)
-    if config.kv_cache_memory is None:
-        num_pages = min(config.max_batch_size * pages_per_sequence, most // page_bytes)
-    else:
-        num_pages = config.kv_cache_memory // page_bytes
-    needed = pages_per_sequence if config.max_model_len else 1
-    if num_pages < needed:
-        raise OutOfMemory(
-            f"the KV cache holds {num_pages * page_size} tokens, less than {needed * page_size}: "
-            f"set kv_cache_memory to at least {needed * page_bytes / 2**20:.0f}MiB, or a smaller max_model_len"
-        )
-    return num_pages
 
 
 def _silent(done: int, total: int) -> None:

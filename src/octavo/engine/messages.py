@@ -6,6 +6,8 @@ import msgspec
 
 from octavo.params import SamplingParams
 
+from .engine_plan import EnginePlan
+
 
 class Pooling(msgspec.Struct, frozen=True, array_like=True):
     """What a pooled request wants of its prompt, instead of a continuation: a hidden state, or logits.
@@ -135,6 +137,7 @@ class EngineInfo(msgspec.Struct, frozen=True):
     Attributes:
         fingerprint: identifies everything that determines the bits of a page's K and V.
         hidden_size: elements of a hidden state.
+        plan: what was decided when the engine was loaded.
     """
 
     max_model_len: int
@@ -143,6 +146,7 @@ class EngineInfo(msgspec.Struct, frozen=True):
     page_size: int
     fingerprint: str = ""
     hidden_size: int = 0
+    plan: EnginePlan | None = None
 
 
 class EngineStats(msgspec.Struct, frozen=True):

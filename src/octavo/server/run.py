@@ -28,6 +28,7 @@ from .config import ServerConfig
 
 if TYPE_CHECKING:
     from octavo.fleet.fleet import Fleet
+    from octavo.fleet.model import Model
     from octavo.fleet.specs import FleetSpec
 
     from .edge.draining import DrainingServer
@@ -187,6 +188,16 @@ def _exit_on_signals() -> Generator[None, None, None]:
             signal.signal(each, handler)
 
 
+def _decisions(model: "Model") -> list[str]:
+    """Return what the model's engines have decided when they loaded, a line each. Nothing if it is not loaded."""
+    plan = model.llm.info.plan if model.was_loaded else None
+    if plan is None:
+        return []
+    engines = f" ({model.config.data_parallel_size} engines, each with)" if model.config.data_parallel_size > 1 else ""
+    lines = [f"  {subject:<9} {words}" for subject, words in plan.lines().items()]
+    return [f"{printable(model.name, lines=False)}{engines}", *lines]
+
+
 def _announce(fleet: "Fleet", config: ServerConfig, listener: socket.socket) -> None:
     host, port = listener.getsockname()[:2]
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # an address to connect to
@@ -202,6 +213,8 @@ def _announce(fleet: "Fleet", config: ServerConfig, listener: socket.socket) -> 
     curl = shlex.join(["curl", f"{url}/v1/{route}", *headers, "-d", json.dumps(body)])
     try:
         names = ", ".join(each.name for each in fleet.models)
-        typer.echo(f"\nOctavo {__version__} serves {printable(names)} on {url}; Ctrl-C ends it. Try it:\n\n{curl}\n")
+        decisions = "\n".join(line for model in fleet.models for line in _decisions(model))
+        typer.echo(f"\nOctavo {__version__} serves {printable(names)} on {url}; Ctrl-C ends it.\n{decisions}")
+        typer.echo(f"Try it:\n\n{curl}\n")
     except OSError:  # stdout is a full disk or a closed pipe; its buffer must not be flushed at exit either
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

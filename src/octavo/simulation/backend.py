@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from octavo.backends.base import StepBatch, StepResult
+from octavo.backends.base import Footprint, StepBatch, StepResult
 from octavo.model.spec import DecoderSpec, RopeSpec
 
 from .costs import CostModel, Shape
@@ -46,6 +46,7 @@ class SimulatedBackend:
 
     def __init__(self, costs: CostModel, clock: VirtualClock):
         self.page_size, self.page_bytes = costs.page_size, costs.page_bytes
+        self.footprint = Footprint("simulated", 0, costs.page_bytes)
         self.spec = DecoderSpec(
             vocab_size=VOCABULARY,
             hidden_size=0,

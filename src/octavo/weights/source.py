@@ -3,6 +3,7 @@
 import importlib.util
 import re
 from pathlib import Path
+from typing import Any
 
 from octavo.errors import ModelNotFound, OctavoError, UnsupportedModel, shortened
 
@@ -12,16 +13,17 @@ _WANTED = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 _UNWANTED = ["*/*", "consolidated*"]  # files in subfolders, and a second copy of the weights in Mistral's own format
 
 
-def resolve(model: str, revision: str | None = None, progress: bool = True) -> Path:
-    """Return the directory or .gguf file that `model` names. Missing files are downloaded first.
+def resolve(model: str, revision: str | None = None, progress: bool = True, download: bool = True) -> Path:
+    """Return the directory or .gguf file that `model` names. By default, missing files are downloaded.
 
     Args:
         model: An alias (smollm2), a directory, a .gguf file, a hub repository ("owner/name"), or one .gguf file of a
             hub repository ("owner/name/file.gguf").
         revision: Branch, tag or commit of a hub repository; None for its main branch.
         progress: Whether downloads show progress bars.
+        download: Whether to download; otherwise, hub repositories are only looked up among earlier downloads.
 
-    With HF_HUB_OFFLINE=1 in the environment, hub repositories are only looked up among earlier downloads.
+    HF_HUB_OFFLINE=1 in the environment prevents downloads too.
 
     Raises:
         ModelNotFound: There is no such model, or it cannot be downloaded.
@@ -40,7 +42,7 @@ def resolve(model: str, revision: str | None = None, progress: bool = True) -> P
         return path
     hub_name = re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)(?:/([^/]+\.gguf))?", model)
     if hub_name and not hub_name[1].endswith(".gguf"):
-        return _downloaded(hub_name[1], hub_name[2], revision, progress)
+        return _downloaded(hub_name[1], hub_name[2], revision, progress, download)
     raise ModelNotFound(
         f"no model {shortened(repr(model))}: give a directory, a .gguf file, a hub name such as owner/name, "
         f"or {', '.join(ALIASES)}"
@@ -83,29 +85,32 @@ def _checkpoint_in(folder: Path) -> Path:
     return files[0]
 
 
-def _downloaded(repository: str, gguf: str | None, revision: str | None, progress: bool) -> Path:
+def _downloaded(repository: str, gguf: str | None, revision: str | None, progress: bool, download: bool) -> Path:
     """Download a hub repository to the hub's cache: the directory of its safetensors, or one .gguf file."""
     from huggingface_hub import constants, hf_hub_download, list_repo_files, snapshot_download
 
-    bars = None if progress else _no_bars()
+    options: dict[str, Any] = {
+        "revision": revision,
+        "tqdm_class": None if progress else _no_bars(),
+        "local_files_only": not download,
+    }
     try:
         if gguf is not None:
-            return Path(hf_hub_download(repository, gguf, revision=revision, tqdm_class=bars))
-        folder = Path(
-            snapshot_download(
-                repository, revision=revision, allow_patterns=_WANTED, ignore_patterns=_UNWANTED, tqdm_class=bars
-            )
-        )
-        if constants.HF_HUB_OFFLINE or any(folder.glob("*.safetensors")):
+            return Path(hf_hub_download(repository, gguf, **options))
+        folder = Path(snapshot_download(repository, allow_patterns=_WANTED, ignore_patterns=_UNWANTED, **options))
+        if constants.HF_HUB_OFFLINE or not download or any(folder.glob("*.safetensors")):
             return _checkpoint_in(folder)
         ggufs = [name for name in list_repo_files(repository, revision=revision) if name.endswith(".gguf")]
     except Exception as error:  # the hub's, the system's, or those of its HTTP library, which differs by version
+        if not download:
+            message = f"{shortened(repository)} has not been downloaded yet: octavo pull downloads it"
+            raise ModelNotFound(message) from error
         raise ModelNotFound(_reason(error, repository, gguf, revision, constants.HF_HUB_OFFLINE)) from error
     if not ggufs:
         raise ModelNotFound(f"{repository} has neither safetensors nor a .gguf file")
     if len(ggufs) > 1:
         raise ModelNotFound(f"{repository} has several .gguf files; name one, such as {repository}/{ggufs[0]}")
-    return _downloaded(repository, ggufs[0], revision, progress)
+    return _downloaded(repository, ggufs[0], revision, progress, download)
 
 
 def _reason(error: Exception, repository: str, gguf: str | None, revision: str | None, offline: bool) -> str:

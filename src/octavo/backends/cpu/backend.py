@@ -3,11 +3,12 @@
 from collections.abc import Iterable, Mapping
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from xxhash import xxh3_64_hexdigest
 
-from octavo.backends.base import Progress, StepBatch, StepResult
+from octavo.backends.base import Footprint, Progress, StepBatch, StepResult
 from octavo.errors import ConfigError, OutOfMemory
 from octavo.machine import available_memory
 from octavo.model.decoder import describe
@@ -27,6 +28,7 @@ class CpuBackend:
     def __init__(self, spec: DecoderSpec, program: Program, page_size: int, isa: str, arithmetic: str):
         self.spec, self.page_size, self.isa, self.arithmetic = spec, page_size, isa, arithmetic
         self.page_bytes, self.weight_bytes = program.page_bytes, program.weight_bytes
+        self.footprint = Footprint(isa, program.weight_bytes, program.page_bytes)
         # For the weights of the layers, and those of the head: bytes that a step reads, and the share of integers.
         self.layer_bytes, self.layer_integers = program.layers
         self.head_bytes, self.head_integers = program.head
@@ -115,13 +117,68 @@ def load(
         OutOfMemory: the weights, or a step, need more memory than is free.
         UnsupportedModel: the model's shape is not supported.
     """
+    isa, program, handles = _compile(
+        spec,
+        parameters,
+        page_size=page_size,
+        max_batch_tokens=max_batch_tokens,
+        max_batch_size=max_batch_size,
+        max_model_len=max_model_len,
+        threads=threads,
+        dtype=dtype,
+        quantization=quantization,
+        device=device,
+        kv_cache_dtype=kv_cache_dtype,
+    )
+    importances = measure_importances(spec, parameters, threads) if quantization == "4bit" else ()
+    _pack_all(program, handles, parameters, importances, progress)
+    kernels = xxh3_64_hexdigest(Path(_native.__file__).read_bytes())  # kernels of another build may round differently
+    return CpuBackend(spec, program, page_size, isa, f"cpu {kernels} {isa} {quantization} {kv_cache_dtype}")
+
+
+def footprint(spec: DecoderSpec, parameters: Mapping[str, Parameter], **settings: Any) -> Footprint:
+    """Return the footprint of the backend that `load` would return. Reads no weights and touches no memory for them.
+
+    Args:
+        settings: the other arguments of `load`, without `progress`.
+
+    Raises ConfigError, OutOfMemory, UnsupportedModel.
+    """
+    isa, program, _ = _compile(spec, parameters, **settings)
+    return Footprint(isa, program.weight_bytes, program.page_bytes)
+
+
+def _compile(
+    spec: DecoderSpec,
+    parameters: Mapping[str, Parameter],
+    *,
+    page_size: int,
+    max_batch_tokens: int,
+    max_batch_size: int,
+    max_model_len: int,
+    threads: int,
+    dtype: str,
+    quantization: str,
+    device: str,
+    kv_cache_dtype: str,
+) -> tuple[str, Program, Mapping[str, int]]:
+    """Return the instruction set, the decoder as a program without weights, and the handles of its weights by name.
+
+    Raises ConfigError, OutOfMemory, UnsupportedModel.
+    """
     if dtype not in ("auto", "bfloat16"):
         raise ConfigError(f"the cpu backend computes in bfloat16, not {dtype}; use dtype auto or backend torch")
     if device not in ("auto", "cpu"):
         raise ConfigError(f"the cpu backend runs on device cpu, not {device}; use device auto or backend torch")
-    isa, int8_kv = choose_isa(), kv_cache_dtype == "int8"
+    isa = choose_isa()
     program = new_program(
-        spec, isa, threads, page_size=page_size, max_rows=max_batch_tokens, max_sampled=max_batch_size, int8_kv=int8_kv
+        spec,
+        isa,
+        threads,
+        page_size=page_size,
+        max_rows=max_batch_tokens,
+        max_sampled=max_batch_size,
+        int8_kv=kv_cache_dtype == "int8",
     )
     recorder = Recorder(spec, program, parameters, quantization)
     try:
@@ -134,10 +191,7 @@ def load(
             f"the weights need {program.weight_bytes / 2**30:.1f} GiB and {available / 2**30:.1f} GiB are free; "
             "use a smaller model, or quantization 4bit"
         )
-    importances = measure_importances(spec, parameters, threads) if quantization == "4bit" else ()
-    _pack_all(program, recorder.weights, parameters, importances, progress)
-    kernels = xxh3_64_hexdigest(Path(_native.__file__).read_bytes())  # kernels of another build may round differently
-    return CpuBackend(spec, program, page_size, isa, f"cpu {kernels} {isa} {quantization} {kv_cache_dtype}")
+    return isa, program, recorder.weights
 
 
 def _pack_all(

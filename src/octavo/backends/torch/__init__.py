@@ -1,5 +1,5 @@
 """Plain PyTorch on CPU or CUDA: the reference for tests."""
 
-from .backend import load
+from .backend import footprint, load
 
-__all__ = ["load"]
+__all__ = ["footprint", "load"]

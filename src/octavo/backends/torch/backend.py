@@ -3,11 +3,12 @@
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
 
-from octavo.backends.base import Progress, StepBatch, StepResult
+from octavo.backends.base import Footprint, Progress, StepBatch, StepResult
 from octavo.errors import ConfigError, OutOfMemory
 from octavo.machine import available_memory
 from octavo.model.decoder import describe
@@ -29,6 +30,8 @@ class TorchBackend:
         self._weights, self._dtype = weights, dtype
         self._page_shape = (spec.num_layers, page_size, spec.num_kv_heads, spec.head_dim)
         self.page_bytes = 2 * math.prod(self._page_shape) * dtype.itemsize
+        held = sum(weight.nbytes for weight in weights.values())
+        self.footprint = Footprint(f"PyTorch on {weights['embed'].device}", held, self.page_bytes)
         self._pool: KvPool | None = None
 
     def allocate_kv(self, num_pages: int) -> None:
@@ -120,11 +123,8 @@ def load(
     Raises:
         ConfigError, OutOfMemory
     """
-    torch_device = torch.device("cpu" if device == "auto" else device)
-    if torch_device.type == "cuda" and (torch_device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"device {device} is not available to PyTorch; use device cpu, or install PyTorch for CUDA")
+    torch_device, torch_dtype = _device(device), _dtype(dtype)
     torch.set_num_threads(threads)
-    torch_dtype = _DTYPES["bfloat16" if dtype == "auto" else dtype]
     total = sum(part.nbytes for parameter in parameters.values() for part in parameter.parts)
     done, weights = 0, {}
     for name, parameter in parameters.items():
@@ -138,6 +138,28 @@ def load(
             done += part.nbytes
         progress(done, total)
     return TorchBackend(spec, weights, torch_dtype, page_size)
+
+
+def footprint(
+    spec: DecoderSpec, parameters: Mapping[str, Parameter], *, page_size: int, dtype: str, device: str, **_: Any
+) -> Footprint:
+    """Return the footprint of the backend that `load` would return, without reading weights. Raises ConfigError."""
+    item = _dtype(dtype).itemsize
+    weights = sum(math.prod(parameter.shape) for parameter in parameters.values())
+    page = 2 * spec.num_layers * page_size * spec.kv_size
+    return Footprint(f"PyTorch on {_device(device)}", weights * item, page * item)
+
+
+def _device(name: str) -> torch.device:
+    """Return the device that a setting names. Raises ConfigError if PyTorch cannot use it."""
+    device = torch.device("cpu" if name == "auto" else name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"device {name} is not available to PyTorch; use device cpu, or install PyTorch for CUDA")
+    return device
+
+
+def _dtype(name: str) -> torch.dtype:
+    return _DTYPES["bfloat16" if name == "auto" else name]
 
 
 def _free_bytes(device: torch.device) -> int:

@@ -1,0 +1,94 @@
+"""Checks of what a server uses outside itself: its port, and its folders with their disk space."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from octavo.config import EngineConfig
+from octavo.engine.engine_plan import size
+from octavo.errors import ConfigError
+from octavo.server.config import ServerConfig
+from octavo.server.run import listen
+
+from .finding import Finding, change, ok, stop
+
+LOCAL = ("127.0.0.1", "localhost", "::1")
+LITTLE = 2**30  # bytes of free disk space below which a warning is due
+
+
+def check_places(config: EngineConfig, server: ServerConfig) -> Iterator[Finding]:
+    """Yield the findings about the port and the folders of a server with these settings. Creates nothing."""
+    yield _port(server)
+    yield _clients(server)
+    if server.data_dir is None:
+        yield ok("data folder", "none: files, batches and stored responses need --data-dir DIR to survive a restart")
+    else:
+        yield _folder("data folder", "--data-dir", Path(server.data_dir))
+    if config.kv_disk is not None:
+        yield _folder(
+            "KV folder", "--kv-disk", Path(config.kv_disk).expanduser(), config.kv_disk_size, "--kv-disk-size"
+        )
+    yield _model_cache()
+
+
+def _port(server: ServerConfig) -> Finding:
+    where = server.host or "all addresses"
+    try:
+        listeners = listen(server.host, server.port)
+    except ConfigError as error:
+        return stop("port", str(error))
+    for listener in listeners:
+        listener.close()
+    return ok("port", f"{server.port} on {where} is free" if server.port else f"a free one on {where} will be taken")
+
+
+def _clients(server: ServerConfig) -> Finding:
+    """Return who is served."""
+    if server.has_keys:
+        return ok("clients", "those that have an API key")
+    if server.host in LOCAL:
+        return ok("clients", "all programs on this machine, without a key")
+    return change(
+        "clients",
+        "everybody who can reach the port, without a key: set --keys or --api-key (docs/keys.md), or --host 127.0.0.1 "
+        "behind a proxy",
+    )
+
+
+def _folder(subject: str, flag: str, folder: Path, wanted: int = LITTLE, setting: str = "") -> Finding:
+    """Return whether a folder can be written or created, and whether `wanted` bytes are free beside what it holds."""
+    if folder.exists() and not folder.is_dir():
+        return stop(subject, f"{folder} is not a folder: give another {flag}")
+    there = next(each for each in (folder.absolute(), *folder.absolute().parents) if each.exists())
+    if not os.access(there, os.W_OK | os.X_OK):
+        return stop(subject, f"user {os.getuid()} may not write in {there}: chown it, or give another {flag}")
+    free = shutil.disk_usage(there).free
+    found = f"{folder}, {size(free)} of disk space free" + ("" if folder.exists() else "; it will be created")
+    held = _held(folder) if setting else 0
+    if free + held < wanted:
+        advice = (
+            f"set {setting} to {size(free + held).replace(' ', '').replace(',', '')} or less"
+            if setting
+            else "free some"
+        )
+        return change(subject, f"{found}, less than {size(wanted)}: {advice}")
+    return ok(subject, found)
+
+
+def _model_cache() -> Finding:
+    """Return whether models of the hub can be downloaded to its cache."""
+    from huggingface_hub import constants
+
+    folder = Path(constants.HF_HUB_CACHE)
+    if constants.HF_HUB_OFFLINE:
+        return ok("model cache", f"{folder}; HF_HUB_OFFLINE is set, so nothing is downloaded")
+    finding = _folder("model cache", "HF_HOME", folder)
+    if finding.level == "stop":  # only models that must be downloaded need it
+        return change("model cache", f"{finding.text}; until then, models cannot be downloaded")
+    return finding
+
+
+def _held(folder: Path) -> int:
+    """Return the bytes of the files in a folder."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) if folder.is_dir() else 0

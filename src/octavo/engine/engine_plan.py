@@ -1,0 +1,105 @@
+"""EnginePlan: what an engine decides when it loads, from settings, model and free memory, and why."""
+
+import msgspec
+
+from octavo.backends.base import Footprint
+from octavo.config import EngineConfig
+from octavo.errors import OutOfMemory
+
+_WEIGHTS = {"none": "bfloat16", "auto": "as the files store them", "8bit": "8 bits", "4bit": "4 bits"}
+
+
+class EnginePlan(msgspec.Struct, frozen=True):
+    """The decisions of one engine.
+
+    Attributes:
+        kernels, weight_bytes, page_bytes: see Footprint.
+        threads: compute threads, and whether a setting says so.
+        weights: format of the weights, in words.
+        num_pages, page_size: pages of the KV pool, and tokens in a page.
+        bound: what limits `num_pages`, in words.
+        max_model_len: tokens of the longest sequence that the settings and the model allow.
+        max_batch_size: sequences that may run at the same time.
+    """
+
+    kernels: str
+    threads: int
+    threads_are_set: bool
+    weights: str
+    weight_bytes: int
+    page_bytes: int
+    page_size: int
+    num_pages: int
+    bound: str
+    max_model_len: int
+    max_batch_size: int
+
+    @property
+    def contexts(self) -> int:
+        """Return how many sequences of max_model_len tokens the KV pool holds."""
+        return self.num_pages // pages_for(self.max_model_len, self.page_size)
+
+    def lines(self) -> dict[str, str]:
+        """Return each decision and its reason, for people, by its subject."""
+        tokens = self.num_pages * self.page_size
+        why = "as set" if self.threads_are_set else "one for each available processor"
+        kv = f"{self.num_pages:,} pages of {self.page_size} tokens, {size(self.num_pages * self.page_bytes)}"
+        contexts = (
+            f"{self.contexts:,} of {self.max_model_len:,} tokens fit"
+            if self.contexts
+            else f"none of {self.max_model_len:,} tokens fits: a request may have {tokens:,} tokens"
+        )
+        return {
+            "kernels": f"{self.kernels}, {self.threads} {'thread' if self.threads == 1 else 'threads'} ({why})",
+            "weights": f"{size(self.weight_bytes)}, {self.weights}",
+            "KV cache": f"{kv} ({self.bound})",
+            "contexts": f"{contexts}; {self.max_batch_size:,} sequences run at the same time at most (max_batch_size)",
+        }
+
+
+def make_plan(config: EngineConfig, footprint: Footprint, max_model_len: int, threads: int, most: int) -> EnginePlan:
+    """Return the decisions for an engine whose weights have their memory already.
+
+    The KV pool is as large as kv_cache_memory says, or else large enough for a full batch of long sequences, but at
+    most `most` bytes.
+
+    Raises OutOfMemory if the pool is too small for one page, or for an explicit max_model_len.
+    """
+    page_size, page_bytes = config.kv_cache_page_size, footprint.page_bytes
+    pages_per_sequence = pages_for(max_model_len, page_size)
+    full_batch = config.max_batch_size * pages_per_sequence
+    if config.kv_cache_memory is not None:
+        num_pages, bound = config.kv_cache_memory // page_bytes, "kv_cache_memory"
+    elif full_batch <= most // page_bytes:
+        num_pages, bound = full_batch, "all that max_batch_size sequences can use"
+    else:
+        num_pages, bound = most // page_bytes, "half of the free memory"
+    needed = pages_per_sequence if config.max_model_len else 1
+    if num_pages < needed:
+        raise OutOfMemory(
+            f"the KV cache holds {num_pages * page_size} tokens, less than {needed * page_size}: "
+            f"set kv_cache_memory to at least {needed * page_bytes / 2**20:.0f}MiB, or a smaller max_model_len"
+        )
+    return EnginePlan(
+        kernels=footprint.kernels,
+        threads=threads,
+        threads_are_set=config.threads is not None,
+        weights=_WEIGHTS[config.quantization],
+        weight_bytes=footprint.weight_bytes,
+        page_bytes=page_bytes,
+        page_size=page_size,
+        num_pages=num_pages,
+        bound=bound,
+        max_model_len=max_model_len,
+        max_batch_size=config.max_batch_size,
+    )
+
+
+def pages_for(tokens: int, page_size: int) -> int:
+    """Return the number of pages that hold so many tokens."""
+    return -(-tokens // page_size)
+
+
+def size(bytes: int) -> str:
+    """Return a number of bytes in MiB or GiB, such as 1.25 GiB."""
+    return f"{bytes / 2**30:,.2f} GiB" if bytes >= 2**30 else f"{bytes / 2**20:,.0f} MiB"

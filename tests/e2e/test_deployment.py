@@ -1,0 +1,246 @@
+"""What is in deploy/, with the real programs where they are installed, and the settings that it names."""
+
+import contextlib
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Generator, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import yaml
+
+from octavo.config import EngineConfig
+from octavo.server.config import ServerConfig
+from octavo.settings import settings_of
+from server_process import ServerProcess, free_port, wait_for_port
+
+ROOT = Path(__file__).parents[2]
+DEPLOY = ROOT / "deploy"
+SETTINGS = {f"OCTAVO_{name.upper()}" for kind in (EngineConfig, ServerConfig) for name in settings_of(kind)}
+PREMIUM, TRIAL, OTHER = "sk-0a1b", "sk-0a1c", "sk-0a1d"
+CHAT = {"prompt": "a", "max_tokens": 300, "ignore_eos": True, "stream": True}
+
+
+def program(name: str) -> str:
+    """Return the path of a program; the test is skipped where it is not installed."""
+    found = shutil.which(name, path="/usr/sbin:/usr/local/sbin:/usr/local/bin:/usr/bin:/bin")
+    if found is None:
+        pytest.skip(f"{name} is not installed")
+    return found
+
+
+def text_of(*command: object) -> str:
+    """Return the output of a command that succeeds."""
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done
+    return done.stdout + done.stderr
+
+
+def variables(text: str) -> set[str]:
+    return set(re.findall(r"\bOCTAVO_[A-Z_]+", text))
+
+
+@pytest.fixture
+def unit(tmp_path: Path) -> Path:
+    """The systemd unit, with a command that exists on this machine."""
+    text = (DEPLOY / "systemd" / "octavo.service").read_text()
+    assert "/opt/octavo/bin/octavo" in text
+    path = tmp_path / "octavo.service"
+    path.write_text(text.replace("/opt/octavo/bin/octavo", sys.executable))
+    return path
+
+
+def test_systemd_accepts_the_unit(unit: Path) -> None:
+    assert text_of(program("systemd-analyze"), "verify", unit) == ""
+
+
+def test_the_unit_is_sandboxed(unit: Path) -> None:
+    """A service without any sandboxing has an exposure of 9.6, one without access to anything of 0."""
+    report = text_of(program("systemd-analyze"), "security", "--offline=true", "--threshold=20", "--no-pager", unit)
+    [exposure] = re.findall(r"Overall exposure level for octavo.service: ([\d.]+)", report)
+    assert float(exposure) < 2
+
+
+def test_all_settings_in_deploy_exist() -> None:
+    for path in (DEPLOY / "systemd" / "octavo.service", DEPLOY / "systemd" / "octavo.env", ROOT / "Dockerfile"):
+        unknown = variables(path.read_text()) - SETTINGS
+        assert not unknown, path
+    octavo = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]["octavo"]
+    assert {name for name in octavo["environment"] if name.startswith("OCTAVO_")} <= SETTINGS
+    documented = variables((ROOT / "docs" / "deploy.md").read_text()) - {"OCTAVO_ADDRESS", "OCTAVO_CONTAINER_MEMORY"}
+    assert documented <= SETTINGS, "the two are of deploy/compose.yaml alone"
+
+
+def test_the_drain_ends_before_the_process_is_killed(unit: Path) -> None:
+    drain = ServerConfig().drain_timeout
+    [stop] = re.findall(r"^TimeoutStopSec=(\d+)s$", unit.read_text(), re.MULTILINE)
+    grace = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]["octavo"]["stop_grace_period"]
+    assert min(int(stop), int(grace.removesuffix("s"))) >= drain + 10
+
+
+def test_compose() -> None:
+    compose = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
+    octavo = compose["services"]["octavo"]
+    assert octavo["read_only"] and octavo["cap_drop"] == ["ALL"]
+    assert (DEPLOY / octavo["build"] / "Dockerfile").exists()
+    for service in compose["services"].values():
+        for volume in service["volumes"]:
+            source = volume.split(":")[0]
+            assert (DEPLOY / source).is_dir() if source.startswith(".") else source in compose["volumes"]
+
+
+def test_prometheus_accepts_its_configuration() -> None:
+    text_of(program("promtool"), "check", "config", DEPLOY / "prometheus" / "prometheus.yml")
+
+
+ALL_OPTIONS = {
+    "args": ["--kv-cache-memory", "1GiB"],
+    "secrets": ["octavo-secrets"],
+    "autoscaling": {"enabled": True},
+    "serviceMonitor": {"enabled": True, "keySecret": {"name": "octavo-metrics", "key": "token"}},
+    "models": {"existingClaim": "models"},
+    "imagePullSecrets": [{"name": "pull"}],
+    "nodeSelector": {"disk": "fast"},
+    "tolerations": [{"operator": "Exists"}],
+    "affinity": {"nodeAffinity": {}},
+}
+
+
+def rendered(values: dict[str, Any]) -> dict[str, Any]:
+    """Render the chart as Helm does; returns its objects by kind. The test is skipped without Helm's library."""
+    helm = pytest.importorskip("helm_python")
+    with helm.Chart.load(str(DEPLOY / "helm" / "octavo")) as chart:
+        files = chart.render(values, name="demo", namespace="prod").values()
+    return {each["kind"]: each for text in files for each in yaml.safe_load_all(text) if each}
+
+
+@pytest.mark.parametrize(
+    ("values", "more"),
+    [({}, {"PersistentVolumeClaim"}), (ALL_OPTIONS, {"HorizontalPodAutoscaler", "ServiceMonitor"})],
+)
+def test_kubernetes_accepts_the_chart(values: dict[str, Any], more: set[str]) -> None:
+    validate = pytest.importorskip("kubernetes_validate").validate
+    objects = rendered(values)
+    assert set(objects) == {"Deployment", "Service", "PodDisruptionBudget"} | more
+    for kind, each in objects.items():
+        if kind != "ServiceMonitor":  # it is defined by the Prometheus operator
+            validate(each, "1.33", strict=True)
+    labels = objects["Deployment"]["spec"]["template"]["metadata"]["labels"].items()
+    for selector in (
+        objects["Service"]["spec"]["selector"],
+        objects["Deployment"]["spec"]["selector"]["matchLabels"],
+        objects["PodDisruptionBudget"]["spec"]["selector"]["matchLabels"],
+    ):
+        assert selector.items() <= labels
+
+
+def test_a_pod_of_the_chart_drains_and_is_sandboxed() -> None:
+    pod = rendered({"preStopSeconds": 7, "drainSeconds": 30, "secrets": ["s"]})["Deployment"]["spec"]["template"][
+        "spec"
+    ]
+    [container] = pod["containers"]
+    assert container["lifecycle"]["preStop"]["exec"]["command"] == ["sleep", "7"]
+    assert "--drain-timeout=30" in container["args"] and pod["terminationGracePeriodSeconds"] > 37
+    assert pod["enableServiceLinks"] is False  # OCTAVO_PORT=tcp://... would be a wrong setting
+    assert container["securityContext"]["readOnlyRootFilesystem"] and pod["securityContext"]["runAsNonRoot"]
+    assert {mount["mountPath"] for mount in container["volumeMounts"]} == {"/models", "/data", "/tmp"}
+    assert container["envFrom"] == [{"secretRef": {"name": "s"}}]
+    assert f"USER {pod['securityContext']['runAsUser']}\n" in (ROOT / "Dockerfile").read_text()
+
+
+@pytest.fixture(scope="module")
+def server(tiny_model: Callable[[str], Path]) -> Iterator[ServerProcess]:
+    with ServerProcess(tiny_model("llama")) as server:
+        yield server
+
+
+@contextlib.contextmanager
+def nginx(folder: Path, upstream: str) -> Generator[str]:
+    """Run nginx with deploy/nginx for a `with` block; yields its address."""
+    port = free_port()
+    conf = (DEPLOY / "nginx" / "octavo.conf").read_text()
+    conf = conf.replace("listen 8080", f"listen 127.0.0.1:{port}").replace("127.0.0.1:8000", upstream)
+    (folder / "octavo.conf").write_text(conf)
+    keys = f"{PREMIUM} premium:alice;\n{TRIAL} trial:bob;\n{OTHER} premium:carol;\n"
+    (folder / "octavo-keys.map").write_text((DEPLOY / "nginx" / "octavo-keys.map").read_text() + keys)
+    paths = "".join(
+        f"{name}_temp_path {folder}/{name};\n" for name in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+    )
+    (folder / "nginx.conf").write_text(
+        f"daemon off; pid {folder}/pid; error_log {folder}/error.log; events {{}}\n"
+        f"http {{ access_log off; {paths} include {folder}/octavo.conf; }}\n"
+    )
+    command = [program("nginx"), "-p", str(folder), "-e", f"{folder}/error.log", "-c", f"{folder}/nginx.conf"]
+    process = subprocess.Popen(command)
+    try:
+        wait_for_port(port)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.wait(timeout=20)
+
+
+@pytest.fixture(scope="module")
+def proxy(server: ServerProcess, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    host, port = server.address
+    with nginx(tmp_path_factory.mktemp("nginx"), f"{host}:{port}") as url:
+        yield url
+
+
+def bearer(key: str, **more: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {key}", **more}
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [{}, bearer("sk-wrong"), {"Authorization": "Bearer"}, {"x-api-key": "premium:alice"}, {"Authorization": PREMIUM}],
+)
+def test_no_key_no_answer(proxy: str, headers: dict[str, str]) -> None:
+    reply = httpx.get(f"{proxy}/v1/models", headers=headers)
+    assert reply.status_code == 401 and reply.json()["error"]["code"] == "invalid_api_key"
+    assert httpx.post(f"{proxy}/v1/files", headers=headers).status_code == 401
+
+
+def test_keys_are_taken_from_both_headers(proxy: str) -> None:
+    for headers in (bearer(PREMIUM), {"x-api-key": PREMIUM}, {"authorization": f"bearer {PREMIUM}"}):
+        assert httpx.get(f"{proxy}/v1/models", headers=headers).status_code == 200
+    assert httpx.get(f"{proxy}/health").status_code == httpx.get(f"{proxy}/ready").status_code == 200
+    for path in ("/v1/admin/models", "/stats", "/metrics"):
+        assert httpx.get(f"{proxy}{path}", headers=bearer(PREMIUM)).status_code == 404
+
+
+def test_tokens_are_passed_on_as_they_come(proxy: str) -> None:
+    url, headers = f"{proxy}/v1/completions", bearer(PREMIUM)
+    with httpx.stream("POST", url, json=CHAT | {"model": "tiny"}, headers=headers, timeout=60) as reply:
+        pieces = [piece for piece in reply.iter_raw() if piece]
+    assert b"".join(pieces).rstrip().endswith(b"[DONE]")
+    assert len(pieces) > 50  # nginx's buffer would hold many tokens
+
+
+def test_the_proxy_decides_on_the_tenant(proxy: str) -> None:
+    body: dict[str, Any] = {"model": "tiny", "prompt": "a", "max_tokens": 2, "kv_cache_state": True}
+    pretender = bearer(PREMIUM, **{"X-Octavo-Tenant": "carol"})
+    reply = httpx.post(f"{proxy}/v1/completions", json=body, headers=pretender, timeout=60).json()
+    state = f"{proxy}/v1/kv_cache_states/{reply['kv_cache_state']['id']}"
+    thief = bearer(OTHER, **{"X-Octavo-Tenant": "alice"})
+    assert httpx.get(state, headers=thief).status_code == 404
+    assert httpx.get(state, headers=bearer(PREMIUM)).status_code == 200
+
+
+def test_limits_of_a_plan_concern_that_key_only(proxy: str) -> None:
+    replies = [httpx.get(f"{proxy}/v1/models", headers=bearer(TRIAL)) for _ in range(12)]
+    refused = [reply for reply in replies if reply.status_code == 429]
+    assert [reply.status_code for reply in replies[:6]] == [200] * 6  # one, and the burst of five
+    assert len(refused) >= 5  # 30 a minute: at most one more in two seconds
+    assert refused[0].json()["error"]["code"] == "rate_limit_exceeded" and int(refused[0].headers["Retry-After"]) > 0
+    assert httpx.get(f"{proxy}/v1/models", headers=bearer(PREMIUM)).status_code == 200
+
+
+def test_without_octavo_the_proxy_says_so(tmp_path: Path) -> None:
+    with nginx(tmp_path, f"127.0.0.1:{free_port()}") as url:
+        reply = httpx.get(f"{url}/v1/models", headers=bearer(PREMIUM))
+    assert reply.status_code == 503 and reply.json()["error"]["code"] == "unavailable"
