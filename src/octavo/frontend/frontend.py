@@ -41,6 +41,7 @@ from .live import LiveRequest, Sink
 from .placement import Placement
 from .readmission import TRIAL_TOKENS
 from .replica import Replica
+from .request_trace import RequestTrace
 from .requests import Request, check_length
 from .stats import FrontendStats, ReplicaStats, total
 
@@ -67,6 +68,8 @@ class Frontend:
         has_queue_limit: whether `submit` raises QueueFull beyond the completions that replicas run at once plus
             max_queue.
         state_owner: the object that the methods of KV states call; this frontend by default.
+
+    Raises ConfigError if the trace file cannot be written.
     """
 
     info: EngineInfo  # set by `start`
@@ -82,6 +85,7 @@ class Frontend:
     ):
         self._config, self._tokenizer, self._connect = config, tokenizer, connect
         self._state_owner = state_owner or self
+        self._trace = RequestTrace(config.trace, config.model_name) if config.trace is not None else None
         at_once = config.max_batch_size * config.data_parallel_size
         self._admission = Admission(at_once, config.max_queue) if has_queue_limit else None
         self._ledger: Ledger | None = None
@@ -225,6 +229,8 @@ class Frontend:
                 ledger.close(live)
             raise
         for live in lives:
+            if self._trace is not None:
+                self._trace.arrived(live)
             self.placement.place(live)
         self._watch_deadlines()
         return lives
@@ -236,7 +242,7 @@ class Frontend:
             notify: whether to send the sink a last increment with finish_reason "abort".
         """
         for live in lives:
-            if self._close(live) and notify:
+            if self._close(live, "aborted") and notify:
                 self._deliver(live, live.abort())
 
     def find(self, request_id: str) -> LiveRequest | None:
@@ -363,6 +369,8 @@ class Frontend:
         await self.stop()
         if self._events is not None:
             self._events.close()
+        if self._trace is not None:
+            self._trace.close()
 
     def fail_all(self, error: OctavoError) -> None:
         """End all live requests with an error."""
@@ -377,7 +385,8 @@ class Frontend:
             self.states = StateBook(
                 self, self._state_owner, info.fingerprint, self._config.kv_state_quota, self._config.kv_state_ttl
             )
-            self._ledger = Ledger(self._tokenizer, info, self._config.request_timeout, self._config.reasoning_parser)
+            config, is_traced = self._config, self._trace is not None
+            self._ledger = Ledger(self._tokenizer, info, config.request_timeout, config.reasoning_parser, is_traced)
             if self._config.kv_events is not None:
                 self._events = KVEvents(self._config.kv_events, self._config.kv_events_replay, info.page_size)
         elif info.fingerprint != self.info.fingerprint:
@@ -385,6 +394,8 @@ class Frontend:
         await self._open_state_files(replica)
         if replica.ended.is_set():
             raise EngineDead("the engine ended before it served requests")
+        if self._trace is not None:
+            self._trace.engine_ready(replica)
         if len(self.replicas) > 1 or self._events is not None:
             replica.send(WatchPages(with_content=self._events is not None))
         if interrupted := sum(live.was_sent and not live.sent for live in self._ledger):
@@ -394,6 +405,8 @@ class Frontend:
     def replica_lost(self, replica: Replica, exit: Exit) -> None:
         self._calls.fail(replica, EngineDead(f"the engine ended ({exit.reason})"))
         replica.load.clear()
+        if self._trace is not None:
+            self._trace.engine_lost(replica, exit.reason)
         if self._events is not None:
             self._events.cleared(replica.number)
         culprit, others = replica.readmission.engine_lost(self._lives_of(replica), exit)
@@ -418,6 +431,8 @@ class Frontend:
         assert self._ledger is not None and self._loop is not None
         if live.was_sent:
             self._ledger.renew(live)
+        if self._trace is not None:
+            self._trace.sent(live, replica)
         live.replica, live.was_sent = replica, True
         owed = live.owed()
         replica.load.add(live, live.tokens_to_compute, len(owed))
@@ -430,6 +445,8 @@ class Frontend:
     def replica_message(self, replica: Replica, message: FromEngine) -> None:
         match message:
             case Tokens():
+                if self._trace is not None:
+                    self._trace.engine_events(message.trace)
                 self._take_tokens(replica, message.outputs)
             case Pages():
                 if not replica.load.publish(message.number, message.gained, message.lost):
@@ -468,9 +485,13 @@ class Frontend:
                 replica.load.started(live)
                 live.metrics.replica = live.metrics.replica or (replica.name if len(self.replicas) > 1 else None)
                 replica.readmission.progressed(live)
+                if self._trace is not None:
+                    self._trace.progressed(live)
             if live.finished:
                 self._remember(live)
                 replica.readmission.ended(live)
+                if self._trace is not None:
+                    self._trace.ended(live)
             if increment is not None:
                 self._deliver(live, increment)
         if stopped:
@@ -518,19 +539,21 @@ class Frontend:
             live.sink(live, output)
         except Exception:
             log.exception("the sink of the request %s raised, so the request is aborted", live.id)
-            self._close(live)
+            self._close(live, "aborted")
 
     def _fail(self, live: LiveRequest, error: Exception) -> None:
-        if self._close(live):
+        if self._close(live, f"{type(error).__name__}: {error}"):
             self._deliver(live, error)
 
-    def _close(self, live: LiveRequest) -> bool:
-        """End a request, here and in the engine. Return whether it was live."""
+    def _close(self, live: LiveRequest, reason: str) -> bool:
+        """End a request, here and in the engine. Return whether it was live. The reason is for the trace."""
         assert self._ledger is not None
         live_before = self._ledger.num_completions
         if not self._ledger.close(live):
             return False
         self.placement.take_back(live)
+        if self._trace is not None:
+            self._trace.ended(live, reason)
         self._count_left(live_before)
         return True
 

@@ -30,13 +30,19 @@ class Ledger:
     Args:
         request_timeout: timeout in seconds of requests that set none; None for no limit.
         reasoning_parser: the setting of this name.
+        is_traced: whether engines write what happens to requests to a trace.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, info: EngineInfo, request_timeout: float | None, reasoning_parser: str = "none"
+        self,
+        tokenizer: Tokenizer,
+        info: EngineInfo,
+        request_timeout: float | None,
+        reasoning_parser: str = "none",
+        is_traced: bool = False,
     ):
         self._tokenizer, self._info, self._request_timeout = tokenizer, info, request_timeout
-        self._reasoning_parser = reasoning_parser
+        self._reasoning_parser, self._is_traced = reasoning_parser, is_traced
         self._eos = sorted(tokenizer.eos_token_ids)
         self._live: dict[str, LiveRequest] = {}
         self._completions: dict[str, tuple[LiveRequest, LiveCompletion]] = {}  # by the engine's id
@@ -157,6 +163,7 @@ class Ledger:
                 ttft_target=terms.ttft_target,
                 timeout=live.timeout,
                 pooling=request.pooling,
+                trace=id if self._is_traced else "",
             )
             first = first or engine_request.id
             live.completions.append(self._completion(engine_request, index, params))
