@@ -3,7 +3,7 @@
 import os
 import time
 
-from octavo.tracing.events import instant, line, name_process, request_event
+from octavo.tracing.events import instant, name_engine, name_process, request_event
 from octavo.tracing.file import TraceFile
 
 from .live import LiveRequest
@@ -30,7 +30,7 @@ class RequestTrace:
         self._file.write(name_process(self._pid, "octavo"))
         if pid != self._pid:
             self._file.write(name_process(pid, f"{replica.name} of {self._model}"))
-        self._file.write(line({"name": "octavo_engine", "ph": "M", "pid": pid, "args": self._engine(replica)}))
+        self._file.write(name_engine(pid, self._model, replica.number))
         self._write_engine_event("engine ready", replica)
 
     def engine_lost(self, replica: Replica, reason: str) -> None:

@@ -5,10 +5,10 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from threading import get_native_id
+from threading import get_ident, get_native_id
 from typing import Any
 
-from .events import instant, microseconds, name_thread, request_event
+from .events import instant, line, microseconds, name_thread, request_event
 
 MAX_LINES = 20_000  # lines that are kept until `take`; more are dropped and counted
 HOST, SWAP, PREFILL, DECODE, SAMPLING, IDLE = "host", "swap", "prefill", "decode", "sampling", "idle"
@@ -38,7 +38,7 @@ class EngineTrace:
         self._pid = os.getpid()
         self._lines: deque[bytes] = deque()  # other threads may append at any time
         self._dropped = 0
-        self._named: set[int] = set()  # threads whose names have been written
+        self._threads: dict[int, int] = {}  # the ids in the trace of the threads whose names have been written
         self._sampling_seconds = sampling_seconds
         self._sampled = 0.0  # the latest value of sampling_seconds
 
@@ -63,26 +63,22 @@ class EngineTrace:
         emitting, ended = microseconds(times.emitting), microseconds(times.ended)
         sampling = emitting - microseconds(min(self._last_sampling(), times.emitting - times.computing))
         decoding = computing + (sampling - computing) * prefill // max(prefill + decode + drafts, 1)
-        tid = self._thread("engine")
-        lines = [
-            b',{"name":"step","ph":"X","pid":%d,"tid":%d,"ts":%d,"dur":%d,'
-            b'"args":{"prefill_tokens":%d,"decode_tokens":%d,"draft_tokens":%d}}\n'
-            % (self._pid, tid, start, ended - start, prefill, decode, drafts)
-        ]
+        thread = f'"pid":{self._pid},"tid":{self._thread("engine")}'
+        args = f'"prefill_tokens":{prefill},"decode_tokens":{decode},"draft_tokens":{drafts}'
+        lines = [f',{{"name":"step","ph":"X",{thread},"ts":{start},"dur":{ended - start},"args":{{{args}}}}}\n']
         for name, part, begin, end in (
-            (b"collect transfers", b"swap", start, scheduling),
-            (b"schedule", b"host", scheduling, computing),
-            (b"prefill", b"prefill", computing, decoding),
-            (b"decode", b"decode", decoding, sampling),
-            (b"sampling", b"sampling", sampling, emitting),
-            (b"emit", b"host", emitting, ended),
+            ("collect transfers", SWAP, start, scheduling),
+            ("schedule", HOST, scheduling, computing),
+            ("prefill", PREFILL, computing, decoding),
+            ("decode", DECODE, decoding, sampling),
+            ("sampling", SAMPLING, sampling, emitting),
+            ("emit", HOST, emitting, ended),
         ):
             if end > begin:
                 lines.append(
-                    b',{"name":"%s","cat":"%s","ph":"X","pid":%d,"tid":%d,"ts":%d,"dur":%d}\n'
-                    % (name, part, self._pid, tid, begin, end - begin)
+                    f',{{"name":"{name}","cat":"{part}","ph":"X",{thread},"ts":{begin},"dur":{end - begin}}}\n'
                 )
-        self._add(b"".join(lines))
+        self._add("".join(lines).encode())  # formatted by hand: a third of the time of a JSON encoder
 
     def slice(self, name: str, part: str, began: float, thread: str = "engine") -> None:
         """Write what the calling thread has done since `began`.
@@ -93,10 +89,8 @@ class EngineTrace:
         """
         tid, start = self._thread(thread), microseconds(began)
         duration = microseconds(time.monotonic()) - start
-        self._add(
-            b',{"name":"%s","cat":"%s","ph":"X","pid":%d,"tid":%d,"ts":%d,"dur":%d}\n'
-            % (name.encode(), part.encode(), self._pid, tid, start, duration)
-        )
+        event = {"name": name, "cat": part, "ph": "X", "pid": self._pid, "tid": tid, "ts": start, "dur": duration}
+        self._add(line(event))
 
     def request(self, id: str, name: str, sequence: str, **args: Any) -> None:
         """Write what happens to a request.
@@ -128,9 +122,9 @@ class EngineTrace:
 
     def _thread(self, kind: str) -> int:
         """Return the id of the calling thread, and write its name at the first call."""
-        tid = get_native_id()
-        if tid not in self._named:
-            self._named.add(tid)
+        tid = self._threads.get(get_ident())
+        if tid is None:
+            tid = self._threads[get_ident()] = get_native_id()
             self._add(name_thread(self._pid, tid, kind))
         return tid
 

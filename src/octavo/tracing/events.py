@@ -41,6 +41,12 @@ def name_process(pid: int, name: str) -> bytes:
     return line({"name": "process_name", "ph": "M", "pid": pid, "args": {"name": name}})
 
 
+def name_engine(pid: int, model: str, number: int) -> bytes:
+    """Return the event that says which engine runs in a process. Perfetto ignores it."""
+    args = {"model": model, "engine": number, "engine_pid": pid}
+    return line({"name": "octavo_engine", "ph": "M", "pid": pid, "args": args})
+
+
 def name_thread(pid: int, tid: int, name: str) -> bytes:
     """Return the event that names a thread."""
     return line({"name": "thread_name", "ph": "M", "pid": pid, "tid": tid, "args": {"name": name}})
