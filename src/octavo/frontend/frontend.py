@@ -228,9 +228,9 @@ class Frontend:
             for live in lives:
                 ledger.close(live)
             raise
-        for live in lives:
+        for live, request in zip(lives, requests, strict=True):
             if self._trace is not None:
-                self._trace.arrived(live)
+                self._trace.arrived(live, request.reply_id)
             self.placement.place(live)
         self._watch_deadlines()
         return lives

@@ -41,11 +41,12 @@ class RequestTrace:
         """Write the events that an engine has sent."""
         self._file.write(lines)
 
-    def arrived(self, live: LiveRequest) -> None:
-        """Write the begin of a request."""
+    def arrived(self, live: LiveRequest, reply_id: str) -> None:
+        """Write the begin of a request, with the id that a server's client sees in the reply."""
         self._without_token.add(live)
         args = {
             "model": self._model,
+            "reply": reply_id,
             "prompt_tokens": len(live.prompt_token_ids),
             "completions": len(live.completions),
             "tenant": live.completions[0].request.tenant,

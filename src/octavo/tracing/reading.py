@@ -43,6 +43,7 @@ class RequestLife:
     """A request, from its arrival to its end. Times are in microseconds; `end` is None if it had not ended.
 
     Attributes:
+        id: the id of the reply that a server's client got, or else the request's.
         parts: how long it was queued, and so on; see `_add_parts`.
     """
 
@@ -142,7 +143,7 @@ def _requests(timed: list[Event]) -> list[RequestLife]:
             continue
         id, args = event["id2"]["global"], event["args"]
         if event["ph"] == "b":
-            current[id] = RequestLife(id, args["model"], event["ts"], args["prompt_tokens"])
+            current[id] = RequestLife(args["reply"] or id, args["model"], event["ts"], args["prompt_tokens"])
             requests.append(current[id])
         elif life := current.get(id):
             life.events.append(event)
