@@ -188,6 +188,8 @@ def test_wrong_files_are_one_line(tiny_llama: Path, tmp_path: Path) -> None:
     other.write_text('{"name": "something else"}')
     assert "no such file" in complaint("trace", tmp_path / "absent.json").lower()
     assert "no trace file of Octavo" in complaint("trace", other)
+    other.write_text('[{"name": "octavo"}\n,{"name": "x", "ts": "soon", "ph": "X"}\n,{"name": "y", "ts": 1, "ph": "i"}')
+    assert "has events that this version" in complaint("trace", other)
     assert "Is a directory" in complaint("serve", tiny_llama, "--port", "0", "--trace", tmp_path)
     os.mkfifo(tmp_path / "pipe")
     for wrong in (tmp_path / "pipe", tmp_path / "no" / "such" / "folder.json"):

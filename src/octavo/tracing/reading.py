@@ -92,6 +92,13 @@ def read_trace(path: Path) -> Trace:
             damaged += 1
     if not events or events[0].get("name") != "octavo":
         raise ConfigError(f"{path} is no trace file of Octavo; octavo serve --trace FILE writes one")
+    try:
+        return _evaluated(events, damaged)
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise ConfigError(f"{path} has events that this version of Octavo does not write") from None
+
+
+def _evaluated(events: list[Event], damaged: int) -> Trace:
     timed = sorted((event for event in events if "ts" in event), key=lambda event: event["ts"])
     dropped = sum(event["args"]["events"] for event in timed if event["name"] == "events dropped")
     engines = _engines(events, timed)

@@ -43,14 +43,13 @@ def why(life: RequestLife) -> str:
 
 
 def _engines(engines: list[EngineTime]) -> Table:
-    table = Table(title="Where the engines' time went", title_justify="left")
+    table = Table(title="Where the engines' time went", title_justify="left", box=None, pad_edge=False)
     table.add_column("")
     for engine in engines:
         table.add_column(Text(_name(engine)), justify="right")
     for part in PARTS:
         shares = [engine.parts[part] / max(engine.end - engine.begin, 1) for engine in engines]
         table.add_row(part, *(f"{share:.1%}" for share in shares))
-    table.add_section()
     table.add_row("time (s)", *(f"{(engine.end - engine.begin) / 1e6:,.2f}" for engine in engines))
     for label, name in (
         ("steps", "steps"),
@@ -64,7 +63,7 @@ def _engines(engines: list[EngineTime]) -> Table:
 
 
 def _requests(lives: list[RequestLife]) -> Table:
-    table = Table(title="The slowest requests", title_justify="left")
+    table = Table(title="The slowest requests", title_justify="left", box=None, pad_edge=False)
     for heading in ("request", "model", "time", "first token", "end", "why"):
         table.add_column(heading, justify="right" if heading in ("time", "first token") else "left", overflow="fold")
     for life in lives:
