@@ -102,7 +102,7 @@ def test_a_prompt_is_computed_in_chunks(traced: Traced) -> None:
                 assert event["args"]["tokens"] <= 48
             elif event["name"] == "first token":
                 break
-        assert computed == LEN
+        assert computed in (LEN, LEN - 1)  # if one token is left, it is a decode row
 
 
 def test_slices_of_a_thread_nest_and_steps_do_not_overlap(traced: Traced) -> None:
@@ -157,7 +157,7 @@ def test_octavo_trace(traced: Traced) -> None:
     preemptions = sum(event["name"] == "preempted" for event in traced.events)
     for id in traced.tokens:
         assert id in text
-    assert "engine restarted" in text
+    assert "engine lost, " in text
     assert "killed by SIGKILL" in text
     assert f"{STREAMS} requests, 0 unfinished" in text
     for part in ("prefill", "decode", "swap", "sampling", "host", "idle"):

@@ -165,31 +165,29 @@ def _requests(timed: list[Event]) -> list[RequestLife]:
 
 
 def _add_parts(life: RequestLife, lost: dict[int, int], end: int) -> None:
-    """Divide the life of a request into parts.
+    """Divide the life of a request into parts, and add them to `parts`.
 
-    "queued" is the time before it is first admitted, "prefill" from there to the first token, "decode" the rest. Time
-    between a preemption and the next admission is "preempted", and from the loss of its engine to the next admission
-    "restart". Several completions of one request count as one: what happens to any of them, happens to the request.
+    "no engine" is the time until it is sent to an engine, "queued" from there until it is first admitted, "prefill"
+    from there to the first token, "decode" the rest. "preempted", "engine lost" and "moved" last from such an event to
+    the next admission. Several completions of one request count as one: what happens to any, happens to the request.
     """
-    state, since, engine = "queued", life.begin, 0
+    part, since, engine = "no engine", life.begin, 0
     for event in life.events:
-        name, now = event["name"], event["ts"]
-        if name in ("sent", "moved"):
-            if name == "moved" and engine in lost and since <= lost[engine] <= now:
-                life.parts[state] += lost[engine] - since
-                state, since = "restart", lost[engine]
-            engine = event["args"]["engine_pid"]
-            continue
-        if name == "admitted":
-            after = "decode" if life.first_token is not None and now >= life.first_token else "prefill"
-            if state in ("prefill", "decode"):
-                continue
-        elif name == "first token":
-            after = "decode"
-        elif name == "preempted":
-            after = "preempted"
-        else:
-            continue
-        life.parts[state] += now - since
-        state, since = after, now
-    life.parts[state] += (life.end or end) - since
+        now, before = event["ts"], part
+        match event["name"]:
+            case "sent":
+                part = "queued"
+            case "moved" if since <= lost.get(engine, -1) <= now:
+                part, now = "engine lost", lost[engine]
+            case "moved":
+                part = "moved"
+            case "admitted" if part not in ("prefill", "decode"):
+                part = "decode" if life.first_token is not None and now >= life.first_token else "prefill"
+            case "first token":
+                part = "decode"
+            case "preempted":
+                part = "preempted"
+        engine = event["args"].get("engine_pid", engine)
+        life.parts[before] += now - since
+        since = now
+    life.parts[part] += (life.end or end) - since

@@ -8,6 +8,7 @@ from octavo.terminal import printable
 
 from .reading import EngineTime, RequestLife, Trace
 
+SHORT = 1000  # microseconds; shorter parts of requests are left out
 PARTS = ("prefill", "decode", "swap", "sampling", "host", "between steps", "idle")
 
 
@@ -31,15 +32,17 @@ def print_report(trace: Trace, count: int) -> None:
 def why(life: RequestLife) -> str:
     """Return what a request spent its time on, the longest part first."""
     descriptions = {
+        "no engine": "waited {} for an engine",
         "queued": "queued {}",
         "prefill": f"prefill {{}} ({life.prompt_tokens:,} tokens, {_counted(life.count('chunk'), 'chunk')})",
         "decode": f"decode {{}} ({life.output_tokens:,} tokens)",
         "preempted": f"preempted {_counted(life.count('preempted'), 'time')}, {{}}",
-        "restart": "engine restarted, {}",
+        "engine lost": "engine lost, {}",
+        "moved": f"moved {_counted(life.count('moved'), 'time')}, {{}}",
     }
-    parts = [descriptions[part].format(_seconds(time)) for part, time in life.parts.most_common() if time > 0]
-    moved = life.count("moved")
-    return "; ".join([*parts, *([f"moved to another engine {_counted(moved, 'time')}"] if moved else [])])
+    return "; ".join(
+        descriptions[part].format(_seconds(time)) for part, time in life.parts.most_common() if time >= SHORT
+    )
 
 
 def _engines(engines: list[EngineTime]) -> Table:
