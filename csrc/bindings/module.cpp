@@ -291,7 +291,8 @@ NB_MODULE(_native, module) {
                                        ceilings.integer_operations_per_second);
              })
         .def("profile", &Program::profile, "on"_a)
-        .def("times", &Program::times);
+        .def("times", &Program::times)
+        .def("sampling_seconds", &Program::sampling_seconds);
 }
 
 }  // namespace octavo

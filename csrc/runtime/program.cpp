@@ -351,6 +351,11 @@ std::map<std::string, double> Program::times() const {
     return times;
 }
 
+double Program::sampling_seconds() const {
+    const std::lock_guard not_in_a_step(running_);
+    return seconds_.empty() ? 0.0 : seconds_.back();
+}
+
 void Program::step(const Batch& batch, const SamplingBatch& sampling, const Pooling& pooling, const Sampled& result) {
     require(sampling.rows == batch.sampled, "sampling must have one entry per sampled row");
     run(batch, pooling, [&](int64_t row, int thread) {

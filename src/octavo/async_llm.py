@@ -89,10 +89,10 @@ class AsyncLLM:
             self.tokenizer = Tokenizer.load(path, **config.template_limits)
             self.generation_defaults = generation_defaults(path) if config.generation_config == "auto" else {}
             self.default_sampling_params = SamplingParams(**self.generation_defaults)  # type: ignore[arg-type]
+            self._frontend = Frontend(config, self.tokenizer, self._connect, has_queue_limit=True)
         except BaseException:
             self.discard()
             raise
-        self._frontend = Frontend(config, self.tokenizer, self._connect, has_queue_limit=True)
 
     def _begin_loading(self, process: EngineProcess | None = None) -> None:
         """Start all engines, or none. Raises OSError."""

@@ -173,6 +173,9 @@ class EngineConfig(Settings):
     kv_events_replay: str | None = setting(
         None, "ZeroMQ address at which subscribers request messages again that they have missed."
     )
+    trace: str | None = setting(
+        None, "File for the times of each step and the life of each request, which Perfetto and octavo trace open."
+    )
     data_parallel_size: int = setting(
         1,
         "Replicas of the model, each in a process with its share of the cores; a request goes where it is done first.",

@@ -83,9 +83,13 @@ class LLM:
         self.default_sampling_params = SamplingParams(**self.generation_defaults)  # type: ignore[arg-type]
         self._thread = LoopThread()
         owner = _StateOwner(self._thread)
-        self._frontend = owner.frontend = Frontend(
-            config, self.tokenizer, lambda _: ThreadLink(config, path), has_queue_limit=False, state_owner=owner
-        )
+        try:
+            self._frontend = owner.frontend = Frontend(
+                config, self.tokenizer, lambda _: ThreadLink(config, path), has_queue_limit=False, state_owner=owner
+            )
+        except BaseException:
+            self._thread.close()
+            raise
         self._finalizer = weakref.finalize(self, _shut_down, self._thread, self._frontend)
         try:
             self.info = self._thread.run(self._frontend.start([ThreadLink(config, path)]))

@@ -2,6 +2,7 @@
 
 import pytest
 
+from octavo.engine.messages import TokenOutput
 from octavo.frontend.links.messages import Alive, Tokens
 from octavo.frontend.replica import FIRST_PAUSE, MAX_PAUSE, QUICK_RESTARTS, STEP_LIMIT, STEP_SECONDS, Replica
 from octavo.frontend.router import Router
@@ -23,7 +24,9 @@ def test_pauses_grow_until_an_engine_computes(replica: Replica) -> None:
     pauses = [replica._pause() for _ in range(QUICK_RESTARTS + 12)]
     assert pauses[:QUICK_RESTARTS] == [0.0] * QUICK_RESTARTS
     assert pauses[QUICK_RESTARTS] == FIRST_PAUSE and pauses == sorted(pauses) and pauses[-1] == MAX_PAUSE
-    replica._on_message(Tokens([]))
+    replica._on_message(Tokens([], b"a trace of a step without a token"))
+    assert replica._pause() == MAX_PAUSE
+    replica._on_message(Tokens([TokenOutput("0", 1)]))
     assert replica._pause() == 0.0
 
 

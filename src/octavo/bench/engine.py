@@ -1,5 +1,6 @@
 """Benchmarks of the engine alone, stepped in this process: token ids in, token ids out."""
 
+import os
 import random
 import time
 from collections.abc import Callable
@@ -13,6 +14,8 @@ from octavo.errors import OctavoError, PromptTooLong
 from octavo.frontend.progress import loading_bar
 from octavo.params import SamplingParams
 from octavo.text import Tokenizer
+from octavo.tracing.events import name_engine, name_process
+from octavo.tracing.file import TraceFile
 from octavo.weights import resolve
 
 from .report import RequestTimes, Run, progress
@@ -36,6 +39,7 @@ def run_batches(config: EngineConfig, load: Load) -> tuple[list[Run], float]:
         The runs, and the seconds that loading took.
     """
     path = resolve(config.model, config.revision)
+    trace = _open_trace(config)
     started = time.perf_counter()
     tokenizer = Tokenizer.load(path)
     with loading_bar() as loaded:
@@ -47,9 +51,19 @@ def run_batches(config: EngineConfig, load: Load) -> tuple[list[Run], float]:
         with progress("Generating", load.batches * load.batch_size * load.output_len) as advance:
             seeds = range(load.seed, load.seed + load.batches)
             batches = [random_prompts(tokenizer, load.batch_size, load.input_len, seed) for seed in seeds]
-            return [run_batch(engine, prompts, load.output_len, advance) for prompts in batches], load_seconds
+            return [run_batch(engine, prompts, load.output_len, advance, trace) for prompts in batches], load_seconds
     finally:
         engine.close()
+        if trace is not None:
+            trace.close()
+
+
+def _open_trace(config: EngineConfig) -> TraceFile | None:
+    if config.trace is None:
+        return None
+    trace, pid = TraceFile(config.trace), os.getpid()
+    trace.write(name_process(pid, "octavo bench") + name_engine(pid, config.model_name, 0))
+    return trace
 
 
 def random_prompts(tokenizer: Tokenizer, count: int, length: int, seed: int) -> list[list[int]]:
@@ -63,11 +77,18 @@ def random_prompts(tokenizer: Tokenizer, count: int, length: int, seed: int) -> 
     return [tokens[i * length : (i + 1) * length] for i in range(count)]
 
 
-def run_batch(engine: Engine, prompts: list[list[int]], output_len: int, advance: Callable[[int], None]) -> Run:
+def run_batch(
+    engine: Engine,
+    prompts: list[list[int]],
+    output_len: int,
+    advance: Callable[[int], None],
+    trace: TraceFile | None = None,
+) -> Run:
     """Add every prompt to the engine and step it until each has `output_len` greedy tokens.
 
     Args:
         advance: Called after each step with the number of new tokens.
+        trace: Takes the engine's events after each step.
 
     Raises:
         PromptTooLong: Prompt and output do not fit in the model's context.
@@ -86,6 +107,8 @@ def run_batch(engine: Engine, prompts: list[list[int]], output_len: int, advance
     while engine.has_work:
         outputs = engine.step()
         now = time.perf_counter()
+        if trace is not None and engine.trace is not None:
+            trace.write(engine.trace.take())
         for output in outputs:
             if output.finish_reason == "error":
                 raise OctavoError(f"a request failed in the engine: {output.message}")

@@ -20,6 +20,7 @@ _COMMANDS = (
     "run-batch",
     "enrich",
     "top",
+    "trace",
     "models",
     "keys",
     "config",

@@ -16,6 +16,7 @@ from octavo.kv import KVCache, Prefix, Transfers, root_key
 from octavo.kv.page_map import page_map
 from octavo.states.file import StateFile
 from octavo.states.jobs import StateFiles
+from octavo.tracing.engine import IDLE, EngineTrace, StepTimes
 
 from .batch import BatchBuilder
 from .constraints import Constraints
@@ -66,6 +67,7 @@ class Engine:
         work: the record of the engine's current work.
         clock: returns monotonic time in seconds; a simulation passes a virtual clock.
         constraints: follows the grammars of structured outputs; without it, such requests fail.
+        trace: takes the events of steps and requests (docs/tracing.md).
     """
 
     def __init__(
@@ -86,10 +88,12 @@ class Engine:
         work: WorkRecord | None = None,
         clock: Callable[[], float] = time.monotonic,
         constraints: Constraints | None = None,
+        trace: EngineTrace | None = None,
     ):
-        self.backend, self.fingerprint, self.clock = backend, fingerprint, clock
+        self.backend, self.fingerprint, self.clock, self.trace = backend, fingerprint, clock, trace
         self._transfers = transfers or Transfers(backend, ())
-        self.kv = KVCache(num_pages, backend.page_size, prefix_caching, backend.copy_page, self._transfers)
+        copy_page = backend.copy_page if trace is None else trace.copying(backend.copy_page)
+        self.kv = KVCache(num_pages, backend.page_size, prefix_caching, copy_page, self._transfers)
         self._state_files = StateFiles(self.kv, backend, self._transfers)
         self.scheduler = Scheduler(
             self.kv,
@@ -98,6 +102,7 @@ class Engine:
             max_batch_size,
             max_batch_tokens,
             self._fail,
+            trace,
         )
         self.max_model_len = min(max_model_len, num_pages * backend.page_size)
         max_pages = self.kv.pages_for(self.max_model_len)
@@ -247,23 +252,26 @@ class Engine:
 
         If there is no batch to compute, wait for transfers, grammars and masks, at most MAX_IDLE seconds.
         """
-        started = time.perf_counter()
+        started = time.monotonic()
         if self._constraints is not None:
             self._settle_constraints(self._constraints)
         outputs, self._failures = self._failures + self._time_out(), []
+        collecting = time.monotonic()
         self.kv.collect()
+        scheduling = time.monotonic()
         self._plan = plan = self.scheduler.schedule()
         if plan.sequences:
             batch = self._builder.build(plan)
             prompts = plan.sequences[plan.num_decoding :]
             self._work.computing([seq.id for seq in prompts])
             self.rows = rows = len(batch.tokens)
-            execution, before = time.perf_counter(), self.clock()
+            computing, before = time.monotonic(), self.clock()
             for seq in prompts:
                 if seq.started is None:
                     seq.started = before
             result = self.backend.step(batch)
-            seconds = time.perf_counter() - execution
+            emitting = time.monotonic()
+            seconds = emitting - computing
             self.rows = 0
             self._work.nothing()
             self._backend_seconds += seconds
@@ -273,18 +281,30 @@ class Engine:
             outputs += self._advance(plan, result)
             self._steps += 1
             self._step_tokens[bisect_left(STEP_TOKENS, rows)] += 1
-            self._last_step = time.perf_counter() - started
+            ended = time.monotonic()
+            self._last_step = ended - started
             self._step_seconds += self._last_step
+            if self.trace is not None:
+                self._trace_step(self.trace, plan, StepTimes(collecting, scheduling, computing, emitting, ended))
         elif not outputs:
             self._wait()
         return outputs
 
     def _wait(self) -> None:
         """Wait for the threads without which no sequence can continue, for at most MAX_IDLE seconds."""
+        began = time.monotonic()
         if self._constraints is not None and (self.scheduler.running or self._constraints.is_compiling):
             self._constraints.wait(MAX_IDLE)
         else:
             self.kv.wait(MAX_IDLE)
+        if self.trace is not None:
+            self.trace.slice("wait for transfers or grammars", IDLE, began)
+
+    def _trace_step(self, trace: EngineTrace, plan: StepPlan, times: StepTimes) -> None:
+        decode, drafts = plan.num_decoding, sum(map(len, plan.drafts.values())) if plan.drafts else 0
+        trace.step(times, sum(plan.chunks[decode:]), decode, drafts)
+        for seq, chunk in zip(plan.sequences[decode:], plan.chunks[decode:], strict=True):
+            trace.request(seq.request.trace, "chunk", seq.id, tokens=chunk)
 
     def stats(self) -> EngineStats:
         """Return statistics of the current state. From any thread."""

@@ -21,6 +21,7 @@ from octavo.kv.tiers.host import HostTier
 from octavo.kv.tiers.tier import Tier
 from octavo.machine import available_cores, available_memory
 from octavo.model import describe_model
+from octavo.tracing.engine import EngineTrace
 from octavo.version import __version__
 from octavo.weights import Checkpoint, fingerprint, open_checkpoint
 
@@ -65,6 +66,7 @@ def load_engine(
     plan = make_plan(config, backend.footprint, max_model_len, config.num_threads, available_memory() // 2 // engines)
     backend.allocate_kv(plan.num_pages)
     slowest = self_test(backend, config.max_batch_tokens)
+    trace = EngineTrace(_sampling_clock(backend)) if config.trace is not None else None
     engine = assemble(
         config,
         backend,
@@ -74,6 +76,7 @@ def load_engine(
         fingerprint=_page_fingerprint(checkpoint, backend),
         work=work,
         constraints=Constraints(partial(_load_grammars, path)),
+        trace=trace,
     )
     engine.slowest_step, engine.plan = slowest, plan
     return engine
@@ -113,12 +116,13 @@ def assemble(
     work: WorkRecord | None = None,
     clock: Callable[[], float] = time.monotonic,
     constraints: Constraints | None = None,
+    trace: EngineTrace | None = None,
 ) -> Engine:
     """Return an engine with the settings of `config`, on a backend whose pool of `num_pages` pages is allocated.
 
     Args:
         policy: replaces the policy that `config` names.
-        fingerprint, work, clock, constraints: see Engine.
+        fingerprint, work, clock, constraints, trace: see Engine.
         transfers: replaces the transfers to the tiers that `config` names.
 
     Raises:
@@ -133,14 +137,25 @@ def assemble(
         policy=policy or load_policy(config),
         prefix_caching=config.enable_prefix_caching,
         fingerprint=fingerprint,
-        transfers=(transfers or _transfers(config, backend)) if config.enable_prefix_caching else None,
+        transfers=(transfers or _transfers(config, backend, trace)) if config.enable_prefix_caching else None,
         preemption=config.preemption,
         speculative_tokens=config.speculative_tokens,
         request_timeout=config.request_timeout,
         work=work,
         clock=clock,
         constraints=constraints,
+        trace=trace,
     )
+
+
+def _sampling_clock(backend: Backend) -> Callable[[], float] | None:
+    """Make a backend measure its sampling. Return the function that returns the seconds; None if it cannot."""
+    from octavo.backends.cpu.backend import CpuBackend
+
+    if not isinstance(backend, CpuBackend):
+        return None
+    backend.profile(True)
+    return backend.sampling_seconds
 
 
 def _load_grammars(path: Path) -> "Grammars":
@@ -152,14 +167,14 @@ def _load_grammars(path: Path) -> "Grammars":
     return Grammars(Tokenizer.load(path), max_seconds=4 * MAX_SECONDS)
 
 
-def _transfers(config: EngineConfig, backend: Backend) -> Transfers:
+def _transfers(config: EngineConfig, backend: Backend, trace: EngineTrace | None) -> Transfers:
     """Return transfers to the tiers that `config` names. Raises ConfigError."""
     tiers: list[Tier] = []
     if config.kv_host_memory is not None:
         tiers.append(HostTier(config.kv_host_memory))
     if config.kv_disk is not None:
         tiers.append(DiskTier(Path(config.kv_disk), config.kv_disk_size, backend.page_bytes))
-    return Transfers(backend, tiers)
+    return Transfers(backend, tiers, trace=trace)
 
 
 def _max_model_len(config: EngineConfig, spec: "DecoderSpec") -> int:

@@ -54,6 +54,7 @@ class EngineRequest(msgspec.Struct, frozen=True, array_like=True):
         priority: lower goes first.
         ttft_target: target for the seconds from arrival to the first token.
         timeout: limit on the seconds from arrival to the last token.
+        trace: the id of the user's request in the trace; "" if there is no trace.
     """
 
     id: str
@@ -72,6 +73,7 @@ class EngineRequest(msgspec.Struct, frozen=True, array_like=True):
     banned: list[list[int]] = []
     pooling: Pooling | None = None
     thinking: Thinking | None = None
+    trace: str = ""
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):

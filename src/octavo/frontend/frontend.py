@@ -42,6 +42,7 @@ from .meter import Meter
 from .placement import Placement
 from .readmission import TRIAL_TOKENS
 from .replica import Replica
+from .request_trace import RequestTrace
 from .requests import Request, check_length
 from .stats import FrontendStats, ReplicaStats, total
 
@@ -71,6 +72,8 @@ class Frontend:
 
     Attributes:
         meter: measures the requests, if it is set.
+
+    Raises ConfigError if the trace file cannot be written.
     """
 
     info: EngineInfo  # set by `start`
@@ -86,6 +89,7 @@ class Frontend:
     ):
         self._config, self._tokenizer, self._connect = config, tokenizer, connect
         self._state_owner = state_owner or self
+        self._trace = RequestTrace(config.trace, config.model_name) if config.trace is not None else None
         at_once = config.max_batch_size * config.data_parallel_size
         self._admission = Admission(at_once, config.max_queue) if has_queue_limit else None
         self._ledger: Ledger | None = None
@@ -234,7 +238,9 @@ class Frontend:
             for live in lives:
                 ledger.close(live)
             raise
-        for live in lives:
+        for live, request in zip(lives, requests, strict=True):
+            if self._trace is not None:
+                self._trace.arrived(live, request.reply_id)
             self.placement.place(live)
         self._watch_deadlines()
         return lives
@@ -246,7 +252,7 @@ class Frontend:
             notify: whether to send the sink a last increment with finish_reason "abort".
         """
         for live in lives:
-            if self._close(live) and notify:
+            if self._close(live, "abort", "aborted") and notify:
                 self._deliver(live, live.abort())
 
     def find(self, request_id: str) -> LiveRequest | None:
@@ -373,6 +379,8 @@ class Frontend:
         await self.stop()
         if self._events is not None:
             self._events.close()
+        if self._trace is not None:
+            self._trace.close()
 
     def fail_all(self, error: OctavoError) -> None:
         """End all live requests with an error."""
@@ -389,7 +397,12 @@ class Frontend:
             )
             config = self._config
             self._ledger = Ledger(
-                self._tokenizer, info, config.request_timeout, config.reasoning_parser, config.max_new_tokens
+                self._tokenizer,
+                info,
+                config.request_timeout,
+                config.reasoning_parser,
+                config.max_new_tokens,
+                is_traced=self._trace is not None,
             )
             if self._config.kv_events is not None:
                 self._events = KVEvents(self._config.kv_events, self._config.kv_events_replay, info.page_size)
@@ -398,6 +411,8 @@ class Frontend:
         await self._open_state_files(replica)
         if replica.ended.is_set():
             raise EngineDead("the engine ended before it served requests")
+        if self._trace is not None:
+            self._trace.engine_ready(replica)
         if len(self.replicas) > 1 or self._events is not None:
             replica.send(WatchPages(with_content=self._events is not None))
         if interrupted := sum(live.was_sent and not live.sent for live in self._ledger):
@@ -407,6 +422,8 @@ class Frontend:
     def replica_lost(self, replica: Replica, exit: Exit) -> None:
         self._calls.fail(replica, EngineDead(f"the engine ended ({exit.reason})"))
         replica.load.clear()
+        if self._trace is not None:
+            self._trace.engine_lost(replica, exit.reason)
         if self._events is not None:
             self._events.cleared(replica.number)
         if self.meter is not None:
@@ -433,6 +450,8 @@ class Frontend:
         assert self._ledger is not None and self._loop is not None
         if live.was_sent:
             self._ledger.renew(live)
+        if self._trace is not None:
+            self._trace.sent(live, replica)
         live.replica, live.was_sent = replica, True
         owed = live.owed()
         replica.load.add(live, live.tokens_to_compute, len(owed))
@@ -445,6 +464,8 @@ class Frontend:
     def replica_message(self, replica: Replica, message: FromEngine) -> None:
         match message:
             case Tokens():
+                if self._trace is not None:
+                    self._trace.engine_events(message.trace)
                 self._take_tokens(replica, message.outputs)
             case Pages():
                 if not replica.load.publish(message.number, message.gained, message.lost):
@@ -486,9 +507,13 @@ class Frontend:
                 replica.load.started(live)
                 live.metrics.replica = live.metrics.replica or (replica.name if len(self.replicas) > 1 else None)
                 replica.readmission.progressed(live)
+                if self._trace is not None:
+                    self._trace.progressed(live)
             if live.finished:
                 self._remember(live)
                 replica.readmission.ended(live)
+                if self._trace is not None:
+                    self._trace.ended(live)
             if increment is not None:
                 self._deliver(live, increment)
         if stopped:
@@ -536,14 +561,14 @@ class Frontend:
             live.sink(live, output)
         except Exception:
             log.exception("the sink of the request %s raised, so the request is aborted", live.id)
-            self._close(live)
+            self._close(live, "abort", "aborted")
 
     def _fail(self, live: LiveRequest, error: Exception) -> None:
-        if self._close(live, "error"):
+        if self._close(live, "error", f"{type(error).__name__}: {error}"):
             self._deliver(live, error)
 
-    def _close(self, live: LiveRequest, reason: FinishReason = "abort") -> bool:
-        """End a request, here and in the engine. Return whether it was live."""
+    def _close(self, live: LiveRequest, reason: FinishReason, cause: str) -> bool:
+        """End a request, here and in the engine. Return whether it was live. The cause is for the trace."""
         assert self._ledger is not None
         live_before = self._ledger.num_completions
         if not self._ledger.close(live):
@@ -551,6 +576,8 @@ class Frontend:
         if self.meter is not None:
             self.meter.engine(live.replica.number if live.replica else 0).ended_early(live, reason)
         self.placement.take_back(live)
+        if self._trace is not None:
+            self._trace.ended(live, cause)
         self._count_left(live_before)
         return True
 

@@ -247,6 +247,6 @@ class Replica:
                 if self._loaded is not None and not self._loaded.done():
                     self._loaded.set_exception(message.exception())
             case _:
-                if isinstance(message, Tokens):
+                if isinstance(message, Tokens) and message.outputs:
                     self._failures = 0
                 self._owner.replica_message(self, message)

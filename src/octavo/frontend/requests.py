@@ -45,6 +45,7 @@ class Request:
         prompt: text or token ids; if there is a `state`, only the part after it.
         state: the KV state that the prompt continues.
         pooling: what is wanted of the prompt, if not a continuation.
+        reply_id: the id of the reply that a server's client gets, for the trace.
     """
 
     prompt: str | list[int]
@@ -52,6 +53,7 @@ class Request:
     terms: ServiceTerms
     state: KVState | None = None
     pooling: Pooling | None = None
+    reply_id: str = ""
 
 
 def make_request(

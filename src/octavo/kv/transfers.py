@@ -11,6 +11,7 @@ from threading import Condition, Lock, Thread
 from typing import Any, Literal, TypeVar
 
 from octavo.backends.base import Backend
+from octavo.tracing.engine import SWAP, EngineTrace
 
 from .tiers.tier import Tier
 
@@ -45,9 +46,18 @@ class Transfers:
         tiers: the tiers below the pool, the fastest first.
         threads: number of threads; they start with the first job.
         max_saves: maximum number of pending saves.
+        trace: takes an event for each transfer.
     """
 
-    def __init__(self, backend: Backend, tiers: Sequence[Tier], *, threads: int = 2, max_saves: int = 64):
+    def __init__(
+        self,
+        backend: Backend,
+        tiers: Sequence[Tier],
+        *,
+        threads: int = 2,
+        max_saves: int = 64,
+        trace: EngineTrace | None = None,
+    ):
         self.pages_saved = self.pages_fetched = self.failures = self.pending_saves = 0
         self.seconds_per_page = backend.page_bytes / _INITIAL_SPEED  # averaged over successive fetches
         self._backend, self._stores, self.max_saves = backend, tuple(tiers), max_saves
@@ -59,6 +69,7 @@ class Transfers:
         self._finished: list[Finished] = []
         self._fetching, self._last_fetch = 0, 0.0
         self._closed = False
+        self._trace = trace
         self._num_threads = threads
         self._threads: list[Thread] = []
 
@@ -172,13 +183,15 @@ class Transfers:
             return queue.popleft() if queue else None
 
     def _save(self, page: int, key: bytes) -> None:
-        ok = False
+        began, ok = time.monotonic(), False
         try:
             content = self._backend.export_page(page)
             for tier in self._stores:
                 ok |= tier.write(key, content)
         except Exception:
             _log.exception("a KV page could not be saved")
+        if self._trace is not None:
+            self._trace.slice("save page", SWAP, began, "KV transfers")
         with self._job_done:
             self.pending_saves -= 1
             self.pages_saved += ok
@@ -194,7 +207,7 @@ class Transfers:
             if self._fetching == 0:
                 self._last_fetch = time.perf_counter()
             self._fetching += 1
-        ok = False
+        began, ok = time.monotonic(), False
         try:
             contents = (tier.read(key) for tier in self._tiers if key in tier)
             content = next((found for found in contents if found is not None), None)
@@ -203,6 +216,8 @@ class Transfers:
                 ok = True
         except Exception:
             _log.exception("a KV page could not be fetched")
+        if self._trace is not None:
+            self._trace.slice("fetch page", SWAP, began, "KV transfers")
         with self._job_done:
             self._fetching -= 1
             self.pages_fetched += ok

@@ -79,6 +79,10 @@ class CpuBackend:
         """Return seconds by kind of op since profile(True); "head" is the linear that computes the logits."""
         return self._running.times()
 
+    def sampling_seconds(self) -> float:
+        """Return the seconds spent on sampling since profile(True)."""
+        return self._running.sampling_seconds()
+
     @property
     def _running(self) -> Program:
         assert self._program is not None, "the backend is closed"

@@ -10,6 +10,7 @@ from typing import Any
 
 from octavo.engine.engine import Engine
 from octavo.kv.prefix import KEY_BYTES
+from octavo.tracing.engine import IDLE
 
 from .messages import (
     Abort,
@@ -66,15 +67,27 @@ class EngineLoop:
             receive: returns the messages that have arrived since its last call, or None if the frontend has ended. If
                 its argument is True, it waits for a message or for `wake`.
         """
-        while (messages := receive(not self.engine.has_work)) is not None:
+        while (messages := self._next(receive)) is not None:
             self._step_started = time.monotonic()
             for message in messages:
                 self._take_in(message)
             self._finish_state_jobs()
-            if self.engine.has_work and (outputs := self.engine.step()):
-                self._send(Tokens(outputs))
+            outputs = self.engine.step() if self.engine.has_work else []
+            trace = self.engine.trace.take() if self.engine.trace is not None else b""
+            if outputs or trace:
+                self._send(Tokens(outputs, trace))
             self._publish_pages()
             self._step_started = 0.0
+
+    def _next(self, receive: Receive) -> list[ToEngine] | None:
+        """Return the messages that have arrived; wait for one if the engine has no work."""
+        trace = self.engine.trace
+        if trace is None or self.engine.has_work:
+            return receive(not self.engine.has_work)
+        began = time.monotonic()
+        messages = receive(True)
+        trace.slice("wait for requests", IDLE, began)
+        return messages
 
     def _take_in(self, message: ToEngine) -> None:
         engine = self.engine

@@ -148,9 +148,14 @@ class Alive(msgspec.Struct, frozen=True, tag=True):
 
 
 class Tokens(msgspec.Struct, frozen=True, tag=True):
-    """The outputs of one step."""
+    """The outputs of one step.
+
+    Attributes:
+        trace: lines of the trace file, with the engine's events since the message before.
+    """
 
     outputs: list[TokenOutput]
+    trace: bytes = b""
 
 
 class Stats(msgspec.Struct, frozen=True, tag=True):

@@ -4,7 +4,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import msgspec
@@ -199,7 +199,8 @@ class Generation:
     def _requests(self) -> list[Request]:
         terms: Any = dict(self.terms)
         state, priority = terms.pop("kv_cache_state", None), terms.pop("priority", 0)
-        return make_requests(self.prompts, self.params, self.params, priority, terms, state)
+        requests = make_requests(self.prompts, self.params, self.params, priority, terms, state)
+        return [replace(request, reply_id=self.id) for request in requests]
 
 
 async def tokenized(
