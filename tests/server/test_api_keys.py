@@ -45,7 +45,7 @@ def guarded(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
         "other-model": {"models": ["another"]}, "slow": {"requests_per_minute": 2}, "modest": {"min_priority": 0},
     }  # fmt: skip
     secrets = {name: add_key(keys, name=name, **each) for name, each in fields.items()}
-    flags = ["--keys", str(keys), "--api-key", "proxy-key", "--admin-key", "root"]
+    flags = ["--keys", str(keys), "--api-key", "proxy-key", "--admin-key", "root", "--enable-metrics"]
     with ServerProcess(tiny_llama, *flags, "--data-dir", str(folder / "data")) as server:
         model = httpx.get(f"{server.url}/v1/models", headers={"x-api-key": secrets["bob"]}).json()["data"][0]["id"]
         yield Guarded(server, keys, secrets | {"proxy": "proxy-key"}, model)
@@ -63,7 +63,7 @@ def test_every_route_but_the_probes_needs_a_key(guarded: Guarded) -> None:
         with contextlib.closing(http.client.HTTPConnection(*guarded.server.address)) as connection:
             connection.request("GET", path)  # as it stands: httpx would resolve the dots
             assert connection.getresponse().status == 401, path
-    for path in ("/stats", "/v1/admin/models"):
+    for path in ("/stats", "/metrics", "/v1/admin/models"):
         assert guarded.send("bob", "GET", path).status_code == guarded.send("proxy", "GET", path).status_code == 401
         assert guarded.send("root", "GET", path).status_code == 200
 
