@@ -133,8 +133,11 @@ def test_from_the_prefix_cache(model, cases):
 
 def test_after_preemption(model, cases):
     with LLM(**model, max_model_len=288, kv_cache_memory=pool_of(model)) as llm:
-        assert run(llm, cases) == cases.answers
-        stats = llm.stats()
+        for _ in range(5):  # on a busy machine, sequences may wait for masks until others have ended
+            assert run(llm, cases) == cases.answers
+            stats = llm.stats()
+            if stats.preemptions:
+                break
     assert stats.preemptions > 0
     assert stats.free_pages + stats.cached_pages == stats.num_pages == PAGES
 

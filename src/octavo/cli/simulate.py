@@ -19,9 +19,11 @@ def register(app: typer.Typer) -> None:
 
 def simulate(
     settings: Resolved,
-    trace: Annotated[
+    workload: Annotated[
         Path | None,
-        typer.Argument(help="Requests to replay, one JSON object per line; by default a generated trace."),
+        typer.Argument(
+            metavar="[TRACE]", help="Requests to replay, one JSON object per line; by default a generated trace."
+        ),
     ] = None,
     cost_model: Annotated[Path | None, typer.Option(help="Cost model file, written by --measure.")] = None,
     measure: Annotated[
@@ -86,15 +88,17 @@ def simulate(
     from octavo.simulation.trace import poisson_trace, read_trace
     from octavo.simulation.trace import write_trace as save_trace
 
+    if "trace" in settings.values:
+        raise ConfigError("simulate writes no trace; give a file of requests to replay without --trace")
     config = settings.build(EngineConfig)
     if measure:
         return _measure(config, _required(cost_model))
-    if trace:
+    if workload:
         if rate or write_trace or turns:
             raise ConfigError(
                 "--rate, --turns and --write-trace need a generated trace; leave out the trace file, or these flags"
             )
-        arrivals = read_trace(trace)
+        arrivals = read_trace(workload)
     elif turns:
         arrivals = Conversations(
             requests=requests,
@@ -116,7 +120,7 @@ def simulate(
         return
     costs = CostModel.load(_required(cost_model))
     runs = run(arrivals, config, costs, pages, [parse_axis(text) for text in sweep or ()], routing)
-    given = {"trace": str(trace) if trace else None, "rate": rate, "seed": seed, "cost_model": str(cost_model)}
+    given = {"trace": str(workload) if workload else None, "rate": rate, "seed": seed, "cost_model": str(cost_model)}
     if sweep:
         print_sweep(runs)
         write_json("simulate", given, {"runs": [chosen | summary for chosen, summary in runs]}, output_json)
