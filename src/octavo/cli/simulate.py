@@ -22,7 +22,7 @@ def simulate(
     workload: Annotated[
         Path | None,
         typer.Argument(
-            metavar="[TRACE]", help="Requests to replay, one JSON object per line; by default a generated trace."
+            metavar="TRACE", help="Requests to replay, one JSON object per line; by default a generated trace."
         ),
     ] = None,
     cost_model: Annotated[Path | None, typer.Option(help="Cost model file, written by --measure.")] = None,
