@@ -1,4 +1,4 @@
-"""API keys: the file, the limits, and what is refused at the door."""
+"""API keys: the file, the limits, and what is refused."""
 
 import stat
 import threading
@@ -15,8 +15,9 @@ from octavo.errors import ConfigError
 from octavo.server.edge.access_log import RequestRecord
 from octavo.server.edge.authentication import Authentication
 from octavo.server.errors import ApiError, error_headers
-from octavo.tenants import Key, KeyRing, read_keys, secret_hash
-from octavo.tenants.key_file import add_key, revoke_key, rotate_key
+from octavo.tenants.key import Key, secret_hash
+from octavo.tenants.key_file import add_key, read_keys, revoke_key, rotate_key
+from octavo.tenants.key_ring import KeyRing
 from octavo.tenants.window import SlidingWindow
 
 HASH = secret_hash("sk-x")

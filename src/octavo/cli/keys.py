@@ -75,7 +75,7 @@ def list_keys(keys: File = DEFAULT) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from octavo.tenants import read_keys
+    from octavo.tenants.key_file import read_keys
     from octavo.terminal import console
 
     table = Table("name", "tenant", "a minute", "at once", "models", "routes", "expires", box=None, pad_edge=False)

@@ -8,7 +8,7 @@ from typing import Any
 
 from octavo.async_llm import AsyncLLM
 from octavo.fleet.fleet import Fleet
-from octavo.tenants import Key
+from octavo.tenants.key import Key
 
 from .config import ServerConfig
 from .database import Database

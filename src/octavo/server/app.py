@@ -8,9 +8,8 @@ from starlette.datastructures import Headers
 from starlette.types import Scope
 
 from octavo.fleet.fleet import Fleet
-from octavo.tenants import KeyRing
 
-from . import admin, anthropic, metrics, models_admin, ollama, worker_info
+from . import admin, anthropic, models_admin, ollama, worker_info
 from .api import Api
 from .batch.service import BatchService
 from .config import ServerConfig
@@ -55,12 +54,15 @@ def create_app(
     service = BatchService(folder, database, config, traffic) if folder else None
     routes = [route for family in families for route in family.routes(api)]
     routes += [*files.routes(service, config, api.bodies), *batches.routes(service, config, api.bodies)]
-    http = None
+    on_end = None
     if config.enable_metrics:
+        from . import metrics  # imported late, as most servers that start do not need it
+
         fleet.enable_metrics()
         http = metrics.HttpMeter()
         routes += metrics.routes(metrics.Exporter(fleet, http))
-    pages, on_end = documented(routes, fleet.default.name), http.ended if http else None
+        on_end = http.ended
+    pages = documented(routes, fleet.default.name)
     app = Dispatcher(pages, config.allowed_origins, traffic, _authentication(config), on_end)
     if service:
         service.start(app)
@@ -71,6 +73,8 @@ def _authentication(config: ServerConfig) -> Authentication | None:
     """Return what checks the API keys of requests; None if the server has no keys. Raises ConfigError."""
     if not config.has_keys:
         return None
+
+    from octavo.tenants.key_ring import KeyRing  # imported late, with YAML
 
     def admit_operator(scope: Scope) -> None:
         models_admin.check_key(config.admin_key, Headers(scope=scope))

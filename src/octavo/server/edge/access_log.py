@@ -11,7 +11,7 @@ from typing import Any, TextIO
 
 import msgspec
 
-from octavo.tenants import Key
+from octavo.tenants.key import Key
 
 from .ids import request_id
 

@@ -1,16 +1,19 @@
-"""Authentication: lets requests with a valid API key in, within the key's limits, and says whose they are."""
+"""Authentication: check the API keys of requests and the keys' limits, and set each request's tenant."""
 
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import ceil
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from octavo.server.errors import ApiError
-from octavo.tenants import Key, KeyRing
+from octavo.tenants.key import Key
 from octavo.tenants.window import SlidingWindow
 
 from .access_log import RequestRecord
+
+if TYPE_CHECKING:
+    from octavo.tenants.key_ring import KeyRing
 
 OPEN = ("/health", "/ready")  # routes that need no key
 OPERATED = ("/v1/admin/", "/stats", "/metrics")  # routes about all tenants: they need the admin key
@@ -28,7 +31,7 @@ class _Use:
 
 
 class Authentication:
-    """The door of a server with API keys.
+    """Checks the API key of each request, and counts it towards the key's limits.
 
     Args:
         ring: the keys.
@@ -37,7 +40,7 @@ class Authentication:
     """
 
     def __init__(
-        self, ring: KeyRing, admit_operator: Callable[[Any], None], clock: Callable[[], float] = time.monotonic
+        self, ring: "KeyRing", admit_operator: Callable[[Any], None], clock: Callable[[], float] = time.monotonic
     ):
         self._ring, self._admit_operator, self._clock = ring, admit_operator, clock
         self._uses: dict[str, _Use] = {}

@@ -1,4 +1,4 @@
-"""Window: the rate of a counter over the last seconds, whoever reads it how often."""
+"""Window: the rate of a counter over the last seconds, however often it is read."""
 
 import time
 from collections import deque
