@@ -68,7 +68,7 @@ def test_the_form_of_vllm(tokenizer: Tokenizer, length: int, width: int) -> None
         for entry in known
     ]
     assert decoded(elements) == expected
-    assert turns >= length * width // PIECE
+    assert turns >= length // max(1, PIECE // max(width, 1))
 
 
 @pytest.mark.parametrize("top", [True, False])

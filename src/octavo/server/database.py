@@ -41,7 +41,10 @@ class Database:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="octavo-database")
 
     async def run(self, work: Callable[[sqlite3.Connection], Result]) -> Result:
-        """Run `work` in a transaction, in the database's thread."""
+        """Run `work` in a transaction, in the database's thread, and return its result.
+
+        That must not be a cursor: if one were deleted in another thread, it would reset a statement that is in use.
+        """
         return await asyncio.get_running_loop().run_in_executor(self._thread, self._transact, work)
 
     def run_now(self, work: Callable[[sqlite3.Connection], Result]) -> Result:

@@ -36,7 +36,7 @@ class FileStore:
         except OSError as error:
             raise ConfigError(f"data_dir cannot be used: {folder}: {error}") from None
         self._database = database
-        database.run_now(lambda connection: connection.executescript(_SCHEMA))
+        database.run_now(lambda connection: connection.executescript(_SCHEMA).rowcount)
         self._delete_unrecorded()
 
     def _delete_unrecorded(self) -> None:
@@ -54,7 +54,7 @@ class FileStore:
             "INSERT INTO objects (id, kind, tenant, content) VALUES (?, ?, ?, ?) "
             "ON CONFLICT (id) DO UPDATE SET content = excluded.content"
         )
-        await self._database.run(lambda connection: connection.executemany(statement, rows))
+        await self._database.run(lambda connection: connection.executemany(statement, rows).rowcount)
 
     async def find(self, kind: str, tenant: str, id: str) -> Content | None:
         """Return a tenant's object, or None if there is none of this id."""
