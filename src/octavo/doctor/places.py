@@ -9,7 +9,7 @@ from octavo.config import EngineConfig
 from octavo.engine.engine_plan import size
 from octavo.errors import ConfigError
 from octavo.server.config import ServerConfig
-from octavo.server.run import listen
+from octavo.server.listeners import listen
 
 from .finding import Finding, change, ok, stop
 

@@ -17,6 +17,7 @@ from .database import DATABASE, Database
 from .edge.authentication import Authentication
 from .edge.body import BodyReader
 from .edge.dispatch import Dispatcher
+from .edge.hosts import host_check
 from .edge.traffic import Traffic
 from .openai import (
     batches,
@@ -63,7 +64,7 @@ def create_app(
         routes += metrics.routes(metrics.Exporter(fleet, http))
         on_end = http.ended
     pages = documented(routes, fleet.default.name)
-    app = Dispatcher(pages, config.allowed_origins, traffic, _authentication(config), on_end)
+    app = Dispatcher(pages, config.allowed_origins, traffic, _authentication(config), host_check(config), on_end)
     if service:
         service.start(app)
     return app

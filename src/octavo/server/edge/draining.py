@@ -6,16 +6,20 @@ import functools
 import signal
 import socket
 from collections.abc import Callable, Generator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
 from uvicorn.server import logger as uvicorn_log
 
 from octavo.server.config import ServerConfig
+from octavo.server.listeners import BACKLOG
 
 from .access_log import AccessLog
 from .http_protocol import Edge, HttpProtocol
 from .limits import ConnectionLimit
+
+if TYPE_CHECKING:
+    from .certificates import Certificates
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 CANCEL_SECONDS = 1.0  # time for requests that the drain timeout ended to send their error
@@ -29,15 +33,25 @@ class DrainingServer(uvicorn.Server):
         config: timeouts and limits.
         access_log: receives a record of each request.
         on_ready: called when the server accepts requests.
+        certificates: for HTTPS; None for HTTP.
     """
 
-    def __init__(self, app: Any, config: ServerConfig, access_log: AccessLog, on_ready: Callable[[], None]):
-        edge = Edge(config, ConnectionLimit(config.max_connections), access_log)
+    def __init__(
+        self,
+        app: Any,
+        config: ServerConfig,
+        access_log: AccessLog,
+        on_ready: Callable[[], None],
+        certificates: "Certificates | None" = None,
+    ):
+        self._connections = ConnectionLimit(config.max_connections)
+        edge = Edge(config, self._connections, access_log)
+        protocol = functools.partial(HttpProtocol, edge=edge)
         uvicorn_log.disabled = True  # it logs malformed requests, which are in the access log already
         super().__init__(
             uvicorn.Config(
                 app,
-                http=functools.partial(HttpProtocol, edge=edge),  # type: ignore[arg-type]
+                http=_secured(protocol, edge, certificates) if certificates else protocol,  # type: ignore[arg-type]
                 ws="none",
                 lifespan="off",
                 log_config=None,
@@ -54,10 +68,21 @@ class DrainingServer(uvicorn.Server):
         self.should_exit = True
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
+        """Accept connections. uvicorn's own would take a Unix socket for one of TCP."""
+        loop = asyncio.get_running_loop()
+        make_protocol = functools.partial(
+            self.config.http_protocol_class, config=self.config, server_state=self.server_state, app_state={}
+        )
+        self.servers = []
+        for listener in sockets or ():
+            is_unix = listener.family is socket.AF_UNIX
+            create = loop.create_unix_server if is_unix else loop.create_server
+            self.servers.append(await create(make_protocol, sock=listener, backlog=BACKLOG))
+        self.started = True
         self._on_ready()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._connections.close_idle()  # those in the TLS handshake, too, which uvicorn does not know
         await super().shutdown(sockets)
         if self.server_state.tasks:  # cancelled by the drain timeout; each sends its error
             await asyncio.wait(set(self.server_state.tasks), timeout=CANCEL_SECONDS)
@@ -66,6 +91,17 @@ class DrainingServer(uvicorn.Server):
     def capture_signals(self) -> Generator[None, None, None]:
         """Leave signals to `on_signals`: uvicorn would raise them again after draining."""
         yield
+
+
+def _secured(make_protocol: Callable[..., HttpProtocol], edge: Edge, certificates: "Certificates") -> Any:
+    """Return a factory of protocols that begin with a TLS handshake."""
+    from .tls import Handshake  # imported late, as most servers speak HTTP
+
+    def make_handshake(**keywords: Any) -> Handshake:
+        make = functools.partial(make_protocol, **keywords)
+        return Handshake(certificates.context, edge.config.header_timeout, make, edge.connections)
+
+    return make_handshake
 
 
 @contextlib.contextmanager
