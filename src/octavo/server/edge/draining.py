@@ -44,14 +44,14 @@ class DrainingServer(uvicorn.Server):
         on_ready: Callable[[], None],
         certificates: "Certificates | None" = None,
     ):
+        self._settings, self._certificates = config, certificates
         self._connections = ConnectionLimit(config.max_connections)
         edge = Edge(config, self._connections, access_log)
-        protocol = functools.partial(HttpProtocol, edge=edge)
         uvicorn_log.disabled = True  # it logs malformed requests, which are in the access log already
         super().__init__(
             uvicorn.Config(
                 app,
-                http=_secured(protocol, edge, certificates) if certificates else protocol,  # type: ignore[arg-type]
+                http=functools.partial(HttpProtocol, edge=edge),  # type: ignore[arg-type]
                 ws="none",
                 lifespan="off",
                 log_config=None,
@@ -69,17 +69,22 @@ class DrainingServer(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Accept connections. uvicorn's own would take a Unix socket for one of TCP."""
-        loop = asyncio.get_running_loop()
+        self.servers = [await self._accept(listener) for listener in sockets or ()]
+        self.started = True
+        self._on_ready()
+
+    async def _accept(self, listener: socket.socket) -> Any:
         make_protocol = functools.partial(
             self.config.http_protocol_class, config=self.config, server_state=self.server_state, app_state={}
         )
-        self.servers = []
-        for listener in sockets or ():
-            is_unix = listener.family is socket.AF_UNIX
-            create = loop.create_unix_server if is_unix else loop.create_server
-            self.servers.append(await create(make_protocol, sock=listener, backlog=BACKLOG))
-        self.started = True
-        self._on_ready()
+        if self._certificates is not None:
+            from .tls import TlsListener  # imported late, as most servers speak HTTP
+
+            seconds = self._settings.header_timeout
+            return TlsListener(listener, self._certificates, seconds, make_protocol, self._connections)
+        loop = asyncio.get_running_loop()
+        create = loop.create_unix_server if listener.family == socket.AF_UNIX else loop.create_server
+        return await create(make_protocol, sock=listener, backlog=BACKLOG)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._connections.close_idle()  # those in the TLS handshake, too, which uvicorn does not know
@@ -91,17 +96,6 @@ class DrainingServer(uvicorn.Server):
     def capture_signals(self) -> Generator[None, None, None]:
         """Leave signals to `on_signals`: uvicorn would raise them again after draining."""
         yield
-
-
-def _secured(make_protocol: Callable[..., HttpProtocol], edge: Edge, certificates: "Certificates") -> Any:
-    """Return a factory of protocols that begin with a TLS handshake."""
-    from .tls import Handshake  # imported late, as most servers speak HTTP
-
-    def make_handshake(**keywords: Any) -> Handshake:
-        make = functools.partial(make_protocol, **keywords)
-        return Handshake(certificates.context, edge.config.header_timeout, make, edge.connections)
-
-    return make_handshake
 
 
 @contextlib.contextmanager

@@ -1,65 +1,107 @@
-"""TLS handshakes, which count as connections and are bounded in time."""
+"""TLS: accept connections, and run their handshakes, which count as connections and are bounded in time."""
 
 import asyncio
 import contextlib
-import ssl
+import logging
+import socket
 from collections.abc import Callable
 
+from .certificates import Certificates
 from .limits import ConnectionLimit
 
+ACCEPTED_AT_ONCE = 64  # connections, before others are served again
+PAUSE_SECONDS = 1.0  # after an error, such as too many open files
 
-class Handshake(asyncio.Protocol):
-    """A connection whose TLS handshake is under way. After it, the connection gets its HTTP protocol.
+log = logging.getLogger("octavo.server")
 
-    uvloop would start a handshake by itself, but without a limit on how many there are, and with the certificate that
-    the server had when it started.
+
+class TlsListener:
+    """Accepts connections on a socket from the moment on that it is made.
+
+    The event loop could do this by itself, but without a limit on the handshakes that are under way, and with the
+    certificate that the server had when it started.
 
     Args:
-        context: the certificate.
-        seconds: after which the connection is closed.
-        make_protocol: returns the HTTP protocol.
+        listener: a listening socket.
+        certificates: their present context is used for each new connection.
+        seconds: the time that a handshake may take.
+        make_protocol: returns the HTTP protocol of a connection.
         connections: the limit for all connections. A handshake counts as an idle one.
     """
 
     def __init__(
         self,
-        context: ssl.SSLContext,
+        listener: socket.socket,
+        certificates: Certificates,
         seconds: float,
         make_protocol: Callable[[], asyncio.Protocol],
         connections: ConnectionLimit,
     ):
-        self._context, self._seconds = context, seconds
+        self._listener, self._certificates, self._seconds = listener, certificates, seconds
         self._make_protocol, self._connections = make_protocol, connections
-        self._received: list[bytes] = []
-        self._transport: asyncio.Transport
-        self._task: asyncio.Task[None]
+        self._loop = asyncio.get_running_loop()
+        listener.setblocking(False)
+        self._resume()
+
+    def close(self) -> None:
+        """Stop accepting."""
+        self._loop.remove_reader(self._listener)
+
+    async def wait_closed(self) -> None:
+        """Return at once: no connection depends on this object."""
+
+    def _resume(self) -> None:
+        if self._listener.fileno() >= 0:
+            self._loop.add_reader(self._listener, self._accept)
+
+    def _accept(self) -> None:
+        for _ in range(ACCEPTED_AT_ONCE):
+            try:
+                connection, _ = self._listener.accept()
+            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+                return
+            except OSError as error:
+                log.error("connections cannot be accepted: %s", error)
+                self.close()
+                self._loop.call_later(PAUSE_SECONDS, self._resume)
+                return
+            handshake = Handshake(connection, self._make_protocol, self._connections)
+            if self._connections.admit(handshake):
+                handshake.task = self._loop.create_task(self._run(handshake))
+            else:
+                connection.close()
+
+    async def _run(self, handshake: "Handshake") -> None:
+        connection, context = handshake.connection, self._certificates.context
+        connection.setblocking(False)
+        try:
+            with contextlib.suppress(OSError):  # the client leaves, is too slow, or shows no valid certificate
+                if connection.family != socket.AF_UNIX:
+                    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                await self._loop.connect_accepted_socket(
+                    lambda: handshake, connection, ssl=context, ssl_handshake_timeout=self._seconds
+                )
+        finally:
+            self._connections.release(handshake)
+
+
+class Handshake(asyncio.Protocol):
+    """A connection until its handshake is complete. Then it gets its HTTP protocol."""
+
+    def __init__(
+        self, connection: socket.socket, make_protocol: Callable[[], asyncio.Protocol], connections: ConnectionLimit
+    ):
+        self.connection = connection
+        self.task: asyncio.Task[None] | None = None
+        self._make_protocol, self._connections = make_protocol, connections
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        self._transport = transport
-        if self._connections.admit(self):
-            transport.pause_reading()  # until the handshake reads
-            self._task = asyncio.ensure_future(self._shake_hands())
-        else:
-            transport.abort()
-
-    async def _shake_hands(self) -> None:
-        loop, secured = asyncio.get_running_loop(), None
-        with contextlib.suppress(OSError):  # the client leaves, is too slow, or shows no valid certificate
-            secured = await loop.start_tls(
-                self._transport, self, self._context, server_side=True, ssl_handshake_timeout=self._seconds
-            )
+        """Hand over to the HTTP protocol, which counts itself as a connection."""
         self._connections.release(self)
-        if secured is None or secured.is_closing():
-            return
         protocol = self._make_protocol()
-        secured.set_protocol(protocol)
-        protocol.connection_made(secured)
-        for data in self._received:
-            protocol.data_received(data)
-
-    def data_received(self, data: bytes) -> None:
-        """Keep what arrives together with the end of the handshake."""
-        self._received.append(data)
+        transport.set_protocol(protocol)
+        protocol.connection_made(transport)
 
     def close_idle(self) -> None:
-        self._transport.abort()
+        if self.task is not None:
+            self.task.cancel()
