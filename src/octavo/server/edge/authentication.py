@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 OPEN = ("/health", "/ready")  # routes that need no key
 OPERATED = ("/v1/admin/", "/stats", "/metrics")  # routes about all tenants: they need the admin key
+SHARED = ("/get_load",)  # routes about all tenants that routers query: they need a key that names tenants
 TENANT_HEADER = b"x-octavo-tenant"
 
 Header = tuple[bytes, bytes]
@@ -61,7 +62,7 @@ class Authentication:
             self._admit_operator(scope)
             return None
         key = self._key_of(scope["headers"])
-        if not key.allows_path(path):
+        if not key.allows_path(path) or (path in SHARED and not key.names_tenants):
             raise ApiError(403, f"this API key may not be used for {path}", code="route_not_allowed")
         record.key = key
         if not key.names_tenants:
