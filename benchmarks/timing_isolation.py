@@ -55,7 +55,7 @@ def compare(name: str, first: Sample, second: Sample, count: int) -> float:
             found[sample].append(sample())
     share, p = mann_whitney(found[first], found[second])
     medians = [1e3 * float(np.median(found[sample])) for sample in (first, second)]
-    print(f"{name:<8} {medians[0]:.3f} ms and {medians[1]:.3f} ms, greater: {share:.3f}, p = {p:.3g}")
+    print(f"{name:<8} {medians[0]:.3f} ms and {medians[1]:.3f} ms, greater: {share:.3f}, p = {p:.3g}", flush=True)
     return p
 
 
@@ -113,7 +113,7 @@ def measure(url: str, keys: Sequence[str], samples: int, tokens: int) -> bool:
         tenants.after(tenants.alice, same=True)()
     others, own = tenants.alice, tenants.bob
     prefix = compare("prefix", tenants.after(others, True), tenants.after(others, False), samples)
-    control = compare("control", tenants.after(own, True), tenants.after(own, False), max(samples // 10, 20))
+    control = compare("control", tenants.after(own, True), tenants.after(own, False), max(samples // 4, 20))
     key = compare("key", tenants.refused(lambda: near(keys[0])), tenants.refused(new_secret), samples)
     return prefix >= SIGNIFICANT and key >= SIGNIFICANT and control < SIGNIFICANT
 
