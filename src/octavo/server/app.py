@@ -68,8 +68,13 @@ def create_app(
         http = metrics.HttpMeter()
         routes += metrics.routes(metrics.Exporter(fleet, http))
         on_end = http.ended
+    authentication = _authentication(config, database)
+    if authentication is not None:
+        from . import keys_admin
+
+        routes += keys_admin.routes(config, authentication)
     pages = documented(routes, fleet.default.name)
-    app = Dispatcher(pages, config.allowed_origins, traffic, _authentication(config, database), on_end)
+    app = Dispatcher(pages, config.allowed_origins, traffic, authentication, on_end)
     if service:
         service.start(app)
     return app
