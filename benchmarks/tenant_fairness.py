@@ -9,10 +9,9 @@ import argparse
 import asyncio
 import tempfile
 import time
-from collections.abc import Coroutine
 from dataclasses import dataclass, field
+from multiprocessing import Process
 from pathlib import Path
-from typing import Any
 
 import httpx
 import numpy as np
@@ -24,6 +23,7 @@ from octavo.tenants.key_file import add_key
 
 COMPANY = {"alone": 0, "equal share": 1, "flood": 50}  # streams of the other tenant for each of the quiet one's
 BUSY = (429, 503)
+WARM_UP = 3.0  # seconds before requests are measured
 ROWS = ("first token, mean", "first token, p95", "whole, mean", "whole, p95", "requests")
 
 
@@ -47,7 +47,7 @@ def main() -> None:
         flags = ["--scheduling-policy", "fair", "--max-batch-size", str(2 * args.streams), "--keys", str(path)]
         server = LiveServer(args.model, [*flags, "--max-batch-tokens", "128", "--access-log", "none", *args.flags])
         try:
-            measured = asyncio.run(measure(server.url, secrets, args))
+            measured = measure(server.url, secrets, args)
         finally:
             server.stop()
     Console(width=100).print(table(measured))
@@ -64,33 +64,43 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-async def measure(url: str, secrets: list[str], args: argparse.Namespace) -> dict[str, Latencies]:
-    """Return the quiet tenant's latencies in each company."""
+def measure(url: str, secrets: list[str], args: argparse.Namespace) -> dict[str, Latencies]:
+    """Return the quiet tenant's latencies in each company. The other tenant's client is a process of its own."""
     measured = {}
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=1000)
-    async with httpx.AsyncClient(base_url=url, timeout=120, limits=limits) as client:
-        await until(time.monotonic() + 2, [stream(client, secrets[0], args, Latencies(), time.monotonic() + 1)])
-        for name, others in COMPANY.items():
-            quiet, begun = Latencies(), time.monotonic()
-            end = begun + args.seconds
-            flood = [stream(client, secrets[1], args, Latencies(), end, n) for n in range(others * args.streams)]
-            await until(
-                end, flood + [stream(client, secrets[0], args, quiet, end, -1 - n) for n in range(args.streams)]
-            )
-            measured[name] = quiet
+    for name, others in COMPANY.items():
+        end = time.monotonic() + WARM_UP + args.seconds
+        other = Process(target=run_streams, args=(url, secrets[1], args, others * args.streams, end))
+        other.start()
+        measured[name] = run_streams(url, secrets[0], args, args.streams, end)
+        other.join()
     return measured
 
 
-async def until(end: float, tasks: list[Coroutine[Any, Any, None]]) -> None:
-    """Run until all have ended; they begin nothing after `end`."""
-    await asyncio.gather(*tasks)
-    await asyncio.sleep(max(0.0, end - time.monotonic()))
+def run_streams(url: str, secret: str, args: argparse.Namespace, count: int, end: float) -> Latencies:
+    """Keep so many streams of a tenant running until `end`. Return the latencies of those after the warm-up."""
+    latencies, measured_from = Latencies(), end - args.seconds
+
+    async def run() -> None:
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=1000)
+        async with httpx.AsyncClient(base_url=url, timeout=120, limits=limits) as client:
+            await asyncio.gather(
+                *(stream(client, secret, args, latencies, measured_from, end, number) for number in range(count))
+            )
+
+    asyncio.run(run())
+    return latencies
 
 
 async def stream(
-    client: httpx.AsyncClient, secret: str, args: argparse.Namespace, latencies: Latencies, end: float, salt: int = 0
+    client: httpx.AsyncClient,
+    secret: str,
+    args: argparse.Namespace,
+    latencies: Latencies,
+    measured_from: float,
+    end: float,
+    salt: int,
 ) -> None:
-    """Send one request after the other until `end`."""
+    """Send one request after the other until `end`; note those that begin after `measured_from`."""
     number = 0
     while time.monotonic() < end:
         number += 1
@@ -105,8 +115,9 @@ async def stream(
             reply.raise_for_status()
             async for _ in reply.aiter_bytes():
                 first = first or time.monotonic()
-        latencies.first.append(first - began)
-        latencies.whole.append(time.monotonic() - began)
+        if began >= measured_from:
+            latencies.first.append(first - began)
+            latencies.whole.append(time.monotonic() - began)
 
 
 def table(measured: dict[str, Latencies]) -> Table:
