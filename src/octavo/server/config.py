@@ -60,6 +60,7 @@ class ServerConfig(Settings):
         None,
         "URL of the Redis in which several servers count the limits of keys together, such as redis://host:6379/0. "
         "Without it, each server counts for itself, and in data_dir across restarts.",
+        Rule("a URL such as redis://host:6379/0", lambda url: url.startswith(("redis://", "rediss://", "unix://"))),
     )
     admin_key: str | None = setting(
         None,
