@@ -192,7 +192,7 @@ def test_a_lost_redis(caplog: pytest.LogCaptureFixture) -> None:
                 assert await passed(one) == 3 and await passed(other) == 0
                 server.stop()
                 spending = Spending(99, 5, 10, lambda: 8)
-                assert await passed(one) == 3 and (await one.reserve(who, spending)).remaining == 90
+                assert (await one.reserve(who, spending)).remaining == 90 and await passed(one) == 3
                 one.settle(who, spending)
                 server.start()
                 async with asyncio.timeout(10):

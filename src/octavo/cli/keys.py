@@ -90,7 +90,7 @@ def list_keys(keys: File = DEFAULT) -> None:
     from octavo.tenants.key_file import read_keys
     from octavo.terminal import console
 
-    titles = ("name", "tenant", "requests/min", "tokens/min", "tokens/month", "at once", "weight")
+    titles = ("name", "tenant", "requests\na minute", "tokens\na minute", "tokens\na month", "at\nonce", "weight")
     table = Table(*titles, "models", "routes", "expires", box=None, pad_edge=False)
     for key in read_keys(keys):
         cells = (

@@ -168,7 +168,7 @@ def _refusal(key: Key, verdict: Verdict, spending: Spending | None = None) -> Ap
         case "concurrent":
             what = f"the key {key.name} has {key.concurrent_requests} requests at the same time, its limit"
         case "waiting":
-            what = f"{MAX_WAITING} requests of the key {key.name} wait already for its limits"
+            what = f"other requests of the key {key.name} wait for its limits already, too many or too long"
         case _:
             assert spending is not None
             return _too_many_tokens(key, verdict, spending)
