@@ -114,6 +114,10 @@ def test_every_route_counts_what_it_computes(one: Limited) -> None:
         assert reply.status_code == 200, (path, reply.text)
         assert reply.headers["x-ratelimit-limit-tokens"] == "1000000", path
         assert one.used("counted") - before == total_tokens(reply) > 0, (path, reply.text)
+    kept = one.complete("counted", 20, kv_cache_state=True).json()["kv_cache_state"]["id"]
+    before = one.used("counted")
+    usage = one.complete("counted", 2, kv_cache_state=kept).json()["usage"]
+    assert one.used("counted") - before == usage["total_tokens"] > 22  # the state's tokens belong to the prompt
     before = one.used("counted")
     beams = one.complete("counted", 3, use_beam_search=True, n=2).json()["usage"]
     assert one.used("counted") - before == beams["prompt_tokens"] + 1 + 2 + 2  # one beam becomes two

@@ -54,6 +54,11 @@ class World:
             sum(amount for at, amount in self.tokens if at + 60 > self.now),
         )
 
+    def least_wait(self, entries: list[Any], amount: int, limit: int) -> float:
+        """Until the first time at which the entries leave room for `amount`, as they are now."""
+        ends = sorted(at + 60 for at, _ in entries if at + 60 > self.now)
+        return next(end for end in ends if sum(n for at, n in entries if at + 60 > end) + amount <= limit) - self.now
+
     async def send(self, limiter: Limiter, who: Key, id: int, settled: Callable[[], Awaitable[None]]) -> None:
         """A request, which is allowed exactly if the account says so."""
         await self.end_requests()
@@ -63,6 +68,7 @@ class World:
         assert (verdict.refused_by is None) == (requests < who.requests_per_minute)
         if verdict.refused_by is not None:
             self.refused += 1
+            assert verdict.wait == self.least_wait([(at, 1) for at in self.requests], 1, who.requests_per_minute)
             return
         self.requests.append(self.now)
         used = prompt + self.random.randint(0, generated)
@@ -71,6 +77,7 @@ class World:
         assert (verdict.refused_by is None) == (tokens + prompt + generated <= who.tokens_per_minute)
         if verdict.refused_by is not None:
             self.refused += 1
+            assert verdict.wait == self.least_wait(self.tokens, prompt + generated, who.tokens_per_minute)
             return
         entry = [self.now, prompt + generated]
         self.tokens.append(entry)
