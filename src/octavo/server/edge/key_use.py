@@ -14,6 +14,7 @@ from octavo.tenants.key import Key
 from octavo.tenants.limiter import Limiter, Spending, Verdict
 
 from .access_log import RequestRecord
+from .traffic import Traffic
 
 MAX_WAITING = 100  # requests of a key in each of its two lines; further ones are refused
 LOOK_SECONDS = 1.0  # between two looks of the first in line: another server may have given something back
@@ -34,10 +35,12 @@ class KeyLimits:
     Args:
         limiter: keeps count.
         waits: whether a request over a rate waits; otherwise it is refused.
+        traffic: counts the requests of clients that run; those that wait are not among them.
     """
 
-    def __init__(self, limiter: Limiter, waits: bool = False):
+    def __init__(self, limiter: Limiter, waits: bool = False, traffic: Traffic | None = None):
         self.limiter, self.waits = limiter, waits
+        self._traffic = traffic or Traffic()
         self._ids = itertools.count()
         self._lines: defaultdict[tuple[str, str], _Line] = defaultdict(
             _Line
@@ -69,6 +72,7 @@ class KeyLimits:
         else:
             verdict = Verdict("waiting", LOOK_SECONDS)
         line.waiting += 1
+        self._traffic.add(-1)
         try:
             async with asyncio.timeout(timeout), line.first:
                 while True:
@@ -81,6 +85,7 @@ class KeyLimits:
         except TimeoutError:
             return verdict
         finally:
+            self._traffic.add(1)
             line.waiting -= 1
             if not line.waiting:
                 self._lines.pop((key.name, what), None)
