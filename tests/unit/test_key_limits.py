@@ -16,6 +16,7 @@ from octavo.errors import ConfigError
 from octavo.server.database import Database
 from octavo.server.edge.access_log import RequestRecord
 from octavo.server.edge.key_use import MAX_WAITING, KeyLimits, KeyUse
+from octavo.server.edge.traffic import Traffic
 from octavo.server.errors import ApiError, error_headers, error_reply
 from octavo.tenants.key import Key, secret_hash
 from octavo.tenants.limiter import Limiter, Spending, seconds_to_next_month
@@ -289,7 +290,8 @@ def test_waiting_is_fair() -> None:
     refusals: list[int] = []
 
     with virtual_loop() as loop:
-        limits = KeyLimits(LocalLimiter(loop.time, lambda: 1e9 + loop.time()), waits=True)
+        traffic = Traffic()  # each request is counted by the dispatcher, before
+        limits = KeyLimits(LocalLimiter(loop.time, lambda: 1e9 + loop.time()), waits=True, traffic=traffic)
         start = loop.time()
 
         async def send(who: Key, number: int, timeout: float | None = None) -> None:
@@ -311,14 +313,17 @@ def test_waiting_is_fair() -> None:
                 flooding[gone].cancel()
             await asyncio.sleep(0.1)
             late = asyncio.ensure_future(send(flood, 2000))
+            await asyncio.sleep(0.1)
+            assert traffic.count == -(MAX_WAITING - 3 + 1)
             for n in range(30):
                 await send(calm, n)
                 await asyncio.sleep(6)
             await asyncio.gather(*flooding, late, impatient, return_exceptions=True)
 
         loop.run_until_complete(run())
+    assert traffic.count == 0
     of_calm = [at for name, _, at in admitted if name == "calm"]
-    assert of_calm == pytest.approx([0.2 + 6 * n for n in range(30)], abs=0.05)
+    assert of_calm == pytest.approx([0.3 + 6 * n for n in range(30)], abs=0.05)
     of_flood = [(number, at) for name, number, at in admitted if name == "flood"]
     assert [number for number, _ in of_flood] == [n for n in range(MAX_WAITING + 10) if n not in (12, 15, 16)] + [2000]
     assert [at for _, at in of_flood] == pytest.approx([60.0 * (n // 10) for n in range(len(of_flood))], abs=0.1)

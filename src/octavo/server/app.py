@@ -68,7 +68,7 @@ def create_app(
         http = metrics.HttpMeter()
         routes += metrics.routes(metrics.Exporter(fleet, http))
         on_end = http.ended
-    authentication = _authentication(config, database)
+    authentication = _authentication(config, database, traffic)
     if authentication is not None:
         from . import keys_admin
 
@@ -80,7 +80,7 @@ def create_app(
     return app
 
 
-def _authentication(config: ServerConfig, database: Database) -> "Authentication | None":
+def _authentication(config: ServerConfig, database: Database, traffic: Traffic) -> "Authentication | None":
     """Return what checks the API keys of requests; None if the server has no keys. Raises ConfigError."""
     if not config.has_keys:
         return None
@@ -94,9 +94,8 @@ def _authentication(config: ServerConfig, database: Database) -> "Authentication
         models_admin.check_key(config.admin_key, Headers(scope=scope))
 
     ring = KeyRing(config.api_key or (), Path(config.keys) if config.keys else None)
-    return Authentication(
-        ring, admit_operator, KeyLimits(_limiter(config, database), config.rate_limit_mode == "queue")
-    )
+    limits = KeyLimits(_limiter(config, database), config.rate_limit_mode == "queue", traffic)
+    return Authentication(ring, admit_operator, limits)
 
 
 def _limiter(config: ServerConfig, database: Database) -> "Limiter":

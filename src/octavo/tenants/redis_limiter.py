@@ -78,7 +78,7 @@ class RedisLimiter:
             return verdict
         if key.requests_per_minute is not None or key.concurrent_requests is not None:
             limits = key.requests_per_minute or 0, key.concurrent_requests or 0
-            arguments = [self._now(), self._id(id), *limits, _microseconds(LEASE_SECONDS)]
+            arguments: list[str | int] = [self._now(), self._id(id), *limits, _microseconds(LEASE_SECONDS)]
             keys = _keys(key.name, "requests", "running")
             if reply := await self._ask(lambda: self._enter(keys=keys, args=arguments)):
                 verdict = self._verdict(reply)
@@ -100,7 +100,8 @@ class RedisLimiter:
         if key.limits_tokens:
             month = month_of(self._wall())
             amounts = spending.reserved, spending.prompt, key.tokens_per_minute or 0, key.monthly_tokens or 0
-            arguments = [self._now(), self._id(spending.id), *amounts, month, _microseconds(LEASE_SECONDS)]
+            lease = _microseconds(LEASE_SECONDS)
+            arguments: list[str | int] = [self._now(), self._id(spending.id), *amounts, month, lease]
             if reply := await self._ask(lambda: self._reserve(keys=_token_keys(key.name), args=arguments)):
                 verdict = self._verdict(reply)
                 if verdict.refused_by is None:
