@@ -46,7 +46,7 @@ class Snapshot:
     Attributes:
         meters: by the model's name.
         totals: statistics of engines and of those before them, by the model's name and the engine's number.
-        swap_rates: pages per second moved to and from lower tiers, by the same.
+        swap_rates: pages per second that came back from lower tiers, by the same.
         devices: utilization in percent, by the device's name.
     """
 
@@ -92,12 +92,12 @@ class Exporter:
         for engine in engines:
             self._fleet.meters[engine.model].engine(engine.number)  # its series are there before its first request
         totals = self._history.totals()
-        moved = {key: stats.pages_saved + stats.pages_fetched for key, stats in totals.items()}
+        fetched = {key: stats.pages_fetched for key, stats in totals.items()}
         return Snapshot(
             meters={name: meter.copy() for name, meter in self._fleet.meters.items()},
             engines=engines,
             totals=totals,
-            swap_rates={key: self._swaps.setdefault(key, Window(0)).rate(pages) for key, pages in moved.items()},
+            swap_rates={key: self._swaps.setdefault(key, Window(pages)).rate(pages) for key, pages in fetched.items()},
             devices=self._devices.utilization(),
             http=self._http.copy(),
         )
