@@ -55,7 +55,7 @@ OVERVIEW = Dashboard(
             Panel("Queue", {
                 "running": q.sum("vllm:num_requests_running"),
                 "waiting: {{reason}}": q.sum("vllm:num_requests_waiting_by_reason", "reason"),
-            }, "short", "Sequences. Deferred ones wait for pages from a lower tier, or for another completion's prompt.",
+            }, "short", "Sequences. Deferred ones wait for pages from a lower tier, or for another's prompt.",
                   stacked=True),
             Panel("Late first tokens", {
                 f"{{{{model_name}}}}, last {window}": q.series(SLOW + window) for window in ("5m", "1h", "6h")

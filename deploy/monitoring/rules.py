@@ -76,7 +76,7 @@ def _burns(long: str, short: str, speed: float) -> str:
 
 def _swap_rate_climbs() -> str:
     rate = _EXPORTED.series("vllm_kv_cache_swap_rate")
-    return f"avg_over_time({rate}[5m]) > 10 and avg_over_time({rate}[5m]) > 2 * avg_over_time({rate}[1h])"
+    return f"avg_over_time({rate}[5m]) > 10 and avg_over_time({rate}[5m]) > 2 * avg_over_time({rate}[1h] offset 5m)"
 
 
 def _queue_grows() -> str:
@@ -86,7 +86,7 @@ def _queue_grows() -> str:
 
 def _kv_full() -> str:
     usage, waiting = _EXPORTED.series("vllm:kv_cache_usage_perc"), _EXPORTED.series("vllm:num_requests_waiting")
-    return f"{usage} > 0.95 and {waiting} > 0"
+    return f"avg_over_time({usage}[5m]) > 0.9 and avg_over_time({waiting}[5m]) > 1"
 
 
 def _restarts(limit: str) -> str:
@@ -135,8 +135,8 @@ ALERTS = [
     ),
     Alert(
         "OctavoSwapRateClimbs", _swap_rate_climbs(), "5m", "warning",
-        "Engine {{ $labels.engine }} of {{ $labels.model_name }} on {{ $labels.instance }} fetches {{ $value | humanize }} "
-        "KV pages a second back into memory, over twice the hour's average.",
+        "Engine {{ $labels.engine }} of {{ $labels.model_name }} on {{ $labels.instance }} fetches "
+        "{{ $value | humanize }} KV pages a second back into memory, over twice as many as in the hour before.",
         "Memory no longer holds the contexts that are in use. Raise kv_cache_memory, or add servers.",
     ),
 ]  # fmt: skip
