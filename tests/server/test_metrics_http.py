@@ -16,6 +16,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from fleet_server import FleetServer, until
+from octavo.server.metrics.catalog import catalog
 from server_process import ServerProcess
 
 FIRST_TOKEN = [
@@ -164,6 +165,17 @@ def test_a_name_is_exported_or_the_document_says_why_not(families: dict[str, Any
 def test_the_document_has_no_name_that_does_not_exist(families: dict[str, Any]) -> None:
     exported = set(re.findall(r"^\| `(\S+)`", DOCUMENT.read_text().split("## Not exported")[0], re.M))
     assert exported == {family.name + "_total" * (family.type == "counter") for family in families.values()}
+
+
+def test_the_catalog_lists_all_families(families: dict[str, Any]) -> None:
+    """Dashboards and alerts are written by it."""
+    listed = {each.name: (each.kind, each.help, set(each.labels)) for each in catalog()}
+    assert listed.keys() == {family.name + "_total" * (family.type == "counter") for family in families.values()}
+    for family in families.values():
+        labels = set[str]().union(*(sample.labels.keys() - {"le"} for sample in family.samples))
+        kind = {"unknown": "untyped"}.get(family.type, family.type)
+        name = family.name + "_total" * (kind == "counter")
+        assert listed[name] == (kind, family.documentation, labels)
 
 
 def test_off_by_default(tiny_llama: Path) -> None:
