@@ -1,0 +1,295 @@
+"""Metrics check: the figures of GET /metrics against those that clients have counted, while engines are killed.
+
+    python benchmarks/metrics_check.py [--model smollm2] [--requests 5000] [--rate 40] [--kills 10] [--replicas 2]
+
+Tenants send streams, chats, requests with n = 2, and wrong ones. One tenant leaves in the middle of its streams, or
+sets a timeout that is too short. Engines are killed in between, and a scrape each half second checks that no counter
+goes down. Then both sides must agree: on counts exactly, on quantiles of latencies within a bucket, or within the 10 ms
+that HTTP and this process may take. The exit code is 1 if they do not, or if a request was lost. The rate must be one
+that this process can keep up with: its own delays look like the server's.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import signal
+import sys
+import time
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+from live_server import LiveServer
+from scrape import Scrape
+
+from octavo.frontend.meter import FIRST_TOKEN, REQUEST
+
+STREAMS = "streams"  # the tenant of all streams: only these show a client when the first token came
+TENANTS = ("alpha", "beta", STREAMS)
+LEAVER = "leaver"  # the tenant whose requests end early, so that it cannot know how many tokens were generated
+OVERHEAD = 0.01  # seconds
+REASONS = ("stop", "length", "abort", "error", "repetition")
+COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+
+
+@dataclass
+class Counted:
+    """What clients have counted.
+
+    Attributes:
+        numbers: by name, such as "requests", and tenant.
+        reasons: why completions have ended.
+        http: replies by route and class of status.
+        first_token, request: seconds, of streams and of all requests that were answered.
+        lost: why requests were lost.
+    """
+
+    numbers: Counter[tuple[str, str]] = field(default_factory=Counter)
+    reasons: Counter[str] = field(default_factory=Counter)
+    http: Counter[tuple[str, str]] = field(default_factory=Counter)
+    first_token: list[float] = field(default_factory=list)
+    request: list[float] = field(default_factory=list)
+    lost: list[str] = field(default_factory=list)
+
+    def ended(self, tenant: str, usage: dict[str, Any], reasons: Iterable[str], seconds: float) -> None:
+        """Count a request that was answered."""
+        self.numbers["requests", tenant] += 1
+        self.numbers["prompt tokens", tenant] += usage["prompt_tokens"]
+        self.numbers["cached tokens", tenant] += usage["prompt_tokens_details"]["cached_tokens"]
+        self.numbers["generated tokens", tenant] += usage["completion_tokens"]
+        self.reasons.update(reasons)
+        self.request.append(seconds)
+
+    def ended_early(self, reason: str) -> None:
+        self.numbers["requests", LEAVER] += 1
+        self.reasons[reason] += 1
+
+
+class Clients:
+    """Clients that send `total` requests of all kinds, at random times, so many per second."""
+
+    def __init__(self, url: str, total: int, rate: float, seed: int):
+        self.counted, self.sent = Counted(), 0
+        self._total, self._rate, self._seed = total, rate, seed
+        self._http = httpx.AsyncClient(base_url=url, timeout=120, limits=httpx.Limits(max_connections=None))
+        self._model = ""
+
+    async def run(self) -> None:
+        self._model = (await self._http.get("/v1/models")).json()["data"][0]["id"]
+        choose = random.Random(self._seed)
+        async with asyncio.TaskGroup() as requests:
+            while self.sent < self._total:
+                self.sent += 1
+                requests.create_task(self._request(random.Random(f"{self._seed} {self.sent}")))
+                await asyncio.sleep(choose.expovariate(self._rate))
+        await self._http.aclose()
+
+    async def _request(self, choose: random.Random) -> None:
+        kinds = (self._whole, self._stream, self._chat, self._leave, self._time_out, self._wrong)
+        [kind] = choose.choices(kinds, (4, 6, 4, 1, 1, 1))
+        early = kind in (self._leave, self._time_out)
+        tenant = LEAVER if early else STREAMS if kind == self._stream else choose.choice(TENANTS[:2])
+        prompt = f"Story {choose.randrange(40)}: " + "once upon a time " * choose.randrange(8)
+        common = {"model": self._model, "seed": choose.randrange(1000), "temperature": 1.0}
+        try:
+            await kind(tenant, prompt, common | {"max_tokens": choose.randrange(1, 60)})
+        except (httpx.HTTPError, KeyError, RuntimeError) as error:
+            self.counted.lost.append(f"{kind.__name__}: {type(error).__name__}: {error}")
+
+    async def _post(self, path: str, tenant: str, body: dict[str, Any], status: int = 200) -> dict[str, Any]:
+        reply = await self._http.post(path, json=body, headers={"X-Octavo-Tenant": tenant})
+        self.counted.http[path, f"{reply.status_code // 100}xx"] += 1
+        if reply.status_code != status:
+            raise RuntimeError(f"status {reply.status_code}: {reply.text[:200]}")
+        content: dict[str, Any] = reply.json()
+        return content
+
+    async def _whole(self, tenant: str, prompt: str, body: dict[str, Any]) -> None:
+        began = time.perf_counter()
+        reply = await self._post(COMPLETIONS, tenant, body | {"prompt": prompt, "n": 2})
+        seconds = time.perf_counter() - began
+        self.counted.ended(tenant, reply["usage"], [each["finish_reason"] for each in reply["choices"]], seconds)
+
+    async def _chat(self, tenant: str, prompt: str, body: dict[str, Any]) -> None:
+        began = time.perf_counter()
+        reply = await self._post(CHAT, tenant, body | {"messages": [{"role": "user", "content": prompt}]})
+        seconds = time.perf_counter() - began
+        self.counted.ended(tenant, reply["usage"], [reply["choices"][0]["finish_reason"]], seconds)
+
+    async def _stream(self, tenant: str, prompt: str, body: dict[str, Any]) -> None:
+        """Measure a stream as a client sees it."""
+        options = {"prompt": prompt, "stream": True, "stream_options": {"include_usage": True}}
+        began, first = time.perf_counter(), None
+        reasons, usage = list[str](), dict[str, Any]()
+        headers = {"X-Octavo-Tenant": tenant}
+        async with self._http.stream("POST", COMPLETIONS, json=body | options, headers=headers) as reply:
+            self.counted.http[COMPLETIONS, f"{reply.status_code // 100}xx"] += 1
+            async for line in reply.aiter_lines():
+                if line.startswith("data: {"):
+                    event = json.loads(line[6:])
+                    usage = event.get("usage") or usage
+                    first = first or time.perf_counter()
+                    reasons += [each["finish_reason"] for each in event["choices"] if each["finish_reason"]]
+        if not usage or first is None:
+            raise RuntimeError("the stream ended early")
+        self.counted.ended(tenant, usage, reasons, time.perf_counter() - began)
+        self.counted.first_token.append(first - began)
+
+    async def _leave(self, tenant: str, prompt: str, body: dict[str, Any]) -> None:
+        options = {"prompt": prompt, "stream": True, "max_tokens": 400, "ignore_eos": True}
+        headers = {"X-Octavo-Tenant": tenant}
+        async with self._http.stream("POST", COMPLETIONS, json=body | options, headers=headers) as reply:
+            async for _ in reply.aiter_lines():
+                break
+        self.counted.http[COMPLETIONS, "4xx"] += 1  # 499: the client has left
+        self.counted.ended_early("abort")
+
+    async def _time_out(self, tenant: str, prompt: str, body: dict[str, Any]) -> None:
+        options = {"prompt": prompt, "max_tokens": 400, "ignore_eos": True, "timeout": 0.005}
+        await self._post(COMPLETIONS, tenant, body | options, status=504)
+        self.counted.ended_early("error")
+
+    async def _wrong(self, tenant: str, prompt: str, body: dict[str, Any]) -> None:
+        await self._post(COMPLETIONS, tenant, body | {"prompt": prompt, "temperature": -1}, status=400)
+
+
+class Kills:
+    """Kills an engine whenever a share of the requests was sent, and checks that no counter goes down.
+
+    Attributes:
+        seen: the pids of all engines; one that the server has replaced by itself, as it was stuck, too.
+    """
+
+    def __init__(self, server: LiveServer, clients: Clients, arguments: argparse.Namespace):
+        self._server, self._clients = server, clients
+        self._pause, self._kills = arguments.requests / (arguments.kills + 1), arguments.kills
+        self._killed = set[int]()
+        self.seen = set(server.engine_pids())
+
+    async def run(self) -> None:
+        latest = await asyncio.to_thread(Scrape, self._server.url)
+        while True:
+            await asyncio.sleep(0.5)
+            scrape = await asyncio.to_thread(Scrape, self._server.url)
+            scrape.grew(latest)
+            latest = scrape
+            engines = set(self._server.engine_pids())
+            self.seen |= engines
+            is_due = self._clients.sent > (len(self._killed) + 1) * self._pause
+            if is_due and len(self._killed) < self._kills and (alive := engines - self._killed):
+                self._killed.add(min(alive))
+                os.kill(min(alive), signal.SIGKILL)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table."""
+
+    name: str
+    clients: str
+    server: str
+    agrees: bool
+
+
+def count(name: str, clients: float, server: float) -> Row:
+    return Row(name, f"{clients:,.0f}", f"{server:,.0f}", clients == server)
+
+
+def compare(counted: Counted, scrape: Scrape, restarts: int) -> Iterator[Row]:
+    """Yield the figures of both sides."""
+    families = {
+        "requests": "vllm_requests_total",
+        "prompt tokens": "vllm:prompt_tokens_total",
+        "cached tokens": "vllm:prompt_tokens_cached_total",
+        "generated tokens": "vllm_tokens_generated",
+    }
+    for name, family in families.items():
+        for tenant in TENANTS:
+            yield count(f"{name} of {tenant}", counted.numbers[name, tenant], scrape.sum(family, tenant=tenant))
+    yield count(
+        f"requests of {LEAVER}", counted.numbers["requests", LEAVER], scrape.sum("vllm_requests_total", tenant=LEAVER)
+    )
+    for reason in REASONS:
+        yield count(
+            f"completions: {reason}", counted.reasons[reason],
+            scrape.sum("vllm:request_success_total", finished_reason=reason),
+        )  # fmt: skip
+    for (path, status), number in sorted(counted.http.items()):
+        yield count(f"{path}: {status}", number, scrape.sum("http_requests_total", handler=path, status=status))
+    yield count("engine restarts", restarts, scrape.sum("octavo_engine_restarts_total"))
+    answered = len(counted.request)
+    yield count("requests measured", answered, scrape.sum("vllm:e2e_request_latency_seconds_count"))
+    yield from quantiles("first token", counted.first_token, FIRST_TOKEN, cumulative(scrape, "time_to_first_token"))
+    yield from quantiles("whole request", counted.request, REQUEST, cumulative(scrape, "e2e_request_latency"))
+
+
+def cumulative(scrape: Scrape, name: str) -> list[float]:
+    """Return the number of values up to each bound, of streams if there is a tenant, and of all."""
+    found = Counter[float]()
+    for each in scrape.samples:
+        if each.name == f"vllm:{name}_seconds_bucket" and each.labels.get("tenant", STREAMS) == STREAMS:
+            found[float(each.labels["le"])] += each.value
+    return [found[bound] for bound in sorted(found)]
+
+
+def quantiles(name: str, seconds: Sequence[float], bounds: Sequence[float], counts: list[float]) -> Iterator[Row]:
+    """Yield quantiles: of the clients' seconds, and the bucket in which the server has them."""
+    ends, ordered = [*bounds, float("inf")], sorted(seconds)
+    for quantile in (0.5, 0.9, 0.99):
+        rank = min(int(quantile * len(ordered)), len(ordered) - 1)
+        bucket = next(number for number, below in enumerate(counts) if below > rank * counts[-1] / len(ordered))
+        begin = ends[bucket - 1] if bucket else 0.0
+        first, last = (bisect_left(ends, second) for second in (ordered[rank] - OVERHEAD, ordered[rank]))
+        agrees = counts[-1] == len(ordered) and first - 1 <= bucket <= last + 1
+        yield Row(f"{name}, p{quantile * 100:g}", f"{ordered[rank]:.3f} s", f"{begin:g} to {ends[bucket]:g} s", agrees)
+
+
+async def check(server: LiveServer, arguments: argparse.Namespace) -> tuple[Counted, list[Row]]:
+    clients = Clients(server.url, arguments.requests, arguments.rate, arguments.seed)
+    kills = Kills(server, clients, arguments)
+    async with asyncio.TaskGroup() as group:  # if a counter goes down, the clients stop too
+        killing = group.create_task(kills.run())
+        await clients.run()
+        for _ in range(40):  # a client that has left, and an engine that was killed, are noticed a moment later
+            await asyncio.sleep(0.25)
+            restarts = len(kills.seen) - arguments.replicas
+            rows = list(compare(clients.counted, await asyncio.to_thread(Scrape, server.url), restarts))
+            if all(row.agrees for row in rows):
+                break
+        killing.cancel()
+    return clients.counted, rows
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--requests", type=int, default=5000)
+    parser.add_argument("--rate", type=float, default=40.0, help="requests per second")
+    parser.add_argument("--kills", type=int, default=10)
+    parser.add_argument("--replicas", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    flags = ("--enable-metrics", "--data-parallel-size", str(arguments.replicas), "--access-log", "none")
+    server = LiveServer(arguments.model, flags)
+    try:
+        counted, rows = asyncio.run(check(server, arguments))
+    finally:
+        server.stop()
+    width = max(len(row.name) for row in rows)
+    print(f"{'':{width}}  {'clients':>12}  {'server':>14}")
+    for row in rows:
+        print(f"{row.name:{width}}  {row.clients:>12}  {row.server:>14}  {'' if row.agrees else '<- differs'}")
+    differing = sum(not row.agrees for row in rows)
+    print(f"{arguments.requests} requests, lost: {len(counted.lost)}, figures that differ: {differing}")
+    for line in counted.lost[:5]:
+        print(" ", line)
+    return 1 if counted.lost or differing else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
