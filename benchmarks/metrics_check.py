@@ -21,6 +21,7 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from multiprocessing import Process
 from typing import Any
 
 import httpx
@@ -33,6 +34,7 @@ STREAMS = "streams"  # the tenant of all streams: only these show a client when 
 TENANTS = ("alpha", "beta", STREAMS)
 LEAVER = "leaver"  # the tenant whose requests end early, so that it cannot know how many tokens were generated
 OVERHEAD = 0.01  # seconds
+LEFT = 8  # completions of a request whose client leaves: many, so that none ends before that is noticed
 REASONS = ("stop", "length", "abort", "error", "repetition")
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 
@@ -65,9 +67,9 @@ class Counted:
         self.reasons.update(reasons)
         self.request.append(seconds)
 
-    def ended_early(self, reason: str) -> None:
+    def ended_early(self, reason: str, completions: int) -> None:
         self.numbers["requests", LEAVER] += 1
-        self.reasons[reason] += 1
+        self.reasons[reason] += completions
 
 
 class Clients:
@@ -141,25 +143,25 @@ class Clients:
         self.counted.first_token.append(first - began)
 
     async def _leave(self, tenant: str, prompt: str, body: dict[str, Any]) -> None:
-        options = {"prompt": prompt, "stream": True, "max_tokens": 400, "ignore_eos": True}
+        options = {"prompt": prompt, "stream": True, "max_tokens": 300, "ignore_eos": True, "n": LEFT}
         headers = {"X-Octavo-Tenant": tenant}
         async with self._http.stream("POST", COMPLETIONS, json=body | options, headers=headers) as reply:
             async for _ in reply.aiter_lines():
                 break
         self.counted.http[COMPLETIONS, "4xx"] += 1  # 499: the client has left
-        self.counted.ended_early("abort")
+        self.counted.ended_early("abort", LEFT)
 
     async def _time_out(self, tenant: str, prompt: str, body: dict[str, Any]) -> None:
         options = {"prompt": prompt, "max_tokens": 400, "ignore_eos": True, "timeout": 0.005}
         await self._post(COMPLETIONS, tenant, body | options, status=504)
-        self.counted.ended_early("error")
+        self.counted.ended_early("error", 1)
 
     async def _wrong(self, tenant: str, prompt: str, body: dict[str, Any]) -> None:
         await self._post(COMPLETIONS, tenant, body | {"prompt": prompt, "temperature": -1}, status=400)
 
 
 class Kills:
-    """Kills an engine whenever a share of the requests was sent, and checks that no counter goes down.
+    """Kills an engine whenever a share of the requests was sent.
 
     Attributes:
         seen: the pids of all engines; one that the server has replaced by itself, as it was stuck, too.
@@ -172,18 +174,24 @@ class Kills:
         self.seen = set(server.engine_pids())
 
     async def run(self) -> None:
-        latest = await asyncio.to_thread(Scrape, self._server.url)
         while True:
-            await asyncio.sleep(0.5)
-            scrape = await asyncio.to_thread(Scrape, self._server.url)
-            scrape.grew(latest)
-            latest = scrape
+            await asyncio.sleep(0.1)
             engines = set(self._server.engine_pids())
             self.seen |= engines
             is_due = self._clients.sent > (len(self._killed) + 1) * self._pause
             if is_due and len(self._killed) < self._kills and (alive := engines - self._killed):
                 self._killed.add(min(alive))
                 os.kill(min(alive), signal.SIGKILL)
+
+
+def watch(url: str) -> None:
+    """Check each half second that no counter has gone down. It takes a process of its own, not the clients' time."""
+    latest = Scrape(url)
+    while True:
+        time.sleep(0.5)
+        scrape = Scrape(url)
+        scrape.grew(latest)
+        latest = scrape
 
 
 @dataclass(frozen=True)
@@ -243,7 +251,7 @@ def quantiles(name: str, seconds: Sequence[float], bounds: Sequence[float], coun
     for quantile in (0.5, 0.9, 0.99):
         rank = min(int(quantile * len(ordered)), len(ordered) - 1)
         bucket = next(number for number, below in enumerate(counts) if below > rank * counts[-1] / len(ordered))
-        begin = ends[bucket - 1] if bucket else 0.0
+        begin = float(ends[bucket - 1]) if bucket else 0.0
         first, last = (bisect_left(ends, second) for second in (ordered[rank] - OVERHEAD, ordered[rank]))
         agrees = counts[-1] == len(ordered) and first - 1 <= bucket <= last + 1
         yield Row(f"{name}, p{quantile * 100:g}", f"{ordered[rank]:.3f} s", f"{begin:g} to {ends[bucket]:g} s", agrees)
@@ -252,16 +260,19 @@ def quantiles(name: str, seconds: Sequence[float], bounds: Sequence[float], coun
 async def check(server: LiveServer, arguments: argparse.Namespace) -> tuple[Counted, list[Row]]:
     clients = Clients(server.url, arguments.requests, arguments.rate, arguments.seed)
     kills = Kills(server, clients, arguments)
-    async with asyncio.TaskGroup() as group:  # if a counter goes down, the clients stop too
-        killing = group.create_task(kills.run())
-        await clients.run()
-        for _ in range(40):  # a client that has left, and an engine that was killed, are noticed a moment later
-            await asyncio.sleep(0.25)
-            restarts = len(kills.seen) - arguments.replicas
-            rows = list(compare(clients.counted, await asyncio.to_thread(Scrape, server.url), restarts))
-            if all(row.agrees for row in rows):
-                break
-        killing.cancel()
+    killing = asyncio.ensure_future(kills.run())
+    watching = Process(target=watch, args=(server.url,), daemon=True)
+    watching.start()
+    await clients.run()
+    for _ in range(40):  # a client that has left, and an engine that was killed, are noticed a moment later
+        await asyncio.sleep(0.25)
+        restarts = len(kills.seen) - arguments.replicas
+        rows = list(compare(clients.counted, await asyncio.to_thread(Scrape, server.url), restarts))
+        if all(row.agrees for row in rows):
+            break
+    killing.cancel()
+    assert watching.is_alive(), "a counter went down"
+    watching.terminate()
     return clients.counted, rows
 
 
