@@ -76,15 +76,16 @@ class Exporter:
         """Return all metrics in Prometheus's text format."""
         models = self._fleet.all_models()
         statistics = await asyncio.gather(*map(model_stats, models))
+        utilization = await asyncio.to_thread(self._devices.utilization)  # a GPU's driver may take its time
         for model, stats in zip(models, statistics, strict=True):
             for number, replica in enumerate(stats.replicas):
                 if replica.engine is not None:
                     self._history.update(model, number, replica.pid, replica.engine)
         self._history.keep(self._fleet.all_models())
-        snapshot = self._snapshot(models, statistics)
+        snapshot = self._snapshot(models, statistics, utilization)
         return await asyncio.to_thread(self._render, snapshot)
 
-    def _snapshot(self, models: list[Model], statistics: list[ModelStats]) -> Snapshot:
+    def _snapshot(self, models: list[Model], statistics: list[ModelStats], devices: dict[str, float]) -> Snapshot:
         assert self._fleet.meters is not None
         engines = [
             engine for model, stats in zip(models, statistics, strict=True) for engine in self._engines(model, stats)
@@ -98,7 +99,7 @@ class Exporter:
             engines=engines,
             totals=totals,
             swap_rates={key: self._swaps.setdefault(key, Window(pages)).rate(pages) for key, pages in fetched.items()},
-            devices=self._devices.utilization(),
+            devices=devices,
             http=self._http.copy(),
         )
 
