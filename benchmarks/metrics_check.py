@@ -18,8 +18,8 @@ import signal
 import sys
 import time
 from bisect import bisect_left
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from multiprocessing import Process
 from typing import Any
@@ -131,8 +131,8 @@ class Clients:
         headers = {"X-Octavo-Tenant": tenant}
         async with self._http.stream("POST", COMPLETIONS, json=body | options, headers=headers) as reply:
             self.counted.http[COMPLETIONS, f"{reply.status_code // 100}xx"] += 1
-            async for line in reply.aiter_lines():
-                if line.startswith("data: {"):
+            async for line in lines(reply):
+                if line.startswith(b"data: {"):
                     event = json.loads(line[6:])
                     usage = event.get("usage") or usage
                     first = first or time.perf_counter()
@@ -146,7 +146,7 @@ class Clients:
         options = {"prompt": prompt, "stream": True, "max_tokens": 300, "ignore_eos": True, "n": LEFT}
         headers = {"X-Octavo-Tenant": tenant}
         async with self._http.stream("POST", COMPLETIONS, json=body | options, headers=headers) as reply:
-            async for _ in reply.aiter_lines():
+            async for _ in reply.aiter_raw():
                 break
         self.counted.http[COMPLETIONS, "4xx"] += 1  # 499: the client has left
         self.counted.ended_early("abort", LEFT)
@@ -158,6 +158,15 @@ class Clients:
 
     async def _wrong(self, tenant: str, prompt: str, body: dict[str, Any]) -> None:
         await self._post(COMPLETIONS, tenant, body | {"prompt": prompt, "temperature": -1}, status=400)
+
+
+async def lines(reply: httpx.Response) -> AsyncIterator[bytes]:
+    """Yield the lines of a stream. (httpx's own method also splits at Unicode's line ends, which a token may be.)"""
+    rest = b""
+    async for piece in reply.aiter_raw():
+        *whole, rest = (rest + piece).split(b"\n")
+        for line in whole:
+            yield line
 
 
 class Kills:
@@ -238,7 +247,7 @@ def compare(counted: Counted, scrape: Scrape, restarts: int) -> Iterator[Row]:
 
 def cumulative(scrape: Scrape, name: str) -> list[float]:
     """Return the number of values up to each bound, of streams if there is a tenant, and of all."""
-    found = Counter[float]()
+    found = defaultdict[float, float](float)
     for each in scrape.samples:
         if each.name == f"vllm:{name}_seconds_bucket" and each.labels.get("tenant", STREAMS) == STREAMS:
             found[float(each.labels["le"])] += each.value
@@ -247,11 +256,11 @@ def cumulative(scrape: Scrape, name: str) -> list[float]:
 
 def quantiles(name: str, seconds: Sequence[float], bounds: Sequence[float], counts: list[float]) -> Iterator[Row]:
     """Yield quantiles: of the clients' seconds, and the bucket in which the server has them."""
-    ends, ordered = [*bounds, float("inf")], sorted(seconds)
+    ends, ordered = [*map(float, bounds), float("inf")], sorted(seconds)
     for quantile in (0.5, 0.9, 0.99):
         rank = min(int(quantile * len(ordered)), len(ordered) - 1)
         bucket = next(number for number, below in enumerate(counts) if below > rank * counts[-1] / len(ordered))
-        begin = float(ends[bucket - 1]) if bucket else 0.0
+        begin = ends[bucket - 1] if bucket else 0.0
         first, last = (bisect_left(ends, second) for second in (ordered[rank] - OVERHEAD, ordered[rank]))
         agrees = counts[-1] == len(ordered) and first - 1 <= bucket <= last + 1
         yield Row(f"{name}, p{quantile * 100:g}", f"{ordered[rank]:.3f} s", f"{begin:g} to {ends[bucket]:g} s", agrees)

@@ -16,17 +16,18 @@ class Panel:
     """A chart, a row of numbers or a table.
 
     Attributes:
-        queries: expressions by their legends, in which {{label}} is the value of a label.
         unit: one of Grafana's, such as "s" for seconds.
         description: what it shows, in plain words.
+        queries: expressions by their legends, in which {{label}} is the value of a label; of a table, by the titles of
+            its columns.
         stacked: whether the values add up to something.
         max: the end of the scale, if it is fixed.
     """
 
     title: str
-    queries: Mapping[str, str]
     unit: str
     description: str
+    queries: Mapping[str, str]
     kind: Literal["timeseries", "stat", "table"] = "timeseries"
     stacked: bool = False
     max: float | None = None
@@ -116,7 +117,7 @@ def _panel(panel: Panel) -> dict[str, Any]:
         "targets": targets,
         "fieldConfig": {"defaults": {"unit": panel.unit, **defaults}, "overrides": []},
         "options": options,
-        **({"transformations": _HIDE_TIME} if panel.kind == "table" else {}),
+        **({"transformations": _columns(panel)} if panel.kind == "table" else {}),
     }
 
 
@@ -132,10 +133,16 @@ _LEGEND = {
     "legend": {"displayMode": "list", "placement": "bottom", "showLegend": True, "calcs": []},
     "tooltip": {"mode": "multi", "sort": "desc"},
 }
-_HIDE_TIME = [
-    {"id": "merge", "options": {}},
-    {"id": "organize", "options": {"excludeByName": {"Time": True, "__name__": True, "job": True}}},
-]
+
+
+def _columns(panel: Panel) -> list[dict[str, Any]]:
+    """Return the transformations that make a table of labels and values. The value of a lone query is left out."""
+    titles = {f"Value #{chr(ord('A') + number)}": title for number, title in enumerate(panel.queries)}
+    hidden = dict.fromkeys(("Time", "__name__", "job", "Value"), True)
+    return [
+        {"id": "merge", "options": {}},
+        {"id": "organize", "options": {"excludeByName": hidden, "renameByName": titles}},
+    ]
 
 
 def _data_source() -> dict[str, Any]:

@@ -21,6 +21,7 @@ from deploy.monitoring.files import files
 from deploy.monitoring.grafana import Variable
 from deploy.monitoring.promql import EXPORTED, PromQL
 from deploy.monitoring.rules import ALERTS, RECORDS
+from scrape import Scrape
 
 from fleet_server import until
 from programs import program, prometheus
@@ -264,6 +265,18 @@ def queries() -> Iterator[tuple[str, str]]:
                     expr = expr.replace(name, value)
                 assert "$" not in expr
                 yield f"{dashboard.title}: {panel['title']}: {target['legendFormat']}", expr
+
+
+def test_the_first_scrape_has_no_swap_rate_yet(server: ServerProcess) -> None:
+    def pages_fetched() -> int:
+        [model] = httpx.get(f"{server.url}/stats", timeout=60).json()["models"]
+        return int(model["replicas"][0]["engine"]["pages_fetched"])
+
+    with load(server, 12, large):
+        until(lambda: pages_fetched() > 0)
+    scrape = Scrape(server.url)
+    assert scrape.sum("octavo_kv_pages_fetched_total") == pages_fetched() > 0
+    assert scrape.sum("vllm_kv_cache_swap_rate") == 0
 
 
 def test_every_panel_and_rule_has_data_under_load(server: ServerProcess, scraping: Prometheus) -> None:
