@@ -34,8 +34,9 @@ STREAMS = "streams"  # the tenant of all streams: only these show a client when 
 TENANTS = ("alpha", "beta", STREAMS)
 LEAVER = "leaver"  # the tenant whose requests end early, so that it cannot know how many tokens were generated
 OVERHEAD = 0.01  # seconds
-LEFT = 8  # completions of a request whose client leaves: many, so that none ends before that is noticed
+LEFT = 8  # completions of a request whose client leaves: many, so that few end before that is noticed
 REASONS = ("stop", "length", "abort", "error", "repetition")
+REQUESTS, ENDED = "vllm_requests_total", "vllm:request_success_total"
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 
 
@@ -213,6 +214,21 @@ class Row:
     agrees: bool
 
 
+class Expected:
+    """What the server should have counted.
+
+    Args:
+        late: requests that had ended before the server noticed that their client had left. Clients cannot know.
+    """
+
+    def __init__(self, counted: Counted, late: int):
+        self.reasons = counted.reasons + Counter(length=late * LEFT)
+        self.reasons["abort"] -= late * LEFT
+        self.http = counted.http + Counter({(COMPLETIONS, "2xx"): late})
+        self.http[COMPLETIONS, "4xx"] -= late
+        self.measured = len(counted.request) + late
+
+
 def count(name: str, clients: float, server: float) -> Row:
     return Row(name, f"{clients:,.0f}", f"{server:,.0f}", clients == server)
 
@@ -220,7 +236,7 @@ def count(name: str, clients: float, server: float) -> Row:
 def compare(counted: Counted, scrape: Scrape, restarts: int) -> Iterator[Row]:
     """Yield the figures of both sides."""
     families = {
-        "requests": "vllm_requests_total",
+        "requests": REQUESTS,
         "prompt tokens": "vllm:prompt_tokens_total",
         "cached tokens": "vllm:prompt_tokens_cached_total",
         "generated tokens": "vllm_tokens_generated",
@@ -228,19 +244,14 @@ def compare(counted: Counted, scrape: Scrape, restarts: int) -> Iterator[Row]:
     for name, family in families.items():
         for tenant in TENANTS:
             yield count(f"{name} of {tenant}", counted.numbers[name, tenant], scrape.sum(family, tenant=tenant))
-    yield count(
-        f"requests of {LEAVER}", counted.numbers["requests", LEAVER], scrape.sum("vllm_requests_total", tenant=LEAVER)
-    )
+    expected = Expected(counted, int(scrape.sum(ENDED, tenant=LEAVER, finished_reason="length")) // LEFT)
+    yield count(f"requests of {LEAVER}", counted.numbers["requests", LEAVER], scrape.sum(REQUESTS, tenant=LEAVER))
     for reason in REASONS:
-        yield count(
-            f"completions: {reason}", counted.reasons[reason],
-            scrape.sum("vllm:request_success_total", finished_reason=reason),
-        )  # fmt: skip
-    for (path, status), number in sorted(counted.http.items()):
+        yield count(f"completions: {reason}", expected.reasons[reason], scrape.sum(ENDED, finished_reason=reason))
+    for (path, status), number in sorted(expected.http.items()):
         yield count(f"{path}: {status}", number, scrape.sum("http_requests_total", handler=path, status=status))
     yield count("engine restarts", restarts, scrape.sum("octavo_engine_restarts_total"))
-    answered = len(counted.request)
-    yield count("requests measured", answered, scrape.sum("vllm:e2e_request_latency_seconds_count"))
+    yield count("requests measured", expected.measured, scrape.sum("vllm:e2e_request_latency_seconds_count"))
     yield from quantiles("first token", counted.first_token, FIRST_TOKEN, cumulative(scrape, "time_to_first_token"))
     yield from quantiles("whole request", counted.request, REQUEST, cumulative(scrape, "e2e_request_latency"))
 
@@ -262,7 +273,7 @@ def quantiles(name: str, seconds: Sequence[float], bounds: Sequence[float], coun
         bucket = next(number for number, below in enumerate(counts) if below > rank * counts[-1] / len(ordered))
         begin = ends[bucket - 1] if bucket else 0.0
         first, last = (bisect_left(ends, second) for second in (ordered[rank] - OVERHEAD, ordered[rank]))
-        agrees = counts[-1] == len(ordered) and first - 1 <= bucket <= last + 1
+        agrees = first - 1 <= bucket <= last + 1
         yield Row(f"{name}, p{quantile * 100:g}", f"{ordered[rank]:.3f} s", f"{begin:g} to {ends[bucket]:g} s", agrees)
 
 
