@@ -6,8 +6,8 @@ Tenants send streams, chats, requests with n = 2, and wrong ones. One tenant lea
 sets a timeout that is too short. Engines are killed in between, and a scrape each half second checks that no counter
 goes down. Then both sides must agree: on counts exactly, on quantiles of latencies within a bucket. What HTTP takes
 (10 ms) and how late this process itself is, where other programs use the processor, may be missing at the server: the
-table shows the latter, which counts twice, for sending and for receiving. The exit code is 1 if they do not agree, or if
-a request was lost.
+table shows the latter, which counts twice, for sending and for receiving. The exit code is 1 if they do not agree, or
+if a request was lost.
 """
 
 import argparse
