@@ -31,7 +31,7 @@ class Ledger:
     Args:
         request_timeout: timeout in seconds of requests that set none; None for no limit.
         reasoning_parser, max_new_tokens: the settings of these names.
-        is_traced: whether engines write what happens to requests to a trace.
+        is_traced: whether engines report what happens to requests.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class Ledger:
     ):
         self._tokenizer, self._info, self._request_timeout = tokenizer, info, request_timeout
         self._max_new_tokens = max_new_tokens or sys.maxsize
-        self._reasoning_parser, self._is_traced = reasoning_parser, is_traced
+        self._reasoning_parser, self.is_traced = reasoning_parser, is_traced
         self._eos = sorted(tokenizer.eos_token_ids)
         self._live: dict[str, LiveRequest] = {}
         self._completions: dict[str, tuple[LiveRequest, LiveCompletion]] = {}  # by the engine's id
@@ -166,7 +166,7 @@ class Ledger:
                 ttft_target=terms.ttft_target,
                 timeout=live.timeout,
                 pooling=request.pooling,
-                trace=id if self._is_traced else "",
+                is_traced=self.is_traced,
             )
             first = first or engine_request.id
             live.completions.append(self._completion(engine_request, index, params))
