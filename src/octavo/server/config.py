@@ -31,6 +31,9 @@ class ServerConfig(Settings):
     )
     access_log_prompts: bool = setting(False, "Include prompts and messages in the access log.")
     enable_metrics: bool = setting(False, "Serve metrics for Prometheus at GET /metrics (docs/metrics.md).")
+    otlp_endpoint: str | None = setting(
+        None, "Address of an OpenTelemetry collector for a span of each request, such as http://localhost:4318."
+    )
     models: str | None = setting(
         None, "YAML file of several models with their settings, aliases and splits (docs/fleet.md)."
     )
