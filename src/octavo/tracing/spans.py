@@ -28,7 +28,7 @@ log = logging.getLogger("octavo")
 
 
 class Spans:
-    """Makes spans, and sends them to the collector at `endpoint`. Raises ConfigError if the address is wrong.
+    """Makes spans, and sends them to the collector at `endpoint`. Raises ConfigError if a package for it is missing.
 
     They are queued, 2,048 at most: a collector that does not answer, or is slow, costs no more than older spans. The
     environment variables OTEL_... of OpenTelemetry's SDK set the rest, such as the protocol, headers and sampling.
@@ -100,8 +100,6 @@ def _replace_logging(handler: logging.Handler) -> None:
 def _exporter(endpoint: str) -> SpanExporter:
     """Return what sends spans to `endpoint`. Raises ConfigError."""
     address = urlsplit(endpoint)
-    if address.scheme not in ("http", "https", "grpc") or not address.netloc:
-        raise ConfigError(f"otlp_endpoint must be an address such as http://localhost:4318, not {endpoint!r}")
     variables = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
     given = next((os.environ[name] for name in variables if os.environ.get(name)), None)
     protocol = given or ("grpc" if address.scheme == "grpc" else "http/protobuf")
