@@ -139,7 +139,7 @@ def test_preemptions_and_a_killed_engine_are_events(observed: Observed) -> None:
         replies.append(stream)
     for thread in threads:
         thread.join()
-    events = [[event for event in observed.of(reply)[1][0].events] for reply in replies]
+    events = [list(observed.of(reply)[1][0].events) for reply in replies]
     names = [[name for name, _, _ in each] for each in events]
     assert any("preempted" in each for each in names)
     lost = next(each for each in names if "engine lost" in each)

@@ -10,7 +10,6 @@ from octavo.tracing.request_events import ADMITTED, CHUNK, RequestEvent
 from .live import LiveRequest
 from .replica import Replica
 
-
 COUNTED = {ADMITTED: "cached_tokens", CHUNK: "tokens"}
 """What the tokens of an engine's events are, in the file."""
 

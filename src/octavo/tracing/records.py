@@ -1,4 +1,4 @@
-"""Records: an engine's events as plain data, which cost its steps least. The trace file's thread makes lines of them."""
+"""Records: an engine's events as plain data, which cost its steps least. The trace file's thread formats them."""
 
 import time
 from collections.abc import Sequence
