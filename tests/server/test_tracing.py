@@ -162,8 +162,8 @@ def test_octavo_trace(traced: Traced) -> None:
     assert f"{STREAMS} requests, 0 unfinished" in text
     for part in ("prefill", "decode", "swap", "sampling", "host", "idle"):
         assert part in text
-    trace = read_trace(traced.path)
-    assert sum(life.count("preempted") for life in trace.requests) == preemptions > 0
+    trace = read_trace(traced.path, STREAMS)
+    assert sum(life.counts["preempted"] for life in trace.requests) == preemptions > 0
     assert any(life.parts["preempted"] > 0 for life in trace.requests)
     for engine in trace.engines:
         assert engine.parts.total() == engine.end - engine.begin
@@ -202,9 +202,9 @@ def test_python_api(tiny_llama: Path, tmp_path: Path) -> None:
     llm = LLM(str(tiny_llama), trace=str(path), kv_cache_memory="1MiB")
     [output] = llm.generate([[5, 6, 7]], SamplingParams(n=2, max_tokens=4, ignore_eos=True), use_tqdm=False)
     llm.shutdown()
-    [life] = read_trace(path).requests
+    [life] = read_trace(path, 2).requests
     assert (life.id, life.output_tokens, life.prompt_tokens) == (output.request_id, 8, 3)
-    assert life.count("admitted") == 2
+    assert life.counts["admitted"] == 2
 
 
 def test_a_full_queue_drops_events_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,7 +220,7 @@ def test_a_full_queue_drops_events_and_says_so(tmp_path: Path, monkeypatch: pyte
     events = json.loads(path.read_text() + "]")
     kept = sum(each["name"] == "x" for each in events)
     assert kept < written
-    assert read_trace(path).dropped == written - kept
+    assert read_trace(path, 0).dropped == written - kept
 
 
 def test_a_file_is_continued_by_the_process_that_began_it(tmp_path: Path) -> None:
