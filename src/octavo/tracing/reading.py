@@ -19,7 +19,7 @@ class Event(msgspec.Struct, gc=False):
     """A line of a trace file; see docs/tracing.md. Times are in microseconds."""
 
     name: str
-    ph: str
+    ph: str = ""
     pid: int = 0
     tid: int = 0
     ts: int = -1
