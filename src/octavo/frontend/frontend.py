@@ -45,7 +45,7 @@ from .replica import Replica
 from .request_trace import RequestTrace
 from .request_watcher import RequestWatcher
 from .requests import Request, check_length
-from .stats import FrontendStats, ReplicaStats, total
+from .stats import MAX_TENANTS, FrontendStats, ReplicaStats, total
 
 FILE_PATIENCE = 5.0  # seconds for a new engine to open the files of KV states
 DRAIN_LOOK = 0.02  # seconds between checks of a replica that is drained
@@ -265,7 +265,8 @@ class Frontend:
         """Return the frontend's statistics. Raises EngineDead."""
         ledger, admission = self._living(), self._admission
         limit, refused = (admission.limit, admission.refused) if admission else (0, 0)
-        return FrontendStats(ledger.num_completions, limit, refused, self._timed_out)
+        tenants = dict(ledger.count_tenants().most_common(MAX_TENANTS))
+        return FrontendStats(ledger.num_completions, limit, refused, self._timed_out, tenants)
 
     async def replica_stats(self, patience: float | None = None) -> list[ReplicaStats]:
         """Return the statistics of each replica. Its engine's are None if it does not answer within `patience` seconds.

@@ -5,6 +5,7 @@ import secrets
 import sys
 import time
 import uuid
+from collections import Counter
 from collections.abc import Iterator
 
 import msgspec
@@ -65,6 +66,10 @@ class Ledger:
     def num_completions(self) -> int:
         """Return the number of unfinished completions."""
         return len(self._completions)
+
+    def count_tenants(self) -> Counter[str]:
+        """Return the number of unfinished completions by tenant."""
+        return Counter(completion.request.tenant for _, completion in self._completions.values())
 
     def find(self, engine_id: str) -> tuple[LiveRequest, LiveCompletion] | None:
         """Return the unfinished completion with the engine's id `engine_id`, and its request."""
