@@ -55,7 +55,7 @@ class RequestSpans:
             return
         ago = max(time.monotonic() - event.time, 0.0)
         happened = max(time.time() - ago, live.metrics.arrival_time)  # an engine may have another clock
-        attributes = {"engine": replica.number, "sequence": event.sequence}
+        attributes: dict[str, str | int] = {"engine": replica.number, "sequence": event.sequence}
         if event.name == ADMITTED:
             attributes["cached_tokens"] = event.tokens
         span.add_event(event.name, attributes, int(happened * 1e9))

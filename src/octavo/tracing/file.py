@@ -48,6 +48,8 @@ class TraceFile:
 
     def write_records(self, records: bytes) -> None:
         """Queue the events of an engine, from EngineTrace.take, like `write`."""
+        if not records:
+            return
         if self._queued - self._written > MAX_QUEUED:
             self._dropped += count(records)
             return

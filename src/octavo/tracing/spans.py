@@ -4,7 +4,6 @@ import logging
 import os
 from collections.abc import Sequence
 from threading import Thread
-from typing import Any
 from urllib.parse import urlsplit
 
 from octavo.errors import ConfigError
@@ -114,11 +113,12 @@ def _exporter(endpoint: str) -> SpanExporter:
     return OTLPSpanExporter(endpoint=endpoint if address.path.strip("/") else endpoint.rstrip("/") + DEFAULT_PATH)
 
 
-def _grpc_exporter(endpoint: str) -> Any:
+def _grpc_exporter(endpoint: str) -> SpanExporter:
     try:
         from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
     except ImportError:
         package = "opentelemetry-exporter-otlp-proto-grpc"
         raise ConfigError(f"OTLP over gRPC needs a package of its own: pip install {package}") from None
     address = urlsplit(endpoint)
-    return OTLPSpanExporter(endpoint=address.netloc, insecure=address.scheme != "https")
+    exporter: SpanExporter = OTLPSpanExporter(endpoint=address.netloc, insecure=address.scheme != "https")
+    return exporter
