@@ -30,8 +30,9 @@ class HttpSpans:
         parent = _PROPAGATOR.extract(scope["headers"], getter=_Headers())
         span = self._tracer.start_span("POST", context=parent, kind=SpanKind.SERVER)
         context = span.get_span_context()
-        value = f"00-{context.trace_id:032x}-{context.span_id:016x}-{context.trace_flags:02x}"
-        record.response_headers.append((TRACERESPONSE, value.encode()))
+        if context.is_valid:  # unless OTEL_SDK_DISABLED is set
+            value = f"00-{context.trace_id:032x}-{context.span_id:016x}-{context.trace_flags:02x}"
+            record.response_headers.append((TRACERESPONSE, value.encode()))
         try:
             with use_span(span, record_exception=False, set_status_on_exception=False):
                 await self._app(scope, receive, send)
