@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from octavo.fleet.fleet import Fleet
     from octavo.fleet.model import Model
     from octavo.fleet.specs import FleetSpec
+    from octavo.tracing.spans import Spans
 
     from .edge.certificates import Certificates
     from .edge.draining import DrainingServer
@@ -114,9 +115,11 @@ async def _serve(
     from .edge.draining import DrainingServer
 
     access_log = AccessLog(config.access_log, sys.stdout, config.access_log_prompts)
+    spans: Spans | None = None
     try:
+        spans = _spans(config)
         await fleet.start()
-        app = create_app(fleet, config, draining=lambda: servers[0].should_exit)
+        app = create_app(fleet, config, draining=lambda: servers[0].should_exit, spans=spans)
         server = DrainingServer(
             app, config, access_log, lambda: _announce(fleet, config, listeners[0]), certificates=certificates
         )
@@ -128,6 +131,17 @@ async def _serve(
     finally:
         await fleet.close()
         access_log.close()
+        if spans is not None:
+            await asyncio.to_thread(spans.close)
+
+
+def _spans(config: ServerConfig) -> "Spans | None":
+    """Return what makes OpenTelemetry spans, if the server shall make some. Raises ConfigError."""
+    if config.otlp_endpoint is None:
+        return None
+    from octavo.tracing.spans import Spans  # imported late, with OpenTelemetry
+
+    return Spans(config.otlp_endpoint)
 
 
 def _raise_file_limit() -> int:
