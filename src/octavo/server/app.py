@@ -18,6 +18,7 @@ from .config import ServerConfig
 from .database import DATABASE, Database
 from .edge.body import BodyReader
 from .edge.dispatch import Dispatcher
+from .edge.hosts import host_check
 from .edge.traffic import Traffic
 from .openai import (
     batches,
@@ -74,7 +75,7 @@ def create_app(
 
         routes += keys_admin.routes(config, authentication)
     pages = documented(routes, fleet.default.name)
-    app = Dispatcher(pages, config.allowed_origins, traffic, authentication, on_end)
+    app = Dispatcher(pages, config.allowed_origins, traffic, authentication, host_check(config), on_end)
     if service:
         service.start(app)
     return app

@@ -15,17 +15,11 @@ if TYPE_CHECKING:
 
 OPEN = ("/health", "/ready")  # routes that need no key
 OPERATED = ("/v1/admin/", "/stats", "/metrics")  # routes about all tenants: they need the admin key
+SHARED = ("/get_load",)  # routes about all tenants that routers query: they need a key that names tenants
 COMPUTED = frozenset(
     {
-        *(
-            "/v1/chat/completions",
-            "/v1/completions",
-            "/v1/responses",
-            "/v1/embeddings",
-            "/v1/messages",
-            "/v1/decisions",
-        ),
-        *("/score", "/v1/score", "/rerank", "/v1/rerank", "/v2/rerank"),
+        *("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"),
+        *("/v1/embeddings", "/score", "/v1/score", "/rerank", "/v1/rerank", "/v2/rerank", "/v1/decisions"),
         *("/api/chat", "/api/generate", "/api/embed", "/api/embeddings"),
     }
 )
@@ -61,7 +55,7 @@ class Authentication:
             self._admit_operator(scope)
             return
         key = self._key_of(scope["headers"])
-        if not key.allows_path(path):
+        if not key.allows_path(path) or (path in SHARED and not key.names_tenants):
             raise ApiError(403, f"this API key may not be used for {path}", code="route_not_allowed")
         record.key = key
         if not key.names_tenants:

@@ -15,7 +15,8 @@ from octavo.server.errors import ServerStopping, error_reply, error_response, is
 from octavo.server.openapi.operation import Operation
 
 from . import cors
-from .access_log import RequestRecord
+from .access_log import PROBES, RequestRecord
+from .hosts import HostCheck
 from .traffic import INTERNAL, Traffic
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ class Dispatcher:
         origins: the web origins whose pages may call; see `cors`.
         traffic: counts the requests of clients.
         authentication: checks the API keys of clients; None if there are no keys.
+        hosts: checks the names under which clients call the server; None if it has any.
         on_end: called with the path of each request's route, None if it has none, and its record.
     """
 
@@ -59,12 +61,13 @@ class Dispatcher:
         origins: Collection[str],
         traffic: Traffic | None = None,
         authentication: "Authentication | None" = None,
+        hosts: HostCheck | None = None,
         on_end: Callable[[str | None, RequestRecord], None] | None = None,
     ):
         self._router = Router(list(routes), redirect_slashes=False)
         self._origins = origins
         self._traffic = traffic or Traffic()
-        self._authentication = authentication
+        self._authentication, self._hosts = authentication, hosts
         self._on_end = on_end
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -74,6 +77,8 @@ class Dispatcher:
         is_client = INTERNAL not in scope
         counted = False
         try:
+            if self._hosts and is_client and scope["path"] not in PROBES:
+                self._hosts.check(scope["headers"])
             if scope["method"] == "OPTIONS":
                 record.response_headers += cors.preflight_headers(scope["headers"], self._origins)
                 await Response(status_code=204)(scope, receive, send)
