@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from starlette.datastructures import Headers
-from starlette.types import ASGIApp, Scope
+from starlette.types import Scope
 
 from octavo.errors import ConfigError
 from octavo.fleet.fleet import Fleet
@@ -38,23 +38,18 @@ from .openapi.pages import documented
 
 if TYPE_CHECKING:
     from octavo.tenants.limiter import Limiter
-    from octavo.tracing.spans import Spans
 
     from .edge.authentication import Authentication
 
 
 def create_app(
-    fleet: Fleet,
-    config: ServerConfig | None = None,
-    draining: Callable[[], bool] = lambda: False,
-    spans: "Spans | None" = None,
-) -> ASGIApp:
+    fleet: Fleet, config: ServerConfig | None = None, draining: Callable[[], bool] = lambda: False
+) -> Dispatcher:
     """Return the ASGI application that serves `fleet`, whose models must be started already.
 
     Args:
         config: settings; defaults if None.
         draining: returns whether the server is shutting down, for GET /ready.
-        spans: makes OpenTelemetry spans of requests, if it is given.
     """
     config = config or ServerConfig()
     folder = Path(config.data_dir) if config.data_dir else None
@@ -80,12 +75,7 @@ def create_app(
 
         routes += keys_admin.routes(config, authentication)
     pages = documented(routes, fleet.default.name)
-    app: ASGIApp = Dispatcher(pages, config.allowed_origins, traffic, authentication, host_check(config), on_end)
-    if spans is not None:
-        from .edge.http_spans import HttpSpans  # imported late, with OpenTelemetry
-
-        fleet.enable_spans(spans.tracer)
-        app = HttpSpans(app, spans.tracer)
+    app = Dispatcher(pages, config.allowed_origins, traffic, authentication, host_check(config), on_end)
     if service:
         service.start(app)
     return app

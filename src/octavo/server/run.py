@@ -32,7 +32,9 @@ if TYPE_CHECKING:
     from octavo.tracing.spans import Spans
 
     from .edge.certificates import Certificates
+    from .edge.dispatch import Dispatcher
     from .edge.draining import DrainingServer
+    from .edge.http_spans import HttpSpans
 
 MAX_FILES = 65_536  # open files, one for each connection
 OTHER_FILES = 256  # open files that the process needs besides its connections
@@ -119,9 +121,10 @@ async def _serve(
     try:
         spans = _spans(config)
         await fleet.start()
-        app = create_app(fleet, config, draining=lambda: servers[0].should_exit, spans=spans)
+        app = create_app(fleet, config, draining=lambda: servers[0].should_exit)
+        handler = app if spans is None else _with_spans(app, fleet, spans)
         server = DrainingServer(
-            app, config, access_log, lambda: _announce(fleet, config, listeners[0]), certificates=certificates
+            handler, config, access_log, lambda: _announce(fleet, config, listeners[0]), certificates=certificates
         )
         servers.append(server)
         gc.enable()
@@ -142,6 +145,13 @@ def _spans(config: ServerConfig) -> "Spans | None":
     from octavo.tracing.spans import Spans  # imported late, with OpenTelemetry
 
     return Spans(config.otlp_endpoint)
+
+
+def _with_spans(app: "Dispatcher", fleet: "Fleet", spans: "Spans") -> "HttpSpans":
+    from .edge.http_spans import HttpSpans  # imported late, with OpenTelemetry
+
+    fleet.enable_spans(spans.tracer)
+    return HttpSpans(app, spans.tracer)
 
 
 def _raise_file_limit() -> int:

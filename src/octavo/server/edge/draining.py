@@ -74,9 +74,8 @@ class DrainingServer(uvicorn.Server):
         self._on_ready()
 
     async def _accept(self, listener: socket.socket) -> Any:
-        make_protocol = functools.partial(
-            self.config.http_protocol_class, config=self.config, server_state=self.server_state, app_state={}
-        )
+        protocol: Any = self.config.http_protocol_class
+        make_protocol = functools.partial(protocol, config=self.config, server_state=self.server_state, app_state={})
         if self._certificates is not None:
             from .tls import TlsListener  # imported late, as most servers speak HTTP
 
