@@ -161,8 +161,9 @@ def test_a_fleet_whose_server_is_killed(tiny_llama: Path, tmp_path: Path) -> Non
         server.complete("one", max_tokens=30).raise_for_status()
         running = server.http.build_request("POST", "/v1/completions", json=ENDLESS)
         stream = server.http.send(running, stream=True)
-        next(lines := stream.iter_lines())  # kept: its end would end the request
+        lines = stream.iter_lines()  # kept, as the request ends with it
         until(lambda: [path.read_text().count(event) for event in ('"first token"', '"ph":"e"')] == [6, 5])
+        assert next(lines)
     finally:
         server.process.kill()
         server.process.wait()
