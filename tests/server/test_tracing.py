@@ -24,7 +24,7 @@ from octavo.tracing.file import TraceFile
 from octavo.tracing.reading import read_trace
 
 STREAMS, TOKENS, LEN = 8, 120, 64
-ENDLESS = {"model": "two", "prompt": "Once", "max_tokens": 400, "ignore_eos": True, "stream": True}
+ENDLESS = {"model": "two", "prompt": "Once", "max_tokens": 400, "ignore_eos": True, "stream": True, "n": 128}
 Event = dict[str, Any]
 
 
@@ -161,8 +161,9 @@ def test_a_fleet_whose_server_is_killed(tiny_llama: Path, tmp_path: Path) -> Non
         server.complete("one", max_tokens=30).raise_for_status()
         running = server.http.build_request("POST", "/v1/completions", json=ENDLESS)
         stream = server.http.send(running, stream=True)
-        next(stream.iter_lines())
-        until(lambda: path.read_text().count('"first token"') == 5)  # the file is written every 50 ms
+        lines = stream.iter_lines()  # kept, as the request ends with it
+        until(lambda: [path.read_text().count(event) for event in ('"first token"', '"ph":"e"')] == [6, 5])
+        assert next(lines)
     finally:
         server.process.kill()
         server.process.wait()
@@ -171,7 +172,11 @@ def test_a_fleet_whose_server_is_killed(tiny_llama: Path, tmp_path: Path) -> Non
     [ended] = [event for event in events if event["name"] == "engine ended"]
     assert ended["args"]["engine_pid"] == killed
     trace = read_trace(path, 9)
-    assert (trace.num_requests, trace.num_unfinished, trace.damaged) == (5, 1, 0)
+    assert (trace.num_requests, trace.num_unfinished, trace.damaged) == (
+        6,
+        1,
+        0,
+    )  # with the one that warms the new model up
     assert sorted((engine.model, engine.number) for engine in trace.engines)[:2] == [("one", 0), ("one", 0)]
     assert {(engine.model, engine.number) for engine in trace.engines} == {("one", 0), ("two", 0), ("two", 1)}
 
