@@ -2,7 +2,7 @@
 
 import time
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import AbstractAsyncContextManager, aclosing, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -236,14 +236,20 @@ async def tokenized(
     prompts: list[str | list[int]],
     add_special_tokens: bool = True,
     params: SamplingParams | None = None,
+    terms: Mapping[str, Any] | None = None,
 ) -> list[list[int]]:
-    """Return prompts as token ids, truncated as `params` demand. Raises InvalidRequest, PromptTooLong."""
+    """Return prompts as token ids, truncated as `params` demand. Raises InvalidRequest, PromptTooLong.
+
+    Args:
+        terms: Their tenant and cache_salt are the owner of the prompts; see Tokenizer.encode.
+    """
+    owner = (terms["tenant"], terms.get("cache_salt")) if terms else None
     info = llm.info
     kept = kept_tokens(params, info) if params else None
 
     def tokens(prompt: str | list[int]) -> list[int]:
         if isinstance(prompt, str):
-            return encode(prompt, llm.tokenizer, info, kept, add_special_tokens)
+            return encode(prompt, llm.tokenizer, info, kept, add_special_tokens, owner)
         return prompt if kept is None else prompt[-kept:]
 
     def work() -> list[list[int]]:
