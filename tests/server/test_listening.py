@@ -107,6 +107,16 @@ def test_answers_and_streams_come_over_tls(secured: Secured) -> None:
 
 
 @needs_openssl
+def test_the_request_of_a_client_that_leaves_ends(secured: Secured) -> None:
+    content = json.dumps(BODY | {"max_tokens": 480, "n": 128}).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nContent-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
+    with socket.create_connection(secured.server.address, timeout=10) as raw:
+        trusting(secured.pair).wrap_socket(raw, server_hostname="localhost").sendall(head.encode() + content)
+    with httpx.Client(base_url=secured.server.url, verify=trusting(secured.pair), timeout=30) as http:
+        until(lambda: http.get("/get_load").json()[0]["num_reqs"] == 0)
+
+
+@needs_openssl
 def test_a_client_may_show_a_certificate_but_not_a_wrong_one(secured: Secured) -> None:
     right, wrong = trusting(secured.pair, secured.client), trusting(secured.pair, secured.other)
     assert httpx.get(f"{secured.server.url}/health", verify=right).status_code == 200
