@@ -67,6 +67,17 @@ class ServerConfig(Settings):
         Rule(_KEY.what, lambda keys: bool(keys) and all(map(_KEY.holds, keys))),
     )
     keys: str | None = setting(None, "YAML file of API keys with owners and limits, see octavo keys (docs/keys.md).")
+    rate_limit_mode: str = setting(
+        "refuse",
+        "What happens to a request over its key's rate: refuse answers 429, queue lets it wait, within its timeout.",
+        one_of("refuse", "queue"),
+    )
+    rate_limit_store: str | None = setting(
+        None,
+        "URL of the Redis in which several servers count the limits of keys together, such as redis://host:6379/0. "
+        "Without it, each server counts for itself, and in data_dir across restarts.",
+        Rule("a URL such as redis://host:6379/0", lambda url: url.startswith(("redis://", "rediss://", "unix://"))),
+    )
     admin_key: str | None = setting(
         None,
         "Key for /v1/admin, whose routes load, unload, swap and scale models, and, on a server with API keys, for "

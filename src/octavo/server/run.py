@@ -124,6 +124,7 @@ async def _serve(
         gc.enable()
         gc.freeze()  # otherwise the collector scans all modules from time to time, which delays every stream
         await server.serve(listeners)
+        await app.close()
     finally:
         await fleet.close()
         access_log.close()

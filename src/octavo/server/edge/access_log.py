@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from queue import SimpleQueue
 from threading import Thread
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import msgspec
 
@@ -15,6 +15,9 @@ from octavo.tenants.key import Key
 from octavo.tenants.window import SlidingWindow
 
 from .ids import request_id
+
+if TYPE_CHECKING:
+    from .key_use import KeyUse
 
 PROBES = ("/health", "/ready")  # polled every second or so: logged only if they fail
 BATCH_SECONDS = 0.05  # pause after a flush: waking the thread for every line takes longer than writing the line
@@ -45,6 +48,7 @@ class RequestRecord:
     replica: str | None = None
     tenant: str | None = None
     key: Key | None = None
+    use: "KeyUse | None" = None
     stream: bool = False
     prompt: Any = None
     error: str | None = None

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Collection
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -15,10 +15,12 @@ from octavo.server.errors import ServerStopping, error_reply, error_response, is
 from octavo.server.openapi.operation import Operation
 
 from . import cors
-from .access_log import RequestRecord
-from .authentication import OPEN, Authentication
+from .access_log import PROBES, RequestRecord
 from .hosts import HostCheck
 from .traffic import INTERNAL, Traffic
+
+if TYPE_CHECKING:
+    from .authentication import Authentication
 
 Handler = Callable[[Request], Awaitable[Response]]
 
@@ -58,7 +60,7 @@ class Dispatcher:
         routes: Collection[BaseRoute],
         origins: Collection[str],
         traffic: Traffic | None = None,
-        authentication: Authentication | None = None,
+        authentication: "Authentication | None" = None,
         hosts: HostCheck | None = None,
         on_end: Callable[[str | None, RequestRecord], None] | None = None,
     ):
@@ -73,16 +75,16 @@ class Dispatcher:
         record = RequestRecord.of(scope)
         record.response_headers += cors.response_headers(scope["headers"], self._origins)
         is_client = INTERNAL not in scope
-        counted, leave = False, None
+        counted = False
         try:
-            if self._hosts and is_client and scope["path"] not in OPEN:
+            if self._hosts and is_client and scope["path"] not in PROBES:
                 self._hosts.check(scope["headers"])
             if scope["method"] == "OPTIONS":
                 record.response_headers += cors.preflight_headers(scope["headers"], self._origins)
                 await Response(status_code=204)(scope, receive, send)
             else:
                 if self._authentication and is_client:
-                    leave = self._authentication.enter(scope, record)
+                    await self._authentication.enter(scope, record)
                 if counted := scope["method"] == "POST" and is_client:
                     self._traffic.add(1)
                 await self._router(scope, receive, send)
@@ -93,13 +95,18 @@ class Dispatcher:
         finally:
             if counted:
                 self._traffic.add(-1)
-            if leave is not None:
-                leave()
+            if record.use is not None:
+                record.use.leave()
             if record.on_end is not None:
                 record.on_end()
             if self._on_end is not None:
                 endpoint = scope.get("endpoint")
                 self._on_end(endpoint.path if isinstance(endpoint, Endpoint) else None, record)
+
+    async def close(self) -> None:
+        """Store what must survive. To be called when all requests have ended."""
+        if self._authentication is not None:
+            await self._authentication.limits.limiter.close()
 
     async def _answer(
         self, error: Exception, record: RequestRecord, scope: Scope, receive: Receive, send: Send
