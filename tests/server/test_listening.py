@@ -1,5 +1,6 @@
 """Where a real server listens: TLS and its certificates, Unix sockets, and the names that it answers to."""
 
+import asyncio
 import contextlib
 import http.client
 import json
@@ -20,8 +21,12 @@ import pytest
 
 from octavo.errors import ConfigError
 from octavo.server.config import ServerConfig
+from octavo.server.edge.access_log import AccessLog
 from octavo.server.edge.certificates import Certificates
 from octavo.server.edge.hosts import host_check
+from octavo.server.edge.http_protocol import Edge
+from octavo.server.edge.limits import ConnectionLimit
+from octavo.server.edge.tls import TlsListener
 from octavo.server.errors import ApiError
 from octavo.server.listeners import unix_listener
 from server_process import ServerProcess
@@ -148,6 +153,29 @@ def test_slow_handshakes_end_and_keep_nobody_out(secured: Secured) -> None:
             assert each.recv(100) == b""
         each.close()
     assert time.monotonic() - began < 8
+
+
+@needs_openssl
+def test_handshakes_count_as_idle_connections(tmp_path: Path) -> None:
+    pair = issue(tmp_path, "localhost")
+    config = ServerConfig(ssl_certfile=str(pair.certificate), ssl_keyfile=str(pair.key), header_timeout=60)
+    edge = Edge(config, ConnectionLimit(4), AccessLog("none", None))
+
+    async def main() -> None:
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            accepting = TlsListener(listener, Certificates(config), asyncio.Protocol, edge)
+            slow = [await asyncio.open_connection(*listener.getsockname()) for _ in range(6)]
+            async with asyncio.timeout(20):
+                assert [await reader.read() for reader, _ in slow[:2]] == [b"", b""]
+            assert not any(reader.at_eof() for reader, _ in slow[2:])
+            edge.connections.close_idle()
+            async with asyncio.timeout(20):
+                assert [await reader.read() for reader, _ in slow[2:]] == [b""] * 4
+            accepting.close()
+            for _, writer in slow:
+                writer.close()
+
+    asyncio.run(main())
 
 
 @needs_openssl
