@@ -27,6 +27,7 @@ _COMMANDS = (
     "doctor",
     "pull",
     "quantize",
+    "encrypt",
     "bench",
     "simulate",
 )

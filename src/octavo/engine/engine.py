@@ -6,6 +6,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 import numpy as np
@@ -41,6 +42,9 @@ from .thinking import ThinkingBudget
 from .token_masks import mask_of
 from .work_record import WorkRecord
 
+if TYPE_CHECKING:
+    from octavo.formats.page_cipher import PageCipher
+
 MAX_IDLE = 0.002  # seconds for which a step without work waits for threads; a new request may wait as long
 SECONDS_TO_CLOSE = 3.0  # the frontend kills an engine process that does not end in 5
 _DAMAGED_LOGITS = "the model computed logits that are NaN or infinite"
@@ -68,6 +72,7 @@ class Engine:
         clock: returns monotonic time in seconds; a simulation passes a virtual clock.
         constraints: follows the grammars of structured outputs; without it, such requests fail.
         trace: takes the events of steps and requests (docs/tracing.md).
+        cipher: encrypts saved KV states.
     """
 
     def __init__(
@@ -89,12 +94,13 @@ class Engine:
         clock: Callable[[], float] = time.monotonic,
         constraints: Constraints | None = None,
         trace: EngineTrace | None = None,
+        cipher: "PageCipher | None" = None,
     ):
         self.backend, self.fingerprint, self.clock, self.trace = backend, fingerprint, clock, trace
         self._transfers = transfers or Transfers(backend, ())
         copy_page = backend.copy_page if trace is None else trace.copying(backend.copy_page)
         self.kv = KVCache(num_pages, backend.page_size, prefix_caching, copy_page, self._transfers)
-        self._state_files = StateFiles(self.kv, backend, self._transfers)
+        self._state_files = StateFiles(self.kv, backend, self._transfers, cipher)
         self.scheduler = Scheduler(
             self.kv,
             policy or Policy(EngineConfig()),

@@ -13,7 +13,7 @@ from octavo.async_llm import AsyncLLM
 from octavo.frontend.links.process import EngineProcess
 from octavo.frontend.meter import Meter
 from octavo.params import SamplingParams
-from octavo.weights import resolve
+from octavo.weights import model_files, resolve
 
 from .memory import needs
 from .specs import ModelSpec
@@ -130,7 +130,7 @@ class Model:
         Raises ModelNotFound, DamagedWeights, UnsupportedModel.
         """
         if not self.size:
-            needed = needs(self.config, resolve(self.config.model, self.config.revision))
+            needed = needs(self.config, model_files(self.config))
             self.size, self.config = needed.bytes, needed.config
 
     def begin(self, process: EngineProcess | None = None) -> None:

@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 from octavo.errors import OctavoError
+from octavo.secret import Secrets
 
 from .messages import (
     HEARTBEAT,
@@ -154,6 +155,8 @@ def _serve(connection: Connection, heartbeat: Heartbeat, work: int) -> None:
         config = config.share(load.replica, load.replicas)
         os.sched_setaffinity(0, share_of_cores(load.replica, load.replicas))  # of this thread, and those that it starts
 
+    if load.secrets:
+        _guard(load.secrets)
     with loading_bar() as show:
 
         def progress(done: int, total: int) -> None:
@@ -163,7 +166,7 @@ def _serve(connection: Connection, heartbeat: Heartbeat, work: int) -> None:
                 reported = time.monotonic()
                 connection.send(Loading(done, total))
 
-        engine = load_engine(config, Path(load.path), progress, WorkRecord(work), load.replicas)
+        engine = load_engine(config, Path(load.path), progress, WorkRecord(work), load.replicas, load.secrets)
     loop = EngineLoop(engine, connection.send, connection.wake)
     heartbeat.loop = loop
     gc.enable()
@@ -171,6 +174,15 @@ def _serve(connection: Connection, heartbeat: Heartbeat, work: int) -> None:
     connection.send(Ready(engine.info))
     loop.run(connection.receive)
     engine.close()
+
+
+def _guard(secrets: Secrets) -> None:
+    """Hide the memory of this process, and keep the weights of an encrypted model from being swapped to disk."""
+    from octavo.process_guard import hide_memory, lock_memory
+
+    hide_memory()
+    if secrets.model_identity is not None and (reason := lock_memory()) is not None:
+        log.warning("decrypted weights may be swapped to disk, since memory cannot be locked: %s", reason)
 
 
 if __name__ == "__main__":

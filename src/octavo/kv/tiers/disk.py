@@ -81,9 +81,13 @@ class DiskTier:
         except OSError:
             self._forget(key)
             return None
+        self.discard(key)
+        return None
+
+    def discard(self, key: bytes) -> None:
+        """Delete a page."""
         self._forget(key)
         self._delete(key)
-        return None
 
     def write(self, key: bytes, content: np.ndarray) -> bool:
         if self.touch(key):
