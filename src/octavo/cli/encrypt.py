@@ -27,7 +27,7 @@ def encrypt(
     ],
     output: Annotated[
         Path | None,
-        typer.Option(help="The folder to write; by default the model's name with .age.", show_default=False),
+        typer.Option(help="The folder to write; by default MODEL.age.", show_default=False),
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
 ) -> None:
@@ -40,14 +40,13 @@ def encrypt(
     path = resolve(model, revision)
     if (path / MANIFEST).exists():
         raise ConfigError(f"{path} is encrypted already; encrypt the model that it was made from")
-    name = Path(model).expanduser()
-    target = output_folder(
-        output or (name.with_name(f"{name.name}.age") if name.exists() else Path(f"{name.name}.age"))
-    )
+    given = Path(model).expanduser()
+    folder = given.absolute().parent if given.exists() else Path()
+    target = output_folder(output or folder / f"{given.name}.age")
     if target.exists():
         raise ConfigError(f"{target} exists; choose another name: --output FOLDER")
-    with complete_or_absent(target) as folder, loading_bar("encrypting") as progress:
-        size, left_out = encrypt_model(path, folder, recipient, progress)
+    with complete_or_absent(target) as written, loading_bar("encrypting") as progress:
+        size, left_out = encrypt_model(path, written, recipient, progress)
     if left_out:
         typer.echo(f"left out, since no model needs them: {printable(', '.join(left_out), lines=False)}")
     typer.echo(f"{target}  {size / 1e6:,.0f} MB")
