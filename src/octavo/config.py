@@ -14,7 +14,7 @@ from typing import Any
 from .errors import ConfigError
 from .machine import available_cores
 from .params import MAX_LOGPROBS
-from .secret import SOURCES, Secrets, read_secret
+from .secret import SOURCES, Secrets, read_key, read_secret
 from .settings import (
     Resolved,
     Rule,
@@ -217,7 +217,7 @@ class EngineConfig(Settings):
         """Return the secrets that the settings name. Raises ConfigError."""
         return Secrets(
             read_secret("model_identity", self.model_identity),
-            _checked_key(read_secret("kv_key", self.kv_key)),
+            read_key("kv_key", self.kv_key),
         )
 
     def replaced(self, name: str, value: Any) -> "EngineConfig":
@@ -255,13 +255,6 @@ class EngineConfig(Settings):
         A flag that is None counts as not given.
         """
         return resolve_flags((cls,), flags, file).build(cls)
-
-
-def _checked_key(key: str | None) -> str | None:
-    """Return `key` if it is a key of 256 bits in hexadecimal digits. Raises ConfigError, which does not show it."""
-    if key is not None and not re.fullmatch(r"[0-9a-fA-F]{64}", key):
-        raise ConfigError("kv_key holds no key: it must be 64 hexadecimal digits, as openssl rand -hex 32 prints them")
-    return key
 
 
 def resolve_flags(classes: tuple[type, ...], flags: Mapping[str, Any], file: Path | None) -> Resolved:

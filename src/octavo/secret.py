@@ -5,6 +5,7 @@ are read once, in the process that the user starts, and are sent to engine proce
 """
 
 import os
+import re
 import shlex
 import subprocess
 from collections.abc import Mapping
@@ -60,6 +61,20 @@ def read_secret(setting: str, source: str | None) -> str | None:
     if not (secret := secret.strip()):
         raise ConfigError(f"{setting}: {shortened(source)} holds nothing")
     return secret
+
+
+def read_key(setting: str, source: str | None) -> str | None:
+    """Return the key of 256 bits that a setting names; see `read_secret`.
+
+    Raises:
+        ConfigError: It cannot be read, or is no key. The message does not show it.
+    """
+    key = read_secret(setting, source)
+    if key is not None and not re.fullmatch(r"[0-9a-fA-F]{64}", key):
+        raise ConfigError(
+            f"{setting} holds no key: it must be 64 hexadecimal digits, as openssl rand -hex 32 prints them"
+        )
+    return key
 
 
 def without_secrets(variables: Mapping[str, str] = os.environ) -> dict[str, str]:

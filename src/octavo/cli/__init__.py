@@ -23,6 +23,7 @@ _COMMANDS = (
     "trace",
     "models",
     "keys",
+    "audit",
     "config",
     "doctor",
     "pull",

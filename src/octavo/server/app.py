@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from starlette.datastructures import Headers
 from starlette.types import Scope
@@ -34,15 +35,22 @@ from .openai import (
 )
 from .openapi.pages import documented
 
+if TYPE_CHECKING:
+    from .audit import AuditLog
+
 
 def create_app(
-    fleet: Fleet, config: ServerConfig | None = None, draining: Callable[[], bool] = lambda: False
+    fleet: Fleet,
+    config: ServerConfig | None = None,
+    draining: Callable[[], bool] = lambda: False,
+    audit: "AuditLog | None" = None,
 ) -> Dispatcher:
     """Return the ASGI application that serves `fleet`, whose models must be started already.
 
     Args:
         config: settings; defaults if None.
         draining: returns whether the server is shutting down, for GET /ready.
+        audit: the audit log, if there is one.
     """
     config = config or ServerConfig()
     folder = Path(config.data_dir) if config.data_dir else None
@@ -63,7 +71,7 @@ def create_app(
         routes += metrics.routes(metrics.Exporter(fleet, http))
         on_end = http.ended
     pages = documented(routes, fleet.default.name)
-    app = Dispatcher(pages, config.allowed_origins, traffic, _authentication(config), on_end)
+    app = Dispatcher(pages, config.allowed_origins, traffic, _authentication(config), on_end, audit)
     if service:
         service.start(app)
     return app

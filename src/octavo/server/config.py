@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 
+from octavo.secret import SOURCES
 from octavo.settings import Rule, Settings, Size, at_least, one_of, positive, setting
 
 _PORT = Rule("from 0 to 65535", lambda value: 0 <= value < 65536)
@@ -30,6 +31,10 @@ class ServerConfig(Settings):
         one_of("text", "json", "none"),
     )
     access_log_prompts: bool = setting(False, "Include prompts and messages in the access log.")
+    audit_log: str | None = setting(
+        None, "File for the audit log: who asked what and when, as hashes, in lines that cannot be changed unnoticed."
+    )
+    audit_key: str | None = setting(None, f"Key of the audit log, 64 hexadecimal digits: {SOURCES} (docs/secrets.md).")
     enable_metrics: bool = setting(False, "Serve metrics for Prometheus at GET /metrics (docs/metrics.md).")
     models: str | None = setting(
         None, "YAML file of several models with their settings, aliases and splits (docs/fleet.md)."
@@ -112,6 +117,10 @@ class ServerConfig(Settings):
     max_content_parts: int = setting(4096, "Maximum number of content parts in all messages of a chat.", at_least(1))
     max_completions: int = setting(1024, "Maximum number of completions per request: prompts times n.", at_least(1))
     max_stop_length: int = setting(1024, "Maximum number of characters in a stop string.", at_least(1))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.need(self.audit_log is None or self.audit_key is not None, "audit_key", "given with audit_log")
 
     @property
     def has_keys(self) -> bool:

@@ -13,6 +13,7 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Generator
+from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 import typer
@@ -21,6 +22,8 @@ import uvloop
 from octavo.config import EngineConfig
 from octavo.errors import ConfigError
 from octavo.frontend.links.process import EngineProcess
+from octavo.process_guard import hide_memory
+from octavo.secret import read_key
 from octavo.terminal import printable
 from octavo.version import __version__
 
@@ -31,6 +34,7 @@ if TYPE_CHECKING:
     from octavo.fleet.model import Model
     from octavo.fleet.specs import FleetSpec
 
+    from .audit import AuditLog
     from .edge.draining import DrainingServer
 
 BACKLOG = 4096  # connections that may wait to be accepted; the kernel's somaxconn may allow fewer
@@ -97,9 +101,11 @@ async def _serve(
     from .edge.draining import DrainingServer
 
     access_log = AccessLog(config.access_log, sys.stdout, config.access_log_prompts)
+    audit = None
     try:
+        audit = _open_audit_log(config)
         await fleet.start()
-        app = create_app(fleet, config, draining=lambda: servers[0].should_exit)
+        app = create_app(fleet, config, draining=lambda: servers[0].should_exit, audit=audit)
         server = DrainingServer(app, config, access_log, on_ready=lambda: _announce(fleet, config, listeners[0]))
         servers.append(server)
         gc.enable()
@@ -108,6 +114,20 @@ async def _serve(
     finally:
         await fleet.close()
         access_log.close()
+        if audit is not None:
+            audit.close()
+
+
+def _open_audit_log(config: ServerConfig) -> "AuditLog | None":
+    """Return the audit log that the settings name. Raises ConfigError."""
+    if config.audit_log is None:
+        return None
+    from .audit import AuditLog  # imported late, as most servers have none
+
+    key = read_key("audit_key", config.audit_key)
+    assert key is not None
+    hide_memory()
+    return AuditLog(Path(config.audit_log), key)
 
 
 def listen(host: str, port: int) -> list[socket.socket]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from queue import SimpleQueue
 from threading import Thread
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import msgspec
 
@@ -15,7 +15,11 @@ from octavo.tenants.key import Key
 
 from .ids import request_id
 
-PROBES = ("/health", "/ready")  # polled every second or so: logged only if they fail
+if TYPE_CHECKING:
+    from octavo.server.audit.evidence import Evidence
+
+HEALTH = "/health"
+PROBES = (HEALTH, "/ready")  # polled every second or so: logged only if they fail
 BATCH_SECONDS = 0.05  # pause after a flush: waking the thread for every line takes longer than writing the line
 MAX_QUEUED = 10_000  # lines; more are dropped while the log's reader is stalled
 CLIENT_LEFT = 499  # nginx's status for a client that disconnected before its response was complete
@@ -27,7 +31,7 @@ class RequestRecord:
 
     The route fills in `model` and the attributes after it. `started` is in seconds of time.perf_counter().
     `response_headers` are added to the header of every response, including error responses. `on_end` is called when the
-    response has ended.
+    response has ended. `evidence` collects hashes for the audit log, if there is one.
     """
 
     id: str
@@ -50,6 +54,7 @@ class RequestRecord:
     cached_tokens: int | None = None
     completion_tokens: int | None = None
     time_to_first_token: float | None = None
+    evidence: "Evidence | None" = None
 
     @classmethod
     def of(cls, scope: Any) -> "RequestRecord":

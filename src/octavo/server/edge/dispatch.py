@@ -3,7 +3,7 @@
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Collection
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -18,6 +18,9 @@ from . import cors
 from .access_log import RequestRecord
 from .authentication import Authentication
 from .traffic import INTERNAL, Traffic
+
+if TYPE_CHECKING:
+    from octavo.server.audit import AuditLog
 
 Handler = Callable[[Request], Awaitable[Response]]
 
@@ -48,6 +51,7 @@ class Dispatcher:
         origins: the web origins whose pages may call; see `cors`.
         traffic: counts the requests of clients.
         authentication: checks the API keys of clients; None if there are no keys.
+        audit: the audit log, if there is one.
         on_end: called with the path of each request's route, None if it has none, and its record.
     """
 
@@ -58,7 +62,9 @@ class Dispatcher:
         traffic: Traffic | None = None,
         authentication: Authentication | None = None,
         on_end: Callable[[str | None, RequestRecord], None] | None = None,
+        audit: "AuditLog | None" = None,
     ):
+        self._audit = audit
         self._router = Router(list(routes), redirect_slashes=False)
         self._origins = origins
         self._traffic = traffic or Traffic()
@@ -76,6 +82,8 @@ class Dispatcher:
                 record.response_headers += cors.preflight_headers(scope["headers"], self._origins)
                 await Response(status_code=204)(scope, receive, send)
             else:
+                if self._audit is not None:
+                    self._audit.begin(record)
                 if self._authentication and is_client:
                     leave = self._authentication.enter(scope, record)
                 if counted := scope["method"] == "POST" and is_client:
@@ -92,6 +100,8 @@ class Dispatcher:
                 leave()
             if record.on_end is not None:
                 record.on_end()
+            if self._audit is not None:
+                self._audit.end(record)
             if self._on_end is not None:
                 endpoint = scope.get("endpoint")
                 self._on_end(endpoint.path if isinstance(endpoint, Endpoint) else None, record)
