@@ -37,6 +37,8 @@ def verify(
         verdict = verdict_of(files, keys)
     except OSError as error:
         raise ConfigError(f"cannot read {error.filename} ({error.strerror})") from None
+    if verdict.problems and not verdict.lines:
+        raise _Failed("no line of the log was written with this key")
     for problem in verdict.problems:
         typer.echo(printable(problem, lines=False))
     if verdict.torn:

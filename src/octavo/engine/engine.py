@@ -343,6 +343,7 @@ class Engine:
             pending_saves=transfers.pending_saves if transfers else 0,
             pages_saved=transfers.pages_saved if transfers else 0,
             pages_fetched=transfers.pages_fetched if transfers else 0,
+            refused_pages=transfers.pages_refused if transfers else 0,
             damaged=self._damaged,
             step_tokens=list(self._step_tokens),
             preempted=list(self._preempted),

@@ -66,6 +66,7 @@ class StateFile:
     """
 
     name = "state"
+    refused = 0
 
     def __init__(self, path: Path, origin: str, page_size: int, page_bytes: int, cipher: "PageCipher | None" = None):
         self._file = _open(path, cipher)

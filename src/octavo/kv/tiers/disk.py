@@ -44,6 +44,7 @@ class DiskTier:
     """
 
     name = "disk"
+    refused = 0
 
     def __init__(self, folder: Path, capacity_bytes: int, page_bytes: int, retry_seconds: float = 10.0):
         self._folder, self._capacity, self._page_bytes = folder.expanduser(), capacity_bytes, page_bytes

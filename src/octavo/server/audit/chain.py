@@ -94,12 +94,13 @@ def verify(files: Iterable[Path], keys: Keys) -> Verdict:
     """Check the files of a log, the oldest first. Raises OSError."""
     verdict = Verdict()
     torn = 0  # bytes of the torn line before this one
+    is_known = True  # whether the line before this one is authentic
     for place, line in _lines(files):
         mac = mac_of(line, keys)
         if mac is None:
             if torn or not _is_torn(line):
                 verdict.problems.append(f"{place}: this line was changed, or written with another key")
-                torn = 0
+                torn, is_known = 0, False
             else:
                 torn = len(line.rstrip(b"\n"))
                 verdict.torn += 1
@@ -109,11 +110,11 @@ def verify(files: Iterable[Path], keys: Keys) -> Verdict:
             verdict.problems.append(f"{place}: the line before it was cut")
         elif not torn and values.get("torn"):
             verdict.problems.append(f"{place}: a torn line before it is missing")
-        torn = 0
-        if not verdict.lines and not verdict.problems:
+        if not verdict.lines:
             verdict.first = values["previous"]
-        elif values["previous"] != verdict.last:
+        elif is_known and values["previous"] != verdict.last:
             verdict.problems.append(f"{place}: lines before it are missing, or it was moved here")
+        torn, is_known = 0, True
         verdict.lines += 1
         verdict.last, verdict.is_closed = mac, values.get("event") == "stop"
     return verdict

@@ -1,6 +1,7 @@
 """Evidence: the hashes of one request's body and of the answers to it, computed as they pass by."""
 
 import hmac
+from collections.abc import Callable
 from hashlib import sha256
 from typing import Any
 
@@ -10,10 +11,18 @@ from .chain import Keys
 
 
 class Evidence:
-    """The hashes of one HTTP request."""
+    """The hashes of one HTTP request.
 
-    def __init__(self, keys: Keys):
-        self._keys = keys
+    Args:
+        end: writes the request's line.
+
+    Attributes:
+        is_deferred: whether the request's work goes on after its response. Who sets it calls `end` in the end.
+    """
+
+    def __init__(self, keys: Keys, end: Callable[[], None]):
+        self._keys, self.end = keys, end
+        self.is_deferred = False
         self._request: str | None = None
         self._answers: dict[tuple[int, int], hmac.HMAC] = {}
         self._finishes: dict[tuple[int, int], str | None] = {}

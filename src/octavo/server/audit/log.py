@@ -9,6 +9,8 @@ import threading
 import time
 from collections import deque
 from datetime import UTC, datetime
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from .evidence import Evidence
 MAX_QUEUED = 10_000  # lines; while more wait for a slow disk, requests are refused
 RETRY_SECONDS = 1.0  # between attempts to write while the disk is full or broken
 CLOSE_SECONDS = 5.0  # for the last lines
+UNAVAILABLE = "audit_log_unavailable"  # the code of the error
 _BATCH = 512  # lines that are written at a time
 
 log = logging.getLogger("octavo.server")
@@ -64,15 +67,18 @@ class AuditLog:
     def begin(self, record: RequestRecord) -> None:
         """Prepare to hash a request and its answers. Raises ApiError 503 if lines cannot be written."""
         if record.path not in PROBES:
-            record.evidence = Evidence(self._keys)
+            record.evidence = Evidence(self._keys, partial(self._queue, record))
         if not self.accepts and record.path != HEALTH:
             message = "the audit log cannot be written, so no request is served until it can"
-            raise ApiError(503, message, code="audit_log_unavailable", headers={"retry-after": "1"})
+            raise ApiError(503, message, code=UNAVAILABLE, headers={"retry-after": "1"})
 
     def end(self, record: RequestRecord) -> None:
         """Queue the line of a request that has ended. Never blocks."""
-        if record.evidence is None or record.error == "audit_log_unavailable":
-            return
+        if record.evidence is not None and not record.evidence.is_deferred and record.error != UNAVAILABLE:
+            record.evidence.end()
+
+    def _queue(self, record: RequestRecord) -> None:
+        assert record.evidence is not None
         now, seconds = datetime.now(UTC), time.perf_counter() - record.started
         values = {"event": "request", **fields(now, seconds, record), **record.evidence.fields()}
         self._lines.append({name: value for name, value in values.items() if value is not None})
@@ -90,13 +96,14 @@ class AuditLog:
         while not (self._closing and (self._failing or not self._lines)):
             self._wake.wait()
             self._wake.clear()
-            while self._lines and self._attempt([self._lines[i] for i in range(min(_BATCH, len(self._lines)))]):
-                pass
+            while self._lines and self._attempt(batch := list(islice(self._lines.copy(), _BATCH))):
+                for _ in batch:
+                    self._lines.popleft()
         if not self._failing:
             self._attempt([{"event": "stop", "time": _now()}])
 
     def _attempt(self, batch: list[dict[str, Any]]) -> bool:
-        """Write some lines, and take them off the queue. Return False, after a pause, if that fails."""
+        """Write some lines. Return False, after a pause, if that fails."""
         try:
             self._follow()
             self._write(batch)
@@ -108,8 +115,6 @@ class AuditLog:
                 time.sleep(RETRY_SECONDS)
             self._wake.set()
             return False
-        for _ in range(min(len(batch), len(self._lines))):
-            self._lines.popleft()
         if self._failing:
             log.error("audit_log: %s can be written again", self._path)
         self._failing = False
