@@ -16,7 +16,6 @@ import time
 from pathlib import Path
 
 from octavo.errors import OctavoError
-from octavo.secret import Secrets
 
 from .messages import (
     HEARTBEAT,
@@ -138,6 +137,7 @@ def _serve(connection: Connection, heartbeat: Heartbeat, work: int) -> None:
     from octavo.config import EngineConfig
     from octavo.engine.loading import load_engine
     from octavo.engine.work_record import WorkRecord
+    from octavo.formats.files import MANIFEST
     from octavo.frontend.progress import loading_bar
     from octavo.machine import share_of_cores
 
@@ -156,7 +156,7 @@ def _serve(connection: Connection, heartbeat: Heartbeat, work: int) -> None:
         os.sched_setaffinity(0, share_of_cores(load.replica, load.replicas))  # of this thread, and those that it starts
 
     if load.secrets:
-        _guard(load.secrets)
+        _guard((Path(load.path) / MANIFEST).exists())
     with loading_bar() as show:
 
         def progress(done: int, total: int) -> None:
@@ -176,12 +176,16 @@ def _serve(connection: Connection, heartbeat: Heartbeat, work: int) -> None:
     engine.close()
 
 
-def _guard(secrets: Secrets) -> None:
-    """Hide the memory of this process, and keep the weights of an encrypted model from being swapped to disk."""
+def _guard(lock: bool) -> None:
+    """Hide the memory of this process.
+
+    Args:
+        lock: whether to keep it from being swapped to disk too, as the weights of an encrypted model must be.
+    """
     from octavo.process_guard import hide_memory, lock_memory
 
     hide_memory()
-    if secrets.model_identity is not None and (reason := lock_memory()) is not None:
+    if lock and (reason := lock_memory()) is not None:
         log.warning("decrypted weights may be swapped to disk, since memory cannot be locked: %s", reason)
 
 
