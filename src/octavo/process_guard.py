@@ -19,8 +19,8 @@ def hide_memory() -> None:
 def lock_memory() -> str | None:
     """Keep all memory of this process from being swapped to disk. Return the reason if that is impossible.
 
-    Memory is locked when it is first touched. Locked memory of a mapped file cannot be freed (MADV_DONTNEED). Where the process may lock only some memory, nothing is locked: beyond
-    the limit, allocations would fail.
+    Memory is locked when it is first touched. Where the process may lock only some memory, nothing is locked: beyond
+    the limit, allocations would fail. Locked memory of a mapped file cannot be freed (MADV_DONTNEED).
     """
     if (reason := lock_obstacle()) is not None:
         return reason

@@ -1,7 +1,6 @@
 """The chain of an audit log: any change shows; a kill of the server is told from a change."""
 
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -91,7 +90,7 @@ def test_a_line_torn_by_a_kill_is_no_tampering(tmp_path: Path, left: int) -> Non
     start = content.rindex(b"\n", 0, len(content) - 1) + 1
     (tmp_path / "log").write_bytes(content[: start + left] if left > 0 else content[:-1])
     verdict = verify([tmp_path / "log"], KEYS)
-    assert verdict.problems == [] and verdict.torn == 1
+    assert verdict.problems == [] and verdict.torn == (1 if left > 0 else 0)
     log_lines(tmp_path / "log", 2)
     verdict = verify([tmp_path / "log"], KEYS)
     assert verdict.problems == [] and verdict.lines == (8 if left > 0 else 9)
@@ -125,7 +124,6 @@ def test_what_cannot_be_continued_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="another server writes it"):
         AuditLog(tmp_path / "log", KEY)
     log.close()
-    os.close(log._file)
     with pytest.raises(ConfigError, match="another key"):
         AuditLog(tmp_path / "log", "0b" * 32)
     for path in (tmp_path, tmp_path / "none" / "log", Path("/dev/full")):

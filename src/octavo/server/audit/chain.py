@@ -93,28 +93,28 @@ class Verdict:
 def verify(files: Iterable[Path], keys: Keys) -> Verdict:
     """Check the files of a log, the oldest first. Raises OSError."""
     verdict = Verdict()
-    torn = 0  # bytes of the torn line before this one
+    torn: int | None = None  # bytes of the torn line before this one
     is_known = True  # whether the line before this one is authentic
     for place, line in _lines(files):
-        mac = mac_of(line, keys)
+        mac = mac_of(line if line.endswith(b"\n") else line + b"\n", keys)
         if mac is None:
-            if torn or not _is_torn(line):
+            if torn is not None or not _is_torn(line):
                 verdict.problems.append(f"{place}: this line was changed, or written with another key")
-                torn, is_known = 0, False
+                torn, is_known = None, False
             else:
                 torn = len(line.rstrip(b"\n"))
                 verdict.torn += 1
             continue
         values = json.loads(line)
-        if torn and (values.get("event") != "start" or values.get("torn") != torn):
+        if torn is not None and (values.get("event") != "start" or values.get("torn") != torn):
             verdict.problems.append(f"{place}: the line before it was cut")
-        elif not torn and values.get("torn"):
+        elif torn is None and values.get("torn"):
             verdict.problems.append(f"{place}: a torn line before it is missing")
         if not verdict.lines:
             verdict.first = values["previous"]
         elif is_known and values["previous"] != verdict.last:
             verdict.problems.append(f"{place}: lines before it are missing, or it was moved here")
-        torn, is_known = 0, True
+        torn, is_known = None, True
         verdict.lines += 1
         verdict.last, verdict.is_closed = mac, values.get("event") == "stop"
     return verdict
@@ -123,9 +123,8 @@ def verify(files: Iterable[Path], keys: Keys) -> Verdict:
 def _is_torn(line: bytes) -> bool:
     """Return whether a line may be the beginning of one whose writing was cut short."""
     text, start = line.rstrip(b"\n"), b'{"previous":"'
-    return _MAC.fullmatch(text[-_MAC_BYTES + 1 :] + b"\n") is None and (
-        text.startswith(start) or start.startswith(text)
-    )
+    is_whole = _MAC.fullmatch(text[-_MAC_BYTES + 1 :] + b"\n") is not None
+    return bool(text) and not is_whole and (text.startswith(start) or start.startswith(text))
 
 
 def _lines(files: Iterable[Path]) -> Iterator[tuple[str, bytes]]:

@@ -52,10 +52,17 @@ class AuditLog:
         self._closing = self._failing = False
         try:
             self._file = _open(self._path)
+        except OSError as error:
+            raise self._unusable(error) from None
+        try:
             self._last, torn = self._resume()
             self._write([{"event": "start", "time": _now(), **({"torn": torn} if torn else {})}])
         except OSError as error:
-            raise ConfigError(f"audit_log: cannot write {self._path} ({error.strerror})") from None
+            os.close(self._file)
+            raise self._unusable(error) from None
+        except ConfigError:
+            os.close(self._file)
+            raise
         self._thread = threading.Thread(target=self._run, name="octavo-audit-log", daemon=True)
         self._thread.start()
 
@@ -89,8 +96,13 @@ class AuditLog:
         self._closing = True
         self._wake.set()
         self._thread.join(CLOSE_SECONDS)
+        if not self._thread.is_alive():
+            os.close(self._file)
         if self._lines:
             log.error("audit_log: %d lines could not be written to %s", len(self._lines), self._path)
+
+    def _unusable(self, error: OSError) -> ConfigError:
+        return ConfigError(f"audit_log: cannot write {self._path} ({error.strerror})")
 
     def _run(self) -> None:
         while not (self._closing and (self._failing or not self._lines)):
