@@ -8,6 +8,7 @@ from pathlib import Path
 from octavo.config import EngineConfig
 from octavo.engine.engine_plan import size
 from octavo.errors import ConfigError
+from octavo.process_guard import lock_obstacle
 from octavo.server.config import ServerConfig
 from octavo.server.run import listen
 
@@ -29,6 +30,8 @@ def check_places(config: EngineConfig, server: ServerConfig) -> Iterator[Finding
         yield _folder(
             "KV folder", "--kv-disk", Path(config.kv_disk).expanduser(), config.kv_disk_size, "--kv-disk-size"
         )
+    if config.model_identity is not None:
+        yield _memory_lock()
     yield _model_cache()
 
 
@@ -41,6 +44,13 @@ def _port(server: ServerConfig) -> Finding:
     for listener in listeners:
         listener.close()
     return ok("port", f"{server.port} on {where} is free" if server.port else f"a free one on {where} will be taken")
+
+
+def _memory_lock() -> Finding:
+    """Return whether the weights of an encrypted model can be kept from swap."""
+    if (reason := lock_obstacle()) is not None:
+        return change("memory lock", f"decrypted weights may be swapped to disk: {reason}")
+    return ok("memory lock", "decrypted weights are kept from being swapped to disk")
 
 
 def _clients(server: ServerConfig) -> Finding:

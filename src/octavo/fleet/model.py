@@ -13,7 +13,7 @@ from octavo.async_llm import AsyncLLM
 from octavo.frontend.links.process import EngineProcess
 from octavo.frontend.meter import Meter
 from octavo.params import SamplingParams
-from octavo.process_guard import hide_memory
+from octavo.process_guard import hide_memory, lock_memory
 from octavo.weights import model_files, resolve
 
 from .memory import needs
@@ -142,6 +142,7 @@ class Model:
         self.state = "loading"
         if self.config.model_identity is not None or self.config.kv_key is not None:
             hide_memory()
+            lock_memory()  # where it is allowed; the engine says if it is not
         self._llm = AsyncLLM.from_config(self.config, process)
         if self.meter is not None:
             self._llm.set_meter(self.meter)

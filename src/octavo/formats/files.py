@@ -1,5 +1,6 @@
 """Open untrusted files: only regular files, of bounded size. A model's files may be encrypted."""
 
+import contextlib
 import mmap
 import os
 import stat
@@ -48,7 +49,8 @@ class PlainFile:
 
     def release(self, start: int, stop: int) -> None:
         start -= start % mmap.PAGESIZE  # also drops neighbors' bytes on the first and last page, which are read again
-        self.data.madvise(mmap.MADV_DONTNEED, start, stop - start)
+        with contextlib.suppress(OSError):  # memory that is locked (process_guard.py) stays
+            self.data.madvise(mmap.MADV_DONTNEED, start, stop - start)
 
 
 def unlock(path: Path, identity: str | None) -> ModelPath:
