@@ -2,13 +2,14 @@
 
 import os
 import shutil
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pyrage
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 
 from octavo.errors import ConfigError, DamagedWeights, ModelNotFound, OctavoError
 from octavo.formats.encrypted_model import EncryptedMap, EncryptedPath
@@ -159,10 +160,11 @@ def test_a_missing_file_is_named(sharded: tuple[Path, Path], tmp_path: Path) -> 
 
 def test_any_recipient_opens_it_and_nobody_else(tiny_llama: Path, tmp_path: Path) -> None:
     other = pyrage.x25519.Identity.generate()
-    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", tmp_path / "ssh"], check=True)
-    ssh = (tmp_path / "ssh.pub").read_text()
+    key = Ed25519PrivateKey.generate()
+    ssh = key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode()
+    private_ssh = key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()).decode()
     folder = encrypt(tiny_llama, tmp_path / "model.age", str(IDENTITY.to_public()), str(other.to_public()), ssh)
-    for identity in (f"# a comment\n{IDENTITY}\n", str(other), (tmp_path / "ssh").read_text()):
+    for identity in (f"# a comment\n{IDENTITY}\n", str(other), private_ssh):
         load(unlock(folder, identity.strip()))
     with pytest.raises(DamagedWeights, match="cannot be opened with this identity"):
         unlock(folder, str(pyrage.x25519.Identity.generate()))
