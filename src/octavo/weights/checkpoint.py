@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from octavo.errors import UnsupportedModel, shortened
-from octavo.formats.files import ModelPath
+from octavo.formats.files import MANIFEST, ModelPath
 
 from .tensor import Tensor
 
@@ -52,6 +52,8 @@ def open_checkpoint(path: ModelPath) -> Checkpoint:
     if path.suffix == ".gguf":
         config, tensors = open_gguf(path)
         return Checkpoint(path, config, tensors, tensors)
+    if isinstance(path, Path) and (path / MANIFEST).exists():
+        raise UnsupportedModel(f"{path} is encrypted; this needs the model that it was made from")
     config, stored = read_config(path), _with_prefix(open_safetensors(path))
     return Checkpoint(path, config, _weights(path, config.get("quantization_config"), stored), stored)
 
