@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 from .config import EngineConfig
 from .engine.messages import EngineInfo, EngineStats
 from .errors import EngineDead, OctavoError
+from .formats.files import unlock
 from .frontend.beam_search import BeamSearch, beam_search_output
 from .frontend.chat import ChatOptions, Conversation, chat_tokens, conversations
 from .frontend.frontend import Frontend
@@ -87,14 +88,18 @@ class AsyncLLM:
     def _set_up(self, config: EngineConfig, process: EngineProcess | None = None) -> None:
         self.config = config
         self._is_sleeping = False
-        path = self._path = resolve(config.model, config.revision)
+        self._path = resolve(config.model, config.revision)
+        self._secrets = config.read_secrets()
         self._links: list[ProcessLink] = []
         self._begin_loading(process)  # engines load while this process continues
         try:
-            self.tokenizer = Tokenizer.load(path, **config.template_limits)
-            self.generation_defaults = generation_defaults(path) if config.generation_config == "auto" else {}
+            files = unlock(self._path, self._secrets.model_identity)
+            self.tokenizer = Tokenizer.load(files, **config.template_limits)
+            self.generation_defaults = generation_defaults(files) if config.generation_config == "auto" else {}
             self.default_sampling_params = SamplingParams(**self.generation_defaults)  # type: ignore[arg-type]
-            self._frontend = Frontend(config, self.tokenizer, self._connect, has_queue_limit=True)
+            self._frontend = Frontend(
+                config, self.tokenizer, self._connect, has_queue_limit=True, kv_key=self._secrets.kv_key
+            )
         except BaseException:
             self.discard()
             raise
@@ -110,7 +115,7 @@ class AsyncLLM:
             raise
 
     def _connect(self, replica: int, process: EngineProcess | None = None) -> ProcessLink:
-        return ProcessLink(self.config, self._path, process, replica)
+        return ProcessLink(self.config, self._path, process, replica, self._secrets)
 
     def discard(self) -> None:
         """End engines that the constructor has started. Needs no event loop. Does nothing after `start`."""

@@ -14,6 +14,7 @@ from typing import Any
 from .errors import ConfigError
 from .machine import available_cores
 from .params import MAX_LOGPROBS
+from .secret import SOURCES, Secrets, read_key, read_secret
 from .settings import (
     Resolved,
     Rule,
@@ -70,6 +71,9 @@ class EngineConfig(Settings):
 
     model: str = setting("smollm2", "A Hugging Face directory, a .gguf file, a hub name, or the alias smollm2.", _NAME)
     revision: str | None = setting(None, "Branch, tag or commit of a hub model.")
+    model_identity: str | None = setting(
+        None, f"age identity that opens an encrypted model: {SOURCES} (docs/secrets.md)."
+    )
     served_model_name: str | None = setting(None, "The model's name in the API; by default the value of model.")
     backend: str = setting("auto", "cpu (native kernels) or torch; auto is cpu.", one_of("auto", "cpu", "torch"))
     device: str = setting("auto", "Device of the torch backend: cpu or cuda.", _DEVICE)
@@ -126,6 +130,9 @@ class EngineConfig(Settings):
     kv_disk: str | None = setting(None, "Folder for KV pages evicted from memory; they are kept across restarts.")
     kv_disk_size: Size = setting(
         20 * 2**30, "Disk space for kv_disk; when it is full, the least recently used pages are deleted."
+    )
+    kv_key: str | None = setting(
+        None, f"Key that encrypts kv_disk and saved KV states, 64 hexadecimal digits: {SOURCES} (docs/secrets.md)."
     )
     kv_host_memory: Size | None = setting(
         None, "Host memory for KV pages evicted from the device, such as 8GiB (torch backend only)."
@@ -205,6 +212,13 @@ class EngineConfig(Settings):
     def num_threads(self) -> int:
         """Return the number of compute threads."""
         return self.threads or available_cores()
+
+    def read_secrets(self) -> Secrets:
+        """Return the secrets that the settings name. Raises ConfigError."""
+        return Secrets(
+            read_secret("model_identity", self.model_identity),
+            read_key("kv_key", self.kv_key),
+        )
 
     def replaced(self, name: str, value: Any) -> "EngineConfig":
         """Return a copy with one setting changed. Raises ConfigError."""

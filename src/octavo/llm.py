@@ -11,6 +11,7 @@ from typing import Any, Unpack, cast
 from .config import EngineConfig
 from .engine.messages import EngineStats
 from .errors import ConfigError, EngineDead, InvalidRequest
+from .formats.files import unlock
 from .frontend.beam_search import BeamSearch, beam_search_output
 from .frontend.chat import ChatOptions, Conversation, chat_tokens, conversations
 from .frontend.frontend import Frontend
@@ -77,22 +78,29 @@ class LLM:
             raise ConfigError("data_parallel_size must be 1 with LLM, whose engine is in this process; use AsyncLLM")
         self.config = config
         self._is_sleeping = False
+        secrets = self._secrets = config.read_secrets()
         path = self._path = resolve(config.model, config.revision)
-        self.tokenizer = Tokenizer.load(path, **config.template_limits)
-        self.generation_defaults = generation_defaults(path) if config.generation_config == "auto" else {}
+        files = unlock(path, secrets.model_identity)
+        self.tokenizer = Tokenizer.load(files, **config.template_limits)
+        self.generation_defaults = generation_defaults(files) if config.generation_config == "auto" else {}
         self.default_sampling_params = SamplingParams(**self.generation_defaults)  # type: ignore[arg-type]
         self._thread = LoopThread()
         owner = _StateOwner(self._thread)
         try:
             self._frontend = owner.frontend = Frontend(
-                config, self.tokenizer, lambda _: ThreadLink(config, path), has_queue_limit=False, state_owner=owner
+                config,
+                self.tokenizer,
+                lambda _: ThreadLink(config, path, secrets),
+                has_queue_limit=False,
+                state_owner=owner,
+                kv_key=secrets.kv_key,
             )
         except BaseException:
             self._thread.close()
             raise
         self._finalizer = weakref.finalize(self, _shut_down, self._thread, self._frontend)
         try:
-            self.info = self._thread.run(self._frontend.start([ThreadLink(config, path)]))
+            self.info = self._thread.run(self._frontend.start([ThreadLink(config, path, secrets)]))
         except BaseException:
             self.shutdown()
             raise
@@ -432,7 +440,7 @@ class LLM:
         """
         check_sleep(tags=tags)
         if self._is_sleeping:
-            self._thread.run(self._frontend.start([ThreadLink(self.config, self._path)]))
+            self._thread.run(self._frontend.start([ThreadLink(self.config, self._path, self._secrets)]))
             self._is_sleeping = False
 
     def is_sleeping(self) -> bool:

@@ -20,6 +20,7 @@ from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_typ
 import msgspec
 
 from .errors import ConfigError
+from .secret import VARIABLES
 
 S = TypeVar("S")
 Size = Annotated[int, "size"]
@@ -190,7 +191,7 @@ def environment_source(variables: Mapping[str, str] = os.environ) -> Source:
     values = {
         name.removeprefix(PREFIX).lower(): text
         for name, text in variables.items()
-        if name.startswith(PREFIX) and name not in NOT_SETTINGS
+        if name.startswith(PREFIX) and name not in NOT_SETTINGS and not name.startswith(VARIABLES)
     }
     return Source("environment", values, lambda name, value: PREFIX + name.upper(), "in the environment, ")
 

@@ -14,7 +14,7 @@ pytest.importorskip("octavo.backends.cpu._native", reason="the cpu backend's ext
 from command_line import answer, complaint
 from family_models import PAGES, PROMPT, load_backend, relative_error
 from octavo.backends.cpu import quantize
-from octavo.cli.quantize import _complete_or_absent
+from octavo.cli.output_folder import complete_or_absent
 from octavo.errors import DamagedWeights
 from octavo.text import Tokenizer
 from octavo.weights import Tensor, open_checkpoint
@@ -134,7 +134,7 @@ def test_a_slip_is_one_line(tiny_llama: Path, tmp_path: Path) -> None:
 
 
 def test_an_interrupted_run_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt), _complete_or_absent(tmp_path / "packed") as folder:
+    with pytest.raises(KeyboardInterrupt), complete_or_absent(tmp_path / "packed") as folder:
         (folder / "model.safetensors").write_text("half")
         raise KeyboardInterrupt
     assert list(tmp_path.iterdir()) == []

@@ -27,6 +27,7 @@ class GatedTier:
     """A slow disk, as slow as a test wants it: reads and writes wait for a gate."""
 
     name = "gated"
+    refused = 0
 
     def __init__(self) -> None:
         self.pages: dict[bytes, np.ndarray] = {}

@@ -16,7 +16,7 @@ from octavo.params import SamplingParams
 from octavo.text import Tokenizer
 from octavo.tracing.events import name_engine, name_process
 from octavo.tracing.file import TraceFile
-from octavo.weights import resolve
+from octavo.weights import model_files, resolve
 
 from .report import RequestTimes, Run, progress
 
@@ -41,7 +41,7 @@ def run_batches(config: EngineConfig, load: Load) -> tuple[list[Run], float]:
     path = resolve(config.model, config.revision)
     trace = _open_trace(config)
     started = time.perf_counter()
-    tokenizer = Tokenizer.load(path)
+    tokenizer = Tokenizer.load(model_files(config))
     with loading_bar() as loaded:
         engine = load_engine(config, path, loaded)
     load_seconds = time.perf_counter() - started

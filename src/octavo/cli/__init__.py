@@ -23,10 +23,12 @@ _COMMANDS = (
     "trace",
     "models",
     "keys",
+    "audit",
     "config",
     "doctor",
     "pull",
     "quantize",
+    "encrypt",
     "bench",
     "simulate",
 )

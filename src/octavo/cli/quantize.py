@@ -1,15 +1,15 @@
 """octavo quantize: quantize a model to 8 or 4 bits and write it as a checkpoint that loads without quantizing again."""
 
-import contextlib
-import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from octavo.errors import ConfigError, OctavoError, shortened
+from octavo.errors import ConfigError, OctavoError
+
+from .output_folder import complete_or_absent, output_folder
 
 if TYPE_CHECKING:
     import numpy as np
@@ -44,7 +44,7 @@ def quantize(
 
     if bits not in (8, 4):
         raise ConfigError(f"bits must be 8 or 4, not {bits}")
-    target = _target(target)
+    target = output_folder(target)
     path = resolve(source, revision)
     checkpoint = open_checkpoint(path)
     spec, parameters = describe_model(checkpoint.config, checkpoint.tensors)
@@ -52,7 +52,7 @@ def quantize(
     tensors = {part.name: part for _, part in named_parts}
     bits_of = {part.name: 8 if needs_8_bits(spec, name) else bits for name, part in named_parts}
     _check_target(target, path, force)
-    with _complete_or_absent(target) as folder:
+    with complete_or_absent(target) as folder:
         _write_tokenizer(path, folder)
         importances = _importances(spec, parameters) if bits == 4 else {}
         with loading_bar("quantizing") as progress:
@@ -76,21 +76,6 @@ def _importances(spec: "DecoderSpec", parameters: "Mapping[str, Parameter]") -> 
     return importances
 
 
-def _target(path: Path) -> Path:
-    """Return the absolute path of the directory to write. Raises ConfigError for one that cannot be a directory."""
-    try:
-        target = path.expanduser().absolute()
-        target.exists()
-        if target.name in ("", ".."):
-            target = target.resolve()
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ConfigError(f"cannot write {shortened(path)}: {shortened(reason)}") from None
-    if not target.name:
-        raise ConfigError(f"{shortened(path)} cannot be replaced; choose another directory")
-    return target
-
-
 def _check_target(target: Path, source: Path, force: bool) -> None:
     """Raise ConfigError if `target` exists and may not be replaced."""
     from octavo.weights.packed import METHOD
@@ -108,30 +93,6 @@ def _check_target(target: Path, source: Path, force: bool) -> None:
         settings = None
     if not isinstance(settings, dict) or settings.get("quant_method") != METHOD:
         raise ConfigError(f"{target} was not written by octavo quantize: --force does not replace it")
-
-
-@contextlib.contextmanager
-def _complete_or_absent(target: Path) -> Iterator[Path]:
-    """Yield a directory to fill. It is renamed to `target` at the end, or deleted after an error.
-
-    Raises ConfigError if `target` cannot be written.
-    """
-    folder = target.with_name(f".{target.name}.{os.getpid()}")
-    replaced = folder.with_suffix(".replaced")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        folder.mkdir()
-        yield folder
-        if target.exists():
-            target.rename(replaced)
-        folder.rename(target)
-    except OctavoError:
-        raise
-    except OSError as error:
-        raise ConfigError(f"cannot write {target}: {error.strerror or error}") from None
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _write_tokenizer(source: Path, folder: Path) -> None:

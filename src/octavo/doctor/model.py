@@ -9,7 +9,7 @@ from octavo.errors import OctavoError
 from octavo.fleet.memory import ENGINE, SERVER
 from octavo.machine import available_memory
 from octavo.text import Tokenizer
-from octavo.weights import resolve
+from octavo.weights import model_files
 
 from .finding import Finding, change, ok, stop
 
@@ -17,7 +17,7 @@ from .finding import Finding, change, ok, stop
 def check_model(config: EngineConfig) -> Iterator[Finding]:
     """Yield the findings about the model that the settings name. Reads no weights and downloads nothing."""
     try:
-        path = resolve(config.model, config.revision, download=False)
+        path = model_files(config, download=False)
         tokenizer = Tokenizer.load(path)
         plan = plan_engine(config, path)
     except OctavoError as error:

@@ -8,6 +8,7 @@ from pathlib import Path
 from octavo.config import EngineConfig
 from octavo.engine.engine_plan import size
 from octavo.errors import ConfigError
+from octavo.process_guard import lock_obstacle
 from octavo.server.config import ServerConfig
 from octavo.server.listeners import listen, unix_listener
 
@@ -30,6 +31,8 @@ def check_places(config: EngineConfig, server: ServerConfig) -> Iterator[Finding
         yield _folder(
             "KV folder", "--kv-disk", Path(config.kv_disk).expanduser(), config.kv_disk_size, "--kv-disk-size"
         )
+    if config.model_identity is not None:
+        yield _memory_lock()
     yield _model_cache()
 
 
@@ -63,6 +66,13 @@ def _tls(server: ServerConfig) -> Iterator[Finding]:
         yield stop("TLS", str(error))
     else:
         yield ok("TLS", f"the certificate in {server.ssl_certfile} and its key fit")
+
+
+def _memory_lock() -> Finding:
+    """Return whether the weights of an encrypted model can be kept from swap."""
+    if (reason := lock_obstacle()) is not None:
+        return change("memory lock", f"decrypted weights may be swapped to disk: {reason}")
+    return ok("memory lock", "decrypted weights are kept from being swapped to disk")
 
 
 def _clients(server: ServerConfig) -> Finding:

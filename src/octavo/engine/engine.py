@@ -6,6 +6,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 import numpy as np
@@ -43,6 +44,9 @@ from .thinking import ThinkingBudget
 from .token_masks import mask_of
 from .work_record import WorkRecord
 
+if TYPE_CHECKING:
+    from octavo.formats.page_cipher import PageCipher
+
 MAX_IDLE = 0.002  # seconds for which a step without work waits for threads; a new request may wait as long
 SECONDS_TO_CLOSE = 3.0  # the frontend kills an engine process that does not end in 5
 _DAMAGED_LOGITS = "the model computed logits that are NaN or infinite"
@@ -70,6 +74,7 @@ class Engine:
         clock: returns monotonic time in seconds; a simulation passes a virtual clock.
         constraints: follows the grammars of structured outputs; without it, such requests fail.
         trace: takes the times of steps (docs/tracing.md).
+        cipher: encrypts saved KV states.
 
     Attributes:
         request_events: what has happened to the requests that are traced.
@@ -94,13 +99,14 @@ class Engine:
         clock: Callable[[], float] = time.monotonic,
         constraints: Constraints | None = None,
         trace: EngineTrace | None = None,
+        cipher: "PageCipher | None" = None,
     ):
         self.backend, self.fingerprint, self.clock, self.trace = backend, fingerprint, clock, trace
         self.request_events = RequestEvents()
         self._transfers = transfers or Transfers(backend, ())
         copy_page = backend.copy_page if trace is None else trace.copying(backend.copy_page)
         self.kv = KVCache(num_pages, backend.page_size, prefix_caching, copy_page, self._transfers)
-        self._state_files = StateFiles(self.kv, backend, self._transfers)
+        self._state_files = StateFiles(self.kv, backend, self._transfers, cipher)
         self.scheduler = Scheduler(
             self.kv,
             policy or Policy(EngineConfig()),
@@ -342,6 +348,7 @@ class Engine:
             pending_saves=transfers.pending_saves if transfers else 0,
             pages_saved=transfers.pages_saved if transfers else 0,
             pages_fetched=transfers.pages_fetched if transfers else 0,
+            refused_pages=transfers.pages_refused if transfers else 0,
             damaged=self._damaged,
             step_tokens=list(self._step_tokens),
             preempted=list(self._preempted),

@@ -15,12 +15,15 @@ from typing import TYPE_CHECKING, Any
 from octavo.backends.base import Backend, BackendFactory, Footprint, Progress
 from octavo.config import DTYPES, KV_CACHE_DTYPES, EngineConfig
 from octavo.errors import ConfigError, OutOfMemory
+from octavo.formats.files import ModelPath, unlock
 from octavo.kv import Transfers
 from octavo.kv.tiers.disk import DiskTier
 from octavo.kv.tiers.host import HostTier
 from octavo.kv.tiers.tier import Tier
 from octavo.machine import available_cores, available_memory
 from octavo.model import describe_model
+from octavo.secret import Secrets
+from octavo.states.file import page_cipher
 from octavo.tracing.engine import EngineTrace
 from octavo.version import __version__
 from octavo.weights import Checkpoint, fingerprint, open_checkpoint
@@ -35,6 +38,7 @@ from .speculation import FREE_ROWS
 from .work_record import WorkRecord
 
 if TYPE_CHECKING:
+    from octavo.formats.page_cipher import PageCipher
     from octavo.model.spec import DecoderSpec
     from octavo.text.grammars import Grammars
 
@@ -45,6 +49,7 @@ def load_engine(
     progress: Progress | None = None,
     work: WorkRecord | None = None,
     engines: int = 1,
+    secrets: Secrets | None = None,
 ) -> Engine:
     """Open the checkpoint at `path`, compile the model on the configured backend and allocate the KV pool.
 
@@ -52,17 +57,22 @@ def load_engine(
         progress: called while weights are read, progress(done bytes, total bytes).
         work: see Engine.
         engines: number of engines that load at the same time and divide the free memory among them.
+        secrets: what opens an encrypted model and encrypts pages on disk; by default, it is read as `config` says.
 
     Raises:
         ConfigError, DamagedWeights, UnsupportedModel, OutOfMemory
     """
     policy = load_policy(config)  # first, so that a mistake in it is reported before weights are read
-    checkpoint = open_checkpoint(path)
+    secrets = config.read_secrets() if secrets is None else secrets
+    cipher = page_cipher(secrets.kv_key)
+    files = unlock(path, secrets.model_identity)
+    checkpoint = open_checkpoint(files)
     spec, parameters = describe_model(checkpoint.config, checkpoint.tensors)
     max_model_len = _max_model_len(config, spec)
     load_backend, _ = _backend(config)
     settings = _backend_settings(config, max_model_len)
     backend = load_backend(spec, parameters, **settings, progress=progress or _silent)
+    checkpoint.verify()
     plan = make_plan(config, backend.footprint, max_model_len, config.num_threads, available_memory() // 2 // engines)
     backend.allocate_kv(plan.num_pages)
     slowest = self_test(backend, config.max_batch_tokens)
@@ -75,14 +85,15 @@ def load_engine(
         policy=policy,
         fingerprint=_page_fingerprint(checkpoint, backend),
         work=work,
-        constraints=Constraints(partial(_load_grammars, path)),
+        constraints=Constraints(partial(_load_grammars, files)),
         trace=trace,
+        cipher=cipher,
     )
     engine.slowest_step, engine.plan = slowest, plan
     return engine
 
 
-def plan_engine(config: EngineConfig, path: Path) -> EnginePlan:
+def plan_engine(config: EngineConfig, path: ModelPath) -> EnginePlan:
     """Return what each of the model's engines would decide if it were loaded now. Reads no weights.
 
     Raises:
@@ -117,12 +128,13 @@ def assemble(
     clock: Callable[[], float] = time.monotonic,
     constraints: Constraints | None = None,
     trace: EngineTrace | None = None,
+    cipher: "PageCipher | None" = None,
 ) -> Engine:
     """Return an engine with the settings of `config`, on a backend whose pool of `num_pages` pages is allocated.
 
     Args:
         policy: replaces the policy that `config` names.
-        fingerprint, work, clock, constraints, trace: see Engine.
+        fingerprint, work, clock, constraints, trace, cipher: see Engine.
         transfers: replaces the transfers to the tiers that `config` names.
 
     Raises:
@@ -137,7 +149,7 @@ def assemble(
         policy=policy or load_policy(config),
         prefix_caching=config.enable_prefix_caching,
         fingerprint=fingerprint,
-        transfers=(transfers or _transfers(config, backend, trace)) if config.enable_prefix_caching else None,
+        transfers=(transfers or _transfers(config, backend, trace, cipher)) if config.enable_prefix_caching else None,
         preemption=config.preemption,
         speculative_tokens=config.speculative_tokens,
         request_timeout=config.request_timeout,
@@ -145,6 +157,7 @@ def assemble(
         clock=clock,
         constraints=constraints,
         trace=trace,
+        cipher=cipher,
     )
 
 
@@ -155,7 +168,7 @@ def _sampling_clock(backend: Backend) -> Callable[[], float] | None:
     return backend.sampling_seconds if isinstance(backend, CpuBackend) else None
 
 
-def _load_grammars(path: Path) -> "Grammars":
+def _load_grammars(path: ModelPath) -> "Grammars":
     # Imported with the first grammar, so that other engines start sooner.
     from octavo.text import Tokenizer
     from octavo.text.grammars import MAX_SECONDS, Grammars
@@ -164,14 +177,26 @@ def _load_grammars(path: Path) -> "Grammars":
     return Grammars(Tokenizer.load(path), max_seconds=4 * MAX_SECONDS)
 
 
-def _transfers(config: EngineConfig, backend: Backend, trace: EngineTrace | None) -> Transfers:
+def _transfers(
+    config: EngineConfig, backend: Backend, trace: EngineTrace | None, cipher: "PageCipher | None"
+) -> Transfers:
     """Return transfers to the tiers that `config` names. Raises ConfigError."""
     tiers: list[Tier] = []
     if config.kv_host_memory is not None:
         tiers.append(HostTier(config.kv_host_memory))
     if config.kv_disk is not None:
-        tiers.append(DiskTier(Path(config.kv_disk), config.kv_disk_size, backend.page_bytes))
+        tiers.append(_disk_tier(Path(config.kv_disk), config.kv_disk_size, backend.page_bytes, cipher))
     return Transfers(backend, tiers, trace=trace)
+
+
+def _disk_tier(folder: Path, capacity: int, page_bytes: int, cipher: "PageCipher | None") -> Tier:
+    """Return the tier on disk, encrypted if there is a cipher. Raises ConfigError."""
+    if cipher is None:
+        return DiskTier(folder, capacity, page_bytes)
+    from octavo.formats.page_cipher import OVERHEAD
+    from octavo.kv.tiers.encrypted import EncryptedTier
+
+    return EncryptedTier(DiskTier(folder, capacity, page_bytes + OVERHEAD), cipher)
 
 
 def _max_model_len(config: EngineConfig, spec: "DecoderSpec") -> int:

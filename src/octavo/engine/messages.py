@@ -172,6 +172,7 @@ class EngineStats(msgspec.Struct, frozen=True):
         num_pinned: pages referenced by KV states.
         num_fetching, pages_fetched: pages being fetched from a lower tier, and fetched so far.
         pending_saves, pages_saved: pages being saved to the lower tiers, and saved so far.
+        refused_pages: pages that were changed on disk since they were saved and encrypted (kv_key).
         damaged: sequences that ended because the model computed logits that are NaN or infinite.
         step_tokens: number of steps by their rows, in buckets of at most STEP_TOKENS rows, then of more.
         preempted: number of ended sequences by their preemptions, in buckets of at most PREEMPTIONS, then of more.
@@ -205,6 +206,7 @@ class EngineStats(msgspec.Struct, frozen=True):
     pending_saves: int
     pages_saved: int
     pages_fetched: int
+    refused_pages: int
     damaged: int
     step_tokens: list[int]
     preempted: list[int]

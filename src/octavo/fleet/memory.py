@@ -3,10 +3,10 @@
 import dataclasses
 import math
 from collections.abc import Hashable, Iterable
-from pathlib import Path
 
 from octavo.config import EngineConfig
 from octavo.errors import OutOfMemory
+from octavo.formats.files import ModelPath
 from octavo.model import describe_model
 from octavo.weights import open_checkpoint
 
@@ -27,7 +27,7 @@ class Needs:
     config: EngineConfig
 
 
-def needs(config: EngineConfig, path: Path) -> Needs:
+def needs(config: EngineConfig, path: ModelPath) -> Needs:
     """Return what the model at `path` needs. Reads only the headers of its files.
 
     Without kv_cache_memory, each engine's KV cache may take as much as its weights, but at least LEAST_KV and at most

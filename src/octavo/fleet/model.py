@@ -13,7 +13,8 @@ from octavo.async_llm import AsyncLLM
 from octavo.frontend.links.process import EngineProcess
 from octavo.frontend.meter import Meter
 from octavo.params import SamplingParams
-from octavo.weights import resolve
+from octavo.process_guard import hide_memory, lock_memory
+from octavo.weights import model_files, resolve
 
 from .memory import needs
 from .specs import ModelSpec
@@ -135,7 +136,7 @@ class Model:
         Raises ModelNotFound, DamagedWeights, UnsupportedModel.
         """
         if not self.size:
-            needed = needs(self.config, resolve(self.config.model, self.config.revision))
+            needed = needs(self.config, model_files(self.config))
             self.size, self.config = needed.bytes, needed.config
 
     def begin(self, process: EngineProcess | None = None) -> None:
@@ -144,6 +145,9 @@ class Model:
         Raises any error from reading the model's files.
         """
         self.state = "loading"
+        if self.config.model_identity is not None or self.config.kv_key is not None:
+            hide_memory()
+            lock_memory()  # where it is allowed; the engine says if it is not
         self._llm = AsyncLLM.from_config(self.config, process)
         if self.meter is not None:
             self._llm.set_meter(self.meter)

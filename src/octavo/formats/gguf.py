@@ -8,10 +8,8 @@ checks every size against the file.
 """
 
 import math
-import mmap
 import struct
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +17,7 @@ import numpy as np
 from octavo.errors import DamagedWeights, UnsupportedModel, shortened
 
 from .blocks import GGML_TYPES
-from .files import map_file
+from .files import MappedFile, ModelPath, map_file
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
@@ -56,10 +54,10 @@ class GgufHeader:
 
     metadata: dict[str, Any]
     tensors: list[GgufTensor]
-    mapped: mmap.mmap
+    mapped: MappedFile
 
 
-def read_header(path: Path) -> GgufHeader:
+def read_header(path: ModelPath) -> GgufHeader:
     """Map the file at `path` and parse its header.
 
     Raises:
@@ -84,8 +82,9 @@ class _Malformed(Exception):
 class _Parser:
     """Reads values one after another, from offset `at` on. Raises struct.error or _Malformed at the end of the file."""
 
-    def __init__(self, mapped: mmap.mmap):
-        self.mapped, self.size, self.at = mapped, min(len(mapped), _MAX_HEADER_BYTES), 0
+    def __init__(self, file: MappedFile):
+        self.file, self.mapped, self.at = file, file.data, 0
+        self.size = min(len(file.data), _MAX_HEADER_BYTES)
         self.array_values = 0  # read so far
 
     def header(self) -> GgufHeader:
@@ -108,7 +107,7 @@ class _Parser:
         alignment = metadata.get("general.alignment", 32)
         if not isinstance(alignment, int) or alignment <= 0 or alignment & (alignment - 1):
             raise _Malformed(f"alignment {alignment!r} is not a power of two")
-        return GgufHeader(metadata, self.lay_out(infos, alignment), self.mapped)
+        return GgufHeader(metadata, self.lay_out(infos, alignment), self.file)
 
     def lay_out(self, infos: list[tuple[str, tuple[int, ...], int, int]], alignment: int) -> list[GgufTensor]:
         """Locate the tensors. As in llama.cpp, each begins at the aligned end of the one before it."""

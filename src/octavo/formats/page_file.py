@@ -125,7 +125,8 @@ class PageFile:
         if (index := self._index.get(key)) is None:
             raise BadPageFile("it does not have this page")
         content = np.empty(self.header.page_bytes, np.uint8)
-        os.preadv(self._file.fileno(), [content.data], _START + index * content.nbytes)
+        if os.preadv(self._file.fileno(), [content.data], _START + index * content.nbytes) < content.nbytes:
+            raise BadPageFile("it is incomplete")  # the memory may happen to hold this very page from an earlier read
         if xxh3_128_digest(content.data) != self.header.checksums[index]:
             raise BadPageFile("one of its pages is damaged")
         return content

@@ -13,7 +13,7 @@ from octavo.engine.messages import EngineInfo, EngineStats, TokenOutput
 from octavo.errors import EngineDead, InvalidRequest, OctavoError, QueueFull, RequestFailed, RequestTimeout
 from octavo.outputs import FinishReason, RequestOutput
 from octavo.states import KVState, StateBook
-from octavo.states.file import read_saved_tokens
+from octavo.states.file import page_cipher, read_saved_tokens
 from octavo.states.handle import StateOwner
 from octavo.text import Tokenizer
 
@@ -70,6 +70,7 @@ class Frontend:
         has_queue_limit: whether `submit` raises QueueFull beyond the completions that replicas run at once plus
             max_queue.
         state_owner: the object that the methods of KV states call; this frontend by default.
+        kv_key: the key of saved KV states; None if they are not encrypted.
 
     Attributes:
         meter: measures the requests, if it is set.
@@ -87,7 +88,9 @@ class Frontend:
         connect: Callable[[int], Link],
         has_queue_limit: bool,
         state_owner: StateOwner | None = None,
+        kv_key: str | None = None,
     ):
+        self._cipher = page_cipher(kv_key)
         self._config, self._tokenizer, self._connect = config, tokenizer, connect
         self._state_owner = state_owner or self
         self._watchers: list[RequestWatcher] = []
@@ -325,7 +328,9 @@ class Frontend:
         """Make a state of a saved file. Raises InvalidKVState, QuotaExceeded, EngineDead."""
         self._living()
         info = self.info
-        tokens = await asyncio.to_thread(read_saved_tokens, path, info.fingerprint, info.vocab_size, tenant, salt)
+        tokens = await asyncio.to_thread(
+            read_saved_tokens, path, info.fingerprint, info.vocab_size, tenant, salt, self._cipher
+        )
         state = self.states.adopt(path, tokens, tenant, salt)
         try:
             await self._open_in_all(state)

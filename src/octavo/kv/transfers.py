@@ -84,6 +84,11 @@ class Transfers:
         """Return whether there is currently a tier to fetch from."""
         return bool(self._tiers)
 
+    @property
+    def pages_refused(self) -> int:
+        """Return the number of pages that a store did not accept since someone has changed them."""
+        return sum(tier.refused for tier in self._stores)
+
     def tier_of(self, key: bytes) -> Tier | None:
         """Return the first tier that has this page. O(1) per tier, without I/O."""
         return next((tier for tier in self._tiers if key in tier), None)

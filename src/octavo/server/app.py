@@ -39,17 +39,22 @@ from .openapi.pages import documented
 if TYPE_CHECKING:
     from octavo.tenants.limiter import Limiter
 
+    from .audit import AuditLog
     from .edge.authentication import Authentication
 
 
 def create_app(
-    fleet: Fleet, config: ServerConfig | None = None, draining: Callable[[], bool] = lambda: False
+    fleet: Fleet,
+    config: ServerConfig | None = None,
+    draining: Callable[[], bool] = lambda: False,
+    audit: "AuditLog | None" = None,
 ) -> Dispatcher:
     """Return the ASGI application that serves `fleet`, whose models must be started already.
 
     Args:
         config: settings; defaults if None.
         draining: returns whether the server is shutting down, for GET /ready.
+        audit: the audit log, if there is one.
     """
     config = config or ServerConfig()
     folder = Path(config.data_dir) if config.data_dir else None
@@ -75,7 +80,7 @@ def create_app(
 
         routes += keys_admin.routes(config, authentication)
     pages = documented(routes, fleet.default.name)
-    app = Dispatcher(pages, config.allowed_origins, traffic, authentication, host_check(config), on_end)
+    app = Dispatcher(pages, config.allowed_origins, traffic, authentication, host_check(config), on_end, audit)
     if service:
         service.start(app)
     return app

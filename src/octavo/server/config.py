@@ -4,6 +4,7 @@ import math
 import re
 from dataclasses import dataclass
 
+from octavo.secret import SOURCES
 from octavo.settings import Rule, Settings, Size, at_least, one_of, positive, setting
 
 _PORT = Rule("from 0 to 65535", lambda value: 0 <= value < 65536)
@@ -51,6 +52,10 @@ class ServerConfig(Settings):
         one_of("text", "json", "none"),
     )
     access_log_prompts: bool = setting(False, "Include prompts and messages in the access log.")
+    audit_log: str | None = setting(
+        None, "File for the audit log: who asked what and when, as hashes, in lines that cannot be changed unnoticed."
+    )
+    audit_key: str | None = setting(None, f"Key of the audit log, 64 hexadecimal digits: {SOURCES} (docs/secrets.md).")
     enable_metrics: bool = setting(False, "Serve metrics for Prometheus at GET /metrics (docs/metrics.md).")
     otlp_endpoint: str | None = setting(
         None,
@@ -159,6 +164,7 @@ class ServerConfig(Settings):
         asked = self.ssl_cert_reqs > 0
         self.need(asked or self.ssl_ca_certs is None, "ssl_cert_reqs", "1 or 2 with ssl_ca_certs (2: no other clients)")
         self.need(not asked or self.ssl_ca_certs is not None, "ssl_ca_certs", "a file, with ssl_cert_reqs 1 or 2")
+        self.need(self.audit_log is None or self.audit_key is not None, "audit_key", "given with audit_log")
 
     @property
     def has_keys(self) -> bool:

@@ -12,6 +12,7 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Generator
+from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 import typer
@@ -19,6 +20,8 @@ import uvloop
 
 from octavo.config import EngineConfig
 from octavo.frontend.links.process import EngineProcess
+from octavo.process_guard import hide_memory
+from octavo.secret import read_key
 from octavo.terminal import printable
 from octavo.version import __version__
 
@@ -31,6 +34,7 @@ if TYPE_CHECKING:
     from octavo.fleet.specs import FleetSpec
     from octavo.tracing.spans import Spans
 
+    from .audit import AuditLog
     from .edge.certificates import Certificates
     from .edge.dispatch import Dispatcher
     from .edge.draining import DrainingServer
@@ -118,10 +122,11 @@ async def _serve(
 
     access_log = AccessLog(config.access_log, sys.stdout, config.access_log_prompts)
     spans: Spans | None = None
+    audit = None
     try:
-        spans = _spans(config)
+        spans, audit = _spans(config), _open_audit_log(config)
         await fleet.start()
-        app = create_app(fleet, config, draining=lambda: servers[0].should_exit)
+        app = create_app(fleet, config, draining=lambda: servers[0].should_exit, audit=audit)
         handler = app if spans is None else _with_spans(app, fleet, spans)
         server = DrainingServer(
             handler, config, access_log, lambda: _announce(fleet, config, listeners[0]), certificates=certificates
@@ -136,6 +141,20 @@ async def _serve(
         access_log.close()
         if spans is not None:
             await asyncio.to_thread(spans.close)
+        if audit is not None:
+            audit.close()
+
+
+def _open_audit_log(config: ServerConfig) -> "AuditLog | None":
+    """Return the audit log that the settings name. Raises ConfigError."""
+    if config.audit_log is None:
+        return None
+    from .audit import AuditLog  # imported late, as most servers have none
+
+    key = read_key("audit_key", config.audit_key)
+    assert key is not None
+    hide_memory()
+    return AuditLog(Path(config.audit_log), key)
 
 
 def _spans(config: ServerConfig) -> "Spans | None":

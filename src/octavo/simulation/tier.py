@@ -17,6 +17,7 @@ class KeysOnly:
     """A Tier (see kv.tiers.tier) that holds the keys of at most `capacity` pages, and no content."""
 
     name = "simulated"
+    refused = 0
 
     def __init__(self, capacity: int):
         self._capacity = capacity

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -12,12 +13,15 @@ from octavo.kv import KVCache, Prefix
 from octavo.kv.transfers import Transfers
 from octavo.states.file import StateFile, save_state
 
+if TYPE_CHECKING:
+    from octavo.formats.page_cipher import PageCipher
+
 
 class StateFiles:
     """Saves and loads states in the threads of `transfers`. Its methods return at once; call them from one thread."""
 
-    def __init__(self, kv: KVCache, backend: Backend, transfers: Transfers):
-        self._kv, self._backend, self._transfers = kv, backend, transfers
+    def __init__(self, kv: KVCache, backend: Backend, transfers: Transfers, cipher: "PageCipher | None" = None):
+        self._kv, self._backend, self._transfers, self._cipher = kv, backend, transfers, cipher
         self._saves: list[tuple[Future[None], list[int]]] = []  # with the pages acquired for it
         self._files: dict[str, Future[StateFile]] = {}  # by the state's id
 
@@ -52,6 +56,7 @@ class StateFiles:
                     metadata={"root": saved.parent(0).hex()},
                     page_bytes=self._backend.page_bytes,
                     pages=self._contents(sources),
+                    cipher=self._cipher,
                 )
             except OSError as error:
                 raise RequestFailed(f"cannot write the KV state {path} ({error.strerror or error})") from None
@@ -76,7 +81,7 @@ class StateFiles:
         """
 
         def open_file() -> StateFile:
-            file = StateFile(path, id, self._kv.page_size, self._backend.page_bytes)
+            file = StateFile(path, id, self._kv.page_size, self._backend.page_bytes, self._cipher)
             self._transfers.add_tier(file)
             return file
 

@@ -18,6 +18,7 @@ import msgspec
 
 from octavo.config import TEMPLATE_MEMORY, TEMPLATE_SECONDS
 from octavo.errors import InvalidRequest
+from octavo.secret import without_secrets
 
 MAX_MESSAGES = 10_000  # of a conversation
 MAX_INPUT_BYTES = 16 << 20  # of a conversation as JSON, with tools and all other variables
@@ -216,7 +217,7 @@ class _Worker:
                     stdout=theirs.fileno(),
                     stderr=subprocess.DEVNULL,
                     start_new_session=True,
-                    env=os.environ | _RETURN_MEMORY,
+                    env=without_secrets() | _RETURN_MEMORY,
                 )
         except OSError as error:
             self._socket.close()

@@ -21,7 +21,7 @@ from octavo.errors import (
     UnsupportedModel,
     shortened,
 )
-from octavo.formats.files import read_file
+from octavo.formats.files import ModelPath, read_file
 from octavo.formats.gguf import read_header
 
 from .chat_template import ChatTemplate
@@ -97,7 +97,7 @@ class Tokenizer:
 
     @classmethod
     def load(
-        cls, path: Path, *, template_seconds: float = TEMPLATE_SECONDS, template_memory: int = TEMPLATE_MEMORY
+        cls, path: ModelPath, *, template_seconds: float = TEMPLATE_SECONDS, template_memory: int = TEMPLATE_MEMORY
     ) -> "Tokenizer":
         """Load the tokenizer of a directory with tokenizer.json, or of a .gguf file.
 
@@ -438,7 +438,7 @@ def _decoding(backend: tokenizers.Tokenizer) -> tuple[bool, bool]:
     raise UnsupportedModel(f"the tokenizer's decoder is {decoder['type']}; supported are ByteLevel and SentencePiece")
 
 
-def _from_gguf(path: Path) -> Tokenizer:
+def _from_gguf(path: ModelPath) -> Tokenizer:
     metadata = read_header(path).metadata
     backend = tokenizer_from_metadata(metadata, str(path))
     tokens = metadata["tokenizer.ggml.tokens"]
@@ -462,7 +462,7 @@ def _from_gguf(path: Path) -> Tokenizer:
     )
 
 
-def _from_directory(path: Path) -> Tokenizer:
+def _from_directory(path: ModelPath) -> Tokenizer:
     file = path / "tokenizer.json"
     if not file.exists():
         raise ModelNotFound(f"{path} has no tokenizer.json: download the model's tokenizer files too")
@@ -498,7 +498,7 @@ def _from_directory(path: Path) -> Tokenizer:
     )
 
 
-def _read_backend(file: Path) -> tokenizers.Tokenizer:
+def _read_backend(file: ModelPath) -> tokenizers.Tokenizer:
     content = read_file(file, MAX_TOKENIZER_BYTES)
     try:
         return tokenizers.Tokenizer.from_buffer(content)
@@ -508,7 +508,7 @@ def _read_backend(file: Path) -> tokenizers.Tokenizer:
         raise
 
 
-def _directory_template(path: Path, settings: dict[str, Any], name: str = "default") -> str | None:
+def _directory_template(path: ModelPath, settings: dict[str, Any], name: str = "default") -> str | None:
     """Return the template in chat_template.jinja or in tokenizer_config.json; of several, the one called `name`."""
     file = path / "chat_template.jinja"
     if name != "default":
@@ -528,7 +528,7 @@ def _directory_template(path: Path, settings: dict[str, Any], name: str = "defau
     return template
 
 
-def _special_token(path: Path, settings: dict[str, Any], name: str) -> str | None:
+def _special_token(path: ModelPath, settings: dict[str, Any], name: str) -> str | None:
     """Return a special token, which tokenizer_config.json writes as a string or as an object."""
     token = settings.get(name)
     content = token.get("content") if isinstance(token, dict) else token
@@ -537,7 +537,7 @@ def _special_token(path: Path, settings: dict[str, Any], name: str) -> str | Non
     return content
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def _read_json(file: ModelPath) -> dict[str, Any]:
     """Return the object in a JSON file; an empty one if there is no such file."""
     if not file.exists():
         return {}
@@ -554,7 +554,7 @@ def _read_json(file: Path) -> dict[str, Any]:
     return content
 
 
-def _read_text(file: Path) -> str:
+def _read_text(file: ModelPath) -> str:
     try:
         return read_file(file, MAX_SETTINGS_BYTES).decode()
     except UnicodeDecodeError as error:

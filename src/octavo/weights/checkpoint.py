@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from octavo.errors import UnsupportedModel, shortened
+from octavo.formats.files import MANIFEST, ModelPath
 
 from .tensor import Tensor
 
@@ -21,13 +22,23 @@ class Checkpoint:
             tensors (AWQ and GPTQ).
     """
 
-    path: Path
+    path: ModelPath
     config: dict[str, Any]
     tensors: dict[str, Tensor]
     stored: dict[str, Tensor]
 
+    @property
+    def known_fingerprint(self) -> str | None:
+        """Return the fingerprint that was computed when the model was encrypted; None if it is not encrypted."""
+        return None if isinstance(self.path, Path) else self.path.model.manifest.fingerprint
 
-def open_checkpoint(path: Path) -> Checkpoint:
+    def verify(self) -> None:
+        """Wait until the files whose tensors were read are known to be complete. Raises DamagedWeights."""
+        if not isinstance(self.path, Path):
+            self.path.model.verify()
+
+
+def open_checkpoint(path: ModelPath) -> Checkpoint:
     """Map the weights in the directory or .gguf file `path`, without reading them.
 
     Raises:
@@ -41,6 +52,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
     if path.suffix == ".gguf":
         config, tensors = open_gguf(path)
         return Checkpoint(path, config, tensors, tensors)
+    if isinstance(path, Path) and (path / MANIFEST).exists():
+        raise UnsupportedModel(f"{path} is encrypted; this needs the model that it was made from")
     config, stored = read_config(path), _with_prefix(open_safetensors(path))
     return Checkpoint(path, config, _weights(path, config.get("quantization_config"), stored), stored)
 
@@ -52,7 +65,7 @@ def _with_prefix(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name if name.startswith("lm_head.") else f"model.{name}": tensor for name, tensor in tensors.items()}
 
 
-def _weights(path: Path, settings: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _weights(path: ModelPath, settings: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return the model's weights, given the tensors of its files and the quantization_config."""
     from .awq_gptq import open_quantized
     from .packed import METHOD, open_packed

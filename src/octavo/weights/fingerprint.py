@@ -15,8 +15,11 @@ def fingerprint(checkpoint: Checkpoint) -> str:
 
     Small tensors are hashed completely, larger ones in 8 evenly spaced pieces of 512 bytes. This takes a few
     milliseconds for models of any size. Training changes most values of a tensor and therefore the digest. A change of
-    a single value may not change it.
+    a single value may not change it. The fingerprint of an encrypted model is in its manifest, since its tensors are in
+    memory only until they are packed.
     """
+    if checkpoint.known_fingerprint is not None:
+        return checkpoint.known_fingerprint
     hash = blake2b(json.dumps(checkpoint.config, sort_keys=True, default=str).encode(), digest_size=16)
     for name, tensor in sorted(checkpoint.stored.items()):
         hash.update(f"\n{name} {tensor.shape} {tensor.format} ".encode())

@@ -1,9 +1,9 @@
 """The sampling parameters that a model recommends, from its generation_config.json or the metadata of a .gguf file."""
 
-from pathlib import Path
 from typing import Any
 
 from octavo.errors import DamagedWeights, shortened
+from octavo.formats.files import ModelPath
 from octavo.formats.gguf import read_header
 
 from .safetensors import read_json
@@ -23,7 +23,7 @@ _FIELDS: dict[str, tuple[str, str, float, float]] = {
 _INTEGERS = ("top_k", "max_tokens")
 
 
-def generation_defaults(path: Path) -> dict[str, float | int]:
+def generation_defaults(path: ModelPath) -> dict[str, float | int]:
     """Return the sampling parameters that the model at `path` recommends, as vLLM's `generation_config="auto"` does.
 
     Args:

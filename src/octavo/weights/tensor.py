@@ -1,7 +1,6 @@
 """Weights as they are stored in their files: mapped, and not read until a backend packs them."""
 
 import math
-import mmap
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -10,6 +9,7 @@ import numpy as np
 
 from octavo.errors import DamagedWeights, shortened
 from octavo.formats.blocks import BLOCK_FORMATS
+from octavo.formats.files import MappedFile, PlainFile
 
 # The blocks that AWQ and GPTQ layers are converted to: 32 values along k, value = scale * q + min.
 W4G32 = np.dtype([("scale", "<f4"), ("min", "<f4"), ("q", "u1", 16)])  # byte i: value i (low half), i + 16 (high half)
@@ -112,19 +112,21 @@ class Parameter:
         return sum(part.nbytes for part in self.parts)
 
 
-def mapped_tensor(mapped: mmap.mmap, start: int, stop: int, name: str, shape: tuple[int, ...], format: str) -> Tensor:
+def mapped_tensor(mapped: MappedFile, start: int, stop: int, name: str, shape: tuple[int, ...], format: str) -> Tensor:
     """Return the tensor that is stored in bytes start:stop of a mapped file.
 
     Raises ValueError if the bytes cannot be divided into as many rows as `shape` has.
     """
-    data = np.frombuffer(mapped, np.uint8, stop - start, start)
     rows = shape[0] if len(shape) > 1 else 1
-    return Tensor(name, shape, format, data.reshape(rows, -1), release=partial(_release, mapped, start, stop))
+    data = np.frombuffer(mapped.data, np.uint8, stop - start, start).reshape(rows, -1)
+    data.flags.writeable = False
 
+    def wait() -> np.ndarray:
+        mapped.wait(start, stop)
+        return data
 
-def _release(mapped: mmap.mmap, start: int, stop: int) -> None:
-    start -= start % mmap.PAGESIZE  # also drops neighbors' bytes on the first and last page, which are read again
-    mapped.madvise(mmap.MADV_DONTNEED, start, stop - start)
+    source = data if isinstance(mapped, PlainFile) else wait
+    return Tensor(name, shape, format, source, release=partial(mapped.release, start, stop))
 
 
 def _dequantize(rows: np.ndarray, format: str) -> np.ndarray:

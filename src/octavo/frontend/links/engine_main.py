@@ -137,6 +137,7 @@ def _serve(connection: Connection, heartbeat: Heartbeat, work: int) -> None:
     from octavo.config import EngineConfig
     from octavo.engine.loading import load_engine
     from octavo.engine.work_record import WorkRecord
+    from octavo.formats.files import MANIFEST
     from octavo.frontend.progress import loading_bar
     from octavo.machine import share_of_cores
 
@@ -154,6 +155,8 @@ def _serve(connection: Connection, heartbeat: Heartbeat, work: int) -> None:
         config = config.share(load.replica, load.replicas)
         os.sched_setaffinity(0, share_of_cores(load.replica, load.replicas))  # of this thread, and those that it starts
 
+    if load.secrets:
+        _guard((Path(load.path) / MANIFEST).exists())
     with loading_bar() as show:
 
         def progress(done: int, total: int) -> None:
@@ -163,7 +166,7 @@ def _serve(connection: Connection, heartbeat: Heartbeat, work: int) -> None:
                 reported = time.monotonic()
                 connection.send(Loading(done, total))
 
-        engine = load_engine(config, Path(load.path), progress, WorkRecord(work), load.replicas)
+        engine = load_engine(config, Path(load.path), progress, WorkRecord(work), load.replicas, load.secrets)
     loop = EngineLoop(engine, connection.send, connection.wake)
     heartbeat.loop = loop
     gc.enable()
@@ -171,6 +174,19 @@ def _serve(connection: Connection, heartbeat: Heartbeat, work: int) -> None:
     connection.send(Ready(engine.info))
     loop.run(connection.receive)
     engine.close()
+
+
+def _guard(lock: bool) -> None:
+    """Hide the memory of this process.
+
+    Args:
+        lock: whether to keep it from being swapped to disk too, as the weights of an encrypted model must be.
+    """
+    from octavo.process_guard import hide_memory, lock_memory
+
+    hide_memory()
+    if lock and (reason := lock_memory()) is not None:
+        log.warning("decrypted weights may be swapped to disk, since memory cannot be locked: %s", reason)
 
 
 if __name__ == "__main__":

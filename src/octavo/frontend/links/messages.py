@@ -7,6 +7,7 @@ import msgspec
 
 from octavo import errors
 from octavo.engine.messages import EngineInfo, EngineRequest, EngineStats, TokenOutput
+from octavo.secret import Secrets
 from octavo.tracing.request_events import RequestEvent
 
 
@@ -17,12 +18,14 @@ class Load(msgspec.Struct, frozen=True, tag=True):
         config: the fields of an EngineConfig.
         path: the model's directory or file.
         replica, replicas: this engine's number, and the number of engines that share the machine's cores and memory.
+        secrets: what the frontend has read from the sources that the settings name.
     """
 
     config: dict[str, Any]
     path: str
     replica: int = 0
     replicas: int = 1
+    secrets: Secrets = Secrets()
 
 
 class Submit(msgspec.Struct, frozen=True, tag=True):

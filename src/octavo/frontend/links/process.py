@@ -16,6 +16,7 @@ from pathlib import Path
 from octavo.config import EngineConfig
 from octavo.engine.work_record import WorkRecord
 from octavo.machine import memory_kills
+from octavo.secret import Secrets, without_secrets
 
 from .link import Exit
 from .messages import FrameReader, FromEngine, Load, ToEngine, decode_from_engine, frame
@@ -50,6 +51,7 @@ class EngineProcess:
                 pass_fds=[theirs.fileno(), work],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
+                env=without_secrets(),
             )
         except BaseException:
             self.socket.close()
@@ -71,17 +73,25 @@ class ProcessLink:
     Args:
         process: the process to use; by default a new one.
         replica: the number of the replica among the data_parallel_size ones of the model.
+        secrets: the secrets that `config` names. They are sent in the first message.
     """
 
     heartbeats = True
 
-    def __init__(self, config: EngineConfig, path: Path, process: EngineProcess | None = None, replica: int = 0):
+    def __init__(
+        self,
+        config: EngineConfig,
+        path: Path,
+        process: EngineProcess | None = None,
+        replica: int = 0,
+        secrets: Secrets = Secrets(),  # noqa: B008 (immutable)
+    ):
         self._process = process or EngineProcess()
         self.pid: int = self._process.popen.pid
         self._transport: asyncio.Transport | None = None
         self._protocol: _Frames | None = None
         with contextlib.suppress(ConnectionError):  # the process has ended already, which `connect` reports
-            load = Load(dataclasses.asdict(config), str(path), replica, config.data_parallel_size)
+            load = Load(dataclasses.asdict(config), str(path), replica, config.data_parallel_size, secrets)
             self._process.socket.sendall(frame(load))
 
     async def connect(self, on_message: Callable[[FromEngine], None], on_end: Callable[[], None]) -> None:

@@ -13,6 +13,7 @@ from octavo.engine.loading import load_engine
 from octavo.engine.work_record import WorkRecord
 from octavo.errors import OctavoError
 from octavo.frontend.progress import loading_bar
+from octavo.secret import Secrets
 
 from .engine_loop import EngineLoop
 from .link import Exit
@@ -27,9 +28,9 @@ class ThreadLink:
     pid: int | None = None
     heartbeats = False
 
-    def __init__(self, config: EngineConfig, path: Path):
+    def __init__(self, config: EngineConfig, path: Path, secrets: Secrets):
         self.engine: Engine | None = None
-        self._config, self._path = config, path
+        self._config, self._path, self._secrets = config, path, secrets
         self._inbox: SimpleQueue[ToEngine | None] = SimpleQueue()  # None wakes the loop
         self._closing = False
         self._exit = Exit("the engine was shut down", is_fault=False)
@@ -58,7 +59,7 @@ class ThreadLink:
     def _run(self) -> None:
         try:
             with loading_bar() as progress:
-                self.engine = load_engine(self._config, self._path, progress, self._work)
+                self.engine = load_engine(self._config, self._path, progress, self._work, secrets=self._secrets)
             self._deliver(Ready(self.engine.info))
             EngineLoop(self.engine, self._deliver, lambda: self._inbox.put(None)).run(self._receive)
         except OctavoError as error:

@@ -44,6 +44,7 @@ class DiskTier:
     """
 
     name = "disk"
+    refused = 0
 
     def __init__(self, folder: Path, capacity_bytes: int, page_bytes: int, retry_seconds: float = 10.0):
         self._folder, self._capacity, self._page_bytes = folder.expanduser(), capacity_bytes, page_bytes
@@ -81,9 +82,13 @@ class DiskTier:
         except OSError:
             self._forget(key)
             return None
+        self.discard(key)
+        return None
+
+    def discard(self, key: bytes) -> None:
+        """Delete a page."""
         self._forget(key)
         self._delete(key)
-        return None
 
     def write(self, key: bytes, content: np.ndarray) -> bool:
         if self.touch(key):

@@ -10,6 +10,7 @@ class HostTier:
     """A Tier of copies of pages in host memory, with at most `capacity_bytes` together."""
 
     name = "host"
+    refused = 0
 
     def __init__(self, capacity_bytes: int):
         self._capacity = capacity_bytes

@@ -6,9 +6,14 @@ import numpy as np
 
 
 class Tier(Protocol):
-    """A store of pages by key. It may lose any page at any time, since pages can be recomputed. Thread-safe."""
+    """A store of pages by key. It may lose any page at any time, since pages can be recomputed. Thread-safe.
+
+    Attributes:
+        refused: number of pages that someone has changed, as far as this kind of store notices.
+    """
 
     name: str
+    refused: int
 
     def __contains__(self, key: bytes) -> bool:
         """Return whether `read` is likely to return the page. O(1), without I/O."""

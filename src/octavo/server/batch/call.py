@@ -40,7 +40,7 @@ async def call(app: Any, path: str, body: bytes, headers: Sequence[tuple[bytes, 
         "server": None,
         INTERNAL: True,
     }
-    exchange = _Exchange(body)
+    exchange = _Exchange(body, RequestRecord.of(scope))
     await app(scope, exchange.receive, exchange.send)
     task = asyncio.current_task()
     if task is not None and task.cancelling():  # the application answers a cancelled request with an error
@@ -51,8 +51,9 @@ async def call(app: Any, path: str, body: bytes, headers: Sequence[tuple[bytes, 
 class _Exchange:
     """The two channels between a server and an application, for one request."""
 
-    def __init__(self, body: bytes):
+    def __init__(self, body: bytes, record: RequestRecord):
         self._body: bytes | None = body
+        self._record = record
         self.status = 500
         self.parts: list[bytes] = []
 
@@ -64,6 +65,7 @@ class _Exchange:
 
     async def send(self, message: dict[str, Any]) -> None:
         if message["type"] == "http.response.start":
-            self.status = message["status"]
+            self.status = self._record.status = message["status"]
         else:
             self.parts.append(message.get("body", b""))
+            self._record.complete = not message.get("more_body", False)

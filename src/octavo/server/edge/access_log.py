@@ -17,9 +17,12 @@ from octavo.tenants.window import SlidingWindow
 from .ids import request_id
 
 if TYPE_CHECKING:
+    from octavo.server.audit.evidence import Evidence
+
     from .key_use import KeyUse
 
-PROBES = ("/health", "/ready")  # polled every second or so: logged only if they fail
+HEALTH = "/health"
+PROBES = (HEALTH, "/ready")  # polled every second or so: logged only if they fail
 BATCH_SECONDS = 0.05  # pause after a flush: waking the thread for every line takes longer than writing the line
 MAX_REFUSED = 100  # lines a second about requests without a right key: a flood of these must not fill the disk
 MAX_QUEUED = 10_000  # lines; more are dropped while the log's reader is stalled
@@ -32,7 +35,7 @@ class RequestRecord:
 
     The route fills in `model` and the attributes after it. `started` is in seconds of time.perf_counter().
     `response_headers` are added to the header of every response, including error responses. `on_end` is called when the
-    response has ended.
+    response has ended. `evidence` collects hashes for the audit log, if there is one.
     """
 
     id: str
@@ -56,6 +59,7 @@ class RequestRecord:
     cached_tokens: int | None = None
     completion_tokens: int | None = None
     time_to_first_token: float | None = None
+    evidence: "Evidence | None" = None
 
     @classmethod
     def of(cls, scope: Any) -> "RequestRecord":

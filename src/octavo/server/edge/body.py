@@ -12,7 +12,7 @@ from starlette.requests import ClientDisconnect, Request
 from octavo.server.config import ServerConfig
 from octavo.server.errors import OLLAMA, ApiError
 
-from .access_log import CLIENT_LEFT
+from .access_log import CLIENT_LEFT, RequestRecord
 from .limits import ByteBudget
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # some editors and languages put it before UTF-8 text
@@ -46,6 +46,8 @@ class BodyReader:
             raise ApiError(415, "send the header Content-Type: application/json", code="unsupported_media_type")
         body = await self._read(request)
         admit()
+        if (evidence := RequestRecord.of(request.scope).evidence) is not None:
+            evidence.add_body(body)
         if body.startswith(BYTE_ORDER_MARK):
             body = body[len(BYTE_ORDER_MARK) :]
         await self._check_values(body)

@@ -20,6 +20,8 @@ from .hosts import HostCheck
 from .traffic import INTERNAL, Traffic
 
 if TYPE_CHECKING:
+    from octavo.server.audit import AuditLog
+
     from .authentication import Authentication
 
 Handler = Callable[[Request], Awaitable[Response]]
@@ -52,6 +54,7 @@ class Dispatcher:
         traffic: counts the requests of clients.
         authentication: checks the API keys of clients; None if there are no keys.
         hosts: checks the names under which clients call the server; None if it has any.
+        audit: the audit log, if there is one.
         on_end: called with the path of each request's route, None if it has none, and its record.
     """
 
@@ -63,7 +66,9 @@ class Dispatcher:
         authentication: "Authentication | None" = None,
         hosts: HostCheck | None = None,
         on_end: Callable[[str | None, RequestRecord], None] | None = None,
+        audit: "AuditLog | None" = None,
     ):
+        self._audit = audit
         self._router = Router(list(routes), redirect_slashes=False)
         self._origins = origins
         self._traffic = traffic or Traffic()
@@ -83,6 +88,8 @@ class Dispatcher:
                 record.response_headers += cors.preflight_headers(scope["headers"], self._origins)
                 await Response(status_code=204)(scope, receive, send)
             else:
+                if self._audit is not None:
+                    self._audit.begin(record)
                 if self._authentication and is_client:
                     await self._authentication.enter(scope, record)
                 if counted := scope["method"] == "POST" and is_client:
@@ -99,6 +106,8 @@ class Dispatcher:
                 record.use.leave()
             if record.on_end is not None:
                 record.on_end()
+            if self._audit is not None:
+                self._audit.end(record)
             if self._on_end is not None:
                 endpoint = scope.get("endpoint")
                 self._on_end(endpoint.path if isinstance(endpoint, Endpoint) else None, record)

@@ -119,6 +119,8 @@ class Generation:
         record = self.record
         for completion in output.outputs:
             record.completion_tokens += len(completion.token_ids)  # type: ignore[operator]
+            if record.evidence is not None:
+                record.evidence.add_answer(prompt, completion)
         if output.request_id not in self._known_prompts:
             self._known_prompts.add(output.request_id)
             record.prompt_tokens += len(output.prompt_token_ids)  # type: ignore[operator]

@@ -108,7 +108,11 @@ class Responses:
             del self.running[id]
             if release_model is not None:
                 release_model()
+            if record.evidence is not None:
+                record.evidence.end()
 
+        if record.evidence is not None:
+            record.evidence.is_deferred = True
         background = Background(run, release, keep_events=bool(prepared.body.stream))
         self.running[id] = background
         reply = Json(run.response)  # while its status is queued
