@@ -29,6 +29,7 @@ _COMMANDS = (
     "quantize",
     "bench",
     "simulate",
+    "tune",
 )
 _ENGINE_FAILED, _USAGE, _INTERRUPTED = 1, 2, 130
 
