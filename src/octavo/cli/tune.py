@@ -105,6 +105,7 @@ def _tune(
     """Measure, simulate and print. Return the text of a file of settings, and whether the goal is met."""
     from octavo.bench.report import progress
     from octavo.tuning import report
+    from octavo.tuning.disturbance import watched
     from octavo.tuning.measuring import screen
     from octavo.tuning.search import best_of, chosen, max_batch_tokens, propose
     from octavo.weights import resolve
@@ -112,14 +113,16 @@ def _tune(
     path = resolve(config.model, config.revision)
     typer.echo(f"Load: {load}\nGoal: {goal}")
     largest = dataclasses.replace(config, max_batch_tokens=max_batch_tokens(fixed, config))
-    fastest, screened = screen(largest, path, load, fixed, report.print_screened)
     costs: dict[str, CostModel] = {}
     tried: dict[str, list[Trial]] = {}
-    for name in _quantizations(config, fixed, may_quantize):
-        candidate = dataclasses.replace(fastest, quantization=name)
-        costs[name], tried[name] = _simulate(candidate, path, load, goal, fixed)
-        if goal.is_set and best_of(tried[name]).share <= 1:
-            break  # further ones would only change more
+    with watched() as disturbance:
+        fastest, screened = screen(largest, path, load, fixed, report.print_screened)
+        for name in _quantizations(config, fixed, may_quantize):
+            candidate = dataclasses.replace(fastest, quantization=name)
+            costs[name], tried[name] = _simulate(candidate, path, load, goal, fixed)
+            if goal.is_set and best_of(tried[name]).share <= 1:
+                break  # further ones would only change more
+    report.print_disturbance(disturbance)
     with progress("Comparing under more load", 1):
         best = chosen(tried, costs, goal)
     every = [trial for trials in tried.values() for trial in trials]

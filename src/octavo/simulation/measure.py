@@ -92,8 +92,9 @@ def time_steps(
     label: str,
     clock: Callable[[], float] = time.perf_counter,
     budget: float = math.inf,
+    typical: Callable[[list[float]], float] = statistics.median,
 ) -> list[float]:
-    """Return the seconds of each step on an idle engine: the median of up to ROUNDS rounds.
+    """Return the seconds of each step on an idle engine: what is typical of up to ROUNDS rounds.
 
     Args:
         label: of the progress bar.
@@ -111,7 +112,7 @@ def time_steps(
                 engine.backend.step(batch)
                 taken.append(clock() - started)
                 advance(1)
-    return [statistics.median(taken) for taken in times]
+    return [typical(taken) for taken in times]
 
 
 def _steps(engine: Engine) -> Iterator[list[Piece]]:

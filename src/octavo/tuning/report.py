@@ -15,6 +15,7 @@ from octavo.settings import is_secret
 from octavo.terminal import console, printable
 from octavo.version import __version__
 
+from .disturbance import Disturbance
 from .goal import Goal
 from .measuring import Screened
 from .search import Proposal
@@ -23,6 +24,16 @@ from .trial import Trial
 TUNED = ("quantization", "threads", "kv_cache_page_size", "max_batch_tokens", "max_batch_size", "kv_cache_memory")
 LOSSLESS = "none"  # the quantization that leaves the weights as they are
 SCOPE = "Times are simulated from measured steps of the model, without HTTP, tokenizing and the network."
+
+
+def print_disturbance(disturbance: Disturbance) -> None:
+    """Warn if other programs have disturbed the measurement."""
+    if disturbance.is_notable:
+        console(stderr=True).print(
+            f"octavo: other programs kept {disturbance.processors:.1f} processors busy, so that the measured times are "
+            "too long and unsteady; run this again when the machine is idle",
+            soft_wrap=True,
+        )
 
 
 def print_screened(result: Screened) -> None:
@@ -34,27 +45,28 @@ def print_screened(result: Screened) -> None:
 def print_trials(tried: Sequence[Trial], best: Trial, goal: Goal) -> None:
     """Print a table with a row for each simulation."""
     table = Table(
-        *("Weights", "Batch\ntokens", "Batch\nsize", "First\ntoken", "Per\ntoken", "Whole\nrequest"),
+        *("", "Weights", "Batch\ntokens", "Batch\nsize", "First\ntoken", "Per\ntoken", "Whole\nrequest"),
         *("Tokens\nper s", "Pages\nheld", "Goal"),
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
         show_edge=False,
-        title=f"Simulated: {goal.percentile:g} % of the requests within (ms)",
+        title=f"Simulated; times in ms, of which {goal.percentile:g} % of the requests take no more",
         title_justify="left",
     )
-    for column in table.columns[1:-1]:
+    for column in table.columns[2:-1]:
         column.justify = "right"
     for trial in tried:
         times = trial.times
         figures = (times.first, times.per_token, times.whole) if times else (None, None, None)
         table.add_row(
+            "→" if trial is best else "",
             trial.config.quantization,
             f"{trial.config.max_batch_tokens:,}",
             f"{trial.config.max_batch_size:,}",
             *("" if ms is None else f"{ms:,.0f}" if ms >= 100 else f"{ms:,.1f}" for ms in figures),
             f"{trial.output_rate:,.0f}",
             f"{trial.pages_held:,}",
-            _outcome(trial, goal) + (" ← best" if trial is best else ""),
+            _outcome(trial, goal),
         )
     console().print(table)
 
@@ -79,19 +91,23 @@ def conclusion(proposal: Proposal, goal: Goal, may_quantize: bool) -> list[str]:
         lines.append("No limit is set: these settings give the shortest requests. --ttft-ms and --tpot-ms set limits.")
     elif proposal.meets:
         lines.append("The goal is met.")
-    else:
-        reached = "no request is completed"
-        if times is not None:
-            per_token = "" if times.per_token is None else f", {times.per_token:,.1f} ms per token"
-            reached = f"{times.first:,.0f} ms to the first token{per_token}"
-        lines.append(f"The goal cannot be met here. The best possible at this load: {reached}.")
+    elif times is None or trial.failed:
+        lines.append("The goal cannot be met here: not all requests get all their tokens.")
+    elif trial.keeps_up:
+        per_token = "" if times.per_token is None else f", {times.per_token:,.1f} ms per token"
+        lines.append(
+            "The goal cannot be met here. The best possible at this load: "
+            f"{times.first:,.0f} ms to the first token{per_token}."
+        )
+    if not trial.keeps_up and trial.sustained:
+        lines.append(
+            f"This machine serves at most {trial.load.of(trial.sustained).amount_text}, at any speed; with more, the "
+            f"queue grows without end. {math.ceil(trial.load.amount / trial.sustained)} such machines would keep up."
+        )
     if goal.is_set and proposal.most is not None:
         lines.append(f"These settings are within the goal up to about {proposal.most.amount_text}.")
     elif goal.is_set:
         lines.append("These settings do not reach the goal at any load: one request alone is too slow.")
-    if not trial.keeps_up and trial.sustained:
-        engines = math.ceil(trial.load.amount / trial.sustained)
-        lines.append(f"The queue grows without end. {engines} such machines would keep up, without regard to the goal.")
     if not proposal.meets and not may_quantize:
         lines.append("--allow-quantization also tries 8bit and 4bit weights. They are faster and change the answers.")
     if config.quantization not in (LOSSLESS, "auto") and may_quantize:

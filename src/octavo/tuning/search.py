@@ -51,7 +51,7 @@ def trials(config: EngineConfig, costs: CostModel, load: Load, goal: Goal, fixed
         tried.append(try_out(dataclasses.replace(config, max_batch_tokens=count), costs, pages, load, goal))
         yield tried[-1]
     best = best_of(tried)
-    if "max_batch_size" in fixed or not goal.is_set or best.share <= 1:
+    if "max_batch_size" in fixed or not goal.is_set or best.share <= 1 or not best.keeps_up:
         return
     for divisor in (2, 4):  # fewer sequences at a time: each gets its tokens sooner, and others wait longer
         if size := best.running // divisor:
@@ -66,13 +66,13 @@ def max_batch_tokens(fixed: set[str], config: EngineConfig) -> int:
 def best_of(tried: Sequence[Trial]) -> Trial:
     """Return the trial that uses the least of the goal's limits; the first of those that are nearly equal.
 
-    If none is within its limits, one that keeps up, or the one with the shortest requests, comes first.
+    Of trials whose queue grows without end, it is the one that serves the most requests.
     """
 
-    def badness(trial: Trial) -> tuple[bool, float]:
+    def badness(trial: Trial) -> tuple[int, float]:
         if math.isfinite(trial.share):
-            return (False, trial.share)
-        return (True, trial.times.whole if trial.times else math.inf)
+            return 0, trial.share
+        return (1, 1 / trial.sustained) if trial.sustained else (2, math.inf)
 
     least = min(map(badness, tried))
     return next(t for t in tried if badness(t)[0] == least[0] and badness(t)[1] <= least[1] * (1 + NEARLY))
