@@ -36,7 +36,7 @@ def tune(
         int | None,
         typer.Option(
             min=1,
-            max=4096,
+            max=1024,
             help="Load: clients that each send one request after another. Default: 8.",
             show_default=False,
         ),
@@ -106,11 +106,12 @@ def _tune(
     from octavo.bench.report import progress
     from octavo.tuning import report
     from octavo.tuning.disturbance import watched
-    from octavo.tuning.measuring import screen
+    from octavo.tuning.measuring import check_length, screen
     from octavo.tuning.search import best_of, chosen, max_batch_tokens, propose
     from octavo.weights import resolve
 
     path = resolve(config.model, config.revision)
+    check_length(config, path, load)
     typer.echo(f"Load: {load}\nGoal: {goal}")
     largest = dataclasses.replace(config, max_batch_tokens=max_batch_tokens(fixed, config))
     costs: dict[str, CostModel] = {}
@@ -144,7 +145,7 @@ def _simulate(
     from octavo.tuning.measuring import costs_of
     from octavo.tuning.search import trials
 
-    costs = costs_of(config, path, load)
+    costs = costs_of(config, path)
     tried = []
     with progress("Simulating", 7) as advance:
         for trial in trials(config, costs, load, goal, fixed):

@@ -64,7 +64,7 @@ class Load:
                 conversation=str(number % self.streams),
                 think_time=0.0,
             )
-            for number in range(max(requests, 4 * self.streams))
+            for number in range(max(requests, 3 * self.streams))
         ]
 
 
@@ -133,7 +133,7 @@ class Goal:
             for used, limit in ((times.first, self.first), (times.per_token, self.per_token))
             if limit is not None and used is not None
         ]
-        return max(shares) if self.is_set else times.whole
+        return max(shares, default=0.0) if self.is_set else times.whole
 
     def _percentile(self, seconds: list[float]) -> float:
         return 1000 * float(np.percentile(seconds, self.percentile))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from octavo.config import EngineConfig
 from octavo.engine.engine import Engine
-from octavo.engine.loading import load_engine
+from octavo.engine.loading import load_engine, plan_engine
 from octavo.errors import ConfigError
 from octavo.frontend.progress import loading_bar
 from octavo.machine import available_cores, physical_cores
@@ -74,18 +74,19 @@ def thread_counts() -> list[int]:
     return list(dict.fromkeys(count for count in (every, min(every, cores), every // 2) if count))
 
 
-def costs_of(config: EngineConfig, path: Path, load: Load) -> CostModel:
-    """Return the cost model of an engine with these settings.
+def check_length(config: EngineConfig, path: Path, load: Load) -> None:
+    """Raise ConfigError if the model's context is too short for the load. Reads no weights."""
+    length, most = load.input_len + load.output_len, plan_engine(config, path).max_model_len
+    if length > most:
+        raise ConfigError(
+            f"a request of this load has {length:,} tokens, and the model takes {most:,} (max_model_len): give a "
+            "shorter --input-len or --output-len"
+        )
 
-    Raises:
-        ConfigError: The model's context is too short for the load.
-    """
+
+def costs_of(config: EngineConfig, path: Path) -> CostModel:
+    """Return the cost model of an engine with these settings."""
     with _engine(config, path) as engine:
-        if load.input_len + load.output_len > engine.max_model_len:
-            raise ConfigError(
-                f"a request of the load has {load.input_len + load.output_len:,} tokens, and the model takes "
-                f"{engine.max_model_len:,}: give a shorter --input-len or --output-len"
-            )
         costs, _ = measure(engine, config, budget=BUDGET)
     return costs
 
