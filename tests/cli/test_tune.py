@@ -15,6 +15,7 @@ import yaml
 from command_line import OCTAVO, complaint, octavo
 from octavo.config import EngineConfig
 from octavo.simulation import CostModel
+from octavo.tuning import goal as goal_module
 from octavo.tuning.goal import Goal, Load
 from octavo.tuning.search import Proposal, best_of, chosen, propose, trials
 from octavo.tuning.trial import Trial, try_out
@@ -40,6 +41,12 @@ CONFIG = EngineConfig(quantization="none")
 STREAMS = Load(streams=4, input_len=512, output_len=64)
 
 
+@pytest.fixture(autouse=True)
+def short_simulations(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(goal_module, "MOST_TOKENS", 2000)
+    monkeypatch.setattr(goal_module, "FEWEST_REQUESTS", 24)
+
+
 def all_trials(load: Load, goal: Goal, costs: CostModel = COSTS, config: EngineConfig = CONFIG) -> list[Trial]:
     return list(trials(config, costs, load, goal, set()))
 
@@ -51,17 +58,17 @@ def proposal(load: Load, goal: Goal, costs: CostModel = COSTS) -> Proposal:
 
 def test_small_chunks_of_prompts_meet_a_goal_for_the_time_per_token() -> None:
     """A prompt of 512 tokens in one step makes the other streams wait for it."""
-    tried = {trial.config.max_batch_tokens: trial for trial in all_trials(STREAMS, Goal(per_token=13.0))}
+    tried = {trial.config.max_batch_tokens: trial for trial in all_trials(STREAMS, Goal(per_token=11.2))}
     assert tried[512].share > 1 >= tried[64].share
     assert tried[64].times is not None and tried[512].times is not None
     assert tried[64].times.first > tried[512].times.first, "the price for it"
-    assert proposal(STREAMS, Goal(per_token=13.0)).trial.config.max_batch_tokens < 512
-    assert proposal(STREAMS, Goal(first=200.0)).trial.config.max_batch_tokens >= 256
+    assert proposal(STREAMS, Goal(per_token=11.2)).trial.config.max_batch_tokens < 512
+    assert proposal(STREAMS, Goal(first=120.0)).trial.config.max_batch_tokens == 512
 
 
 @pytest.mark.parametrize("load", [STREAMS, Load(rate=2.0, input_len=256, output_len=32)])
 def test_the_most_load_within_a_goal(load: Load) -> None:
-    goal = Goal(first=1500.0, per_token=40.0)
+    goal = Goal(first=400.0, per_token=20.0)
     found = proposal(load, goal)
     assert found.meets and found.most is not None and found.most.amount >= load.amount
     config, pages = found.trial.config, (found.trial.config.kv_cache_memory or 0) // COSTS.page_bytes
@@ -79,24 +86,24 @@ def test_a_goal_that_cannot_be_met() -> None:
 def test_more_requests_than_the_machine_serves() -> None:
     tried = all_trials(Load(rate=100.0, input_len=256, output_len=64), Goal(first=1e9))
     assert not any(trial.keeps_up or trial.share <= 1 for trial in tried), "their queue grows, so any goal is missed"
-    assert best_of(tried).sustained == max(trial.sustained or 0 for trial in tried)
+    assert (best_of(tried).sustained or 0) > 0.97 * max(trial.sustained or 0 for trial in tried)
 
 
 def test_the_most_exact_weights_that_meet_the_goal_win() -> None:
-    goal = Goal(per_token=60.0)
+    goal = Goal(per_token=33.0)
     tried = {
         "none": all_trials(STREAMS, goal, SLOW),
         "8bit": all_trials(STREAMS, goal, COSTS, replace(CONFIG, quantization="8bit")),
     }
     costs = {"none": SLOW, "8bit": COSTS}
     assert chosen(tried, costs, goal).config.quantization == "none"
-    strict = Goal(per_token=20.0)
+    strict = Goal(per_token=12.5)
     tried = {name: all_trials(STREAMS, strict, costs[name], replace(CONFIG, quantization=name)) for name in tried}
     assert chosen(tried, costs, strict).config.quantization == "8bit"
 
 
 def test_the_memory_of_the_kv_cache_suffices() -> None:
-    found = proposal(STREAMS, Goal(first=2000.0))
+    found = proposal(STREAMS, Goal(first=300.0))
     pages = (found.trial.config.kv_cache_memory or 0) // COSTS.page_bytes
     assert pages >= COSTS.max_model_len // COSTS.page_size and pages >= 2 * found.trial.pages_held
     assert pages <= 2 * found.trial.pages_held + 16, "and no more, since the load needs more than one long request"

@@ -17,7 +17,7 @@ NEARLY = 0.02  # a share of the time below which a difference does not matter, a
 HEADROOM = 2  # times the pages that the load holds at most
 MIB = 2**20
 FAR, PRECISION = 32, 0.05  # of the search for the most load: the factor at which it ends, and its relative error
-GROWTH = 1.25  # of the load, until a single one of several settings is within the goal
+GROWTH = 2  # of the load, until a single one of several settings is within the goal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,22 +89,16 @@ def chosen(by_quantization: Mapping[str, Sequence[Trial]], costs: Mapping[str, C
 
 def _strongest(within: Sequence[Trial], costs: CostModel, goal: Goal) -> Trial:
     """Return the one of these trials whose settings stay within the goal under the most load."""
-    now = last = {trial: trial for trial in within}  # by the trial under the given load: that under more load
-    amount = within[0].load.amount
-    while len(now) > 1 and amount < FAR * within[0].load.amount:
-        amount = max(GROWTH * amount, amount + 1 if within[0].load.streams else 0)
-        last = now
-        now = {
-            trial: more
-            for trial in last
-            if (more := _again(trial.config, costs, trial.load.of(amount), goal)).share <= 1
-        }
-    best = best_of(list((now or last).values()))
+    rest = list(within)
+    load, first = within[0].load, within[0].load.amount
+    while len(rest) > 1 and load.amount < FAR * first:
+        load = load.of(max(GROWTH * load.amount, load.amount + 1 if load.streams else 0))
+        again = [try_out(trial.config, costs, pages_of(trial.config, costs), load, goal) for trial in rest]
+        if not (still := [trial for trial in again if trial.share <= 1]):
+            break
+        rest = still
+    best = best_of(rest)
     return next(trial for trial in within if trial.config == best.config)
-
-
-def _again(config: EngineConfig, costs: CostModel, load: Load, goal: Goal) -> Trial:
-    return try_out(config, costs, pages_of(config, costs), load, goal)
 
 
 def propose(trial: Trial, costs: CostModel, goal: Goal, fixed: set[str], advance: Callable[[], None]) -> Proposal:
