@@ -137,7 +137,7 @@ def test_the_proposed_file_is_served(model: Path, tmp_path: Path) -> None:
 
 
 def test_an_impossible_goal_ends_with_code_1(model: Path) -> None:
-    fixed = ("--threads", "1", "--kv-cache-page-size", "32", "--max-batch-tokens", "64")
+    fixed = ("--threads", "1", "--kv-cache-page-size", "32", "--max-batch-tokens", "64", "--max-batch-size", "4")
     done = octavo("tune", model, *SHORT, "--ttft-ms", "0.001", "--allow-quantization", *fixed)
     assert done.returncode == 1, done
     assert "The goal cannot be met here. The best possible at this load: " in done.stdout
@@ -162,7 +162,7 @@ def test_mistakes_are_told_in_a_line(model: Path, arguments: tuple[str, ...], ex
 
 def test_ctrl_c_ends_it_cleanly(model: Path, tmp_path: Path) -> None:
     file = tmp_path / "octavo.yaml"
-    command = [*OCTAVO, "tune", str(model), "--output", str(file)]
+    command = [*OCTAVO, "tune", str(model), *SHORT, "--output", str(file)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None and process.stderr is not None
         assert any(line.startswith("Measured") for line in process.stdout)
