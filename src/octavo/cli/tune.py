@@ -120,6 +120,7 @@ def _tune(
         fastest, screened = screen(largest, path, load, fixed, report.print_screened)
         for name in _quantizations(config, fixed, may_quantize):
             candidate = dataclasses.replace(fastest, quantization=name)
+            typer.echo(f"Measuring and simulating with {name} as quantization")
             costs[name], tried[name] = _simulate(candidate, path, load, goal, fixed)
             if goal.is_set and best_of(tried[name]).share <= 1:
                 break  # further ones would only change more

@@ -8,8 +8,8 @@ import numpy as np
 from octavo.simulation.replay import Served
 from octavo.simulation.trace import TraceRequest, poisson_trace
 
-MOST_TOKENS = 20_000  # generated in a simulation, which takes a second or two
-FEWEST_REQUESTS, MOST_REQUESTS = 60, 400
+MOST_TOKENS = 15_000  # generated in a simulation, which takes a second or two
+FEWEST_REQUESTS, MOST_REQUESTS = 60, 300
 
 
 @dataclass(frozen=True, kw_only=True)

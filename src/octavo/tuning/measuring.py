@@ -18,8 +18,8 @@ from octavo.simulation.measure import Piece, measure, step_batch, time_steps
 
 from .goal import Load
 
-BUDGET = 15.0  # seconds for the steps of a cost model; those of a large model are timed fewer times
-SCREEN_BUDGET = 4.0  # seconds for the few steps that compare threads and page sizes
+BUDGET = 10.0  # seconds for the steps of a cost model; those of a large model are timed fewer times
+SCREEN_BUDGET = 3.0  # seconds for the few steps that compare threads and page sizes
 PAGE_SIZES = (32, 128)
 GAIN = 0.03  # a share of the time below which a difference is noise, and the default stays
 DECODES, CHUNK = (1, 8, 32), 256  # steps that are compared: so many sequences with a token each; a piece of a prompt
