@@ -50,7 +50,7 @@ def print_trials(tried: Sequence[Trial], best: Trial, goal: Goal) -> None:
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
         show_edge=False,
-        title=f"Simulated; times in ms, of which {goal.percentile:g} % of the requests take no more",
+        title=f"Simulated: milliseconds that {goal.percentile:g} % of the requests do not exceed",
         title_justify="left",
     )
     for column in table.columns[2:-1]:
