@@ -29,7 +29,7 @@ CMD ["smollm2"]
 
 # PyTorch's wheels bring the CUDA libraries with them, and the toolkit mounts the driver: no CUDA base image is needed.
 FROM runtime AS cuda
-USER root
+USER 0
 RUN pip install --no-cache-dir 'octavo[server,torch]'
 USER 10001
 ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility

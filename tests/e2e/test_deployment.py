@@ -91,6 +91,7 @@ ALL_OPTIONS = {
     "autoscaling": {"enabled": True},
     "serviceMonitor": {"enabled": True, "keySecret": {"name": "octavo-metrics", "key": "token"}},
     "models": {"existingClaim": "models"},
+    "kvDisk": {"enabled": True, "storageClassName": "fast"},
     "imagePullSecrets": [{"name": "pull"}],
     "nodeSelector": {"disk": "fast"},
     "tolerations": [{"operator": "Exists"}],
@@ -98,11 +99,11 @@ ALL_OPTIONS = {
 }
 
 
-def rendered(values: dict[str, Any]) -> dict[str, Any]:
+def rendered(values: dict[str, Any], name: str = "demo") -> dict[str, Any]:
     """Render the chart as Helm does; returns its objects by kind. The test is skipped without Helm's library."""
     helm = pytest.importorskip("helm_python")
     with helm.Chart.load(str(DEPLOY / "helm" / "octavo")) as chart:
-        files = chart.render(values, name="demo", namespace="prod").values()
+        files = chart.render(values, name=name, namespace="prod").values()
     return {each["kind"]: each for text in files for each in yaml.safe_load_all(text) if each}
 
 
@@ -140,9 +141,88 @@ def test_a_pod_of_the_chart_drains_and_is_sandboxed() -> None:
     assert f"USER {pod['securityContext']['runAsUser']}\n" in (ROOT / "Dockerfile").read_text()
 
 
+@pytest.mark.parametrize("claim", ["", "kept"])
+def test_kv_pages_are_kept_on_a_volume(claim: str) -> None:
+    pod = rendered({"kvDisk": {"enabled": True, "existingClaim": claim}})["Deployment"]["spec"]["template"]["spec"]
+    [container] = pod["containers"]
+    [volume] = [each for each in pod["volumes"] if each["name"] == "kv"]
+    assert {"name": "kv", "mountPath": "/kv"} in container["volumeMounts"] and "--kv-disk=/kv" in container["args"]
+    [size] = [each.partition("=")[2] for each in container["args"] if each.startswith("--kv-disk-size=")]
+    assert EngineConfig(kv_disk="/kv", kv_disk_size=size).kv_disk_size < 20 * 2**30, "less than the volume"
+    if claim:
+        assert volume["persistentVolumeClaim"] == {"claimName": claim}
+    else:
+        template = volume["ephemeral"]["volumeClaimTemplate"]["spec"]
+        assert template["resources"]["requests"] == {"storage": "20Gi"}
+
+
+def gateway_objects() -> dict[str, Any]:
+    text = (DEPLOY / "gateway" / "inference-pool.yaml").read_text()
+    return {each["kind"]: each for each in yaml.safe_load_all(text)}
+
+
+def test_kubernetes_accepts_the_gateway_example() -> None:
+    validate = pytest.importorskip("kubernetes_validate").validate
+    for kind, each in gateway_objects().items():
+        if kind not in ("InferencePool", "HTTPRoute"):  # they are defined by the Gateway API, see the next test
+            validate(each, "1.33", strict=True)
+
+
+def test_the_gateway_leads_to_the_pods_of_the_chart() -> None:
+    """The fields of InferencePool and HTTPRoute are those of the Gateway API's version 1."""
+    objects = gateway_objects()
+    pool, route = objects["InferencePool"], objects["HTTPRoute"]
+    pod = rendered({}, name="octavo")["Deployment"]["spec"]["template"]
+    [port] = pod["spec"]["containers"][0]["ports"]
+    picker = objects["Deployment"]["spec"]["template"]
+    [service_port] = objects["Service"]["spec"]["ports"]
+    assert pool["apiVersion"] == "inference.networking.k8s.io/v1" and set(pool) == {*POOL, "spec"}
+    assert set(pool["spec"]) == {"selector", "targetPorts", "endpointPickerRef"}
+    assert pool["spec"]["selector"]["matchLabels"].items() <= pod["metadata"]["labels"].items()
+    assert pool["spec"]["targetPorts"] == [{"number": port["containerPort"]}]
+    assert pool["spec"]["endpointPickerRef"] == {
+        "kind": "Service",
+        "name": objects["Service"]["metadata"]["name"],
+        "port": {"number": service_port["port"]},
+        "failureMode": "FailOpen",
+    }
+    assert objects["Service"]["spec"]["selector"].items() <= picker["metadata"]["labels"].items()
+    assert route["apiVersion"] == "gateway.networking.k8s.io/v1" and set(route) == {*POOL, "spec"}
+    [rule] = route["spec"]["rules"]
+    assert set(route["spec"]) == {"parentRefs", "rules"} and set(rule) == {"matches", "backendRefs", "timeouts"}
+    group = pool["apiVersion"].partition("/")[0]
+    assert rule["backendRefs"] == [{"group": group, "kind": pool["kind"], "name": pool["metadata"]["name"]}]
+    picker_rules = objects["Role"]["rules"]
+    assert {(group, "inferencepools"), ("", "pods")} <= {
+        (each, kind) for rule in picker_rules for each in rule["apiGroups"] for kind in rule["resources"]
+    }
+
+
+POOL = ("apiVersion", "kind", "metadata")
+
+
+def test_the_endpoint_picker_reads_metrics_that_exist(server: ServerProcess) -> None:
+    [container] = gateway_objects()["Deployment"]["spec"]["template"]["spec"]["containers"]
+    args = dict(each.removeprefix("--").split("=", 1) for each in container["args"])
+    wanted = [args["total-queued-requests-metric"], args["kv-cache-usage-percentage-metric"]]
+    metrics = httpx.get(f"{server.url}/metrics").text
+    for name in wanted:
+        [value] = re.findall(rf"^{name}{{[^}}]*}} ([\d.e+-]+)$", metrics, re.MULTILINE)
+        assert float(value) == 0, "the server is idle"
+    config = yaml.safe_load(gateway_objects()["ConfigMap"]["data"][Path(args["config-file"]).name])
+    used = {each["pluginRef"] for each in config["schedulingProfiles"][0]["plugins"]}
+    assert used == {each["type"] for each in config["plugins"]}
+
+
+def test_hadolint_accepts_the_dockerfile() -> None:
+    """DL3008 and DL3013 want fixed versions of the compiler, and of what the wheel names."""
+    ignored = [flag for rule in ("DL3008", "DL3013") for flag in ("--ignore", rule)]
+    assert text_of(program("hadolint"), *ignored, ROOT / "Dockerfile") == ""
+
+
 @pytest.fixture(scope="module")
 def server(tiny_model: Callable[[str], Path]) -> Iterator[ServerProcess]:
-    with ServerProcess(tiny_model("llama")) as server:
+    with ServerProcess(tiny_model("llama"), "--enable-metrics") as server:
         yield server
 
 

@@ -31,6 +31,7 @@ _COMMANDS = (
     "encrypt",
     "bench",
     "simulate",
+    "tune",
 )
 _ENGINE_FAILED, _USAGE, _INTERRUPTED = 1, 2, 130
 

@@ -5,6 +5,7 @@ import msgspec
 from octavo.backends.base import Footprint
 from octavo.config import EngineConfig
 from octavo.errors import OutOfMemory
+from octavo.kv import pages_for
 
 _WEIGHTS = {"none": "bfloat16", "auto": "as the files store them", "8bit": "8 bits", "4bit": "4 bits"}
 
@@ -93,11 +94,6 @@ def make_plan(config: EngineConfig, footprint: Footprint, max_model_len: int, th
         max_model_len=max_model_len,
         max_batch_size=config.max_batch_size,
     )
-
-
-def pages_for(tokens: int, page_size: int) -> int:
-    """Return the number of pages that hold so many tokens."""
-    return -(-tokens // page_size)
 
 
 def size(bytes: int) -> str:

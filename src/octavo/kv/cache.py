@@ -84,7 +84,7 @@ class KVCache:
 
     def pages_for(self, num_tokens: int) -> int:
         """Return the number of pages that `num_tokens` tokens need."""
-        return -(-num_tokens // self.page_size)
+        return pages_for(num_tokens, self.page_size)
 
     def allocate(self, prefix: Prefix, reserve: int = 0, max_cached: int | None = None) -> tuple[PageTable, int] | None:
         """Allocate pages for all tokens of a sequence, reusing cached ones.
@@ -361,3 +361,8 @@ class KVCache:
         """Release pages, the last one first, so that the pages of a prefix are evicted after the pages that follow."""
         for page in reversed(pages):
             self.pool.release(page)
+
+
+def pages_for(num_tokens: int, page_size: int) -> int:
+    """Return the number of pages of `page_size` tokens that hold so many tokens."""
+    return -(-num_tokens // page_size)

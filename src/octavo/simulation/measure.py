@@ -1,5 +1,6 @@
 """Measure a cost model: time steps of chosen shapes on a real engine, and fit the costs to these times."""
 
+import math
 import platform
 import secrets
 import statistics
@@ -29,6 +30,7 @@ CONTEXTS = (64, 512, 2048)  # of decoding sequences
 BEFORE = (0, 2048)  # tokens before a chunk of a prompt
 MOST_PAGES = 1200  # read by a step
 ROUNDS = 7  # over all shapes, so that other load on the machine affects all of them alike
+FEWEST_ROUNDS = 2
 HOST_BATCHES, HOST_PROMPT, HOST_OUTPUT = (1, 4, 16, 64, 256), 64, 12
 # Settings that the costs depend on; a simulation cannot change them.
 MEASURED = ("model", "revision", "backend", "device", "dtype", "quantization", "kv_cache_page_size", "kv_cache_dtype")
@@ -45,25 +47,22 @@ class Piece:
 
 
 def measure(
-    engine: Engine, config: EngineConfig, clock: Callable[[], float] = time.perf_counter
+    engine: Engine,
+    config: EngineConfig,
+    clock: Callable[[], float] = time.perf_counter,
+    budget: float = math.inf,
 ) -> tuple[CostModel, list[float]]:
     """Measure the costs of an idle engine.
+
+    Args:
+        budget: see time_steps.
 
     Returns:
         The cost model, and the ratio of modeled to measured time of each step that was timed.
     """
-    steps = [_step_batch(engine, pieces) for pieces in _steps(engine)]
+    steps = [step_batch(engine, pieces) for pieces in _steps(engine)]
     shapes = [Shape.of(batch) for batch in steps]
-    _fill_pages(engine, max(int(batch.page_tables.max()) for batch in steps) + 1)
-    times: list[list[float]] = [[] for _ in steps]
-    with progress("Measuring", ROUNDS * len(steps)) as advance:
-        for _ in range(ROUNDS):
-            for batch, taken in zip(steps, times, strict=True):
-                started = clock()
-                engine.backend.step(batch)
-                taken.append(clock() - started)
-                advance(1)
-    seconds = [statistics.median(taken) for taken in times]
+    seconds = time_steps(engine, steps, "Measuring", clock, budget)
     rows_ms, sampled_ms, kv_token_us, pair_us = _backend_costs(shapes, np.array(seconds))
     on_backend = CostModel(
         settings={name: getattr(config, name) for name in MEASURED} | {"threads": config.num_threads},
@@ -85,6 +84,35 @@ def measure(
     step, sequence, row = _host_costs(engine)
     host = {"step_ms": 1e3 * step, "sequence_us": 1e6 * sequence, "row_us": 1e6 * row}
     return msgspec.structs.replace(on_backend, **host), ratios
+
+
+def time_steps(
+    engine: Engine,
+    steps: Sequence[StepBatch],
+    label: str,
+    clock: Callable[[], float] = time.perf_counter,
+    budget: float = math.inf,
+    typical: Callable[[list[float]], float] = statistics.median,
+) -> list[float]:
+    """Return the seconds of each step on an idle engine: what is typical of up to ROUNDS rounds.
+
+    Args:
+        label: of the progress bar.
+        budget: Seconds after which no further round begins, once there are FEWEST_ROUNDS.
+    """
+    _fill_pages(engine, max(int(batch.page_tables.max()) for batch in steps) + 1)
+    times: list[list[float]] = [[] for _ in steps]
+    begun = time.monotonic()
+    with progress(label, ROUNDS * len(steps)) as advance:
+        for number in range(ROUNDS):
+            if number >= FEWEST_ROUNDS and time.monotonic() - begun > budget:
+                break
+            for batch, taken in zip(steps, times, strict=True):
+                started = clock()
+                engine.backend.step(batch)
+                taken.append(clock() - started)
+                advance(1)
+    return [typical(taken) for taken in times]
 
 
 def _steps(engine: Engine) -> Iterator[list[Piece]]:
@@ -109,7 +137,7 @@ def _knots(most: int) -> list[int]:
     return [*(knot for knot in KNOTS if knot < most), most]
 
 
-def _step_batch(engine: Engine, pieces: Sequence[Piece]) -> StepBatch:
+def step_batch(engine: Engine, pieces: Sequence[Piece]) -> StepBatch:
     """Return a greedy step in which the sequences use pages 0, 1, 2, ... in order."""
     each = [piece for piece in pieces for _ in range(piece.sequences)]
     new = np.array([piece.new for piece in each], np.int32)
@@ -138,7 +166,7 @@ def _fill_pages(engine: Engine, num_pages: int) -> None:
     together = max(1, min(engine.scheduler.max_batch_tokens // page_size, engine.scheduler.max_running))
     chunk = min(page_size, engine.scheduler.max_batch_tokens)
     for at in range(0, page_size, chunk):
-        batch = _step_batch(engine, [Piece(together, min(chunk, page_size - at), at, sampled=False)])
+        batch = step_batch(engine, [Piece(together, min(chunk, page_size - at), at, sampled=False)])
         for page in range(0, num_pages, together):
             tables = np.minimum(batch.page_tables + np.int32(page), np.int32(num_pages - 1))
             engine.backend.step(replace(batch, page_tables=tables))
