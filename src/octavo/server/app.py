@@ -1,7 +1,7 @@
 """Assembles the server's ASGI application from its route families."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from starlette.datastructures import Headers
@@ -62,15 +62,25 @@ def create_app(
         http = metrics.HttpMeter()
         routes += metrics.routes(metrics.Exporter(fleet, http))
         on_end = http.ended
-    pages = documented(routes, fleet.default.name)
-    app = Dispatcher(pages, config.allowed_origins, traffic, _authentication(config), on_end)
+    paths: Collection[str] = ()
+    if config.page:
+        from . import page
+
+        routes += page.routes()
+        paths = page.PATHS
+    described = documented(routes, fleet.default.name)
+    app = Dispatcher(described, config.allowed_origins, traffic, _authentication(config, paths), on_end)
     if service:
         service.start(app)
     return app
 
 
-def _authentication(config: ServerConfig) -> Authentication | None:
-    """Return what checks the API keys of requests; None if the server has no keys. Raises ConfigError."""
+def _authentication(config: ServerConfig, page: Collection[str]) -> Authentication | None:
+    """Return what checks the API keys of requests; None if the server has no keys. Raises ConfigError.
+
+    Args:
+        page: the paths of the page's files.
+    """
     if not config.has_keys:
         return None
 
@@ -79,4 +89,5 @@ def _authentication(config: ServerConfig) -> Authentication | None:
     def admit_operator(scope: Scope) -> None:
         models_admin.check_key(config.admin_key, Headers(scope=scope))
 
-    return Authentication(KeyRing(config.api_key or (), Path(config.keys) if config.keys else None), admit_operator)
+    ring = KeyRing(config.api_key or (), Path(config.keys) if config.keys else None)
+    return Authentication(ring, admit_operator, also_open=page)

@@ -31,6 +31,7 @@ class ServerConfig(Settings):
     )
     access_log_prompts: bool = setting(False, "Include prompts and messages in the access log.")
     enable_metrics: bool = setting(False, "Serve metrics for Prometheus at GET /metrics (docs/metrics.md).")
+    page: bool = setting(True, "Serve a page for browsers at /: chat, live view and models (docs/page.md).")
     models: str | None = setting(
         None, "YAML file of several models with their settings, aliases and splits (docs/fleet.md)."
     )

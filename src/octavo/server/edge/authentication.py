@@ -1,7 +1,7 @@
 """Authentication: check the API keys of requests and the keys' limits, and set each request's tenant."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from math import ceil
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,7 @@ from .access_log import RequestRecord
 if TYPE_CHECKING:
     from octavo.tenants.key_ring import KeyRing
 
-OPEN = ("/health", "/ready")  # routes that need no key
+OPEN = ("/health", "/ready")  # routes that need no key, on every server
 OPERATED = ("/v1/admin/", "/stats", "/metrics")  # routes about all tenants: they need the admin key
 TENANT_HEADER = b"x-octavo-tenant"
 
@@ -37,11 +37,17 @@ class Authentication:
         ring: the keys.
         admit_operator: raises ApiError unless an ASGI request has the admin key.
         clock: seconds that do not go back.
+        also_open: further paths that need no key.
     """
 
     def __init__(
-        self, ring: "KeyRing", admit_operator: Callable[[Any], None], clock: Callable[[], float] = time.monotonic
+        self,
+        ring: "KeyRing",
+        admit_operator: Callable[[Any], None],
+        clock: Callable[[], float] = time.monotonic,
+        also_open: Collection[str] = (),
     ):
+        self._open = frozenset((*OPEN, *also_open))
         self._ring, self._admit_operator, self._clock = ring, admit_operator, clock
         self._uses: dict[str, _Use] = {}
 
@@ -55,7 +61,7 @@ class Authentication:
             ApiError: 401 for no valid key, 403 for a route that the key does not allow, 429 beyond the key's limits.
         """
         path = scope["path"]
-        if path in OPEN:
+        if path in self._open:
             return None
         if path.startswith(OPERATED):
             self._admit_operator(scope)
