@@ -66,7 +66,7 @@ def create_app(
     if config.page:
         from . import page
 
-        routes += page.routes()
+        routes += page.routes(api)
         paths = page.PATHS
     described = documented(routes, fleet.default.name)
     app = Dispatcher(described, config.allowed_origins, traffic, _authentication(config, paths), on_end)

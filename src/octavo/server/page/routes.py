@@ -10,10 +10,13 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from octavo.server.api import Api
 from octavo.server.edge.dispatch import route
 from octavo.server.errors import ApiError
 from octavo.server.ollama.models import running
 from octavo.server.openapi.operation import Operation
+
+from . import live
 
 FILES = Path(__file__).with_name("files")
 INDEX = "index.html"
@@ -44,12 +47,12 @@ class PageFile:
     media_type: str
 
 
-def routes() -> list[Route]:
+def routes(api: Api) -> list[Route]:
     """Return the routes of this family."""
     text = {"type": "string"}
     index = Operation(tag="Octavo", summary="Return the page, to browsers.", reply=text, media_type="text/plain")
     part = Operation(tag="Octavo", summary="Return a part of the page.", reply=text, media_type="*/*")
-    return [route("GET", "/", page, index), route("GET", "/page/{name}", part_of_page, part)]
+    return [route("GET", "/", page, index), route("GET", "/page/{name}", part_of_page, part), *live.routes(api)]
 
 
 async def page(request: Request) -> Response:
