@@ -1,6 +1,6 @@
-"""GET /stats/live: a stream of statistics, latencies, tenants and the states of all KV pages, for the live view.
+"""GET /stats/live: statistics, latencies, tenants and the states of all KV pages, as events, for the live view.
 
-Everything is computed for the stream alone: without one, nothing is measured or collected.
+Everything is computed for these events alone: if nobody asks, nothing is measured or collected.
 """
 
 import asyncio
@@ -44,7 +44,7 @@ class Begin(msgspec.Struct, tag="begin"):
 
 
 class TenantLive(msgspec.Struct):
-    """Counts of one tenant, since the first stream of the server was opened, or since its start with metrics.
+    """Counts of one tenant, since the route was first used, or on a server with metrics since its start.
 
     Attributes:
         first_token: requests by the time to their first token, in buckets.
@@ -89,35 +89,36 @@ def routes(api: Api) -> list[Route]:
     """Return the route."""
     operation = Operation(
         tag="Octavo",
-        summary="Stream statistics, and the states of the KV pages of a model.",
-        query={"model": str},
+        summary="Return events with statistics and the states of a model's KV pages; with follow, as a stream.",
+        query={"model": str, "follow": bool},
         events=Begin | Live | LivePages,
     )
     return [route("GET", PATH, partial(live, api), operation)]
 
 
 async def live(api: Api, request: Request) -> Response:
-    """Answer with a stream of events. Raises UnknownModel."""
-    model = request.query_params.get("model")
+    """Answer with events. Raises UnknownModel."""
+    model, follow = request.query_params.get("model"), request.query_params.get("follow") == "true"
     api.fleet.resolve(model)
-    return LiveStream(api, model, "gzip" in request.headers.get("accept-encoding", ""))
+    return LiveEvents(api, model, follow, "gzip" in request.headers.get("accept-encoding", ""))
 
 
-class LiveStream(Response):
-    """The stream. It ends when the server drains.
+class LiveEvents(Response):
+    """The events.
 
     Args:
         model: the model whose pages are sent; None for the default model.
+        follow: whether further events follow, until the server drains.
         compress: whether the client takes gzip.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, api: Api, model: str | None, compress: bool):
+    def __init__(self, api: Api, model: str | None, follow: bool, compress: bool):
         headers = {"cache-control": "no-cache", "x-accel-buffering": "no", "vary": "accept-encoding"}
         super().__init__(headers=headers | ({"content-encoding": "gzip"} if compress else {}))
         del self.headers["content-length"]
-        self._api, self._model = api, model
+        self._api, self._model, self._follow = api, model, follow
         self._gzip = zlib.compressobj(1, wbits=31) if compress else None
         self._sent: dict[str, bytes] = {}  # by engine
 
@@ -152,6 +153,8 @@ class LiveStream(Response):
                 yield _event(await self._stats())
             if events := await self._changed_pages():
                 yield events
+            if not self._follow:
+                return
             await asyncio.sleep(max(0.0, began + PAGES_PERIOD - clock()))
 
     async def _stats(self) -> Live:

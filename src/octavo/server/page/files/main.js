@@ -6,8 +6,8 @@ import { prefer, preference } from "./store.js";
 
 const VIEWS = {
   chat: () => import("./chat.js"),
-  live: () => import("./live.js"),
-  models: () => import("./models.js"),
+  live: () => Promise.all([import("./live.js"), style("live.css")]).then(([module]) => module),
+  models: () => Promise.all([import("./models.js"), style("live.css")]).then(([module]) => module),
 };
 const SHORTCUTS = [
   ["Enter", "Send the message"],
@@ -46,6 +46,15 @@ async function show(name) {
     views.set(name, await module.start(document.getElementById(name)));
   }
   if (shown === name) views.get(name).show?.();
+}
+
+const styles = new Map(); // by name: the promise that it is loaded
+
+function style(name) {
+  if (!styles.has(name)) styles.set(name, new Promise((load, error) => {
+    document.head.append(h("link", { rel: "stylesheet", href: `page/${name}`, load, error }));
+  }));
+  return styles.get(name);
 }
 
 // Theme: as the system has it, until the switch is used.
