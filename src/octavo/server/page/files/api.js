@@ -1,4 +1,4 @@
-/** Calls of the server: keys, errors, and streams of events. Addresses are relative, so that a proxy may add a prefix. */
+/** Calls of the server: keys, errors, streams of events. Addresses are relative, so that a proxy may add a prefix. */
 
 /** An error that the server has answered. */
 export class ApiError extends Error {
@@ -65,7 +65,11 @@ export async function json(path, options) {
 const asked = new Map();
 
 function askOnce(kind, message) {
-  if (!asked.has(kind)) asked.set(kind, askForKey(kind, message).finally(() => asked.delete(kind)));
+  if (!asked.has(kind))
+    asked.set(
+      kind,
+      askForKey(kind, message).finally(() => asked.delete(kind)),
+    );
   return asked.get(kind);
 }
 

@@ -29,9 +29,18 @@ export class Chart {
   constructor({ label, series, format, stacked = false, most = null }) {
     Object.assign(this, { label, series, format, stacked, most });
     this.history = new History();
-    this.canvas = h("canvas", { role: "img", "aria-label": label,
-      pointermove: (event) => { this.pointer = event.offsetX; this.draw(); },
-      pointerleave: () => { this.pointer = null; this.draw(); } });
+    this.canvas = h("canvas", {
+      role: "img",
+      "aria-label": label,
+      pointermove: (event) => {
+        this.pointer = event.offsetX;
+        this.draw();
+      },
+      pointerleave: () => {
+        this.pointer = null;
+        this.draw();
+      },
+    });
     this.tip = h("div.tip", { hidden: true });
     this.element = h("div.chart", {}, this.canvas, this.tip);
     this.pointer = null;
@@ -47,7 +56,9 @@ export class Chart {
   }
 
   #said(values) {
-    return values.map((value, i) => `${this.series[i].name} ${value === null ? "unknown" : this.format(value)}`).join(", ");
+    return values
+      .map((value, i) => `${this.series[i].name} ${value === null ? "unknown" : this.format(value)}`)
+      .join(", ");
   }
 
   draw() {
@@ -126,14 +137,18 @@ export class Chart {
   #showPointer(context, rows, x, y, width, height) {
     this.tip.hidden = this.pointer === null;
     if (this.pointer === null) return;
-    const row = rows.reduce((best, each) => (Math.abs(x(each[0]) - this.pointer) < Math.abs(x(best[0]) - this.pointer) ? each : best));
+    const row = rows.reduce((best, each) =>
+      Math.abs(x(each[0]) - this.pointer) < Math.abs(x(best[0]) - this.pointer) ? each : best,
+    );
     const at = x(row[0]);
     context.fillStyle = this.#color("var(--muted)");
     context.globalAlpha = 0.5;
     context.fillRect(Math.min(at, width - 1), 0, 1, height);
     context.globalAlpha = 1;
     const ago = Math.round(rows.at(-1)[0] - row[0]);
-    const values = this.series.map(({ name }, i) => h("span", {}, `${name} ${row[i + 1] === null ? "–" : this.format(row[i + 1])}`));
+    const values = this.series.map(({ name }, i) =>
+      h("span", {}, `${name} ${row[i + 1] === null ? "–" : this.format(row[i + 1])}`),
+    );
     this.tip.replaceChildren(h("b", {}, ago ? `${ago} s ago` : "now"), ...values);
     this.tip.style.left = `${Math.max(0, Math.min(at - this.tip.offsetWidth / 2, width - this.tip.offsetWidth))}px`;
   }

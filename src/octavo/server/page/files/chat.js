@@ -1,10 +1,11 @@
 /** The chat: one conversation, its settings and its messages. */
 
-import { ApiError, json, streamChat } from "./api.js";
+import { Answer } from "./answer.js";
+import { json } from "./api.js";
 import { Conversations } from "./conversations.js";
 import { h, icon, iconButton, toast } from "./dom.js";
-import { GrowingMarkdown, copyText, render, sourceOffset } from "./markdown.js";
-import { closeAlternatives, showAlternatives, tokenAt, tokensOf, tokenView } from "./probabilities.js";
+import { MessageView } from "./message.js";
+import { closeAlternatives } from "./probabilities.js";
 import { Settings, samplingBody } from "./settings.js";
 import { Store } from "./store.js";
 
@@ -31,8 +32,13 @@ class Chat {
     this.runs = new Map(); // by id of a conversation: its answer that is being written
     this.list = h("div.messages", { role: "log", "aria-label": "Messages", "aria-live": "off" });
     this.scroller = h("div.scroller", { scroll: () => this.#noteScroll() }, this.list);
-    this.input = h("textarea", { rows: "1", placeholder: "Ask anything", "aria-label": "Message",
-      keydown: (event) => this.#onInputKey(event), input: () => this.#fitInput() });
+    this.input = h("textarea", {
+      rows: "1",
+      placeholder: "Ask anything",
+      "aria-label": "Message",
+      keydown: (event) => this.#onInputKey(event),
+      input: () => this.#fitInput(),
+    });
     this.send = h("button.send", { type: "button", click: () => this.#sendOrStop() });
     this.models = h("select.model", { "aria-label": "Model", change: () => this.#chooseModel() });
     this.settings = new Settings(() => this.store.all.has(this.conversation.id) && this.store.save(this.conversation));
@@ -41,18 +47,26 @@ class Chat {
       h("header.bar", {}, this.models, h("span.grow"), this.settings.button),
       this.settings.panel,
       this.scroller,
-      h("div.composer", {}, h("div.box", {}, this.input, this.send),
-        h("p.hint", {}, "Conversations stay in this browser. Press ? for shortcuts.")),
+      h(
+        "div.composer",
+        {},
+        h("div.box", {}, this.input, this.send),
+        h("p.hint", {}, "Conversations stay in this browser. Press ? for shortcuts."),
+      ),
       this.status,
     );
     this.conversations = new Conversations(document.getElementById("conversations"), store, {
       open: (conversation) => this.open(conversation),
-      deleted: (id) => { this.runs.get(id)?.stop(); if (id === this.conversation.id) this.open(null); },
+      deleted: (id) => {
+        this.runs.get(id)?.stop();
+        if (id === this.conversation.id) this.open(null);
+      },
       begin: () => this.open(null),
     });
     this.follows = true;
     this.open(null);
     addEventListener("keydown", (event) => this.#onKey(event));
+    addEventListener("resize", () => this.#fitInput());
   }
 
   show() {
@@ -69,8 +83,11 @@ class Chat {
   async loadModels() {
     try {
       const { data } = await json("v1/models");
-      this.models.replaceChildren(...data.map(({ id, parent, shares }) =>
-        h("option", { value: id }, parent ? `${id} → ${parent}` : shares ? `${id} (split)` : id)));
+      this.models.replaceChildren(
+        ...data.map(({ id, parent, shares }) =>
+          h("option", { value: id }, parent ? `${id} → ${parent}` : shares ? `${id} (split)` : id),
+        ),
+      );
     } catch (error) {
       this.#fail(error);
     }
@@ -99,7 +116,18 @@ class Chat {
   #showEmpty() {
     this.list.querySelector(".empty")?.remove();
     if (this.conversation.messages.length) return;
-    const suggest = (text) => h("button", { type: "button", click: () => { this.input.value = text; this.#sendOrStop(); } }, text);
+    const suggest = (text) =>
+      h(
+        "button",
+        {
+          type: "button",
+          click: () => {
+            this.input.value = text;
+            this.#sendOrStop();
+          },
+        },
+        text,
+      );
     this.list.append(h("div.empty", {}, h("h1", {}, "What would you like to know?"), ...SUGGESTIONS.map(suggest)));
   }
 
@@ -140,9 +168,10 @@ class Chat {
     this.list.querySelector(".empty")?.remove();
     const message = { role: "assistant", content: "", model: conversation.model };
     const body = { model: conversation.model, messages: this.#context(), ...samplingBody(conversation.sampling) };
-    if (conversation.sampling.probabilities !== false) Object.assign(body, { logprobs: true, top_logprobs: ALTERNATIVES });
+    if (conversation.sampling.probabilities !== false)
+      Object.assign(body, { logprobs: true, top_logprobs: ALTERNATIVES });
     const view = this.#append(message);
-    const run = new Run(message, view, () => this.conversation === conversation && this.#scrollToEnd());
+    const run = new Answer(message, view, () => this.conversation === conversation && this.#scrollToEnd());
     this.runs.set(conversation.id, run);
     this.conversations.mark(conversation.id);
     this.#showButton();
@@ -163,7 +192,9 @@ class Chat {
   /** Return the messages that the model gets. */
   #context() {
     const { system, messages } = this.conversation;
-    const said = messages.filter(({ error, content }) => !error || content).map(({ role, content }) => ({ role, content }));
+    const said = messages
+      .filter(({ error, content }) => !error || content)
+      .map(({ role, content }) => ({ role, content }));
     return system?.trim() ? [{ role: "system", content: system }, ...said] : said;
   }
 
@@ -224,7 +255,8 @@ class Chat {
   #onKey(event) {
     if (document.body.dataset.view !== "chat" || document.querySelector("dialog[open]")) return;
     const typing = event.target.matches?.("input, textarea, select");
-    if (event.key === "Escape" && !closeAlternatives() && !this.settings.close()) this.runs.get(this.conversation.id)?.stop();
+    if (event.key === "Escape" && !closeAlternatives() && !this.settings.close())
+      this.runs.get(this.conversation.id)?.stop();
     else if ((event.ctrlKey || event.metaKey) && event.key.toLowerCase() === "k") {
       event.preventDefault();
       this.conversations.focusSearch();
@@ -258,191 +290,4 @@ class Chat {
   #scrollToEnd(always = false) {
     if (always || this.follows) this.scroller.scrollTop = this.scroller.scrollHeight;
   }
-}
-
-/** An answer that is being written. What arrives is drawn once per frame. */
-class Run {
-  constructor(message, view, drawn) {
-    this.message = message;
-    this.drawn = drawn;
-    this.controller = new AbortController();
-    this.frame = 0;
-    this.ended = new Promise((resolve) => { this.end = resolve; });
-    this.attach(view);
-  }
-
-  /** Draw into another view from now on. */
-  attach(view) {
-    this.view = view;
-    view.grow();
-  }
-
-  stop() {
-    this.controller.abort();
-  }
-
-  async read(body) {
-    const { message } = this;
-    const began = performance.now();
-    let first = 0;
-    try {
-      for await (const chunk of streamChat(body, this.controller.signal)) {
-        const [choice] = chunk.choices;
-        if (chunk.usage) message.usage = { prompt: chunk.usage.prompt_tokens, answer: chunk.usage.completion_tokens };
-        if (!choice) continue;
-        const { content, reasoning_content: reasoning } = choice.delta;
-        if (content || reasoning) first ||= performance.now();
-        if (reasoning) message.reasoning = (message.reasoning ?? "") + reasoning;
-        if (content) message.content += content;
-        if (choice.logprobs?.content && !reasoning) (message.tokens ??= []).push(...tokensOf(choice.logprobs.content));
-        if (choice.finish_reason) message.finish = choice.finish_reason;
-        this.frame ||= requestAnimationFrame(() => this.#draw());
-      }
-    } catch (error) {
-      if (error.name === "AbortError") message.finish = "stopped";
-      else message.error = error instanceof ApiError ? error.message : "The connection to the server was lost.";
-    }
-    cancelAnimationFrame(this.frame);
-    if (first) message.times = { first: first - began, rest: performance.now() - first };
-    this.end();
-  }
-
-  #draw() {
-    this.frame = 0;
-    this.view.update();
-    this.drawn();
-  }
-}
-
-/** One message of the list. */
-class MessageView {
-  constructor(message, actions) {
-    this.message = message;
-    this.actions = actions;
-    this.element = h(`article.message.${message.role}`, { "aria-label": message.role === "user" ? "You" : "Answer" });
-    this.draw();
-  }
-
-  /** Draw the message as it is. */
-  draw() {
-    this.growing = null;
-    const { role } = this.message;
-    this.element.classList.remove("growing");
-    this.element.replaceChildren(...(role === "user" ? this.#question() : this.#answer()));
-  }
-
-  #question() {
-    const { content } = this.message;
-    return [h("div.text", {}, content), h("div.actions", {}, iconButton("edit", "Edit", () => this.beginEdit()),
-      iconButton("copy", "Copy", () => copyText(content)))];
-  }
-
-  #answer() {
-    const { message } = this;
-    this.body = h("div.markdown", { click: (event) => this.#clicked(event) }, render(message.content));
-    return [this.#reasoning(), this.body, this.#error(), this.#actions()].filter(Boolean);
-  }
-
-  #reasoning() {
-    const { reasoning } = this.message;
-    return reasoning ? h("details.reasoning", {}, h("summary", {}, "Reasoning"), h("div.markdown", {}, render(reasoning))) : null;
-  }
-
-  #error() {
-    const { error } = this.message;
-    return error ? h("p.error", { role: "alert" }, error) : null;
-  }
-
-  #actions() {
-    const { message } = this;
-    const has = message.tokens?.length > 0;
-    const toggle = has && iconButton("bars", "Probabilities of the tokens", () => this.#toggleTokens(), { "aria-pressed": "false" });
-    this.toggle = toggle;
-    return h("div.actions", {}, iconButton("copy", "Copy", () => copyText(message.content)),
-      iconButton("retry", "Retry", () => this.actions.retry()), toggle, h("span.facts", {}, facts(message)));
-  }
-
-  #toggleTokens() {
-    const pressed = this.toggle.getAttribute("aria-pressed") !== "true";
-    this.toggle.setAttribute("aria-pressed", String(pressed));
-    const choose = (token, element) => showAlternatives(token, element.getBoundingClientRect(), element);
-    this.body.replaceChildren(pressed ? tokenView(this.message.tokens, choose) : render(this.message.content));
-  }
-
-  /** Show the alternatives of the word that was clicked. */
-  #clicked(event) {
-    const { tokens, content } = this.message;
-    if (!tokens?.length || event.target.closest("a, button, figcaption") || !getSelection().isCollapsed) return;
-    const caret = caretAt(event.clientX, event.clientY);
-    if (caret?.node.nodeType !== Node.TEXT_NODE) return;
-    let index = caret.index; // between two characters: that one is meant on which the pointer is
-    const range = document.createRange();
-    const box = (i) => { range.setStart(caret.node, i); range.setEnd(caret.node, i + 1); return range.getBoundingClientRect(); };
-    if (index > 0 && (index >= caret.node.length || event.clientX < box(index).left)) index--;
-    const rectangle = box(index);
-    if (event.clientX > rectangle.right + 3 || event.clientX < rectangle.left - 3) return;
-    const token = tokenAt(tokens, content, sourceOffset(caret.node, index));
-    if (token) showAlternatives(token, rectangle, this.toggle);
-  }
-
-  /** Begin to show an answer that grows. */
-  grow() {
-    this.element.classList.add("growing");
-    this.body = h("div.markdown");
-    this.growing = new GrowingMarkdown(this.body);
-    this.element.replaceChildren(this.body);
-    this.update();
-  }
-
-  /** Show what has been added. */
-  update() {
-    const { reasoning, content } = this.message;
-    if (!this.growing) return;
-    if (reasoning && !this.thoughts?.isConnected) {
-      this.thoughtsBody = h("div.markdown");
-      this.thoughts = h("details.reasoning", {}, h("summary", {}, "Reasoning"), this.thoughtsBody);
-      this.growingThoughts = new GrowingMarkdown(this.thoughtsBody);
-      this.element.prepend(this.thoughts);
-    }
-    if (reasoning && !content) this.growingThoughts.update(reasoning);
-    if (content) this.growing.update(content);
-  }
-
-  /** Replace the text by a box in which it can be changed. */
-  beginEdit() {
-    const { content } = this.message;
-    const input = h("textarea", { rows: String(Math.min(12, content.split("\n").length + 1)), "aria-label": "Edit the message" });
-    const send = () => input.value.trim() && this.actions.edit(input.value.trim());
-    const cancel = () => this.draw();
-    input.value = content;
-    input.addEventListener("keydown", (event) => {
-      if (event.key === "Enter" && !event.shiftKey && !event.isComposing) { event.preventDefault(); send(); }
-      if (event.key === "Escape") { event.stopPropagation(); cancel(); }
-    });
-    this.element.replaceChildren(h("div.edit", {}, input, h("div.actions", {},
-      h("button", { type: "button", click: cancel }, "Cancel"),
-      h("button.primary", { type: "button", click: send }, "Send"))));
-    input.focus();
-    input.setSelectionRange(content.length, content.length);
-  }
-}
-
-function caretAt(x, y) {
-  if (document.caretPositionFromPoint) {
-    const found = document.caretPositionFromPoint(x, y);
-    return found && { node: found.offsetNode, index: found.offset };
-  }
-  const found = document.caretRangeFromPoint?.(x, y);
-  return found && { node: found.startContainer, index: found.startOffset };
-}
-
-/** Return a line about an answer: its length, speed and end. */
-function facts({ usage, times, finish, model }) {
-  const parts = [model];
-  if (usage) parts.push(`${usage.answer} tokens`);
-  if (times) parts.push(`${(times.first / 1000).toFixed(2)} s to the first`);
-  if (usage && times && usage.answer > 1) parts.push(`${((usage.answer - 1) / (times.rest / 1000)).toFixed(0)} tokens/s`);
-  if (finish === "stopped") parts.push("stopped");
-  if (finish === "length") parts.push("cut at the limit of tokens");
-  return parts.filter(Boolean).join(" · ");
 }

@@ -9,12 +9,19 @@ export class Conversations {
     this.store = store;
     this.actions = actions;
     this.current = null;
-    this.search = h("input", { type: "search", placeholder: "Search", "aria-label": "Search conversations",
-      input: () => this.draw(), keydown: (event) => this.#onSearchKey(event) });
+    this.search = h("input", {
+      type: "search",
+      placeholder: "Search",
+      "aria-label": "Search conversations",
+      input: () => this.draw(),
+      keydown: (event) => this.#onSearchKey(event),
+    });
     this.list = h("ul", {});
     element.append(
       h("button.new", { type: "button", click: () => this.actions.begin() }, icon("plus"), "New conversation"),
-      this.search, this.list);
+      this.search,
+      this.list,
+    );
     this.draw();
   }
 
@@ -41,26 +48,64 @@ export class Conversations {
     const found = wanted ? all.filter((each) => matches(each, wanted)) : all;
     this.list.replaceChildren(...found.map((each) => this.#entry(each)));
     if (!found.length) this.list.append(h("li.none", {}, all.length ? "Nothing found" : "No conversations yet"));
-    if (all.length) this.list.append(h("li.all", {},
-      h("button.link", { type: "button", click: () => exportFile("octavo-conversations.json", all) }, "Export all"),
-      h("button.link", { type: "button", click: () => this.#deleteAll() }, "Delete all")));
+    if (all.length)
+      this.list.append(
+        h(
+          "li.all",
+          {},
+          h("button.link", { type: "button", click: () => exportFile("octavo-conversations.json", all) }, "Export all"),
+          h("button.link", { type: "button", click: () => this.#deleteAll() }, "Delete all"),
+        ),
+      );
   }
 
   #entry(conversation) {
     const isCurrent = conversation.id === this.current;
-    return h("li", { class: isCurrent ? "current" : null },
-      h("button.open", { type: "button", "aria-current": isCurrent ? "true" : null, title: conversation.title,
-        click: () => this.actions.open(conversation), dblclick: () => this.#rename(conversation) }, conversation.title || "Untitled"),
-      h("span.tools", {}, iconButton("edit", "Rename", () => this.#rename(conversation)),
+    return h(
+      "li",
+      { class: isCurrent ? "current" : null },
+      h(
+        "button.open",
+        {
+          type: "button",
+          "aria-current": isCurrent ? "true" : null,
+          title: conversation.title,
+          click: () => this.actions.open(conversation),
+          dblclick: () => this.#rename(conversation),
+        },
+        conversation.title || "Untitled",
+      ),
+      h(
+        "span.tools",
+        {},
+        iconButton("edit", "Rename", () => this.#rename(conversation)),
         iconButton("export", "Export", () => exportFile(`${conversation.title || "conversation"}.json`, conversation)),
-        iconButton("trash", "Delete", () => this.#delete(conversation))));
+        iconButton("trash", "Delete", () => this.#delete(conversation)),
+      ),
+    );
   }
 
   async #rename(conversation) {
-    const input = h("input", { value: conversation.title, "aria-label": "Title", autofocus: true, maxlength: "120" });
+    const input = h("input", {
+      value: conversation.title,
+      "aria-label": "Title",
+      autofocus: true,
+      focus: () => input.select(),
+      maxlength: "120",
+    });
     const title = await dialog("Rename the conversation", (close) => [
-      h("form", { submit: (event) => { event.preventDefault(); close(input.value.trim()); } }, input,
-        h("div.actions", {}, h("button.primary", { type: "submit" }, "Rename")))]);
+      h(
+        "form",
+        {
+          submit: (event) => {
+            event.preventDefault();
+            close(input.value.trim());
+          },
+        },
+        input,
+        h("div.actions", {}, h("button.primary", { type: "submit" }, "Rename")),
+      ),
+    ]);
     if (!title) return;
     conversation.title = title;
     await this.store.save(conversation);
@@ -68,14 +113,22 @@ export class Conversations {
   }
 
   async #delete(conversation) {
-    if (!(await confirm("Delete the conversation?", `“${conversation.title}” cannot be restored.`, "Delete"))) return;
+    const text = `“${conversation.title}” cannot be restored.`;
+    if (!(await confirm("Delete the conversation?", text, "Delete"))) return;
     await this.store.delete(conversation.id);
     this.actions.deleted(conversation.id);
     this.draw();
   }
 
   async #deleteAll() {
-    if (!(await confirm("Delete all conversations?", "They are only in this browser, and cannot be restored.", "Delete all"))) return;
+    if (
+      !(await confirm(
+        "Delete all conversations?",
+        "They are only in this browser, and cannot be restored.",
+        "Delete all",
+      ))
+    )
+      return;
     const ids = this.store.list().map((each) => each.id);
     await this.store.deleteAll();
     ids.forEach((id) => this.actions.deleted(id));

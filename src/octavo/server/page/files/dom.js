@@ -5,7 +5,7 @@ const SVG = "http://www.w3.org/2000/svg";
 /**
  * Make an element.
  * @param {string} tag Its name, with classes after dots: "button.icon".
- * @param {Object} [attributes] Attributes; a function is a listener of the event with that name; null and false are left out.
+ * @param {Object} [attributes] A function is a listener of the event with that name; null and false are left out.
  * @param {...(Node|string|null|false)} children
  */
 export function h(tag, attributes = {}, ...children) {
@@ -44,10 +44,24 @@ export function iconButton(name, label, click, attributes = {}) {
  */
 export function dialog(title, build) {
   return new Promise((resolve) => {
-    const box = h("dialog", { "aria-label": title, close: () => { box.remove(); resolve(box.result); } });
-    const close = (result) => { box.result = result; box.close(); };
+    const box = h("dialog", {
+      "aria-label": title,
+      close: () => {
+        box.remove();
+        resolve(box.result);
+      },
+    });
+    const close = (result) => {
+      box.result = result;
+      box.close();
+    };
     box.append(
-      h("header", {}, h("h2", {}, title), iconButton("close", "Close", () => close())),
+      h(
+        "header",
+        {},
+        h("h2", {}, title),
+        iconButton("close", "Close", () => close()),
+      ),
       ...build(close),
     );
     box.addEventListener("click", (event) => event.target === box && close());
@@ -60,9 +74,12 @@ export function dialog(title, build) {
 export function confirm(title, text, action) {
   return dialog(title, (close) => [
     h("p", {}, text),
-    h("div.actions", {},
+    h(
+      "div.actions",
+      {},
       h("button", { type: "button", click: () => close(false) }, "Cancel"),
-      h("button.danger", { type: "button", autofocus: true, click: () => close(true) }, action)),
+      h("button.danger", { type: "button", autofocus: true, click: () => close(true) }, action),
+    ),
   ]);
 }
 

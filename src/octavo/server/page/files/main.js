@@ -51,9 +51,13 @@ async function show(name) {
 const styles = new Map(); // by name: the promise that it is loaded
 
 function style(name) {
-  if (!styles.has(name)) styles.set(name, new Promise((load, error) => {
-    document.head.append(h("link", { rel: "stylesheet", href: `page/${name}`, load, error }));
-  }));
+  if (!styles.has(name))
+    styles.set(
+      name,
+      new Promise((load, error) => {
+        document.head.append(h("link", { rel: "stylesheet", href: `page/${name}`, load, error }));
+      }),
+    );
   return styles.get(name);
 }
 
@@ -91,36 +95,71 @@ async function askForKey(kind, message) {
 }
 
 function keyForm(kind, text, close) {
-  const input = h("input", { type: "password", autocomplete: "off", spellcheck: "false", required: true, autofocus: true,
-    "aria-label": KINDS[kind][0], name: "key" });
+  const input = h("input", {
+    type: "password",
+    autocomplete: "off",
+    spellcheck: "false",
+    required: true,
+    autofocus: true,
+    "aria-label": KINDS[kind][0],
+    name: "key",
+  });
   const remember = h("input", { type: "checkbox", name: "remember" });
   const submit = (event) => {
     event.preventDefault();
     if (input.value.trim()) close({ key: input.value.trim(), remember: remember.checked });
   };
-  return h("form", { submit }, h("p", {}, text), input,
+  return h(
+    "form",
+    { submit },
+    h("p", {}, text),
+    input,
     h("label.check", {}, remember, "Remember it in this browser. Otherwise it is forgotten when the tab is closed."),
-    h("div.actions", {}, h("button.primary", { type: "submit" }, "Continue")));
+    h("div.actions", {}, h("button.primary", { type: "submit" }, "Continue")),
+  );
 }
 
 function showKeys() {
   const row = (kind) => {
     const state = h("span.muted", {}, getKey(kind) ? "is set" : "is not set");
-    const change = async (close) => { close(); if (await askForKey(kind, KINDS[kind][1])) location.reload(); };
-    const forget = () => { setKey(kind, ""); state.textContent = "is not set"; toast(`${KINDS[kind][0]} forgotten`); };
-    return (close) => h("div.row", {}, h("b", {}, KINDS[kind][0]), state,
-      h("button", { type: "button", click: () => change(close) }, "Set"),
-      h("button", { type: "button", click: forget }, "Forget"));
+    const change = async (close) => {
+      close();
+      if (await askForKey(kind, KINDS[kind][1])) location.reload();
+    };
+    const forget = () => {
+      setKey(kind, "");
+      state.textContent = "is not set";
+      toast(`${KINDS[kind][0]} forgotten`);
+    };
+    return (close) =>
+      h(
+        "div.row",
+        {},
+        h("b", {}, KINDS[kind][0]),
+        state,
+        h("button", { type: "button", click: () => change(close) }, "Set"),
+        h("button", { type: "button", click: forget }, "Forget"),
+      );
   };
   dialog("Keys", (close) => [
     h("p.muted", {}, "They are kept in this browser only, and sent with each request to this server."),
-    row("client")(close), row("admin")(close)]);
+    row("client")(close),
+    row("admin")(close),
+  ]);
 }
 
 function showHelp() {
   if (document.querySelector("dialog")) return;
-  dialog("Keyboard", () => [h("dl.keys", {}, ...SHORTCUTS.flatMap(([keys, what]) => [
-    h("dt", {}, ...keys.split(" + ").flatMap((key, i) => [i ? " + " : null, h("kbd", {}, key)])), h("dd", {}, what)]))]);
+  dialog("Keyboard", () => [
+    h(
+      "dl.keys",
+      {},
+      ...SHORTCUTS.flatMap(([keys, what]) => [
+        h("dt", {}, ...keys.split(" + ").flatMap((key, i) => [i ? " + " : null, h("kbd", {}, key)])),
+        h("dd", {}, what),
+      ]),
+    ),
+  ]);
 }
 
 // The menu, on phones

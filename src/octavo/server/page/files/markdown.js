@@ -7,11 +7,9 @@ import { h, iconButton, toast } from "./dom.js";
 import { highlighted } from "./highlight.js";
 
 const FENCE = /^ {0,3}(`{3,}|~{3,})\s*([^`]*)$/;
-const HEADING = /^ {0,3}(#{1,6})(?:\s+(.*?))?(?:\s+#+)?\s*$/;
-const RULE = /^ {0,3}(?:(?:-\s*){3,}|(?:\*\s*){3,}|(?:_\s*){3,})$/;
+const HEADING = /^ {0,3}(#{1,6})(?: +|$)/;
 const QUOTE = /^ {0,3}> ?/;
 const ITEM = /^( {0,3})([-*+]|\d{1,9}[.)])( +|$)/;
-const TABLE = /^ {0,3}\|?\s*:?-+:?\s*(\|\s*:?-+:?\s*)*\|?\s*$/;
 const MAX_DEPTH = 10; // of quotes and lists in each other
 
 /** Where the text of a text node begins in the source. */
@@ -97,16 +95,23 @@ function block(lines, i, depth) {
   let match;
   if ((match = FENCE.exec(text))) return fence(lines, i, match);
   if ((match = HEADING.exec(text))) {
-    const start = text.indexOf(match[2] ?? "", match[0].indexOf(match[1]) + match[1].length);
-    const line = { text: match[2] ?? "", at: lines[i].at + start };
-    return [i + 1, () => h(`h${Math.min(match[1].length + 1, 6)}`, {}, inline([line]))];
+    const line = cut(lines[i], match[0].length);
+    const title = { text: line.text.trimEnd().replace(/ #+$/, ""), at: line.at };
+    return [i + 1, () => h(`h${Math.min(match[1].length + 1, 6)}`, {}, inline([title]))];
   }
-  if (RULE.test(text)) return [i + 1, () => h("hr")];
+  if (isRule(text)) return [i + 1, () => h("hr")];
   if (depth < MAX_DEPTH && QUOTE.test(text)) return quote(lines, i, depth);
   if (depth < MAX_DEPTH && ITEM.test(text)) return list(lines, i, depth);
-  if (text.includes("|") && TABLE.test(lines[i + 1]?.text ?? "") && lines[i + 1].text.includes("-"))
-    return table(lines, i);
+  if (text.includes("|") && lines[i + 1] && isTableRule(lines[i + 1])) return table(lines, i);
   return paragraph(lines, i, depth);
+}
+
+function isRule(text) {
+  return /^ {0,3}[-*_]/.test(text) && /^(-{3,}|\*{3,}|_{3,})$/.test(text.replaceAll(" ", ""));
+}
+
+function isTableRule(line) {
+  return /^[ |:-]+$/.test(line.text) && cells(line).every(({ text }) => /^:?-+:?$/.test(text));
 }
 
 function paragraph(lines, i, depth) {
@@ -117,7 +122,7 @@ function paragraph(lines, i, depth) {
 }
 
 function interrupts(text, depth) {
-  if (FENCE.test(text) || HEADING.test(text) || RULE.test(text)) return true;
+  if (FENCE.test(text) || HEADING.test(text) || isRule(text)) return true;
   if (depth >= MAX_DEPTH) return false;
   return QUOTE.test(text) || (ITEM.test(text) && !/^ *\d+[.)]/.test(text)) || /^ {0,3}1[.)] /.test(text);
 }
@@ -173,9 +178,11 @@ function list(lines, i, depth) {
   let loose = false;
   while (end < lines.length) {
     const match = ITEM.exec(lines[end].text);
-    if (!match || /\d/.test(match[2]) !== ordered || RULE.test(lines[end].text)) break;
-    const width = match[0].length > match[1].length + match[2].length + 4 ? match[1].length + match[2].length + 1
-      : match[0].length + (match[3] ? 0 : 1);
+    if (!match || /\d/.test(match[2]) !== ordered || isRule(lines[end].text)) break;
+    const width =
+      match[0].length > match[1].length + match[2].length + 4
+        ? match[1].length + match[2].length + 1
+        : match[0].length + (match[3] ? 0 : 1);
     const own = [cut(lines[end++], Math.min(width, match[0].length))];
     let blank = 0;
     while (end < lines.length) {
@@ -195,8 +202,15 @@ function list(lines, i, depth) {
     if (blank && ITEM.test(lines[end]?.text ?? "")) loose ||= blank > 1;
   }
   const start = ordered ? parseInt(ITEM.exec(lines[i].text)[2], 10) : 1;
-  return [end, () => h(ordered ? "ol" : "ul", { start: start === 1 ? null : String(start) },
-    ...items.map((own) => item(blocks(own, depth + 1), loose)))];
+  return [
+    end,
+    () =>
+      h(
+        ordered ? "ol" : "ul",
+        { start: start === 1 ? null : String(start) },
+        ...items.map((own) => item(blocks(own, depth + 1), loose)),
+      ),
+  ];
 }
 
 function item(found, loose) {
@@ -223,16 +237,34 @@ function table(lines, i) {
     const [left, right] = [text.startsWith(":"), text.endsWith(":")];
     return left && right ? "center" : right ? "right" : "left";
   });
-  const row = (line, tag) => h("tr", {}, ...cells(line).slice(0, sides.length)
-    .map((cell, k) => h(`${tag}.${sides[k]}`, {}, inline([cell]))));
-  return [end, () => h("div.table", {}, h("table", {}, h("thead", {}, row(lines[i], "th")),
-    h("tbody", {}, ...lines.slice(i + 2, end).map((line) => row(line, "td")))))];
+  const row = (line, tag) =>
+    h(
+      "tr",
+      {},
+      ...cells(line)
+        .slice(0, sides.length)
+        .map((cell, k) => h(`${tag}.${sides[k]}`, {}, inline([cell]))),
+    );
+  return [
+    end,
+    () =>
+      h(
+        "div.table",
+        {},
+        h(
+          "table",
+          {},
+          h("thead", {}, row(lines[i], "th")),
+          h("tbody", {}, ...lines.slice(i + 2, end).map((line) => row(line, "td"))),
+        ),
+      ),
+  ];
 }
 
 function cells({ text, at }) {
   const found = [];
   let start = /^\s*\|?/.exec(text)[0].length;
-  const stop = text.replace(/\|?\s*$/, "").length;
+  const stop = text.trimEnd().replace(/\|$/, "").length;
   for (let k = start; k <= stop; k++) {
     if (k < stop && (text[k] !== "|" || text[k - 1] === "\\")) continue;
     const raw = text.slice(start, k);
@@ -246,6 +278,9 @@ function cells({ text, at }) {
 // Inline text
 
 const SPECIAL = /[\\`*_~[!<\n]|https?:\/\//g;
+const LABEL = String.raw`\[((?:[^[\]\\\n]|\\.|\[[^[\]\n]*\]){0,1000})\]`;
+const TARGET = String.raw`<?([^\s()<>]*(?:\([^\s()]*\)[^\s()<>]*)*)>?`;
+const LINK = new RegExp(String.raw`^${LABEL}\(\s*${TARGET}(?:\s+["'][^"'\n]*["'])?\s*\)`);
 const PUNCTUATION = /[!-/:-@[-`{-~]/;
 const SPACE = /\s/;
 const WORD = /[\p{L}\p{N}]/u;
@@ -317,9 +352,12 @@ class Inline {
         return this.#escape(at, end);
       case "`":
         return this.#code(at, end);
-      case "*": case "_": case "~":
+      case "*":
+      case "_":
+      case "~":
         return depth < 12 ? this.#emphasis(at, end, depth) : null;
-      case "!": case "[":
+      case "!":
+      case "[":
         return this.#link(at, end, depth);
       case "<":
         return this.#angle(at, end);
@@ -357,12 +395,23 @@ class Inline {
     const length = Math.min(run, run === 3 ? 3 : 2);
     const marker = mark.repeat(length);
     const begin = at + run;
-    const close = this.#closing(marker, begin, end, (to) => !SPACE.test(this.text[to - 1]) &&
-      !(mark === "_" && WORD.test(this.text[to + length] ?? "")) && this.text[to - 1] !== "\\");
+    const close = this.#closing(
+      marker,
+      begin,
+      end,
+      (to) =>
+        !SPACE.test(this.text[to - 1]) &&
+        !(mark === "_" && WORD.test(this.text[to + length] ?? "")) &&
+        this.text[to - 1] !== "\\",
+    );
     if (close < 0 || run > 3) return null;
     const inner = this.parse(begin, close, depth + 1);
-    const node = mark === "~" ? h("del", {}, inner) : length === 3 ? h("em", {}, h("strong", {}, inner))
-      : h(length === 2 ? "strong" : "em", {}, inner);
+    const node =
+      mark === "~"
+        ? h("del", {}, inner)
+        : length === 3
+          ? h("em", {}, h("strong", {}, inner))
+          : h(length === 2 ? "strong" : "em", {}, inner);
     return { nodes: [node], to: close + length };
   }
 
@@ -382,8 +431,7 @@ class Inline {
   #link(at, end, depth) {
     const open = this.text[at] === "!" ? at + 1 : at;
     if (this.text[open] !== "[" || depth > 11) return null;
-    const match = /^\[((?:[^[\]\\\n]|\\.|\[[^[\]\n]*\]){0,1000})\]\(\s*<?([^\s()<>]*(?:\([^\s()]*\)[^\s()<>]*)*)>?(?:\s+["'][^"'\n]*["'])?\s*\)/
-      .exec(this.text.slice(open, Math.min(end, open + 4000)));
+    const match = LINK.exec(this.text.slice(open, Math.min(end, open + 4000)));
     if (!match) return null;
     const inner = this.parse(open + 1, open + 1 + match[1].length, depth + 12);
     return { nodes: [anchor(match[2], inner)], to: open + match[0].length };
@@ -391,14 +439,21 @@ class Inline {
 
   #angle(at, end) {
     const match = /^<((?:https?:\/\/|mailto:)[^\s<>]+)>/.exec(this.text.slice(at, Math.min(end, at + 2000)));
-    return match && { nodes: [anchor(match[1], ...this.#texts(at + 1, at + 1 + match[1].length))], to: at + match[0].length };
+    return (
+      match && {
+        nodes: [anchor(match[1], ...this.#texts(at + 1, at + 1 + match[1].length))],
+        to: at + match[0].length,
+      }
+    );
   }
 
   #bareAddress(at, end) {
     if (WORD.test(this.text[at - 1] ?? "")) return null;
     let [address] = /^https?:\/\/[^\s<>"'`]*/.exec(this.text.slice(at, Math.min(end, at + 2000)));
     address = address.replace(/[.,:;!?*_~)\]]+$/, "");
-    return address.length < 9 ? null : { nodes: [anchor(address, ...this.#texts(at, at + address.length))], to: at + address.length };
+    return address.length < 9
+      ? null
+      : { nodes: [anchor(address, ...this.#texts(at, at + address.length))], to: at + address.length };
   }
 }
 

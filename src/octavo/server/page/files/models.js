@@ -20,7 +20,10 @@ class ModelsView {
     this.notice = h("div.notice", { hidden: true });
     this.add = h("button.primary", { type: "button", click: () => this.#askToAdd() }, "Add a model");
     this.content = h("div.content", { hidden: true }, this.list, this.splits);
-    section.append(h("header.bar", {}, h("b.title", {}, "Models"), h("span.grow"), this.add), h("div.scroller", {}, this.notice, this.content));
+    section.append(
+      h("header.bar", {}, h("b.title", {}, "Models"), h("span.grow"), this.add),
+      h("div.scroller", {}, this.notice, this.content),
+    );
   }
 
   show() {
@@ -35,7 +38,10 @@ class ModelsView {
 
   async #look(quiet) {
     try {
-      const [{ models }, { data }] = await Promise.all([json(PATH, { kind: "admin", quiet }), json("v1/models", { quiet })]);
+      const [{ models }, { data }] = await Promise.all([
+        json(PATH, { kind: "admin", quiet }),
+        json("v1/models", { quiet }),
+      ]);
       this.notice.hidden = true;
       this.content.hidden = this.add.hidden = false;
       this.#draw(models, data);
@@ -49,9 +55,17 @@ class ModelsView {
     this.hide();
     const off = error.status === 403;
     this.notice.replaceChildren(
-      h("p", {}, off ? "Models can be changed here if the server has an admin key: start it with --admin-key, or the variable OCTAVO_ADMIN_KEY."
-        : "This view needs the server's admin key."),
-      ...(off ? [] : [h("p", {}, h("button.primary", { type: "button", click: () => this.show() }, "Enter the admin key"))]));
+      h(
+        "p",
+        {},
+        off
+          ? "Models can be changed here if the server has an admin key: start it with --admin-key."
+          : "This view needs the server's admin key.",
+      ),
+      ...(off
+        ? []
+        : [h("p", {}, h("button.primary", { type: "button", click: () => this.show() }, "Enter the admin key"))]),
+    );
     this.notice.hidden = false;
     this.content.hidden = this.add.hidden = true;
   }
@@ -62,30 +76,54 @@ class ModelsView {
     this.drawn = drawn;
     this.list.replaceChildren(...models.map((model) => this.#card(model)));
     const splits = cards.filter((card) => card.shares);
-    this.splits.replaceChildren(...(splits.length ? [h("section.card", {}, h("header", {}, h("h2", {}, "Splits")), ...splits.map(splitRow))] : []));
+    this.splits.replaceChildren(
+      ...(splits.length
+        ? [h("section.card", {}, h("header", {}, h("h2", {}, "Splits")), ...splits.map(splitRow))]
+        : []),
+    );
   }
 
   #card(model) {
     const { name, state, error, aliases, policy, memory, replicas } = model;
     const busy = this.changing.get(name);
     const lines = [
-      ["Engines", replicas.length ? replicas.map((each) => (each.is_ready ? "ready" : each.status)).join(", ") : "none"],
-      ["Requests", replicas.length ? `${sum(replicas, "running")} running, ${sum(replicas, "waiting")} waiting` : "none"],
+      [
+        "Engines",
+        replicas.length ? replicas.map((each) => (each.is_ready ? "ready" : each.status)).join(", ") : "none",
+      ],
+      [
+        "Requests",
+        replicas.length ? `${sum(replicas, "running")} running, ${sum(replicas, "waiting")} waiting` : "none",
+      ],
       aliases.length && ["Aliases", aliases.join(", ")],
       memory && ["Memory", size(memory)],
       model.limits && ["Longest sequence", `${model.limits.max_model_len.toLocaleString("en")} tokens`],
       ["Scheduling", policy],
     ].filter(Boolean);
-    const act = (label, click, kind = "") => h(`button${kind}`, { type: "button", disabled: Boolean(busy), click }, label);
+    const act = (label, click, kind = "") =>
+      h(`button${kind}`, { type: "button", disabled: Boolean(busy), click }, label);
     const isLoaded = replicas.length > 0;
-    return h("section.card.one", { "aria-label": name, "data-model": name },
-      h("header", {}, h("h2", {}, name), h("span.chip", { "data-kind": STATES[busy ? "loading" : state] }, busy ?? state)),
+    return h(
+      "section.card.one",
+      { "aria-label": name, "data-model": name },
+      h(
+        "header",
+        {},
+        h("h2", {}, name),
+        h("span.chip", { "data-kind": STATES[busy ? "loading" : state] }, busy ?? state),
+      ),
       error ? h("p.error", {}, error) : null,
       h("dl", {}, ...lines.flatMap(([term, text]) => [h("dt", {}, term), h("dd", {}, text)])),
-      h("div.actions", {},
-        isLoaded ? act("Unload", () => this.#unload(name)) : act("Load", () => this.#change({ action: "load", name }, "loading")),
+      h(
+        "div.actions",
+        {},
+        isLoaded
+          ? act("Unload", () => this.#unload(name))
+          : act("Load", () => this.#change({ action: "load", name }, "loading")),
         isLoaded && act("Scale", () => this.#scale(name, replicas.length)),
-        isLoaded && act("Swap", () => this.#swap(name))));
+        isLoaded && act("Swap", () => this.#swap(name)),
+      ),
+    );
   }
 
   async #change(body, doing) {
@@ -107,51 +145,83 @@ class ModelsView {
   }
 
   async #scale(name, now) {
-    const replicas = await ask(`Engines of ${name}`, "Scale", [["Number of engines", { type: "number", min: "1", max: "64", value: String(now), name: "replicas" }]],
-      "An engine that is ended hands its requests to the others.");
+    const replicas = await ask(
+      `Engines of ${name}`,
+      "Scale",
+      [["Number of engines", { type: "number", min: "1", max: "64", value: String(now), name: "replicas" }]],
+      "An engine that is ended hands its requests to the others.",
+    );
     if (replicas) this.#change({ action: "scale", name, replicas: Number(replicas.replicas) }, "scaling");
   }
 
   async #swap(name) {
-    const given = await ask(`Swap ${name}`, "Swap", MODEL_FIELDS,
-      "The new model is loaded beside the old one, tried, and then gets the requests that arrive. The old one finishes its own.");
+    const given = await ask(
+      `Swap ${name}`,
+      "Swap",
+      MODEL_FIELDS,
+      "The new model is loaded beside the old one and tried. It then gets new requests, and the old one finishes its own.",
+    );
     if (given) this.#change({ action: "swap", name, model: given.model, ...settingsOf(given) }, "swapping");
   }
 
   async #askToAdd() {
-    const given = await ask("Add a model", "Load", [["Name in requests", { name: "name" }], ...MODEL_FIELDS],
-      "The server loads it, and then serves it under this name.");
+    const given = await ask(
+      "Add a model",
+      "Load",
+      [["Name in requests", { name: "name" }], ...MODEL_FIELDS],
+      "The server loads it, and then serves it under this name.",
+    );
     if (given) this.#change({ action: "load", name: given.name, model: given.model, ...settingsOf(given) }, "loading");
   }
 }
 
 const MODEL_FIELDS = [
   ["Model: a directory, .gguf file, hub name or alias", { name: "model", placeholder: "Qwen/Qwen3-0.6B" }],
-  ["Settings, such as quantization=8bit (optional)", { name: "settings", required: null, placeholder: "name=value name=value" }],
+  [
+    "Settings, such as quantization=8bit (optional)",
+    { name: "settings", required: null, placeholder: "name=value name=value" },
+  ],
 ];
 
 /** Ask for values. Returns them by name; undefined if the dialog was dismissed. */
 function ask(title, action, fields, text) {
   return dialog(title, (close) => {
-    const inputs = fields.map(([label, attributes], i) => [label, h("input", { required: true, autofocus: i === 0, ...attributes })]);
+    const inputs = fields.map(([label, attributes], i) => [
+      label,
+      h("input", { required: true, autofocus: i === 0, ...attributes }),
+    ]);
     const submit = (event) => {
       event.preventDefault();
       close(Object.fromEntries(inputs.map(([, input]) => [input.name, input.value.trim()])));
     };
-    return [h("form", { submit }, h("p.muted", {}, text), ...inputs.map(([label, input]) => h("label", {}, h("span.label", {}, label), input)),
-      h("div.actions", {}, h("button.primary", { type: "submit" }, action)))];
+    return [
+      h(
+        "form",
+        { submit },
+        h("p.muted", {}, text),
+        ...inputs.map(([label, input]) => h("label", {}, h("span.label", {}, label), input)),
+        h("div.actions", {}, h("button.primary", { type: "submit" }, action)),
+      ),
+    ];
   });
 }
 
 function settingsOf({ settings }) {
-  const pairs = settings.split(/\s+/).filter(Boolean).map((each) => each.split(/=(.*)/s));
+  const pairs = settings
+    .split(/\s+/)
+    .filter(Boolean)
+    .map((each) => each.split(/=(.*)/s));
   return pairs.length ? { settings: Object.fromEntries(pairs.map(([name, value]) => [name, value ?? ""])) } : {};
 }
 
 function splitRow({ id, shares }) {
   const all = Object.values(shares).reduce((total, each) => total + each, 0);
   const parts = Object.entries(shares).map(([name, share], i) => {
-    const part = h(`span.part.n${i % 4}`, { title: `${name}: ${share}` }, `${name} ${Math.round((100 * share) / all)} %`);
+    const part = h(
+      `span.part.n${i % 4}`,
+      { title: `${name}: ${share}` },
+      `${name} ${Math.round((100 * share) / all)} %`,
+    );
     part.style.flexGrow = String(share);
     return part;
   });
@@ -160,8 +230,16 @@ function splitRow({ id, shares }) {
 
 /** What of a model's statistics its card shows. */
 function facts({ name, state, error, aliases, policy, memory, limits, replicas }) {
-  return [name, state, error, aliases, policy, memory, limits?.max_model_len,
-    replicas.map((each) => [each.status, each.is_ready, each.engine?.running, each.engine?.waiting])];
+  return [
+    name,
+    state,
+    error,
+    aliases,
+    policy,
+    memory,
+    limits?.max_model_len,
+    replicas.map((each) => [each.status, each.is_ready, each.engine?.running, each.engine?.waiting]),
+  ];
 }
 
 function sum(replicas, field) {

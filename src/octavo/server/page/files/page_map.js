@@ -5,7 +5,11 @@ import { h } from "./dom.js";
 /** The states, in the order of octavo.kv.page_map.PageState. Colors: light, dark (after Okabe and Ito's palette). */
 export const STATES = [
   { name: "Free", what: "free", colors: ["#e9e6e0", "#25282e"] },
-  { name: "Cached", what: "cached: nobody uses it, but a prompt that begins alike will", colors: ["#b3bfd2", "#4a566d"] },
+  {
+    name: "Cached",
+    what: "cached: nobody uses it, but a prompt that begins alike will",
+    colors: ["#b3bfd2", "#4a566d"],
+  },
   { name: "In use", what: "in use by one request", colors: ["#56a5e6", "#4a93dc"] },
   { name: "Shared", what: "shared", colors: ["#2464c8", "#a9d2ff"] },
   { name: "Pinned", what: "pinned by a KV state", colors: ["#e69f00", "#f0a92a"] },
@@ -14,7 +18,7 @@ export const STATES = [
 ];
 export const SHARED = 3;
 const MOST_SHARED = ["#08255c", "#f2f9ff"]; // of pages with 31 references or more
-const FLASH = ["#ffffff", "#ffffff"];
+const FLASH = ["#16305f", "#ffffff"]; // towards which a page glows
 const DIMMED = 0.12; // opacity of the states that are not chosen in the legend
 const GLOW = 700; // ms
 const MAX_HEIGHT = 440; // CSS pixels
@@ -31,7 +35,9 @@ export function countStates(pages) {
   const counts = new Array(STATES.length).fill(0);
   const bytes = new Uint32Array(256);
   for (let i = 0; i < pages.length; i++) bytes[pages[i]]++;
-  bytes.forEach((number, byte) => { counts[Math.min(stateOf(byte), STATES.length - 1)] += number; });
+  bytes.forEach((number, byte) => {
+    counts[Math.min(stateOf(byte), STATES.length - 1)] += number;
+  });
   return counts;
 }
 
@@ -56,13 +62,22 @@ export class PageMap {
     this.last = 0;
     this.picked = -1;
     this.pixels = document.createElement("canvas"); // a pixel for each page
-    this.canvas = h("canvas", { tabindex: "0", role: "img", keydown: (event) => this.#onKey(event),
-      pointermove: (event) => this.#pick(this.#pageAt(event)), pointerleave: () => this.#pick(-1), blur: () => this.#pick(-1) });
+    this.canvas = h("canvas", {
+      tabindex: "0",
+      role: "img",
+      keydown: (event) => this.#onKey(event),
+      pointermove: (event) => this.#pick(this.#pageAt(event)),
+      pointerleave: () => this.#pick(-1),
+      blur: () => this.#pick(-1),
+    });
     this.marker = h("div.marker", { hidden: true });
     this.tip = h("div.tip", { hidden: true, role: "status" });
     this.element = h("div.map", {}, this.canvas, this.marker, this.tip);
     this.calm = matchMedia("(prefers-reduced-motion: reduce)");
-    this.recolor = () => { this.#setColors(); this.#layout(); };
+    this.recolor = () => {
+      this.#setColors();
+      this.#layout();
+    };
     addEventListener("themechange", this.recolor);
     this.observer = new ResizeObserver(() => this.#layout());
     this.observer.observe(this.element);
@@ -99,7 +114,9 @@ export class PageMap {
 
   #setColors() {
     const theme = getComputedStyle(this.element.isConnected ? this.element : document.documentElement);
-    const dark = (document.documentElement.dataset.theme ?? (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light")) === "dark";
+    const dark =
+      (document.documentElement.dataset.theme ??
+        (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light")) === "dark";
     this.theme = theme;
     const k = dark ? 1 : 0;
     this.flash = rgb(FLASH[k]);
@@ -107,7 +124,8 @@ export class PageMap {
     for (let byte = 0; byte < 256; byte++) {
       const state = Math.min(stateOf(byte), STATES.length - 1);
       let color = rgb(STATES[state].colors[k]);
-      if (state === SHARED) color = mix(color, rgb(MOST_SHARED[k]), Math.min(1, Math.log2(Math.max(2, referencesOf(byte)) / 2) / 4));
+      if (state === SHARED)
+        color = mix(color, rgb(MOST_SHARED[k]), Math.min(1, Math.log2(Math.max(2, referencesOf(byte)) / 2) / 4));
       const alpha = this.chosen === null || this.chosen === state ? 255 : 255 * DIMMED;
       this.colors[byte] = packed(color, alpha);
     }
@@ -178,7 +196,7 @@ export class PageMap {
         words[i] = color;
         continue;
       }
-      const part = 0.75 * g * g;
+      const part = 0.7 * g * g;
       const red = (color & 255) + (flash[0] - (color & 255)) * part;
       const green = ((color >> 8) & 255) + (flash[1] - ((color >> 8) & 255)) * part;
       const blue = ((color >> 16) & 255) + (flash[2] - ((color >> 16) & 255)) * part;
@@ -215,8 +233,16 @@ export class PageMap {
     const size = Math.max(this.cell / scale, 5);
     const x = ((page % this.columns) * this.cell) / scale;
     const y = (Math.floor(page / this.columns) * this.cell) / scale;
-    Object.assign(this.marker.style, { left: `${x - 2}px`, top: `${y - 2}px`, width: `${size + 3}px`, height: `${size + 3}px` });
-    this.tip.replaceChildren(h("b", {}, `Page ${page.toLocaleString("en")}`), h("span", {}, describe(this.pages[page])));
+    Object.assign(this.marker.style, {
+      left: `${x - 2}px`,
+      top: `${y - 2}px`,
+      width: `${size + 3}px`,
+      height: `${size + 3}px`,
+    });
+    this.tip.replaceChildren(
+      h("b", {}, `Page ${page.toLocaleString("en")}`),
+      h("span", {}, describe(this.pages[page])),
+    );
     const { width } = this.tip.getBoundingClientRect();
     const most = this.element.clientWidth - width;
     Object.assign(this.tip.style, { left: `${Math.max(0, Math.min(x - 20, most))}px`, top: `${y + size + 10}px` });

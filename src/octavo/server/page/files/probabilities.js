@@ -44,9 +44,18 @@ export function tokenView(tokens, choose) {
   tokens.forEach((token, i) => {
     const chance = Math.exp(token.logprob);
     const level = chance > 0.9 ? 0 : chance > 0.6 ? 1 : chance > 0.3 ? 2 : chance > 0.1 ? 3 : 4;
-    box.append(h(`button.token.p${level}`, {
-      type: "button", tabindex: i ? "-1" : "0", title: percent(chance), click: (event) => choose(token, event.currentTarget),
-    }, visible(token.text)));
+    box.append(
+      h(
+        `button.token.p${level}`,
+        {
+          type: "button",
+          tabindex: i ? "-1" : "0",
+          title: percent(chance),
+          click: (event) => choose(token, event.currentTarget),
+        },
+        visible(token.text),
+      ),
+    );
     if (token.text.includes("\n")) box.append(h("br"));
   });
   box.addEventListener("keydown", (event) => {
@@ -76,9 +85,16 @@ export function showAlternatives(token, rectangle, returnFocus) {
     return h(`li${kind}`, {}, h("code", {}, text), h("span.bar", {}, fill), h("span.percent", {}, percent(chance)));
   };
   const chosen = (each) => (each.text === token.text ? ".chosen" : "");
-  const box = h("div.alternatives", { role: "dialog", "aria-label": `Alternatives to ${token.text}`, tabindex: "-1" },
-    h("ol", {}, ...rows.map((each) => bar(visible(each.text), Math.exp(each.logprob), chosen(each))),
-      rest > 0.0005 && bar("others", rest, ".rest")));
+  const box = h(
+    "div.alternatives",
+    { role: "dialog", "aria-label": `Alternatives to ${token.text}`, tabindex: "-1" },
+    h(
+      "ol",
+      {},
+      ...rows.map((each) => bar(visible(each.text), Math.exp(each.logprob), chosen(each))),
+      rest > 0.0005 && bar("others", rest, ".rest"),
+    ),
+  );
   document.body.append(box);
   const { width, height } = box.getBoundingClientRect();
   const below = rectangle.bottom + 8 + height < innerHeight;
@@ -107,6 +123,11 @@ function visible(text) {
 }
 
 function percent(chance) {
-  return chance >= 0.9995 ? "100 %" : chance >= 0.1 ? `${(100 * chance).toFixed(1)} %`
-    : chance >= 0.0001 ? `${(100 * chance).toFixed(2)} %` : "< 0.01 %";
+  return chance >= 0.9995
+    ? "100 %"
+    : chance >= 0.1
+      ? `${(100 * chance).toFixed(1)} %`
+      : chance >= 0.0001
+        ? `${(100 * chance).toFixed(2)} %`
+        : "< 0.01 %";
 }

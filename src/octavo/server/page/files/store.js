@@ -1,4 +1,4 @@
-/** What the browser keeps: conversations in IndexedDB, preferences in localStorage. Nothing of it goes to the server. */
+/** What the browser keeps: conversations in IndexedDB, preferences in localStorage. The server gets none of it. */
 
 const NAME = "octavo";
 const STORE = "conversations";
@@ -43,8 +43,17 @@ export class Store {
   /** Make a conversation. It is not kept before `save`. */
   create(settings = {}) {
     const now = Date.now();
-    return { id: crypto.randomUUID?.() ?? `${now}-${Math.random()}`, title: "", created: now, updated: now,
-      model: null, system: "", sampling: {}, ...settings, messages: [] };
+    return {
+      id: crypto.randomUUID?.() ?? `${now}-${Math.random()}`,
+      title: "",
+      created: now,
+      updated: now,
+      model: null,
+      system: "",
+      sampling: {},
+      ...settings,
+      messages: [],
+    };
   }
 
   /** Keep a conversation as it is now. */
@@ -82,6 +91,8 @@ export function prefer(name, value) {
   let all = {};
   try {
     all = JSON.parse(localStorage.getItem(SETTINGS) ?? "{}");
-  } catch { /* start anew */ }
+  } catch {
+    /* start anew */
+  }
   localStorage.setItem(SETTINGS, JSON.stringify({ ...all, [name]: value }));
 }
