@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from selenium.webdriver import Chrome, ChromeOptions
+from selenium.common.exceptions import StaleElementReferenceException
+from selenium.webdriver import ActionChains, Chrome, ChromeOptions
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webelement import WebElement
@@ -28,8 +29,9 @@ class Browser:
 
     def open(self, url: str) -> None:
         """Show an address with nothing kept from before."""
-        self.driver.get("about:blank")
         origin = url.split("#")[0].rstrip("/")
+        self.driver.get(f"{origin}/page/icon.svg")
+        self.driver.execute_script("sessionStorage.clear()")
         self.driver.execute_cdp_cmd("Storage.clearDataForOrigin", {"origin": origin, "storageTypes": "all"})
         self.driver.get(url)
 
@@ -48,6 +50,15 @@ class Browser:
         """The first element that can be seen, once there is one."""
         return self.until(lambda: next((each for each in self.all(selector) if each.is_displayed()), None), selector)
 
+    def click(self, selector: str) -> None:
+        """Click the first element that can be seen, even if it is made anew meanwhile."""
+
+        def clicked() -> bool:
+            self.one(selector).click()
+            return True
+
+        self.until(clicked, selector)
+
     def button(self, name: str) -> WebElement:
         """A button by its text or label."""
         path = f"//button[normalize-space()='{name}' or @aria-label='{name}']"
@@ -60,10 +71,15 @@ class Browser:
             for text in self.run("return [...document.querySelectorAll(args[0])].map((e) => e.textContent)", selector)
         ]
 
-    def press(self, *keys: str) -> None:
-        from selenium.webdriver import ActionChains
-
-        ActionChains(self.driver).send_keys(*keys).perform()
+    def press(self, *keys: str, held: str = "") -> None:
+        """Press keys one after the other, while `held` is held down."""
+        actions = ActionChains(self.driver)
+        if held:
+            actions.key_down(held)
+        actions.send_keys(*keys)
+        if held:
+            actions.key_up(held)
+        actions.perform()
 
     def size(self, width: int, height: int, is_phone: bool = False) -> None:
         metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": is_phone}
@@ -76,8 +92,6 @@ class Browser:
 
     def until(self, condition: Callable[[], Any], what: str = "it", seconds: float = 20) -> Any:
         """Wait until a condition is true, and return its value."""
-        from selenium.common.exceptions import StaleElementReferenceException
-
         deadline = time.monotonic() + seconds
         while True:
             try:
@@ -91,7 +105,7 @@ class Browser:
     def console(self) -> list[str]:
         """New messages of the console."""
         messages = [str(entry["message"]) for entry in self.driver.get_log("browser")]  # type: ignore[no-untyped-call]
-        return [each for each in messages if not any(part in each for part in self.allowed)]
+        return [each for each in messages if not any(part in each for part in ("favicon.ico", *self.allowed))]
 
 
 @contextmanager

@@ -328,7 +328,7 @@ class Inline {
   /** Add the text from `begin` to `end`, a node per line, each of which is a piece of the source. */
   #addText(fragment, begin, end) {
     for (let at = begin; at < end;) {
-      const line = this.starts.findLast(([start]) => start <= at);
+      const line = this.#lineAt(at);
       const next = this.text.indexOf("\n", at);
       const to = next < 0 || next >= end ? end : next + 1;
       const node = document.createTextNode(this.text.slice(at, to));
@@ -336,6 +336,17 @@ class Inline {
       fragment.append(node);
       at = to;
     }
+  }
+
+  /** Return the entry of `starts` for a position. */
+  #lineAt(at) {
+    let [low, high] = [0, this.starts.length - 1];
+    while (low < high) {
+      const middle = (low + high + 1) >> 1;
+      if (this.starts[middle][0] <= at) low = middle;
+      else high = middle - 1;
+    }
+    return this.starts[low];
   }
 
   /** Return the length of the run of equal characters at a position. */

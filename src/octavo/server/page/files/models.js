@@ -5,6 +5,7 @@ import { confirm, dialog, h, icon, toast } from "./dom.js";
 
 const PATH = "v1/admin/models";
 const PERIOD = 2000; // ms between two looks at the models
+const DONE = { load: "loaded", unload: "unloaded", swap: "swapped", scale: "scaled" };
 const STATES = { loaded: "ready", loading: "busy", draining: "busy", failed: "bad", unloaded: "off" };
 
 /** Start the view in a section of the page. */
@@ -44,7 +45,8 @@ class ModelsView {
       ]);
       this.notice.hidden = true;
       this.content.hidden = this.add.hidden = false;
-      this.#draw(models, data);
+      this.seen = [models, data];
+      this.#draw(...this.seen);
     } catch (error) {
       if (error.status === 401 || error.status === 403) this.#refuse(error);
       else if (!quiet) toast(error.message);
@@ -128,10 +130,10 @@ class ModelsView {
 
   async #change(body, doing) {
     this.changing.set(body.name, doing);
-    this.#look(true);
+    this.#draw(...this.seen);
     try {
       await request(PATH, { body, kind: "admin" });
-      toast(`${body.name}: done`);
+      toast(`${body.name} is ${DONE[body.action]}`);
     } catch (error) {
       await dialog("The model was not changed", () => [h("p.error", {}, error.message)]);
     }
