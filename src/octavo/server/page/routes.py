@@ -51,7 +51,7 @@ def routes(api: Api) -> list[Route]:
     """Return the routes of this family."""
     text = {"type": "string"}
     index = Operation(tag="Octavo", summary="Return the page, to browsers.", reply=text, media_type="text/plain")
-    part = Operation(tag="Octavo", summary="Return a part of the page.", reply=text, media_type="*/*")
+    part = Operation(tag="Octavo", summary="Return a part of the page.", reply=text, media_type="text/javascript")
     return [route("GET", "/", page, index), route("GET", "/page/{name}", part_of_page, part), *live.routes(api)]
 
 

@@ -10,6 +10,7 @@ const FENCE = /^ {0,3}(`{3,}|~{3,})\s*([^`]*)$/;
 const HEADING = /^ {0,3}(#{1,6})(?: +|$)/;
 const QUOTE = /^ {0,3}> ?/;
 const ITEM = /^( {0,3})([-*+]|\d{1,9}[.)])( +|$)/;
+const MAX_GROWING = 6000; // characters of code that gets its colors while it grows
 const MAX_DEPTH = 10; // of quotes and lists in each other
 
 /** Where the text of a text node begins in the source. */
@@ -140,8 +141,8 @@ function fence(lines, i, [, mark, info]) {
 function codeBlock(lines, language, closed) {
   const text = lines.map((line) => line.text).join("\n");
   const code = h("code", {});
-  // Colors are given once the code is complete, so that a growing block costs little.
-  for (const { kind, text: part, at } of closed ? highlighted(text, language) : [{ kind: "", text, at: 0 }]) {
+  // Long code gets its colors once it is complete, so that drawing it while it grows costs little.
+  for (const { kind, text: part, at } of closed || text.length < MAX_GROWING ? highlighted(text, language) : [{ kind: "", text, at: 0 }]) {
     const node = document.createTextNode(part);
     if (lines.length) offsets.set(node, lines[0].at + at);
     code.append(kind ? h(`span.${kind}`, {}, node) : node);
