@@ -17,7 +17,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from octavo.errors import EngineDead
+from octavo.errors import OctavoError
 from octavo.frontend.meter import FIRST_TOKEN, HISTOGRAMS, INTER_TOKEN, Meter, TenantCounts
 from octavo.server.api import Api
 from octavo.server.edge.dispatch import route
@@ -25,6 +25,8 @@ from octavo.server.openai.replies import encode
 from octavo.server.openapi.operation import Operation
 from octavo.server.stats import ModelStats, model_stats
 from octavo.version import __version__
+
+from .shared import Shared
 
 PATH = "/stats/live"
 STATS_PERIOD, PAGES_PERIOD = 1.0, 0.1  # seconds between two events
@@ -93,39 +95,76 @@ def routes(api: Api) -> list[Route]:
         query={"model": str, "follow": bool},
         events=Begin | Live | LivePages,
     )
-    return [route("GET", PATH, partial(live, api), operation)]
+    return [route("GET", PATH, partial(live, Source(api)), operation)]
 
 
-async def live(api: Api, request: Request) -> Response:
+async def live(source: "Source", request: Request) -> Response:
     """Answer with events. Raises UnknownModel."""
     model, follow = request.query_params.get("model"), request.query_params.get("follow") == "true"
-    api.fleet.resolve(model)
-    return LiveEvents(api, model, follow, "gzip" in request.headers.get("accept-encoding", ""))
+    model = source.known(model)
+    return LiveEvents(source, model, follow, "gzip" in request.headers.get("accept-encoding", ""))
+
+
+class Source:
+    """Encodes the events, once for all clients that follow them."""
+
+    def __init__(self, api: Api):
+        self._fleet, self.is_ending = api.fleet, api.draining
+        self.stats = Shared(self._stats, STATS_PERIOD / 2)
+        self._pages: dict[str, Shared[dict[str, bytes]]] = {}
+
+    def begin(self) -> bytes:
+        """Return the first event. From now on, requests are measured."""
+        if self._fleet.meters is None:
+            self._fleet.enable_metrics()
+        return _event(Begin(__version__, BOUNDS))
+
+    def known(self, model: str | None) -> str:
+        """Return the name of a model; None is the default model. Raises UnknownModel."""
+        return self._fleet.known(model or self._fleet.default.name).name
+
+    async def pages(self, model: str) -> dict[str, bytes]:
+        """Return an event for each engine of a model that answers, by its name."""
+        if model not in self._pages:
+            self._pages[model] = Shared(partial(self._read_pages, model), PAGES_PERIOD / 2)
+        return await self._pages[model].get()
+
+    async def _read_pages(self, name: str) -> dict[str, bytes]:
+        model = self._fleet.known(name)
+        if not model.was_loaded:
+            return {}
+        states = await model.llm.page_states()
+        return {each: _event(LivePages(name, each, base64.b64encode(states[each]).decode())) for each in states}
+
+    async def _stats(self) -> bytes:
+        stats = await asyncio.gather(*map(model_stats, self._fleet.all_models()))
+        meters = self._fleet.meters or {}
+        return _event(Live(time.time(), [_model(each, meters.get(each.name)) for each in stats]))
 
 
 class LiveEvents(Response):
     """The events.
 
     Args:
-        model: the model whose pages are sent; None for the default model.
+        model: the model whose pages are sent.
         follow: whether further events follow, until the server drains.
         compress: whether the client takes gzip.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, api: Api, model: str | None, follow: bool, compress: bool):
+    def __init__(self, source: Source, model: str, follow: bool, compress: bool):
         headers = {"cache-control": "no-cache", "x-accel-buffering": "no", "vary": "accept-encoding"}
         super().__init__(headers=headers | ({"content-encoding": "gzip"} if compress else {}))
         del self.headers["content-length"]
-        self._api, self._model, self._follow = api, model, follow
+        self._source, self._model, self._follow = source, model, follow
         self._gzip = zlib.compressobj(1, wbits=31) if compress else None
-        self._sent: dict[str, bytes] = {}  # by engine
+        self._sent: dict[str, bytes] = {}  # the latest pages by engine
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         if scope["method"] == "GET":
-            with contextlib.suppress(EngineDead, asyncio.CancelledError):  # the server ends, or the client has gone
+            with contextlib.suppress(OctavoError, asyncio.CancelledError):  # the server ends, or the client has gone
                 await self._send_events(send)
         end = self._gzip.flush() if self._gzip else b""
         await send({"type": "http.response.body", "body": end, "more_body": False})
@@ -141,38 +180,21 @@ class LiveEvents(Response):
         return self._gzip.compress(part) + self._gzip.flush(zlib.Z_SYNC_FLUSH)
 
     async def _events(self) -> AsyncGenerator[bytes, None]:
-        clock, fleet = asyncio.get_running_loop().time, self._api.fleet
-        if fleet.meters is None:
-            fleet.enable_metrics()
-        yield _event(Begin(__version__, BOUNDS))
+        clock, source = asyncio.get_running_loop().time, self._source
+        yield source.begin()
         next_stats = clock()
-        while not self._api.draining():
+        while not source.is_ending():
             began = clock()
             if began >= next_stats:
                 next_stats = began + STATS_PERIOD
-                yield _event(await self._stats())
-            if events := await self._changed_pages():
-                yield events
+                yield await source.stats.get()
+            pages = await source.pages(self._model)
+            if changed := [event for engine, event in pages.items() if self._sent.get(engine) != event]:
+                self._sent = pages
+                yield b"".join(changed)
             if not self._follow:
                 return
             await asyncio.sleep(max(0.0, began + PAGES_PERIOD - clock()))
-
-    async def _stats(self) -> Live:
-        models = self._api.fleet.all_models()
-        stats = await asyncio.gather(*map(model_stats, models))
-        meters = self._api.fleet.meters or {}
-        return Live(time.time(), [_model(each, meters.get(each.name)) for each in stats])
-
-    async def _changed_pages(self) -> bytes:
-        model = self._api.fleet.known(self._api.fleet.resolve(self._model))
-        if not model.was_loaded:
-            return b""
-        events = []
-        for engine, states in (await model.llm.page_states()).items():
-            if self._sent.get(engine) != states:
-                self._sent[engine] = states
-                events.append(_event(LivePages(model.name, engine, base64.b64encode(states).decode())))
-        return b"".join(events)
 
 
 def _event(data: Begin | Live | LivePages) -> bytes:
