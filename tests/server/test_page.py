@@ -199,6 +199,7 @@ def test_chat(browser: Browser, fleet: FleetServer) -> None:
     browser.until(lambda: browser.texts("#conversations .none") == ["Nothing found"], "a search")
     browser.press(Keys.ESCAPE)
     browser.one("#conversations .open")
+    browser.button("Export").click()
     browser.button("Delete").click()
     browser.one("dialog .danger").click()
     browser.until(lambda: browser.texts("#conversations .none") == ["No conversations yet"], "the end")
@@ -387,6 +388,29 @@ def test_markdown(browser: Browser, fleet: FleetServer) -> None:
     ]
     times = browser.run(SLOW, [[part, 20_000] for part in hostile] + [["|" + " " * 99_999 + "x\n", 2]])
     assert max(times) < 2000, sorted(zip(times, [*hostile, "table"], strict=True))[-3:]
+
+
+def test_theme_and_help(browser: Browser, fleet: FleetServer) -> None:
+    browser.open(fleet.url)
+    background = "return getComputedStyle(document.documentElement).backgroundColor"
+    browser.one(".composer textarea")
+    browser.prefer("light")
+    light = browser.run(background)
+    browser.prefer("dark")
+    dark = browser.run(background)
+    assert light != dark
+    browser.button("Switch between light and dark").click()
+    browser.driver.refresh()
+    browser.one(".composer textarea")
+    assert browser.run(background) == light  # the choice is kept
+    browser.prefer("light")
+    browser.run("document.activeElement.blur()")
+    browser.press("?")
+    assert browser.one("dialog h2").text == "Keyboard"
+    browser.press(Keys.ESCAPE)
+    browser.until(lambda: not browser.all("dialog"), "the end of the dialog")
+    browser.press("/")
+    assert browser.run("return document.activeElement.ariaLabel") == "Message"
 
 
 # Keys
