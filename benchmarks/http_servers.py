@@ -79,7 +79,7 @@ class Candidate:
             command = [python, __file__, "--serve", self.name, "--port", str(self.port), model]
         self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         deadline = time.monotonic() + 60
-        while not self.exchange(b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"):
+        while not self.exchange(b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"):
             if time.monotonic() > deadline:
                 raise RuntimeError(f"{name} did not start")
             time.sleep(0.1)
@@ -126,7 +126,7 @@ def microseconds_per_token(candidate: Candidate, clients: int) -> float:
 
 
 def _post(body: bytes, *headers: str, version: str = "1.1") -> bytes:
-    lines = [f"POST /v1/completions HTTP/{version}", "Host: x", "Content-Type: application/json",
+    lines = [f"POST /v1/completions HTTP/{version}", "Host: localhost", "Content-Type: application/json",
              f"Content-Length: {len(body)}", *headers]  # fmt: skip
     return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
 
@@ -139,7 +139,7 @@ def slow_header_ends(candidate: Candidate) -> bool:
 
 
 def long_header_is_431(candidate: Candidate) -> bool:
-    head = b"GET /health HTTP/1.1\r\nHost: x\r\nX-Long: " + b"a" * 2_000_000 + b"\r\nConnection: close\r\n\r\n"
+    head = b"GET /health HTTP/1.1\r\nHost: localhost\r\nX-Long: " + b"a" * 2_000_000 + b"\r\nConnection: close\r\n\r\n"
     return b" 431 " in candidate.exchange(head).partition(b"\r\n")[0]
 
 

@@ -32,7 +32,7 @@ class LiveServer:
         )  # fmt: skip
         assert self.process.stdout is not None
         for line in self.process.stdout:
-            if match := re.search(r"http://[\w.]+:\d+", line):
+            if match := re.search(r"https?://[\w.]+:\d+", line):
                 self.url = match[0]
             if line.startswith("curl"):
                 break

@@ -135,7 +135,7 @@ async def keep_probing(client: httpx.AsyncClient, seen: Seen) -> None:
 
 def send(address: tuple[str, int], attack: Attack) -> str:
     """Send a body; return the status of the answer."""
-    lines = [f"POST {attack.path} HTTP/1.1", "Host: x", "Content-Type: application/json", "Connection: close",
+    lines = [f"POST {attack.path} HTTP/1.1", "Host: localhost", "Content-Type: application/json", "Connection: close",
              f"Content-Length: {len(attack.body)}", *attack.headers]  # fmt: skip
     received = b""
     with socket.create_connection(address, timeout=120) as connection:

@@ -27,10 +27,12 @@ from .frontend.requests import (
     check_streamable,
     make_request,
     make_requests,
+    max_output,
     tokenize_all,
 )
 from .frontend.scoring import ScoringParams, pairs_of, score_requests, scoring_output, share_prefix
 from .frontend.stats import FrontendStats, ReplicaStats
+from .frontend.tally import Tally
 from .outputs import (
     BeamSearchOutput,
     EmbeddingRequestOutput,
@@ -240,13 +242,23 @@ class AsyncLLM:
         outputs = await self.beam_search_requests(requests, params)
         return [beam_search_output(output, self.tokenizer) for output in outputs]
 
-    async def beam_search_requests(self, requests: list[Request], params: BeamSearchParams) -> list[RequestOutput]:
-        """Do what `beam_search` does for requests. The best beams are the completions of the outputs."""
+    async def beam_search_requests(
+        self, requests: list[Request], params: BeamSearchParams, tally: Tally | None = None
+    ) -> list[RequestOutput]:
+        """Do what `beam_search` does for requests. The best beams are the completions of the outputs.
+
+        Args:
+            tally: counts the tokens of the prompts, and those by which beams are extended.
+        """
         self._frontend.check_capacity(len(requests) * params.beam_width)
         tokens = await tokenize_all(requests, self.tokenizer, self.info)
         search = BeamSearch(requests, tokens, params, self.tokenizer, self.info, self.config)
+        if tally is not None:
+            tally.add(sum(map(len, tokens)))
         while tokens := search.tokens:
             search.advance(await self.generate_requests(search.requests(), tokens=tokens))
+            if tally is not None:
+                tally.add(len(tokens))
         return search.outputs()
 
     async def stream(
@@ -272,12 +284,18 @@ class AsyncLLM:
                     yield increment
 
     async def generate_requests(
-        self, requests: list[Request], request_id: str | None = None, *, tokens: list[list[int]] | None = None
+        self,
+        requests: list[Request],
+        request_id: str | None = None,
+        *,
+        tokens: list[list[int]] | None = None,
+        tally: Tally | None = None,
     ) -> list[RequestOutput]:
         """Complete requests. Return one whole RequestOutput for each request, in order; see `generate`.
 
         Args:
             tokens: the prompts' token ids, if the requests continue earlier ones, which were checked and admitted.
+            tally: counts the tokens.
         """
         done: Inbox[LiveRequest] = Inbox()
 
@@ -288,6 +306,8 @@ class AsyncLLM:
                 done.put(live)
 
         lives = await self._submit(requests, sink, request_id, tokens)
+        if tally is not None:
+            tally.begin(lives)
         try:
             running = len(lives)
             while running:
@@ -295,12 +315,24 @@ class AsyncLLM:
         except BaseException:
             self._frontend.abort(lives)
             raise
+        finally:
+            if tally is not None:
+                tally.end()
         return [live.whole() for live in lives]
 
+    async def generate_in_turn(self, requests: list[Request], *, tally: Tally | None = None) -> list[RequestOutput]:
+        """Do what `generate_requests` does, but the first request alone: the others find its pages in the cache."""
+        first = await self.generate_requests(requests[:1], tally=tally)
+        return first + (await self.generate_requests(requests[1:], tally=tally) if requests[1:] else [])
+
     async def stream_requests(
-        self, requests: list[Request], request_id: str | None = None
+        self, requests: list[Request], request_id: str | None = None, *, tally: Tally | None = None
     ) -> AsyncGenerator[list[Increment], None]:
-        """Yield lists of increments: each holds all that have arrived since the one before; see `stream`."""
+        """Yield lists of increments: each holds all that have arrived since the one before; see `stream`.
+
+        Args:
+            tally: counts the tokens.
+        """
         check_streamable(requests)
         inbox: Inbox[RequestOutput] = Inbox()
 
@@ -311,6 +343,8 @@ class AsyncLLM:
                 inbox.put(increment)
 
         lives = await self._submit(requests, sink, request_id)
+        if tally is not None:
+            tally.begin(lives)
         index = {live.id: i for i, live in enumerate(lives)}
         try:
             running = len(lives)
@@ -320,6 +354,8 @@ class AsyncLLM:
                 yield [(index[increment.request_id], increment) for increment in increments]
         finally:
             self._frontend.abort(lives)
+            if tally is not None:
+                tally.end()
 
     async def embed(
         self,
@@ -376,9 +412,10 @@ class AsyncLLM:
         requests = await asyncio.to_thread(
             score_requests, pairs, scoring_params or ScoringParams(), self.tokenizer, self.info, priority, terms
         )
-        first = await self.generate_requests(requests[:1]) if share_prefix(pairs) else []  # the others find its pages
-        rest = await self.generate_requests(requests[len(first) :])
-        return [scoring_output(output) for output in first + rest]
+        outputs = (
+            await self.generate_in_turn(requests) if share_prefix(pairs) else await self.generate_requests(requests)
+        )
+        return [scoring_output(output) for output in outputs]
 
     def check_capacity(self, completions: int) -> None:
         """Raise QueueFull or InvalidRequest if `generate` would refuse so many completions."""
@@ -434,6 +471,14 @@ class AsyncLLM:
     def readiness(self) -> tuple[bool, str]:
         """Return whether an engine is ready to serve, and its status as text, such as "the engine is ready"."""
         return self._frontend.readiness()
+
+    def max_output(self, params: SamplingParams, prompt_tokens: int) -> int:
+        """Return how many tokens all completions of a prompt may have together."""
+        return params.num_completions * max_output(params, prompt_tokens, self.info, self.config.max_new_tokens)
+
+    def set_tenant_weight(self, tenant: str, weight: float | None) -> None:
+        """Set the share of a tenant under the policy `fair`; None for that of `tenant_weights`."""
+        self._frontend.set_tenant_weight(tenant, weight)
 
     def set_meter(self, meter: Meter) -> None:
         """Measure all requests with `meter` from now on."""

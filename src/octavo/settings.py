@@ -278,7 +278,7 @@ def checked(kind: type, name: str, value: Any) -> Any:
 
 def is_secret(name: str) -> bool:
     """Return whether the values of a setting must not be printed."""
-    return name.endswith("_key")
+    return name.endswith(("_key", "_password", "_store"))  # the URL of a store may have a password
 
 
 def convert(value: Any, hint: Any) -> Any:

@@ -107,7 +107,6 @@ def _read_no_access_log(value: Any) -> Reading:
 _OWN_INTEGERS = ("auto", "is quantization auto: the file's own integers")
 _EIGHT_BITS_KV = ("int8", "is kv_cache_dtype int8: 8 bits, with scales")
 _HALF = ("auto", "is computed in bfloat16")
-_NO_TLS = "this server speaks plain HTTP only; put a proxy with TLS in front of it"
 _LOCAL = "the engine runs on one device in one process"
 _LOGGING = "see access_log"
 _OTHER_ANSWERS = "it would change answers"
@@ -167,10 +166,6 @@ _VALUES: dict[str, Alias] = {
     "task": _ignored("models generate text"),
     "runner": _ignored("models generate text"),
     "model_impl": _ignored("there is one"),
-    "ssl_keyfile": _refused("ssl_keyfile", _NO_TLS),
-    "ssl_certfile": _refused("ssl_certfile", _NO_TLS),
-    "ssl_ca_certs": _refused("ssl_ca_certs", _NO_TLS),
-    "ssl_cert_reqs": _refused("ssl_cert_reqs", _NO_TLS),
     "middleware": _refused("middleware", "without it, authentication might be missing; put it into a proxy"),
     "hf_token": _refused("hf_token", "set the environment variable HF_TOKEN"),
     "chat_template": _refused(
@@ -207,6 +202,7 @@ _FLAGS: dict[str, Alias] = {
     "enable_log_requests": _ignored(_LOGGING, is_flag=True),
     "disable_uvicorn_access_log": Alias(_read_no_access_log, is_flag=True),
     "disable_fastapi_docs": _ignored("there are none", is_flag=True),
+    "enable_ssl_refresh": _ignored("certificates are read again after a change", is_flag=True),
     "enable_server_load_tracking": _ignored("see /stats", is_flag=True),
     "enable_request_id_headers": _ignored("always", is_flag=True),
     "enable_prompt_tokens_details": _ignored("always", is_flag=True),

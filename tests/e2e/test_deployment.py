@@ -2,7 +2,6 @@
 
 import contextlib
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Generator, Iterator
@@ -16,6 +15,7 @@ import yaml
 from octavo.config import EngineConfig
 from octavo.server.config import ServerConfig
 from octavo.settings import settings_of
+from programs import program
 from server_process import ServerProcess, free_port, wait_for_port
 
 ROOT = Path(__file__).parents[2]
@@ -23,14 +23,6 @@ DEPLOY = ROOT / "deploy"
 SETTINGS = {f"OCTAVO_{name.upper()}" for kind in (EngineConfig, ServerConfig) for name in settings_of(kind)}
 PREMIUM, TRIAL, OTHER = "sk-0a1b", "sk-0a1c", "sk-0a1d"
 CHAT = {"prompt": "a", "max_tokens": 300, "ignore_eos": True, "stream": True}
-
-
-def program(name: str) -> str:
-    """Return the path of a program; the test is skipped where it is not installed."""
-    found = shutil.which(name, path="/usr/sbin:/usr/local/sbin:/usr/local/bin:/usr/bin:/bin")
-    if found is None:
-        pytest.skip(f"{name} is not installed")
-    return found
 
 
 def text_of(*command: object) -> str:
@@ -91,10 +83,6 @@ def test_compose() -> None:
         for volume in service["volumes"]:
             source = volume.split(":")[0]
             assert (DEPLOY / source).is_dir() if source.startswith(".") else source in compose["volumes"]
-
-
-def test_prometheus_accepts_its_configuration() -> None:
-    text_of(program("promtool"), "check", "config", DEPLOY / "prometheus" / "prometheus.yml")
 
 
 ALL_OPTIONS = {

@@ -6,7 +6,7 @@ import random
 import subprocess
 import sys
 from array import array
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
@@ -252,6 +252,21 @@ def test_tokens_are_shared_by_weight(num_pages: int) -> None:
     largest = max(PROMPT_TOKEN * prompt + OUTPUT_TOKEN * output for prompt, output in shapes.values())
     assert finished > 300
     assert max(served.values()) - min(served.values()) < 2 * 8 * largest
+
+
+def test_the_weight_of_a_request_is_its_tenants_from_then_on() -> None:
+    """As the weight of an API key, which the engine's settings do not have."""
+    sim, served = Simulation(400, 1, 32, policy="fair", prefix_caching=False), Counter[str]()
+    for weight, expected in ((3.0, 3.0), (0.5, 0.5)):
+        served.clear()
+        for _ in range(2000):
+            for tenant, own in (("a", None), ("b", weight)):
+                while sum(seq.tenant == tenant and seq.slot < 0 for seq in sim.live.values()) < 2:
+                    sim.add([0, 1], 6, tenant=tenant, weight=own)
+            live = dict(sim.live)
+            sim.step()
+            served.update(live[id].tenant for id in live if id not in sim.live)
+        assert served["b"] / served["a"] == pytest.approx(expected, rel=0.05)
 
 
 def test_a_tenant_far_below_its_share_takes_places_of_one_above() -> None:

@@ -17,7 +17,7 @@ from octavo.fleet.fleet import Fleet
 from octavo.server.app import create_app
 from octavo.server.config import ServerConfig
 from octavo.server.edge.access_log import AccessLog, RequestRecord
-from octavo.server.run import listen
+from octavo.server.listeners import listen
 from server_process import COMPLETIONS, ServerProcess, serving
 
 BODY = {"prompt": "The module", "max_tokens": 3, "temperature": 0, "ignore_eos": True}
@@ -36,7 +36,7 @@ def http(server: ServerProcess) -> Iterator[httpx.Client]:
 
 def request(body: Any = BODY, *headers: str, version: str = "1.1", close: bool = True) -> bytes:
     content = json.dumps(body).encode()
-    lines = [f"POST {COMPLETIONS} HTTP/{version}", "Host: x", "Content-Type: application/json"]
+    lines = [f"POST {COMPLETIONS} HTTP/{version}", "Host: localhost", "Content-Type: application/json"]
     lines += ["Connection: close"] * close
     return "\r\n".join([*lines, f"Content-Length: {len(content)}", *headers]).encode() + b"\r\n\r\n" + content
 
@@ -88,7 +88,7 @@ def until_closed(config: ServerConfig, model: Path, sent: bytes, count: int = 1)
         (request() + b"POST ", 200, None),
         (b"POST /v1/completions HTTP/1.1\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n{",
          408, "body_timeout"),
-        (b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n", 200, None),
+        (b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n", 200, None),
     ],
     ids=["silent", "blank lines", "half a header", "half a second request", "half a body", "idle"],
 )  # fmt: skip
@@ -148,7 +148,7 @@ def test_idle_connections_make_place_for_new_ones(tiny_llama: Path) -> None:
             idle = [await asyncio.open_connection(*address) for _ in range(6)]
             assert [await reader.read() for reader, _ in idle[:3]] == [b""] * 3
             reader, writer = idle[5]
-            writer.write(b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+            writer.write(b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
             assert (await reader.read()).startswith(b"HTTP/1.1 200 ")
             for _, each in idle:
                 each.close()
@@ -199,7 +199,7 @@ def test_a_client_that_does_not_read_is_cut_off(tiny_llama: Path) -> None:
     ids=["long", "longer than a read", "many"],
 )
 def test_a_long_header_is_431(server: ServerProcess, header: bytes) -> None:
-    reply = exchange(server, b"GET /health HTTP/1.1\r\nHost: x\r\n" + header + b"\r\n\r\n")
+    reply = exchange(server, b"GET /health HTTP/1.1\r\nHost: localhost\r\n" + header + b"\r\n\r\n")
     assert reply.startswith(b"HTTP/1.1 431 ") and error_code(reply) == "header_too_long"
 
 
@@ -286,7 +286,7 @@ def test_gzip_bodies_are_read_within_the_limits(http: httpx.Client) -> None:
     "sent",
     [b"GARBAGE\r\n\r\n",
      b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", b"\x16\x03\x01\x02\x00\x01", b"GET /\xff HTTP/1.1\r\n\r\n",
-     b"CONNECT x:443 HTTP/1.1\r\nHost: x:443\r\n\r\n", b"POST / HTTP/1.1\r\nContent-Length: -5\r\n\r\n"],
+     b"CONNECT x:443 HTTP/1.1\r\nHost: localhost:443\r\n\r\n", b"POST / HTTP/1.1\r\nContent-Length: -5\r\n\r\n"],
 )  # fmt: skip
 def test_malformed_http_is_answered_in_openais_schema(server: ServerProcess, sent: bytes) -> None:
     reply = exchange(server, sent)
@@ -302,7 +302,7 @@ def test_an_unknown_transfer_coding_is_501(server: ServerProcess, coding: bytes)
         server,
         b"POST "
         + COMPLETIONS.encode()
-        + b" HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: "
+        + b" HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: "
         + coding
         + b"\r\n\r\n0\r\n\r\n",
     )
@@ -579,7 +579,7 @@ def test_ready_says_why_not(http: httpx.Client, tiny_llama: Path) -> None:
     async def main() -> httpx.Response:
         async with serving(tiny_llama) as (llm, _, _):
             transport = httpx.ASGITransport(create_app(Fleet.of(llm), draining=lambda: True))  # type: ignore[arg-type]
-            async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
+            async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
                 return await client.get("/ready")
 
     reply = asyncio.run(main())

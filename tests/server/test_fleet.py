@@ -338,7 +338,7 @@ def post(fleet: FleetServer, path: str, body: Any) -> socket.socket:
     content = json.dumps(body).encode()
     lines = [
         f"POST {path} HTTP/1.1",
-        "Host: x",
+        "Host: localhost",
         f"Authorization: Bearer {KEY}",
         "Content-Type: application/json",
         f"Content-Length: {len(content)}",

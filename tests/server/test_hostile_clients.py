@@ -179,8 +179,13 @@ STREAMS: dict[str, Any] = {
 @pytest.mark.parametrize("path", STREAMS)
 def test_streams_cut_at_any_byte_free_everything(attacked: ServerProcess, path: str, many: bool) -> None:
     body = json.dumps(STREAMS[path] | {"stream": True, "ignore_eos": True}).encode()
-    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-    request = head.encode() + body
+    head = [
+        f"POST {path} HTTP/1.1",
+        "Host: localhost",
+        "Content-Type: application/json",
+        f"Content-Length: {len(body)}",
+    ]
+    request = "\r\n".join([*head, "", ""]).encode() + body
     expected = probe(attacked)
     for length in range(0, 1200, 1 if many else 31):
         with socket.create_connection(attacked.address, timeout=10) as connection:

@@ -13,9 +13,10 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
+from scrape import Scrape
 
 from fleet_server import FleetServer, until
+from octavo.server.metrics.catalog import catalog
 from server_process import ServerProcess
 
 FIRST_TOKEN = [
@@ -97,36 +98,6 @@ NAMES: dict[str, tuple[str, set[str], list[float]]] = {
 DOCUMENT = Path(__file__).parents[2] / "docs/metrics.md"
 
 
-class Scrape:
-    """The samples of one answer to GET /metrics, added up as a dashboard would."""
-
-    def __init__(self, url: str):
-        reply = httpx.get(f"{url}/metrics", timeout=60)
-        assert reply.status_code == 200 and reply.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
-        self.families = {family.name: family for family in text_string_to_metric_families(reply.text)}
-        self.samples = [sample for family in self.families.values() for sample in family.samples]
-        series = [(sample.name, tuple(sorted(sample.labels.items()))) for sample in self.samples]
-        assert len(series) == len(set(series)), "Prometheus refuses a series that occurs twice"
-
-    def sum(self, name: str, **labels: str) -> float:
-        found = [each for each in self.samples if each.name == name and labels.items() <= each.labels.items()]
-        return sum(each.value for each in found)
-
-    def bucket(self, name: str, bound: float) -> float:
-        """Return the number of values up to `bound`."""
-        found = [each for each in self.samples if each.name == f"{name}_bucket" and float(each.labels["le"]) == bound]
-        return sum(each.value for each in found)
-
-    def grew(self, before: "Scrape") -> None:
-        """Check that no counter is lower than before."""
-        kinds = {family.name: family.type for family in self.families.values()}
-        cumulative = [name for name, kind in kinds.items() if kind in ("counter", "histogram")]
-        for name in [*cumulative, "vllm_tokens_generated"]:
-            now = {(each.name, *sorted(each.labels.items())): each.value for each in self.families[name].samples}
-            for each in before.families[name].samples:
-                assert now[each.name, *sorted(each.labels.items())] >= each.value, each
-
-
 @pytest.fixture(scope="module")
 def server(tiny_llama: Path) -> Iterator[ServerProcess]:
     flags = ("--enable-metrics", "--data-parallel-size", "2", "--max-batch-size", "4", "--max-queue", "60")
@@ -164,6 +135,17 @@ def test_a_name_is_exported_or_the_document_says_why_not(families: dict[str, Any
 def test_the_document_has_no_name_that_does_not_exist(families: dict[str, Any]) -> None:
     exported = set(re.findall(r"^\| `(\S+)`", DOCUMENT.read_text().split("## Not exported")[0], re.M))
     assert exported == {family.name + "_total" * (family.type == "counter") for family in families.values()}
+
+
+def test_the_catalog_lists_all_families(families: dict[str, Any]) -> None:
+    """Dashboards and alerts are written by it."""
+    listed = {each.name: (each.kind, each.help, set(each.labels)) for each in catalog()}
+    assert listed.keys() == {family.name + "_total" * (family.type == "counter") for family in families.values()}
+    for family in families.values():
+        labels = set[str]().union(*(sample.labels.keys() - {"le"} for sample in family.samples))
+        kind = {"unknown": "untyped"}.get(family.type, family.type)
+        name = family.name + "_total" * (kind == "counter")
+        assert listed[name] == (kind, family.documentation, labels)
 
 
 def test_off_by_default(tiny_llama: Path) -> None:

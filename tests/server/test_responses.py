@@ -410,7 +410,7 @@ def test_a_model_is_in_use_until_its_background_response_has_ended(tiny_llama: P
         async with AsyncLLM(str(tiny_llama)) as llm:
             fleet = Fleet.of(llm)
             transport = httpx.ASGITransport(create_app(fleet))
-            async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+            async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
                 body = {"input": HELLO, "background": True, "ignore_eos": True, "max_output_tokens": 400}
                 id = (await client.post("/v1/responses", json=body)).json()["id"]
                 assert not fleet.default.is_idle
@@ -437,7 +437,7 @@ def test_reasoning_and_calls_of_functions(tiny_llama: Path, monkeypatch: pytest.
     async def use() -> tuple[Any, list[Any]]:
         async with AsyncLLM(str(tiny_llama)) as llm:
             transport = httpx.ASGITransport(create_app(Fleet.of(llm)))
-            async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+            async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
                 body = {"input": HELLO, "ignore_eos": True, "max_output_tokens": 40, "top_logprobs": 1}
                 reply = (await client.post("/v1/responses", json=body)).json()
                 url = f"/v1/responses/{reply['id']}"

@@ -53,7 +53,7 @@ class ServerProcess:
                 break
         else:
             raise AssertionError(f"the server did not start: {self.stderr()}")
-        match = re.search(r"http://[\w.:]+", self.banner)
+        match = re.search(r"https?://[\w.:]+", self.banner)
         assert match
         self.url = match[0]
         return self
@@ -157,7 +157,7 @@ def _http_post(path: str, body: Any, *headers: str) -> bytes:
     content = json.dumps(body).encode()
     lines = [
         f"POST {path} HTTP/1.1",
-        "Host: x",
+        "Host: localhost",
         "Connection: close",
         "Content-Type: application/json",
         f"Content-Length: {len(content)}",

@@ -297,8 +297,6 @@ def test_a_flag_of_vllm(given: dict[str, Any], settings: dict[str, Any], warning
 @pytest.mark.parametrize(
     "name, value",
     [
-        ("ssl_keyfile", "key.pem"),
-        ("ssl_certfile", "cert.pem"),
         ("chat_template", "x.jinja"),
         ("hf_overrides", "{}"),
         ("enable_lora", True),

@@ -1,5 +1,6 @@
 """API keys: the file, the limits, and what is refused."""
 
+import asyncio
 import stat
 import threading
 import time
@@ -14,10 +15,12 @@ from hypothesis import strategies as st
 from octavo.errors import ConfigError
 from octavo.server.edge.access_log import RequestRecord
 from octavo.server.edge.authentication import Authentication
+from octavo.server.edge.key_use import KeyLimits
 from octavo.server.errors import ApiError, error_headers
 from octavo.tenants.key import Key, secret_hash
 from octavo.tenants.key_file import add_key, read_keys, revoke_key, rotate_key
 from octavo.tenants.key_ring import KeyRing
+from octavo.tenants.local_limiter import LocalLimiter
 from octavo.tenants.window import SlidingWindow
 
 HASH = secret_hash("sk-x")
@@ -74,6 +77,14 @@ WRONG = [
     ("keys: [{name: a}]", "hash must be a SHA-256 hash in hexadecimal, not ''"),
     (f"keys: [{{name: a, hash: {HASH}, limit: 3}}]", "unknown field limit"),
     (f"keys: [{{name: a, hash: {HASH}, requests_per_minute: 0}}]", "requests_per_minute must be at least 1"),
+    (f"keys: [{{name: a, hash: {HASH}, tokens_per_minute: 0}}]", "tokens_per_minute must be at least 1"),
+    (f"keys: [{{name: a, hash: {HASH}, monthly_tokens: x}}]", "monthly_tokens must be"),
+    (f"keys: [{{name: a, hash: {HASH}, weight: 0}}]", "weight must be from"),
+    (f"keys: [{{name: a, hash: {HASH}, weight: 2, names_tenants: true}}]", "weight does not go with names_tenants"),
+    (
+        f"keys: [{{name: a, hash: {HASH}, weight: 2}}, {{name: b, hash: {'a' * 64}, tenant: a, weight: 3}}]",
+        "the keys of the tenant 'a' have different weights",
+    ),
     (f"keys: [{{name: a, hash: {HASH}, expires: soon}}]", "expires must be a date"),
     (f"keys: [{{name: ä, hash: {HASH}}}]", "name must be 1 to 64 printable characters of ASCII"),
     (f'keys: [{{name: a, hash: {HASH}, tenant: "a\\nb"}}]', "tenant must be"),
@@ -139,7 +150,8 @@ def door(tmp_path: Path, clock: list[float]) -> Iterator[Any]:
     def operator(scope: Any) -> None:
         raise ApiError(401, "operators only")
 
-    authentication = Authentication(KeyRing(["plain"], path), operator, lambda: clock[0])
+    limits = KeyLimits(LocalLimiter(lambda: clock[0]))
+    authentication = Authentication(KeyRing(["plain"], path), operator, limits)
 
     def send(key: str | None, path: str = "/v1/models", *headers: tuple[bytes, bytes], form: str = "authorization"):
         secret = secrets.get(key or "", key)
@@ -147,7 +159,8 @@ def door(tmp_path: Path, clock: list[float]) -> Iterator[Any]:
         given = [(form.encode(), value.encode("latin-1"))] if secret is not None and value else []
         scope = {"path": path, "headers": [*given, *headers], "method": "GET", "client": None}
         record = RequestRecord("1", "GET", path, "-")
-        return authentication.enter(scope, record), scope, record
+        asyncio.run(authentication.enter(scope, record))
+        return record.use, scope, record
 
     yield send
 
@@ -204,10 +217,10 @@ def test_ten_minutes_at_five_times_the_rate(door: Any, clock: list[float]) -> No
 
 
 def test_requests_at_the_same_time(door: Any) -> None:
-    first, second = door("busy")[0], door("busy")[0]
+    first, second = door("busy")[0].leave, door("busy")[0].leave
     assert refusal(door, "busy") == (429, "rate_limit_exceeded", {"retry-after": "1", "retry-after-ms": "1000"})
     first()
-    third = door("busy")[0]
+    third = door("busy")[0].leave
     assert refusal(door, "busy")[0] == 429
     second(), third()
 

@@ -35,7 +35,16 @@ def add(
         bool, typer.Option("--names-tenants", help="Let the client name tenants (X-Octavo-Tenant), as a proxy does.")
     ] = False,
     requests_per_minute: Annotated[int | None, typer.Option(help="Requests in any 60 seconds.")] = None,
+    tokens_per_minute: Annotated[
+        int | None, typer.Option(help="Tokens of prompts and answers of the requests that begin in any 60 seconds.")
+    ] = None,
+    monthly_tokens: Annotated[
+        int | None, typer.Option(help="Tokens of prompts and answers in a calendar month (UTC).")
+    ] = None,
     concurrent_requests: Annotated[int | None, typer.Option(help="Requests at the same time.")] = None,
+    weight: Annotated[
+        float | None, typer.Option(help="Share of the machine relative to others, under --scheduling-policy fair.")
+    ] = None,
     model: Annotated[
         list[str] | None, typer.Option(help="A model that may be used; may be given several times. Default: all.")
     ] = None,
@@ -59,7 +68,10 @@ def add(
         tenant=tenant,
         names_tenants=names_tenants,
         requests_per_minute=requests_per_minute,
+        tokens_per_minute=tokens_per_minute,
+        monthly_tokens=monthly_tokens,
         concurrent_requests=concurrent_requests,
+        weight=weight,
         models=model or None,
         routes=route or None,
         min_priority=min_priority,
@@ -78,13 +90,17 @@ def list_keys(keys: File = DEFAULT) -> None:
     from octavo.tenants.key_file import read_keys
     from octavo.terminal import console
 
-    table = Table("name", "tenant", "a minute", "at once", "models", "routes", "expires", box=None, pad_edge=False)
+    titles = ("name", "tenant", "requests\na minute", "tokens\na minute", "tokens\na month", "at\nonce", "weight")
+    table = Table(*titles, "models", "routes", "expires", box=None, pad_edge=False)
     for key in read_keys(keys):
         cells = (
             key.name,
             "any" if key.names_tenants else key.owner,
             key.requests_per_minute or "–",
+            key.tokens_per_minute or "–",
+            key.monthly_tokens or "–",
             key.concurrent_requests or "–",
+            "–" if key.weight is None else f"{key.weight:g}",
             ", ".join(key.models) if key.models else "all",
             ", ".join(key.routes) if key.routes else "all",
             f"{key.expires}{' (expired)' if key.is_expired(time.time()) else ''}" if key.expires else "never",

@@ -9,7 +9,7 @@ from octavo.config import EngineConfig
 from octavo.engine.engine_plan import size
 from octavo.errors import ConfigError
 from octavo.server.config import ServerConfig
-from octavo.server.run import listen
+from octavo.server.listeners import listen, unix_listener
 
 from .finding import Finding, change, ok, stop
 
@@ -19,7 +19,8 @@ LITTLE = 2**30  # bytes of free disk space below which a warning is due
 
 def check_places(config: EngineConfig, server: ServerConfig) -> Iterator[Finding]:
     """Yield the findings about the port and the folders of a server with these settings. Creates nothing."""
-    yield _port(server)
+    yield _port(server) if server.uds is None else _unix_socket(server.uds)
+    yield from _tls(server)
     yield _clients(server)
     if server.data_dir is None:
         yield ok("data folder", "none: files, batches and stored responses need --data-dir DIR to survive a restart")
@@ -43,10 +44,35 @@ def _port(server: ServerConfig) -> Finding:
     return ok("port", f"{server.port} on {where} is free" if server.port else f"a free one on {where} will be taken")
 
 
+def _unix_socket(path: str) -> Finding:
+    try:
+        with unix_listener(path):
+            return ok("socket", f"{path} can be listened on")
+    except ConfigError as error:
+        return stop("socket", str(error))
+
+
+def _tls(server: ServerConfig) -> Iterator[Finding]:
+    if server.ssl_certfile is None:
+        return
+    from octavo.server.edge.certificates import Certificates
+
+    try:
+        Certificates(server)
+    except ConfigError as error:
+        yield stop("TLS", str(error))
+    else:
+        yield ok("TLS", f"the certificate in {server.ssl_certfile} and its key fit")
+
+
 def _clients(server: ServerConfig) -> Finding:
     """Return who is served."""
     if server.has_keys:
         return ok("clients", "those that have an API key")
+    if server.uds is not None:
+        return ok("clients", "programs of this user and group on this machine, without a key")
+    if server.ssl_cert_reqs == 2:
+        return ok("clients", f"those that have a certificate signed by {server.ssl_ca_certs}")
     if server.host in LOCAL:
         return ok("clients", "all programs on this machine, without a key")
     return change(

@@ -55,6 +55,7 @@ class EngineRequest(msgspec.Struct, frozen=True, array_like=True):
         ttft_target: target for the seconds from arrival to the first token.
         timeout: limit on the seconds from arrival to the last token.
         trace: the id of the user's request in the trace; "" if there is no trace.
+        weight: the tenant's share under the policy `fair`; None for that of the settings.
     """
 
     id: str
@@ -74,6 +75,7 @@ class EngineRequest(msgspec.Struct, frozen=True, array_like=True):
     pooling: Pooling | None = None
     thinking: Thinking | None = None
     trace: str = ""
+    weight: float | None = None
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):

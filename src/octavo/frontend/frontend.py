@@ -102,6 +102,7 @@ class Frontend:
         self._timed_out = 0
         self._closed = False
         self.meter: Meter | None = None
+        self._tenant_weights: dict[str, float] = {}
         self._pid = os.getpid()
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -321,6 +322,13 @@ class Frontend:
             raise InvalidRequest(f"the request {request_id!r} still runs; it has a state after its end", "request_id")
         return self.states.keep(request_id, index)
 
+    def set_tenant_weight(self, tenant: str, weight: float | None) -> None:
+        """Set the weight of a tenant's requests from now on; None for that of the engine's settings."""
+        if weight is None:
+            self._tenant_weights.pop(tenant, None)
+        else:
+            self._tenant_weights[tenant] = weight
+
     async def load_state(self, path: Path, tenant: str, salt: str) -> KVState:
         """Make a state of a saved file. Raises InvalidKVState, QuotaExceeded, EngineDead."""
         self._living()
@@ -416,6 +424,7 @@ class Frontend:
                 config.max_new_tokens,
                 is_traced=self._trace is not None,
             )
+            self._ledger.tenant_weights = self._tenant_weights
             if self._config.kv_events is not None:
                 self._events = KVEvents(self._config.kv_events, self._config.kv_events_replay, info.page_size)
         elif info.fingerprint != self.info.fingerprint:

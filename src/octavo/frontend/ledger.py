@@ -2,7 +2,6 @@
 
 import itertools
 import secrets
-import sys
 import time
 import uuid
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ from octavo.text.stop_strings import StopStrings
 
 from .live import LiveCompletion, LiveRequest, Sink
 from .repetition import RepetitionDetector
-from .requests import Request, banned_tokens, check_id
+from .requests import Request, banned_tokens, check_id, max_output
 from .thinking import thinking_of
 
 SEED_BITS = 53  # JavaScript, and JSON parsers with its numbers, keep integers exact up to 53 bits
@@ -44,7 +43,8 @@ class Ledger:
         is_traced: bool = False,
     ):
         self._tokenizer, self._info, self._request_timeout = tokenizer, info, request_timeout
-        self._max_new_tokens = max_new_tokens or sys.maxsize
+        self._max_new_tokens = max_new_tokens
+        self.tenant_weights: dict[str, float] = {}  # those that the engines' settings do not have
         self._reasoning_parser, self._is_traced = reasoning_parser, is_traced
         self._eos = sorted(tokenizer.eos_token_ids)
         self._live: dict[str, LiveRequest] = {}
@@ -146,7 +146,7 @@ class Ledger:
             timeout=self._request_timeout if terms.timeout is None else terms.timeout,
             state=request.state,
         )
-        capacity = min(self._info.max_model_len - len(tokens), self._max_new_tokens)
+        capacity = max_output(params, len(tokens), self._info, self._max_new_tokens)
         banned = banned_tokens(params.bad_words or (), self._tokenizer)
         thinking = thinking_of(params, self._tokenizer, self._reasoning_parser)
         first: str | None = None
@@ -160,6 +160,7 @@ class Ledger:
                 eos=[] if params.ignore_eos else self._eos,
                 after=first,
                 tenant=terms.tenant,
+                weight=self.tenant_weights.get(terms.tenant),
                 salt=terms.cache_salt or "",
                 origin=request.state.origin if request.state else "",
                 priority=terms.priority,
@@ -193,8 +194,7 @@ class Ledger:
             thinking_token_budget=None,
             output_kind=RequestOutputKind.DELTA,
             seed=(seed + index) % 2**64,
-            # For no token, one is computed and left out, so that the prompt is computed.
-            max_tokens=capacity if params.max_tokens is None else min(max(params.max_tokens, 1), capacity),
+            max_tokens=capacity,
             min_tokens=min(params.min_tokens, capacity),
             logprobs=0 if is_ranked and params.logprobs is None else count(params.logprobs),
             prompt_logprobs=None if index else count(params.prompt_logprobs),

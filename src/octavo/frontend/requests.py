@@ -174,6 +174,19 @@ def check_streamable(requests: Iterable[Request]) -> None:
             raise InvalidRequest("best_of cannot be streamed: completions are compared when all have ended", "best_of")
 
 
+def max_output(params: SamplingParams, prompt_tokens: int, info: EngineInfo, max_new_tokens: int | None) -> int:
+    """Return the maximum number of output tokens of a completion.
+
+    Args:
+        max_new_tokens: the setting of this name.
+    """
+    capacity = info.max_model_len - prompt_tokens
+    if max_new_tokens is not None:
+        capacity = min(capacity, max_new_tokens)
+    # For no token, one is computed and left out, so that the prompt is computed.
+    return capacity if params.max_tokens is None else min(max(params.max_tokens, 1), capacity)
+
+
 def kept_tokens(params: SamplingParams, info: EngineInfo) -> int | None:
     """Return how many last tokens of the prompt `truncate_prompt_tokens` keeps; None for all.
 

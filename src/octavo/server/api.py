@@ -54,15 +54,20 @@ class Api:
                 and is then reduced by it.
             state: the request's `kv_cache_state`. If `name` is a split, the model that has this state is chosen.
 
-        Raises UnknownModel, RequestTimeout, EngineDead; ApiError 403 for what the request's key does not allow.
+        Raises UnknownModel, RequestTimeout, EngineDead; ApiError 403 for what the request's key does not allow, and 429
+            beyond its limits.
         """
         if isinstance(state, str):
             name = self._model_of_state(name, state, terms["tenant"])
+        began, timeout = time.monotonic(), terms.get("timeout")
         if record.key is not None:
             self._check_terms(record.key, name, terms)
-        began, timeout = time.monotonic(), terms.get("timeout")
+        if record.use is not None:
+            await record.use.enter(timeout or self.fleet.default.config.request_timeout)
         model = await self.fleet.acquire(name, {"user": user, "request_id": record.id}, timeout)
         record.on_end = partial(self.fleet.release, model)
+        if record.key is not None and not record.key.names_tenants:
+            model.llm.set_tenant_weight(record.key.owner, record.key.weight)
         waited, timeout = time.monotonic() - began, timeout or model.config.request_timeout
         if timeout and waited > LEAST_WAIT:
             terms["timeout"] = max(timeout - waited, LEAST_TIMEOUT)

@@ -3,10 +3,12 @@
 import time
 from collections.abc import Callable, Collection
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from starlette.datastructures import Headers
 from starlette.types import Scope
 
+from octavo.errors import ConfigError
 from octavo.fleet.fleet import Fleet
 
 from . import admin, anthropic, models_admin, ollama, worker_info
@@ -14,9 +16,9 @@ from .api import Api
 from .batch.service import BatchService
 from .config import ServerConfig
 from .database import DATABASE, Database
-from .edge.authentication import Authentication
 from .edge.body import BodyReader
 from .edge.dispatch import Dispatcher
+from .edge.hosts import host_check
 from .edge.traffic import Traffic
 from .openai import (
     batches,
@@ -33,6 +35,11 @@ from .openai import (
     tokenize,
 )
 from .openapi.pages import documented
+
+if TYPE_CHECKING:
+    from octavo.tenants.limiter import Limiter
+
+    from .edge.authentication import Authentication
 
 
 def create_app(
@@ -68,14 +75,21 @@ def create_app(
 
         routes += page.routes(api)
         paths = page.PATHS
+    authentication = _authentication(config, database, traffic, paths)
+    if authentication is not None:
+        from . import keys_admin
+
+        routes += keys_admin.routes(config, authentication)
     described = documented(routes, fleet.default.name)
-    app = Dispatcher(described, config.allowed_origins, traffic, _authentication(config, paths), on_end)
+    app = Dispatcher(described, config.allowed_origins, traffic, authentication, host_check(config), on_end)
     if service:
         service.start(app)
     return app
 
 
-def _authentication(config: ServerConfig, page: Collection[str]) -> Authentication | None:
+def _authentication(
+    config: ServerConfig, database: Database, traffic: Traffic, page: Collection[str]
+) -> "Authentication | None":
     """Return what checks the API keys of requests; None if the server has no keys. Raises ConfigError.
 
     Args:
@@ -86,8 +100,31 @@ def _authentication(config: ServerConfig, page: Collection[str]) -> Authenticati
 
     from octavo.tenants.key_ring import KeyRing  # imported late, with YAML
 
+    from .edge.authentication import Authentication
+    from .edge.key_use import KeyLimits
+
     def admit_operator(scope: Scope) -> None:
         models_admin.check_key(config.admin_key, Headers(scope=scope))
 
     ring = KeyRing(config.api_key or (), Path(config.keys) if config.keys else None)
-    return Authentication(ring, admit_operator, also_open=page)
+    limits = KeyLimits(_limiter(config, database), config.rate_limit_mode == "queue", traffic)
+    return Authentication(ring, admit_operator, limits, also_open=page)
+
+
+def _limiter(config: ServerConfig, database: Database) -> "Limiter":
+    """Return what counts requests and tokens: in Redis, in this process, or there and on disk. Raises ConfigError."""
+    if config.rate_limit_store:
+        try:
+            from octavo.tenants.redis_limiter import RedisLimiter
+        except ImportError:
+            raise ConfigError("rate_limit_store needs the package redis: pip install 'octavo[redis]'") from None
+        return RedisLimiter(config.rate_limit_store)
+
+    from octavo.tenants.local_limiter import LocalLimiter
+
+    limiter = LocalLimiter()
+    if database.is_on_disk:
+        from octavo.tenants.usage_journal import UsageJournal
+
+        UsageJournal(database, limiter)
+    return limiter

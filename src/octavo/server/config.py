@@ -7,6 +7,7 @@ from octavo.settings import Rule, Settings, Size, at_least, one_of, positive, se
 
 _PORT = Rule("from 0 to 65535", lambda value: 0 <= value < 65536)
 _NOT_NEGATIVE = Rule("a number of seconds, 0 or more", lambda value: 0 <= value < math.inf)
+_CERT_REQS = Rule("0, 1 or 2", lambda value: value in (0, 1, 2))
 _KEY = Rule(
     "printable ASCII without spaces", lambda value: value.isascii() and value.isprintable() and " " not in value
 )
@@ -24,6 +25,21 @@ class ServerConfig(Settings):
         "127.0.0.1", "Address to listen on; 0.0.0.0: all IPv4 addresses; :: or an empty string: all IPv4 and IPv6 ones."
     )
     port: int = setting(8000, "Port to listen on; 0 takes a free one.", _PORT)
+    uds: str | None = setting(
+        None, "Path of a Unix socket to listen on, in place of host and port. Its user and group may connect."
+    )
+    allowed_hosts: str | None = setting(
+        None,
+        "Names of this server, separated by commas, or * for any; requests for others (Host) are answered 403. "
+        "localhost and addresses are always served. By default, any, except without keys on a loopback address.",
+    )
+    ssl_certfile: str | None = setting(None, "Certificate and its chain in PEM format: serves HTTPS (docs/deploy.md).")
+    ssl_keyfile: str | None = setting(None, "Key of ssl_certfile in PEM format; by default, in the same file.")
+    ssl_keyfile_password: str | None = setting(None, "Password of the key, if it is encrypted.")
+    ssl_ca_certs: str | None = setting(None, "Certificates in PEM format of who may sign the certificates of clients.")
+    ssl_cert_reqs: int = setting(
+        0, "Certificates of clients: 0: none are asked for, 1: may be given, 2: must be given.", _CERT_REQS
+    )
     access_log: str = setting(
         "text",
         "Format of the access log, one line per request on standard output: text, json or none.",
@@ -52,6 +68,17 @@ class ServerConfig(Settings):
         Rule(_KEY.what, lambda keys: bool(keys) and all(map(_KEY.holds, keys))),
     )
     keys: str | None = setting(None, "YAML file of API keys with owners and limits, see octavo keys (docs/keys.md).")
+    rate_limit_mode: str = setting(
+        "refuse",
+        "What happens to a request over its key's rate: refuse answers 429, queue lets it wait, within its timeout.",
+        one_of("refuse", "queue"),
+    )
+    rate_limit_store: str | None = setting(
+        None,
+        "URL of the Redis in which several servers count the limits of keys together, such as redis://host:6379/0. "
+        "Without it, each server counts for itself, and in data_dir across restarts.",
+        Rule("a URL such as redis://host:6379/0", lambda url: url.startswith(("redis://", "rediss://", "unix://"))),
+    )
     admin_key: str | None = setting(
         None,
         "Key for /v1/admin, whose routes load, unload, swap and scale models, and, on a server with API keys, for "
@@ -114,6 +141,15 @@ class ServerConfig(Settings):
     max_completions: int = setting(1024, "Maximum number of completions per request: prompts times n.", at_least(1))
     max_stop_length: int = setting(1024, "Maximum number of characters in a stop string.", at_least(1))
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.ssl_certfile is None:
+            for name in ("ssl_keyfile", "ssl_ca_certs"):
+                self.need(getattr(self, name) is None, name, "unset without ssl_certfile")
+        asked = self.ssl_cert_reqs > 0
+        self.need(asked or self.ssl_ca_certs is None, "ssl_cert_reqs", "1 or 2 with ssl_ca_certs (2: no other clients)")
+        self.need(not asked or self.ssl_ca_certs is not None, "ssl_ca_certs", "a file, with ssl_cert_reqs 1 or 2")
+
     @property
     def has_keys(self) -> bool:
         """Return whether requests need an API key."""
@@ -123,3 +159,8 @@ class ServerConfig(Settings):
     def allowed_origins(self) -> frozenset[str]:
         """Return the web origins in `cors_origins`; {"*"} stands for all."""
         return frozenset(filter(None, (origin.strip().rstrip("/") for origin in (self.cors_origins or "").split(","))))
+
+    @property
+    def allowed_names(self) -> frozenset[str]:
+        """Return the names in `allowed_hosts`, in lower case."""
+        return frozenset(filter(None, (name.strip().lower() for name in (self.allowed_hosts or "").split(","))))

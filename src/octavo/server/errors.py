@@ -69,6 +69,7 @@ class ApiError(Exception):
         param: the name of the field at fault.
         code: identifies the kind of error for programs.
         headers: further header fields of the response.
+        kind: the type of the error in OpenAI's API; by default, it follows from the status.
     """
 
     def __init__(
@@ -78,8 +79,10 @@ class ApiError(Exception):
         param: str | None = None,
         code: str | None = None,
         headers: Mapping[str, str] | None = None,
+        kind: str | None = None,
     ):
         super().__init__(message)
+        self.kind = kind
         self.headers = headers
         self.status = status
         self.param = param
@@ -97,7 +100,7 @@ def error_reply(error: Exception) -> tuple[int, ErrorReply]:
     """Return the HTTP status and body for any exception. An unexpected exception becomes a 500 without details."""
     match error:
         case ApiError():
-            return error.status, _reply(error.status, str(error), error.param, error.code)
+            return error.status, _reply(error.status, str(error), error.param, error.code, error.kind)
         case PromptTooLong():
             return 400, _reply(400, str(error), error.param, "context_length_exceeded")
         case UnknownModel():
@@ -202,8 +205,8 @@ def misspelt(name: str, known: Iterable[str]) -> str | None:
     return near[0] if len(near) == 1 else None
 
 
-def _reply(status: int, message: str, param: str | None, code: str | None) -> ErrorReply:
-    kind = "invalid_request_error" if status < 500 else "server_error"
+def _reply(status: int, message: str, param: str | None, code: str | None, kind: str | None = None) -> ErrorReply:
+    kind = kind or ("invalid_request_error" if status < 500 else "server_error")
     line = " ".join(message.split())
     line = line if len(line) <= MAX_MESSAGE else line[: MAX_MESSAGE - 1] + "…"
     return ErrorReply(ErrorBody(line, kind, param, code))

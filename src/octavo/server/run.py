@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import dataclasses
-import errno
 import gc
 import json
 import os
@@ -19,24 +18,23 @@ import typer
 import uvloop
 
 from octavo.config import EngineConfig
-from octavo.errors import ConfigError
 from octavo.frontend.links.process import EngineProcess
 from octavo.terminal import printable
 from octavo.version import __version__
 
 from .config import ServerConfig
+from .listeners import listen, unix_listener
 
 if TYPE_CHECKING:
     from octavo.fleet.fleet import Fleet
     from octavo.fleet.model import Model
     from octavo.fleet.specs import FleetSpec
 
+    from .edge.certificates import Certificates
     from .edge.draining import DrainingServer
 
-BACKLOG = 4096  # connections that may wait to be accepted; the kernel's somaxconn may allow fewer
 MAX_FILES = 65_536  # open files, one for each connection
 OTHER_FILES = 256  # open files that the process needs besides its connections
-ALL_ADDRESSES = {"": ("::", "0.0.0.0"), "::": ("::", "0.0.0.0")}
 
 
 def serve(engine: EngineConfig | Callable[[], "FleetSpec"], config: ServerConfig) -> None:
@@ -47,15 +45,28 @@ def serve(engine: EngineConfig | Callable[[], "FleetSpec"], config: ServerConfig
     Args:
         engine: the settings of a single model; or a function that returns the description of several.
 
-    Raises ConfigError if the server cannot listen on the address, and any error from loading the model.
+    Raises ConfigError if the server cannot listen on the address or read its certificate, and any error from loading
+    the model.
     """
     gc.disable()  # until the server is ready: imports make no garbage, and the collector would scan them
     _open_standard_streams()
     with _exit_on_signals(), contextlib.ExitStack() as stack:
-        listeners = [stack.enter_context(listener) for listener in listen(config.host, config.port)]
+        certificates = _certificates(config)
+        if config.uds is not None:
+            listeners = [stack.enter_context(unix_listener(config.uds))]
+        else:
+            listeners = [stack.enter_context(listener) for listener in listen(config.host, config.port)]
         connections = min(config.max_connections, _raise_file_limit() - OTHER_FILES)
         config = dataclasses.replace(config, max_connections=max(connections, 1))
-        uvloop.run(_run(_begin_loading(engine), config, listeners))
+        uvloop.run(_run(_begin_loading(engine), config, listeners, certificates))
+
+
+def _certificates(config: ServerConfig) -> "Certificates | None":
+    if config.ssl_certfile is None:
+        return None
+    from .edge.certificates import Certificates  # imported late, as most servers speak HTTP
+
+    return Certificates(config)
 
 
 def _begin_loading(engine: EngineConfig | Callable[[], "FleetSpec"]) -> "Fleet":
@@ -71,12 +82,14 @@ def _begin_loading(engine: EngineConfig | Callable[[], "FleetSpec"]) -> "Fleet":
     return Fleet.begin(spec, process)
 
 
-async def _run(fleet: "Fleet", config: ServerConfig, listeners: list[socket.socket]) -> None:
+async def _run(
+    fleet: "Fleet", config: ServerConfig, listeners: list[socket.socket], certificates: "Certificates | None"
+) -> None:
     """Serve in a separate task. The first signal while it serves starts draining; any other signal cancels the task."""
     from .edge.draining import on_signals  # imported late: the engine process is already loading weights
 
     servers: list[DrainingServer] = []
-    serving = asyncio.ensure_future(_serve(fleet, config, listeners, servers))
+    serving = asyncio.ensure_future(_serve(fleet, config, listeners, certificates, servers))
 
     def stop() -> None:
         if servers and not servers[0].should_exit:
@@ -89,7 +102,11 @@ async def _run(fleet: "Fleet", config: ServerConfig, listeners: list[socket.sock
 
 
 async def _serve(
-    fleet: "Fleet", config: ServerConfig, listeners: list[socket.socket], servers: "list[DrainingServer]"
+    fleet: "Fleet",
+    config: ServerConfig,
+    listeners: list[socket.socket],
+    certificates: "Certificates | None",
+    servers: "list[DrainingServer]",
 ) -> None:
     """Load, then serve. The server is appended to `servers` when it starts."""
     from .app import create_app
@@ -100,54 +117,17 @@ async def _serve(
     try:
         await fleet.start()
         app = create_app(fleet, config, draining=lambda: servers[0].should_exit)
-        server = DrainingServer(app, config, access_log, on_ready=lambda: _announce(fleet, config, listeners[0]))
+        server = DrainingServer(
+            app, config, access_log, lambda: _announce(fleet, config, listeners[0]), certificates=certificates
+        )
         servers.append(server)
         gc.enable()
         gc.freeze()  # otherwise the collector scans all modules from time to time, which delays every stream
         await server.serve(listeners)
+        await app.close()
     finally:
         await fleet.close()
         access_log.close()
-
-
-def listen(host: str, port: int) -> list[socket.socket]:
-    """Return one listening socket for every address of `host`, all on the same port. Port 0 takes a free port.
-
-    An empty host and :: stand for all addresses of IPv4 and IPv6; a family that the machine lacks is left out. Clients
-    that connect before the engine is ready wait. Raises ConfigError if an address is unknown or taken.
-    """
-    addresses = _addresses(host, port)
-    listeners: list[socket.socket] = []
-    failure: OSError | None = None
-    for family, address in addresses:
-        bound = (address[0], listeners[0].getsockname()[1], *address[2:]) if listeners else address
-        try:
-            listeners.append(socket.create_server(bound, family=family, backlog=BACKLOG))
-        except OSError as error:
-            failure = error
-            if error.errno not in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):
-                break
-    if listeners and (failure is None or failure.errno != errno.EADDRINUSE):
-        return listeners
-    for listener in listeners:
-        listener.close()
-    assert failure is not None
-    if failure.errno == errno.EADDRINUSE:
-        where = f"port {port} on {host or 'all addresses'}"
-        raise ConfigError(f"{where} is in use: stop the program that uses it, or choose another --port") from None
-    raise ConfigError(f"cannot listen on {host} port {port}: {failure.strerror or failure}") from None
-
-
-def _addresses(host: str, port: int) -> list[tuple[int, tuple[str, int]]]:
-    """Return the address families and addresses of `host`, without duplicates."""
-    found: dict[tuple[int, tuple[str, int]], None] = {}
-    for name in ALL_ADDRESSES.get(host, (host,)):
-        try:
-            results = socket.getaddrinfo(name, port, type=socket.SOCK_STREAM)
-        except OSError as error:
-            raise ConfigError(f"cannot listen on {host} port {port}: {error.strerror or error}") from None
-        found.update({(family, address): None for family, _, _, _, address in results})  # type: ignore[misc]
-    return list(found)
 
 
 def _raise_file_limit() -> int:
@@ -198,10 +178,18 @@ def _decisions(model: "Model") -> list[str]:
     return [f"{printable(model.name, lines=False)}{engines}", *lines]
 
 
-def _announce(fleet: "Fleet", config: ServerConfig, listener: socket.socket) -> None:
+def _url(config: ServerConfig, listener: socket.socket) -> str:
+    """Return an address of the server to connect to."""
+    scheme = "http" if config.ssl_certfile is None else "https"
+    if config.uds is not None:
+        return f"{scheme}://localhost"
     host, port = listener.getsockname()[:2]
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # an address to connect to
-    url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
+
+
+def _announce(fleet: "Fleet", config: ServerConfig, listener: socket.socket) -> None:
+    url = _url(config, listener)
     model = fleet.default.name
     if fleet.default.was_loaded and fleet.default.llm.tokenizer.has_chat_template:
         route, body = "chat/completions", {"model": model, "messages": [{"role": "user", "content": "Hello!"}]}
@@ -210,11 +198,16 @@ def _announce(fleet: "Fleet", config: ServerConfig, listener: socket.socket) -> 
     headers = ["-H", "Content-Type: application/json"]
     if config.has_keys:
         headers += ["-H", "Authorization: Bearer KEY"]
+    if config.ssl_cert_reqs == 2:
+        headers += ["--cert", "CLIENT.pem"]
+    if config.uds is not None:
+        headers += ["--unix-socket", config.uds]
     curl = shlex.join(["curl", f"{url}/v1/{route}", *headers, "-d", json.dumps(body)])
+    where = url if config.uds is None else f"the Unix socket {printable(config.uds)}"
     try:
         names = ", ".join(each.name for each in fleet.models)
         decisions = "\n".join(line for model in fleet.models for line in _decisions(model))
-        typer.echo(f"\nOctavo {__version__} serves {printable(names)} on {url}; Ctrl-C ends it.\n{decisions}")
-        typer.echo(f"Try it{' in a browser, or' if config.page else ''}:\n\n{curl}\n")
+        typer.echo(f"\nOctavo {__version__} serves {printable(names)} on {where}; Ctrl-C ends it.\n{decisions}")
+        typer.echo(f"Try it{' in a browser, or' if config.page and not config.uds else ''}:\n\n{curl}\n")
     except OSError:  # stdout is a full disk or a closed pipe; its buffer must not be flushed at exit either
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

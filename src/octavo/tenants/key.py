@@ -5,12 +5,14 @@ import secrets
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
+from octavo.errors import ConfigError
 from octavo.settings import Rule, Settings, at_least, setting
 
 PREFIX = "sk-"
 SECRET_BYTES = 32  # at random; so a hash need not be slow to keep the key from being guessed
 _NAME = Rule("1 to 64 printable characters of ASCII", lambda name: 1 <= len(name) <= 64 and _is_printable(name))
 _TENANT = Rule("at most 256 printable characters of ASCII", lambda name: len(name) <= 256 and _is_printable(name))
+_WEIGHT = Rule("from 0.000001 to 1000000", lambda weight: 1e-6 <= weight <= 1e6)
 _HASH = Rule("a SHA-256 hash in hexadecimal", lambda text: len(text) == 64 and set(text) <= set("0123456789abcdef"))
 
 
@@ -42,12 +44,24 @@ class Key(Settings):
     )
     requests_per_minute: int | None = setting(None, "Requests in any 60 seconds.", at_least(1))
     concurrent_requests: int | None = setting(None, "Requests at the same time.", at_least(1))
+    tokens_per_minute: int | None = setting(
+        None, "Tokens of prompts and answers, of the requests that begin in any 60 seconds.", at_least(1)
+    )
+    monthly_tokens: int | None = setting(None, "Tokens of prompts and answers in a calendar month (UTC).", at_least(1))
+    weight: float | None = setting(
+        None, "Share of the machine, relative to other tenants, which have 1 (scheduling_policy: fair).", _WEIGHT
+    )
     models: list[str] | None = setting(None, "Names of the models that may be used.")
     routes: list[str] | None = setting(None, "Beginnings of the paths that may be used, such as /v1/embeddings.")
     min_priority: int | None = setting(None, "Least value of `priority` that requests may have; lower ones run sooner.")
     expires: str | None = setting(
         None, "Date, or date and time, after which the key is refused.", Rule("a date in ISO 8601", _is_date)
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.weight is not None and self.names_tenants:
+            raise ConfigError("weight does not go with names_tenants: the tenants share by tenant_weights")
 
     @property
     def owner(self) -> str:
@@ -66,6 +80,11 @@ class Key(Settings):
         return self.routes is None or any(
             path == each or path.startswith(f"{each.rstrip('/')}/") for each in self.routes
         )
+
+    @property
+    def limits_tokens(self) -> bool:
+        """Return whether there is a limit of tokens."""
+        return self.tokens_per_minute is not None or self.monthly_tokens is not None
 
     def allows_model(self, name: str) -> bool:
         """Return whether the key may be used for a model, by the name that a request gives."""

@@ -44,6 +44,10 @@ def read_keys(path: Path) -> list[Key]:
         if len(set(values)) < len(values):
             twice = next(key.name for key in keys if values.count(getattr(key, field)) > 1)
             raise ConfigError(f"{path}: two keys have the {field} of the key {twice!r}")
+    weights: dict[str, float] = {}
+    for key in keys:
+        if key.weight is not None and weights.setdefault(key.owner, key.weight) != key.weight:
+            raise ConfigError(f"{path}: the keys of the tenant {key.owner!r} have different weights: give only one")
     return keys
 
 

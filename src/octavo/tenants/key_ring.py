@@ -4,6 +4,7 @@ import hmac
 import logging
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from threading import Thread
 
@@ -37,7 +38,7 @@ class KeyRing:
         }
         self._keys = self._plain
         if path is not None:
-            self._keys = self._plain | {key.hash: key for key in read_keys(path)}
+            self._keys = self._plain | _by_hash(read_keys(path))
             Thread(target=self._follow, args=(path, _version(path)), name="octavo-keys", daemon=True).start()
 
     def find(self, secret: str) -> Key | None:
@@ -46,6 +47,11 @@ class KeyRing:
         key = self._keys.get(wanted)
         return key if key is not None and hmac.compare_digest(key.hash, wanted) else None
 
+    @property
+    def keys(self) -> list[Key]:
+        """Return all keys."""
+        return list(self._keys.values())
+
     def _follow(self, path: Path, version: object) -> None:
         while True:
             time.sleep(LOOK_SECONDS)
@@ -53,10 +59,19 @@ class KeyRing:
                 continue
             version = now
             try:
-                self._keys = self._plain | {key.hash: key for key in read_keys(path)}
+                self._keys = self._plain | _by_hash(read_keys(path))
                 log.info("the keys in %s were read again", path)
             except ConfigError as error:
                 log.error("%s; the keys of before apply until this is corrected", error)
+
+
+def _by_hash(keys: Sequence[Key]) -> dict[str, Key]:
+    """Return keys by their hashes. Each has the weight of its tenant, which another key of the tenant may give."""
+    weights = {key.owner: key.weight for key in keys if key.weight is not None}
+    return {
+        key.hash: replace(key, weight=weights[key.owner]) if key.owner in weights and not key.names_tenants else key
+        for key in keys
+    }
 
 
 def _version(path: Path) -> object:

@@ -80,6 +80,8 @@ class Fair(Policy):
 
     def add(self, seq: Sequence) -> None:
         account = self._account(seq.tenant)
+        if (weight := seq.request.weight) is not None and weight != account.weight:
+            self._change_weight(account, weight)
         account.queue.add(seq)
         if account.entry is not None:
             return
@@ -140,6 +142,12 @@ class Fair(Policy):
             return None
         victims = (seq for seq in islice(running, 1, None) if seq.tenant == most.tenant)
         return max(victims, key=attrgetter("order"))
+
+    def _change_weight(self, account: _Account, weight: float) -> None:
+        """Change a tenant's share from now on. Its counter stays: what it has received is charged already."""
+        if account.entry is not None:
+            self._waiting_weight += weight - account.weight
+        account.weight = weight
 
     def _account(self, tenant: str) -> _Account:
         account = self._waiting.get(tenant) or self._others.get(tenant)

@@ -7,16 +7,21 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from queue import SimpleQueue
 from threading import Thread
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import msgspec
 
 from octavo.tenants.key import Key
+from octavo.tenants.window import SlidingWindow
 
 from .ids import request_id
 
+if TYPE_CHECKING:
+    from .key_use import KeyUse
+
 PROBES = ("/health", "/ready")  # polled every second or so: logged only if they fail
 BATCH_SECONDS = 0.05  # pause after a flush: waking the thread for every line takes longer than writing the line
+MAX_REFUSED = 100  # lines a second about requests without a right key: a flood of these must not fill the disk
 MAX_QUEUED = 10_000  # lines; more are dropped while the log's reader is stalled
 CLIENT_LEFT = 499  # nginx's status for a client that disconnected before its response was complete
 
@@ -43,6 +48,7 @@ class RequestRecord:
     replica: str | None = None
     tenant: str | None = None
     key: Key | None = None
+    use: "KeyUse | None" = None
     stream: bool = False
     prompt: Any = None
     error: str | None = None
@@ -89,12 +95,14 @@ class AccessLog:
         self._queue: SimpleQueue[tuple[datetime, float, RequestRecord] | None] = SimpleQueue()
         self._thread: Thread | None = None
         self._dropped = 0
+        self._refused = SlidingWindow(MAX_REFUSED, seconds=1.0)
 
     def write(self, record: RequestRecord) -> None:
         """Queue the line of a request that has ended. Never blocks."""
         if not self.enabled or (record.path in PROBES and record.status < 400):
             return
-        if self._queue.qsize() >= MAX_QUEUED:
+        is_refusal = record.status == 401
+        if self._queue.qsize() >= MAX_QUEUED or (is_refusal and self._refused.take(time.monotonic())):
             self._dropped += 1
             return
         if self._thread is None:

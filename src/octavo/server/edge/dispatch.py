@@ -3,7 +3,7 @@
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Collection
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -15,9 +15,12 @@ from octavo.server.errors import ServerStopping, error_reply, error_response, is
 from octavo.server.openapi.operation import Operation
 
 from . import cors
-from .access_log import RequestRecord
-from .authentication import Authentication
+from .access_log import PROBES, RequestRecord
+from .hosts import HostCheck
 from .traffic import INTERNAL, Traffic
+
+if TYPE_CHECKING:
+    from .authentication import Authentication
 
 Handler = Callable[[Request], Awaitable[Response]]
 
@@ -48,6 +51,7 @@ class Dispatcher:
         origins: the web origins whose pages may call; see `cors`.
         traffic: counts the requests of clients.
         authentication: checks the API keys of clients; None if there are no keys.
+        hosts: checks the names under which clients call the server; None if it has any.
         on_end: called with the path of each request's route, None if it has none, and its record.
     """
 
@@ -56,13 +60,14 @@ class Dispatcher:
         routes: Collection[BaseRoute],
         origins: Collection[str],
         traffic: Traffic | None = None,
-        authentication: Authentication | None = None,
+        authentication: "Authentication | None" = None,
+        hosts: HostCheck | None = None,
         on_end: Callable[[str | None, RequestRecord], None] | None = None,
     ):
         self._router = Router(list(routes), redirect_slashes=False)
         self._origins = origins
         self._traffic = traffic or Traffic()
-        self._authentication = authentication
+        self._authentication, self._hosts = authentication, hosts
         self._on_end = on_end
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -70,14 +75,16 @@ class Dispatcher:
         record = RequestRecord.of(scope)
         record.response_headers += cors.response_headers(scope["headers"], self._origins)
         is_client = INTERNAL not in scope
-        counted, leave = False, None
+        counted = False
         try:
+            if self._hosts and is_client and scope["path"] not in PROBES:
+                self._hosts.check(scope["headers"])
             if scope["method"] == "OPTIONS":
                 record.response_headers += cors.preflight_headers(scope["headers"], self._origins)
                 await Response(status_code=204)(scope, receive, send)
             else:
                 if self._authentication and is_client:
-                    leave = self._authentication.enter(scope, record)
+                    await self._authentication.enter(scope, record)
                 if counted := scope["method"] == "POST" and is_client:
                     self._traffic.add(1)
                 await self._router(scope, receive, send)
@@ -88,13 +95,18 @@ class Dispatcher:
         finally:
             if counted:
                 self._traffic.add(-1)
-            if leave is not None:
-                leave()
+            if record.use is not None:
+                record.use.leave()
             if record.on_end is not None:
                 record.on_end()
             if self._on_end is not None:
                 endpoint = scope.get("endpoint")
                 self._on_end(endpoint.path if isinstance(endpoint, Endpoint) else None, record)
+
+    async def close(self) -> None:
+        """Store what must survive. To be called when all requests have ended."""
+        if self._authentication is not None:
+            await self._authentication.limits.limiter.close()
 
     async def _answer(
         self, error: Exception, record: RequestRecord, scope: Scope, receive: Receive, send: Send

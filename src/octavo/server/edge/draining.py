@@ -6,16 +6,20 @@ import functools
 import signal
 import socket
 from collections.abc import Callable, Generator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
 from uvicorn.server import logger as uvicorn_log
 
 from octavo.server.config import ServerConfig
+from octavo.server.listeners import BACKLOG
 
 from .access_log import AccessLog
 from .http_protocol import Edge, HttpProtocol
 from .limits import ConnectionLimit
+
+if TYPE_CHECKING:
+    from .certificates import Certificates
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 CANCEL_SECONDS = 1.0  # time for requests that the drain timeout ended to send their error
@@ -29,10 +33,20 @@ class DrainingServer(uvicorn.Server):
         config: timeouts and limits.
         access_log: receives a record of each request.
         on_ready: called when the server accepts requests.
+        certificates: for HTTPS; None for HTTP.
     """
 
-    def __init__(self, app: Any, config: ServerConfig, access_log: AccessLog, on_ready: Callable[[], None]):
-        edge = Edge(config, ConnectionLimit(config.max_connections), access_log)
+    def __init__(
+        self,
+        app: Any,
+        config: ServerConfig,
+        access_log: AccessLog,
+        on_ready: Callable[[], None],
+        certificates: "Certificates | None" = None,
+    ):
+        self._settings, self._certificates = config, certificates
+        self._connections = ConnectionLimit(config.max_connections)
+        edge = Edge(config, self._connections, access_log)
         uvicorn_log.disabled = True  # it logs malformed requests, which are in the access log already
         super().__init__(
             uvicorn.Config(
@@ -54,10 +68,26 @@ class DrainingServer(uvicorn.Server):
         self.should_exit = True
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
+        """Accept connections. uvicorn's own would take a Unix socket for one of TCP."""
+        self.servers = [await self._accept(listener) for listener in sockets or ()]
+        self.started = True
         self._on_ready()
 
+    async def _accept(self, listener: socket.socket) -> Any:
+        make_protocol = functools.partial(
+            self.config.http_protocol_class, config=self.config, server_state=self.server_state, app_state={}
+        )
+        if self._certificates is not None:
+            from .tls import TlsListener  # imported late, as most servers speak HTTP
+
+            seconds = self._settings.header_timeout
+            return TlsListener(listener, self._certificates, seconds, make_protocol, self._connections)
+        loop = asyncio.get_running_loop()
+        create = loop.create_unix_server if listener.family == socket.AF_UNIX else loop.create_server
+        return await create(make_protocol, sock=listener, backlog=BACKLOG)
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._connections.close_idle()  # those in the TLS handshake, too, which uvicorn does not know
         await super().shutdown(sockets)
         if self.server_state.tasks:  # cancelled by the drain timeout; each sends its error
             await asyncio.wait(set(self.server_state.tasks), timeout=CANCEL_SECONDS)

@@ -12,6 +12,7 @@
 import asyncio
 import logging
 import math
+import select
 import socket
 import urllib.parse
 from collections.abc import Callable, Iterable
@@ -103,7 +104,7 @@ class HttpProtocol(HttpToolsProtocol):
 
     def eof_received(self) -> bool:  # type: ignore[override]
         """Return whether to keep the half-closed connection, since a complete request waits for its response."""
-        if self._lingering or self._running is None or self.cycle.more_body:
+        if self._lingering or self._running is None or self.cycle.more_body or self.scheme == "https":
             return False
         self._half_closed = True
         self._probe(0)
@@ -112,14 +113,13 @@ class HttpProtocol(HttpToolsProtocol):
     def _probe(self, attempt: int) -> None:
         """Find out whether a client that has closed its sending side is still connected.
 
-        A client that has closed its whole socket looks the same to TCP until something is sent to it. Its kernel then
-        answers with a reset, which changes the state of the connection. So this sends the bytes with which every
-        response begins, which do not affect a client that is still connected.
+        A Unix socket says it. With TCP, a client that has closed its whole socket looks the same until something is
+        sent to it. Its kernel then answers with a reset, which changes the state of the connection. So this sends the
+        bytes with which every response begins, which do not affect a client that is still connected.
         """
         if self.transport.is_closing() or self._running is None:
             return
-        connection = self.transport.get_extra_info("socket")
-        if not hasattr(socket, "TCP_INFO") or connection.getsockopt(TCP, socket.TCP_INFO, 1)[0] != CLOSE_WAIT:
+        if not _is_half_open(self.transport.get_extra_info("socket")):
             self.transport.abort()
             return
         self._running.begin()
@@ -333,6 +333,15 @@ class HttpProtocol(HttpToolsProtocol):
     @property
     def _client_host(self) -> str:
         return self.client[0] if self.client else "-"
+
+
+def _is_half_open(connection: socket.socket) -> bool:
+    """Return whether a peer that has closed its sending side still reads, as far as its kernel has said."""
+    if connection.family == socket.AF_UNIX:
+        poll = select.poll()
+        poll.register(connection.fileno(), 0)
+        return not poll.poll(0)  # POLLHUP is reported in any case
+    return hasattr(socket, "TCP_INFO") and connection.getsockopt(TCP, socket.TCP_INFO, 1)[0] == CLOSE_WAIT
 
 
 def header(status: int, fields: Iterable[tuple[bytes, bytes]]) -> bytes:

@@ -44,6 +44,11 @@ class ConnectionLimit:
         if connection in self._open:
             self._idle[connection] = None
 
+    def close_idle(self) -> None:
+        """Close all connections that wait for a request."""
+        for connection in list(self._idle):
+            connection.close_idle()
+
     def release(self, connection: Connection) -> None:
         """Note that a connection is closed."""
         self._open.discard(connection)

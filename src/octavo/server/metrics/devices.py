@@ -1,7 +1,9 @@
 """Devices: how busy the machine's GPUs are, or its processor cores if it has none."""
 
 import os
+from contextlib import suppress
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from .window import Window
@@ -11,24 +13,25 @@ TICKS = os.sysconf("SC_CLK_TCK")
 
 
 class Devices:
-    """Measures the utilization of each device, by all processes of the machine."""
+    """Measures the utilization of each device, by all processes of the machine. For any thread."""
 
     def __init__(self) -> None:
+        self._lock = Lock()
         self._nvml = _nvml()
         self._windows = {core: Window(busy) for core, busy in _busy_seconds().items()}
 
     def utilization(self) -> dict[str, float]:
         """Return the utilization of each device in percent, by name: "gpu0", or "cpu0" for a core.
 
-        Cores that this process may not use are left out. Read from the NVIDIA driver, or from /proc/stat, where a core
-        is averaged over the seconds since an earlier call.
+        Cores that this process may not use are left out, and GPUs that do not tell, such as those that are divided
+        (MIG). Read from the NVIDIA driver, or from /proc/stat, where a core is averaged over the seconds since an
+        earlier call.
         """
         if self._nvml is not None:
             return _gpus(self._nvml)
-        busy = _busy_seconds()
-        return {
-            core: min(100.0 * window.rate(busy[core]), 100.0) for core, window in self._windows.items() if core in busy
-        }
+        with self._lock:
+            busy, windows = _busy_seconds(), self._windows.items()
+            return {core: min(100.0 * window.rate(busy[core]), 100.0) for core, window in windows if core in busy}
 
 
 def _busy_seconds() -> dict[str, float]:
@@ -54,5 +57,9 @@ def _nvml() -> Any:
 
 
 def _gpus(nvml: Any) -> dict[str, float]:
-    handles = [nvml.nvmlDeviceGetHandleByIndex(number) for number in range(nvml.nvmlDeviceGetCount())]
-    return {f"gpu{number}": float(nvml.nvmlDeviceGetUtilizationRates(each).gpu) for number, each in enumerate(handles)}
+    percent = {}
+    for number in range(nvml.nvmlDeviceGetCount()):
+        with suppress(nvml.NVMLError):
+            device = nvml.nvmlDeviceGetHandleByIndex(number)
+            percent[f"gpu{number}"] = float(nvml.nvmlDeviceGetUtilizationRates(device).gpu)
+    return percent

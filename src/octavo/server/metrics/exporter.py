@@ -46,7 +46,7 @@ class Snapshot:
     Attributes:
         meters: by the model's name.
         totals: statistics of engines and of those before them, by the model's name and the engine's number.
-        swap_rates: pages per second moved to and from lower tiers, by the same.
+        swap_rates: pages per second that came back from lower tiers, by the same.
         devices: utilization in percent, by the device's name.
     """
 
@@ -76,15 +76,16 @@ class Exporter:
         """Return all metrics in Prometheus's text format."""
         models = self._fleet.all_models()
         statistics = await asyncio.gather(*map(model_stats, models))
+        utilization = await asyncio.to_thread(self._devices.utilization)  # a GPU's driver may take its time
         for model, stats in zip(models, statistics, strict=True):
             for number, replica in enumerate(stats.replicas):
                 if replica.engine is not None:
                     self._history.update(model, number, replica.pid, replica.engine)
         self._history.keep(self._fleet.all_models())
-        snapshot = self._snapshot(models, statistics)
+        snapshot = self._snapshot(models, statistics, utilization)
         return await asyncio.to_thread(self._render, snapshot)
 
-    def _snapshot(self, models: list[Model], statistics: list[ModelStats]) -> Snapshot:
+    def _snapshot(self, models: list[Model], statistics: list[ModelStats], devices: dict[str, float]) -> Snapshot:
         assert self._fleet.meters is not None
         engines = [
             engine for model, stats in zip(models, statistics, strict=True) for engine in self._engines(model, stats)
@@ -92,13 +93,13 @@ class Exporter:
         for engine in engines:
             self._fleet.meters[engine.model].engine(engine.number)  # its series are there before its first request
         totals = self._history.totals()
-        moved = {key: stats.pages_saved + stats.pages_fetched for key, stats in totals.items()}
+        fetched = {key: stats.pages_fetched for key, stats in totals.items()}
         return Snapshot(
             meters={name: meter.copy() for name, meter in self._fleet.meters.items()},
             engines=engines,
             totals=totals,
-            swap_rates={key: self._swaps.setdefault(key, Window(0)).rate(pages) for key, pages in moved.items()},
-            devices=self._devices.utilization(),
+            swap_rates={key: self._swaps.setdefault(key, Window(pages)).rate(pages) for key, pages in fetched.items()},
+            devices=devices,
             http=self._http.copy(),
         )
 

@@ -31,6 +31,11 @@ ENGINE_COUNTERS: dict[str, tuple[str, Callable[[EngineStats], float]]] = {
     "vllm:spec_decode_num_drafts_total": ("Drafts, each of some draft tokens.", lambda stats: sum(stats.accepted)),
     "vllm:spec_decode_num_draft_tokens_total": ("Draft tokens computed.", lambda stats: stats.draft_tokens),
     "vllm:spec_decode_num_accepted_tokens_total": ("Draft tokens accepted.", lambda stats: stats.accepted_tokens),
+    "octavo_kv_pages_fetched_total": (
+        "KV pages fetched from kv_disk, kv_host_memory or a loaded KV state.",
+        lambda stats: stats.pages_fetched,
+    ),
+    "octavo_kv_pages_saved_total": ("KV pages saved to kv_disk or kv_host_memory.", lambda stats: stats.pages_saved),
     "vllm:corrupted_requests_total": (
         "Sequences that ended because of NaN or infinite logits.",
         lambda stats: stats.damaged,
@@ -160,7 +165,7 @@ class Families:
             "vllm:request_num_preemptions", "histogram", "Preemptions of a sequence that has ended.", ENGINE, preempted
         )
         rates = [((name, str(number)), rate) for (name, number), rate in self._snapshot.swap_rates.items()]
-        help = "KV pages per second that moved to and from kv_disk or kv_host_memory in the last 10 seconds or more."
+        help = "KV pages per second that came back from kv_disk or kv_host_memory, in the last 10 seconds or more."
         yield Family("vllm_kv_cache_swap_rate", "gauge", help, ENGINE, rates)
 
     def _of_requests(self) -> Iterator[Family]:

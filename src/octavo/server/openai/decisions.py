@@ -23,10 +23,12 @@ from octavo.engine.messages import EngineInfo, Pooling
 from octavo.errors import InvalidRequest
 from octavo.frontend import requests
 from octavo.frontend.pooled import pooled_requests, vector_of
+from octavo.frontend.tally import Tally
 from octavo.outputs import RequestOutput
 from octavo.server.api import Api
 from octavo.server.edge.access_log import RequestRecord
 from octavo.server.edge.dispatch import route
+from octavo.server.edge.spending import spending
 from octavo.server.openapi.operation import MODEL, Operation
 from octavo.text import Tokenizer
 from octavo.text.offload import off_loop
@@ -124,7 +126,9 @@ async def decide(api: Api, request: Request) -> Response:
         letters = _letters(llm.tokenizer, max(len(question.options) for question in body.questions))
         return [_prompt(question, before, after, letters, llm.tokenizer, llm.info) for question in body.questions]
 
-    outputs = await _answered(llm, await off_loop(llm.tokenizer, length, prompts), terms)
+    wanted = await off_loop(llm.tokenizer, length, prompts)
+    async with spending(record, llm, terms, sum(len(prompt) for prompt, _ in wanted)) as tally:
+        outputs = await _answered(llm, wanted, terms, tally)
     answers = [
         question.answer(_probabilities(output)) for question, output in zip(body.questions, outputs, strict=True)
     ]
@@ -166,7 +170,7 @@ def _prompt(
 
 
 async def _answered(
-    llm: AsyncLLM, prompts: Sequence[tuple[list[int], list[int]]], terms: dict[str, Any]
+    llm: AsyncLLM, prompts: Sequence[tuple[list[int], list[int]]], terms: dict[str, Any], tally: Tally | None
 ) -> list[RequestOutput]:
     """Return the logits of each question's options. The first question is answered alone: others find its pages."""
     shared: Any = dict(terms)
@@ -176,8 +180,7 @@ async def _answered(
         for prompt, labels in prompts
         for request in pooled_requests([prompt], Pooling(None, labels), priority, shared)
     ]
-    first = await llm.generate_requests(wanted[:1])
-    return first + (await llm.generate_requests(wanted[1:]) if wanted[1:] else [])
+    return await llm.generate_in_turn(wanted, tally=tally)
 
 
 def _probabilities(output: RequestOutput) -> list[float]:

@@ -21,6 +21,7 @@ from octavo.params import PoolingParams, SamplingParams
 from octavo.server.api import Api
 from octavo.server.edge.access_log import RequestRecord
 from octavo.server.edge.dispatch import route
+from octavo.server.edge.spending import spending
 from octavo.server.openapi.operation import MODEL, Operation
 
 from .generation import tokenized
@@ -118,8 +119,10 @@ async def embed(
         raise InvalidRequest(message, "input")
     terms = dict(terms)
     record.model, record.tenant = llm.config.model_name, terms["tenant"]
-    requests = embedding_requests(prompts, params, llm.info, terms.pop("priority", 0), terms)  # type: ignore[arg-type]
-    embedded = Embedded(llm, await llm.generate_requests(requests), params)
+    priority = terms.pop("priority", 0)
+    async with spending(record, llm, terms, sum(map(len, prompts))) as tally:
+        requests = embedding_requests(prompts, params, llm.info, priority, terms)  # type: ignore[arg-type]
+        embedded = Embedded(llm, await llm.generate_requests(requests, tally=tally), params)
     record.prompt_tokens, record.completion_tokens = embedded.num_tokens, 0
     record.cached_tokens = sum(output.num_cached_tokens for output in embedded.outputs)
     record.replica = embedded.outputs[0].metrics.replica

@@ -3,7 +3,7 @@
 import time
 import uuid
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from contextlib import AbstractAsyncContextManager, aclosing, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,9 +19,11 @@ from octavo.frontend.requests import (
     make_requests,
     num_logprobs,
 )
+from octavo.frontend.tally import Tally
 from octavo.outputs import RequestOutput
 from octavo.params import BeamSearchParams, SamplingParams
 from octavo.server.edge.access_log import RequestRecord
+from octavo.server.edge.spending import spending
 from octavo.text.infilling import infill
 from octavo.text.offload import off_loop
 
@@ -141,10 +143,11 @@ class Generation:
 
     async def whole(self) -> list[RequestOutput]:
         """Return the whole outputs, one per prompt. If the caller is cancelled, their requests are aborted."""
-        if self.beams is not None:
-            outputs = await self._searched(self.beams)
-        else:
-            outputs = await self.llm.generate_requests(self._requests())
+        async with self._spending() as tally:
+            if self.beams is not None:
+                outputs = await self._searched(self.beams, tally)
+            else:
+                outputs = await self.llm.generate_requests(self._requests(), tally=tally)
         for prompt, output in enumerate(outputs):
             self.add(prompt, output)
             await self._score(prompt, output)
@@ -155,14 +158,15 @@ class Generation:
 
         A beam search has one increment, when it has ended.
         """
-        if self.beams is not None:
-            yield list(enumerate(await self._searched(self.beams)))
-            return
-        async with aclosing(self.llm.stream_requests(self._requests())) as steps:
-            async for increments in steps:
-                for increment in increments:
-                    await self._score(*increment)
-                yield increments
+        async with self._spending() as tally:
+            if self.beams is not None:
+                yield list(enumerate(await self._searched(self.beams, tally)))
+                return
+            async with aclosing(self.llm.stream_requests(self._requests(), tally=tally)) as steps:
+                async for increments in steps:
+                    for increment in increments:
+                        await self._score(*increment)
+                    yield increments
 
     def json(self, reply: Reply) -> Json | JsonInPieces:
         """Return the response with a whole reply."""
@@ -182,9 +186,22 @@ class Generation:
             echoed = await self.logprobs.echoed(self.prompts[prompt], known, top != 0)
         self.scored[prompt] = ScoredPrompt(await prompt_logprobs(known), echoed)
 
-    async def _searched(self, beams: BeamSearchParams) -> list[RequestOutput]:
+    def _spending(self) -> AbstractAsyncContextManager[Tally | None]:
+        """Reserve the tokens that the generation may take, of the limits of the request's key. Raises ApiError 429."""
+        if self.record.use is None:
+            return nullcontext()
+        state = self.continuation.state if self.continuation else None
+        before = len(state.token_ids) if state else 0
+        lengths = [before + len(prompt) for prompt in self.prompts]
+        if self.beams is None:
+            generated = sum(self.llm.max_output(self.params, length) for length in lengths)
+        else:
+            generated = len(lengths) * self.beams.beam_width * self.beams.max_tokens
+        return spending(self.record, self.llm, self.terms, sum(lengths), generated)
+
+    async def _searched(self, beams: BeamSearchParams, tally: Tally | None) -> list[RequestOutput]:
         """Return the outputs of a beam search, with as many logprobs as the request wants."""
-        outputs = await self.llm.beam_search_requests(self._requests(), beams)
+        outputs = await self.llm.beam_search_requests(self._requests(), beams, tally)
         wanted = self.llm.info.vocab_size if self.params.logprobs == -1 else self.params.logprobs
         for completion in (completion for output in outputs for completion in output.outputs):
             if wanted is None or completion.logprobs is None:

@@ -3,6 +3,7 @@
 Routes and fields are those of vLLM; /rerank is Jina's and Cohere's as well.
 """
 
+import asyncio
 import time
 import uuid
 from collections.abc import Sequence
@@ -15,11 +16,12 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from octavo.async_llm import AsyncLLM
-from octavo.frontend.scoring import pairs_of
+from octavo.frontend.scoring import ScoringParams, pairs_of, score_requests, scoring_output, share_prefix
 from octavo.outputs import ScoringRequestOutput
 from octavo.server.api import Api
 from octavo.server.edge.access_log import RequestRecord
 from octavo.server.edge.dispatch import route
+from octavo.server.edge.spending import spending
 from octavo.server.errors import ApiError
 from octavo.server.openapi.operation import MODEL, Operation
 
@@ -129,11 +131,27 @@ async def _judge(
     record.model, record.tenant = llm.config.model_name, terms["tenant"]
     if api.config.access_log_prompts:
         record.prompt = pairs
-    outputs = await llm.score(queries, documents, scoring_params=scoring, **terms)
+    outputs = await _scored(llm, record, pairs, scoring, terms)
     usage = _usage(outputs)
     record.prompt_tokens, record.completion_tokens = usage.prompt_tokens, 0
     record.cached_tokens = usage.prompt_tokens_details.cached_tokens
     return llm, outputs
+
+
+async def _scored(
+    llm: AsyncLLM,
+    record: RequestRecord,
+    pairs: list[tuple[str, str]],
+    scoring: ScoringParams,
+    terms: dict[str, Any],
+) -> list[ScoringRequestOutput]:
+    """Return the scores of pairs; see AsyncLLM.score."""
+    priority = terms.pop("priority", 0)
+    given: Any = terms
+    wanted = await asyncio.to_thread(score_requests, pairs, scoring, llm.tokenizer, llm.info, priority, given)
+    async with spending(record, llm, terms, sum(len(request.prompt) for request in wanted)) as tally:
+        answered = llm.generate_in_turn if share_prefix(pairs) else llm.generate_requests
+        return [scoring_output(output) for output in await answered(wanted, tally=tally)]
 
 
 def _usage(outputs: Sequence[ScoringRequestOutput]) -> Usage:

@@ -1,0 +1,36 @@
+"""Programs of other projects: found where they are installed, and run for a `with` block."""
+
+import contextlib
+import shutil
+import subprocess
+from collections.abc import Generator
+from pathlib import Path
+
+import pytest
+
+from server_process import free_port, wait_for_port
+
+
+def program(name: str) -> str:
+    """Return the path of a program; the test is skipped where it is not installed."""
+    found = shutil.which(name, path="/usr/sbin:/usr/local/sbin:/usr/local/bin:/usr/bin:/bin")
+    if found is None:
+        pytest.skip(f"{name} is not installed")
+    return found
+
+
+@contextlib.contextmanager
+def prometheus(config: Path) -> Generator[str]:
+    """Run Prometheus with this configuration; yields its address. Its data is written beside the configuration."""
+    port = free_port()
+    command = [
+        program("prometheus"), f"--config.file={config}", f"--storage.tsdb.path={config.parent / 'data'}",
+        f"--web.listen-address=127.0.0.1:{port}", "--log.level=warn",
+    ]  # fmt: skip
+    process = subprocess.Popen(command)
+    try:
+        wait_for_port(port)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.wait(timeout=20)
