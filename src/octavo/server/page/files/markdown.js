@@ -142,7 +142,8 @@ function codeBlock(lines, language, closed) {
   const text = lines.map((line) => line.text).join("\n");
   const code = h("code", {});
   // Long code gets its colors once it is complete, so that drawing it while it grows costs little.
-  for (const { kind, text: part, at } of closed || text.length < MAX_GROWING ? highlighted(text, language) : [{ kind: "", text, at: 0 }]) {
+  const hasColors = closed || text.length < MAX_GROWING;
+  for (const { kind, text: part, at } of highlighted(text, hasColors ? language : "")) {
     const node = document.createTextNode(part);
     if (lines.length) offsets.set(node, lines[0].at + at);
     code.append(kind ? h(`span.${kind}`, {}, node) : node);

@@ -161,7 +161,7 @@ class ModelsView {
       `Swap ${name}`,
       "Swap",
       MODEL_FIELDS,
-      "The new model is loaded beside the old one and tried. It then gets new requests, and the old one finishes its own.",
+      "The new model is loaded beside the old one. Then it gets new requests, and the old one finishes its own.",
     );
     if (given) this.#change({ action: "swap", name, model: given.model, ...settingsOf(given) }, "swapping");
   }
