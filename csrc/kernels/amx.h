@@ -53,59 +53,78 @@ OCTAVO_INLINE void tile_multiply() {
         asm volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kSums), "i"(kA), "i"(kB));
 }
 
-// Compute up to 2 x 2 tiles of sums; tile 2 i + j has rows 16 i ..., columns 16 j ...
-template <class Sum, int kRowTiles, int kColumnTiles>
+// Compute c = a * b, or c += a * b if kAdd, on up to 2 x 2 tiles: tiles 0 and 1 have the sums of the upper 16 rows of
+// `a` (kUpper), tiles 2 and 3 those of the lower ones (kLower).
+template <class Sum, bool kAdd, bool kUpper, bool kLower, bool kTwoColumns>
 void tile_product(Rows a, Columns b, int64_t tiles, float* c, int64_t c_stride, Ahead ahead, int64_t ahead_rate) {
-    const auto* rows = static_cast<const std::byte*>(a.data);
     const auto* columns = static_cast<const std::byte*>(b.data);
-    tile_zero<0>();
-    if constexpr (kColumnTiles > 1) tile_zero<1>();
-    if constexpr (kRowTiles > 1) tile_zero<2>();
-    if constexpr (kRowTiles > 1 && kColumnTiles > 1) tile_zero<3>();
+    const auto* upper = static_cast<const std::byte*>(a.data);
+    const auto* lower = upper + (kUpper ? 16 * a.stride : 0);
+    float* lower_c = c + (kUpper ? 16 * c_stride : 0);
+    const auto begin = [&]<int kTile>(std::integral_constant<int, kTile>, const float* from) {
+        if constexpr (kAdd)
+            tile_load<kTile>(from, c_stride * 4);
+        else
+            tile_zero<kTile>();
+    };
+    if constexpr (kUpper) begin(std::integral_constant<int, 0>(), c);
+    if constexpr (kUpper && kTwoColumns) begin(std::integral_constant<int, 1>(), c + 16);
+    if constexpr (kLower) begin(std::integral_constant<int, 2>(), lower_c);
+    if constexpr (kLower && kTwoColumns) begin(std::integral_constant<int, 3>(), lower_c + 16);
     for (int64_t k = 0; k < tiles; k++) {
-        tile_load<4>(rows + k * 64, a.stride);
-        if constexpr (kRowTiles > 1) tile_load<5>(rows + 16 * a.stride + k * 64, a.stride);
+        if constexpr (kUpper) tile_load<4>(upper + k * 64, a.stride);
+        if constexpr (kLower) tile_load<5>(lower + k * 64, a.stride);
         tile_load<6>(columns + k * 16 * b.word, b.word);
-        tile_multiply<Sum, 0, 4, 6>();
-        if constexpr (kRowTiles > 1) tile_multiply<Sum, 2, 5, 6>();
-        if constexpr (kColumnTiles > 1) {
+        if constexpr (kUpper) tile_multiply<Sum, 0, 4, 6>();
+        if constexpr (kLower) tile_multiply<Sum, 2, 5, 6>();
+        if constexpr (kTwoColumns) {
             tile_load<7>(columns + k * 16 * b.word + b.block, b.word);
-            tile_multiply<Sum, 1, 4, 7>();
-            if constexpr (kRowTiles > 1) tile_multiply<Sum, 3, 5, 7>();
+            if constexpr (kUpper) tile_multiply<Sum, 1, 4, 7>();
+            if constexpr (kLower) tile_multiply<Sum, 3, 5, 7>();
         }
         for (int64_t i = 0; i < ahead_rate && ahead.at < ahead.end; i++, ahead.at += 64)
             __builtin_prefetch(ahead.at, 0, 2);
     }
-    tile_store<0>(c, c_stride * 4);
-    if constexpr (kColumnTiles > 1) tile_store<1>(c + 16, c_stride * 4);
-    if constexpr (kRowTiles > 1) tile_store<2>(c + 16 * c_stride, c_stride * 4);
-    if constexpr (kRowTiles > 1 && kColumnTiles > 1) tile_store<3>(c + 16 * c_stride + 16, c_stride * 4);
+    if constexpr (kUpper) tile_store<0>(c, c_stride * 4);
+    if constexpr (kUpper && kTwoColumns) tile_store<1>(c + 16, c_stride * 4);
+    if constexpr (kLower) tile_store<2>(lower_c, c_stride * 4);
+    if constexpr (kLower && kTwoColumns) tile_store<3>(lower_c + 16, c_stride * 4);
 }
 
-// As product, but on whole tiles: reads rows of `a` up to a multiple of 16, and without `add` writes as many rows of
-// `c`.
-template <class Sum>
-OCTAVO_INLINE void product_on_tiles(Rows a, int64_t rows, Columns b, int64_t blocks, int64_t words, bool add, float* c,
-                                    int64_t c_stride, Ahead ahead) {
-    const int64_t steps = words / 16, parts = (rows + 31) / 32 * ((blocks + 1) / 2);
-    int64_t index = 0;
-    for (int64_t r = 0; r < rows; r += 32)
-        for (int64_t j = 0; j < blocks; j += 2, index++) {
-            const bool two_blocks = blocks - j > 1;
-            const auto product = rows - r > 16 ? (two_blocks ? tile_product<Sum, 2, 2> : tile_product<Sum, 2, 1>)
-                                               : (two_blocks ? tile_product<Sum, 1, 2> : tile_product<Sum, 1, 1>);
-            const Ahead part = ahead.part(index, parts);
-            const int64_t rate = ((part.end - part.at) / 64 + steps - 1) / steps;
-            alignas(64) float sums[32 * 2 * kBlock];  // with `add`, rows of `c` past the last one must not change
-            float *to = c + r * c_stride + j * kBlock, *result = add ? sums : to;
-            product(a.from(r), b.from(j), steps, result, add ? 2 * kBlock : c_stride, part, rate);
-            if (!add) continue;
-            for (int64_t i = 0; i < 32 && r + i < rows; i++)
-                for (int64_t column = 0; column < (two_blocks ? 2 : 1) * kBlock; column += kLanes) {
-                    float* sum = to + i * c_stride + column;
-                    store_as<Sum>(sum, load_as<Sum>(sum) + load_as<Sum>(sums + i * 2 * kBlock + column));
-                }
-        }
+// Compute a * b for up to 32 rows, `steps` tiles along k: kUpper and kLower say which tiles have rows.
+template <class Sum, bool kAdd, bool kUpper, bool kLower>
+OCTAVO_INLINE void product_on_tiles(Rows a, Columns b, int64_t blocks, int64_t steps, float* c, int64_t c_stride,
+                                    Ahead ahead) {
+    const int64_t parts = (blocks + 1) / 2;
+    for (int64_t j = 0; j < blocks; j += 2) {
+        const auto product = blocks - j > 1 ? tile_product<Sum, kAdd, kUpper, kLower, true>
+                                            : tile_product<Sum, kAdd, kUpper, kLower, false>;
+        const Ahead part = ahead.part(j / 2, parts);
+        product(a, b.from(j), steps, c + j * kBlock, c_stride, part, ((part.end - part.at) / 64 + steps - 1) / steps);
+    }
+}
+
+// The product of attention: exactly `rows` rows are read and written. Its last tile of rows, if it is not a whole one,
+// requires set_last_rows(rows) before.
+template <bool kAdd>
+OCTAVO_INLINE void exact_product(Rows a, int64_t rows, Columns b, int64_t blocks, int64_t words, float* c,
+                                 int64_t c_stride, Ahead ahead) {
+    const int64_t parts = (rows + 15) / 16;
+    int64_t r = 0;
+    for (; rows - r > 32 || rows - r == 16; r += 16)
+        product_on_tiles<F32, kAdd, true, false>(a.from(r), b, blocks, words / 16, c + r * c_stride, c_stride,
+                                                 ahead.part(r / 16, parts));
+    if (r == rows) return;
+    const Ahead rest = {ahead.part(r / 16, parts).at, ahead.end};
+    const auto last = rows - r > 16 ? product_on_tiles<F32, kAdd, true, true> : product_on_tiles<F32, kAdd, false, true>;
+    last(a.from(r), b, blocks, words / 16, c + r * c_stride, c_stride, rest);
+}
+
+// Give the lower tiles rows % 16 rows.
+OCTAVO_INLINE void set_last_rows(int64_t rows) {
+    TileConfig config;
+    if (rows % 16) config.rows[2] = config.rows[3] = config.rows[5] = rows % 16;
+    configure(config);
 }
 
 // For groups of integers: tiles 4 and 5 hold activations, 16 rows of 32 bytes; tiles 6 and 7 hold 8 words of the
@@ -219,9 +238,11 @@ OCTAVO_INLINE void weight_product(const Instruction& op, int64_t row, int64_t ro
     if (op.x.element == Element::i8_groups)
         return integer_product_on_tiles(op.x, row, rows, w, block, blocks, scratch.sums, kSumsStride, ahead,
                                         scratch.widened);
-    const auto times = op.x.element == Element::i8_rows ? product_on_tiles<I32> : product_on_tiles<F32>;
-    times({op.x.row(row), op.x.row_bytes}, rows, {w.block(block), 4 * kBlock, w.block_bytes}, blocks, w.words(), false,
-          scratch.sums, kSumsStride, ahead);
+    const bool integers = op.x.element == Element::i8_rows;
+    const auto one_tile = integers ? product_on_tiles<I32, false, true, false> : product_on_tiles<F32, false, true, false>;
+    const auto two_tiles = integers ? product_on_tiles<I32, false, true, true> : product_on_tiles<F32, false, true, true>;
+    (rows > 16 ? two_tiles : one_tile)({op.x.row(row), op.x.row_bytes}, {w.block(block), 4 * kBlock, w.block_bytes},
+                                       blocks, w.words() / 16, scratch.sums, kSumsStride, ahead);
 }
 
 }  // namespace octavo::OCTAVO_ISA

@@ -43,37 +43,40 @@ OCTAVO_INLINE void merge(Sums part, int64_t dim, Sums sums) {
     *sums.maximum = *high.maximum;
 }
 
-// Online softmax of one query over one block, step 1 of 2: raise the maximum to the block's highest score, and rescale
-// the sums to it. Positions of the block outside begin:end get a score of -inf, whatever they hold. `scales`: of K, or
-// null.
-OCTAVO_INLINE void raise_maximum(float* scores, const float* scales, int64_t begin, int64_t end, int64_t dim,
-                                 Sums sums) {
-    F32 highest = splat(*sums.maximum);
-    const bool partial = begin > 0 || end < kSpan;
-    OCTAVO_UNROLL for (int i = 0; i < kSpan; i += kLanes) {
-        F32 score = load(scores + i);
-        if (scales) score = score * load(scales + i);
-        if (partial) score = select(in_range(i, begin, end), score, splat(-__builtin_inff()));
-        if (scales || partial) store(scores + i, score);
-        highest = max(highest, score);
-    }
-    const float top = maximum(highest);
-    if (top <= *sums.maximum + kHeadroom) return;
+// sums = the same sums, relative to a higher maximum.
+OCTAVO_INLINE void raise_maximum(float top, int64_t dim, Sums sums) {
     const F32 factor = exp2(splat(*sums.maximum - top));
     for (int64_t i = 0; i < dim + kBlock; i += kLanes) store(sums.values + i, load(sums.values + i) * factor);
     *sums.maximum = top;
 }
 
-// Step 2: weight[i] = 2^(score[i] - maximum) is added to the sums of weights; shares[i] = weight[i], times the scale of
-// V[i] if it has one.
-OCTAVO_INLINE void weigh(const float* scores, const float* scales, Sums sums, bf16* shares) {
+// The scales of K and of V in a block, or null.
+struct Scales {
+    const float *k, *v;
+};
+
+// Online softmax of one query over one block: weight[i] = 2^(score[i] - maximum) is added to the sums of weights, and
+// shares[i] = weight[i], times the scale of V[i] if it has one. Positions of the block outside begin:end weigh 0,
+// whatever they hold.
+OCTAVO_INLINE void weigh(const float* scores, Scales scales, int64_t begin, int64_t end, int64_t dim, Sums sums,
+                         bf16* shares) {
+    constexpr int kCount = kSpan / kLanes;
+    F32 score[kCount], highest = splat(-__builtin_inff());
+    const bool partial = begin > 0 || end < kSpan;
+    OCTAVO_UNROLL for (int j = 0; j < kCount; j++) {
+        score[j] = load(scores + j * kLanes);
+        if (scales.k) score[j] = score[j] * load(scales.k + j * kLanes);
+        if (partial) score[j] = select(in_range(j * kLanes, begin, end), score[j], splat(-__builtin_inff()));
+        highest = max(highest, score[j]);
+    }
+    if (any_above(highest, *sums.maximum + kHeadroom)) raise_maximum(maximum(highest), dim, sums);
     F32 total = load(sums.weights);
     const F32 top = splat(*sums.maximum);
-    OCTAVO_UNROLL for (int i = 0; i < kSpan; i += 2 * kLanes) {
-        F32 a = exp2_or_zero(load(scores + i) - top), b = exp2_or_zero(load(scores + i + kLanes) - top);
+    OCTAVO_UNROLL for (int j = 0; j < kCount; j += 2) {
+        F32 a = exp2_or_zero(score[j] - top), b = exp2_or_zero(score[j + 1] - top);
         total = total + (a + b);
-        if (scales) a = a * load(scales + i), b = b * load(scales + i + kLanes);
-        store_bf16(shares + i, a, b);
+        if (scales.v) a = a * load(scales.v + j * kLanes), b = b * load(scales.v + (j + 1) * kLanes);
+        store_bf16(shares + j * kLanes, a, b);
     }
     store(sums.weights, total);
 }
@@ -164,37 +167,45 @@ struct Queries {
     OCTAVO_INLINE static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 };
 
-// As product. AMX tiles sum in another order than vectors, so they are used for every number of rows, or (if the sum is
-// not over whole tiles) for none.
-OCTAVO_INLINE void attention_product(Rows a, int64_t rows, Columns b, int64_t blocks, int64_t words, bool add, float* c,
+// The products of attention: c = a * b, or c += a * b if kAdd. AMX tiles sum in another order than vectors, so they
+// are used for every number of rows, or (if k is not whole tiles) for none.
+template <bool kAdd>
+OCTAVO_INLINE void attention_product(Rows a, int64_t rows, Columns b, int64_t blocks, int64_t words, float* c,
                                      int64_t c_stride, Ahead ahead) {
 #ifdef OCTAVO_AMX
-    if (words % 16 == 0) return product_on_tiles<F32>(a, rows, b, blocks, words, add, c, c_stride, ahead);
+    if (words % 16 == 0) return exact_product<kAdd>(a, rows, b, blocks, words, c, c_stride, ahead);
 #endif
-    product<F32>(a, rows, b, blocks, words, add, c, c_stride, ahead);
+    product<F32>(a, rows, b, blocks, words, kAdd, c, c_stride, ahead);
 }
+
+#ifndef OCTAVO_AMX
+OCTAVO_INLINE void set_last_rows(int64_t) {}
+#endif
 
 // Compute the sums of all queries over one part. `next`: the thread's next tile, or `q` itself if there is none.
 void attend_part(const Queries& q, int64_t part, const Queries& next, Scratch& scratch, float* sums) {
     const int64_t dim = q.dim, group = q.group, stride = q.step.shape->sums_stride();
     for (int64_t i = 0; i < q.count(); i++) clear(q.sums(sums, i), dim);
+    int64_t last_rows = 0;
     for (int64_t block = q.part_begin(part); block < q.part_end(part); block++) {
         const int64_t start = block * kSpan, from = q.from(start), to = q.to(start, kSpan), count = (to - from) * group;
         const Block here = q.block(block), ahead = q.ahead_of(block, next);
+        if (count % 16 != last_rows) set_last_rows(last_rows = count % 16);
         const Operand k = operand(here.k, *q.step.shape, scratch.kv);
-        attention_product({scratch.queries + from * group * dim, dim * 2}, count, {k.values, kSpan * 4, kBlock * 4},
-                          kSpan / kBlock, dim / 2, false, scratch.scores, kSpan, ahead.k_memory);
+        attention_product<false>({scratch.queries + from * group * dim, dim * 2}, count,
+                                 {k.values, kSpan * 4, kBlock * 4}, kSpan / kBlock, dim / 2, scratch.scores, kSpan,
+                                 ahead.k_memory);
+        const Operand v = operand(here.v, *q.step.shape, scratch.kv);
         for (int64_t r = from, i = 0; r < to; r++) {
             const int64_t begin = first_seen(q.first + r, q.op.window) - start, end = q.first + r + 1 - start;
             for (int64_t g = 0; g < group; g++, i++)
-                raise_maximum(scratch.scores + i * kSpan, k.scales, begin, end, dim, q.sums(sums, r * group + g));
+                weigh(scratch.scores + i * kSpan, {k.scales, v.scales}, begin, end, dim, q.sums(sums, r * group + g),
+                      scratch.shares + i * kSpan);
         }
-        const Operand v = operand(here.v, *q.step.shape, scratch.kv);
-        for (int64_t i = 0; i < count; i++)
-            weigh(scratch.scores + i * kSpan, v.scales, q.sums(sums, from * group + i), scratch.shares + i * kSpan);
-        attention_product({scratch.shares, kSpan * 2}, count, {v.values, dim * 4, kBlock * 4}, dim / kBlock, kSpan / 2,
-                          true, sums + from * group * stride, stride, ahead.v_memory);
+        attention_product<true>({scratch.shares, kSpan * 2}, count, {v.values, dim * 4, kBlock * 4}, dim / kBlock,
+                                kSpan / 2, sums + from * group * stride, stride, ahead.v_memory);
     }
+    if (last_rows) set_last_rows(0);
 }
 
 OCTAVO_INLINE void merge_part(const Queries& q, int64_t part, float* part_sums, float* sums) {

@@ -118,6 +118,17 @@ OCTAVO_INLINE float maximum(F32 v) {
 #endif
 }
 
+// Whether any lane is greater than `limit`.
+OCTAVO_INLINE bool any_above(F32 v, float limit) {
+#if defined(OCTAVO_AVX512)
+    return _mm512_cmp_ps_mask((__m512)v, (__m512)splat(limit), _CMP_GT_OQ) != 0;
+#elif defined(OCTAVO_AVX2)
+    return _mm256_movemask_ps(_mm256_cmp_ps((__m256)v, (__m256)splat(limit), _CMP_GT_OQ)) != 0;
+#else
+    return maximum(v) > limit;
+#endif
+}
+
 OCTAVO_INLINE int32_t maximum(I32 v) {
 #ifdef OCTAVO_AVX512
     return _mm512_reduce_max_epi32((__m512i)v);

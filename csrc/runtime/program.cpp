@@ -312,7 +312,8 @@ void Program::run(const Batch& batch, const Pooling& pooling, const Work& finish
     prepare(batch, pooling);
     finish_row_ = &finish_row;
     const bool profiled = !seconds_.empty();
-    Clock::time_point since;
+    const int sampling = int(instructions_.size()) - 1;
+    Clock::time_point since, sampling_began;
     pool_.run([&](int thread) {
         const bool timing = profiled && thread == 0;
         kernels_.start_thread();
@@ -320,11 +321,13 @@ void Program::run(const Batch& batch, const Pooling& pooling, const Work& finish
         for (int i = 0; i < int(instructions_.size()); i++) {
             if (i > 0 && plans_[i].tiles) pool_.barrier();
             if (timing && i > 0) seconds_[i - 1] += lap(since);
+            if (thread == 0 && i == sampling) sampling_began = Clock::now();
             run_tiles(i, thread);
         }
         kernels_.stop_thread();
     });
     if (profiled) seconds_.back() += lap(since);
+    sampling_seconds_ += lap(sampling_began);
 }
 
 LinearWeights Program::linears(bool head) const {
@@ -353,7 +356,7 @@ std::map<std::string, double> Program::times() const {
 
 double Program::sampling_seconds() const {
     const std::lock_guard not_in_a_step(running_);
-    return seconds_.empty() ? 0.0 : seconds_.back();
+    return sampling_seconds_;
 }
 
 void Program::step(const Batch& batch, const SamplingBatch& sampling, const Pooling& pooling, const Sampled& result) {

@@ -104,7 +104,7 @@ public:
     Ceilings ceilings() { return measure_ceilings(kernels_, pool_); }
     void profile(bool on);                        // start measuring from zero, or stop
     std::map<std::string, double> times() const;  // seconds by kind of instruction; "head" is the last linear
-    double sampling_seconds() const;              // those of "sample", without the cost of a map
+    double sampling_seconds() const;              // those of "sample" since the start, measured in every step
 
 private:
     struct Vector {
@@ -164,6 +164,7 @@ private:
     float* rotary_ = nullptr;
 
     std::vector<double> seconds_;  // of each instruction since profile(true); empty if profiling is off
+    double sampling_seconds_ = 0;
 
     // State of the step that is running.
     mutable std::mutex running_;

@@ -5,7 +5,7 @@ import dataclasses
 from collections.abc import AsyncGenerator, Callable, Generator, Sequence
 from contextlib import aclosing
 from pathlib import Path
-from typing import Any, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
 from .config import EngineConfig
 from .engine.messages import EngineInfo, EngineStats
@@ -45,6 +45,9 @@ from .params import BeamSearchParams, PoolingParams, SamplingParams, Terms
 from .states import KVState, StateBook
 from .text import Tokenizer
 from .weights import generation_defaults, resolve
+
+if TYPE_CHECKING:
+    from opentelemetry.trace import Tracer
 
 STATS_PATIENCE = 1.0  # seconds to wait for the engine's statistics
 
@@ -483,6 +486,12 @@ class AsyncLLM:
     def set_meter(self, meter: Meter) -> None:
         """Measure all requests with `meter` from now on."""
         self._frontend.meter = meter
+
+    def set_tracer(self, tracer: "Tracer") -> None:
+        """Make OpenTelemetry spans of all requests from now on."""
+        from .frontend.request_spans import RequestSpans  # imported late, with OpenTelemetry
+
+        self._frontend.watch(RequestSpans(tracer, self.config.model_name))
 
     async def get_tokenizer(self) -> Tokenizer:
         """Return the model's tokenizer."""

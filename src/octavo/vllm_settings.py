@@ -161,6 +161,8 @@ _VALUES: dict[str, Alias] = {
     "max_long_partial_prefills": _ignored("max_batch_tokens bounds a step"),
     "long_prefill_token_threshold": _ignored("max_batch_tokens bounds a step"),
     "prefix_caching_hash_algo": _ignored("there is one"),
+    "otlp_traces_endpoint": _same("otlp_endpoint"),
+    "collect_detailed_traces": _ignored("trace has the times of steps"),
     "uvicorn_log_level": _ignored(_LOGGING),
     "max_log_len": _ignored(_LOGGING),
     "task": _ignored("models generate text"),

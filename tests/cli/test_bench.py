@@ -13,6 +13,7 @@ from typing import Any
 import httpx
 import pytest
 
+import trace_format
 from command_line import OCTAVO
 from octavo.bench.engine import random_prompts
 from octavo.bench.http import Endpoint, measure, send
@@ -61,12 +62,15 @@ def check_figures(report: dict[str, Any], requests: int, input_tokens: int, outp
 
 def test_throughput(tiny_llama: Path, tmp_path: Path) -> None:
     shape = ("--num-prompts", 6, "--input-len", 40, "--output-len", 5)
-    report = bench(tmp_path, "throughput", tiny_llama, *shape, "--repeat", 3, "--threads", 1)
+    trace = tmp_path / "trace.json"
+    report = bench(tmp_path, "throughput", tiny_llama, *shape, "--repeat", 3, "--threads", 1, "--trace", trace)
     check_figures(report, requests=6, input_tokens=240, output_tokens=30)
     assert report["output_tokens_per_second"] == sorted(report["repeats"])[1]
     assert 0 < report["python_share"] < 1
     assert report["settings"]["engine"]["threads"] == 1
     assert report["settings"]["engine"]["enable_prefix_caching"] is False
+    steps = [event["args"] for event in trace_format.parse(trace.read_text()) if event["name"] == "step"]
+    assert sum(step["prefill_tokens"] for step in steps) >= 3 * 240
 
 
 def test_latency(tiny_llama: Path, tmp_path: Path) -> None:

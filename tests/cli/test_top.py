@@ -34,11 +34,20 @@ def server(tiny_llama: Path) -> Iterator[ServerProcess]:
 
 
 def test_one_frame(server: ServerProcess) -> None:
-    with httpx.stream("POST", f"{server.url}/v1/completions", json=ENDLESS, timeout=60) as running:
+    tenant = {"x-octavo-tenant": "alice"}
+    with httpx.stream("POST", f"{server.url}/v1/completions", json=ENDLESS, headers=tenant, timeout=60) as running:
         assert running.status_code == 200
         shown = answer("top", "--once", "--url", server.url)
     queue = r"[1-9]\d* of 10,000 waiting, [1-9]\d* for a fork's prefill"
-    for text in ("tiny · fcfs", " 2 of 2 running", queue, "0 refused · 0 timed out", "[12] decode · ", "of 64 rows"):
+    for text in (
+        "tiny · fcfs",
+        " 2 of 2 running",
+        queue,
+        "0 refused · 0 timed out",
+        "[12] decode · ",
+        r"tenants +alice [1-9]",
+        "of 64 rows",
+    ):
         assert re.search(text, shown), shown
     rates = shown[shown.index("steps") : shown.index("prefixes")]
     assert "–" not in rates and " 0 /s" not in rates
@@ -81,13 +90,17 @@ def test_in_a_terminal(server: ServerProcess, end: str) -> None:
         terminal.close()
 
 
-def test_a_server_that_goes_away(tiny_llama: Path) -> None:
+def test_a_server_that_goes_away_and_comes_back(tiny_llama: Path) -> None:
     with ServerProcess(tiny_llama) as server:
         terminal = Terminal("top", "--url", server.url)
         try:
             terminal.wait_for("octavo top")
             server.signal(signal.SIGTERM)
             terminal.wait_for("no server answers")
+            server.wait_until_closed()
+            with ServerProcess(tiny_llama, "--port", str(server.address[1])):
+                terminal.type("x")
+                terminal.wait_for(r"0 /s of –")
             terminal.type("q")
             assert terminal.process.wait(timeout=20) == 0
         finally:

@@ -308,8 +308,8 @@ def _inject(site: Site) -> int:
                 count += 1
         site.raw(None, "/v1/models", f"Authorization: Bearer {value}")
         count += 1
-    for target in (f"/{_encoded(NASTY)}", f"/v1/files/{_encoded(NASTY)}", f"/v1/models/{_encoded(NASTY)}"):
-        status, _, headers = site.raw("bob", f"{target}?a={_encoded(NASTY)}")
+    for start, text in itertools.product(("/", "/v1/files/", "/v1/models/"), (NASTY, "\x1b[2J", "a\r\nb", "\u202e")):
+        status, _, headers = site.raw("bob", f"{start}{_encoded(text)}?a={_encoded(text)}")
         assert status == 404 and not any(field.lower() == "x-injected" for field, _ in headers)
         count += 1
     for body in ({"model": NASTY}, {"user": NASTY}, {"metadata": {"a": NASTY}}, {NASTY: 1}, {"tenant": NASTY}):

@@ -23,6 +23,7 @@ LIMITS: dict[str, dict[str, Any]] = {
     "counted": {"tokens_per_minute": 1_000_000, "tenant": "counted"},
     "heavy": {"tokens_per_minute": 300, "requests_per_minute": 1000, "weight": 3.0},
     "rare": {"requests_per_minute": 15},
+    "short": {"max_new_tokens": 6},
 }
 
 
@@ -157,6 +158,16 @@ def test_a_budget_of_tokens_for_the_month(one: Limited) -> None:
     with pytest.raises(openai.RateLimitError) as error:
         client.completions.create(model="tiny", prompt="Hello", max_tokens=40)
     assert (error.value.code, error.value.type) == ("insufficient_quota", "insufficient_quota")
+
+
+def test_a_key_limits_the_length_of_completions(one: Limited) -> None:
+    hello = [{"role": "user", "content": "Hello"}]
+    for more in ({}, {"max_tokens": 100}, {"max_tokens": 100, "min_tokens": 50}, {"max_tokens": 4}):
+        reply = one.send("short", "/v1/chat/completions", {"messages": hello, "ignore_eos": True, **more}).json()
+        expected = min(6, more.get("max_tokens", 6))
+        assert reply["usage"]["completion_tokens"] == expected and reply["choices"][0]["finish_reason"] == "length"
+    beams = one.complete("short", 100, use_beam_search=True, n=2).json()["usage"]
+    assert beams["completion_tokens"] == 12
 
 
 def test_a_restart_keeps_what_was_used(tiny_llama: Path, keys: tuple[Path, dict[str, str]], tmp_path: Path) -> None:

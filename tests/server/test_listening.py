@@ -1,5 +1,6 @@
 """Where a real server listens: TLS and its certificates, Unix sockets, and the names that it answers to."""
 
+import asyncio
 import contextlib
 import http.client
 import json
@@ -20,8 +21,12 @@ import pytest
 
 from octavo.errors import ConfigError
 from octavo.server.config import ServerConfig
+from octavo.server.edge.access_log import AccessLog
 from octavo.server.edge.certificates import Certificates
 from octavo.server.edge.hosts import host_check
+from octavo.server.edge.http_protocol import Edge
+from octavo.server.edge.limits import ConnectionLimit
+from octavo.server.edge.tls import TlsListener
 from octavo.server.errors import ApiError
 from octavo.server.listeners import unix_listener
 from server_process import ServerProcess
@@ -107,6 +112,16 @@ def test_answers_and_streams_come_over_tls(secured: Secured) -> None:
 
 
 @needs_openssl
+def test_the_request_of_a_client_that_leaves_ends(secured: Secured) -> None:
+    content = json.dumps(BODY | {"max_tokens": 480, "n": 128}).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nContent-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
+    with socket.create_connection(secured.server.address, timeout=10) as raw:
+        trusting(secured.pair).wrap_socket(raw, server_hostname="localhost").sendall(head.encode() + content)
+    with httpx.Client(base_url=secured.server.url, verify=trusting(secured.pair), timeout=30) as http:
+        until(lambda: http.get("/get_load").json()[0]["num_reqs"] == 0)
+
+
+@needs_openssl
 def test_a_client_may_show_a_certificate_but_not_a_wrong_one(secured: Secured) -> None:
     right, wrong = trusting(secured.pair, secured.client), trusting(secured.pair, secured.other)
     assert httpx.get(f"{secured.server.url}/health", verify=right).status_code == 200
@@ -138,6 +153,29 @@ def test_slow_handshakes_end_and_keep_nobody_out(secured: Secured) -> None:
             assert each.recv(100) == b""
         each.close()
     assert time.monotonic() - began < 8
+
+
+@needs_openssl
+def test_handshakes_count_as_idle_connections(tmp_path: Path) -> None:
+    pair = issue(tmp_path, "localhost")
+    config = ServerConfig(ssl_certfile=str(pair.certificate), ssl_keyfile=str(pair.key), header_timeout=60)
+    edge = Edge(config, ConnectionLimit(4), AccessLog("none", None))
+
+    async def main() -> None:
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            accepting = TlsListener(listener, Certificates(config), asyncio.Protocol, edge)
+            slow = [await asyncio.open_connection(*listener.getsockname()) for _ in range(6)]
+            async with asyncio.timeout(20):
+                assert [await reader.read() for reader, _ in slow[:2]] == [b"", b""]
+            assert not any(reader.at_eof() for reader, _ in slow[2:])
+            edge.connections.close_idle()
+            async with asyncio.timeout(20):
+                assert [await reader.read() for reader, _ in slow[2:]] == [b""] * 4
+            accepting.close()
+            for _, writer in slow:
+                writer.close()
+
+    asyncio.run(main())
 
 
 @needs_openssl

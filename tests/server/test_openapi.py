@@ -191,14 +191,14 @@ class Page(HTMLParser):
 
 
 def test_the_page_needs_nothing_from_elsewhere(described: httpx.Client, document: dict[str, Any]) -> None:
-    reply = described.get("/docs", headers={"Host": "octavo.example:80"})
+    reply = described.get("/docs", headers={"Host": "octavo.localhost:80"})
     page = Page(reply.text)
     assert page.scripts == 0 and "default-src 'none'" in reply.headers["content-security-policy"]
     assert all(link.startswith("#") or link == "openapi.json" for link in page.links)
     assert {link[1:] for link in page.links if link.startswith("#")} <= page.anchors
     for path, method, operation in operations(document):
         assert f"{method.upper()} {path}" in reply.text and operation["operationId"] in page.anchors
-    assert any("http://octavo.example" in command for command in page.commands)
+    assert any("http://octavo.localhost" in command for command in page.commands)
 
 
 def test_commands_of_the_page_work_in_a_shell(described: httpx.Client) -> None:

@@ -1,6 +1,7 @@
 """--trace: the file of a real server, checked against what its clients saw; octavo trace on it; damaged files."""
 
 import asyncio
+import itertools
 import json
 import os
 import signal
@@ -11,7 +12,9 @@ from typing import Any
 
 import httpx
 import pytest
+from tests.support import trace_format
 from tests.support.command_line import answer, complaint
+from tests.support.fleet_server import FleetServer, until
 from tests.support.server_process import ServerProcess
 
 from octavo import LLM, SamplingParams
@@ -21,6 +24,7 @@ from octavo.tracing.file import TraceFile
 from octavo.tracing.reading import read_trace
 
 STREAMS, TOKENS, LEN = 8, 120, 64
+ENDLESS = {"model": "two", "prompt": "Once", "max_tokens": 400, "ignore_eos": True, "stream": True, "n": 128}
 Event = dict[str, Any]
 
 
@@ -72,7 +76,7 @@ def traced(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Traced
     flags = ("--kv-cache-memory", "400KiB", "--kv-disk", str(folder / "pages"), "--max-batch-tokens", "48")
     with ServerProcess(tiny_llama, "--trace", str(path), *flags) as server:
         tokens, killed = asyncio.run(disturbed_streams(server))
-    events = json.loads(path.read_text() + "]")  # the format permits to leave out the bracket
+    events = trace_format.parse(path.read_text())
     return Traced(path, events, tokens, killed)
 
 
@@ -105,24 +109,15 @@ def test_a_prompt_is_computed_in_chunks(traced: Traced) -> None:
         assert computed in (LEN, LEN - 1)  # if one token is left, it is a decode row
 
 
-def test_slices_of_a_thread_nest_and_steps_do_not_overlap(traced: Traced) -> None:
+def test_steps_of_a_thread_do_not_overlap(traced: Traced) -> None:
     threads: dict[tuple[int, int], list[Event]] = defaultdict(list)
     for event in traced.events:
-        if event["ph"] == "X":
+        if event["name"] in ("step", "wait for requests"):
             threads[event["pid"], event["tid"]].append(event)
-    steps = 0
+    assert sum(event["name"] == "step" for event in traced.events) > TOKENS
     for slices in threads.values():
-        slices.sort(key=lambda event: (event["ts"], -event["dur"]))
-        open_ends: list[int] = []
-        for event in slices:
-            while open_ends and open_ends[-1] <= event["ts"]:
-                open_ends.pop()
-            end = event["ts"] + event["dur"]
-            assert not open_ends or end <= open_ends[-1]
-            assert event["name"] not in ("step", "wait for requests") or not open_ends
-            open_ends.append(end)
-            steps += event["name"] == "step"
-    assert steps > TOKENS
+        slices.sort(key=lambda event: event["ts"])
+        assert all(one["ts"] + one["dur"] <= next["ts"] for one, next in itertools.pairwise(slices))
 
 
 def test_tokens_of_steps(traced: Traced) -> None:
@@ -152,6 +147,40 @@ def test_a_killed_engine_and_preemptions_are_visible(traced: Traced) -> None:
     assert {threads[event["tid"]] for event in saved} == {"KV transfers"}
 
 
+def test_a_fleet_whose_server_is_killed(tiny_llama: Path, tmp_path: Path) -> None:
+    """Two models, one with two engines of which one is killed, and one that is swapped, while requests go on."""
+    path, model = tmp_path / "trace.json", str(tiny_llama)
+    description = {"models": {"two": {"model": model, "data_parallel_size": 2}, "one": {"model": model}}}
+    server = FleetServer(tmp_path / "fleet", description, "--trace", str(path))
+    try:
+        server.__enter__()
+        for name in ("one", "two", "two"):
+            server.complete(name).raise_for_status()
+        os.kill(killed := server.engine_pid(), signal.SIGKILL)
+        server.change("swap", "one", model=model).raise_for_status()
+        server.complete("one", max_tokens=30).raise_for_status()
+        running = server.http.build_request("POST", "/v1/completions", json=ENDLESS)
+        stream = server.http.send(running, stream=True)
+        lines = stream.iter_lines()  # kept, as the request ends with it
+        until(lambda: [path.read_text().count(event) for event in ('"first token"', '"ph":"e"')] == [6, 5])
+        assert next(lines)
+    finally:
+        server.process.kill()
+        server.process.wait()
+        server.http.close()
+    events = trace_format.parse(path.read_text(), is_complete=False)
+    [ended] = [event for event in events if event["name"] == "engine ended"]
+    assert ended["args"]["engine_pid"] == killed
+    trace = read_trace(path, 9)
+    assert (trace.num_requests, trace.num_unfinished, trace.damaged) == (
+        6,
+        1,
+        0,
+    )  # with the one that warms the new model up
+    assert sorted((engine.model, engine.number) for engine in trace.engines)[:2] == [("one", 0), ("one", 0)]
+    assert {(engine.model, engine.number) for engine in trace.engines} == {("one", 0), ("two", 0), ("two", 1)}
+
+
 def test_octavo_trace(traced: Traced) -> None:
     text = answer("trace", traced.path, COLUMNS="200")
     preemptions = sum(event["name"] == "preempted" for event in traced.events)
@@ -162,8 +191,8 @@ def test_octavo_trace(traced: Traced) -> None:
     assert f"{STREAMS} requests, 0 unfinished" in text
     for part in ("prefill", "decode", "swap", "sampling", "host", "idle"):
         assert part in text
-    trace = read_trace(traced.path)
-    assert sum(life.count("preempted") for life in trace.requests) == preemptions > 0
+    trace = read_trace(traced.path, STREAMS)
+    assert sum(life.counts["preempted"] for life in trace.requests) == preemptions > 0
     assert any(life.parts["preempted"] > 0 for life in trace.requests)
     for engine in trace.engines:
         assert engine.parts.total() == engine.end - engine.begin
@@ -202,9 +231,9 @@ def test_python_api(tiny_llama: Path, tmp_path: Path) -> None:
     llm = LLM(str(tiny_llama), trace=str(path), kv_cache_memory="1MiB")
     [output] = llm.generate([[5, 6, 7]], SamplingParams(n=2, max_tokens=4, ignore_eos=True), use_tqdm=False)
     llm.shutdown()
-    [life] = read_trace(path).requests
+    [life] = read_trace(path, 2).requests
     assert (life.id, life.output_tokens, life.prompt_tokens) == (output.request_id, 8, 3)
-    assert life.count("admitted") == 2
+    assert life.counts["admitted"] == 2
 
 
 def test_a_full_queue_drops_events_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,7 +249,7 @@ def test_a_full_queue_drops_events_and_says_so(tmp_path: Path, monkeypatch: pyte
     events = json.loads(path.read_text() + "]")
     kept = sum(each["name"] == "x" for each in events)
     assert kept < written
-    assert read_trace(path).dropped == written - kept
+    assert read_trace(path, 0).dropped == written - kept
 
 
 def test_a_file_is_continued_by_the_process_that_began_it(tmp_path: Path) -> None:

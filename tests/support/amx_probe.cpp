@@ -102,10 +102,7 @@ int states() {
     if (stored != zeros) return puts("ldtilecfg left something in a tile"), 1;
     asm volatile("tileloaddt1 (%0,%1,1), %%tmm0" ::"r"(ones.data()), "r"(int64_t{64}) : "memory");
     std::thread([] {
-        Config other;
-        asm volatile("sttilecfg %0" : "=m"(other)::"memory");
-        if (other.palette != 0) _exit(2);
-        other = {};
+        Config other;  // the one that Linux gives to a new thread is not specified
         other.tile(0, 1, 4);
         configure(other);
         asm volatile("tilezero %tmm0");
@@ -135,7 +132,7 @@ int violation(const std::string& name) {
     if (name == "ninth tile") config.tile(8, 1, 4);
     if (name != "unconfigured") configure(config);
     if (name == "released") asm volatile("tilerelease");
-    if (name == "unconfigured" || name == "released") asm volatile("tilezero %tmm0");
+    if (name == "unconfigured" || name == "released" || name == "no permission") asm volatile("tilezero %tmm0");
     if (name == "unused tile") load_6(memory, 64);
     if (name == "same tile") asm volatile(".byte 0xc4, 0xe2, 0x72, 0x5c, 0xc1");  // tdpbf16ps tmm0, tmm1, tmm1
     if (name == "other rows") asm volatile("tdpbf16ps %tmm2, %tmm3, %tmm0");

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Backend
@@ -16,6 +16,7 @@ from octavo.errors import InvalidRequest, PromptTooLong
 from octavo.text import Tokenizer, tokenizer
 from octavo.text.gguf_vocabulary import WORD_REGEXES
 from octavo.text.offload import off_loop
+from octavo.text.tokenizer import PIECE
 from tiny_models import real_text
 
 SAMPLES = [
@@ -152,10 +153,12 @@ def test_pieces_have_the_tokens_of_the_whole(name: str, monkeypatch: pytest.Monk
 
     @settings(max_examples=150, deadline=None)
     @given(TEXTS)
+    @example("one two three four")
     def check(text: str) -> None:
         nonlocal pieces
         pieces = max(pieces, len(list(ours._pieces(text))))
         assert ours.encode(text) == whole.encode(text).ids
+        assert ours.encode(text, owner="tenant") == ours.encode(text, owner="tenant") == whole.encode(text).ids
         assert ours.encode(text, add_special_tokens=False) == whole.encode(text, add_special_tokens=False).ids
 
     check()
@@ -204,3 +207,15 @@ def test_truncation_and_padding_of_the_file_are_ignored(tmp_path: Path) -> None:
     backend.save(str(tmp_path / "tokenizer.json"))
     assert json.loads((tmp_path / "tokenizer.json").read_text())["truncation"]
     assert Tokenizer.load(tmp_path).encode("hello world") == expected
+
+
+def test_beginnings_are_remembered_for_their_owner() -> None:
+    ours, text = Tokenizer(byte_level()), real_text()[:20_000]
+    encoded: list[str] = []
+    encode = ours._encode
+    ours._encode = lambda piece: encoded.append(piece) or encode(piece)  # type: ignore[method-assign]
+    expected = ours.encode(text)
+    for owner, again in [("a", False), ("a", True), ("b", False), (None, False), (None, False)]:
+        encoded.clear()
+        assert ours.encode(text + " and more", owner=owner)[: len(expected)] == expected
+        assert sum(map(len, encoded)) <= 2 * PIECE if again else "".join(encoded) == text + " and more"

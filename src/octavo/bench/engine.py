@@ -108,7 +108,7 @@ def run_batch(
         outputs = engine.step()
         now = time.perf_counter()
         if trace is not None and engine.trace is not None:
-            trace.write(engine.trace.take())
+            trace.write_records(engine.trace.take())
         for output in outputs:
             if output.finish_reason == "error":
                 raise OctavoError(f"a request failed in the engine: {output.message}")

@@ -41,6 +41,7 @@ def add(
     monthly_tokens: Annotated[
         int | None, typer.Option(help="Tokens of prompts and answers in a calendar month (UTC).")
     ] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Tokens that a completion may have.")] = None,
     concurrent_requests: Annotated[int | None, typer.Option(help="Requests at the same time.")] = None,
     weight: Annotated[
         float | None, typer.Option(help="Share of the machine relative to others, under --scheduling-policy fair.")
@@ -70,6 +71,7 @@ def add(
         requests_per_minute=requests_per_minute,
         tokens_per_minute=tokens_per_minute,
         monthly_tokens=monthly_tokens,
+        max_new_tokens=max_new_tokens,
         concurrent_requests=concurrent_requests,
         weight=weight,
         models=model or None,

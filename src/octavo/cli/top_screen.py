@@ -60,6 +60,7 @@ def frame(now: ServerStats, before: ServerStats | None, model: str | None = None
     for name, text in (
         ("requests", _requests(look)),
         ("queue", _queue(look)),
+        ("tenants", _tenants(look.frontend)),
         ("so far", _so_far(look)),
         ("batch", _batch(look)),
         ("steps", _steps(rates)),
@@ -68,7 +69,8 @@ def frame(now: ServerStats, before: ServerStats | None, model: str | None = None
         ("pages", _pages(look.engine)),
         ("swapped", _swapped(look.engine, rates)),
     ):
-        rows.add_row(name, text)
+        if text:
+            rows.add_row(name, text)
     return Group(title, Text(), *parts, rows, Text(), _page_map(look.engine.page_map), _legend())
 
 
@@ -171,6 +173,14 @@ def _queue(now: _Look) -> Text:
         f" {engine.waiting:,} of {most:,} waiting",
         *(f", {number:,} {why}" for why, number in of_those if number),
     )
+
+
+def _tenants(frontend: FrontendStats) -> Text:
+    """Return the completions that run or wait by tenant, the most first; nothing if requests name no tenants."""
+    if not any(frontend.tenants):
+        return Text()
+    counts = [f"{printable(name or '(none)', lines=False)} {count:,}" for name, count in frontend.tenants.items()]
+    return Text(" · ".join(counts))
 
 
 def _so_far(now: _Look) -> Text:

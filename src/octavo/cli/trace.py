@@ -21,4 +21,4 @@ def trace(
     from octavo.tracing.reading import read_trace
     from octavo.tracing.report import print_report
 
-    print_report(read_trace(file), requests)
+    print_report(read_trace(file, requests))

@@ -16,7 +16,9 @@ from octavo.kv import KVCache, Prefix, Transfers, root_key
 from octavo.kv.page_map import page_map
 from octavo.states.file import StateFile
 from octavo.states.jobs import StateFiles
-from octavo.tracing.engine import IDLE, EngineTrace, StepTimes
+from octavo.tracing.engine import EngineTrace
+from octavo.tracing.records import IDLE
+from octavo.tracing.request_events import CHUNK, RequestEvents
 
 from .batch import BatchBuilder
 from .constraints import Constraints
@@ -67,7 +69,10 @@ class Engine:
         work: the record of the engine's current work.
         clock: returns monotonic time in seconds; a simulation passes a virtual clock.
         constraints: follows the grammars of structured outputs; without it, such requests fail.
-        trace: takes the events of steps and requests (docs/tracing.md).
+        trace: takes the times of steps (docs/tracing.md).
+
+    Attributes:
+        request_events: what has happened to the requests that are traced.
     """
 
     def __init__(
@@ -91,6 +96,7 @@ class Engine:
         trace: EngineTrace | None = None,
     ):
         self.backend, self.fingerprint, self.clock, self.trace = backend, fingerprint, clock, trace
+        self.request_events = RequestEvents()
         self._transfers = transfers or Transfers(backend, ())
         copy_page = backend.copy_page if trace is None else trace.copying(backend.copy_page)
         self.kv = KVCache(num_pages, backend.page_size, prefix_caching, copy_page, self._transfers)
@@ -102,7 +108,7 @@ class Engine:
             max_batch_size,
             max_batch_tokens,
             self._fail,
-            trace,
+            self.request_events,
         )
         self.max_model_len = min(max_model_len, num_pages * backend.page_size)
         max_pages = self.kv.pages_for(self.max_model_len)
@@ -278,6 +284,9 @@ class Engine:
             if seconds > self.slowest_step[0]:
                 self.slowest_step = (seconds, rows)
             self.scheduler.recovery.record_step(rows, self.clock() - before)
+            for seq, chunk in zip(prompts, plan.chunks[plan.num_decoding :], strict=True):
+                if seq.request.is_traced:
+                    self.request_events.add(seq.id, CHUNK, chunk)
             outputs += self._advance(plan, result)
             self._steps += 1
             self._step_tokens[bisect_left(STEP_TOKENS, rows)] += 1
@@ -285,7 +294,9 @@ class Engine:
             self._last_step = ended - started
             self._step_seconds += self._last_step
             if self.trace is not None:
-                self._trace_step(self.trace, plan, StepTimes(collecting, scheduling, computing, emitting, ended))
+                decode, drafts = plan.num_decoding, sum(map(len, plan.drafts.values())) if plan.drafts else 0
+                counts = (sum(plan.chunks[decode:]), decode, drafts)
+                self.trace.step(collecting, scheduling, computing, emitting, ended, counts)
         elif not outputs:
             self._wait()
         return outputs
@@ -299,12 +310,6 @@ class Engine:
             self.kv.wait(MAX_IDLE)
         if self.trace is not None:
             self.trace.slice("wait for transfers or grammars", IDLE, began)
-
-    def _trace_step(self, trace: EngineTrace, plan: StepPlan, times: StepTimes) -> None:
-        decode, drafts = plan.num_decoding, sum(map(len, plan.drafts.values())) if plan.drafts else 0
-        trace.step(times, sum(plan.chunks[decode:]), decode, drafts)
-        for seq, chunk in zip(plan.sequences[decode:], plan.chunks[decode:], strict=True):
-            trace.request(seq.request.trace, "chunk", seq.id, tokens=chunk)
 
     def stats(self) -> EngineStats:
         """Return statistics of the current state. From any thread."""

@@ -149,13 +149,10 @@ def assemble(
 
 
 def _sampling_clock(backend: Backend) -> Callable[[], float] | None:
-    """Make a backend measure its sampling. Return the function that returns the seconds; None if it cannot."""
+    """Return the function that returns the seconds that a backend has spent on sampling; None if it has none."""
     from octavo.backends.cpu.backend import CpuBackend
 
-    if not isinstance(backend, CpuBackend):
-        return None
-    backend.profile(True)
-    return backend.sampling_seconds
+    return backend.sampling_seconds if isinstance(backend, CpuBackend) else None
 
 
 def _load_grammars(path: Path) -> "Grammars":

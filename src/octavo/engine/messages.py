@@ -54,7 +54,7 @@ class EngineRequest(msgspec.Struct, frozen=True, array_like=True):
         priority: lower goes first.
         ttft_target: target for the seconds from arrival to the first token.
         timeout: limit on the seconds from arrival to the last token.
-        trace: the id of the user's request in the trace; "" if there is no trace.
+        is_traced: whether the frontend wants to know what happens to the request; see RequestEvents.
         weight: the tenant's share under the policy `fair`; None for that of the settings.
     """
 
@@ -74,7 +74,7 @@ class EngineRequest(msgspec.Struct, frozen=True, array_like=True):
     banned: list[list[int]] = []
     pooling: Pooling | None = None
     thinking: Thinking | None = None
-    trace: str = ""
+    is_traced: bool = False
     weight: float | None = None
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from octavo.kv import KVCache
-from octavo.tracing.engine import EngineTrace
+from octavo.tracing.request_events import ADMITTED, PREEMPTED, RequestEvents
 
 from .policies import Policy
 from .policies.guard import PolicyGuard
@@ -58,7 +58,7 @@ class Scheduler:
         policy: orders waiting sequences and chooses victims. If it fails, the request that caused it fails.
         recovery: decides between fetching and recomputing pages.
         on_failure: called with a failed sequence, after its removal, and the reason.
-        trace: takes the events of admitted and preempted sequences.
+        events: takes what happens to the sequences that are traced.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class Scheduler:
         max_batch_size: int,
         max_batch_tokens: int,
         on_failure: Callable[[Sequence, str], None],
-        trace: EngineTrace | None = None,
+        events: RequestEvents | None = None,
     ):
         self.kv = kv
         self.recovery = recovery
@@ -79,7 +79,7 @@ class Scheduler:
         self.preemptions = 0
         self._policy = PolicyGuard(policy, self._fail)
         self._on_failure = on_failure
-        self._trace = trace
+        self._events = events or RequestEvents()
         self._fetching: list[Sequence] = []  # pages are being fetched, or have been; in queue order
         self._followers: dict[str, list[Sequence]] = {}  # by the id of the request whose prompt they wait for
         self._short_of_pages = False  # whether pages were too few to admit a sequence in the last step
@@ -241,8 +241,8 @@ class Scheduler:
         seq.admitted = True
         seq.slot = self._slots.pop()
         self.running[seq] = None
-        if self._trace is not None:
-            self._trace.request(seq.request.trace, "admitted", seq.id, cached_tokens=seq.num_computed)
+        if seq.request.is_traced:
+            self._events.add(seq.id, ADMITTED, seq.num_computed)
         return True
 
     def _next_waiting(self) -> Sequence | None:
@@ -307,8 +307,8 @@ class Scheduler:
         self._stop(seq)
         self.preemptions += 1
         seq.preemptions += 1
-        if self._trace is not None:
-            self._trace.request(seq.request.trace, "preempted", seq.id)
+        if seq.request.is_traced:
+            self._events.add(seq.id, PREEMPTED)
         self._policy.add(seq)
 
     def _stop(self, seq: Sequence) -> None:

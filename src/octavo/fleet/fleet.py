@@ -5,7 +5,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Coroutine, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from octavo.async_llm import AsyncLLM
 from octavo.errors import (
@@ -24,6 +24,9 @@ from .memory import Budget
 from .model import Model
 from .specs import MAX_NAMES, FleetSpec, ModelSpec, SplitSpec
 from .split import Split
+
+if TYPE_CHECKING:
+    from opentelemetry.trace import Tracer
 
 IDLE_LOOK = 0.5  # seconds between checks for models to unload
 TURN = 10.0  # seconds that a busy model may keep another one waiting for its memory
@@ -61,6 +64,7 @@ class Fleet:
         self._watches_idle_models = False
         self._closed = False
         self.meters: dict[str, Meter] | None = None
+        self._tracer: Tracer | None = None
 
     @classmethod
     def begin(cls, spec: FleetSpec, process: EngineProcess | None = None) -> "Fleet":
@@ -248,7 +252,7 @@ class Fleet:
 
     async def _add(self, spec: ModelSpec) -> None:
         self._check_names(spec)
-        model = self._metered(Model(spec))
+        model = self._observed(Model(spec))
         with model.wanted():
             try:
                 await self._load(model)
@@ -264,7 +268,7 @@ class Fleet:
         await self._unload(model)
 
     async def _swap(self, spec: ModelSpec) -> None:
-        old, new = self.known(spec.name), self._metered(Model(spec))
+        old, new = self.known(spec.name), self._observed(Model(spec))
         self._check_names(spec, replaced=old)
         with new.wanted():
             try:
@@ -314,13 +318,21 @@ class Fleet:
         """Measure the requests of all models from now on. A model that is swapped in continues the counts."""
         self.meters = {}
         for model in self._models.values():
-            self._metered(model)
+            self._observed(model)
+
+    def enable_spans(self, tracer: "Tracer") -> None:
+        """Make OpenTelemetry spans of the requests of all models from now on."""
+        self._tracer = tracer
+        for model in self._models.values():
+            model.set_tracer(tracer)
 
     # Inside
 
-    def _metered(self, model: Model) -> Model:
+    def _observed(self, model: Model) -> Model:
         if self.meters is not None:
             model.set_meter(self.meters.setdefault(model.name, Meter()))
+        if self._tracer is not None:
+            model.set_tracer(self._tracer)
         return model
 
     def _living(self) -> Mapping[str, Model]:

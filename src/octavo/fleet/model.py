@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Coroutine, Generator
 from functools import partial
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from octavo.async_llm import AsyncLLM
 from octavo.frontend.links.process import EngineProcess
@@ -17,6 +17,9 @@ from octavo.weights import resolve
 
 from .memory import needs
 from .specs import ModelSpec
+
+if TYPE_CHECKING:
+    from opentelemetry.trace import Tracer
 
 State = Literal["unloaded", "loading", "loaded", "draining", "failed"]
 
@@ -40,6 +43,7 @@ class Model:
         loaded_at: time of the latest load, in seconds of time.monotonic().
         last_used: time at which the latest request ended, in seconds of time.monotonic().
         meter: measures the requests, if it is set.
+        tracer: makes spans of the requests, if it is set.
     """
 
     def __init__(self, spec: ModelSpec):
@@ -51,6 +55,7 @@ class Model:
         self.num_wanting = 0
         self.loaded_at = self.last_used = time.monotonic()
         self.meter: Meter | None = None
+        self.tracer: Tracer | None = None
         self._llm: AsyncLLM | None = None
         self._was_started = False
         self._users = 0  # requests that use the model, from before they are tokenized until their response ends
@@ -142,6 +147,14 @@ class Model:
         self._llm = AsyncLLM.from_config(self.config, process)
         if self.meter is not None:
             self._llm.set_meter(self.meter)
+        if self.tracer is not None:
+            self._llm.set_tracer(self.tracer)
+
+    def set_tracer(self, tracer: "Tracer") -> None:
+        """Make OpenTelemetry spans of all requests from now on, also after later loads."""
+        self.tracer = tracer
+        if self._llm is not None:
+            self._llm.set_tracer(tracer)
 
     def set_meter(self, meter: Meter) -> None:
         """Measure all requests with `meter` from now on, also after later loads."""

@@ -44,8 +44,9 @@ from .placement import Placement
 from .readmission import TRIAL_TOKENS
 from .replica import Replica
 from .request_trace import RequestTrace
+from .request_watcher import RequestWatcher
 from .requests import Request, check_length
-from .stats import FrontendStats, ReplicaStats, total
+from .stats import MAX_TENANTS, FrontendStats, ReplicaStats, total
 
 FILE_PATIENCE = 5.0  # seconds for a new engine to open the files of KV states
 DRAIN_LOOK = 0.02  # seconds between checks of a replica that is drained
@@ -90,7 +91,9 @@ class Frontend:
     ):
         self._config, self._tokenizer, self._connect = config, tokenizer, connect
         self._state_owner = state_owner or self
-        self._trace = RequestTrace(config.trace, config.model_name) if config.trace is not None else None
+        self._watchers: list[RequestWatcher] = []
+        if config.trace is not None:
+            self._watchers.append(RequestTrace(config.trace, config.model_name))
         at_once = config.max_batch_size * config.data_parallel_size
         self._admission = Admission(at_once, config.max_queue) if has_queue_limit else None
         self._ledger: Ledger | None = None
@@ -241,8 +244,8 @@ class Frontend:
                 ledger.close(live)
             raise
         for live, request in zip(lives, requests, strict=True):
-            if self._trace is not None:
-                self._trace.arrived(live, request.reply_id)
+            for watcher in self._watchers:
+                watcher.arrived(live, request.reply_id)
             self.placement.place(live)
         self._watch_deadlines()
         return lives
@@ -264,7 +267,8 @@ class Frontend:
         """Return the frontend's statistics. Raises EngineDead."""
         ledger, admission = self._living(), self._admission
         limit, refused = (admission.limit, admission.refused) if admission else (0, 0)
-        return FrontendStats(ledger.num_completions, limit, refused, self._timed_out)
+        tenants = dict(ledger.count_tenants().most_common(MAX_TENANTS))
+        return FrontendStats(ledger.num_completions, limit, refused, self._timed_out, tenants)
 
     async def replica_stats(self, patience: float | None = None) -> list[ReplicaStats]:
         """Return the statistics of each replica. Its engine's are None if it does not answer within `patience` seconds.
@@ -385,6 +389,12 @@ class Frontend:
             raise EngineDead(self.readiness()[1])
         return self.placement.holder(ready, state.token_ids, state.tenant, state.salt, state.origin)
 
+    def watch(self, watcher: RequestWatcher) -> None:
+        """Tell `watcher` about all requests from now on."""
+        self._watchers.append(watcher)
+        if self._ledger is not None:
+            self._ledger.is_traced = True
+
     # The end
 
     async def close(self) -> None:
@@ -399,8 +409,8 @@ class Frontend:
         await self.stop()
         if self._events is not None:
             self._events.close()
-        if self._trace is not None:
-            self._trace.close()
+        for watcher in self._watchers:
+            watcher.close()
 
     def fail_all(self, error: OctavoError) -> None:
         """End all live requests with an error."""
@@ -422,7 +432,7 @@ class Frontend:
                 config.request_timeout,
                 config.reasoning_parser,
                 config.max_new_tokens,
-                is_traced=self._trace is not None,
+                is_traced=bool(self._watchers),
             )
             self._ledger.tenant_weights = self._tenant_weights
             if self._config.kv_events is not None:
@@ -432,8 +442,8 @@ class Frontend:
         await self._open_state_files(replica)
         if replica.ended.is_set():
             raise EngineDead("the engine ended before it served requests")
-        if self._trace is not None:
-            self._trace.engine_ready(replica)
+        for watcher in self._watchers:
+            watcher.engine_ready(replica)
         if len(self.replicas) > 1 or self._events is not None:
             replica.send(WatchPages(with_content=self._events is not None))
         if interrupted := sum(live.was_sent and not live.sent for live in self._ledger):
@@ -443,8 +453,8 @@ class Frontend:
     def replica_lost(self, replica: Replica, exit: Exit) -> None:
         self._calls.fail(replica, EngineDead(f"the engine ended ({exit.reason})"))
         replica.load.clear()
-        if self._trace is not None:
-            self._trace.engine_lost(replica, exit.reason)
+        for watcher in self._watchers:
+            watcher.engine_lost(replica, exit.reason)
         if self._events is not None:
             self._events.cleared(replica.number)
         if self.meter is not None:
@@ -471,8 +481,8 @@ class Frontend:
         assert self._ledger is not None and self._loop is not None
         if live.was_sent:
             self._ledger.renew(live)
-        if self._trace is not None:
-            self._trace.sent(live, replica)
+        for watcher in self._watchers:
+            watcher.sent(live, replica)
         live.replica, live.was_sent = replica, True
         owed = live.owed()
         replica.load.add(live, live.tokens_to_compute, len(owed))
@@ -485,8 +495,8 @@ class Frontend:
     def replica_message(self, replica: Replica, message: FromEngine) -> None:
         match message:
             case Tokens():
-                if self._trace is not None:
-                    self._trace.engine_events(message.trace)
+                for watcher in self._watchers:
+                    self._tell(watcher, replica, message)
                 self._take_tokens(replica, message.outputs)
             case Pages():
                 if not replica.load.publish(message.number, message.gained, message.lost):
@@ -495,6 +505,16 @@ class Frontend:
                     self._events.changed(replica.number, message)
             case Stats() | PageStates() | StateDone() | CacheReset():
                 self._calls.answered(replica, message)
+
+    def _tell(self, watcher: RequestWatcher, replica: Replica, message: Tokens) -> None:
+        """Tell a watcher what an engine did in a step."""
+        assert self._ledger is not None
+        if message.trace:
+            watcher.engine_times(message.trace)
+        for event in message.events:
+            found = self._ledger.find(event.sequence)
+            if found is not None and found[0].replica is replica:  # otherwise it was aborted, or continues elsewhere
+                watcher.happened(found[0], replica, event)
 
     def _take_tokens(self, replica: Replica, outputs: list[TokenOutput]) -> None:
         """Pass the tokens of a step on to the sinks."""
@@ -528,13 +548,13 @@ class Frontend:
                 replica.load.started(live)
                 live.metrics.replica = live.metrics.replica or (replica.name if len(self.replicas) > 1 else None)
                 replica.readmission.progressed(live)
-                if self._trace is not None:
-                    self._trace.progressed(live)
+                for watcher in self._watchers:
+                    watcher.progressed(live)
             if live.finished:
                 self._remember(live)
                 replica.readmission.ended(live)
-                if self._trace is not None:
-                    self._trace.ended(live)
+                for watcher in self._watchers:
+                    watcher.ended(live)
             if increment is not None:
                 self._deliver(live, increment)
         if stopped:
@@ -597,8 +617,8 @@ class Frontend:
         if self.meter is not None:
             self.meter.engine(live.replica.number if live.replica else 0).ended_early(live, reason)
         self.placement.take_back(live)
-        if self._trace is not None:
-            self._trace.ended(live, cause)
+        for watcher in self._watchers:
+            watcher.ended(live, cause)
         self._count_left(live_before)
         return True
 

@@ -4,6 +4,7 @@ import itertools
 import secrets
 import time
 import uuid
+from collections import Counter
 from collections.abc import Iterator
 
 import msgspec
@@ -30,7 +31,7 @@ class Ledger:
     Args:
         request_timeout: timeout in seconds of requests that set none; None for no limit.
         reasoning_parser, max_new_tokens: the settings of these names.
-        is_traced: whether engines write what happens to requests to a trace.
+        is_traced: whether engines report what happens to requests.
     """
 
     def __init__(
@@ -45,7 +46,7 @@ class Ledger:
         self._tokenizer, self._info, self._request_timeout = tokenizer, info, request_timeout
         self._max_new_tokens = max_new_tokens
         self.tenant_weights: dict[str, float] = {}  # those that the engines' settings do not have
-        self._reasoning_parser, self._is_traced = reasoning_parser, is_traced
+        self._reasoning_parser, self.is_traced = reasoning_parser, is_traced
         self._eos = sorted(tokenizer.eos_token_ids)
         self._live: dict[str, LiveRequest] = {}
         self._completions: dict[str, tuple[LiveRequest, LiveCompletion]] = {}  # by the engine's id
@@ -65,6 +66,10 @@ class Ledger:
     def num_completions(self) -> int:
         """Return the number of unfinished completions."""
         return len(self._completions)
+
+    def count_tenants(self) -> Counter[str]:
+        """Return the number of unfinished completions by tenant."""
+        return Counter(completion.request.tenant for _, completion in self._completions.values())
 
     def find(self, engine_id: str) -> tuple[LiveRequest, LiveCompletion] | None:
         """Return the unfinished completion with the engine's id `engine_id`, and its request."""
@@ -167,7 +172,7 @@ class Ledger:
                 ttft_target=terms.ttft_target,
                 timeout=live.timeout,
                 pooling=request.pooling,
-                trace=id if self._is_traced else "",
+                is_traced=self.is_traced,
             )
             first = first or engine_request.id
             live.completions.append(self._completion(engine_request, index, params))

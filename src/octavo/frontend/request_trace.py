@@ -5,13 +5,17 @@ import time
 
 from octavo.tracing.events import instant, name_engine, name_process, request_event
 from octavo.tracing.file import TraceFile
+from octavo.tracing.request_events import ADMITTED, CHUNK, RequestEvent
 
 from .live import LiveRequest
 from .replica import Replica
 
+COUNTED = {ADMITTED: "cached_tokens", CHUNK: "tokens"}
+"""What the tokens of an engine's events are, in the file."""
+
 
 class RequestTrace:
-    """The events of one model's requests and engines. Raises ConfigError if the file cannot be written.
+    """A RequestWatcher that writes one model's requests and engines. Raises ConfigError if the file cannot be written.
 
     Args:
         path: the trace file.
@@ -37,9 +41,9 @@ class RequestTrace:
         """Write that an engine has ended unexpectedly."""
         self._write_engine_event("engine ended", replica, reason=reason)
 
-    def engine_events(self, lines: bytes) -> None:
-        """Write the events that an engine has sent."""
-        self._file.write(lines)
+    def engine_times(self, records: bytes) -> None:
+        """Write the times of steps that an engine has sent."""
+        self._file.write_records(records)
 
     def arrived(self, live: LiveRequest, reply_id: str) -> None:
         """Write the begin of a request, with the id that a server's client sees in the reply."""
@@ -58,6 +62,13 @@ class RequestTrace:
         """Write that a request is sent to an engine, for the first time or again."""
         args = self._engine(replica) | {"sequences": [each.request.id for each in live.unfinished]}
         self._write(live, "moved" if live.was_sent else "sent", args)
+
+    def happened(self, live: LiveRequest, replica: Replica, event: RequestEvent) -> None:
+        """Write what an engine has done with a completion of a request."""
+        args: dict[str, object] = {"sequence": event.sequence}
+        if event.name in COUNTED:
+            args[COUNTED[event.name]] = event.tokens
+        self._file.write(request_event("n", event.name, live.id, event.time, self._pid_of(replica), args))
 
     def progressed(self, live: LiveRequest) -> None:
         """Write the first token of a request, if this is it."""

@@ -1,7 +1,7 @@
 """Convert the arguments of `generate` to requests: prompts with the parameters, terms and KV state of each."""
 
 import asyncio
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NotRequired, TypedDict, TypeVar, cast
 
@@ -197,11 +197,21 @@ def kept_tokens(params: SamplingParams, info: EngineInfo) -> int | None:
     return max(1, info.max_model_len - max(1, params.max_tokens or 1))
 
 
-def encode(text: str, tokenizer: Tokenizer, info: EngineInfo, kept: int | None, add_special_tokens: bool) -> list[int]:
-    """Return the token ids of a text, or only the last `kept` ones. Raises InvalidRequest, PromptTooLong."""
+def encode(
+    text: str,
+    tokenizer: Tokenizer,
+    info: EngineInfo,
+    kept: int | None,
+    add_special_tokens: bool,
+    owner: Hashable = None,
+) -> list[int]:
+    """Return the token ids of a text, or only the last `kept` ones. For `owner`, see Tokenizer.encode.
+
+    Raises InvalidRequest, PromptTooLong.
+    """
     if kept is None:
-        return tokenizer.encode(text, add_special_tokens, max_tokens=info.max_model_len - 1)
-    return tokenizer.encode(text, add_special_tokens, max_tokens=MAX_TRUNCATED * info.max_model_len)[-kept:]
+        return tokenizer.encode(text, add_special_tokens, info.max_model_len - 1, owner)
+    return tokenizer.encode(text, add_special_tokens, MAX_TRUNCATED * info.max_model_len, owner)[-kept:]
 
 
 def banned_tokens(words: Iterable[str], tokenizer: Tokenizer) -> list[list[int]]:

@@ -7,6 +7,8 @@ import msgspec
 
 from octavo.engine.messages import EngineStats
 
+MAX_TENANTS = 20
+
 
 class FrontendStats(msgspec.Struct, frozen=True):
     """Statistics of the frontend.
@@ -16,12 +18,14 @@ class FrontendStats(msgspec.Struct, frozen=True):
         limit: Maximum of `live`; 0 for no limit.
         refused: Requests refused since the start because the queue was full.
         timed_out: Requests that have timed out since the start.
+        tenants: Those of `live` by tenant; of the MAX_TENANTS that have most.
     """
 
     live: int
     limit: int
     refused: int
     timed_out: int
+    tenants: dict[str, int] = {}
 
 
 class ReplicaStats(msgspec.Struct, frozen=True):

@@ -11,7 +11,8 @@ from threading import Condition, Lock, Thread
 from typing import Any, Literal, TypeVar
 
 from octavo.backends.base import Backend
-from octavo.tracing.engine import SWAP, EngineTrace
+from octavo.tracing.engine import EngineTrace
+from octavo.tracing.records import SWAP
 
 from .tiers.tier import Tier
 

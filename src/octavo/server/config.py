@@ -1,6 +1,7 @@
 """ServerConfig: every setting of the HTTP server, defined once."""
 
 import math
+import re
 from dataclasses import dataclass
 
 from octavo.settings import Rule, Settings, Size, at_least, one_of, positive, setting
@@ -11,6 +12,10 @@ _CERT_REQS = Rule("0, 1 or 2", lambda value: value in (0, 1, 2))
 _KEY = Rule(
     "printable ASCII without spaces", lambda value: value.isascii() and value.isprintable() and " " not in value
 )
+
+
+def _is_collector(url: str) -> bool:
+    return re.match("(https?|grpc)://[^/]", url) is not None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +53,12 @@ class ServerConfig(Settings):
     access_log_prompts: bool = setting(False, "Include prompts and messages in the access log.")
     enable_metrics: bool = setting(False, "Serve metrics for Prometheus at GET /metrics (docs/metrics.md).")
     page: bool = setting(True, "Serve a page for browsers at /: chat, live view and models (docs/page.md).")
+    otlp_endpoint: str | None = setting(
+        None,
+        "Address of an OpenTelemetry collector for a span of each request, such as http://localhost:4318 "
+        "(docs/tracing.md).",
+        Rule("an address such as http://localhost:4318 or grpc://localhost:4317", _is_collector),
+    )
     models: str | None = setting(
         None, "YAML file of several models with their settings, aliases and splits (docs/fleet.md)."
     )

@@ -29,9 +29,12 @@ if TYPE_CHECKING:
     from octavo.fleet.fleet import Fleet
     from octavo.fleet.model import Model
     from octavo.fleet.specs import FleetSpec
+    from octavo.tracing.spans import Spans
 
     from .edge.certificates import Certificates
+    from .edge.dispatch import Dispatcher
     from .edge.draining import DrainingServer
+    from .edge.http_spans import HttpSpans
 
 MAX_FILES = 65_536  # open files, one for each connection
 OTHER_FILES = 256  # open files that the process needs besides its connections
@@ -114,11 +117,14 @@ async def _serve(
     from .edge.draining import DrainingServer
 
     access_log = AccessLog(config.access_log, sys.stdout, config.access_log_prompts)
+    spans: Spans | None = None
     try:
+        spans = _spans(config)
         await fleet.start()
         app = create_app(fleet, config, draining=lambda: servers[0].should_exit)
+        handler = app if spans is None else _with_spans(app, fleet, spans)
         server = DrainingServer(
-            app, config, access_log, lambda: _announce(fleet, config, listeners[0]), certificates=certificates
+            handler, config, access_log, lambda: _announce(fleet, config, listeners[0]), certificates=certificates
         )
         servers.append(server)
         gc.enable()
@@ -128,6 +134,24 @@ async def _serve(
     finally:
         await fleet.close()
         access_log.close()
+        if spans is not None:
+            await asyncio.to_thread(spans.close)
+
+
+def _spans(config: ServerConfig) -> "Spans | None":
+    """Return what makes OpenTelemetry spans, if the server shall make some. Raises ConfigError."""
+    if config.otlp_endpoint is None:
+        return None
+    from octavo.tracing.spans import Spans  # imported late, with OpenTelemetry
+
+    return Spans(config.otlp_endpoint)
+
+
+def _with_spans(app: "Dispatcher", fleet: "Fleet", spans: "Spans") -> "HttpSpans":
+    from .edge.http_spans import HttpSpans  # imported late, with OpenTelemetry
+
+    fleet.enable_spans(spans.tracer)
+    return HttpSpans(app, spans.tracer)
 
 
 def _raise_file_limit() -> int:

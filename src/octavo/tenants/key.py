@@ -48,6 +48,9 @@ class Key(Settings):
         None, "Tokens of prompts and answers, of the requests that begin in any 60 seconds.", at_least(1)
     )
     monthly_tokens: int | None = setting(None, "Tokens of prompts and answers in a calendar month (UTC).", at_least(1))
+    max_new_tokens: int | None = setting(
+        None, "Tokens that a completion may have; requests that want more, or set no limit, get so many.", at_least(1)
+    )
     weight: float | None = setting(
         None, "Share of the machine, relative to other tenants, which have 1 (scheduling_policy: fair).", _WEIGHT
     )

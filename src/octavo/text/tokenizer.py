@@ -3,9 +3,10 @@
 import json
 import re
 import sys
-from collections.abc import Iterator
+from array import array
+from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +34,8 @@ if TYPE_CHECKING:
 MAX_TOKENIZER_BYTES = 256 << 20  # limit for tokenizer.json; the largest known ones have about 40 MiB
 MAX_SETTINGS_BYTES = 16 << 20  # limit for any other file
 MAX_OTHER_TEMPLATES = 4  # whose processes are kept, besides the model's own template
-PIECE = 1 << 16  # characters; longer texts are tokenized in pieces of about this size
+PIECE = 1024  # characters; longer texts are tokenized in pieces of about this size
+MAX_REMEMBERED = 4096  # pieces, of at most 2 * PIECE characters: about 20 MB
 _LETTER_AND_SPACE = re.compile("[A-Za-z](?= [A-Za-z])")
 
 # GGUF names one or two end tokens. If a vocabulary has these as control tokens, they end a text as well.
@@ -158,7 +160,9 @@ class Tokenizer:
     def has_chat_template(self) -> bool:
         return self._template is not None
 
-    def encode(self, text: str, add_special_tokens: bool = True, max_tokens: int | None = None) -> list[int]:
+    def encode(
+        self, text: str, add_special_tokens: bool = True, max_tokens: int | None = None, owner: Hashable = None
+    ) -> list[int]:
         """Return the token ids of `text`. Special tokens that are spelled out in the text are recognized.
 
         Releases the GIL. If the vocabulary allows tokenizing a text in pieces, memory is bounded by `max_tokens`, not
@@ -168,6 +172,9 @@ class Tokenizer:
             add_special_tokens: Put BOS before the text (and EOS after it) if the model requires it. Use False for the
                 result of `chat`, since the template adds them.
             max_tokens: Maximum number of tokens, including special ones. Default: no limit.
+            owner: Whose text it is. The beginnings of an owner's long texts are remembered, so that the next text with
+                the same beginning is tokenized faster. An owner cannot find out another's texts by the time that its
+                own take. Default: the text is not remembered.
 
         Raises:
             InvalidRequest: The text is not Unicode (lone surrogates).
@@ -180,13 +187,23 @@ class Tokenizer:
             raise _too_long(max_tokens)
         ids = [*before]
         for piece in self._pieces(text):
-            [encoding] = self.backend.encode_batch_fast([piece], add_special_tokens=False)  # encode() holds the GIL
-            left -= len(encoding)
+            is_new = owner is None or not PIECE < len(piece) <= 2 * PIECE  # the end of a text is mostly new
+            piece_ids = self._encode(piece) if is_new else self._remembered(owner, piece)
+            left -= len(piece_ids)
             if left < 0:
                 raise _too_long(max_tokens)
-            ids += encoding.ids
+            ids += piece_ids
         ids += after
         return ids
+
+    @cached_property
+    def _remembered(self) -> "Callable[[Hashable, str], array[int]]":
+        """Return a function of an owner and a text that returns its tokens, and remembers them."""
+        return lru_cache(MAX_REMEMBERED)(lambda owner, text: array("i", self._encode(text)))
+
+    def _encode(self, text: str) -> list[int]:
+        [encoding] = self.backend.encode_batch_fast([text], add_special_tokens=False)  # encode() holds the GIL
+        return encoding.ids
 
     def min_tokens(self, text: str, enough: int = sys.maxsize) -> int:
         """Return a lower bound of the number of tokens in `text`, without BOS and EOS, and without tokenizing it.

@@ -1,29 +1,14 @@
-"""EngineTrace: the events of one engine, as lines of a trace file. The engine's link sends them to the frontend."""
+"""EngineTrace: the events of one engine, as records. The engine's link sends them to the frontend."""
 
 import os
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 from threading import get_ident, get_native_id
-from typing import Any
 
-from .events import instant, line, microseconds, name_thread, request_event
+from .records import SWAP, Dropped, Record, Slice, Step, ThreadName, encode_records
 
-MAX_LINES = 20_000  # lines that are kept until `take`; more are dropped and counted
-HOST, SWAP, PREFILL, DECODE, SAMPLING, IDLE = "host", "swap", "prefill", "decode", "sampling", "idle"
-"""The categories of an engine's slices: the parts of its time."""
-
-
-@dataclass(frozen=True, slots=True)
-class StepTimes:
-    """When the stages of a step began, and when the last one ended, in seconds of time.monotonic()."""
-
-    collecting: float  # finished transfers
-    scheduling: float
-    computing: float
-    emitting: float
-    ended: float
+MAX_RECORDS = 20_000  # that are kept until `take`; more are dropped and counted
 
 
 class EngineTrace:
@@ -36,72 +21,48 @@ class EngineTrace:
 
     def __init__(self, sampling_seconds: Callable[[], float] | None = None):
         self._pid = os.getpid()
-        self._lines: deque[bytes] = deque()  # other threads may append at any time
+        self._records: deque[Record] = deque()  # other threads may append at any time
         self._dropped = 0
         self._threads: dict[int, int] = {}  # the ids in the trace of the threads whose names have been written
         self._sampling_seconds = sampling_seconds
         self._sampled = 0.0  # the latest value of sampling_seconds
 
     def take(self) -> bytes:
-        """Return the lines of the events since the last call."""
-        if not self._lines:
+        """Return the events since the last call, for `TraceFile.write_records`; b"" if there are none."""
+        if not self._records:
             return b""
-        lines = [self._lines.popleft() for _ in range(len(self._lines))]
+        records = [self._records.popleft() for _ in range(len(self._records))]
         if self._dropped:
-            lines.append(instant("events dropped", time.monotonic(), self._pid, {"events": self._dropped}))
+            records.append(Dropped(self._dropped))
             self._dropped = 0
-        return b"".join(lines)
+        return encode_records(self._pid, records)
 
-    def step(self, times: StepTimes, prefill: int, decode: int, drafts: int) -> None:
-        """Write a step and its parts. Backends compute all rows together: their time is divided by numbers of rows.
+    def step(
+        self,
+        collecting: float,
+        scheduling: float,
+        computing: float,
+        emitting: float,
+        ended: float,
+        rows: tuple[int, int, int],
+    ) -> None:
+        """Record when the stages of a step began, and when the last one ended.
 
         Args:
-            prefill, decode, drafts: rows of prompts, of sequences with one token to compute, and of draft tokens.
+            collecting, scheduling, computing, emitting, ended: in seconds of time.monotonic().
+            rows: those of prompts, of sequences with one token to compute, and of draft tokens.
         """
-        start = microseconds(times.collecting)
-        scheduling, computing = microseconds(times.scheduling), microseconds(times.computing)
-        emitting, ended = microseconds(times.emitting), microseconds(times.ended)
-        sampling = emitting - microseconds(min(self._last_sampling(), times.emitting - times.computing))
-        decoding = computing + (sampling - computing) * prefill // max(prefill + decode + drafts, 1)
-        thread = f'"pid":{self._pid},"tid":{self._thread("engine")}'
-        args = f'"prefill_tokens":{prefill},"decode_tokens":{decode},"draft_tokens":{drafts}'
-        lines = [f',{{"name":"step","ph":"X",{thread},"ts":{start},"dur":{ended - start},"args":{{{args}}}}}\n']
-        for name, part, begin, end in (
-            ("collect transfers", SWAP, start, scheduling),
-            ("schedule", HOST, scheduling, computing),
-            ("prefill", PREFILL, computing, decoding),
-            ("decode", DECODE, decoding, sampling),
-            ("sampling", SAMPLING, sampling, emitting),
-            ("emit", HOST, emitting, ended),
-        ):
-            if end > begin:
-                lines.append(
-                    f',{{"name":"{name}","cat":"{part}","ph":"X",{thread},"ts":{begin},"dur":{end - begin}}}\n'
-                )
-        self._add("".join(lines).encode())  # formatted by hand: a third of the time of a JSON encoder
+        thread = self._thread("engine")
+        self._add(Step(thread, collecting, scheduling, computing, emitting, ended, self._last_sampling(), *rows))
 
     def slice(self, name: str, part: str, began: float, thread: str = "engine") -> None:
-        """Write what the calling thread has done since `began`.
+        """Record what the calling thread has done since `began`.
 
         Args:
             part: the category, such as SWAP.
             thread: what the thread is.
         """
-        tid, start = self._thread(thread), microseconds(began)
-        duration = microseconds(time.monotonic()) - start
-        event = {"name": name, "cat": part, "ph": "X", "pid": self._pid, "tid": tid, "ts": start, "dur": duration}
-        self._add(line(event))
-
-    def request(self, id: str, name: str, sequence: str, **args: Any) -> None:
-        """Write what happens to a request.
-
-        Args:
-            id: the request's id in the trace; if it is "", nothing is written.
-            sequence: the engine's id of the completion.
-        """
-        if id:
-            event = request_event("n", name, id, time.monotonic(), self._pid, {"sequence": sequence, **args})
-            self._add(event)
+        self._add(Slice(self._thread(thread), name, part, began, time.monotonic()))
 
     def copying(self, copy_page: Callable[[int, int], None]) -> Callable[[int, int], None]:
         """Return `copy_page` with an event for each copy."""
@@ -121,15 +82,15 @@ class EngineTrace:
         return self._sampled - before
 
     def _thread(self, kind: str) -> int:
-        """Return the id of the calling thread, and write its name at the first call."""
+        """Return the id of the calling thread, and record its name at the first call."""
         tid = self._threads.get(get_ident())
         if tid is None:
             tid = self._threads[get_ident()] = get_native_id()
-            self._add(name_thread(self._pid, tid, kind))
+            self._add(ThreadName(tid, kind))
         return tid
 
-    def _add(self, lines: bytes) -> None:
-        if len(self._lines) < MAX_LINES:
-            self._lines.append(lines)
+    def _add(self, record: Record) -> None:
+        if len(self._records) < MAX_RECORDS:
+            self._records.append(record)
         else:
-            self._dropped += lines.count(b"\n")
+            self._dropped += 1

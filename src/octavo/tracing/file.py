@@ -14,6 +14,7 @@ from octavo.errors import ConfigError
 from octavo.version import __version__
 
 from .events import instant
+from .records import count, lines_of
 
 MAX_QUEUED = 16 * 2**20  # bytes; events beyond them are dropped and counted
 BATCH_SECONDS = 0.05  # pause after a write: waking the thread for every step takes longer than writing the events
@@ -30,7 +31,7 @@ class TraceFile:
 
     def __init__(self, path: str):
         self._descriptor = _open(path)
-        self._queue: SimpleQueue[bytes | None] = SimpleQueue()
+        self._queue: SimpleQueue[tuple[bytes, bool] | None] = SimpleQueue()  # lines, or records if True
         self._queued = self._written = 0  # bytes so far, each changed by one thread
         self._dropped = 0
         self._rest = b""  # of a line that could be written only in part
@@ -43,7 +44,17 @@ class TraceFile:
             self._dropped += lines.count(b"\n")
             return
         self._queued += len(lines)
-        self._queue.put(lines)
+        self._queue.put((lines, False))
+
+    def write_records(self, records: bytes) -> None:
+        """Queue the events of an engine, from EngineTrace.take, like `write`."""
+        if not records:
+            return
+        if self._queued - self._written > MAX_QUEUED:
+            self._dropped += count(records)
+            return
+        self._queued += len(records)
+        self._queue.put((records, True))
 
     def close(self) -> None:
         """Write what is queued, for at most CLOSE_SECONDS."""
@@ -57,9 +68,9 @@ class TraceFile:
             while not self._queue.empty():
                 batch.append(self._queue.get())
             is_open = None not in batch
-            lines = b"".join(filter(None, batch))
-            self._append(lines)
-            self._written += len(lines)
+            items = [item for item in batch if item is not None]
+            self._append(b"".join(lines_of(data) if is_record else data for data, is_record in items))
+            self._written += sum(len(data) for data, _ in items)
             if is_open:
                 time.sleep(BATCH_SECONDS)
         os.close(self._descriptor)

@@ -12,17 +12,16 @@ SHORT = 1000  # microseconds; shorter parts of requests are left out
 PARTS = ("prefill", "decode", "swap", "sampling", "host", "between steps", "idle")
 
 
-def print_report(trace: Trace, count: int) -> None:
-    """Print where the engines' time went, and the `count` slowest requests."""
+def print_report(trace: Trace) -> None:
+    """Print where the engines' time went, and the slowest requests."""
     console = plain_console()
     console.print(_engines(trace.engines))
     for engine in trace.engines:
         for name, microseconds in sorted(engine.transfers.items()):
             console.print(f"{_name(engine)}: {name}, beside the steps, {_seconds(microseconds)}")
-    slowest = sorted(trace.requests, key=lambda life: -_duration(life))[:count]
-    if slowest:
-        console.print(_requests(slowest))
-    console.print(f"{len(trace.requests):,} requests, {sum(life.end is None for life in trace.requests):,} unfinished")
+    if trace.requests:
+        console.print(_requests(trace.requests))
+    console.print(f"{trace.num_requests:,} requests, {trace.num_unfinished:,} unfinished")
     if trace.dropped:
         console.print(f"{trace.dropped:,} events were dropped, because they could not be written in time")
     if trace.damaged:
@@ -34,11 +33,11 @@ def why(life: RequestLife) -> str:
     descriptions = {
         "no engine": "waited {} for an engine",
         "queued": "queued {}",
-        "prefill": f"prefill {{}} ({life.prompt_tokens:,} tokens, {_counted(life.count('chunk'), 'chunk')})",
+        "prefill": f"prefill {{}} ({life.prompt_tokens:,} tokens, {_counted(life.counts['chunk'], 'chunk')})",
         "decode": f"decode {{}} ({life.output_tokens:,} tokens)",
-        "preempted": f"preempted {_counted(life.count('preempted'), 'time')}, {{}}",
+        "preempted": f"preempted {_counted(life.counts['preempted'], 'time')}, {{}}",
         "engine lost": "engine lost, {}",
-        "moved": f"moved {_counted(life.count('moved'), 'time')}, {{}}",
+        "moved": f"moved {_counted(life.counts['moved'], 'time')}, {{}}",
     }
     return "; ".join(
         descriptions[part].format(_seconds(time)) for part, time in life.parts.most_common() if time >= SHORT

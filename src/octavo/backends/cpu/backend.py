@@ -80,7 +80,7 @@ class CpuBackend:
         return self._running.times()
 
     def sampling_seconds(self) -> float:
-        """Return the seconds spent on sampling since profile(True)."""
+        """Return the seconds spent on sampling so far."""
         return self._running.sampling_seconds()
 
     @property

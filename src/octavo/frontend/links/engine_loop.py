@@ -11,7 +11,7 @@ from typing import Any
 from octavo.engine.engine import Engine
 from octavo.kv.page_map import page_states
 from octavo.kv.prefix import KEY_BYTES
-from octavo.tracing.engine import IDLE
+from octavo.tracing.records import IDLE
 
 from .messages import (
     Abort,
@@ -77,8 +77,9 @@ class EngineLoop:
             self._finish_state_jobs()
             outputs = self.engine.step() if self.engine.has_work else []
             trace = self.engine.trace.take() if self.engine.trace is not None else b""
-            if outputs or trace:
-                self._send(Tokens(outputs, trace))
+            events = self.engine.request_events.take()
+            if outputs or trace or events:
+                self._send(Tokens(outputs, trace, events))
             self._publish_pages()
             self._step_started = 0.0
 

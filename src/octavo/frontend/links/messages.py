@@ -7,6 +7,7 @@ import msgspec
 
 from octavo import errors
 from octavo.engine.messages import EngineInfo, EngineRequest, EngineStats, TokenOutput
+from octavo.tracing.request_events import RequestEvent
 
 
 class Load(msgspec.Struct, frozen=True, tag=True):
@@ -157,11 +158,13 @@ class Tokens(msgspec.Struct, frozen=True, tag=True):
     """The outputs of one step.
 
     Attributes:
-        trace: lines of the trace file, with the engine's events since the message before.
+        trace: the engine's events since the message before; see EngineTrace.
+        events: what has happened to traced requests since then.
     """
 
     outputs: list[TokenOutput]
     trace: bytes = b""
+    events: list[RequestEvent] = []
 
 
 class Stats(msgspec.Struct, frozen=True, tag=True):

@@ -18,15 +18,8 @@ OPERATED = ("/v1/admin/", "/stats", "/metrics")  # routes about all tenants: the
 SHARED = ("/get_load",)  # routes about all tenants that routers query: they need a key that names tenants
 COMPUTED = frozenset(
     {
-        *(
-            "/v1/chat/completions",
-            "/v1/completions",
-            "/v1/responses",
-            "/v1/embeddings",
-            "/v1/messages",
-            "/v1/decisions",
-        ),
-        *("/score", "/v1/score", "/rerank", "/v1/rerank", "/v2/rerank"),
+        *("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"),
+        *("/v1/embeddings", "/score", "/v1/score", "/rerank", "/v1/rerank", "/v2/rerank", "/v1/decisions"),
         *("/api/chat", "/api/generate", "/api/embed", "/api/embeddings"),
     }
 )

@@ -44,14 +44,12 @@ class DrainingServer(uvicorn.Server):
         on_ready: Callable[[], None],
         certificates: "Certificates | None" = None,
     ):
-        self._settings, self._certificates = config, certificates
-        self._connections = ConnectionLimit(config.max_connections)
-        edge = Edge(config, self._connections, access_log)
+        self._edge, self._certificates = Edge(config, ConnectionLimit(config.max_connections), access_log), certificates
         uvicorn_log.disabled = True  # it logs malformed requests, which are in the access log already
         super().__init__(
             uvicorn.Config(
                 app,
-                http=functools.partial(HttpProtocol, edge=edge),  # type: ignore[arg-type]
+                http=HttpProtocol,
                 ws="none",
                 lifespan="off",
                 log_config=None,
@@ -75,19 +73,18 @@ class DrainingServer(uvicorn.Server):
 
     async def _accept(self, listener: socket.socket) -> Any:
         make_protocol = functools.partial(
-            self.config.http_protocol_class, config=self.config, server_state=self.server_state, app_state={}
+            HttpProtocol, config=self.config, server_state=self.server_state, app_state={}, edge=self._edge
         )
         if self._certificates is not None:
             from .tls import TlsListener  # imported late, as most servers speak HTTP
 
-            seconds = self._settings.header_timeout
-            return TlsListener(listener, self._certificates, seconds, make_protocol, self._connections)
+            return TlsListener(listener, self._certificates, make_protocol, self._edge)
         loop = asyncio.get_running_loop()
         create = loop.create_unix_server if listener.family == socket.AF_UNIX else loop.create_server
         return await create(make_protocol, sock=listener, backlog=BACKLOG)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        self._connections.close_idle()  # those in the TLS handshake, too, which uvicorn does not know
+        self._edge.connections.close_idle()  # those in the TLS handshake, too, which uvicorn does not know
         await super().shutdown(sockets)
         if self.server_state.tasks:  # cancelled by the drain timeout; each sends its error
             await asyncio.wait(set(self.server_state.tasks), timeout=CANCEL_SECONDS)

@@ -51,7 +51,7 @@ class Edge:
 
 
 class HttpProtocol(HttpToolsProtocol):
-    """One connection. uvicorn passes its own arguments to the constructor; functools.partial adds `edge`."""
+    """One connection, with the arguments of uvicorn's own protocol and `edge`."""
 
     def __init__(self, *arguments: Any, edge: Edge, **keywords: Any):
         super().__init__(*arguments, **keywords)

@@ -42,9 +42,8 @@ class KeyLimits:
         self.limiter, self.waits = limiter, waits
         self._traffic = traffic or Traffic()
         self._ids = itertools.count()
-        self._lines: defaultdict[tuple[str, str], _Line] = defaultdict(
-            _Line
-        )  # by the key's name, and what is waited for
+        # By the key's name, and what is waited for.
+        self._lines: defaultdict[tuple[str, str], _Line] = defaultdict(_Line)
 
     def new_id(self) -> int:
         """Return an id for a request or a spending."""
@@ -87,8 +86,6 @@ class KeyLimits:
         finally:
             self._traffic.add(1)
             line.waiting -= 1
-            if not line.waiting:
-                self._lines.pop((key.name, what), None)
 
     def changed(self, key: Key) -> None:
         """Let the first in each of the key's lines look again: something was given back."""

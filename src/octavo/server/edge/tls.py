@@ -7,6 +7,7 @@ import socket
 from collections.abc import Callable
 
 from .certificates import Certificates
+from .http_protocol import Edge
 from .limits import ConnectionLimit
 
 ACCEPTED_AT_ONCE = 64  # connections, before others are served again
@@ -24,21 +25,19 @@ class TlsListener:
     Args:
         listener: a listening socket.
         certificates: their present context is used for each new connection.
-        seconds: the time that a handshake may take.
         make_protocol: returns the HTTP protocol of a connection.
-        connections: the limit for all connections. A handshake counts as an idle one.
+        edge: the limit for all connections, where a handshake counts as an idle one, and the time that it may take.
     """
 
     def __init__(
         self,
         listener: socket.socket,
         certificates: Certificates,
-        seconds: float,
         make_protocol: Callable[[], asyncio.Protocol],
-        connections: ConnectionLimit,
+        edge: Edge,
     ):
-        self._listener, self._certificates, self._seconds = listener, certificates, seconds
-        self._make_protocol, self._connections = make_protocol, connections
+        self._listener, self._certificates, self._make_protocol = listener, certificates, make_protocol
+        self._connections, self._seconds = edge.connections, edge.config.header_timeout
         self._loop = asyncio.get_running_loop()
         listener.setblocking(False)
         self._resume()
@@ -68,21 +67,19 @@ class TlsListener:
             handshake = Handshake(connection, self._make_protocol, self._connections)
             if self._connections.admit(handshake):
                 handshake.task = self._loop.create_task(self._run(handshake))
+                handshake.task.add_done_callback(handshake.ended)
             else:
                 connection.close()
 
     async def _run(self, handshake: "Handshake") -> None:
         connection, context = handshake.connection, self._certificates.context
         connection.setblocking(False)
-        try:
-            with contextlib.suppress(OSError):  # the client leaves, is too slow, or shows no valid certificate
-                if connection.family != socket.AF_UNIX:
-                    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                await self._loop.connect_accepted_socket(
-                    lambda: handshake, connection, ssl=context, ssl_handshake_timeout=self._seconds
-                )
-        finally:
-            self._connections.release(handshake)
+        with contextlib.suppress(OSError):  # the client leaves, is too slow, or shows no valid certificate
+            if connection.family != socket.AF_UNIX:
+                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            await self._loop.connect_accepted_socket(
+                lambda: handshake, connection, ssl=context, ssl_handshake_timeout=self._seconds
+            )
 
 
 class Handshake(asyncio.Protocol):
@@ -94,13 +91,21 @@ class Handshake(asyncio.Protocol):
         self.connection = connection
         self.task: asyncio.Task[None] | None = None
         self._make_protocol, self._connections = make_protocol, connections
+        self._is_complete = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Hand over to the HTTP protocol, which counts itself as a connection."""
+        self._is_complete = True
         self._connections.release(self)
         protocol = self._make_protocol()
         transport.set_protocol(protocol)
         protocol.connection_made(transport)
+
+    def ended(self, _: object) -> None:
+        """Close a connection whose handshake has failed, or was cancelled before it began."""
+        self._connections.release(self)
+        if not self._is_complete:
+            self.connection.close()
 
     def close_idle(self) -> None:
         if self.task is not None:

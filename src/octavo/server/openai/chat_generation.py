@@ -1,7 +1,7 @@
 """Chats for all dialects: a ChatRequest becomes a ChatGeneration, whose output each dialect formats in its own way."""
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -105,7 +105,7 @@ async def prepare(api: Api, request: Request, body: ChatRequest, record: Request
         raise InvalidRequest(f"use_beam_search does not go with {what}", "use_beam_search")
     text = await rendered(llm, body, messages)
     params = after_reasoning(llm, params, text)
-    prompt = await chat_tokens(llm, body, text, params)
+    prompt = await chat_tokens(llm, body, text, params, terms)
     if continued:
         prompt = continued.after_state(prompt)
         terms["kv_cache_state"] = continued.state
@@ -139,12 +139,14 @@ async def rendered(llm: AsyncLLM, body: ChatRequest, messages: list[dict[str, An
     return await llm.tokenizer.achat(messages, **variables)
 
 
-async def chat_tokens(llm: AsyncLLM, body: ChatRequest, text: str, params: SamplingParams) -> list[int]:
+async def chat_tokens(
+    llm: AsyncLLM, body: ChatRequest, text: str, params: SamplingParams, terms: Mapping[str, Any] | None = None
+) -> list[int]:
     """Return the tokens of a rendered chat, the last ones if the request truncates it. Raises PromptTooLong."""
     if body.truncate_prompt_tokens is not None and body.kv_cache_state:
         raise InvalidRequest("truncate_prompt_tokens cannot be used with kv_cache_state", "truncate_prompt_tokens")
     # The template adds the special tokens.
-    [prompt] = await tokenized(llm, [text], add_special_tokens=False, params=params)
+    [prompt] = await tokenized(llm, [text], False, params, terms)
     return prompt
 
 

@@ -70,7 +70,7 @@ async def prepare(api: Api, request: Request, body: CompletionRequest, record: R
         params = msgspec.structs.replace(params, stop_token_ids=[*(params.stop_token_ids or ()), *ends] or None)
     else:
         begins = not (continued and continued.state)
-        prompts = await tokenized(llm, body.prompt, add_special_tokens=begins, params=params)
+        prompts = await tokenized(llm, body.prompt, begins, params, terms)
     if continued:
         terms["kv_cache_state"] = continued.state
         continued.check_quota(prompts[0], params)

@@ -2,7 +2,7 @@
 
 import time
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import AbstractAsyncContextManager, aclosing, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -95,7 +95,9 @@ class Generation:
     created: int = field(default_factory=lambda: int(time.time()))
 
     def __post_init__(self) -> None:
-        """Raise InvalidRequest if the reply would have too many logprobs of prompts."""
+        """Apply the limits of the request's key. Raise InvalidRequest for too many logprobs of prompts."""
+        if self.record.key is not None and (limit := self.record.key.max_new_tokens) is not None:
+            self._limit_output(limit)
         if (wanted := self.params.prompt_logprobs) is not None:
             count = num_logprobs(sum(map(len, self.prompts)), wanted, self.llm.info)
             limit = MAX_STREAMED_PROMPT_LOGPROBS if self.options.stream else MAX_PROMPT_LOGPROBS
@@ -186,6 +188,15 @@ class Generation:
             echoed = await self.logprobs.echoed(self.prompts[prompt], known, top != 0)
         self.scored[prompt] = ScoredPrompt(await prompt_logprobs(known), echoed)
 
+    def _limit_output(self, limit: int) -> None:
+        """Let no completion have more than `limit` tokens."""
+        params, beams = self.params, self.beams
+        longest = limit if params.max_tokens is None else min(limit, params.max_tokens)
+        shortest = min(params.min_tokens, longest)
+        self.params = msgspec.structs.replace(params, max_tokens=longest, min_tokens=shortest)
+        if beams is not None:
+            self.beams = msgspec.structs.replace(beams, max_tokens=min(limit, beams.max_tokens))
+
     def _spending(self) -> AbstractAsyncContextManager[Tally | None]:
         """Reserve the tokens that the generation may take, of the limits of the request's key. Raises ApiError 429."""
         if self.record.use is None:
@@ -225,14 +236,20 @@ async def tokenized(
     prompts: list[str | list[int]],
     add_special_tokens: bool = True,
     params: SamplingParams | None = None,
+    terms: Mapping[str, Any] | None = None,
 ) -> list[list[int]]:
-    """Return prompts as token ids, truncated as `params` demand. Raises InvalidRequest, PromptTooLong."""
+    """Return prompts as token ids, truncated as `params` demand. Raises InvalidRequest, PromptTooLong.
+
+    Args:
+        terms: Their tenant and cache_salt are the owner of the prompts; see Tokenizer.encode.
+    """
+    owner = (terms["tenant"], terms.get("cache_salt")) if terms else None
     info = llm.info
     kept = kept_tokens(params, info) if params else None
 
     def tokens(prompt: str | list[int]) -> list[int]:
         if isinstance(prompt, str):
-            return encode(prompt, llm.tokenizer, info, kept, add_special_tokens)
+            return encode(prompt, llm.tokenizer, info, kept, add_special_tokens, owner)
         return prompt if kept is None else prompt[-kept:]
 
     def work() -> list[list[int]]:
