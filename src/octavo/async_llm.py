@@ -465,6 +465,13 @@ class AsyncLLM:
         """Return the statistics of each replica. Raises EngineDead after `close`."""
         return await self._frontend.replica_stats(STATS_PATIENCE)
 
+    async def page_states(self) -> dict[str, bytes]:
+        """Return a byte for each KV page of each engine that answers within a second, by the engine's name.
+
+        See octavo.kv.page_map.PageState. Raises EngineDead after `close`.
+        """
+        return await self._frontend.page_states(STATS_PATIENCE)
+
     def frontend_stats(self) -> FrontendStats:
         """Return the frontend's statistics. Raises EngineDead after `close`."""
         return self._frontend.stats()

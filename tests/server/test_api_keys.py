@@ -57,9 +57,18 @@ def test_every_route_but_the_probes_needs_a_key(guarded: Guarded) -> None:
     for path, methods in paths.items():
         for method in methods:
             reply = httpx.request(method, guarded.server.url + path.replace("{id}", "x"))
-            open = path in ("/health", "/ready")
+            open = path in ("/health", "/ready", "/")
             assert (reply.status_code == 200) if open else reply.status_code == 401, (method, path, reply.text)
-    for path in ("/", "/docs", "/nothing", "/v1/../health", "//health", "/health/../v1/models", "/%2e%2e/health"):
+    for path in (
+        "/docs",
+        "/nothing",
+        "/page/",
+        "/page/nothing.js",
+        "/v1/../health",
+        "//health",
+        "/health/../v1/models",
+        "/%2e%2e/health",
+    ):
         with contextlib.closing(http.client.HTTPConnection(*guarded.server.address)) as connection:
             connection.request("GET", path)  # as it stands: httpx would resolve the dots
             assert connection.getresponse().status == 401, path

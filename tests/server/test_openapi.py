@@ -86,6 +86,7 @@ def prepared(http: httpx.Client) -> dict[str, str]:
         "/v1/batches/": http.post("/v1/batches", json=batch).json()["id"],
         "/v1/responses/": http.post("/v1/responses", json=endless).json()["id"],
         "/v1/models/": "tiny",
+        "/page/": "main.js",
     }
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import shutil
 import subprocess
+import sys
 from collections.abc import Generator
 from pathlib import Path
 
@@ -13,7 +14,8 @@ from server_process import free_port, wait_for_port
 
 def program(name: str) -> str:
     """Return the path of a program; the test is skipped where it is not installed."""
-    found = shutil.which(name, path="/usr/sbin:/usr/local/sbin:/usr/local/bin:/usr/bin:/bin")
+    folders = f"{Path(sys.executable).parent}:/usr/sbin:/usr/local/sbin:/usr/local/bin:/usr/bin:/bin"
+    found = shutil.which(name, path=folders)
     if found is None:
         pytest.skip(f"{name} is not installed")
     return found

@@ -123,15 +123,15 @@ def save_tokenizer(folder: Path, *special_tokens: str) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
 
 
-def save_tool_model(folder: Path) -> Path:
-    """A model that writes CALL in a chat with tools, ANSWER after a tool's result and in other chats; else random.
+def save_tool_model(folder: Path, answer: str = ANSWER) -> Path:
+    """A model that writes CALL in a chat with tools, `answer` after a tool's result and in other chats; else random.
 
     Only the last token decides on the next: the output of all layers is 0, and the head has a row for each transition.
     Space is unlikely, so that JSON at random ends soon.
     """
     save_tokenizer(folder, "<|call|>", "<|answer|>")
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    tokenizer.add_tokens([AddedToken(text, special=False, normalized=False) for text in (CALL, ANSWER)])
+    tokenizer.add_tokens([AddedToken(text, special=False, normalized=False) for text in (CALL, answer)])
     tokenizer.save(str(folder / "tokenizer.json"))
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     settings |= {"chat_template": TOOL_TEMPLATE, "model_max_length": 4096}
@@ -148,7 +148,7 @@ def save_tool_model(folder: Path) -> Path:
     embeddings[:, 0] = 2 * embeddings.std()  # the same for all tokens, as a bias
     for token in range(len(head)):
         head[token, 0] = -5 if tokenizer.decode([token], skip_special_tokens=False).isspace() else 0
-    for before, after in (("<|call|>", CALL), (CALL, "<|im_end|>"), ("<|answer|>", ANSWER), (ANSWER, "<|im_end|>")):
+    for before, after in (("<|call|>", CALL), (CALL, "<|im_end|>"), ("<|answer|>", answer), (answer, "<|im_end|>")):
         embedding = embeddings[tokenizer.token_to_id(before)]
         head[tokenizer.token_to_id(after)] += embedding * (30 / embedding.norm() / embedding.numel() ** 0.5)
     model.to(torch.bfloat16).save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""Calls: messages to engines that expect an answer: statistics, resets of the cache, and files of KV states."""
+"""Calls: messages to engines that expect an answer: statistics, states of pages, resets, and files of KV states."""
 
 import asyncio
 import itertools
@@ -7,7 +7,17 @@ from typing import Any
 from octavo.engine.messages import EngineStats
 from octavo.errors import EngineDead, OctavoError
 
-from .links.messages import AskStats, CacheReset, LoadState, ResetCache, SaveState, StateDone, Stats
+from .links.messages import (
+    AskPageStates,
+    AskStats,
+    CacheReset,
+    LoadState,
+    PageStates,
+    ResetCache,
+    SaveState,
+    StateDone,
+    Stats,
+)
 from .replica import Replica
 
 
@@ -20,13 +30,13 @@ class Calls:
 
     async def stats(self, replica: Replica, patience: float | None = None) -> EngineStats:
         """Return the statistics of a replica's engine. Raises EngineDead, also after `patience` seconds."""
-        try:
-            async with asyncio.timeout(patience):
-                message = AskStats(next(self._ids))
-                stats: EngineStats = await self._call(replica, message.id, message)
-                return stats
-        except TimeoutError:
-            raise EngineDead("the engine is busy and has not answered yet") from None
+        stats: EngineStats = await self._patiently(replica, AskStats(next(self._ids)), patience)
+        return stats
+
+    async def page_states(self, replica: Replica, patience: float | None = None) -> bytes:
+        """Return the states of a replica's pages. Raises EngineDead, also after `patience` seconds."""
+        states: bytes = await self._patiently(replica, AskPageStates(next(self._ids)), patience)
+        return states
 
     async def reset_cache(self, replica: Replica) -> bool:
         """Evict the cached pages of a replica. Return False if requests use pages. Raises EngineDead."""
@@ -38,13 +48,15 @@ class Calls:
         """Make a replica's engine open or write the file of a KV state. Raises EngineDead, and the engine's error."""
         await self._call(replica, message.id, message)
 
-    def answered(self, replica: Replica, message: Stats | StateDone | CacheReset) -> None:
+    def answered(self, replica: Replica, message: Stats | PageStates | StateDone | CacheReset) -> None:
         """Pass on an answer."""
         answer = self._waiting.get((replica, message.id))
         if answer is None or answer.done():
             return
         if isinstance(message, Stats):
             answer.set_result(message.stats)
+        elif isinstance(message, PageStates):
+            answer.set_result(message.states)
         elif isinstance(message, CacheReset):
             answer.set_result(message.done)
         elif message.failed is None:
@@ -58,8 +70,15 @@ class Calls:
             if called is replica and not answer.done():
                 answer.set_exception(error)
 
+    async def _patiently(self, replica: Replica, message: AskStats | AskPageStates, patience: float | None) -> Any:
+        try:
+            async with asyncio.timeout(patience):
+                return await self._call(replica, message.id, message)
+        except TimeoutError:
+            raise EngineDead("the engine is busy and has not answered yet") from None
+
     async def _call(
-        self, replica: Replica, id: int | str, message: AskStats | ResetCache | LoadState | SaveState
+        self, replica: Replica, id: int | str, message: AskStats | AskPageStates | ResetCache | LoadState | SaveState
     ) -> Any:
         if not replica.is_ready:
             raise EngineDead(f"the engine {replica.status}")

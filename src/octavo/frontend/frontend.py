@@ -28,6 +28,7 @@ from .links.messages import (
     FromEngine,
     LoadState,
     Pages,
+    PageStates,
     Pin,
     SaveState,
     StateDone,
@@ -294,6 +295,17 @@ class Frontend:
             for replica, answer in zip(replicas, answers, strict=True)
         ]
 
+    async def page_states(self, patience: float | None = None) -> dict[str, bytes]:
+        """Return the states of the pages of each replica that answers within `patience` seconds, by its name.
+
+        Raises EngineDead after `close`.
+        """
+        self._living()
+        replicas = list(self.replicas)
+        asked = (self._calls.page_states(replica, patience) for replica in replicas)
+        answers = await asyncio.gather(*asked, return_exceptions=True)
+        return {replica.name: each for replica, each in zip(replicas, answers, strict=True) if isinstance(each, bytes)}
+
     async def engine_stats(self, patience: float | None = None) -> EngineStats:
         """Return the sum of the statistics of all engines that answer within `patience` seconds.
 
@@ -496,7 +508,7 @@ class Frontend:
                     replica.send(WatchPages(with_content=self._events is not None))
                 elif self._events is not None:
                     self._events.changed(replica.number, message)
-            case Stats() | StateDone() | CacheReset():
+            case Stats() | PageStates() | StateDone() | CacheReset():
                 self._calls.answered(replica, message)
 
     def _tell(self, watcher: RequestWatcher, replica: Replica, message: Tokens) -> None:

@@ -7,7 +7,7 @@ losing a page costs only time, and forking a sequence is finding its prefix in t
 import math
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 
 from .page_pool import PagePool
@@ -78,7 +78,7 @@ class KVCache:
         self._pins: OrderedDict[str, list[int]] = OrderedDict()  # by the id of a KV state, least recently used first
         self._unsaved: deque[tuple[int, bytes]] = deque()
         self._max_saving = max(1, num_pages // SAVING_SHARE)
-        self._num_saving = 0
+        self._saving: set[int] = set()  # pages
         self._fetching: dict[int, Prefetch] = {}  # by page
         self._content: dict[bytes, PageContent] | None = None  # of pages that are published or fetched, by key
 
@@ -231,15 +231,15 @@ class KVCache:
             if prefetch := self._fetching.pop(done.page, None):
                 self._finish_fetch(done, prefetch)
             else:
-                self._num_saving -= 1
+                self._saving.discard(done.page)
             self.pool.release(done.page)
         most = min(self._max_saving, self.transfers.max_saves)
-        while self._unsaved and self._num_saving < most:
+        while self._unsaved and len(self._saving) < most:
             page, key = self._unsaved.popleft()
             if self.pool.find(key) == page:
                 self.pool.acquire(page)
                 if self.transfers.save(page, key):
-                    self._num_saving += 1
+                    self._saving.add(page)
                 else:  # the tiers have it
                     self.pool.release(page)
 
@@ -297,6 +297,10 @@ class KVCache:
         """Return whether the page is being filled from a lower tier."""
         return page in self._fetching
 
+    def moving_pages(self) -> tuple[Collection[int], Collection[int]]:
+        """Return the pages that are being filled from a lower tier, and those being saved to one."""
+        return self._fetching.keys(), self._saving
+
     def pinned_pages(self) -> set[int]:
         """Return the pages that KV states reference. From any thread."""
         return {page for pages in list(self._pins.values()) for page in pages}
@@ -309,7 +313,7 @@ class KVCache:
     @property
     def is_moving(self) -> bool:
         """Return whether pages are being fetched or saved, or wait to be saved."""
-        return bool(self._fetching or self._unsaved or self._num_saving)
+        return bool(self._fetching or self._unsaved or self._saving)
 
     def _finish_fetch(self, done: Finished, prefetch: Prefetch) -> None:
         prefetch.pending -= 1

@@ -16,6 +16,7 @@ class PagePool:
     def __init__(self, num_pages: int):
         self.num_pages = num_pages
         self._references = [0] * num_pages
+        self._has_key = bytearray(num_pages)
         self._key: list[bytes | None] = [None] * num_pages
         self._free = [*reversed(range(num_pages))]  # the last is allocated first: its memory is warm
         # In order of last use. (A plain dict would skip over all deleted entries each time that its first is popped.)
@@ -35,6 +36,14 @@ class PagePool:
     def state(self, page: int) -> str:
         """Return FREE, IN_USE or CACHED."""
         return IN_USE if self._references[page] else FREE if self._key[page] is None else CACHED
+
+    def counts(self, most: int) -> tuple[bytes, bytes]:
+        """Return a byte for each page with its references, `most` for more, and one that is 1 if it was published."""
+        try:
+            references = bytes(self._references)
+        except ValueError:  # a page has more than 255
+            references = bytes(min(each, most) for each in self._references)
+        return references.translate(bytes(min(each, most) for each in range(256))), bytes(self._has_key)
 
     def allocate(self) -> int:
         """Return a page with one reference and undefined content. If none is free, evict a cached page.
@@ -80,6 +89,7 @@ class PagePool:
             return False
         self._page_of[key] = page
         self._key[page] = key
+        self._has_key[page] = 1
         if self._changes is not None:
             self._changes[key] = True
         return True
@@ -110,5 +120,6 @@ class PagePool:
         assert key is not None
         del self._page_of[key]
         self._key[page] = None
+        self._has_key[page] = 0
         if self._changes is not None:
             self._changes[key] = False

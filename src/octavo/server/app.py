@@ -1,7 +1,7 @@
 """Assembles the server's ASGI application from its route families."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -74,20 +74,33 @@ def create_app(
         http = metrics.HttpMeter()
         routes += metrics.routes(metrics.Exporter(fleet, http))
         on_end = http.ended
-    authentication = _authentication(config, database, traffic)
+    paths: Collection[str] = ()
+    if config.page:
+        from . import page
+
+        routes += page.routes(api)
+        paths = page.PATHS
+    authentication = _authentication(config, database, traffic, paths)
     if authentication is not None:
         from . import keys_admin
 
         routes += keys_admin.routes(config, authentication)
-    pages = documented(routes, fleet.default.name)
-    app = Dispatcher(pages, config.allowed_origins, traffic, authentication, host_check(config), on_end, audit)
+    described = documented(routes, fleet.default.name)
+    hosts = host_check(config)
+    app = Dispatcher(described, config.allowed_origins, traffic, authentication, hosts, on_end, audit)
     if service:
         service.start(app)
     return app
 
 
-def _authentication(config: ServerConfig, database: Database, traffic: Traffic) -> "Authentication | None":
-    """Return what checks the API keys of requests; None if the server has no keys. Raises ConfigError."""
+def _authentication(
+    config: ServerConfig, database: Database, traffic: Traffic, page: Collection[str]
+) -> "Authentication | None":
+    """Return what checks the API keys of requests; None if the server has no keys. Raises ConfigError.
+
+    Args:
+        page: the paths of the page's files.
+    """
     if not config.has_keys:
         return None
 
@@ -101,7 +114,7 @@ def _authentication(config: ServerConfig, database: Database, traffic: Traffic) 
 
     ring = KeyRing(config.api_key or (), Path(config.keys) if config.keys else None)
     limits = KeyLimits(_limiter(config, database), config.rate_limit_mode == "queue", traffic)
-    return Authentication(ring, admit_operator, limits)
+    return Authentication(ring, admit_operator, limits, also_open=page)
 
 
 def _limiter(config: ServerConfig, database: Database) -> "Limiter":

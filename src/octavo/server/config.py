@@ -57,6 +57,7 @@ class ServerConfig(Settings):
     )
     audit_key: str | None = setting(None, f"Key of the audit log, 64 hexadecimal digits: {SOURCES} (docs/secrets.md).")
     enable_metrics: bool = setting(False, "Serve metrics for Prometheus at GET /metrics (docs/metrics.md).")
+    page: bool = setting(True, "Serve a page for browsers at /: chat, live view and models (docs/page.md).")
     otlp_endpoint: str | None = setting(
         None,
         "Address of an OpenTelemetry collector for a span of each request, such as http://localhost:4318 "

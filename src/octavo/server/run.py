@@ -251,6 +251,6 @@ def _announce(fleet: "Fleet", config: ServerConfig, listener: socket.socket) -> 
         names = ", ".join(each.name for each in fleet.models)
         decisions = "\n".join(line for model in fleet.models for line in _decisions(model))
         typer.echo(f"\nOctavo {__version__} serves {printable(names)} on {where}; Ctrl-C ends it.\n{decisions}")
-        typer.echo(f"Try it:\n\n{curl}\n")
+        typer.echo(f"Try it{' in a browser, or' if config.page and not config.uds else ''}:\n\n{curl}\n")
     except OSError:  # stdout is a full disk or a closed pipe; its buffer must not be flushed at exit either
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

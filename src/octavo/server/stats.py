@@ -1,12 +1,14 @@
 """The answer to GET /stats, which `octavo top` shows."""
 
 import asyncio
+import contextlib
 import time
 from typing import TYPE_CHECKING
 
 import msgspec
 
 from octavo.engine.messages import EngineStats
+from octavo.errors import EngineDead
 from octavo.frontend.stats import FrontendStats, ReplicaStats, total
 from octavo.version import __version__
 
@@ -90,7 +92,8 @@ async def model_stats(model: "Model") -> ModelStats:
             max_model_len=llm.info.max_model_len,
             page_size=llm.info.page_size,
         )
-        stats.frontend, stats.replicas = llm.frontend_stats(), await llm.replica_stats()
+        with contextlib.suppress(EngineDead):  # a model that was swapped out has just ended
+            stats.frontend, stats.replicas = llm.frontend_stats(), await llm.replica_stats()
         engines = [replica.engine for replica in stats.replicas if replica.engine is not None]
         stats.engine = total(engines) if engines else None
     return stats

@@ -9,18 +9,21 @@ from queue import SimpleQueue
 from typing import Any
 
 from octavo.engine.engine import Engine
+from octavo.kv.page_map import page_states
 from octavo.kv.prefix import KEY_BYTES
 from octavo.tracing.records import IDLE
 
 from .messages import (
     Abort,
     Alive,
+    AskPageStates,
     AskStats,
     CacheReset,
     Failed,
     FromEngine,
     LoadState,
     Pages,
+    PageStates,
     Pin,
     ResetCache,
     SaveState,
@@ -114,6 +117,8 @@ class EngineLoop:
                 self._pages_sent = 1
             case AskStats():
                 self._send(Stats(message.id, engine.stats()))
+            case AskPageStates():
+                self._send(PageStates(message.id, page_states(engine.kv)))
             case ResetCache():
                 self._send(CacheReset(message.id, engine.kv.reset()))
 

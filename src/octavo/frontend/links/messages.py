@@ -80,6 +80,12 @@ class AskStats(msgspec.Struct, frozen=True, tag=True):
     id: int
 
 
+class AskPageStates(msgspec.Struct, frozen=True, tag=True):
+    """Request the state of every page. Answered by PageStates with the same id."""
+
+    id: int
+
+
 class ResetCache(msgspec.Struct, frozen=True, tag=True):
     """Evict all cached pages. Answered by CacheReset with the same id."""
 
@@ -169,6 +175,17 @@ class Stats(msgspec.Struct, frozen=True, tag=True):
     stats: EngineStats
 
 
+class PageStates(msgspec.Struct, frozen=True, tag=True):
+    """The answer to AskPageStates.
+
+    Attributes:
+        states: a byte for each page, see octavo.kv.page_map.PageState.
+    """
+
+    id: int
+    states: bytes
+
+
 class CacheReset(msgspec.Struct, frozen=True, tag=True):
     """The answer to ResetCache: whether the pages were evicted, which is impossible while requests use some."""
 
@@ -203,8 +220,10 @@ class Pages(msgspec.Struct, frozen=True, tag=True):
     tokens: bytes = b""
 
 
-ToEngine = Load | Submit | Abort | AskStats | Pin | Unpin | SaveState | LoadState | WatchPages | ResetCache
-FromEngine = Loading | Ready | Failed | Alive | Tokens | Stats | StateDone | Pages | CacheReset
+ToEngine = (
+    Load | Submit | Abort | AskStats | AskPageStates | Pin | Unpin | SaveState | LoadState | WatchPages | ResetCache
+)
+FromEngine = Loading | Ready | Failed | Alive | Tokens | Stats | StateDone | Pages | PageStates | CacheReset
 
 HEARTBEAT = 0.5  # seconds between Alive messages
 _LENGTH_BYTES = 4

@@ -1,7 +1,7 @@
 """Authentication: check the API keys of requests and the keys' limits, and set each request's tenant."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any
 
 from octavo.server.errors import ApiError
@@ -13,7 +13,7 @@ from .key_use import KeyLimits, KeyUse
 if TYPE_CHECKING:
     from octavo.tenants.key_ring import KeyRing
 
-OPEN = ("/health", "/ready")  # routes that need no key
+OPEN = ("/health", "/ready")  # routes that need no key, on every server
 OPERATED = ("/v1/admin/", "/stats", "/metrics")  # routes about all tenants: they need the admin key
 SHARED = ("/get_load",)  # routes about all tenants that routers query: they need a key that names tenants
 COMPUTED = frozenset(
@@ -36,11 +36,19 @@ class Authentication:
         ring: the keys.
         admit_operator: raises ApiError unless an ASGI request has the admin key.
         limits: the limits of the keys.
+        also_open: further paths that need no key.
     """
 
-    def __init__(self, ring: "KeyRing", admit_operator: Callable[[Any], None], limits: KeyLimits):
+    def __init__(
+        self,
+        ring: "KeyRing",
+        admit_operator: Callable[[Any], None],
+        limits: KeyLimits,
+        also_open: Collection[str] = (),
+    ):
         self.ring, self.limits = ring, limits
         self._admit_operator = admit_operator
+        self._open = frozenset((*OPEN, *also_open))
 
     async def enter(self, scope: Any, record: RequestRecord) -> None:
         """Check a request's key, note it in `record`, and name its tenant in `scope` in place of what the client says.
@@ -49,7 +57,7 @@ class Authentication:
             ApiError: 401 for no valid key, 403 for a route that the key does not allow, 429 beyond the key's limits.
         """
         path = scope["path"]
-        if path in OPEN:
+        if path in self._open:
             return
         if path.startswith(OPERATED):
             self._admit_operator(scope)

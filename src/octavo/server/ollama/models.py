@@ -39,7 +39,7 @@ def routes(api: Api) -> list[Route]:
     properties = described("Describe a model.", body=named, example={"model": MODEL}, reply=dict[str, Any])
     refused = described("Refused, since models are named at the server's start.", status=501, reply=OllamaError)
     return [
-        route("GET", "/", running, text),
+        *([] if api.config.page else [route("GET", "/", running, text)]),
         route("GET", "/api/version", version, described("Return the server's version.", reply=dict[str, str])),
         route("GET", "/api/tags", partial(tags, api), described("List the models.", reply=Models)),
         route("GET", "/api/ps", partial(loaded, api), described("List the loaded models.", reply=Models)),

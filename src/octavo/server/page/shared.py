@@ -1,0 +1,29 @@
+"""Shared: a value that is computed for all who ask at about the same time."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+
+class Shared(Generic[T]):
+    """A value that is computed when somebody asks, but at most once in a period.
+
+    Args:
+        compute: computes the value.
+        period: seconds for which a value is given again.
+    """
+
+    def __init__(self, compute: Callable[[], Awaitable[T]], period: float):
+        self._compute, self._period = compute, period
+        self._lock = asyncio.Lock()
+        self._latest: tuple[float, T] | None = None
+
+    async def get(self) -> T:
+        """Return the value. Raises what `compute` raises."""
+        async with self._lock:
+            now = asyncio.get_running_loop().time()
+            if self._latest is None or now - self._latest[0] >= self._period:
+                self._latest = now, await self._compute()
+            return self._latest[1]
