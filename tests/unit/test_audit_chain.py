@@ -75,6 +75,19 @@ def test_any_change_shows(tmp_path_factory: pytest.TempPathFactory, data: st.Dat
     assert check(b"".join(lines), folder=tmp_path_factory.mktemp("log")).problems
 
 
+def test_a_flood_of_wrong_keys_is_counted(tmp_path: Path) -> None:
+    log = AuditLog(tmp_path / "log", KEY)
+    for number in range(1000):
+        record = RequestRecord(f"r{number}", "POST", "/v1/completions", "127.0.0.1", status=401, complete=True)
+        log.begin(record)
+        log.end(record)
+    log.close()
+    lines = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
+    own = sum(line["event"] == "request" for line in lines)
+    assert own + sum(line["count"] for line in lines if line["event"] == "refused") == 1000
+    assert 100 <= own <= 300 and verify([tmp_path / "log"], KEYS).problems == []
+
+
 def test_a_log_goes_on_after_a_restart(tmp_path: Path) -> None:
     for _ in range(2):
         log_lines(tmp_path / "log", 5)

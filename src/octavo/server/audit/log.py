@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from octavo.errors import ConfigError
-from octavo.server.edge.access_log import HEALTH, PROBES, RequestRecord, fields
+from octavo.server.edge.access_log import HEALTH, MAX_REFUSED, PROBES, RequestRecord, fields
 from octavo.server.errors import ApiError
+from octavo.tenants.window import SlidingWindow
 
 from .chain import LONGEST_LINE, ORIGIN, Keys, mac_of, sealed
 from .evidence import Evidence
@@ -37,6 +38,9 @@ class AuditLog:
     the machine fails are the lines of the latest moments. If lines cannot be written, they are kept, and requests are
     refused with status 503 until they are. A file that was renamed is followed by a new one.
 
+    Of the requests without a right key, MAX_REFUSED a second have lines of their own, and the others are counted: a
+    flood must not fill the disk.
+
     Args:
         path: the file; a log that it has is continued.
         key: 64 hexadecimal digits.
@@ -50,6 +54,8 @@ class AuditLog:
         self._lines: deque[dict[str, Any]] = deque()
         self._wake = threading.Event()
         self._closing = self._failing = False
+        self._refusals = SlidingWindow(MAX_REFUSED, seconds=1.0)
+        self._refused = 0  # requests that are counted but not in a line yet
         try:
             self._file = _open(self._path)
         except OSError as error:
@@ -86,13 +92,24 @@ class AuditLog:
 
     def _queue(self, record: RequestRecord) -> None:
         assert record.evidence is not None
+        if record.status == 401 and self._refusals.take(time.monotonic()):
+            self._refused += 1
+            return
+        self._count_refused()
         now, seconds = datetime.now(UTC), time.perf_counter() - record.started
         values = {"event": "request", **fields(now, seconds, record), **record.evidence.fields()}
         self._lines.append({name: value for name, value in values.items() if value is not None})
         self._wake.set()
 
+    def _count_refused(self) -> None:
+        """Queue a line for the refused requests that got none of their own."""
+        if self._refused:
+            self._lines.append({"event": "refused", "time": _now(), "count": self._refused})
+            self._refused = 0
+
     def close(self) -> None:
         """Write the last lines, for a few seconds at most."""
+        self._count_refused()
         self._closing = True
         self._wake.set()
         self._thread.join(CLOSE_SECONDS)
