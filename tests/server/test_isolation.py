@@ -25,7 +25,7 @@ from octavo.tenants.key_ring import KeyRing
 from server_process import ServerProcess
 
 MARK = "0f3a9c77e1"  # in everything that Alice sends
-OPEN = {"/health", "/ready"}
+OPEN = {"/health", "/ready", "/"}
 OPERATED = {"/stats", "/metrics", "/v1/admin/models"}
 SHARED = {"/get_load"}  # the load of all tenants together: for keys of trusted proxies
 COMPLETION = {"prompt": f"{MARK} is my secret", "max_tokens": 4, "ignore_eos": True}
