@@ -141,7 +141,7 @@ def test_a_full_server(tiny_llama: Path, stream: bool) -> None:
                 assert 1 <= int(reply.headers["retry-after"]) <= 60
             assert http.get("/health").status_code == 200
             stats = http.get("/stats").json()["models"][0]["frontend"]
-            assert stats == {"live": 6, "limit": 6, "refused": 2, "timed_out": 0}
+            assert stats == {"live": 6, "limit": 6, "refused": 2, "timed_out": 0, "tenants": {"": 6}}
         while http.get("/stats").json()["models"][0]["frontend"][
             "live"
         ]:  # until the server has noticed that the stream was left

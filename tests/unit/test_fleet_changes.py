@@ -102,6 +102,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
     monkeypatch.setattr(Engines, "machine", machine, raising=False)
     monkeypatch.setattr(model_module, "AsyncLLM", Engines)
     monkeypatch.setattr(model_module, "resolve", lambda model, revision: Path(model))
+    monkeypatch.setattr(model_module, "model_files", lambda config: Path(config.model))
     monkeypatch.setattr(model_module, "needs", lambda config, path: Needs(UNIT, config))
     for name, seconds in (("IDLE_LOOK", 0.01), ("TURN", 0.05), ("RETRY_SECONDS", 0.02)):
         monkeypatch.setattr(fleet_module, name, seconds)
