@@ -91,10 +91,18 @@ def _responses(operation: Operation, schemas: "_Schemas", error: Schema) -> dict
     if operation.reply is not None:
         content[operation.media_type] = {"schema": schemas.of(operation.reply)}
     if operation.events is not None:
-        content[operation.events_type] = {"schema": schemas.of(operation.events)}
+        event = schemas.of(operation.events)
+        is_sse = operation.events_type == "text/event-stream"
+        content[operation.events_type] = {"schema": _server_sent(event) if is_sse else event}
     answer: dict[str, Any] = {"description": "The answer."} | ({"content": content} if content else {})
     failure = {"description": "An error.", "content": {"application/json": {"schema": error}}}
     return {str(operation.status): answer, "default": failure}
+
+
+def _server_sent(event: Schema) -> Schema:
+    """Return the schema of one of a stream's server-sent events, as OpenAPI 3.2 describes them."""
+    data = {"type": "string", "contentMediaType": "application/json", "contentSchema": event}
+    return {"type": "object", "required": ["data"], "properties": {"data": data}}
 
 
 def _with_model(example: Any, model: str) -> Any:
