@@ -269,6 +269,21 @@ def test_the_weight_of_a_request_is_its_tenants_from_then_on() -> None:
         assert served["b"] / served["a"] == pytest.approx(expected, rel=0.05)
 
 
+def test_a_tenant_that_wants_no_more_than_its_share_gets_it_at_once() -> None:
+    sim = Simulation(num_pages=400, max_batch_size=8, max_batch_tokens=64, policy="fair")
+    for _ in range(40):
+        sim.add([1] * 4, 100, tenant="loud")
+    for _ in range(200):
+        while sum(seq.tenant == "quiet" for seq in sim.live.values()) < 4:
+            sim.add([1] * 4, 7, tenant="quiet")
+        for _ in range(2):
+            sim.step()
+        assert sum(seq.slot >= 0 for seq in sim.live.values() if seq.tenant == "quiet") >= 3  # one may just have ended
+        assert sum(seq.slot >= 0 for seq in sim.live.values() if seq.tenant == "loud") >= 4
+        if sum(seq.tenant == "loud" for seq in sim.live.values()) < 20:
+            sim.add([1] * 4, 100, tenant="loud")
+
+
 def test_a_tenant_far_below_its_share_takes_places_of_one_above() -> None:
     sim = Simulation(num_pages=400, max_batch_size=8, max_batch_tokens=64, policy="fair", tenant_weights="loud=3")
 

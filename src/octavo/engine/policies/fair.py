@@ -60,8 +60,8 @@ class Fair(Policy):
       before the charge for that service. So time without requests earns no credit. (Sheng et al. raise it to the least
       counter of the waiting tenants. The floor is not above that counter and needs no search, and the tenant goes
       before one that has just been served. Start-time fair queueing calls the floor virtual time.)
-    - If a waiting tenant has less than half of its share of the running sequences, and its share is at least one, the
-      latest sequence of the tenant furthest above its share is preempted to admit it.
+    - If a waiting tenant has less than half of its share of the running sequences, or all its requests fit into its
+      share, and its share is at least one, the latest sequence of the tenant furthest above its share is preempted.
     """
 
     def __init__(self, config: EngineConfig):
@@ -135,7 +135,8 @@ class Fair(Policy):
         weight = sum(account.weight for account in accounts.values() if account.entry is None)
         unit = len(running) / (weight + self._waiting_weight)  # running sequences per unit of weight
         share = unit * accounts[waiting.tenant].weight
-        if share < 1 or 2 * counts[waiting.tenant] >= share:
+        has, wants = counts[waiting.tenant], len(accounts[waiting.tenant].queue)
+        if share < 1 or (2 * has >= share and has + wants > share):
             return None
         most = max(accounts.values(), key=lambda account: counts[account.tenant] / account.weight)
         if counts[most.tenant] <= max(1, unit * most.weight):

@@ -22,8 +22,8 @@ class WaitingQueue:
         self._heap: list[tuple[tuple[float, int], Sequence]] = []
         self._members: set[Sequence] = set()
 
-    def __bool__(self) -> bool:
-        return bool(self._members)
+    def __len__(self) -> int:
+        return len(self._members)
 
     def add(self, seq: Sequence) -> None:
         if len(self._heap) > 2 * len(self._members) + 16:
