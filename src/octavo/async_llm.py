@@ -490,7 +490,7 @@ class AsyncLLM:
 
     def set_meter(self, meter: Meter) -> None:
         """Measure all requests with `meter` from now on."""
-        self._frontend.meter = meter
+        self._frontend.set_meter(meter)
 
     def set_tracer(self, tracer: "Tracer") -> None:
         """Make OpenTelemetry spans of all requests from now on."""

@@ -19,6 +19,7 @@ VARIABLES = "OCTAVO_SECRET_"  # prefix of environment variables that hold secret
 SOURCES = f"a file, env:{VARIABLES}NAME or cmd:COMMAND"
 _LONGEST = 1 << 16  # bytes
 _SECONDS = 60.0  # for a command
+_LIKE_A_SECRET = re.compile(r"^\s*(?:[0-9a-fA-F]{64}\s*$|AGE-SECRET-KEY-|-----BEGIN)")
 
 
 class Secrets(msgspec.Struct, frozen=True):
@@ -115,6 +116,8 @@ def _content(setting: str, path: str) -> str:
         with Path(path).expanduser().open("rb") as file:
             return _text(setting, file.read(_LONGEST + 1))
     except (OSError, RuntimeError) as error:
+        if _LIKE_A_SECRET.search(path):
+            raise ConfigError(f"{setting} is a secret itself, in place of its source: give {SOURCES}") from None
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(f"{setting}: cannot read {shortened(path)} ({reason}); give {SOURCES}") from None
 

@@ -277,7 +277,7 @@ def test_keys_are_taken_from_both_headers(proxy: str) -> None:
     for headers in (bearer(PREMIUM), {"x-api-key": PREMIUM}, {"authorization": f"bearer {PREMIUM}"}):
         assert httpx.get(f"{proxy}/v1/models", headers=headers).status_code == 200
     assert httpx.get(f"{proxy}/health").status_code == httpx.get(f"{proxy}/ready").status_code == 200
-    for path in ("/v1/admin/models", "/stats", "/metrics"):
+    for path in ("/v1/admin/models", "/stats", "/stats/live", "/metrics"):
         assert httpx.get(f"{proxy}{path}", headers=bearer(PREMIUM)).status_code == 404
 
 

@@ -66,7 +66,18 @@ def test_who_is_served(proxy: Proxy) -> None:
 
 
 @pytest.mark.parametrize(
-    "path", ["/stats", "/st%61ts", "//stats", "/x/../stats", "/stats?a", "/metrics", "/get_load", "/v1/%61dmin/models"]
+    "path",
+    [
+        "/stats",
+        "/st%61ts",
+        "//stats",
+        "/x/../stats",
+        "/stats?a",
+        "/stats/live",
+        "/metrics",
+        "/get_load",
+        "/v1/%61dmin/models",
+    ],
 )
 def test_what_concerns_all_tenants_is_not_for_clients(proxy: Proxy, path: str) -> None:
     host, port = httpx.URL(proxy.url).host, httpx.URL(proxy.url).port

@@ -154,7 +154,8 @@ def test_a_client_that_leaves_is_charged_for_what_was_computed(one: Limited) -> 
 
 def test_a_budget_of_tokens_for_the_month(one: Limited) -> None:
     client = openai.OpenAI(base_url=f"{one.server.url}/v1", api_key=one.secrets["month"], max_retries=0)
-    assert client.completions.create(model="tiny", prompt="Hello", max_tokens=40).usage is not None
+    body = {"ignore_eos": True}
+    assert client.completions.create(model="tiny", prompt="Hello", max_tokens=40, extra_body=body).usage is not None
     with pytest.raises(openai.RateLimitError) as error:
         client.completions.create(model="tiny", prompt="Hello", max_tokens=40)
     assert (error.value.code, error.value.type) == ("insufficient_quota", "insufficient_quota")

@@ -115,7 +115,9 @@ def _huge_pages() -> Finding:
 def _limits(server: ServerConfig) -> Finding:
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     locked = resource.getrlimit(resource.RLIMIT_MEMLOCK)[1]
-    memory = f"locked memory {'unlimited' if locked == resource.RLIM_INFINITY else size(locked)} (Octavo locks none)"
+    memory = (
+        f"locked memory {'unlimited' if locked == resource.RLIM_INFINITY else size(locked)} (used for encrypted models)"
+    )
     wanted = server.max_connections + OTHER_FILES
     if files != resource.RLIM_INFINITY and files < wanted:
         return change(

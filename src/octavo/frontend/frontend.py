@@ -336,6 +336,15 @@ class Frontend:
         else:
             self._tenant_weights[tenant] = weight
 
+    def set_meter(self, meter: Meter) -> None:
+        """Measure all requests with `meter` from now on. What running ones have got before is not counted."""
+        self.meter, now = meter, time.monotonic()
+        for live in self._ledger or ():
+            for completion in live.completions:
+                if completion.token_ids:
+                    live.prompt_metered = True
+                    completion.num_metered, completion.metered_at = len(completion.token_ids), now
+
     async def load_state(self, path: Path, tenant: str, salt: str) -> KVState:
         """Make a state of a saved file. Raises InvalidKVState, QuotaExceeded, EngineDead."""
         self._living()

@@ -7,6 +7,8 @@ with content that `find` returns by key). The least recently used cached page is
 from collections import OrderedDict
 from collections.abc import Collection
 
+import numpy as np
+
 FREE, IN_USE, CACHED = ".", "h", "c"  # letters of the page map in GET /stats
 
 
@@ -42,7 +44,7 @@ class PagePool:
         try:
             references = bytes(self._references)
         except ValueError:  # a page has more than 255
-            references = bytes(min(each, most) for each in self._references)
+            references = np.minimum(np.array(self._references), most).astype(np.uint8).tobytes()
         return references.translate(bytes(min(each, most) for each in range(256))), bytes(self._has_key)
 
     def allocate(self) -> int:

@@ -80,7 +80,10 @@ class RedisLimiter:
             limits = key.requests_per_minute or 0, key.concurrent_requests or 0
             arguments: list[str | int] = [self._now(), self._id(id), *limits, _microseconds(LEASE_SECONDS)]
             keys = _keys(key.name, "requests", "running")
-            if reply := await self._ask(lambda: self._enter(keys=keys, args=arguments)):
+            place = keys[1], self._id(id)
+            if reply := await self._decide(
+                lambda: self._enter(keys=keys, args=arguments), undo=lambda: self._redis.zrem(*place)
+            ):
                 verdict = self._verdict(reply)
                 if verdict.refused_by is None:
                     self._leases[id] = key.name
@@ -102,7 +105,11 @@ class RedisLimiter:
             amounts = spending.reserved, spending.prompt, key.tokens_per_minute or 0, key.monthly_tokens or 0
             lease = _microseconds(LEASE_SECONDS)
             arguments: list[str | int] = [self._now(), self._id(spending.id), *amounts, month, lease]
-            if reply := await self._ask(lambda: self._reserve(keys=_token_keys(key.name), args=arguments)):
+            keys = _token_keys(key.name)
+            nothing: list[str | int] = [self._now(), self._id(spending.id), 0]
+            if reply := await self._decide(
+                lambda: self._reserve(keys=keys, args=arguments), undo=lambda: self._settle(keys=keys, args=nothing)
+            ):
                 verdict = self._verdict(reply)
                 if verdict.refused_by is None:
                     spending.month = month
@@ -166,6 +173,15 @@ class RedisLimiter:
             self._lose(error)
             return None
 
+    async def _decide(self, command: Callable[[], Awaitable[Any]], undo: Callable[[], Awaitable[Any]]) -> Any:
+        """Return the reply to a command. If the caller is cancelled meanwhile, undo what Redis may have counted."""
+        asked = asyncio.ensure_future(self._ask(command))
+        try:
+            return await asyncio.shield(asked)
+        except asyncio.CancelledError:
+            asked.add_done_callback(lambda _: self._send(undo))
+            raise
+
     def _send(self, command: Callable[[], Awaitable[Any]]) -> None:
         """Run a command whose reply nobody waits for. If Redis is lost, its lease ends what it would have ended."""
         task = asyncio.ensure_future(self._ask(command))
@@ -198,7 +214,7 @@ class RedisLimiter:
 
     async def _push_months(self) -> None:
         """Add the tokens that were counted here to those in Redis."""
-        for account in self._local.accounts.values():
+        for account in list(self._local.accounts.values()):  # others may come while Redis is asked
             if account.used:
                 [months] = _keys(account.name, "months")
                 used, account.used = account.used, 0

@@ -26,6 +26,9 @@ ENTER = (
 local id, limit, concurrent = ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4])
 redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', text(now - minute))
 redis.call('ZREMRANGEBYSCORE', KEYS[2], '-inf', text(now))
+if redis.call('ZSCORE', KEYS[2], id) then  -- asked again, since the reply was lost
+    return {0, 0, limit > 0 and math.max(0, limit - redis.call('ZCARD', KEYS[1])) or -1, 0}
+end
 if concurrent > 0 and redis.call('ZCARD', KEYS[2]) >= concurrent then return {2, 1000000, -1, 0} end
 local count = redis.call('ZCARD', KEYS[1])
 local function reset()
@@ -83,6 +86,9 @@ RESERVE = (
     + """
 local id, amount, limit, budget, month = ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[5]), tonumber(ARGV[6]), ARGV[7]
 forget()
+if redis.call('HEXISTS', held, id) == 1 then  -- asked again, since the reply was lost
+    return {0, 0, limit > 0 and math.max(0, limit - (redis.call('HGET', amounts, 'sum') or 0)) or -1, 0}
+end
 for _, lost in ipairs(redis.call('ZRANGEBYSCORE', open, '-inf', text(now))) do settle(lost) end
 local used = tonumber(redis.call('HGET', months, month) or 0)
 local reserved = tonumber(redis.call('HGET', months, month .. ':reserved') or 0)

@@ -35,7 +35,7 @@ MAX_TOKENIZER_BYTES = 256 << 20  # limit for tokenizer.json; the largest known o
 MAX_SETTINGS_BYTES = 16 << 20  # limit for any other file
 MAX_OTHER_TEMPLATES = 4  # whose processes are kept, besides the model's own template
 PIECE = 1024  # characters; longer texts are tokenized in pieces of about this size
-MAX_REMEMBERED = 4096  # pieces, of at most 2 * PIECE characters: about 20 MB
+MAX_REMEMBERED = 4096  # pieces of at most 3 * PIECE bytes: about 10 MB, 60 MB at most
 _LETTER_AND_SPACE = re.compile("[A-Za-z](?= [A-Za-z])")
 
 # GGUF names one or two end tokens. If a vocabulary has these as control tokens, they end a text as well.
@@ -187,7 +187,7 @@ class Tokenizer:
             raise _too_long(max_tokens)
         ids = [*before]
         for piece in self._pieces(text):
-            is_new = owner is None or not PIECE < len(piece) <= 2 * PIECE  # the end of a text is mostly new
+            is_new = owner is None or not PIECE < len(piece.encode()) <= 3 * PIECE  # ends are mostly new
             piece_ids = self._encode(piece) if is_new else self._remembered(owner, piece)
             left -= len(piece_ids)
             if left < 0:

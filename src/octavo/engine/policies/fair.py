@@ -80,8 +80,9 @@ class Fair(Policy):
 
     def add(self, seq: Sequence) -> None:
         account = self._account(seq.tenant)
-        if (weight := seq.request.weight) is not None and weight != account.weight:
-            self._change_weight(account, weight)
+        if not seq.admitted:
+            weight = seq.request.weight
+            self._change_weight(account, self._weights.get(seq.tenant, 1.0) if weight is None else weight)
         account.queue.add(seq)
         if account.entry is not None:
             return

@@ -63,7 +63,7 @@ class Authentication:
             self._admit_operator(scope)
             return
         key = self._key_of(scope["headers"])
-        if not key.allows_path(path) or (path in SHARED and not key.names_tenants):
+        if not key.allows_path(path) or (path.startswith(SHARED) and not key.names_tenants):
             raise ApiError(403, f"this API key may not be used for {path}", code="route_not_allowed")
         record.key = key
         if not key.names_tenants:

@@ -11,6 +11,7 @@ from .http_protocol import Edge
 from .limits import ConnectionLimit
 
 ACCEPTED_AT_ONCE = 64  # connections, before others are served again
+SHUTDOWN_SECONDS = 2.0  # for the client's answer when a connection is closed; an idle client does not give one
 PAUSE_SECONDS = 1.0  # after an error, such as too many open files
 
 log = logging.getLogger("octavo.server")
@@ -78,7 +79,11 @@ class TlsListener:
             if connection.family != socket.AF_UNIX:
                 connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             await self._loop.connect_accepted_socket(
-                lambda: handshake, connection, ssl=context, ssl_handshake_timeout=self._seconds
+                lambda: handshake,
+                connection,
+                ssl=context,
+                ssl_handshake_timeout=self._seconds,
+                ssl_shutdown_timeout=SHUTDOWN_SECONDS,
             )
 
 

@@ -111,8 +111,8 @@ async def create(config: ServerConfig, bodies: BodyReader, service: BatchService
     if body.get("completion_window") != "24h":
         raise ApiError(400, "completion_window must be 24h", "completion_window")
     key = RequestRecord.of(request.scope).key
-    if key is not None and key.limits_tokens:
-        message = "this API key has a limit of tokens, so it cannot create batches, whose tokens are not counted"
+    if key is not None and (key.limits_tokens or key.max_new_tokens is not None or key.min_priority is not None):
+        message = "this API key has a limit of tokens or of priority, so it cannot create batches, whose rows have none"
         raise ApiError(403, message, code="route_not_allowed")
     if key is not None and (key.models is not None or not key.allows_path(body["endpoint"])):
         message = "this API key is limited to some models or routes, so it cannot create batches, which may use others"

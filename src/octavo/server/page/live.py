@@ -1,6 +1,6 @@
 """GET /stats/live: statistics, latencies, tenants and the states of all KV pages, as events, for the live view.
 
-Everything is computed for these events alone: if nobody asks, nothing is measured or collected.
+Everything is computed for these events alone. Requests are measured from the first look on, until the server ends.
 """
 
 import asyncio

@@ -23,7 +23,8 @@ class Shared(Generic[T]):
     async def get(self) -> T:
         """Return the value. Raises what `compute` raises."""
         async with self._lock:
-            now = asyncio.get_running_loop().time()
-            if self._latest is None or now - self._latest[0] >= self._period:
-                self._latest = now, await self._compute()
+            loop = asyncio.get_running_loop()
+            if self._latest is None or loop.time() - self._latest[0] >= self._period:
+                value = await self._compute()
+                self._latest = loop.time(), value
             return self._latest[1]

@@ -178,6 +178,7 @@ class Chat {
     this.#scrollToEnd(true);
     this.store.save(conversation).then(() => this.conversations.draw());
     await run.read(body);
+    if (this.runs.get(conversation.id) !== run) return; // another answer has taken its place
     this.runs.delete(conversation.id);
     conversation.updated = Date.now();
     if (this.store.all.has(conversation.id)) await this.store.save(conversation);
