@@ -189,7 +189,9 @@ def test_the_gateway_leads_to_the_pods_of_the_chart() -> None:
     assert objects["Service"]["spec"]["selector"].items() <= picker["metadata"]["labels"].items()
     assert route["apiVersion"] == "gateway.networking.k8s.io/v1" and set(route) == {*POOL, "spec"}
     [rule] = route["spec"]["rules"]
-    assert set(route["spec"]) == {"parentRefs", "rules"} and set(rule) == {"matches", "backendRefs", "timeouts"}
+    assert set(route["spec"]) == {"parentRefs", "rules"} and set(rule) == {*RULE}
+    [removed] = rule["filters"]  # a client does not name its tenant
+    assert removed["requestHeaderModifier"] == {"remove": ["X-Octavo-Tenant"]}
     group = pool["apiVersion"].partition("/")[0]
     assert rule["backendRefs"] == [{"group": group, "kind": pool["kind"], "name": pool["metadata"]["name"]}]
     picker_rules = objects["Role"]["rules"]
@@ -199,6 +201,7 @@ def test_the_gateway_leads_to_the_pods_of_the_chart() -> None:
 
 
 POOL = ("apiVersion", "kind", "metadata")
+RULE = ("matches", "filters", "backendRefs", "timeouts")
 
 
 def test_the_endpoint_picker_reads_metrics_that_exist(server: ServerProcess) -> None:
