@@ -1,6 +1,7 @@
 # Octavo in a container, SmolLM2-135M-Instruct included. docs/deploy.md says more.
-#   docker build -t octavo .
+#   docker build -t octavo .                                           # before Docker 23: DOCKER_BUILDKIT=1 docker build …
 #   docker run -p 8000:8000 octavo                                     # the model that is in the image
+#   docker run --stop-timeout 90 -p 8000:8000 octavo                   # docker stop waits for running requests, not for 10 s only
 #   docker run -p 8000:8000 -v octavo-models:/models octavo OWNER/NAME --max-batch-size 64
 #   docker run --read-only --tmpfs /tmp -p 8000:8000 -v octavo-data:/data octavo   # nothing else is written
 #   docker run --entrypoint octavo octavo doctor smollm2               # does it work here?
