@@ -116,7 +116,8 @@ OCTAVO_INLINE void exact_product(Rows a, int64_t rows, Columns b, int64_t blocks
                                                  ahead.part(r / 16, parts));
     if (r == rows) return;
     const Ahead rest = {ahead.part(r / 16, parts).at, ahead.end};
-    const auto last = rows - r > 16 ? product_on_tiles<F32, kAdd, true, true> : product_on_tiles<F32, kAdd, false, true>;
+    const auto last =
+        rows - r > 16 ? product_on_tiles<F32, kAdd, true, true> : product_on_tiles<F32, kAdd, false, true>;
     last(a.from(r), b, blocks, words / 16, c + r * c_stride, c_stride, rest);
 }
 
