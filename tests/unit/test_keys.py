@@ -90,6 +90,7 @@ WRONG = [
     (f'keys: [{{name: a, hash: {HASH}, tenant: "a\\nb"}}]', "tenant must be"),
     (f"keys: [{{name: a, hash: {HASH}}}, {{name: b, hash: {HASH}}}]", "two keys have the hash of the key 'a'"),
     ("keys: [", "is not valid YAML"),
+    (f"keys: [{{name: a, hash: {HASH}, expires: 2026-11-31}}]", "is not valid YAML: day is out of range"),
 ]
 
 
