@@ -53,6 +53,15 @@ OCTAVO_INLINE void tile_multiply() {
         asm volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kSums), "i"(kA), "i"(kB));
 }
 
+// Load sums to add to, or begin with zeros.
+template <int kTile, bool kAdd>
+OCTAVO_INLINE void tile_begin(const float* from, int64_t stride) {
+    if constexpr (kAdd)
+        tile_load<kTile>(from, stride);
+    else
+        tile_zero<kTile>();
+}
+
 // Compute c = a * b, or c += a * b if kAdd, on up to 2 x 2 tiles: tiles 0 and 1 have the sums of the upper 16 rows of
 // `a` (kUpper), tiles 2 and 3 those of the lower ones (kLower).
 template <class Sum, bool kAdd, bool kUpper, bool kLower, bool kTwoColumns>
@@ -61,16 +70,11 @@ void tile_product(Rows a, Columns b, int64_t tiles, float* c, int64_t c_stride, 
     const auto* upper = static_cast<const std::byte*>(a.data);
     const auto* lower = upper + (kUpper ? 16 * a.stride : 0);
     float* lower_c = c + (kUpper ? 16 * c_stride : 0);
-    const auto begin = [&]<int kTile>(std::integral_constant<int, kTile>, const float* from) {
-        if constexpr (kAdd)
-            tile_load<kTile>(from, c_stride * 4);
-        else
-            tile_zero<kTile>();
-    };
-    if constexpr (kUpper) begin(std::integral_constant<int, 0>(), c);
-    if constexpr (kUpper && kTwoColumns) begin(std::integral_constant<int, 1>(), c + 16);
-    if constexpr (kLower) begin(std::integral_constant<int, 2>(), lower_c);
-    if constexpr (kLower && kTwoColumns) begin(std::integral_constant<int, 3>(), lower_c + 16);
+    const int64_t stride = c_stride * 4;
+    if constexpr (kUpper) tile_begin<0, kAdd>(c, stride);
+    if constexpr (kUpper && kTwoColumns) tile_begin<1, kAdd>(c + 16, stride);
+    if constexpr (kLower) tile_begin<2, kAdd>(lower_c, stride);
+    if constexpr (kLower && kTwoColumns) tile_begin<3, kAdd>(lower_c + 16, stride);
     for (int64_t k = 0; k < tiles; k++) {
         if constexpr (kUpper) tile_load<4>(upper + k * 64, a.stride);
         if constexpr (kLower) tile_load<5>(lower + k * 64, a.stride);
@@ -85,10 +89,10 @@ void tile_product(Rows a, Columns b, int64_t tiles, float* c, int64_t c_stride, 
         for (int64_t i = 0; i < ahead_rate && ahead.at < ahead.end; i++, ahead.at += 64)
             __builtin_prefetch(ahead.at, 0, 2);
     }
-    if constexpr (kUpper) tile_store<0>(c, c_stride * 4);
-    if constexpr (kUpper && kTwoColumns) tile_store<1>(c + 16, c_stride * 4);
-    if constexpr (kLower) tile_store<2>(lower_c, c_stride * 4);
-    if constexpr (kLower && kTwoColumns) tile_store<3>(lower_c + 16, c_stride * 4);
+    if constexpr (kUpper) tile_store<0>(c, stride);
+    if constexpr (kUpper && kTwoColumns) tile_store<1>(c + 16, stride);
+    if constexpr (kLower) tile_store<2>(lower_c, stride);
+    if constexpr (kLower && kTwoColumns) tile_store<3>(lower_c + 16, stride);
 }
 
 // Compute a * b for up to 32 rows, `steps` tiles along k: kUpper and kLower say which tiles have rows.
@@ -104,8 +108,8 @@ OCTAVO_INLINE void product_on_tiles(Rows a, Columns b, int64_t blocks, int64_t s
     }
 }
 
-// The product of attention: exactly `rows` rows are read and written. Its last tile of rows, if it is not a whole one,
-// requires set_last_rows(rows) before.
+// The product of attention, which reads and writes exactly `rows` rows. The tiles must have been set up for this number
+// of rows, or another one with the same rest, by set_last_rows.
 template <bool kAdd>
 OCTAVO_INLINE void exact_product(Rows a, int64_t rows, Columns b, int64_t blocks, int64_t words, float* c,
                                  int64_t c_stride, Ahead ahead) {
@@ -121,7 +125,7 @@ OCTAVO_INLINE void exact_product(Rows a, int64_t rows, Columns b, int64_t blocks
     last(a.from(r), b, blocks, words / 16, c + r * c_stride, c_stride, rest);
 }
 
-// Give the lower tiles rows % 16 rows.
+// Set up the lower tiles for the rows % 16 last rows of a product; for 16 rows if there is no rest.
 OCTAVO_INLINE void set_last_rows(int64_t rows) {
     TileConfig config;
     if (rows % 16) config.rows[2] = config.rows[3] = config.rows[5] = rows % 16;
