@@ -257,7 +257,7 @@ def test_tokens_are_shared_by_weight(num_pages: int) -> None:
 def test_the_weight_of_a_request_is_its_tenants_from_then_on() -> None:
     """As the weight of an API key, which the engine's settings do not have."""
     sim, served = Simulation(400, 1, 32, policy="fair", prefix_caching=False), Counter[str]()
-    for weight, expected in ((3.0, 3.0), (0.5, 0.5)):
+    for weight, expected in ((3.0, 3.0), (0.5, 0.5), (None, 1.0)):  # at last, no key has a weight any more
         served.clear()
         for _ in range(2000):
             for tenant, own in (("a", None), ("b", weight)):
