@@ -1,5 +1,6 @@
 """The page at /, used in a real Chromium."""
 
+import contextlib
 import json
 import os
 import re
@@ -216,22 +217,48 @@ def long_answer(fleet: FleetServer, text: str, most: int) -> str:
     raise AssertionError("all answers are short")
 
 
-def test_stop(browser: Browser, fleet: FleetServer) -> None:
-    browser.open(fleet.url)
-    set_up(browser, max_tokens="400", seed=long_answer(fleet, "Go on", 400))
+@contextlib.contextmanager
+def suspended(fleet: FleetServer) -> Iterator[None]:
+    """Suspend the engines, so that no answer is complete before the end of the `with` block."""
     pids = fleet.engine_pids()
-    browser.one(".composer textarea").send_keys("Go on", Keys.ENTER)
     try:
-        browser.until(lambda: any(browser.texts(".message.assistant .markdown")), "the first words")
         for pid in pids:
-            os.kill(pid, signal.SIGSTOP)  # so that the answer is not complete before the key is pressed
-        browser.press(Keys.ESCAPE)
-        browser.until(lambda: not browser.all(".stop"), "an end")
+            os.kill(pid, signal.SIGSTOP)
+        yield
     finally:
         for pid in pids:
             os.kill(pid, signal.SIGCONT)
+
+
+def test_stop(browser: Browser, fleet: FleetServer) -> None:
+    browser.open(fleet.url)
+    set_up(browser, max_tokens="400", seed=long_answer(fleet, "Go on", 400))
+    browser.one(".composer textarea").send_keys("Go on", Keys.ENTER)
+    browser.until(lambda: any(browser.texts(".message.assistant .markdown")), "the first words")
+    with suspended(fleet):
+        browser.press(Keys.ESCAPE)
+        browser.until(lambda: not browser.all(".stop"), "an end")
     assert "stopped" in browser.one(".facts").text
     ask(browser, "And now?")
+
+
+@pytest.mark.parametrize("action", ["Edit", "Retry"])
+def test_the_answer_after_one_that_was_cut_off_can_be_stopped(
+    browser: Browser, fleet: FleetServer, action: str
+) -> None:
+    browser.open(fleet.url)
+    set_up(browser, max_tokens="8")
+    ask(browser, "Go on")
+    with suspended(fleet):
+        browser.one(".composer textarea").send_keys("And then?", Keys.ENTER)
+        browser.until(lambda: browser.all(".message.growing") and browser.all(".stop"), "an answer")
+        browser.run(f"document.querySelector('[aria-label={action}]').click()")
+        if action == "Edit":
+            browser.one(".edit textarea").send_keys(" please", Keys.ENTER)
+        browser.until(lambda: len(browser.all(".message")) == 2, "an answer in its place")
+        assert browser.all(".stop")
+        browser.press(Keys.ESCAPE)
+        browser.until(lambda: "stopped" in "".join(browser.texts(".facts")), "its end")
 
 
 CLICK = """
