@@ -224,11 +224,8 @@ def main() -> None:
         secrets = [add_key(keys, name=f"key-{number}", tenant=f"team-{number % 3}") for number in range(KEYS)]
         flags = ["--keys", str(keys), "--admin-key", ADMIN, "--enable-metrics", "--trace", str(folder / "trace")]
         flags += ["--access-log", "json", "--kv-cache-memory", "8MiB", *arguments.flags]
-        server = LiveServer(arguments.model or tiny_model(folder), flags)
-        try:
+        with LiveServer(arguments.model or tiny_model(folder), flags) as server:
             wrong = asyncio.run(run(server, arguments, secrets))
-        finally:
-            server.stop()
         print(f"trace: {(folder / 'trace').stat().st_size / 2**20:,.1f} MiB")
     print("\n".join(wrong) or "flat")
     sys.exit(bool(wrong))

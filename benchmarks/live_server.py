@@ -15,7 +15,7 @@ import httpx
 
 
 class LiveServer:
-    """`octavo serve` on a free port, from when it is ready until `stop`.
+    """`octavo serve` on a free port, from when it is ready until the end of the `with` block.
 
     Args:
         model: None if the flags name it.
@@ -40,6 +40,13 @@ class LiveServer:
             raise SystemExit("the server did not start")
         # Nobody reads the access log; a full pipe must not stop the server.
         subprocess.Popen(["cat"], stdin=self.process.stdout, stdout=subprocess.DEVNULL)
+
+    def __enter__(self) -> "LiveServer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.send_signal(signal.SIGTERM)
+        self.process.wait(timeout=90)
 
     @property
     def address(self) -> tuple[str, int]:
@@ -71,10 +78,6 @@ class LiveServer:
         """Return the processor time that the server has taken, without its children."""
         fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-    def stop(self) -> None:
-        self.process.send_signal(signal.SIGTERM)
-        self.process.wait(timeout=90)
 
     def _children(self) -> Iterator[int]:
         pid = self.process.pid
