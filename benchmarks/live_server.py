@@ -72,7 +72,7 @@ class LiveServer:
 
     def descriptors(self) -> int:
         """Return the number of open file descriptors of the server, without those of its children."""
-        return len(list(Path(f"/proc/{self.process.pid}/fd").iterdir()))
+        return open_files(self.process.pid)
 
     def cpu_seconds(self) -> float:
         """Return the processor time that the server has taken, without its children."""
@@ -92,6 +92,11 @@ class LiveServer:
                 if line.startswith("Pss:"):
                     return int(line.split()[1]) * 1024
         return 0
+
+
+def open_files(pid: int) -> int:
+    """Return the number of open file descriptors of a process."""
+    return len(list(Path(f"/proc/{pid}/fd").iterdir()))
 
 
 async def stream(client: httpx.AsyncClient, body: dict[str, Any]) -> AsyncIterator[tuple[int, str]]:
