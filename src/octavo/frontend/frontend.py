@@ -545,6 +545,7 @@ class Frontend:
                 self._timed_out += failure is RequestTimeout
                 self._fail(live, failure(output.message or "the engine could not continue this request"))
                 continue
+            is_first = live.metrics.first_token_time is None
             try:
                 increment = live.advance(completion, output)
             except Exception as error:
@@ -564,8 +565,9 @@ class Frontend:
                 replica.load.started(live)
                 live.metrics.replica = live.metrics.replica or (replica.name if len(self.replicas) > 1 else None)
                 replica.readmission.progressed(live)
+            if is_first:
                 for watcher in self._watchers:
-                    watcher.progressed(live)
+                    watcher.first_token(live)
             if live.finished:
                 self._remember(live)
                 replica.readmission.ended(live)
