@@ -11,6 +11,11 @@ from selenium.webdriver.common.keys import Keys
 from browser import FRAMES, Browser
 from fleet_server import KEY, FleetServer
 
+STATES = """
+window.states = [];
+const note = () => states.push(document.querySelector("#live .state")?.textContent);
+new MutationObserver(note).observe(document.body, { subtree: true, childList: true });
+"""
 COLORS = """
 const canvas = document.querySelector(".map canvas");
 const { data } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
@@ -86,6 +91,21 @@ def test_live(browser: Browser, fleet: FleetServer) -> None:
     browser.one("nav a[data-view=chat]").click()
     browser.one(".composer textarea")
     assert browser.run("return document.documentElement.scrollWidth") == 375
+
+
+def test_the_live_view_begins_with_a_model_that_is_loaded(browser: Browser, fleet: FleetServer) -> None:
+    for action, name in (("load", "later"), ("unload", "tiny")):
+        assert fleet.change(action, name).status_code == 200
+    browser.open(fleet.url)
+    browser.one(".composer textarea")
+    browser.run(STATES)
+    browser.run("location.hash = '#live'")
+    browser.until(lambda: browser.texts(".legend .count"), "pages")
+    browser.until(lambda: browser.texts(".state") == ["live"], "the live view")
+    assert browser.run("return document.querySelector('#live select.model').value") == "later"
+    assert "reconnecting" not in browser.run("return window.states")
+    for action, name in (("load", "tiny"), ("unload", "later")):
+        assert fleet.change(action, name).status_code == 200
 
 
 # Models
