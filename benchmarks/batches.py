@@ -113,12 +113,11 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=20.0)
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        server = LiveServer(arguments.model, ["--access-log", "none", "--data-dir", folder])
-        try:
-            asyncio.run(measure(server.url, arguments.chats, arguments.seconds, arguments.rounds))
-        finally:
-            server.stop()
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        LiveServer(arguments.model, ["--access-log", "none", "--data-dir", folder]) as server,
+    ):
+        asyncio.run(measure(server.url, arguments.chats, arguments.seconds, arguments.rounds))
 
 
 if __name__ == "__main__":

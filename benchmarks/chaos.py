@@ -206,12 +206,9 @@ def main() -> int:
     parser.add_argument("flags", nargs="*", help="flags of octavo serve, after --")
     arguments = parser.parse_args()
     flags = ["--data-parallel-size", str(arguments.replicas), "--admin-key", KEY, *arguments.flags]
-    server = LiveServer(arguments.model, flags)
-    try:
+    with LiveServer(arguments.model, flags) as server:
         chaos = Chaos(server, arguments)
         report = asyncio.run(chaos.run())
-    finally:
-        server.stop()
     print(f"{report.streams} streams, {len(chaos.events)} kills and suspensions")
     print(f"lost: {len(report.lost)}, wrong: {len(report.wrong)}")
     print(f"longest gap after a kill {max(report.gaps_after_kill, default=0):.2f} s, ", end="")

@@ -84,11 +84,8 @@ def main() -> None:
     parser.add_argument("--edits", type=int, default=20)
     parser.add_argument("--editors", type=int, default=8)
     arguments = parser.parse_args()
-    server = LiveServer(arguments.model, ["--access-log", "none"])
-    try:
+    with LiveServer(arguments.model, ["--access-log", "none"]) as server:
         asyncio.run(measure(server.url, arguments.tokens, arguments.edits, arguments.editors))
-    finally:
-        server.stop()
 
 
 if __name__ == "__main__":

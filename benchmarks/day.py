@@ -23,7 +23,7 @@ from typing import Any
 
 import httpx
 import numpy as np
-from live_server import LiveServer
+from live_server import LiveServer, open_files
 
 from octavo.states.book import MAX_REMEMBERED, MIN_REMEMBERED
 from octavo.tenants.key_file import add_key
@@ -122,8 +122,8 @@ async def sample(server: LiveServer, requests: int) -> Sample:
             requests=requests,
             server_memory=status(server.process.pid, "VmRSS") * 1024,
             engine_memory=status(pid, "VmRSS") * 1024,
-            server_files=files(server.process.pid),
-            engine_files=files(pid),
+            server_files=server.descriptors(),
+            engine_files=open_files(pid),
             server_threads=status(server.process.pid, "Threads"),
             engine_threads=status(pid, "Threads"),
             series=series,
@@ -137,10 +137,6 @@ def status(pid: int, name: str) -> int:
     """Return a number in /proc/PID/status."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
-
-
-def files(pid: int) -> int:
-    return len(list(Path(f"/proc/{pid}/fd").iterdir()))
 
 
 def growth(samples: Sequence[Sample], name: str) -> float:
@@ -224,11 +220,8 @@ def main() -> None:
         secrets = [add_key(keys, name=f"key-{number}", tenant=f"team-{number % 3}") for number in range(KEYS)]
         flags = ["--keys", str(keys), "--admin-key", ADMIN, "--enable-metrics", "--trace", str(folder / "trace")]
         flags += ["--access-log", "json", "--kv-cache-memory", "8MiB", *arguments.flags]
-        server = LiveServer(arguments.model or tiny_model(folder), flags)
-        try:
+        with LiveServer(arguments.model or tiny_model(folder), flags) as server:
             wrong = asyncio.run(run(server, arguments, secrets))
-        finally:
-            server.stop()
         print(f"trace: {(folder / 'trace').stat().st_size / 2**20:,.1f} MiB")
     print("\n".join(wrong) or "flat")
     sys.exit(bool(wrong))

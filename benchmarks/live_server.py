@@ -15,7 +15,7 @@ import httpx
 
 
 class LiveServer:
-    """`octavo serve` on a free port, from when it is ready until `stop`.
+    """`octavo serve` on a free port, from when it is ready until the end of the `with` block.
 
     Args:
         model: None if the flags name it.
@@ -41,6 +41,13 @@ class LiveServer:
         # Nobody reads the access log; a full pipe must not stop the server.
         subprocess.Popen(["cat"], stdin=self.process.stdout, stdout=subprocess.DEVNULL)
 
+    def __enter__(self) -> "LiveServer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.send_signal(signal.SIGTERM)
+        self.process.wait(timeout=90)
+
     @property
     def address(self) -> tuple[str, int]:
         host, _, port = self.url.removeprefix("http://").partition(":")
@@ -65,16 +72,12 @@ class LiveServer:
 
     def descriptors(self) -> int:
         """Return the number of open file descriptors of the server, without those of its children."""
-        return len(list(Path(f"/proc/{self.process.pid}/fd").iterdir()))
+        return open_files(self.process.pid)
 
     def cpu_seconds(self) -> float:
         """Return the processor time that the server has taken, without its children."""
         fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-    def stop(self) -> None:
-        self.process.send_signal(signal.SIGTERM)
-        self.process.wait(timeout=90)
 
     def _children(self) -> Iterator[int]:
         pid = self.process.pid
@@ -89,6 +92,11 @@ class LiveServer:
                 if line.startswith("Pss:"):
                     return int(line.split()[1]) * 1024
         return 0
+
+
+def open_files(pid: int) -> int:
+    """Return the number of open file descriptors of a process."""
+    return len(list(Path(f"/proc/{pid}/fd").iterdir()))
 
 
 async def stream(client: httpx.AsyncClient, body: dict[str, Any]) -> AsyncIterator[tuple[int, str]]:

@@ -328,11 +328,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     flags = ("--enable-metrics", "--data-parallel-size", str(arguments.replicas), "--access-log", "none")
-    server = LiveServer(arguments.model, flags)
-    try:
+    with LiveServer(arguments.model, flags) as server:
         counted, rows = asyncio.run(check(server, arguments))
-    finally:
-        server.stop()
     width = max(len(row.name) for row in rows)
     print(f"{'':{width}}  {'clients':>20}  {'server':>14}")
     for row in rows:

@@ -212,11 +212,8 @@ def main() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(needed, hard)), hard))
     limits = ["--max-batch-size", str(arguments.clients), "--max-queue", str(arguments.clients)]
-    server = LiveServer(arguments.model, [*limits, "--kv-cache-memory", "256MiB", *arguments.flags])
-    try:
+    with LiveServer(arguments.model, [*limits, "--kv-cache-memory", "256MiB", *arguments.flags]) as server:
         uvloop.run(attack(server, arguments))
-    finally:
-        server.stop()
 
 
 if __name__ == "__main__":

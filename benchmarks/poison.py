@@ -77,11 +77,8 @@ def main() -> int:
     parser.add_argument("flags", nargs="*", help="flags of octavo serve, after --")
     arguments = parser.parse_args()
     flags = ["--scheduling-policy", "hostile_policy:Crash", *arguments.flags]
-    server = LiveServer(arguments.model, flags, pythonpath=str(SUPPORT))
-    try:
+    with LiveServer(arguments.model, flags, pythonpath=str(SUPPORT)) as server:
         return 0 if asyncio.run(attack(server, arguments)) else 1
-    finally:
-        server.stop()
 
 
 if __name__ == "__main__":

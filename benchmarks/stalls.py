@@ -194,11 +194,8 @@ def main() -> int:
     parser.add_argument("--only", help="bodies whose name contains this")
     parser.add_argument("flags", nargs="*", help="flags of octavo serve, after --")
     arguments = parser.parse_args()
-    server = LiveServer(arguments.model, arguments.flags)
-    try:
+    with LiveServer(arguments.model, arguments.flags) as server:
         return 0 if asyncio.run(measure(server, arguments)) else 1
-    finally:
-        server.stop()
 
 
 if __name__ == "__main__":

@@ -114,11 +114,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "models.yaml"
         file.write_text(json.dumps({"models": models}))  # JSON is YAML
-        server = LiveServer(None, ["--models", str(file), "--admin-key", KEY])
-        try:
+        with LiveServer(None, ["--models", str(file), "--admin-key", KEY]) as server:
             report = asyncio.run(run(server, arguments))
-        finally:
-            server.stop()
     print(f"{report.streams} streams, {len(report.swaps)} swaps of {max(report.swaps):.2f} s at most")
     print(f"failed: {len(report.failures)}, of neither model: {len(report.mixed)}")
     print(f"longest gap of a stream {report.longest_gap:.2f} s")

@@ -45,11 +45,9 @@ def main() -> None:
         path = Path(folder) / "keys.yaml"
         secrets = [add_key(path, name=name) for name in ("quiet", "other")]
         flags = ["--scheduling-policy", "fair", "--max-batch-size", str(2 * args.streams), "--keys", str(path)]
-        server = LiveServer(args.model, [*flags, "--max-batch-tokens", "128", "--access-log", "none", *args.flags])
-        try:
+        flags += ["--max-batch-tokens", "128", "--access-log", "none", *args.flags]
+        with LiveServer(args.model, flags) as server:
             measured = measure(server.url, secrets, args)
-        finally:
-            server.stop()
     Console(width=100).print(table(measured))
 
 

@@ -127,11 +127,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "keys.yaml"
         keys = [add_key(file, name=name) for name in ("alice", "bob")]
-        server = LiveServer(arguments.model, [*FLAGS, "--keys", str(file)])
-        try:
+        with LiveServer(arguments.model, [*FLAGS, "--keys", str(file)]) as server:
             is_well = measure(server.url, keys, arguments.samples, arguments.tokens)
-        finally:
-            server.stop()
     sys.exit(not is_well)
 
 

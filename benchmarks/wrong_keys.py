@@ -122,11 +122,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         keys = Path(folder) / "keys.yaml"
         key = add_key(keys, name="client")
-        server = LiveServer(arguments.model, ["--keys", str(keys)])
-        try:
+        with LiveServer(arguments.model, ["--keys", str(keys)]) as server:
             is_well = attack(server, key, arguments)
-        finally:
-            server.stop()
     sys.exit(not is_well)
 
 

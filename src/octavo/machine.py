@@ -13,6 +13,7 @@ MEMBERSHIP = Path("/proc/self/cgroup")
 MEMINFO = Path("/proc/meminfo")
 VMSTAT = Path("/proc/vmstat")
 CPUINFO = Path("/proc/cpuinfo")
+STAT = Path("/proc/stat")
 PROCESSORS = Path("/sys/devices/system/cpu")
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 _MEMORY_LIMITS = ("memory.max", "memory.high")
@@ -46,6 +47,20 @@ def physical_cores(processors: Path = PROCESSORS) -> int:
     allowed = os.sched_getaffinity(0)
     siblings = {_read(processors / f"cpu{number}/topology/thread_siblings_list") or str(number) for number in allowed}
     return len(siblings)
+
+
+def busy_seconds(stat: Path = STAT) -> dict[str, float]:
+    """Return the seconds that each core, such as "cpu0", was busy or lent to other machines since the machine's start.
+
+    Only of cores that this process may use; {} if that is unknown.
+    """
+    allowed, busy = {f"cpu{number}" for number in os.sched_getaffinity(0)}, {}
+    for line in _read(stat).splitlines():
+        core, *ticks = line.split()
+        if core in allowed:
+            user, nice, system, _idle, _waiting, irq, soft_irq, stolen = map(int, ticks[:8])
+            busy[core] = (user + nice + system + irq + soft_irq + stolen) / os.sysconf("SC_CLK_TCK")
+    return busy
 
 
 def share_of_cores(number: int, of: int) -> set[int]:

@@ -15,8 +15,8 @@ import yaml
 from octavo.config import EngineConfig
 from octavo.server.config import ServerConfig
 from octavo.settings import settings_of
-from programs import program
-from server_process import ServerProcess, free_port, wait_for_port
+from programs import program, running
+from server_process import ServerProcess, free_port
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
@@ -246,13 +246,8 @@ def nginx(folder: Path, upstream: str) -> Generator[str]:
         f"http {{ access_log off; {paths} include {folder}/octavo.conf; }}\n"
     )
     command = [program("nginx"), "-p", str(folder), "-e", f"{folder}/error.log", "-c", f"{folder}/nginx.conf"]
-    process = subprocess.Popen(command)
-    try:
-        wait_for_port(port)
+    with running(command, port):
         yield f"http://127.0.0.1:{port}"
-    finally:
-        process.terminate()
-        process.wait(timeout=20)
 
 
 @pytest.fixture(scope="module")

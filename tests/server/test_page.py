@@ -1,22 +1,19 @@
-"""The page at /, used in a real Chromium."""
+"""The page at / and its chat, used in a real Chromium."""
 
-import json
+import contextlib
 import os
 import re
 import shutil
 import signal
 import subprocess
-import threading
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
 from selenium.webdriver.common.keys import Keys
 
-from browser import Browser, chromium
+from browser import FRAMES, Browser
 from fleet_server import KEY, FleetServer
 from server_process import ServerProcess
 from tiny_models import save_tool_model
@@ -41,33 +38,6 @@ ANSWER = """<think>Is <b>this</b> safe?</think>
 <script>alert(6)</script>
 ```
 """
-
-
-@pytest.fixture(scope="module")
-def chrome(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    with chromium(tmp_path_factory.mktemp("chromium")) as browser:
-        yield browser
-
-
-@pytest.fixture
-def browser(chrome: Browser) -> Iterator[Browser]:
-    """The browser, which must show no error in its console."""
-    chrome.allowed = ()
-    chrome.console()
-    chrome.size(1280, 860)
-    yield chrome
-    assert chrome.console() == []
-
-
-@pytest.fixture(scope="module")
-def fleet(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[FleetServer]:
-    models = {
-        "tiny": {"model": str(tiny_llama), "aliases": ["nick"], "kv_cache_memory": "4MiB"},
-        "later": {"model": str(tiny_llama), "load_on_demand": True},
-    }
-    description = {"models": models, "splits": {"both": {"tiny": 90, "later": 10}}}
-    with FleetServer(tmp_path_factory.mktemp("fleet"), description) as server:
-        yield server
 
 
 @pytest.fixture(scope="module")
@@ -216,22 +186,48 @@ def long_answer(fleet: FleetServer, text: str, most: int) -> str:
     raise AssertionError("all answers are short")
 
 
-def test_stop(browser: Browser, fleet: FleetServer) -> None:
-    browser.open(fleet.url)
-    set_up(browser, max_tokens="400", seed=long_answer(fleet, "Go on", 400))
+@contextlib.contextmanager
+def suspended(fleet: FleetServer) -> Iterator[None]:
+    """Suspend the engines, so that no answer is complete before the end of the `with` block."""
     pids = fleet.engine_pids()
-    browser.one(".composer textarea").send_keys("Go on", Keys.ENTER)
     try:
-        browser.until(lambda: any(browser.texts(".message.assistant .markdown")), "the first words")
         for pid in pids:
-            os.kill(pid, signal.SIGSTOP)  # so that the answer is not complete before the key is pressed
-        browser.press(Keys.ESCAPE)
-        browser.until(lambda: not browser.all(".stop"), "an end")
+            os.kill(pid, signal.SIGSTOP)
+        yield
     finally:
         for pid in pids:
             os.kill(pid, signal.SIGCONT)
+
+
+def test_stop(browser: Browser, fleet: FleetServer) -> None:
+    browser.open(fleet.url)
+    set_up(browser, max_tokens="400", seed=long_answer(fleet, "Go on", 400))
+    browser.one(".composer textarea").send_keys("Go on", Keys.ENTER)
+    browser.until(lambda: any(browser.texts(".message.assistant .markdown")), "the first words")
+    with suspended(fleet):
+        browser.press(Keys.ESCAPE)
+        browser.until(lambda: not browser.all(".stop"), "an end")
     assert "stopped" in browser.one(".facts").text
     ask(browser, "And now?")
+
+
+@pytest.mark.parametrize("action", ["Edit", "Retry"])
+def test_the_answer_after_one_that_was_cut_off_can_be_stopped(
+    browser: Browser, fleet: FleetServer, action: str
+) -> None:
+    browser.open(fleet.url)
+    set_up(browser, max_tokens="8")
+    ask(browser, "Go on")
+    with suspended(fleet):
+        browser.one(".composer textarea").send_keys("And then?", Keys.ENTER)
+        browser.until(lambda: browser.all(".message.growing") and browser.all(".stop"), "an answer")
+        browser.run(f"document.querySelector('[aria-label={action}]').click()")
+        if action == "Edit":
+            browser.one(".edit textarea").send_keys(" please", Keys.ENTER)
+        browser.until(lambda: len(browser.all(".message")) == 2, "an answer in its place")
+        assert browser.all(".stop")
+        browser.press(Keys.ESCAPE)
+        browser.until(lambda: "stopped" in "".join(browser.texts(".facts")), "its end")
 
 
 CLICK = """
@@ -254,11 +250,6 @@ return {
   thought: answer.querySelector(".reasoning .markdown").textContent,
   attributes: inside.flatMap((each) => [...each.attributes].map(({ name }) => name)),
 };
-"""
-COLORS = """
-const canvas = document.querySelector(".map canvas");
-const { data } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
-return new Set(new Uint32Array(data.buffer)).size;
 """
 
 
@@ -445,112 +436,8 @@ def test_keys(browser: Browser, guarded: ServerProcess) -> None:
     assert browser.run("return localStorage.getItem('octavo-key-admin')") is None
 
 
-# The live view
-
-
-def read_live(server: FleetServer) -> list[dict[str, Any]]:
-    text = server.http.get("/stats/live").text
-    return [json.loads(part.removeprefix("data: ")) for part in text.split("\n\n") if part]
-
-
-def test_events(fleet: FleetServer) -> None:
-    begin, stats, pages = read_live(fleet)
-    assert [each["type"] for each in (begin, stats, pages)] == ["begin", "stats", "pages"]
-    assert set(begin["bounds"]) == set(stats["models"][0]["latencies"])
-    with fleet.http.stream("GET", "/stats/live?follow=true", headers={"Accept-Encoding": "gzip"}) as reply:
-        begun = zlib.decompressobj(31).decompress(next(reply.iter_raw()))
-    assert begun.startswith(b'data: {"type":"begin"')
-    assert fleet.http.get("/stats/live?model=nothing").status_code == 404
-    assert fleet.http.head("/stats/live?follow=true").content == b""
-
-
-def test_live(browser: Browser, fleet: FleetServer) -> None:
-    browser.open(f"{fleet.url}#live")
-    browser.until(lambda: browser.texts(".state") == ["live"], "events")
-    stop = threading.Event()
-
-    def load(tenant: str) -> None:
-        while not stop.is_set():
-            body = {
-                "prompt": "Once upon a time there was a king " * 9,
-                "max_tokens": 150,
-                "tenant": tenant,
-                "ignore_eos": True,
-            }
-            reply = fleet.http.post("/v1/completions", json=body | {"kv_cache_state": True})
-            assert reply.status_code == 200, reply.text
-
-    threads = [threading.Thread(target=load, args=(tenant,)) for tenant in ("acme", "globex") * 3]
-    for thread in threads:
-        thread.start()
-    try:
-        counts = "#live .legend .count"  # free, cached, in use, shared, pinned, loading, saving
-        seen = set[int]()
-
-        def all_seen() -> bool:
-            seen.update(state for state, text in enumerate(browser.texts(counts)) if text != "0")
-            return {0, 1, 2, 3, 4} <= seen
-
-        browser.until(all_seen, "pages cached, in use, shared and pinned")
-        browser.until(lambda: browser.texts("[aria-label=Output] .value")[0] not in ("–", "0"), "a rate")
-        browser.until(lambda: browser.texts("[aria-label='First token'] .value")[0] != "–", "a latency")
-        browser.until(lambda: {"acme", "globex"} <= set(browser.texts("[aria-label=Tenants] tbody th")), "tenants")
-        assert browser.texts("[aria-label=Engines] tbody tr :first-child") == ["the engine"]
-    finally:
-        stop.set()
-        for thread in threads:
-            thread.join()
-    colors = browser.run(COLORS)
-    assert colors >= 4
-    browser.all(".legend button")[4].click()
-    assert browser.all(".legend button")[4].get_attribute("aria-pressed") == "true"
-    browser.run("document.querySelector('.map canvas').focus()")
-    browser.press(Keys.ARROW_RIGHT, Keys.ARROW_RIGHT)
-    assert browser.one(".map .tip").text.startswith("Page 1\n")
-    browser.size(375, 812, is_phone=True)
-    assert browser.run("return document.documentElement.scrollWidth") == 375
-    browser.button("Menu").click()
-    browser.one("nav a[data-view=chat]").click()
-    browser.one(".composer textarea")
-    assert browser.run("return document.documentElement.scrollWidth") == 375
-
-
-# Models
-
-
-def test_models(browser: Browser, fleet: FleetServer, tiny_llama: Path) -> None:
-    browser.allowed = ("401", "400")
-    browser.open(f"{fleet.url}#models")
-    browser.one("dialog input[type=password]").send_keys(KEY, Keys.ENTER)
-    browser.until(lambda: browser.texts("[data-model] .chip") == ["loaded", "unloaded"], "models")
-    assert browser.texts(".split .part") == ["tiny 90 %", "later 10 %"]
-    browser.click("[data-model=later] .actions button")  # load
-    browser.until(lambda: browser.texts("[data-model] .chip") == ["loaded", "loaded"], "a load")
-    before = fleet.engine_pids()
-    for model, what in ((str(tiny_llama), "done"), ("/nothing/here", "refused")):
-        browser.click("[data-model=later] .actions button:nth-child(3)")
-        browser.one("dialog [name=model]").send_keys(model, Keys.ENTER)
-        if what == "done":
-            browser.until(lambda: "later is swapped" in browser.texts("#toast"), "a swap")
-    assert fleet.engine_pids() != before
-    assert "/nothing/here" in browser.one("dialog .error").text
-    browser.button("Close").click()
-    browser.click("[data-model=later] .actions button")
-    browser.one("dialog .danger").click()
-    browser.until(lambda: browser.texts("[data-model] .chip") == ["loaded", "unloaded"], "the end of a model")
-
-
 # Speed. The bounds are loose, as other tests may run at the same time.
 
-FRAMES = """
-const long = [];
-const observer = new PerformanceObserver((list) => long.push(...list.getEntries().map((each) => each.duration)));
-observer.observe({ entryTypes: ["longtask"] });
-const times = [];
-let going = true;
-const tick = (now) => { times.push(now); if (going) requestAnimationFrame(tick); };
-requestAnimationFrame(tick);
-"""
 WATCH = (
     FRAMES
     + """
@@ -559,26 +446,6 @@ window.measured = () => {
   going = false;
   return { frames: 1000 * times.length / (performance.now() - began), long: Math.max(0, ...long) };
 };
-"""
-)
-MAPS = (
-    FRAMES
-    + """
-const { PageMap } = await import("/page/page_map.js");
-const map = new PageMap("test");
-document.querySelector("#chat .scroller").prepend(map.element);
-const pages = new Uint8Array(100_000);
-const began = performance.now();
-while (performance.now() - began < 1000 * args[0]) {
-  const next = pages.slice();
-  for (let k = 0; k < 5000; k++) next[Math.random() * next.length | 0] = 1 + Math.random() * 250 | 0;
-  pages.set(next);
-  map.update(next);
-  await new Promise(requestAnimationFrame);
-}
-going = false;
-const span = performance.now() - began;
-return { frames: 1000 * times.length / span, long: Math.max(0, ...long), size: [map.canvas.width, map.canvas.height] };
 """
 )
 
@@ -593,11 +460,3 @@ def test_a_fast_stream_drops_no_frames(browser: Browser, fleet: FleetServer) -> 
     assert match
     print(match[0], measured)
     assert int(match[1]) > 100 and measured["frames"] > 20
-
-
-def test_a_map_of_100_000_pages(browser: Browser, fleet: FleetServer) -> None:
-    browser.open(fleet.url)
-    browser.one(".composer textarea")
-    measured = browser.run(MAPS, 3)
-    print(measured)
-    assert measured["frames"] > 10

@@ -18,6 +18,16 @@ FLAGS = (
     "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
     "--disable-background-networking", "--disable-component-update",
 )  # fmt: skip
+FRAMES = """
+const long = [];
+const observer = new PerformanceObserver((list) => long.push(...list.getEntries().map((each) => each.duration)));
+observer.observe({ entryTypes: ["longtask"] });
+const times = [];
+let going = true;
+const tick = (now) => { times.push(now); if (going) requestAnimationFrame(tick); };
+requestAnimationFrame(tick);
+"""
+"""A script that records the times of frames in `times`, and long tasks in `long`, until `going` is false."""
 
 
 class Browser:

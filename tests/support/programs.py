@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Generator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,6 +23,18 @@ def program(name: str) -> str:
 
 
 @contextlib.contextmanager
+def running(command: list[str], port: int, **options: Any) -> Generator[None]:
+    """Run a server for a `with` block, which begins when it listens on the port. The options are Popen's."""
+    process = subprocess.Popen(command, **options)
+    try:
+        wait_for_port(port)
+        yield
+    finally:
+        process.terminate()
+        process.wait(timeout=20)
+
+
+@contextlib.contextmanager
 def prometheus(config: Path) -> Generator[str]:
     """Run Prometheus with this configuration; yields its address. Its data is written beside the configuration."""
     port = free_port()
@@ -29,10 +42,5 @@ def prometheus(config: Path) -> Generator[str]:
         program("prometheus"), f"--config.file={config}", f"--storage.tsdb.path={config.parent / 'data'}",
         f"--web.listen-address=127.0.0.1:{port}", "--log.level=warn",
     ]  # fmt: skip
-    process = subprocess.Popen(command)
-    try:
-        wait_for_port(port)
+    with running(command, port):
         yield f"http://127.0.0.1:{port}"
-    finally:
-        process.terminate()
-        process.wait(timeout=20)

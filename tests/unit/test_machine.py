@@ -12,6 +12,7 @@ from control_group import JOIN, control_group
 from octavo.machine import (
     available_cores,
     available_memory,
+    busy_seconds,
     core_quota,
     huge_pages,
     memory_limit,
@@ -126,3 +127,14 @@ def test_a_real_group_limits_the_engine_s_threads_and_memory() -> None:
     threads, free = map(int, done.stdout.split())
     assert threads == 1
     assert 0 < free <= GIB
+
+
+def test_seconds_that_cores_were_busy(tmp_path: Path) -> None:
+    core, tick = min(os.sched_getaffinity(0)), os.sysconf("SC_CLK_TCK")
+    counts = [tick * 10**number for number in range(10)]  # user, nice, system, idle, waiting, 2 × interrupts, stolen, …
+    line = " ".join(map(str, counts))
+    (tmp_path / "stat").write_text(
+        f"cpu  {line}\ncpu{core} {line}\ncpu{max(os.sched_getaffinity(0)) + 1} {line}\nbtime 1\n"
+    )
+    assert busy_seconds(tmp_path / "stat") == {f"cpu{core}": 11_100_111.0}
+    assert busy_seconds(tmp_path / "nothing") == {}

@@ -35,7 +35,7 @@ def test_states_of_pages() -> None:
     assert states(kv)[:3] == [(PageState.PINNED, 1)] * 2 + [(PageState.FREE, 0)]
     kv.unpin("state")
     assert states(kv)[:3] == [(PageState.CACHED, 0)] * 2 + [(PageState.FREE, 0)]
-    for _ in range(300):
+    for _ in range(256):
         kv.pool.acquire(0)
     assert states(kv)[:2] == [(PageState.SHARED, MAX_REFERENCES), (PageState.CACHED, 0)]
 

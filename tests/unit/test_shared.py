@@ -28,3 +28,21 @@ async def ask_together() -> None:
 
 def test_values_are_shared() -> None:
     asyncio.run(ask_together())
+
+
+async def ask_for_a_slow_value() -> None:
+    computed = 0
+
+    async def compute() -> int:
+        nonlocal computed
+        computed += 1
+        await asyncio.sleep(0.02)
+        return computed
+
+    shared = Shared(compute, 0.005)
+    await asyncio.gather(*(shared.get() for _ in range(5)))
+    assert computed <= 2  # the period of a value begins when it is there
+
+
+def test_a_computation_may_outlast_the_period() -> None:
+    asyncio.run(ask_for_a_slow_value())

@@ -18,6 +18,11 @@ def by_tenant(expr: str) -> dict[str, str]:
     return {"{{tenant}}": named(expr)}
 
 
+def use(title: str, unit: str, description: str, counter: str) -> Panel:
+    """Return a panel of how fast a counter grows, the tenants on top of each other."""
+    return Panel(title, unit, description, by_tenant(tenants.rate(counter, "tenant")), stacked=True)
+
+
 TENANTS = Dashboard(
     "tenants",
     "Octavo: tenants",
@@ -25,27 +30,14 @@ TENANTS = Dashboard(
     (*VARIABLES, TENANT),
     {
         "Use": [
-            Panel(
-                "Requests",
-                "reqps",
-                "Requests that end per second.",
-                by_tenant(tenants.rate("vllm_requests_total", "tenant")),
-                stacked=True,
-            ),
-            Panel(
+            use("Requests", "reqps", "Requests that end per second.", "vllm_requests_total"),
+            use(
                 "Prompt tokens",
                 "suffix:tokens/s",
                 "Tokens of prompts per second, those found in the cache too.",
-                by_tenant(tenants.rate("vllm:prompt_tokens_total", "tenant")),
-                stacked=True,
+                "vllm:prompt_tokens_total",
             ),
-            Panel(
-                "Output tokens",
-                "suffix:tokens/s",
-                "Generated tokens per second.",
-                by_tenant(tenants.rate("vllm:generation_tokens_total", "tenant")),
-                stacked=True,
-            ),
+            use("Output tokens", "suffix:tokens/s", "Generated tokens per second.", "vllm:generation_tokens_total"),
         ],
         "Service": [
             Panel(

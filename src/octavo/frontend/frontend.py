@@ -263,6 +263,13 @@ class Frontend:
             if self._close(live, "abort", "aborted") and notify:
                 self._deliver(live, live.abort())
 
+    def set_tenant_weight(self, tenant: str, weight: float | None) -> None:
+        """Set the weight of a tenant's requests from now on; None for that of the engine's settings."""
+        if weight is None:
+            self._tenant_weights.pop(tenant, None)
+        else:
+            self._tenant_weights[tenant] = weight
+
     def find(self, request_id: str) -> LiveRequest | None:
         return self._ledger.get(request_id) if self._ledger is not None else None
 
@@ -321,20 +328,13 @@ class Frontend:
         self._living()
         return all(await asyncio.gather(*(self._calls.reset_cache(replica) for replica in self.replicas)))
 
-    # KV states
+    # Watching
 
-    def keep_state(self, request_id: str, index: int) -> KVState:
-        """Make a state of a finished request. Raises InvalidRequest, QuotaExceeded, EngineDead."""
-        if request_id in self._living():
-            raise InvalidRequest(f"the request {request_id!r} still runs; it has a state after its end", "request_id")
-        return self.states.keep(request_id, index)
-
-    def set_tenant_weight(self, tenant: str, weight: float | None) -> None:
-        """Set the weight of a tenant's requests from now on; None for that of the engine's settings."""
-        if weight is None:
-            self._tenant_weights.pop(tenant, None)
-        else:
-            self._tenant_weights[tenant] = weight
+    def watch(self, watcher: RequestWatcher) -> None:
+        """Tell `watcher` about all requests from now on."""
+        self._watchers.append(watcher)
+        if self._ledger is not None:
+            self._ledger.is_traced = True
 
     def set_meter(self, meter: Meter) -> None:
         """Measure all requests with `meter` from now on. What running ones have got before is not counted."""
@@ -344,6 +344,14 @@ class Frontend:
                 if completion.token_ids:
                     live.prompt_metered = True
                     completion.num_metered, completion.metered_at = len(completion.token_ids), now
+
+    # KV states
+
+    def keep_state(self, request_id: str, index: int) -> KVState:
+        """Make a state of a finished request. Raises InvalidRequest, QuotaExceeded, EngineDead."""
+        if request_id in self._living():
+            raise InvalidRequest(f"the request {request_id!r} still runs; it has a state after its end", "request_id")
+        return self.states.keep(request_id, index)
 
     async def load_state(self, path: Path, tenant: str, salt: str) -> KVState:
         """Make a state of a saved file. Raises InvalidKVState, QuotaExceeded, EngineDead."""
@@ -402,12 +410,6 @@ class Frontend:
         if not ready:
             raise EngineDead(self.readiness()[1])
         return self.placement.holder(ready, state.token_ids, state.tenant, state.salt, state.origin)
-
-    def watch(self, watcher: RequestWatcher) -> None:
-        """Tell `watcher` about all requests from now on."""
-        self._watchers.append(watcher)
-        if self._ledger is not None:
-            self._ledger.is_traced = True
 
     # The end
 
@@ -543,6 +545,7 @@ class Frontend:
                 self._timed_out += failure is RequestTimeout
                 self._fail(live, failure(output.message or "the engine could not continue this request"))
                 continue
+            is_first = live.metrics.first_token_time is None
             try:
                 increment = live.advance(completion, output)
             except Exception as error:
@@ -562,8 +565,9 @@ class Frontend:
                 replica.load.started(live)
                 live.metrics.replica = live.metrics.replica or (replica.name if len(self.replicas) > 1 else None)
                 replica.readmission.progressed(live)
+            if is_first:
                 for watcher in self._watchers:
-                    watcher.progressed(live)
+                    watcher.first_token(live)
             if live.finished:
                 self._remember(live)
                 replica.readmission.ended(live)

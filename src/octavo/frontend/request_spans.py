@@ -21,7 +21,6 @@ class RequestSpans:
     def __init__(self, tracer: Tracer, model: str):
         self._tracer, self._model = tracer, model
         self._spans: dict[LiveRequest, Span] = {}
-        self._without_token: set[LiveRequest] = set()
 
     def engine_ready(self, replica: Replica) -> None:
         pass
@@ -42,7 +41,6 @@ class RequestSpans:
         if span.is_recording():
             span.set_attributes(self._asked(live, reply_id))
             self._spans[live] = span
-            self._without_token.add(live)
 
     def sent(self, live: LiveRequest, replica: Replica) -> None:
         """Note that a request is queued in an engine, for the first time or again."""
@@ -60,15 +58,13 @@ class RequestSpans:
             attributes["cached_tokens"] = event.tokens
         span.add_event(event.name, attributes, int(happened * 1e9))
 
-    def progressed(self, live: LiveRequest) -> None:
-        """Note the first token of a request, if this is it."""
-        if live in self._without_token:
-            self._without_token.remove(live)
-            self._spans[live].add_event("first token")
+    def first_token(self, live: LiveRequest) -> None:
+        """Note that a request has got its first token."""
+        if span := self._spans.get(live):
+            span.add_event("first token")
 
     def ended(self, live: LiveRequest, reason: str | None = None) -> None:
         """End the span of a request. Its status is an error unless the output is complete or was aborted."""
-        self._without_token.discard(live)
         if (span := self._spans.pop(live, None)) is None:
             return
         reasons = [completion.finish_reason or reason or "" for completion in live.completions]

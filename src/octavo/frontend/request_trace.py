@@ -26,7 +26,6 @@ class RequestTrace:
         self._file = TraceFile(path)
         self._model = model
         self._pid = os.getpid()
-        self._without_token: set[LiveRequest] = set()
 
     def engine_ready(self, replica: Replica) -> None:
         """Write that an engine serves from now on."""
@@ -47,7 +46,6 @@ class RequestTrace:
 
     def arrived(self, live: LiveRequest, reply_id: str) -> None:
         """Write the begin of a request, with the id that a server's client sees in the reply."""
-        self._without_token.add(live)
         args = {
             "model": self._model,
             "reply": reply_id,
@@ -70,11 +68,9 @@ class RequestTrace:
             args[COUNTED[event.name]] = event.tokens
         self._file.write(request_event("n", event.name, live.id, event.time, self._pid_of(replica), args))
 
-    def progressed(self, live: LiveRequest) -> None:
-        """Write the first token of a request, if this is it."""
-        if live in self._without_token:
-            self._without_token.remove(live)
-            self._write(live, "first token", {})
+    def first_token(self, live: LiveRequest) -> None:
+        """Write that a request has got its first token."""
+        self._write(live, "first token", {})
 
     def ended(self, live: LiveRequest, reason: str | None = None) -> None:
         """Write the end of a request.
@@ -82,7 +78,6 @@ class RequestTrace:
         Args:
             reason: why it ended before its output was complete; by default the finish reasons of its completions.
         """
-        self._without_token.discard(live)
         reasons = dict.fromkeys(str(completion.finish_reason) for completion in live.completions)
         args = {
             "reason": reason or ", ".join(reasons),

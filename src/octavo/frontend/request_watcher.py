@@ -29,8 +29,8 @@ class RequestWatcher(Protocol):
     def happened(self, live: LiveRequest, replica: Replica, event: RequestEvent) -> None:
         """Note what an engine has done with a completion of a request."""
 
-    def progressed(self, live: LiveRequest) -> None:
-        """Note that a request has got one of its first tokens."""
+    def first_token(self, live: LiveRequest) -> None:
+        """Note that a request has got its first token."""
 
     def ended(self, live: LiveRequest, reason: str | None = None) -> None:
         """Note the end of a request.

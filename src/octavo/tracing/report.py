@@ -71,17 +71,13 @@ def _requests(lives: list[RequestLife]) -> Table:
     for life in lives:
         first = "" if life.first_token is None else _seconds(life.first_token - life.begin)
         end = "unfinished" if life.end is None else life.reason
-        cells = (life.id, life.model, _seconds(_duration(life)), first, end, why(life))
+        cells = (life.id, life.model, _seconds(life.parts.total()), first, end, why(life))
         table.add_row(*(Text(printable(cell, lines=False)) for cell in cells))
     return table
 
 
 def _name(engine: EngineTime) -> str:
     return printable(f"{engine.model} engine {engine.number} ({engine.pid})", lines=False)
-
-
-def _duration(life: RequestLife) -> float:
-    return life.parts.total()
 
 
 def _seconds(microseconds: float) -> str:

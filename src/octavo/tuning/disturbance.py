@@ -1,14 +1,13 @@
 """What other programs take from this machine's processors while steps are measured."""
 
-import os
 import resource
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
-STAT = Path("/proc/stat")
+from octavo.machine import busy_seconds
+
 NOTABLE = 0.15  # processors
 
 
@@ -27,24 +26,13 @@ class Disturbance:
 def watched() -> Iterator[Disturbance]:
     """Measure the disturbance while the context is open; the result is known at its end."""
     result = Disturbance()
-    busy, mine, since = _busy_seconds(), _own_seconds(), time.monotonic()
+    others, since = _seconds_of_others(), time.monotonic()
     yield result
     seconds = max(time.monotonic() - since, 1e-3)
-    result.processors = max(0.0, (_busy_seconds() - busy - (_own_seconds() - mine)) / seconds)
+    result.processors = max(0.0, (_seconds_of_others() - others) / seconds)
 
 
-def _busy_seconds(stat: Path = STAT) -> float:
-    """Return the seconds for which the processors that this process may use were busy or lent to other machines."""
-    allowed = {f"cpu{number}" for number in os.sched_getaffinity(0)}
-    try:
-        lines = [line.split() for line in stat.read_text().splitlines()]
-    except OSError:
-        return 0.0
-    # The columns are: user, nice, system, idle, waiting for disks, interrupts (2), stolen.
-    ticks = sum(int(w[i]) for w in lines if w and w[0] in allowed and len(w) > 8 for i in (1, 2, 3, 6, 7, 8))
-    return ticks / os.sysconf("SC_CLK_TCK")
-
-
-def _own_seconds() -> float:
+def _seconds_of_others() -> float:
+    """Return the seconds for which the cores that this process may use were busy with other programs."""
     usage = resource.getrusage(resource.RUSAGE_SELF)
-    return usage.ru_utime + usage.ru_stime
+    return sum(busy_seconds().values()) - usage.ru_utime - usage.ru_stime

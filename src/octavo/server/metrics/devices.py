@@ -1,15 +1,12 @@
 """Devices: how busy the machine's GPUs are, or its processor cores if it has none."""
 
-import os
 from contextlib import suppress
-from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from .window import Window
+from octavo.machine import busy_seconds
 
-PROC_STAT = Path("/proc/stat")
-TICKS = os.sysconf("SC_CLK_TCK")
+from .window import Window
 
 
 class Devices:
@@ -18,7 +15,7 @@ class Devices:
     def __init__(self) -> None:
         self._lock = Lock()
         self._nvml = _nvml()
-        self._windows = {core: Window(busy) for core, busy in _busy_seconds().items()}
+        self._windows = {core: Window(busy) for core, busy in busy_seconds().items()}
 
     def utilization(self) -> dict[str, float]:
         """Return the utilization of each device in percent, by name: "gpu0", or "cpu0" for a core.
@@ -30,19 +27,8 @@ class Devices:
         if self._nvml is not None:
             return _gpus(self._nvml)
         with self._lock:
-            busy, windows = _busy_seconds(), self._windows.items()
+            busy, windows = busy_seconds(), self._windows.items()
             return {core: min(100.0 * window.rate(busy[core]), 100.0) for core, window in windows if core in busy}
-
-
-def _busy_seconds() -> dict[str, float]:
-    """Return the seconds that each core has been busy since the machine's start."""
-    cores, busy = {f"cpu{number}" for number in os.sched_getaffinity(0)}, {}
-    for line in PROC_STAT.read_text().splitlines():
-        core, *ticks = line.split()
-        if core in cores:
-            user, nice, system, _, _, irq, soft_irq, steal = map(int, ticks[:8])
-            busy[core] = (user + nice + system + irq + soft_irq + steal) / TICKS
-    return busy
 
 
 def _nvml() -> Any:

@@ -44,8 +44,16 @@ export class Chart {
     this.tip = h("div.tip", { hidden: true });
     this.element = h("div.chart", {}, this.canvas, this.tip);
     this.pointer = null;
-    new ResizeObserver(() => this.draw()).observe(this.element);
-    addEventListener("themechange", () => this.draw());
+    this.redraw = () => this.draw();
+    addEventListener("themechange", this.redraw);
+    this.observer = new ResizeObserver(this.redraw);
+    this.observer.observe(this.element);
+  }
+
+  /** Stop drawing. */
+  close() {
+    removeEventListener("themechange", this.redraw);
+    this.observer.disconnect();
   }
 
   /** Add the values of a moment, in seconds, and draw. */

@@ -22,28 +22,12 @@ class LiveView {
     this.state = h("span.state", { role: "status" });
     this.models = h("select.model", { "aria-label": "Model", change: () => this.#chooseModel(this.models.value) });
     this.tiles = {
-      output: tile("Output", "tokens/s", [{ name: "output", color: "var(--accent)" }], number),
-      requests: tile(
-        "Requests",
-        "running",
-        [
-          { name: "running", color: "var(--accent)" },
-          { name: "waiting", color: "var(--second)", dash: true },
-        ],
-        number,
-      ),
-      first: tile("First token", "median", LATENCY, seconds),
-      between: tile("Between tokens", "median", LATENCY, seconds),
-      prompt: tile(
-        "Prompts",
-        "tokens/s",
-        [
-          { name: "computed", color: "var(--accent)" },
-          { name: "from the cache", color: "var(--second)", dash: true },
-        ],
-        number,
-      ),
-      steps: tile("Steps", "per second", [{ name: "steps/s", color: "var(--accent)" }], number),
+      output: tile("Output", "tokens/s", lines("output"), number),
+      requests: tile("Requests", "running", lines("running", "waiting"), number),
+      first: tile("First token", "median", lines("median", "95 %"), seconds),
+      between: tile("Between tokens", "median", lines("median", "95 %"), seconds),
+      prompt: tile("Prompts", "tokens/s", lines("computed", "from the cache"), number),
+      steps: tile("Steps", "per second", lines("steps/s"), number),
     };
     this.mapCards = h("div.maps");
     this.engines = h("tbody");
@@ -165,9 +149,10 @@ class LiveView {
 
   #takeStats(event) {
     this.#say("live");
+    this.#listModels(event.models); // may choose another model, which forgets the events before
     this.before.push(event);
     while (this.before[0].time < event.time - WINDOW) this.before.shift();
-    this.#listModels(event.models);
+    this.maps.forEach((each) => each.note(event.time));
     const now = this.#modelOf(event);
     const earlier = this.before.slice(0, -1).findLast((each) => this.#modelOf(each)?.stats.engine) ?? null;
     if (!now?.stats.engine) return;
@@ -319,12 +304,11 @@ class MapCard {
       this.map.element,
       h("div.history", {}, this.chart.element),
     );
-    this.timer = setInterval(() => this.#note(), 1000);
   }
 
   close() {
-    clearInterval(this.timer);
     this.map.close();
+    this.chart.close();
   }
 
   update(pages) {
@@ -341,14 +325,13 @@ class MapCard {
         STATES.map(({ name }, i) => `${name} ${this.latest[i]}`).join(", ") +
         ". Arrow keys show single pages.",
     );
-    if (!this.chart.history.rows.length) this.#note();
   }
 
-  #note() {
-    if (!this.latest) return;
+  /** Add the latest states to the history. */
+  note(time) {
     const all = this.latest.reduce((sum, each) => sum + each, 0);
     this.chart.add(
-      Date.now() / 1000,
+      time,
       STACK.map((state) => this.latest[state] / all),
     );
   }
@@ -372,10 +355,12 @@ class MapCard {
   }
 }
 
-const LATENCY = [
-  { name: "median", color: "var(--accent)" },
-  { name: "95 %", color: "var(--second)", dash: true },
-];
+/** Return the series of a chart: a line, and perhaps a second one, dashed. */
+function lines(first, second) {
+  const series = [{ name: first, color: "var(--accent)" }];
+  if (second) series.push({ name: second, color: "var(--second)", dash: true });
+  return series;
+}
 
 function tile(title, unit, series, format) {
   const value = h("b.value", {}, "–");

@@ -77,10 +77,10 @@ function setTheme(theme) {
 }
 
 function switchTheme() {
-  const theme = isDark() ? "light" : "dark";
-  const isSystems = (theme === "dark") === dark.matches;
-  prefer("theme", isSystems ? null : theme);
-  setTheme(isSystems ? null : theme);
+  const wanted = isDark() ? "light" : "dark";
+  const theme = (wanted === "dark") === dark.matches ? null : wanted; // null: as the system has it
+  prefer("theme", theme);
+  setTheme(theme);
 }
 
 // Keys of the server
@@ -120,9 +120,9 @@ function keyForm(kind, text, close) {
 }
 
 function showKeys() {
-  const row = (kind) => {
+  const row = (kind, close) => {
     const state = h("span.muted", {}, getKey(kind) ? "is set" : "is not set");
-    const change = async (close) => {
+    const change = async () => {
       close();
       if (await askForKey(kind, KINDS[kind][1])) location.reload();
     };
@@ -131,20 +131,19 @@ function showKeys() {
       state.textContent = "is not set";
       toast(`${KINDS[kind][0]} forgotten`);
     };
-    return (close) =>
-      h(
-        "div.row",
-        {},
-        h("b", {}, KINDS[kind][0]),
-        state,
-        h("button", { type: "button", click: () => change(close) }, "Set"),
-        h("button", { type: "button", click: forget }, "Forget"),
-      );
+    return h(
+      "div.row",
+      {},
+      h("b", {}, KINDS[kind][0]),
+      state,
+      h("button", { type: "button", click: change }, "Set"),
+      h("button", { type: "button", click: forget }, "Forget"),
+    );
   };
   dialog("Keys", (close) => [
     h("p.muted", {}, "They are kept in this browser only, and sent with each request to this server."),
-    row("client")(close),
-    row("admin")(close),
+    row("client", close),
+    row("admin", close),
   ]);
 }
 

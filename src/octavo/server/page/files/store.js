@@ -28,11 +28,10 @@ export class Store {
     this.all = new Map(); // by id
   }
 
-  /** Read all conversations, the latest first. */
+  /** Read all conversations. */
   async load() {
     const list = this.database ? await done(this.#transaction("readonly").getAll()) : [];
     for (const each of list) this.all.set(each.id, each);
-    return this.list();
   }
 
   /** Return the conversations, the latest first. */
@@ -77,22 +76,20 @@ export class Store {
   }
 }
 
+function preferences() {
+  try {
+    return JSON.parse(localStorage.getItem(SETTINGS)) ?? {};
+  } catch {
+    return {}; // somebody has changed them
+  }
+}
+
 /** Return a preference. */
 export function preference(name, otherwise) {
-  try {
-    return JSON.parse(localStorage.getItem(SETTINGS) ?? "{}")[name] ?? otherwise;
-  } catch {
-    return otherwise;
-  }
+  return preferences()[name] ?? otherwise;
 }
 
 /** Keep a preference. */
 export function prefer(name, value) {
-  let all = {};
-  try {
-    all = JSON.parse(localStorage.getItem(SETTINGS) ?? "{}");
-  } catch {
-    /* start anew */
-  }
-  localStorage.setItem(SETTINGS, JSON.stringify({ ...all, [name]: value }));
+  localStorage.setItem(SETTINGS, JSON.stringify({ ...preferences(), [name]: value }));
 }
