@@ -24,6 +24,8 @@ LIMITS: dict[str, dict[str, Any]] = {
     "heavy": {"tokens_per_minute": 300, "requests_per_minute": 1000, "weight": 3.0},
     "rare": {"requests_per_minute": 15},
     "short": {"max_new_tokens": 6},
+    "late": {"min_priority": 1},
+    "free": {},
 }
 
 
@@ -183,7 +185,9 @@ def test_a_restart_keeps_what_was_used(tiny_llama: Path, keys: tuple[Path, dict[
         assert reply.headers["x-ratelimit-remaining-requests"] == "998"
         used += reply.json()["usage"]["total_tokens"]
         batch = {"input_file_id": "file-1", "endpoint": "/v1/completions", "completion_window": "24h"}
-        assert server.send("month", "/v1/batches", batch).status_code == 403  # it could be used past the limit
+        for name in ("month", "small", "short", "late"):  # its rows could be used past the limit
+            assert server.send(name, "/v1/batches", batch).status_code == 403, name
+        assert server.send("free", "/v1/batches", batch).status_code == 404  # there is no such file
         time.sleep(0.5)
         server.server.process.kill()
         server.server.process.wait()

@@ -22,7 +22,6 @@ from typing import Any
 import msgspec
 
 ORIGIN = "0" * 64
-LONGEST_LINE = 1 << 20  # bytes
 _MAC = re.compile(rb',"mac":"([0-9a-f]{64})"}\n')
 _MAC_BYTES = len(b',"mac":""}\n') + 64
 
@@ -130,5 +129,5 @@ def _is_torn(line: bytes) -> bool:
 def _lines(files: Iterable[Path]) -> Iterator[tuple[str, bytes]]:
     for path in files:
         with path.open("rb") as file:
-            for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE), b""), 1):
+            for number, line in enumerate(file, 1):
                 yield f"{path}:{number}", line
