@@ -6,8 +6,6 @@ are read once, in the process that the user starts, and are sent to engine proce
 
 import os
 import re
-import shlex
-import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -84,9 +82,9 @@ def without_secrets(variables: Mapping[str, str] = os.environ) -> dict[str, str]
 
 
 def _refuse_secret(setting: str, source: str) -> None:
-    """Raise ConfigError if `source`, which was not found, is the secret itself: it must not be shown."""
+    """Raise ConfigError if a source that does not exist looks like a secret, which must not be shown."""
     if _LIKE_A_SECRET.match(source):
-        raise ConfigError(f"{setting} looks like a secret itself, in place of its source: give {SOURCES}") from None
+        raise ConfigError(f"{setting} seems to be the secret itself; name its source: {SOURCES}") from None
 
 
 def _variable(setting: str, name: str) -> str:
@@ -104,6 +102,9 @@ def _variable(setting: str, name: str) -> str:
 
 def _printed(setting: str, command: str) -> str:
     """Return what a command prints. Its errors go to standard error."""
+    import shlex
+    import subprocess
+
     try:
         words = shlex.split(command)
         done = subprocess.run(
