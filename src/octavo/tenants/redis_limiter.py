@@ -217,9 +217,9 @@ class RedisLimiter:
         for account in list(self._local.accounts.values()):  # others may come while Redis is asked
             if account.used:
                 [months] = _keys(account.name, "months")
-                used, account.used = account.used, 0
-                command = partial(self._redis.hincrby, months, account.month, used)
-                if await self._ask(command) is None:
+                month, used, account.used = account.month, account.used, 0
+                command = partial(self._redis.hincrby, months, month, used)
+                if await self._ask(command) is None and account.month == month:
                     account.used += used
 
     async def _renew_leases(self) -> None:
