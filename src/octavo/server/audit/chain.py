@@ -47,7 +47,7 @@ class Keys:
     def __repr__(self) -> str:
         return "Keys(***)"
 
-    def hash(self, content: str | bytes) -> str:
+    def hash(self, content: str | bytes | bytearray) -> str:
         """Return the hash of a request's body, or of an answer, as it is in the log."""
         return hmac.new(self.content, content.encode() if isinstance(content, str) else content, sha256).hexdigest()
 
