@@ -6,8 +6,6 @@ are read once, in the process that the user starts, and are sent to engine proce
 
 import os
 import re
-import shlex
-import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -19,7 +17,7 @@ VARIABLES = "OCTAVO_SECRET_"  # prefix of environment variables that hold secret
 SOURCES = f"a file, env:{VARIABLES}NAME or cmd:COMMAND"
 _LONGEST = 1 << 16  # bytes
 _SECONDS = 60.0  # for a command
-_LIKE_A_SECRET = re.compile(r"^\s*(?:[0-9a-fA-F]{64}\s*$|AGE-SECRET-KEY-|-----BEGIN)")
+_LIKE_A_SECRET = re.compile(r"\s*(?:[0-9a-f]{32,}\s*$|age-secret-key-|-----begin)", re.IGNORECASE)
 
 
 class Secrets(msgspec.Struct, frozen=True):
@@ -83,7 +81,15 @@ def without_secrets(variables: Mapping[str, str] = os.environ) -> dict[str, str]
     return {name: value for name, value in variables.items() if not name.startswith(VARIABLES)}
 
 
+def _refuse_secret(setting: str, source: str) -> None:
+    """Raise ConfigError if a source that does not exist looks like a secret, which must not be shown."""
+    if _LIKE_A_SECRET.match(source):
+        raise ConfigError(f"{setting} seems to be the secret itself; name its source: {SOURCES}") from None
+
+
 def _variable(setting: str, name: str) -> str:
+    if name not in os.environ:
+        _refuse_secret(setting, name.removeprefix(VARIABLES))
     if not name.startswith(VARIABLES):
         raise ConfigError(
             f"{setting}: the variable must be called {VARIABLES}..., since these are hidden from other processes, "
@@ -96,6 +102,9 @@ def _variable(setting: str, name: str) -> str:
 
 def _printed(setting: str, command: str) -> str:
     """Return what a command prints. Its errors go to standard error."""
+    import shlex
+    import subprocess
+
     try:
         words = shlex.split(command)
         done = subprocess.run(
@@ -116,8 +125,7 @@ def _content(setting: str, path: str) -> str:
         with Path(path).expanduser().open("rb") as file:
             return _text(setting, file.read(_LONGEST + 1))
     except (OSError, RuntimeError) as error:
-        if _LIKE_A_SECRET.search(path):
-            raise ConfigError(f"{setting} is a secret itself, in place of its source: give {SOURCES}") from None
+        _refuse_secret(setting, path)
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(f"{setting}: cannot read {shortened(path)} ({reason}); give {SOURCES}") from None
 

@@ -24,7 +24,13 @@ LIMITS: dict[str, dict[str, Any]] = {
     "heavy": {"tokens_per_minute": 300, "requests_per_minute": 1000, "weight": 3.0},
     "rare": {"requests_per_minute": 15},
     "short": {"max_new_tokens": 6},
+    "late": {"min_priority": 1},
+    "free": {},
 }
+
+
+class Killed(Exception):
+    """Ends the block of a server that the test has killed, which need not drain."""
 
 
 class Limited(NamedTuple):
@@ -175,18 +181,21 @@ def test_a_restart_keeps_what_was_used(tiny_llama: Path, keys: tuple[Path, dict[
     """Drained, or killed: then at most the last tenth of a second is lost."""
     data = ["--data-dir", str(tmp_path)]
     with limited(tiny_llama, keys, *data) as server:
+        batch = {"model": None, "input_file_id": "file-1", "endpoint": "/v1/completions", "completion_window": "24h"}
+        for name in ("month", "small", "short", "late"):  # rows could be used past the limits
+            assert server.send(name, "/v1/batches", batch).status_code == 403, name
+        assert server.send("free", "/v1/batches", batch).status_code == 404  # there is no such file
         used = server.complete("heavy", 30).json()["usage"]["total_tokens"]
-    with pytest.raises(AssertionError), limited(tiny_llama, keys, *data) as server:
+    with pytest.raises(Killed), limited(tiny_llama, keys, *data) as server:
         assert server.used("heavy") == used
         reply = server.complete("heavy", 20)
         assert reply.headers["x-ratelimit-remaining-tokens"] == str(300 - used - reply.json()["usage"]["total_tokens"])
         assert reply.headers["x-ratelimit-remaining-requests"] == "998"
         used += reply.json()["usage"]["total_tokens"]
-        batch = {"input_file_id": "file-1", "endpoint": "/v1/completions", "completion_window": "24h"}
-        assert server.send("month", "/v1/batches", batch).status_code == 403  # it could be used past the limit
         time.sleep(0.5)
         server.server.process.kill()
         server.server.process.wait()
+        raise Killed
     with limited(tiny_llama, keys, *data) as server:
         assert server.used("heavy") == used
         assert server.complete("heavy", 1).headers["x-ratelimit-remaining-requests"] == "997"

@@ -122,6 +122,26 @@ def test_the_request_of_a_client_that_leaves_ends(secured: Secured) -> None:
 
 
 @needs_openssl
+def test_idle_clients_do_not_hold_up_the_end(tiny_llama: Path, tmp_path: Path) -> None:
+    """Nor one that does not answer when its connection is closed."""
+    pair = issue(tmp_path, "localhost")
+    flags = ["--ssl-certfile", str(pair.certificate), "--ssl-keyfile", str(pair.key), "--drain-timeout", "60"]
+    with (
+        ServerProcess(tiny_llama, *flags) as server,
+        socket.create_connection(server.address, timeout=10) as raw,
+        trusting(pair).wrap_socket(raw, server_hostname="localhost") as fresh,
+        socket.create_connection(server.address, timeout=10) as raw,
+        trusting(pair).wrap_socket(raw, server_hostname="localhost") as used,
+    ):
+        used.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert used.recv(1000).startswith(b"HTTP/1.1 200") and fresh.version()
+        began = time.monotonic()
+        server.signal(signal.SIGTERM)
+        assert server.process.wait(timeout=60) == 0
+        assert time.monotonic() - began < 10
+
+
+@needs_openssl
 def test_a_client_may_show_a_certificate_but_not_a_wrong_one(secured: Secured) -> None:
     right, wrong = trusting(secured.pair, secured.client), trusting(secured.pair, secured.other)
     assert httpx.get(f"{secured.server.url}/health", verify=right).status_code == 200

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from octavo.errors import ConfigError
+from octavo.outputs import CompletionOutput
 from octavo.server.audit import AuditLog
 from octavo.server.audit.chain import ORIGIN, Keys, Verdict, sealed, verify
 from octavo.server.edge.access_log import RequestRecord
@@ -94,6 +95,22 @@ def test_a_log_goes_on_after_a_restart(tmp_path: Path) -> None:
     verdict = verify([tmp_path / "log"], KEYS)
     assert (verdict.lines, verdict.problems, verdict.torn, verdict.is_closed) == (14, [], 0, True)
     assert (tmp_path / "log").stat().st_mode & 0o777 == 0o600
+
+
+def test_a_log_goes_on_after_a_line_of_any_length(tmp_path: Path) -> None:
+    log = AuditLog(tmp_path / "log", KEY)
+    record = RequestRecord("r", "POST", "/v1/completions", "127.0.0.1")
+    log.begin(record)
+    assert record.evidence is not None
+    for index in range(20_000):  # as --max-completions may allow
+        record.evidence.add_answer(0, CompletionOutput(index, "a", [], finish_reason="stop"))
+    log.end(record)
+    log.close()
+    content = (tmp_path / "log").read_bytes()
+    (tmp_path / "log").write_bytes(content[: content.rindex(b"\n", 0, -1) + 1])  # without the line of the end
+    log_lines(tmp_path / "log", 1)
+    verdict = verify([tmp_path / "log"], KEYS)
+    assert len(content) > 1 << 20 and (verdict.lines, verdict.problems) == (5, [])
 
 
 @pytest.mark.parametrize("left", [1, 30, 100, -1])

@@ -18,6 +18,7 @@ from octavo.server.edge.access_log import RequestRecord
 from octavo.server.edge.key_use import MAX_WAITING, KeyLimits, KeyUse
 from octavo.server.edge.traffic import Traffic
 from octavo.server.errors import ApiError, error_headers, error_reply
+from octavo.tenants import redis_limiter
 from octavo.tenants.key import Key, secret_hash
 from octavo.tenants.limiter import Limiter, Spending, seconds_to_next_month
 from octavo.tenants.local_limiter import LocalLimiter
@@ -211,6 +212,101 @@ def test_a_lost_redis(caplog: pytest.LogCaptureFixture) -> None:
     asyncio.run(run())
     said = [each.message for each in caplog.records]
     assert len(said) == 2 and "by this server alone" in said[0] and "together again" in said[1]
+
+
+@pytest.mark.parametrize("is_decided", [False, True])
+def test_a_caller_that_is_cancelled_leaves_nothing_counted(is_decided: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is cancelled before Redis gets its question, or when Redis has decided and the reply is on its way."""
+    who = key("a", requests_per_minute=1, concurrent_requests=1, tokens_per_minute=100, monthly_tokens=100)
+
+    async def cancel(limiter: RedisLimiter, call: Awaitable[Any]) -> None:
+        ask, held, release = limiter._ask, asyncio.Event(), asyncio.Event()
+
+        async def hold() -> None:
+            held.set()
+            await release.wait()
+
+        async def asked_late(command: Callable[[], Awaitable[Any]]) -> Any:
+            if not is_decided:
+                await hold()
+            reply = await ask(command)
+            if is_decided:
+                await hold()
+            return reply
+
+        with monkeypatch.context() as patch:
+            patch.setattr(limiter, "_ask", asked_late)
+            task = asyncio.ensure_future(call)
+            await held.wait()
+            task.cancel()
+            await asyncio.wait([task])
+            release.set()
+            while not limiter._sent:
+                await asyncio.sleep(0)
+            await sent(limiter)
+        assert task.cancelled()
+
+    async def run(port: int) -> None:
+        async with sharing(port, 2) as [one, other]:
+            await cancel(one, one.enter(who, 1))
+            await cancel(one, one.reserve(who, Spending(2, 9, 90, int)))
+            assert (await other.enter(who, 1)).refused_by is None
+            assert (await other.reserve(who, Spending(2, 9, 100, int))).remaining == 0
+            assert not one._leases
+
+    with redis_server() as server:
+        asyncio.run(asyncio.wait_for(run(server.port), 30))
+
+
+def test_a_question_that_is_asked_again_counts_once() -> None:
+    """As the client does when a reply is lost with its connection."""
+    who = key("a", requests_per_minute=9, concurrent_requests=9, tokens_per_minute=100, monthly_tokens=100)
+
+    async def run(port: int) -> None:
+        async with sharing(port, 2) as [one, other]:
+            for _ in range(2):
+                assert (await one.enter(who, 1)).remaining == 8
+                assert (await one.reserve(who, Spending(2, 9, 40, lambda: 10))).remaining == 60
+            assert (await other.enter(who, 1)).remaining == 7
+            assert (await other.reserve(who, Spending(2, 9, 60, lambda: 10))).remaining == 0
+            for limiter in (one, other):
+                for _ in range(2):
+                    limiter._leases[2] = who.name
+                    limiter.settle(who, Spending(2, 9, 60, lambda: 10))
+            await sent(one, other)
+            assert await one.used_this_month(who) == 20
+
+    with redis_server() as server:
+        asyncio.run(run(server.port))
+
+
+def test_an_account_that_appears_while_months_are_added(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(redis_limiter, "LOOK_SECONDS", 0.01)
+    first, second = key("first"), key("second")
+
+    async def spend(limiter: RedisLimiter, who: Key) -> None:
+        spending = Spending(len(limiter._local.accounts), 1, 9, lambda: 5)
+        await limiter.reserve(who, spending)
+        limiter.settle(who, spending)
+
+    async def run(port: int) -> None:
+        async with sharing(port, 2) as [one, other]:
+            add = one._redis.hincrby
+
+            async def add_late(*arguments: Any) -> int:
+                if "second" not in one._local.accounts:
+                    await spend(one, second)
+                return int(await add(*arguments))
+
+            monkeypatch.setattr(one._redis, "hincrby", add_late)
+            await spend(one, first)
+            await one.used_this_month(first)  # begins to watch
+            while await other.used_this_month(first) + await other.used_this_month(second) < 10:
+                assert one._watch is not None and not one._watch.done()
+                await asyncio.sleep(0.01)
+
+    with redis_server() as server:
+        asyncio.run(asyncio.wait_for(run(server.port), 30))
 
 
 def test_a_wrong_url() -> None:

@@ -49,6 +49,16 @@ def test_mistakes_are_one_line_that_does_not_show_the_secret(tmp_path: Path, mon
         assert "hunter2" not in str(error.value) or source.startswith("cmd:sh"), "only the command is shown"
 
 
+@pytest.mark.parametrize(
+    "secret", [KEY, KEY.upper(), KEY[:-1], f" {KEY}\n", "AGE-SECRET-KEY-1QQPZRY9X8GF2TVDW0S3JN54KHCE6"]
+)
+@pytest.mark.parametrize("kind", ["", "file:", "env:", "env:OCTAVO_SECRET_"])
+def test_a_secret_in_place_of_its_source_is_not_shown(kind: str, secret: str) -> None:
+    with pytest.raises(ConfigError, match="kv_key seems to be the secret itself") as error:
+        read_key("kv_key", kind + secret)
+    assert secret.strip()[16:24] not in str(error.value) and "\n" not in str(error.value)
+
+
 def test_children_do_not_inherit_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OCTAVO_SECRET_A", "hunter2")
     monkeypatch.setenv("OCTAVO_PORT_A", "x")

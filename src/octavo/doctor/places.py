@@ -58,10 +58,10 @@ def _unix_socket(path: str) -> Finding:
 def _tls(server: ServerConfig) -> Iterator[Finding]:
     if server.ssl_certfile is None:
         return
-    from octavo.server.edge.certificates import Certificates
+    from octavo.server.edge.certificates import tls_context
 
     try:
-        Certificates(server)
+        tls_context(server)
     except ConfigError as error:
         yield stop("TLS", str(error))
     else:

@@ -11,7 +11,8 @@ import numpy as np
 from octavo.formats.page_cipher import OVERHEAD, PageCipher
 from octavo.formats.page_file import BadPageFile, Header, PageFile
 
-SEALED = "sealed"  # the only metadata that is not encrypted: the encrypted rest
+from .file import SEALED
+
 _BOUND = b"octavo kv state"
 
 

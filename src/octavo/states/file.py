@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
     from .encrypted_file import EncryptedPageFile
 
+SEALED = "sealed"  # the only metadata of an encrypted file that is not encrypted: the encrypted rest
+
 
 def save_state(
     path: Path,
@@ -143,7 +145,7 @@ def _open(path: Path, cipher: "PageCipher | None") -> "PageFile | EncryptedPageF
 
             return EncryptedPageFile(path, cipher)
         file = PageFile(path)
-        if "sealed" in file.header.metadata:
+        if SEALED in file.header.metadata:
             file.close()
             raise BadPageFile("it is encrypted, and this server has no kv_key")
         return file

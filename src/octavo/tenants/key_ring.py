@@ -1,21 +1,15 @@
 """KeyRing: finds the key of a secret, and follows changes of the file of keys."""
 
 import hmac
-import logging
-import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from threading import Thread
 
-from octavo.errors import ConfigError
+from octavo.follow import follow
 
 from .key import Key, secret_hash
 from .key_file import read_keys
-
-LOOK_SECONDS = 0.5  # between two looks at whether the file has changed
-
-log = logging.getLogger("octavo.server")
 
 
 class KeyRing:
@@ -38,8 +32,7 @@ class KeyRing:
         }
         self._keys = self._plain
         if path is not None:
-            self._keys = self._plain | _by_hash(read_keys(path))
-            Thread(target=self._follow, args=(path, _version(path)), name="octavo-keys", daemon=True).start()
+            follow([path], partial(self._read, path), "list of keys")
 
     def find(self, secret: str) -> Key | None:
         """Return the key with this secret; None if there is none."""
@@ -52,17 +45,8 @@ class KeyRing:
         """Return all keys."""
         return list(self._keys.values())
 
-    def _follow(self, path: Path, version: object) -> None:
-        while True:
-            time.sleep(LOOK_SECONDS)
-            if (now := _version(path)) == version:
-                continue
-            version = now
-            try:
-                self._keys = self._plain | _by_hash(read_keys(path))
-                log.info("the keys in %s were read again", path)
-            except ConfigError as error:
-                log.error("%s; the keys of before apply until this is corrected", error)
+    def _read(self, path: Path) -> None:
+        self._keys = self._plain | _by_hash(read_keys(path))
 
 
 def _by_hash(keys: Sequence[Key]) -> dict[str, Key]:
@@ -72,11 +56,3 @@ def _by_hash(keys: Sequence[Key]) -> dict[str, Key]:
         key.hash: replace(key, weight=weights[key.owner]) if key.owner in weights and not key.names_tenants else key
         for key in keys
     }
-
-
-def _version(path: Path) -> object:
-    try:
-        status = path.stat()
-    except OSError:
-        return None
-    return status.st_ino, status.st_mtime_ns, status.st_size

@@ -20,7 +20,7 @@ from octavo.errors import ConfigError
 from .key import Key
 from .limiter import Spending, Verdict, month_of, seconds_to_next_month
 from .local_limiter import LocalLimiter
-from .redis_scripts import ENTER, FINAL, LIMITS, RENEW, RESERVE, SETTLE
+from .redis_scripts import ENTER, FINAL, LIMITS, RENEW, RESERVE, SETTLE, WITHDRAW
 
 PATIENCE = 1.0  # seconds that Redis may take to answer before it counts as lost
 LOOK_SECONDS = 1.0  # between two looks whether it is there again
@@ -60,8 +60,8 @@ class RedisLimiter:
         self._redis = redis.asyncio.Redis.from_pool(pool)
         place = pool.connection_kwargs
         self._address = place.get("path") or f"{place.get('host', 'localhost')}:{place.get('port', 6379)}"
-        self._enter, self._reserve, self._settle, self._renew = map(
-            self._redis.register_script, (ENTER, RESERVE, SETTLE, RENEW)
+        self._enter, self._withdraw, self._reserve, self._settle, self._renew = map(
+            self._redis.register_script, (ENTER, WITHDRAW, RESERVE, SETTLE, RENEW)
         )
         self._clock, self._wall = clock, wall
         self._local = LocalLimiter(wall=wall)
@@ -80,9 +80,9 @@ class RedisLimiter:
             limits = key.requests_per_minute or 0, key.concurrent_requests or 0
             arguments: list[str | int] = [self._now(), self._id(id), *limits, _microseconds(LEASE_SECONDS)]
             keys = _keys(key.name, "requests", "running")
-            place = keys[1], self._id(id)
             if reply := await self._decide(
-                lambda: self._enter(keys=keys, args=arguments), undo=lambda: self._redis.zrem(*place)
+                lambda: self._enter(keys=keys, args=arguments),
+                undo=lambda: self._withdraw(keys=keys, args=[self._id(id)]),
             ):
                 verdict = self._verdict(reply)
                 if verdict.refused_by is None:
@@ -217,9 +217,9 @@ class RedisLimiter:
         for account in list(self._local.accounts.values()):  # others may come while Redis is asked
             if account.used:
                 [months] = _keys(account.name, "months")
-                used, account.used = account.used, 0
-                command = partial(self._redis.hincrby, months, account.month, used)
-                if await self._ask(command) is None:
+                month, used, account.used = account.month, account.used, 0
+                command = partial(self._redis.hincrby, months, month, used)
+                if await self._ask(command) is None and account.month == month:
                     account.used += used
 
     async def _renew_leases(self) -> None:

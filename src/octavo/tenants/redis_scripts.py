@@ -1,7 +1,7 @@
 """The decisions of RedisLimiter, one Lua script each: Redis runs a script as a whole, so decisions are exact.
 
-Times are in microseconds. Each script takes the time as its first argument; "" stands for the clock of Redis, which is
-the same for all frontends. ENTER and RESERVE return {0 if allowed, else the limit's number; wait; remaining; reset}.
+Times are in microseconds. The argument `now` is the time; "" stands for the clock of Redis, which is the same for all
+frontends. ENTER and RESERVE return {0 if allowed, else the limit's number; wait; remaining; reset}.
 """
 
 from .limiter import Limit
@@ -47,6 +47,11 @@ redis.call('PEXPIRE', KEYS[1], 120000)
 return {0, 0, limit - count - 1, reset()}
 """
 )
+
+# Undo ENTER. KEYS: as for ENTER. ARGV: id.
+WITHDRAW = """
+for _, key in ipairs(KEYS) do redis.call('ZREM', key, ARGV[1]) end
+"""
 
 # Below, `events` has the id of each request of the last minute by its time, and `amounts` its tokens, and their sum.
 # `open` has the ids of requests that run, by the end of their lease, and `held` what they have reserved, as

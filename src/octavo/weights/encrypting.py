@@ -10,7 +10,7 @@ from typing import IO, Any
 import msgspec
 
 from octavo.errors import ConfigError, shortened
-from octavo.formats.encrypted_model import EncryptedFile, Manifest, read_age_header
+from octavo.formats.encrypted_model import SUFFIX, EncryptedFile, Manifest, read_age_header
 from octavo.formats.files import MANIFEST, open_regular
 from octavo.formats.gguf import read_header
 
@@ -54,7 +54,7 @@ def encrypt_model(
     for file in files:
         name = file.relative_to(root).as_posix()
         with open_regular(file) as source:
-            header = _encrypt(_Counted(source, count), folder / f"{name}.age", keys)
+            header = _encrypt(_Counted(source, count), folder / f"{name}{SUFFIX}", keys)
         entries[name] = EncryptedFile(file.stat().st_size, _head(file), header)
     manifest = msgspec.json.encode(Manifest(entries, "" if path.is_dir() else path.name, digest))
     _encrypt(BytesIO(manifest), folder / MANIFEST, keys)

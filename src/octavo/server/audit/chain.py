@@ -22,7 +22,6 @@ from typing import Any
 import msgspec
 
 ORIGIN = "0" * 64
-LONGEST_LINE = 1 << 20  # bytes
 _MAC = re.compile(rb',"mac":"([0-9a-f]{64})"}\n')
 _MAC_BYTES = len(b',"mac":""}\n') + 64
 
@@ -48,7 +47,7 @@ class Keys:
     def __repr__(self) -> str:
         return "Keys(***)"
 
-    def hash(self, content: str | bytes) -> str:
+    def hash(self, content: str | bytes | bytearray) -> str:
         """Return the hash of a request's body, or of an answer, as it is in the log."""
         return hmac.new(self.content, content.encode() if isinstance(content, str) else content, sha256).hexdigest()
 
@@ -130,5 +129,5 @@ def _is_torn(line: bytes) -> bool:
 def _lines(files: Iterable[Path]) -> Iterator[tuple[str, bytes]]:
     for path in files:
         with path.open("rb") as file:
-            for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE), b""), 1):
+            for number, line in enumerate(file, 1):
                 yield f"{path}:{number}", line

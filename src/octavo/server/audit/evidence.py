@@ -29,7 +29,7 @@ class Evidence:
 
     def add_body(self, body: bytes | bytearray) -> None:
         """Add the request's body, without its content encoding."""
-        self._request = self._keys.hash(bytes(body))
+        self._request = self._keys.hash(body)
 
     def add_answer(self, prompt: int, completion: CompletionOutput) -> None:
         """Add an increment, or the whole, of a completion of prompt number `prompt`."""

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import fcntl
 import logging
+import mmap
 import os
 import threading
 import time
@@ -19,7 +20,7 @@ from octavo.server.edge.access_log import HEALTH, MAX_REFUSED, PROBES, RequestRe
 from octavo.server.errors import ApiError
 from octavo.tenants.window import SlidingWindow
 
-from .chain import LONGEST_LINE, ORIGIN, Keys, mac_of, sealed
+from .chain import ORIGIN, Keys, mac_of, sealed
 from .evidence import Evidence
 
 MAX_QUEUED = 10_000  # lines; while more wait for a slow disk, requests are refused
@@ -182,14 +183,11 @@ class AuditLog:
 
         Raises ConfigError if the file was not written with this key.
         """
-        size = os.fstat(self._file).st_size
-        tail = os.pread(self._file, LONGEST_LINE, max(0, size - LONGEST_LINE))
-        whole, newline, torn = tail.rpartition(b"\n")
-        last = whole.rpartition(b"\n")[2] + newline
+        last, torn = _last_lines(self._file)
         if torn and (mac := mac_of(torn + b"\n", self._keys)) is not None:  # only the line break is missing
             os.write(self._file, b"\n")
             return mac, 0
-        mac = mac_of(last, self._keys) if newline else ORIGIN
+        mac = mac_of(last, self._keys) if last else ORIGIN
         if mac is None:
             raise ConfigError(
                 f"audit_log: {self._path} ends with a line that was changed or written with another key: move the file "
@@ -211,6 +209,16 @@ def _open(path: Path) -> int:
     except OSError:  # the file system has no locks
         pass
     return file
+
+
+def _last_lines(file: int) -> tuple[bytes, bytes]:
+    """Return a file's last line that ends, and what follows it; each may be empty."""
+    if os.fstat(file).st_size == 0:  # nothing to map; so it is for a device, too
+        return b"", b""
+    with mmap.mmap(file, 0, access=mmap.ACCESS_READ) as content:
+        end = content.rfind(b"\n") + 1
+        start = content.rfind(b"\n", 0, max(0, end - 1)) + 1
+        return content[start:end], content[end:]
 
 
 def _cut(file: int, size: int) -> None:

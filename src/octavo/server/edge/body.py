@@ -19,6 +19,7 @@ BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # some editors and languages put it before UT
 KEY_COST = 4  # parsing a key of an object takes as long as this many values
 ESCAPES = 4  # parsing this many escapes in strings takes as long as one value
 DIGITS = 32  # parsing this many digits of long integers takes as long as one value
+HASHED_AT_ONCE = 1 << 18  # bytes of a body, for the audit log, which takes at most a millisecond
 GZIP = 16 + zlib.MAX_WBITS
 
 _MARKS = (b",", b"[", b"{", b"\\")
@@ -47,7 +48,10 @@ class BodyReader:
         body = await self._read(request)
         admit()
         if (evidence := RequestRecord.of(request.scope).evidence) is not None:
-            evidence.add_body(body)
+            if len(body) > HASHED_AT_ONCE:
+                await asyncio.to_thread(evidence.add_body, body)  # hashing releases the GIL
+            else:
+                evidence.add_body(body)
         if body.startswith(BYTE_ORDER_MARK):
             body = body[len(BYTE_ORDER_MARK) :]
         await self._check_values(body)

@@ -1,17 +1,11 @@
 """Certificates: the files of TLS, which are read again after a change."""
 
-import logging
 import ssl
-import time
 from pathlib import Path
-from threading import Thread
 
 from octavo.errors import ConfigError
+from octavo.follow import follow
 from octavo.server.config import ServerConfig
-
-LOOK_SECONDS = 1.0  # between two looks at whether a file has changed
-
-log = logging.getLogger("octavo.server")
 
 
 class Certificates:
@@ -24,41 +18,18 @@ class Certificates:
         ConfigError: A file cannot be read or is wrong.
     """
 
+    context: ssl.SSLContext
+
     def __init__(self, config: ServerConfig):
         self._config = config
-        self._files = [
-            Path(each) for each in (config.ssl_certfile, config.ssl_keyfile, config.ssl_ca_certs) if each is not None
-        ]
-        version = self._version()
-        self.context = _context(config)
-        Thread(target=self._follow, args=(version,), name="octavo-certificates", daemon=True).start()
+        files = (config.ssl_certfile, config.ssl_keyfile, config.ssl_ca_certs)
+        follow([Path(file) for file in files if file is not None], self._read, "certificate")
 
-    def _follow(self, version: object) -> None:
-        """Read the files again after each change. While they are wrong, those of before apply."""
-        while True:
-            time.sleep(LOOK_SECONDS)
-            if (now := self._version()) == version:
-                continue
-            version = now
-            try:
-                self.context = _context(self._config)
-                log.info("the certificate in %s was read again", self._files[0])
-            except ConfigError as error:
-                log.error("%s; the certificate of before applies until this is corrected", error)
-
-    def _version(self) -> object:
-        return [_version(file) for file in self._files]
+    def _read(self) -> None:
+        self.context = tls_context(self._config)
 
 
-def _version(path: Path) -> object:
-    try:
-        status = path.stat()
-    except OSError:
-        return None
-    return status.st_ino, status.st_mtime_ns, status.st_size
-
-
-def _context(config: ServerConfig) -> ssl.SSLContext:
+def tls_context(config: ServerConfig) -> ssl.SSLContext:
     """Return TLS 1.2 and newer with the files of `config`. Raises ConfigError."""
     assert config.ssl_certfile is not None
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
