@@ -256,8 +256,8 @@ NB_MODULE(_native, module) {
             nb::kw_only(), "isa"_a, "cores"_a, "vocab"_a, "heads"_a, "kv_heads"_a, "head_dim"_a, "layers"_a,
             "norm_eps"_a, "page_size"_a, "max_rows"_a, "max_sampled"_a, "frequencies"_a, "int8_kv"_a = false)
         .def("vector", [](Program& p, Array<float> values) { return p.vector(values.data(), values.shape(0)); })
-        .def("weight", &Program::weight, "rows"_a, "columns"_a, "encoding"_a)
-        .def("weight", [](Program& p, int64_t rows, int64_t columns) { return p.weight(rows, columns, {}); })
+        .def("weight", &Program::weight, "rows"_a, "columns"_a, "encoding"_a = Encoding{},
+             "spans"_a = std::vector<int64_t>{})
         .def("embed", &Program::embed)
         .def("norm", &Program::norm)
         .def("linear", &Program::linear, "x"_a, "weight"_a, "bias"_a, "residual"_a)
