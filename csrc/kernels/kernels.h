@@ -252,12 +252,15 @@ using RowKernel = void (*)(const Instruction&, const Step&, int64_t begin, int64
 using CacheKernel = void (*)(const Instruction&, const Step&, int64_t tile, Scratch&);
 using AttentionKernel = void (*)(const Instruction&, const Step&, int64_t tile, int64_t next_tile, Scratch&);
 using LinearKernel = void (*)(const Instruction&, const Cut&, int64_t rows, int64_t tile, Ahead, Scratch&);
+using SumKernel = void (*)(const float* const* partials, int64_t vectors, const float* bias, const float* residual,
+                           float* out, int64_t count);
 using FourBitsKernel = void (*)(const float (*x)[kBlock], const float* importance, FourBits&);
 
 struct Kernels {
     void (*start_thread)();  // before a thread's first tile of a step
     void (*stop_thread)();   // after its last
     RowKernel embed, norm, quantize, pool_rows, sampled_rows;
+    SumKernel sum_partials;
     CacheKernel rope_and_cache;
     AttentionKernel attention;
     LinearKernel linear;
