@@ -237,7 +237,8 @@ nb::object sum_partials(const std::string& isa, const std::vector<Array<float>>&
     const float* data[kMaxSpans] = {};
     for (size_t i = 0; i < ranks; i++) data[i] = partials[i].data();
     const auto fits = [&](const Array<float>& array) { return array.size() == count; };
-    if (!std::all_of(partials.begin(), partials.end(), fits) || (bias && !fits(*bias)) || (residual && !fits(*residual)))
+    if (!std::all_of(partials.begin(), partials.end(), fits) || (bias && !fits(*bias)) ||
+        (residual && !fits(*residual)))
         throw nb::value_error("all arrays must have the same size");
     auto [array, out] = new_array<float>(count);
     kernels_for(isa).sum_partials(data, int64_t(ranks), bias ? bias->data() : nullptr,

@@ -84,7 +84,8 @@ bool read_integers(StoredRow row, Encoding encoding, const Spans& spans, int64_t
         const bool finite = all_within(floats, columns, kMost8);
         for (int64_t span = 0; span < spans.count; span++) {
             const int64_t begin = spans.begin(span), end = spans.ends[span];
-            quantize_groups(floats + begin * kQuantGroup, to + begin, std::min(columns, end * kQuantGroup) - begin * kQuantGroup);
+            quantize_groups(floats + begin * kQuantGroup, to + begin,
+                            std::min(columns, end * kQuantGroup) - begin * kQuantGroup);
         }
         return finite;
     }

@@ -60,8 +60,7 @@ struct SpanTree {
     // Take the sums of the next span. Afterwards `sums` are zero, or those of all spans if it was the last one.
     OCTAVO_INLINE void add(const Spans& spans, int64_t span, F32* sums) {
         int level = 0;
-        for (; span >> level & 1; level++)
-            OCTAVO_UNROLL for (int i = 0; i < kSums; i++) sums[i] = waiting[level][i] + sums[i];
+        for (; span >> level & 1; level++) OCTAVO_UNROLL for (int i = 0; i < kSums; i++) sums[i] = waiting[level][i] + sums[i];
         if (span + 1 == spans.count) return;
         OCTAVO_UNROLL for (int i = 0; i < kSums; i++) waiting[level][i] = sums[i], sums[i] = zero();
     }

@@ -23,7 +23,7 @@ Spans spans_of(int64_t columns, int64_t groups, const std::vector<int64_t>& ends
     spans.ends[spans.count - 1] = groups;
     return spans;
 }
-}
+}  // namespace
 
 int Program::vector(const float* values, int64_t length) {
     auto& vector = vectors_.emplace_back(Vector{length, std::vector<float>(round_up(length, kPad) + kPad)});
@@ -82,7 +82,8 @@ int Program::linear(int x, int weight, int bias, int residual) {
                                                      : Element::bf16;
     const Spans spans = wanted == Element::i8_rows ? w.spans : Spans{};
     if (wanted != Element::bf16) x = quantized(x, wanted, spans);
-    require(buffers_.at(x).element == wanted && buffers_.at(x).spans == spans, "linears that read the same buffer must read it in the same form");
+    require(buffers_.at(x).element == wanted && buffers_.at(x).spans == spans,
+            "linears that read the same buffer must read it in the same form");
     require(buffers_.at(x).width == w.columns, "a linear reads as many columns as its weight has");
     require(residual < 0 || buffers_.at(residual).width == w.rows, "a residual has the width of the linear's output");
     return record({.op = Op::linear, .weight = &w, .vector = values_of(bias, w.rows)}, x, w.rows, Element::f32,
@@ -224,14 +225,13 @@ void Program::make_scratch() {
     // Rows of a tile of attention, and 16 more, since AMX reads and writes 16 rows at a time.
     const int64_t pairs = std::max(kAttentionRows, sizes_.heads / sizes_.kv_heads) + 16;
     const int64_t sums = pairs * shape_.sums_stride();
-    const int64_t floats[] = {kGroup * kMaxPanel * kBlock, pairs * kSpan, sums, sums};
-    const int64_t span_sums = kGroup * kSpanBlocks * kBlock, span_buffers = 6;
+    const int64_t spans = kGroup * kMostSpanBlocks * kBlock;
+    const int64_t floats[] = {kGroup * kMaxPanel * kBlock, pairs * kSpan, sums, sums, spans, spans, spans, spans};
     const int64_t halves[] = {pairs * sizes_.head_dim, pairs * kSpan, shape_.int8_kv ? shape_.block_elements() : 0};
     int64_t groups = 0;
     for (const Weight& w : weights_) groups = std::max(groups, w.groups);
     const int64_t widened = groups * kW8.value_bytes(), row = groups * kQuantGroup;
     int64_t bytes = round_up(widened, 64) + round_up(row * int64_t(sizeof(float)), 64);
-    bytes += span_buffers * round_up(span_sums * int64_t(sizeof(float)), 64);
     for (int64_t size : floats) bytes += round_up(size * int64_t(sizeof(float)), 64);
     for (int64_t size : halves) bytes += round_up(size * int64_t(sizeof(bf16)), 64);
     for (int i = 0; i < pool_.size(); i++) {
@@ -242,9 +242,8 @@ void Program::make_scratch() {
         };
         Scratch& scratch = scratch_.emplace_back();
         take(scratch.sums, floats[0]);
-        for (float** buffer : {&scratch.pairs[0][0], &scratch.pairs[0][1], &scratch.pairs[1][0], &scratch.pairs[1][1],
-                               &scratch.waiting[0], &scratch.waiting[1]})
-            take(*buffer, span_sums);
+        for (float** buffer : {&scratch.even, &scratch.odd, &scratch.waiting[0], &scratch.waiting[1]})
+            take(*buffer, spans);
         take(scratch.scores, floats[1]);
         take(scratch.part_sums, floats[2]);
         take(scratch.sums_so_far, floats[3]);
