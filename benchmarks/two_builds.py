@@ -1,4 +1,6 @@
-"""Compare the steps of two builds of Octavo on SmolLM2: python benchmarks/two_builds.py OTHER_PYTHON [ROUNDS [RECIPES [THREADS]]]
+"""Compare the steps of two builds of Octavo on SmolLM2.
+
+    python benchmarks/two_builds.py OTHER_PYTHON [ROUNDS [RECIPES [THREADS]]]
 
 OTHER_PYTHON is the interpreter of the other build's virtual environment. Both builds hold their models at the same
 time, and take turns of a few steps, so that other load on the machine meets both. The ratio is the median over rounds
@@ -20,7 +22,7 @@ TURN = "import sys; sys.path.insert(0, {path!r}); from two_builds import serve; 
 
 
 def serve() -> None:
-    """Answer lines (threads, recipe, sequences, new tokens, before, steps) with the least seconds, processor seconds."""
+    """Read (threads, recipe, sequences, new, before, steps) line by line; answer with the least time of a step."""
     from steps import PAGE_SIZE, step_batch
 
     from octavo.backends.cpu import load

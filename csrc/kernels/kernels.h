@@ -48,8 +48,8 @@ struct RowScale {
 };
 
 // The fixed spans in which a linear sums its columns k, 1, 2, 4 or 8 of them. The sums of spans are added in a binary
-// tree: ((s0 + s1) + (s2 + s3)) + ((s4 + s5) + (s6 + s7)). So 2, 4 or 8 ranks that have a part of the spans each compute
-// the sums of whole subtrees, and the sums of all ranks, added in the same way, have the same bits as on one rank.
+// tree: ((s0 + s1) + (s2 + s3)) + ((s4 + s5) + (s6 + s7)). So 2, 4 or 8 ranks that have a part of the spans each sum up
+// whole subtrees, and the sums of all ranks, added in the same way, have the same bits as on one rank.
 //
 // A span ends at a multiple of 64 columns or at the last column. Units: groups of kQuantGroup columns.
 struct Spans {

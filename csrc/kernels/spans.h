@@ -78,15 +78,17 @@ struct SpanProduct {
                 const int64_t at = r * kSpanStride + j;
                 const auto* of_row = reinterpret_cast<const RowScale*>(row_scales);
                 F32 sum = scaled(even + at, of_row[0], even_scales) + scaled(odd + at, of_row[1], odd_scales);
-        OCTAVO_UNROLL for (int level = 0; level < kMerged; level++) sum = load(waiting[level] + at) + sum;
+                if constexpr (kMerged > 0) sum = load(waiting[0] + at) + sum;
+                if constexpr (kMerged > 1) sum = load(waiting[1] + at) + sum;
                 store(to + r * stride + j, sum);
             }
         }
     }
 
-    // Multiply a pair of spans, and add it to the subtrees of which it is the last part: one for pair 1, two for pair 3.
+    // Multiply a pair of spans, then add it to the subtrees of which it is the last part: pair 1 to one, pair 3 to two.
     OCTAVO_INLINE void sum_spans(float* sums, Ahead ahead, const Scratch& scratch) const {
-        const int64_t pairs = op.weight->spans.count / 2, lines = (ahead.end - ahead.at) / 64, bytes = (lines / (2 * pairs) + 1) * 64;
+        const int64_t pairs = op.weight->spans.count / 2, lines = (ahead.end - ahead.at) / 64;
+        const int64_t bytes = (lines / (2 * pairs) + 1) * 64;  // to prefetch in each span
         for (int64_t pair = 0; pair < pairs; pair++) {
             multiply(2 * pair, scratch.even, kSpanStride, ahead.next(bytes));
             multiply(2 * pair + 1, scratch.odd, kSpanStride, ahead.next(bytes));
