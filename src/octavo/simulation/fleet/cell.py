@@ -2,6 +2,7 @@
 
 import heapq
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -98,6 +99,7 @@ class Cell:
         number: number of the cell; each has its own faults.
         engines: number of engines at the start. They are loaded.
         start_seconds: from the decision to start an engine until it is ready.
+        until: time after which no more requests arrive; by default all of the trace do.
     """
 
     def __init__(
@@ -111,12 +113,13 @@ class Cell:
         faults: Faults | None = None,
         autoscaling: Autoscaling | None = None,
         number: int = 0,
+        until: float | None = None,
     ):
         self.now = 0.0
         self.placement = Placement(config.max_batch_tokens)
         self._config, self._costs, self._pages, self._number = config, costs, pages, number
         self._start_seconds, self._faults, self._autoscaling = start_seconds, faults or Faults({}), autoscaling
-        self._arrivals, self._prompts = Arrivals(trace), Prompts()
+        self._arrivals, self._prompts, self._until = Arrivals(trace), Prompts(), math.inf if until is None else until
         self.requests = Requests(len(trace))
         self.use = Use(frontends=1, engines=engines, num_pages=pages)
         self._admission = Admission(config.max_batch_size * engines, config.max_queue, clock=lambda: self.now)
@@ -141,6 +144,7 @@ class Cell:
         arrivals, events = self._arrivals, self._events
         while True:
             at = arrivals.next_at
+            at = at if at is not None and at <= self._until else None
             if at is not None and (not events or at <= events[0][0]):
                 self._move_to(at)
                 self._arrive()
@@ -302,7 +306,7 @@ class Cell:
         gained, lost = engine.kv.take_changes()
         if gained or lost:
             load.publish(load.number, b"".join(gained), b"".join(lost))
-            self.use.page_messages += 1
+            self.use.page_changes += len(gained) + len(lost)
         if len(self.replicas) > 1:
             self._relieve(replica)
         engine.reports_all = not replica.readmission.is_open

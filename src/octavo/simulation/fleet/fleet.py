@@ -1,22 +1,20 @@
 """A fleet in virtual time: cells of one frontend and its engines each, which are simulated one after another."""
 
-import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from octavo.config import EngineConfig
 from octavo.errors import ConfigError
-from octavo.simulation.conversations import Conversations
 from octavo.simulation.costs import CostModel
-from octavo.simulation.trace import TraceRequest, poisson_trace
+from octavo.simulation.trace import TraceRequest
 
 from .autoscaling import Autoscaling
 from .cell import Cell
 from .faults import Faults
+from .load import Load
 from .record import Done
 
-CellTrace = Callable[[int, int], list[TraceRequest]]
-"""Returns the requests of a cell, given its number and the number of all cells."""
+WARM_UP = 0.25  # share of the time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +33,8 @@ class Fleet:
         pages: pages of the KV cache of each engine.
         engines, frontends: their numbers.
         cells: number of cells that are simulated, the first ones; the others are taken to be like them.
+        until: seconds after which no more requests arrive; the first WARM_UP of this time does not count in latencies and
+            rates. By default, all requests arrive and count.
         start_seconds: from the loss of an engine, or the decision to add one, until a new one is ready.
     """
 
@@ -47,6 +47,7 @@ class Fleet:
     start_seconds: float = 60.0
     faults: Faults | None = None
     scaling: Scaling | None = None
+    until: float | None = None
 
     def __post_init__(self) -> None:
         if self.frontends > self.engines:
@@ -61,15 +62,15 @@ class Fleet:
         if self.config.kv_disk or self.config.kv_host_memory:
             raise ConfigError("a simulated fleet has no tiers below the KV cache; leave out kv_disk and kv_host_memory")
 
-    def simulate(self, trace: CellTrace, advance: Callable[[int], None] = lambda cells: None) -> Done:
+    def simulate(self, load: Load, advance: Callable[[int], None] = lambda cells: None) -> Done:
         """Serve the requests of the cells to be simulated.
 
         Args:
             advance: called with 1 after each cell.
         """
-        done = Done(self.frontends)
+        done = Done(self.frontends, 0.0 if self.until is None else WARM_UP * self.until, self.until)
         for number in range(self.cells if self.cells is not None else self.frontends):
-            requests = trace(number, self.frontends)
+            requests = load.cell(number, self.frontends)
             if requests:
                 done.add(*self._cell(requests, number).run())
             advance(1)
@@ -87,44 +88,9 @@ class Fleet:
             self.faults,
             Autoscaling(engines, self._share(scaling.most, number), scaling.target) if scaling else None,
             number,
+            self.until,
         )
 
     def _share(self, engines: int, number: int) -> int:
         """Return a cell's part of so many engines; the first cells have one more if they do not divide evenly."""
         return engines // self.frontends + (number < engines % self.frontends)
-
-
-def split(trace: Sequence[TraceRequest]) -> CellTrace:
-    """Return the traces of cells: all requests of a conversation come to one frontend, others to any."""
-
-    def of_cell(number: int, cells: int) -> list[TraceRequest]:
-        return [request for i, request in enumerate(trace) if _cell_of(request, i, cells) == number]
-
-    return of_cell
-
-
-def _cell_of(request: TraceRequest, index: int, cells: int) -> int:
-    name = request.conversation if request.conversation is not None else f"request {index}"
-    return zlib.crc32(name.encode()) % cells
-
-
-def generated(conversations: Conversations) -> CellTrace:
-    """Return traces that are generated for each cell, with an equal share of the requests and of their rate."""
-
-    def of_cell(number: int, cells: int) -> list[TraceRequest]:
-        rate = conversations.rate / cells if conversations.rate else None
-        requests = max(1, conversations.requests // cells)
-        share = replace(conversations, rate=rate, requests=requests, seed=conversations.seed + 1_000_003 * number)
-        return share.trace()
-
-    return of_cell
-
-
-def generated_equal(rate: float | None, requests: int, input_len: int, output_len: int, seed: int) -> CellTrace:
-    """Return traces of independent requests of equal lengths, likewise."""
-
-    def of_cell(number: int, cells: int) -> list[TraceRequest]:
-        share = rate / cells if rate else None
-        return poisson_trace(share, max(1, requests // cells), input_len, output_len, seed + 1_000_003 * number)
-
-    return of_cell

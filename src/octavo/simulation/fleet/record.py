@@ -2,7 +2,7 @@
 
 from array import array
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -18,7 +18,7 @@ class Requests:
     Attributes:
         arrival, first, last: times of arrival, of the first and of the last token; NaN before they are known.
         prompt, output, cached: tokens of the prompt, of the output, and of the prompt that were found in a cache.
-        ends: how often each request has ended: once.
+        ends: how often each request has ended: once if it has arrived.
         problems: the reason of each request that did not get all its tokens.
     """
 
@@ -69,7 +69,7 @@ class Use:
         page_seconds, running_seconds, waiting_seconds: number of pages in use, and of running and waiting sequences,
             multiplied by the time of all steps.
         steps: of all engines; each sends one message with tokens.
-        page_messages: messages about gained and lost pages.
+        page_changes: pages that engines have gained or lost.
         moves: requests that were moved from an engine with a queue to one without.
         resumed: times that a request went on elsewhere because its engine was lost or drained.
         late: answers of engines to requests that had gone on elsewhere, which were dropped.
@@ -92,7 +92,7 @@ class Use:
     max_running: int = 0
     steps: int = 0
     tokens_computed: int = 0
-    page_messages: int = 0
+    page_changes: int = 0
     preemptions: int = 0
     moves: int = 0
     resumed: int = 0
@@ -121,10 +121,13 @@ class Done:
 
     Attributes:
         cells: number of cells of the fleet, of which use.frontends were simulated.
+        begin, end: the time of arrival of the requests that count in latencies and rates; before it, caches are empty.
         problems: number of requests by the reason why they did not get all their tokens; these are not in the arrays.
     """
 
     cells: int
+    begin: float = 0.0
+    end: float | None = None
     use: Use = field(default_factory=Use)
     arrival: np.ndarray = field(default_factory=lambda: np.zeros(0))
     first: np.ndarray = field(default_factory=lambda: np.zeros(0))
@@ -135,22 +138,27 @@ class Done:
     problems: Counter[str] = field(default_factory=Counter)
 
     def add(self, requests: Requests, use: Use) -> None:
-        """Add the result of a cell. Every request must have ended once."""
-        ends = np.frombuffer(requests.ends, np.uint8)
-        assert (ends == 1).all(), f"{(ends != 1).sum()} requests were lost or ended twice"
-        good = np.ones(requests.size, bool)
+        """Add the result of a cell. Every request that has arrived must have ended once."""
+        ends, arrived = np.frombuffer(requests.ends, np.uint8), ~np.isnan(np.array(requests.arrival))
+        assert (ends == arrived).all(), f"{(ends != arrived).sum()} requests were lost or ended twice"
+        good = arrived.copy()
         good[[*requests.problems]] = False
         for name in ("arrival", "first", "last", "prompt", "output", "cached"):
             setattr(self, name, np.concatenate([getattr(self, name), np.array(getattr(requests, name))[good]]))
         self.problems.update(requests.problems.values())
         self.use.add(use)
 
-    def since(self, time: float) -> "Done":
-        """Return the requests that arrived at `time` or later, with the use of all."""
-        late = self.arrival >= time
-        names = ("arrival", "first", "last", "prompt", "output", "cached")
-        kept = {name: getattr(self, name)[late] for name in names}
-        return Done(self.cells, self.use, problems=self.problems, **kept)
+    def steady(self) -> "Done":
+        """Return the requests that arrived at `begin` or later, with the use and the problems of all."""
+        late = self.arrival >= self.begin
+        kept = {name: getattr(self, name)[late] for name in ("arrival", "first", "last", "prompt", "output", "cached")}
+        return replace(self, **kept)
+
+    @property
+    def rate(self) -> float:
+        """Return the completed requests per second to the frontends that were simulated."""
+        end = self.end if self.end is not None else self.use.seconds / max(1, self.use.frontends)
+        return float((self.arrival >= self.begin).sum()) / (end - self.begin) if end > self.begin else 0.0
 
     @property
     def time_to_first_token(self) -> np.ndarray:
