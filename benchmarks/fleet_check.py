@@ -2,8 +2,7 @@
 
 The same conversations come to a real fleet and to a simulated one. The real one is what `octavo serve
 --data-parallel-size 4` has behind HTTP: frontend, router, and four engine processes with scheduler and KV cache. Only
-the model is missing: each step sleeps for the time that a cost model gives, so that four engines fit on few cores. The
-time that a step takes beyond that, in Python and in waking up, is measured first, on one engine.
+the model is missing: each step sleeps for the time that a cost model gives, so that four engines fit on few cores.
 """
 
 import argparse
@@ -16,16 +15,14 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-import msgspec
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 from simulation_check import others_seconds
-from sleeping_engine import FIRST_TOKEN, VOCABULARY, SleepingLLM, sleeping_engine
+from sleeping_engine import FIRST_TOKEN, VOCABULARY, SleepingLLM
 
 from octavo import AsyncLLM, SamplingParams
 from octavo.config import EngineConfig
-from octavo.engine.messages import EngineRequest
 from octavo.outputs import RequestOutput
 from octavo.simulation import CostModel
 from octavo.simulation.conversations import Conversations
@@ -54,15 +51,12 @@ def main() -> None:
         model, file = tiny_model(Path(folder) / "model"), Path(folder) / "costs.json"
         COSTS.save(file)
         config = EngineConfig(model=str(model), max_batch_size=16, max_batch_tokens=256, max_queue=10**6)
-        overhead = step_overhead(config)
-        costs = msgspec.structs.replace(COSTS, step_ms=1000 * overhead)
-        print(f"A step takes {1000 * overhead:.2f} ms beyond the time that it sleeps for")
         for name in args.loads.split(","):
             trace = conversations(LOADS[name], args.seconds)
             before, began = others_seconds(), time.perf_counter()
             real = asyncio.run(serve(trace, dataclasses.replace(config, data_parallel_size=ENGINES), file))
             others = (others_seconds() - before) / (time.perf_counter() - began)
-            add_rows(table, f"{name}: {LOADS[name]:g}/s\n({others:.1f} cores busy)", real, simulated(trace, config, costs))
+            add_rows(table, f"{name}: {LOADS[name]:g}/s\n({others:.1f} cores busy)", real, simulated(trace, config))
     Console().print(table)
 
 
@@ -82,27 +76,6 @@ def conversations(rate: float, seconds: float) -> list[TraceRequest]:
     ).trace()  # fmt: skip
 
 
-def step_overhead(config: EngineConfig) -> float:
-    """Return the mean seconds that a step takes beyond the time that it is to sleep for."""
-    engine, modeled = sleeping_engine(config, COSTS), 0.0
-    params = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True, seed=0)
-    for i in range(8):
-        engine.add(EngineRequest(str(i), [FIRST_TOKEN + i] * (32 + i), params))
-    seconds = engine.backend._costs.seconds
-
-    def counted(shape: object) -> float:
-        nonlocal modeled
-        modeled += (taken := seconds(shape))
-        return taken
-
-    steps, began = 0, time.perf_counter()
-    engine.backend._costs = type("Counted", (), {"seconds": staticmethod(counted)})
-    while engine.has_work:
-        engine.step()
-        steps += 1
-    return (time.perf_counter() - began - modeled) / steps
-
-
 async def serve(trace: list[TraceRequest], config: EngineConfig, costs: Path) -> dict[str, float]:
     """Replay a trace in real time: each turn begins with the answers that the engines have given."""
     async with SleepingLLM.of(config, costs) as llm:
@@ -111,7 +84,10 @@ async def serve(trace: list[TraceRequest], config: EngineConfig, costs: Path) ->
         seconds = time.time() - began
     metrics = [output.metrics for output in outputs]
     first = np.array([(each.first_token_time or 0.0) - each.arrival_time for each in metrics])
-    tokens, prompts = sum(request.output_tokens for request in trace), sum(len(each.prompt_token_ids) for each in outputs)
+    tokens, prompts = (
+        sum(request.output_tokens for request in trace),
+        sum(len(each.prompt_token_ids) for each in outputs),
+    )
     return figures(tokens / seconds, first, sum(each.cached_tokens for each in metrics) / prompts)
 
 
@@ -148,8 +124,8 @@ def ids(tokens: list[int]) -> list[int]:
     return [FIRST_TOKEN + (token >> 16) % VOCABULARY for token in tokens]
 
 
-def simulated(trace: list[TraceRequest], config: EngineConfig, costs: CostModel) -> dict[str, float]:
-    done = Fleet(config=config, costs=costs, pages=costs.num_pages, engines=ENGINES).simulate(RecordedLoad(trace))
+def simulated(trace: list[TraceRequest], config: EngineConfig) -> dict[str, float]:
+    done = Fleet(config=config, costs=COSTS, pages=COSTS.num_pages, engines=ENGINES).simulate(RecordedLoad(trace))
     assert not done.problems, done.problems
     tokens = done.output.sum() / done.use.seconds
     return figures(tokens, done.time_to_first_token, done.cached.sum() / done.prompt.sum())
