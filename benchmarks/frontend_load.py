@@ -125,21 +125,27 @@ class Place:
 def print_times() -> None:
     """Print the microseconds of what a frontend does, by number of engines."""
     table = Table("engines", "choice (µs)", "64 pages gained (µs)", "look for a queue (µs)", "choices per second")
-    prompts = [[random.randrange(50_000) for _ in range(PROMPT)] for _ in range(20)]
     for count in ENGINES:
-        router = Router()
-        loads = [router.new_replica() for _ in range(count)]
-        for i, load in enumerate(loads):
-            load.add("a request", 10 * (i % 5), 1 + i % 3)
-            publish(load, os.urandom(KEY_BYTES * PAGES) + b"".join(keys_of(prompts[i % 20][:CACHED])))
-        placement = Placement(512)
-        placement.replicas = [cast(Replica, Place(load)) for load in loads]
-        idle = cast(Replica, Place(router.new_replica()))
-        chosen = microseconds(lambda i: router.choose(loads, PROMPT, keys_of(prompts[i % 20]), PAGE_SIZE))
-        gained = microseconds(lambda i: publish(loads[i % count], os.urandom(KEY_BYTES * 64)))
-        looked = microseconds(lambda i: placement.relieve_others(idle))
+        chosen, gained, looked = times_of(count)
         table.add_row(f"{count:,}", *(f"{value:,.1f}" for value in (chosen, gained, looked)), f"{1e6 / chosen:,.0f}")
     Console().print(table)
+
+
+def times_of(count: int) -> tuple[float, float, float]:
+    """Return the microseconds of a choice, of taking over 64 pages, and of a look for a queue, for so many engines."""
+    prompts = [[random.randrange(50_000) for _ in range(PROMPT)] for _ in range(20)]
+    router, placement = Router(), Placement(512)
+    loads = [router.new_replica() for _ in range(count)]
+    for i, load in enumerate(loads):
+        load.add("a request", 10 * (i % 5), 1 + i % 3)
+        publish(load, os.urandom(KEY_BYTES * PAGES) + b"".join(keys_of(prompts[i % 20][:CACHED])))
+    placement.replicas = [cast(Replica, Place(load)) for load in loads]
+    idle = cast(Replica, Place(router.new_replica()))
+    return (
+        microseconds(lambda i: router.choose(loads, PROMPT, keys_of(prompts[i % 20]), PAGE_SIZE)),
+        microseconds(lambda i: publish(loads[i % count], os.urandom(KEY_BYTES * 64))),
+        microseconds(lambda i: placement.relieve_others(idle)),
+    )
 
 
 def keys_of(tokens: list[int]) -> Iterator[bytes]:

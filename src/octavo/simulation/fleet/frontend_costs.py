@@ -18,12 +18,12 @@ class FrontendCosts:
         page: per page that an engine gains or loses.
     """
 
-    request: float = 1500.0
-    prompt_token: float = 1.0
-    token: float = 60.0
-    message: float = 30.0
-    message_engine: float = 0.1
-    page: float = 1.0
+    request: float = 1000.0
+    prompt_token: float = 0.4
+    token: float = 23.0
+    message: float = 300.0
+    message_engine: float = 0.04
+    page: float = 0.7
 
 
 FRONTEND = FrontendCosts()
