@@ -51,9 +51,9 @@ class Stretch:
         else:
             steps = math.ceil(left / self.first) if self.first else self.steps
         steps = min(self.steps, max(1, steps))
-        while steps > 1 and self.seconds(steps - 1) >= left:  # rounding
+        while steps > 1 and self.begun + self.seconds(steps - 1) >= time:  # rounding
             steps -= 1
-        while steps < self.steps and self.seconds(steps) < left:
+        while steps < self.steps and self.begun + self.seconds(steps) < time:
             steps += 1
         return steps
 

@@ -33,8 +33,8 @@ class Fleet:
         pages: pages of the KV cache of each engine.
         engines, frontends: their numbers.
         cells: number of cells that are simulated, the first ones; the others are taken to be like them.
-        until: seconds after which no more requests arrive; the first WARM_UP of this time does not count in latencies and
-            rates. By default, all requests arrive and count.
+        until: seconds after which no more requests arrive; the first WARM_UP of this time does not count in latencies
+            and rates. By default, all requests arrive and count.
         start_seconds: from the loss of an engine, or the decision to add one, until a new one is ready.
     """
 
