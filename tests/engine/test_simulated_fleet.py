@@ -1,6 +1,7 @@
 """Simulated fleets: nothing is lost or counted twice, whatever fails; and skipping ahead changes no result."""
 
 import dataclasses
+import itertools
 import math
 import subprocess
 from pathlib import Path
@@ -214,7 +215,7 @@ def test_a_fleet_that_cannot_be_is_refused(changes: dict[str, object], complaint
 def test_frontends_divide_a_trace() -> None:
     load = RecordedLoad(CONVERSATIONS.trace())
     cells = [load.cell(number, 3) for number in range(3)]
-    assert sorted(map(str, sum(cells, []))) == sorted(map(str, load.trace))
+    assert sorted(map(str, itertools.chain(*cells))) == sorted(map(str, load.trace))
     names = [{request.conversation for request in cell} for cell in cells]
     assert names[0] and not names[0] & names[1] and not names[1] & names[2]
     done = fleet(frontends=3).simulate(load)

@@ -88,7 +88,11 @@ def simulate(
     ] = None,
     frontends: Annotated[
         int | None,
-        typer.Option(min=1, help="Frontends, which share the engines evenly. Default: 1 per 50 engines.", **FLEET),
+        typer.Option(
+            min=1,
+            help="Frontends, which share the engines evenly. Default: 1 per 50 engines, more in plans if they are busy.",
+            **FLEET,
+        ),
     ] = None,
     cells: Annotated[
         int | None,

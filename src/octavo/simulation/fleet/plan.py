@@ -12,10 +12,12 @@ from octavo.simulation.costs import CostModel
 
 from .cell import Cell
 from .fleet import Fleet
+from .frontend_costs import frontend_use
 from .load import Load
 from .record import Done
 
-ENGINES_PER_FRONTEND = 50  # of a plan that leaves the number of frontends open
+ENGINES_PER_FRONTEND = 50  # at most, of a plan that leaves the number of frontends open
+FRONTEND_USE = 0.7  # at most, of such a plan's frontends
 PROBE = 1000  # requests at once, to find what an engine sustains
 PRECISION = 0.02  # relative, of the number of engines
 MARGIN = 1.1  # the first try: engines beyond those that the load needs if all are always busy
@@ -80,18 +82,28 @@ def fewest_engines(
     at_least: int,
     on_trial: Callable[[Trial], None] = lambda trial: None,
 ) -> list[Trial]:
-    """Search for the fewest engines that meet a goal. The last trial that meets it is the result.
+    """Search for the fewest engines that meet a goal; see `best`. Return all trials.
 
     Args:
         fleet: a fleet of any number of engines.
-        frontends: their number; None for one per ENGINES_PER_FRONTEND engines.
+        frontends: their number; None for as many as ENGINES_PER_FRONTEND and FRONTEND_USE ask for.
         cells: at most how many of them to simulate; None for all.
         at_least: the least number of engines to try.
     """
     trials: list[Trial] = []
+    each = float(ENGINES_PER_FRONTEND)  # engines per frontend
 
     def meets(engines: int) -> bool:
-        trials.append(_try(fleet, engines, frontends, cells, load, goal))
+        nonlocal each
+        while True:
+            count = frontends or math.ceil(engines / each)
+            tried = replace(fleet, engines=engines, frontends=count, cells=min(count, cells) if cells else None)
+            done = tried.simulate(load)
+            use = frontend_use(done)
+            if frontends or use <= FRONTEND_USE or count >= engines:
+                break
+            each = max(1.0, engines / count * 0.95 * FRONTEND_USE / use)
+        trials.append(Trial(tried, done, goal.is_met(done)))
         on_trial(trials[-1])
         return trials[-1].is_met
 
@@ -112,13 +124,6 @@ def fewest_engines(
 def best(trials: list[Trial]) -> Trial:
     """Return the trial with the fewest engines that meet the goal; without one, the last trial."""
     return min((trial for trial in trials if trial.is_met), key=lambda trial: trial.fleet.engines, default=trials[-1])
-
-
-def _try(fleet: Fleet, engines: int, frontends: int | None, cells: int | None, load: Load, goal: Goal) -> Trial:
-    count = frontends or math.ceil(engines / ENGINES_PER_FRONTEND)
-    tried = replace(fleet, engines=engines, frontends=count, cells=min(count, cells) if cells else None)
-    done = tried.simulate(load)
-    return Trial(tried, done, goal.is_met(done))
 
 
 def sustained(load: Load, config: EngineConfig, costs: CostModel, pages: int) -> float:
