@@ -22,7 +22,7 @@ from octavo.simulation.fleet.engine import Stretch
 from octavo.simulation.fleet.faults import SILENCE, Fault, Faults, parse_faults
 from octavo.simulation.fleet.fleet import Fleet, Scaling
 from octavo.simulation.fleet.load import GeneratedLoad, RecordedLoad
-from octavo.simulation.fleet.plan import Goal, best, fewest_engines, sustained
+from octavo.simulation.fleet.plan import Goal, best, capacity, fewest_engines, guess
 from octavo.simulation.fleet.record import Done
 from octavo.simulation.fleet.report import summarize
 from octavo.simulation.replay import simulate
@@ -232,7 +232,7 @@ def test_some_of_the_frontends_stand_for_all() -> None:
     figures = []
     for each in (whole, parts):
         done = each.simulate(GeneratedLoad(conversations))
-        figures.append(summarize(done, each, 10.0, price=2.0))
+        figures.append(summarize(done, each, price=2.0))
     for name in ("requests_per_second", "output_tokens_per_second", "prefix_hit_rate", "engine_hours", "cost"):
         assert figures[1][name] == pytest.approx(figures[0][name], rel=0.15), name
     first, sampled = (each["time_to_first_token_ms"] for each in figures)
@@ -246,13 +246,18 @@ def test_a_plan_has_the_fewest_engines_that_meet_the_goal() -> None:
     load = GeneratedLoad(dataclasses.replace(CONVERSATIONS, requests=600, rate=15.0))
     goal = Goal(first=400, per_token=25, percentile=90)
     whole = fleet(until=40.0)
-    per_engine = sustained(load, CONFIG, COSTS, 100)
-    trials = fewest_engines(whole, 1, None, load, goal, math.ceil(15.0 / per_engine))
-    found = best(trials)
+    found = best(fewest_engines(whole, 1, None, load, goal, guess(whole, load)))
     assert found.is_met and 100 * goal.share(found.done) >= 90
     fewer = dataclasses.replace(whole, engines=found.fleet.engines - 1).simulate(load)
     assert not goal.is_met(fewer)
     assert best(fewest_engines(whole, 1, None, load, Goal(first=1e9, per_token=None), 1)).fleet.engines == 1
+
+
+def test_what_an_engine_could_serve_is_what_it_serves_when_all_comes_at_once() -> None:
+    """Its batch is full nearly all the time."""
+    whole = fleet(engines=1)
+    done = whole.simulate(RecordedLoad(poisson_trace(None, 400, 100, 60, seed=0)))
+    assert capacity(done, whole) == pytest.approx(400 / done.use.seconds, rel=0.1)
 
 
 def test_failed_requests_do_not_meet_a_goal() -> None:

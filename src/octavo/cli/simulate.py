@@ -90,7 +90,7 @@ def simulate(
         int | None,
         typer.Option(
             min=1,
-            help="Frontends, which share the engines evenly. Default: 1 per 50 engines, more in plans if they are busy.",
+            help="Frontends, which share the engines evenly. Default: 1 per 50 engines; more if a plan needs them.",
             **FLEET,
         ),
     ] = None,

@@ -1,6 +1,5 @@
 """The part of octavo simulate that simulates a fleet: many engines behind frontends, or the fewest for a goal."""
 
-import math
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,7 +60,7 @@ def run_fleet(
     Exits with 1 if a goal is not met. Raises ConfigError.
     """
     from octavo.bench.report import progress, write_json
-    from octavo.simulation.fleet.plan import Goal, best, sustained
+    from octavo.simulation.fleet.plan import Goal, best
     from octavo.simulation.fleet.report import print_report, summarize
     from octavo.simulation.plan import check, num_pages
 
@@ -71,17 +70,16 @@ def run_fleet(
     if options.ttft_ms is not None or options.tpot_ms is not None:
         goal = Goal(first=options.ttft_ms, per_token=options.tpot_ms, percentile=options.percentile)
     fleet = _fleet(config, costs, pages, options)
-    per_engine = sustained(load, config, costs, pages)
     if options.engines is None:
         assert goal is not None
-        trial = best(_search(fleet, options, load, goal, per_engine))
+        trial = best(_search(fleet, options, load, goal))
         done, fleet, is_met = trial.done, trial.fleet, trial.is_met
     else:
         cells = fleet.cells or fleet.frontends
         with progress("Simulating frontends", cells) as advance:
             done = fleet.simulate(load, advance)
         is_met = goal is None or goal.is_met(done)
-    summary = summarize(done, fleet, per_engine, options.price)
+    summary = summarize(done, fleet, options.price)
     print_report(summary)
     if goal is not None:
         share = goal.share(done)
@@ -118,19 +116,19 @@ def _fleet(config: EngineConfig, costs: "CostModel", pages: int, options: FleetO
     )
 
 
-def _search(fleet: "Fleet", options: FleetOptions, load: "Load", goal: "Goal", per_engine: float) -> "list[Trial]":
+def _search(fleet: "Fleet", options: FleetOptions, load: "Load", goal: "Goal") -> "list[Trial]":
     """Search for the fewest engines, and print each try. With faults, search without them first."""
-    from octavo.simulation.fleet.plan import best, fewest_engines
+    from octavo.simulation.fleet.plan import best, fewest_engines, guess
 
     def show(trial: "Trial") -> None:
         verdict = "meet" if trial.is_met else "do not meet"
         typer.echo(f"{trial.fleet.engines:,} engines {verdict} the goal")
 
-    fewest = math.ceil((load.rate or 0.0) / per_engine)
+    about = guess(fleet, load)
     if fleet.faults is None:
-        return fewest_engines(fleet, options.frontends, options.cells, load, goal, fewest, show)
+        return fewest_engines(fleet, options.frontends, options.cells, load, goal, about, show)
     typer.echo("Without faults:")
-    without = fewest_engines(replace(fleet, faults=None), options.frontends, options.cells, load, goal, fewest, show)
+    without = fewest_engines(replace(fleet, faults=None), options.frontends, options.cells, load, goal, about, show)
     enough = best(without).fleet.engines
     typer.echo(f"With faults ({options.faults}):")
     trials = fewest_engines(fleet, options.frontends, options.cells, load, goal, enough, show)

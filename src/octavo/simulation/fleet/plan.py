@@ -1,27 +1,24 @@
-"""Plan: the fewest engines that serve a load within a goal, and what an engine sustains."""
+"""Plan: the fewest engines that serve a load within a goal, and what an engine could serve."""
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-import msgspec
 import numpy as np
 
-from octavo.config import EngineConfig
-from octavo.simulation.costs import CostModel
+from octavo.simulation.costs import Shape
 
-from .cell import Cell
 from .fleet import Fleet
 from .frontend_costs import frontend_use
-from .load import Load
+from .load import Load, RecordedLoad
 from .record import Done
 
 ENGINES_PER_FRONTEND = 50  # at most, of a plan that leaves the number of frontends open
 FRONTEND_USE = 0.7  # at most, of such a plan's frontends
-PROBE = 1000  # requests at once, to find what an engine sustains
+PROBE = 1000  # requests of a single engine, for a first guess
 PRECISION = 0.02  # relative, of the number of engines
-MARGIN = 1.1  # the first try: engines beyond those that the load needs if all are always busy
-GROWTH = 1.4  # of the number of engines from try to try, until one meets the goal
+MARGIN = 1.2  # the first try: engines beyond those that the load needs if all are always busy
+GROWTH = 1.4  # of the number of engines from try to try, until one meets the goal and another one does not
 MOST_TRIES = 20
 
 
@@ -79,7 +76,7 @@ def fewest_engines(
     cells: int | None,
     load: Load,
     goal: Goal,
-    at_least: int,
+    about: int,
     on_trial: Callable[[Trial], None] = lambda trial: None,
 ) -> list[Trial]:
     """Search for the fewest engines that meet a goal; see `best`. Return all trials.
@@ -88,7 +85,7 @@ def fewest_engines(
         fleet: a fleet of any number of engines.
         frontends: their number; None for as many as ENGINES_PER_FRONTEND and FRONTEND_USE ask for.
         cells: at most how many of them to simulate; None for all.
-        at_least: the least number of engines to try.
+        about: the number of engines to begin with; see `guess`.
     """
     trials: list[Trial] = []
     each = float(ENGINES_PER_FRONTEND)  # engines per frontend
@@ -107,11 +104,21 @@ def fewest_engines(
         on_trial(trials[-1])
         return trials[-1].is_met
 
-    too_few, enough = max(1, at_least, frontends or 1) - 1, max(1, math.ceil(MARGIN * at_least), frontends or 1)
-    while not meets(enough):
+    least = max(1, frontends or 1)
+    enough = max(least, math.ceil(MARGIN * about))
+    if meets(enough):
+        too_few = least - 1
+        while (fewer := max(least, math.floor(enough / GROWTH))) < enough:
+            if not meets(fewer):
+                too_few = fewer
+                break
+            enough = fewer
+    else:
         too_few, enough = enough, math.ceil(GROWTH * enough)
-        if len(trials) >= MOST_TRIES:
-            return trials
+        while not meets(enough):
+            too_few, enough = enough, math.ceil(GROWTH * enough)
+            if len(trials) >= MOST_TRIES:
+                return trials
     while enough - too_few > max(1, math.floor(PRECISION * enough)):
         middle = (too_few + enough) // 2
         if meets(middle):
@@ -126,17 +133,29 @@ def best(trials: list[Trial]) -> Trial:
     return min((trial for trial in trials if trial.is_met), key=lambda trial: trial.fleet.engines, default=trials[-1])
 
 
-def sustained(load: Load, config: EngineConfig, costs: CostModel, pages: int) -> float:
-    """Return the requests per second of an engine to which some of a load's requests come all at once."""
-    trace = load.cell(0, max(1, load.requests // PROBE))
-    at_once = [
-        msgspec.structs.replace(request, at=0.0, timeout=None, think_time=None if request.think_time is None else 0.0)
-        for request in trace
-    ]
-    patient = replace(config, max_queue=len(at_once), request_timeout=None)
-    requests, _ = Cell(at_once, patient, costs, pages, engines=1).run()
-    ends = np.sort(np.array(requests.last))
-    first, last = len(ends) // 10, max(len(ends) // 10 + 1, len(ends) * 9 // 10)  # without beginning and end
-    if len(ends) < 20:
-        return len(ends) / float(ends[-1])
-    return (last - first) / float(ends[last - 1] - ends[first - 1] if first else ends[last - 1])
+def guess(fleet: Fleet, load: Load) -> int:
+    """Return about the number of engines that a load needs, from a part of it on a single engine."""
+    cells = max(1, load.requests // PROBE)
+    alone = replace(fleet, engines=1, frontends=1, cells=None, faults=None, scaling=None, until=None)
+    done = alone.simulate(RecordedLoad(load.cell(0, cells)))
+    per_engine = capacity(done, alone)
+    return max(1, math.ceil((load.rate or 0.0) / per_engine)) if per_engine else 1
+
+
+def capacity(done: Done, fleet: Fleet) -> float:
+    """Return the requests per second that an engine could serve if its batch were always full; 0 if none was served.
+
+        time of a request = tokens to compute * time per row of a full prompt step + output tokens * step(n) / n
+
+    with the mean lengths and the hit rate of the requests of `done`, and n sequences as far as slots and pages allow.
+    """
+    steady, config, costs = done.steady(), fleet.config, fleet.costs
+    if not len(steady.arrival):
+        return 0.0
+    prompt, output, new = (float(each.mean()) for each in (steady.prompt, steady.output, steady.prompt - steady.cached))
+    count = max(1, int(min(config.max_batch_size, fleet.pages * costs.page_size / (prompt + output))))
+    seen = round(count * (prompt + output / 2))
+    rows = config.max_batch_tokens
+    step = costs.seconds(Shape(count, count, count, seen, seen))
+    chunk = costs.seconds(Shape(1, rows, 0, round(prompt), round(rows * (prompt - new / 2))))
+    return 1 / (new * chunk / rows + output * step / count)

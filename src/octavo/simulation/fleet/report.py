@@ -13,16 +13,16 @@ from octavo.terminal import printable
 
 from .fleet import Fleet
 from .frontend_costs import frontend_use
+from .plan import capacity
 from .record import Done
 
 HOUR = 3600
 
 
-def summarize(done: Done, fleet: Fleet, sustained: float, price: float | None) -> dict[str, Any]:
+def summarize(done: Done, fleet: Fleet, price: float | None) -> dict[str, Any]:
     """Return the figures of a fleet, those of cells that were not simulated included.
 
     Args:
-        sustained: requests per second of one engine that is always busy; see plan.sustained.
         price: of an engine for an hour.
     """
     use, seconds = done.use, done.use.seconds / max(1, done.use.frontends) or math.inf
@@ -31,6 +31,7 @@ def summarize(done: Done, fleet: Fleet, sustained: float, price: float | None) -
     steady, rate = done.steady(), scale * done.rate
     input_tokens, output_tokens = int(steady.prompt.sum()), int(steady.output.sum())
     tokens_per_second = rate * output_tokens / max(1, len(steady.arrival))
+    sustained = capacity(done, fleet)
     hours = scale * use.engine_seconds / HOUR
     resources = {
         "engines": rate / engines / sustained if sustained else 0.0,
