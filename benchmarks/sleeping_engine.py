@@ -28,7 +28,7 @@ from octavo.machine import memory_kills
 from octavo.simulation import CostModel, Shape, SimulatedBackend, VirtualClock
 
 FIRST_TOKEN, VOCABULARY = 3, 500  # ids of texts: the first ones of the tiny tokenizer are special
-HIDDEN = 0.008  # seconds
+HIDDEN = 0.03  # seconds
 MOST_IDS = 2**17  # more than any tokenizer here has
 
 

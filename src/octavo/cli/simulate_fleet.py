@@ -122,7 +122,7 @@ def _search(fleet: "Fleet", options: FleetOptions, load: "Load", goal: "Goal") -
 
     def show(trial: "Trial") -> None:
         verdict = "meet" if trial.is_met else "do not meet"
-        typer.echo(f"{trial.fleet.engines:,} engines {verdict} the goal")
+        typer.echo(f"{trial.fleet.engines:,} engines {verdict} the goal ({goal.share(trial.done):.1%} of requests do)")
 
     about = guess(fleet, load)
     if fleet.faults is None:
