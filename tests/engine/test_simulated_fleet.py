@@ -1,6 +1,7 @@
 """Simulated fleets: nothing is lost or counted twice, whatever fails; and skipping ahead changes no result."""
 
 import dataclasses
+import heapq
 import itertools
 import math
 import subprocess
@@ -17,7 +18,7 @@ from octavo.errors import ConfigError
 from octavo.simulation import CostModel
 from octavo.simulation.conversations import Conversations
 from octavo.simulation.fleet.autoscaling import CALM, PERIOD, Autoscaling
-from octavo.simulation.fleet.cell import Cell
+from octavo.simulation.fleet.cell import Cell, Event
 from octavo.simulation.fleet.engine import Stretch
 from octavo.simulation.fleet.faults import SILENCE, Fault, Faults, parse_faults
 from octavo.simulation.fleet.fleet import Fleet, Scaling
@@ -189,6 +190,23 @@ def test_a_stretch_ends_with_the_step_that_runs() -> None:
             assert stretch.steps_before(end) == i + 1  # what happens at its end, is before the next step
             assert stretch.steps_before(math.nextafter(end, 99)) <= min(i + 2, 20)
             assert stretch.steps_before(end + 0.01) == min(i + 2, 20)
+
+
+def test_an_engine_that_skips_ahead_stops_for_another_one_s_queue() -> None:
+    """So that it takes a request from there after its current step, as a real engine does."""
+    trace = [TraceRequest(at=0.0, prompt_tokens=10, output_tokens=200)]
+    cell = Cell(trace, CONFIG, COSTS, 60, engines=2)
+    cell._arrive()
+    idle, busy = sorted(cell.replicas, key=lambda replica: replica.load.completions)
+    while not busy.engine or not busy.engine.is_skipping:
+        time, event, number, turn = heapq.heappop(cell._events)
+        cell._handle(time, Event(event), number, turn)
+    ends_at = busy.engine.ends_at
+    for queued in (20, 1000):  # tokens of two requests each
+        for live in (cell._live_request(0, trace[0], [1] * 10) for _ in range(2)):
+            idle.load.add(live, queued, 0)
+        cell._offer(idle.load)
+        assert (busy.engine.ends_at < ends_at) == (queued == 1000)
 
 
 # Fleets

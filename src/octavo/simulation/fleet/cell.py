@@ -460,6 +460,8 @@ class Cell:
     def _look(self) -> None:
         """Look at queues and drained engines, and decide how many engines there should be."""
         self._push(self.now + LOOK, Event.LOOK, -1)
+        for live in self._live.values():
+            assert live.replica is not None or live in self.placement.waiting, f"request {live.id} is forgotten"
         for live in [live for live in self.placement.waiting if live.timeout is not None]:
             if live.timeout is not None and self.now >= live.arrival + live.timeout:
                 self._end(live, f"the request did not end within its timeout of {live.timeout:g} seconds")
