@@ -264,7 +264,7 @@ def test_a_plan_has_the_fewest_engines_that_meet_the_goal() -> None:
     load = GeneratedLoad(dataclasses.replace(CONVERSATIONS, requests=600, rate=15.0))
     goal = Goal(first=400, per_token=25, percentile=90)
     whole = fleet(until=40.0)
-    found = best(fewest_engines(whole, 1, None, load, goal, guess(whole, load)))
+    found = best(fewest_engines(whole, 1, None, load, goal, *guess(whole, load)))
     assert found.is_met and 100 * goal.share(found.done) >= 90
     fewer = dataclasses.replace(whole, engines=found.fleet.engines - 1).simulate(load)
     assert not goal.is_met(fewer)

@@ -124,14 +124,16 @@ def _search(fleet: "Fleet", options: FleetOptions, load: "Load", goal: "Goal") -
         verdict = "meet" if trial.is_met else "do not meet"
         typer.echo(f"{trial.fleet.engines:,} engines {verdict} the goal ({goal.share(trial.done):.1%} of requests do)")
 
-    about = guess(fleet, load)
+    about, each = guess(fleet, load)
     if fleet.faults is None:
-        return fewest_engines(fleet, options.frontends, options.cells, load, goal, about, show)
+        return fewest_engines(fleet, options.frontends, options.cells, load, goal, about, each, show)
     typer.echo("Without faults:")
-    without = fewest_engines(replace(fleet, faults=None), options.frontends, options.cells, load, goal, about, show)
+    without = fewest_engines(
+        replace(fleet, faults=None), options.frontends, options.cells, load, goal, about, each, show
+    )
     enough = best(without).fleet.engines
     typer.echo(f"With faults ({options.faults}):")
-    trials = fewest_engines(fleet, options.frontends, options.cells, load, goal, enough, show)
+    trials = fewest_engines(fleet, options.frontends, options.cells, load, goal, enough, each, show)
     if best(trials).is_met:
         spare = best(trials).fleet.engines - enough
         typer.echo(f"Spare engines for these faults: {spare:,} beside {enough:,}")

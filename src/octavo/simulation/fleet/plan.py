@@ -77,6 +77,7 @@ def fewest_engines(
     load: Load,
     goal: Goal,
     about: int,
+    each: float = ENGINES_PER_FRONTEND,
     on_trial: Callable[[Trial], None] = lambda trial: None,
 ) -> list[Trial]:
     """Search for the fewest engines that meet a goal; see `best`. Return all trials.
@@ -85,10 +86,9 @@ def fewest_engines(
         fleet: a fleet of any number of engines.
         frontends: their number; None for as many as ENGINES_PER_FRONTEND and FRONTEND_USE ask for.
         cells: at most how many of them to simulate; None for all.
-        about: the number of engines to begin with; see `guess`.
+        about, each: the numbers of engines, and of engines per frontend, to begin with; see `guess`.
     """
     trials: list[Trial] = []
-    each = float(ENGINES_PER_FRONTEND)  # engines per frontend
 
     def meets(engines: int) -> bool:
         nonlocal each
@@ -133,13 +133,16 @@ def best(trials: list[Trial]) -> Trial:
     return min((trial for trial in trials if trial.is_met), key=lambda trial: trial.fleet.engines, default=trials[-1])
 
 
-def guess(fleet: Fleet, load: Load) -> int:
-    """Return about the number of engines that a load needs, from a part of it on a single engine."""
-    cells = max(1, load.requests // PROBE)
+def guess(fleet: Fleet, load: Load) -> tuple[int, float]:
+    """Return about the number of engines that a load needs, and how many of them a frontend can have.
+
+    Both come from a part of the load on a single engine.
+    """
     alone = replace(fleet, engines=1, frontends=1, cells=None, faults=None, scaling=None, until=None)
-    done = alone.simulate(RecordedLoad(load.cell(0, cells)))
-    per_engine = capacity(done, alone)
-    return max(1, math.ceil((load.rate or 0.0) / per_engine)) if per_engine else 1
+    done = alone.simulate(RecordedLoad(load.cell(0, max(1, load.requests // PROBE))))
+    per_engine, use = capacity(done, alone), frontend_use(done)
+    each = min(ENGINES_PER_FRONTEND, max(1.0, FRONTEND_USE / use)) if use else ENGINES_PER_FRONTEND
+    return (max(1, math.ceil((load.rate or 0.0) / per_engine)) if per_engine else 1), each
 
 
 def capacity(done: Done, fleet: Fleet) -> float:
