@@ -1,5 +1,6 @@
 """octavo simulate: simulate how the engine serves a trace of requests, in virtual time, to plan capacity."""
 
+import dataclasses
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -195,8 +196,10 @@ def simulate(
                 "--sweep, --write-trace, --routing and --data-parallel-size do not go with a fleet: "
                 "leave them out, or --engines and the goals"
             )
-        load = load_of(workload, conversations, are_equal=turns is None)
-        return run_fleet(load, config, CostModel.load(_required(cost_model)), options, output_json)
+        costs = CostModel.load(_required(cost_model))
+        longest = min(config.max_model_len or costs.max_model_len, costs.max_model_len) - 1
+        load = load_of(workload, dataclasses.replace(conversations, max_len=longest), are_equal=turns is None)
+        return run_fleet(load, config, costs, options, output_json)
     options.refuse()
     if workload:
         arrivals = read_trace(workload)
