@@ -248,22 +248,27 @@ NB_MODULE(_native, module) {
             "__init__",
             [](Program* self, const std::string& isa, std::vector<int> cores, int64_t vocab, int64_t heads,
                int64_t kv_heads, int64_t head_dim, int64_t layers, double norm_eps, int64_t page_size, int64_t max_rows,
-               int64_t max_sampled, std::vector<double> frequencies, bool int8_kv) {
+               int64_t max_sampled, std::vector<double> frequencies, bool int8_kv, int rank, int ranks, int group,
+               int kv) {
                 const Sizes sizes{vocab,    heads,     kv_heads, head_dim,    layers,
                                   norm_eps, page_size, max_rows, max_sampled, int8_kv};
-                new (self) Program(isa, std::move(cores), sizes, std::move(frequencies));
+                auto others = ranks > 1 ? std::make_unique<RankGroup>(rank, ranks, group) : nullptr;
+                new (self) Program(isa, std::move(cores), sizes, std::move(frequencies), std::move(others), kv);
             },
             nb::kw_only(), "isa"_a, "cores"_a, "vocab"_a, "heads"_a, "kv_heads"_a, "head_dim"_a, "layers"_a,
-            "norm_eps"_a, "page_size"_a, "max_rows"_a, "max_sampled"_a, "frequencies"_a, "int8_kv"_a = false)
+            "norm_eps"_a, "page_size"_a, "max_rows"_a, "max_sampled"_a, "frequencies"_a, "int8_kv"_a = false,
+            "rank"_a = 0, "ranks"_a = 1, "group"_a = -1, "kv"_a = -1)
         .def("vector", [](Program& p, Array<float> values) { return p.vector(values.data(), values.shape(0)); })
         .def("weight", &Program::weight, "rows"_a, "columns"_a, "encoding"_a)
         .def("weight", [](Program& p, int64_t rows, int64_t columns) { return p.weight(rows, columns, {}); })
-        .def("embed", &Program::embed)
+        .def("embed", &Program::embed, "weight"_a, "first_token"_a = 0)
         .def("norm", &Program::norm)
         .def("linear", &Program::linear, "x"_a, "weight"_a, "bias"_a, "residual"_a)
         .def("rope_and_cache", &Program::rope_and_cache, "qkv"_a, "layer"_a, "q_norm"_a, "k_norm"_a)
         .def("attention", &Program::attention, "q"_a, "layer"_a, "window"_a)
         .def("gated", &Program::gated)
+        .def("all_reduce", &Program::all_reduce, "x"_a, "bias"_a, "residual"_a)
+        .def("all_gather", &Program::all_gather, "x"_a, "first_column"_a, "columns"_a, "residual"_a)
         .def("pool_rows", &Program::pool_rows, "x"_a, "vector"_a)
         .def("sampled_rows", &Program::sampled_rows)
         .def("observe", &Program::observe)
@@ -276,6 +281,8 @@ NB_MODULE(_native, module) {
         .def("export_page", &export_page, "page"_a)
         .def("import_page", &import_page, "page"_a, "content"_a.noconvert())
         .def("copy_page", &copy_page, "source"_a, "target"_a)
+        .def("follow", &Program::follow, nb::call_guard<nb::gil_scoped_release>())
+        .def("stop_ranks", &Program::stop_ranks)
         .def("step", &step)
         .def("logits", &logits)
         .def_prop_ro("layers", [](Program& p) { return linears(p.linears(false)); })

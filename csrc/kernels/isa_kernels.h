@@ -23,6 +23,7 @@ const Kernels kernels = {
     .embed = embed,
     .norm = norm,
     .quantize = quantize,
+    .all_reduce = all_reduce,
     .pool_rows = pool_rows,
     .sampled_rows = sampled_rows,
     .rope_and_cache = rope_and_cache,

@@ -64,6 +64,9 @@ struct Matrix {
     OCTAVO_INLINE ActivationGroup* groups(int64_t r) const {
         return reinterpret_cast<ActivationGroup*>(i8(r) + stride);
     }
+    OCTAVO_INLINE Matrix from_column(int64_t column) const {  // of float
+        return {data ? static_cast<std::byte*>(data) + column * sizeof(float) : data, stride, element, row_bytes};
+    }
     OCTAVO_INLINE RowScale& row_scale(int64_t r) const { return *reinterpret_cast<RowScale*>(i8(r) + stride); }
 };
 
@@ -123,6 +126,7 @@ enum class Op {
     rope_and_cache,
     attention,
     quantize,
+    all_reduce,
     observe,
     pool_rows,
     sampled_rows,
@@ -138,8 +142,11 @@ struct Instruction {
     double* squares = nullptr;       // observe: a sum per column
     int64_t width = 0;               // columns of x; embed: of out
     int64_t layer = 0, window = 0;
+    int64_t first_token = 0;  // embed: the token of the weight's first row; tokens outside of it are other ranks'
+    int64_t rank_bytes = 0;   // all_reduce: x is rank 0's, and rank i's lies i * rank_bytes behind it
     Activation activation = Activation::none;
     bool sampled = false;  // runs on the sampled rows only
+    bool shared = false;   // other ranks read what it writes
 };
 
 // Consecutive rows of one sequence.
@@ -197,6 +204,7 @@ struct Step {
     float* part_sums;       // [queries of tiles that are parts][sums_stride]
     int32_t* parts_done;    // [row tiles that are cut into parts][kv_heads]: how many parts are done
     int64_t rows_per_tile;  // of instructions that work on single rows
+    int64_t ranks;
     Pooling pooling;
 
     // Return the K of a sequence's block (positions 32 block ... 32 block + 31); the V lies behind it.
@@ -237,7 +245,7 @@ using FourBitsKernel = void (*)(const float (*x)[kBlock], const float* importanc
 struct Kernels {
     void (*start_thread)();  // before a thread's first tile of a step
     void (*stop_thread)();   // after its last
-    RowKernel embed, norm, quantize, pool_rows, sampled_rows;
+    RowKernel embed, norm, quantize, all_reduce, pool_rows, sampled_rows;
     CacheKernel rope_and_cache;
     AttentionKernel attention;
     LinearKernel linear;

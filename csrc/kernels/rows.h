@@ -5,11 +5,12 @@
 
 namespace octavo::OCTAVO_ISA {
 
-// out[r, :] = weight[tokens[r], :], float. In the packed weight, a row is lane token % 16 of every pair (or group) of
-// columns of block token / 16.
+// out[r, :] = weight[tokens[r] - first_token, :], float, where the weight has such a row. In the packed weight, row i is
+// lane i % 16 of every pair (or group) of columns of block i / 16.
 void embed(const Instruction& op, const Step& step, int64_t begin, int64_t end, Scratch&) {
     for (int64_t r = begin; r < end; r++) {
-        const int64_t token = step.tokens[r];
+        const int64_t token = step.tokens[r] - op.first_token;
+        if (token < 0 || token >= op.weight->rows) continue;
         float* to = op.out.f32(r);
         if (op.weight->encoding.is_integer()) {
             for (int64_t g = 0; g < op.weight->groups; g++)
@@ -49,6 +50,30 @@ void norm(const Instruction& op, const Step& step, int64_t begin, int64_t end, S
         const F32 scale = splat(norm_scale(op, step, r));
         const auto normed = [&](int64_t i) { return load(x + i) * scale * load(op.vector + i); };
         write_row(op.out, r, normed, scratch.row);
+    }
+}
+
+// Return the sum of v[rank] over 2, 4 or 8 ranks, in a tree of pairs. v_of(rank) returns v[rank].
+template <class Values>
+OCTAVO_INLINE F32 sum_of_ranks(int64_t ranks, Values v_of) {
+    if (ranks == 2) return v_of(0) + v_of(1);
+    const F32 first = (v_of(0) + v_of(1)) + (v_of(2) + v_of(3));
+    return ranks == 4 ? first : first + ((v_of(4) + v_of(5)) + (v_of(6) + v_of(7)));
+}
+
+// out[r, :] = (sum over ranks of x[rank][r, :]) + bias + residual[r, :]. There are 2, 4 or 8 ranks.
+void all_reduce(const Instruction& op, const Step& step, int64_t begin, int64_t end, Scratch&) {
+    for (int64_t r = begin; r < end; r++) {
+        const auto* x = reinterpret_cast<const char*>(op.x.f32(r));
+        for (int64_t i = 0; i < op.x.stride; i += kLanes) {
+            const auto at = [&](int64_t rank) {
+                return load(reinterpret_cast<const float*>(x + rank * op.rank_bytes) + i);
+            };
+            F32 v = sum_of_ranks(step.ranks, at);
+            if (op.vector) v = v + load(op.vector + i);
+            if (op.residual.data) v = v + load(op.residual.f32(r) + i);
+            store(op.out.f32(r) + i, v);
+        }
     }
 }
 

@@ -18,6 +18,7 @@ constexpr int64_t kTilesPerThread = 8;  // attention: a tile larger than 1 / (8 
 
 using Clock = std::chrono::steady_clock;
 
+constexpr int64_t kCounts = 4;     // of a published batch
 constexpr int64_t kObserved = 64;  // columns in a tile of the op `observe`
 
 // Return the seconds since `since`, and set `since` to now.
@@ -37,6 +38,7 @@ const char* name_of(const Instruction& instruction) {
         case Op::rope_and_cache: return "rope_and_cache";
         case Op::attention: return "attention";
         case Op::quantize: return "quantize";
+        case Op::all_reduce: return "all_reduce";
         case Op::observe: return "observe";
         case Op::pool_rows: return "pool_rows";
         case Op::sampled_rows: return "sampled_rows";
@@ -47,8 +49,9 @@ const char* name_of(const Instruction& instruction) {
 
 }  // namespace
 
-Program::Program(const std::string& isa, std::vector<int> cores, const Sizes& sizes, std::vector<double> frequencies)
-    : kernels_(kernels_for(isa)), pool_(std::move(cores)), sizes_(sizes),
+Program::Program(const std::string& isa, std::vector<int> cores, const Sizes& sizes, std::vector<double> frequencies,
+                 std::unique_ptr<RankGroup> ranks, int kv)
+    : kernels_(kernels_for(isa)), pool_(std::move(cores)), ranks_(std::move(ranks)), kv_file_(kv), sizes_(sizes),
       shape_{sizes.heads, sizes.kv_heads, sizes.head_dim, sizes.page_size, float(sizes.norm_eps), sizes.int8_kv},
       frequencies_(std::move(frequencies)) {
     require(pool_.size() > 0, "there must be at least one thread");
@@ -90,7 +93,7 @@ void Program::allocate_kv(int64_t pages) {
     const std::lock_guard not_in_a_step(running_);
     pages_ = 0;
     kv_ = nullptr;  // free the old pool first: the memory may not suffice for both
-    kv_ = std::make_shared<const Memory>(pages * page_bytes());
+    kv_ = std::make_shared<const Memory>(Memory::shared(kv_file_, 0, pages * page_bytes()));
     pages_ = pages;
 }
 
@@ -192,6 +195,7 @@ void Program::prepare(const Batch& batch, const Pooling& pooling) {
              .part_sums = reinterpret_cast<float*>(part_sums_.data()),
              .parts_done = parts_done_.data(),
              .rows_per_tile = std::clamp<int64_t>(batch.rows / (4 * pool_.size()), 1, 16),
+             .ranks = ranks_ ? ranks_->size() : 1,
              .pooling = pooling};
     for (size_t i = 0; i < plans_.size(); i++) {
         if (instructions_[i].op == Op::linear) plans_[i].cut = cut_linear(instructions_[i]);
@@ -202,6 +206,11 @@ void Program::prepare(const Batch& batch, const Pooling& pooling) {
 
 int64_t Program::rows_of(const Instruction& instruction) const {
     return instruction.sampled ? step_.sampled : step_.rows;
+}
+
+// Return the first and the end of the rows that this rank adds up for all ranks.
+std::pair<int64_t, int64_t> Program::rows_to_reduce() const {
+    return {step_.rows * ranks_->rank() / ranks_->size(), step_.rows * (ranks_->rank() + 1) / ranks_->size()};
 }
 
 // Choose the width of a linear's tiles: the widest that still gives every thread several.
@@ -221,7 +230,11 @@ int64_t Program::count_tiles(const Instruction& instruction, const Cut& cut) con
         case Op::linear: return (instruction.weight->blocks + cut.panel - 1) / cut.panel * cut.row_tiles;
         case Op::rope_and_cache: return int64_t(cache_tiles_.size());
         case Op::attention: return int64_t(attention_tiles_.size()) * sizes_.kv_heads;
-        case Op::sample: return step_.sampled;
+        case Op::sample: return samples_ ? step_.sampled : 0;
+        case Op::all_reduce: {
+            const auto [first, end] = rows_to_reduce();
+            return (end - first + step_.rows_per_tile - 1) / step_.rows_per_tile;
+        }
         case Op::pool_rows: return step_.pooling.ranges;
         case Op::observe: return (instruction.width + kObserved - 1) / kObserved;
         default: return (rows_of(instruction) + step_.rows_per_tile - 1) / step_.rows_per_tile;
@@ -273,6 +286,10 @@ void Program::run_tile(int index, int64_t tile, bool more, int thread) {
         case Op::norm: return kernels_.norm(instruction, step_, begin, end, scratch);
         case Op::quantize: return kernels_.quantize(instruction, step_, begin, end, scratch);
         case Op::pool_rows: return kernels_.pool_rows(instruction, step_, tile, tile + 1, scratch);
+        case Op::all_reduce: {
+            const auto [first, last] = rows_to_reduce();
+            return kernels_.all_reduce(instruction, step_, first + begin, std::min(last, first + end), scratch);
+        }
         case Op::sampled_rows: return kernels_.sampled_rows(instruction, step_, begin, end, scratch);
         case Op::rope_and_cache: return kernels_.rope_and_cache(instruction, step_, tile, scratch);
         case Op::attention: return kernels_.attention(instruction, step_, tile, more ? tile + 1 : -1, scratch);
@@ -304,30 +321,78 @@ void Program::run_tiles(int index, int thread) {
     }
 }
 
+// Wait until all threads, and if `exchanged` all ranks, are here.
+void Program::wait_for_all(bool exchanged) {
+    if (!exchanged) return pool_.barrier();
+    pool_.barrier([&] { stopped_ = stopped_ || !ranks_->barrier(); });
+}
+
 void Program::run(const Batch& batch, const Pooling& pooling, const Work& finish_row) {
     require(!instructions_.empty(), "a program is run when it is finished");
     const std::unique_lock one_at_a_time(running_, std::try_to_lock);
     require(one_at_a_time.owns_lock(), "another thread is running a step");
     validate(batch, pooling);
+    if (ranks_ && ranks_->rank() == 0) publish(batch);
     prepare(batch, pooling);
     finish_row_ = &finish_row;
     const bool profiled = !seconds_.empty();
     const int sampling = int(instructions_.size()) - 1;
     Clock::time_point since, sampling_began;
+    stopped_ = false;
     pool_.run([&](int thread) {
         const bool timing = profiled && thread == 0;
         kernels_.start_thread();
         if (timing) since = Clock::now();
-        for (int i = 0; i < int(instructions_.size()); i++) {
-            if (i > 0 && plans_[i].tiles) pool_.barrier();
+        bool exchanged = false;  // since the last barrier, with other ranks
+        for (int i = 0; i < int(instructions_.size()) && !stopped_; i++) {
+            if (i > 0 && plans_[i].tiles) wait_for_all(std::exchange(exchanged, false));
             if (timing && i > 0) seconds_[i - 1] += lap(since);
             if (thread == 0 && i == sampling) sampling_began = Clock::now();
-            run_tiles(i, thread);
+            if (!stopped_) run_tiles(i, thread);
+            exchanged |= instructions_[i].shared;
         }
+        if (exchanged && !stopped_) wait_for_all(true);
         kernels_.stop_thread();
     });
+    if (stopped_) throw std::runtime_error("a rank of the engine has ended");
     if (profiled) seconds_.back() += lap(since);
     sampling_seconds_ += lap(sampling_began);
+}
+
+// Write the batch where the other ranks find it, and let them begin.
+void Program::publish(const Batch& batch) {
+    const int32_t counts[kCounts] = {int32_t(batch.rows), int32_t(batch.sequences), int32_t(batch.pages_per_sequence),
+                                     int32_t(batch.sampled)};
+    const int64_t tables = batch.sequences * batch.pages_per_sequence;
+    const int64_t ints = kCounts + 2 * batch.rows + batch.sequences + 1 + tables + batch.sampled;
+    require(ints * int64_t(sizeof(int32_t)) <= kBatchBytes, "the page tables are too large");
+    int32_t* to = published_;
+    const auto write = [&](const int32_t* from, int64_t count) { to = std::copy_n(from, count, to); };
+    write(counts, kCounts);
+    write(batch.tokens, batch.rows), write(batch.positions, batch.rows);
+    write(batch.query_start, batch.sequences + 1), write(batch.page_tables, tables);
+    write(batch.sample_rows, batch.sampled);
+    ranks_->start_step();
+}
+
+// Return the batch that rank 0 has written.
+Batch Program::published() const {
+    const int32_t* counts = published_;
+    const int64_t rows = counts[0], sequences = counts[1], pages_per_sequence = counts[2], sampled = counts[3];
+    const int32_t *tokens = counts + kCounts, *positions = tokens + rows, *query_start = positions + rows;
+    const int32_t* page_tables = query_start + sequences + 1;
+    const int32_t* sample_rows = page_tables + sequences * pages_per_sequence;
+    return {rows, sequences, pages_per_sequence, sampled, tokens, positions, query_start, page_tables, sample_rows};
+}
+
+void Program::follow() {
+    require(ranks_ && ranks_->rank() > 0, "rank 0 does not follow");
+    const Work none = [](int64_t, int) {};
+    while (ranks_->wait_for_step()) run(published(), {}, none);
+}
+
+void Program::stop_ranks() {
+    if (ranks_) ranks_->stop();
 }
 
 LinearWeights Program::linears(bool head) const {
