@@ -175,21 +175,28 @@ void copy_page(Program& program, int64_t source, int64_t target) {
     std::memmove(program.page(target), program.page(source), program.page_bytes());
 }
 
-// One part of a weight, from Python's (data, format, row_order or None), as the fields of Tensor. Holds the arrays that
-// `part` points into: they may be copies, made here of arrays with another layout.
+// One part of a weight, from Python's (data, format, row_order or None), and the first column if it is not 0, as the
+// fields of Tensor. Holds the arrays that `part` points into: they may be copies, made here of arrays with another
+// layout.
 struct PartArrays {
     Table<uint8_t> data;
     std::optional<Array<int64_t>> row_order;
     Part part;
 
     PartArrays(nb::handle item, int64_t columns) {
-        const auto [stored, format, order] = nb::cast<std::tuple<nb::object, std::string, nb::object>>(item);
+        const nb::object stored = item[0], order = item[2];
+        const auto format = nb::cast<std::string>(item[1]);
+        const int64_t first = nb::len(item) > 3 ? nb::cast<int64_t>(item[3]) : 0;
         if (!is_uint8(stored) || !nb::try_cast(stored, data))
             throw nb::type_error("the data of a part must be uint8 [rows, bytes per row]");
         const int number = format_named(format);
-        if (number < 0 || row_bytes(number, columns) != data.shape(1))
+        const int64_t used = first + columns, most = used + kMostSkipped / 2;
+        int64_t whole = used;  // columns in whole blocks
+        while (whole < most && row_bytes(number, whole) == 0) whole++;
+        if (number < 0 || first < 0 || first >= kMostSkipped / 2 || row_bytes(number, whole) != data.shape(1))
             throw nb::value_error("the bytes per row do not fit the format and the number of columns");
-        part = {data.data(), int64_t(data.shape(0)), int64_t(data.shape(1)), number, nullptr};
+        const int64_t bytes = int64_t(data.shape(1));
+        part = {data.data(), int64_t(data.shape(0)), bytes, number, nullptr, first, whole};
         if (!order.is_none()) read_order(order);
     }
 
@@ -197,10 +204,9 @@ private:
     void read_order(nb::handle order) {
         Array<int64_t> rows;
         if (!nb::try_cast(order, rows)) throw nb::type_error("row_order must be int64 [rows]");
-        if (rows.shape(0) != data.shape(0)) throw nb::value_error("row_order must have one entry per row");
         for (size_t i = 0; i < rows.shape(0); i++)
             if (rows(i) < 0 || rows(i) >= part.rows) throw nb::value_error("row_order must name rows of the tensor");
-        part.row_order = rows.data();
+        part.row_order = rows.data(), part.rows = int64_t(rows.shape(0));
         row_order = std::move(rows);
     }
 

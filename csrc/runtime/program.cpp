@@ -71,7 +71,8 @@ int Program::pack(int weight, const std::vector<Part>& parts, int64_t rows, int6
                     holds_losslessly(w.encoding, part.format),
                 "this encoding is for the formats that it holds without loss");
     const std::vector<float> weights = column_weights(importance, w.columns);
-    std::vector<std::vector<float>> scratch(pool_.size(), std::vector<float>((1 + kBlock) * (w.columns + kRotated)));
+    const size_t floats = (1 + kBlock) * (w.columns + kRotated) + kMostSkipped;
+    std::vector<std::vector<float>> scratch(pool_.size(), std::vector<float>(floats));
     std::atomic<int64_t> next_block = 0;
     std::atomic<int> damaged = -1;
     pool_.run([&](int thread) {

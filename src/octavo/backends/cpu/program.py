@@ -45,7 +45,7 @@ def pack(program: Program, handle: int, parameter: Parameter, importance: np.nda
     parts = []
     for part in parameter.parts:
         order = None if part.row_order is None else np.ascontiguousarray(part.row_order, np.int64)
-        parts.append((part.data, part.format, order))
+        parts.append((part.data, part.format, order, part.first_column))
     rows, columns = parameter.shape
     damaged = program.pack(handle, parts, rows, columns, importance)
     if damaged >= 0:
