@@ -14,8 +14,8 @@ struct Part {
     int64_t rows, row_bytes;
     int format;                // Format
     const int64_t* row_order;  // row i is stored as row row_order[i]; null: as row i
-    int64_t first;             // columns of each stored row that are skipped, as they share a block with the part's first
-    int64_t stored;            // columns of a stored row: whole blocks
+    int64_t first;   // columns of each stored row that are skipped, as they share a block with the part's first
+    int64_t stored;  // columns of a stored row: whole blocks
 };
 
 constexpr int64_t kMostSkipped = 512;  // more columns than a part can have in its first and last block, but not use

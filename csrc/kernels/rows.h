@@ -53,30 +53,6 @@ void norm(const Instruction& op, const Step& step, int64_t begin, int64_t end, S
     }
 }
 
-// Return the sum of v[rank] over 2, 4 or 8 ranks, in a tree of pairs. v_of(rank) returns v[rank].
-template <class Values>
-OCTAVO_INLINE F32 sum_of_ranks(int64_t ranks, Values v_of) {
-    if (ranks == 2) return v_of(0) + v_of(1);
-    const F32 first = (v_of(0) + v_of(1)) + (v_of(2) + v_of(3));
-    return ranks == 4 ? first : first + ((v_of(4) + v_of(5)) + (v_of(6) + v_of(7)));
-}
-
-// out[r, :] = (sum over ranks of x[rank][r, :]) + bias + residual[r, :]. There are 2, 4 or 8 ranks.
-void all_reduce(const Instruction& op, const Step& step, int64_t begin, int64_t end, Scratch&) {
-    for (int64_t r = begin; r < end; r++) {
-        const auto* x = reinterpret_cast<const char*>(op.x.f32(r));
-        for (int64_t i = 0; i < op.x.stride; i += kLanes) {
-            const auto at = [&](int64_t rank) {
-                return load(reinterpret_cast<const float*>(x + rank * op.rank_bytes) + i);
-            };
-            F32 v = sum_of_ranks(step.ranks, at);
-            if (op.vector) v = v + load(op.vector + i);
-            if (op.residual.data) v = v + load(op.residual.f32(r) + i);
-            store(op.out.f32(r) + i, v);
-        }
-    }
-}
-
 // sums[p, :] += norm(x)[r, :] for rows r = first[p] ... end[p] - 1, one after the other, for p = begin ... end - 1.
 void pool_rows(const Instruction& op, const Step& step, int64_t begin, int64_t end, Scratch&) {
     for (int64_t p = begin; p < end; p++) {
@@ -85,6 +61,21 @@ void pool_rows(const Instruction& op, const Step& step, int64_t begin, int64_t e
             const float *x = op.x.f32(r), scale = norm_scale(op, step, r);
             for (int64_t i = 0; i < op.width; i++) sums[i] += double(x[i] * scale * op.vector[i]);
         }
+    }
+}
+
+// out = the sum of 1, 2, 4 or 8 vectors of `count` values, a multiple of 16, + bias + residual, of which each may be null.
+// The vectors are partial sums of neighboring spans of a linear, in order; they are added in the tree of Spans.
+void sum_partials(const float* const* partials, int64_t vectors, const float* bias, const float* residual, float* out,
+                  int64_t count) {
+    for (int64_t i = 0; i < count; i += kLanes) {
+        F32 sums[kMaxSpans];
+        for (int64_t p = 0; p < vectors; p++) sums[p] = load(partials[p] + i);
+        for (int64_t step = 1; step < vectors; step *= 2)
+            for (int64_t p = 0; p < vectors; p += 2 * step) sums[p] = sums[p] + sums[p + step];
+        if (bias) sums[0] = sums[0] + load(bias + i);
+        if (residual) sums[0] = sums[0] + load(residual + i);
+        store(out + i, sums[0]);
     }
 }
 

@@ -196,7 +196,6 @@ void Program::prepare(const Batch& batch, const Pooling& pooling) {
              .part_sums = reinterpret_cast<float*>(part_sums_.data()),
              .parts_done = parts_done_.data(),
              .rows_per_tile = std::clamp<int64_t>(batch.rows / (4 * pool_.size()), 1, 16),
-             .ranks = ranks_ ? ranks_->size() : 1,
              .pooling = pooling};
     for (size_t i = 0; i < plans_.size(); i++) {
         if (instructions_[i].op == Op::linear) plans_[i].cut = cut_linear(instructions_[i]);
@@ -212,6 +211,18 @@ int64_t Program::rows_of(const Instruction& instruction) const {
 // Return the first and the end of the rows that this rank adds up for all ranks.
 std::pair<int64_t, int64_t> Program::rows_to_reduce() const {
     return {step_.rows * ranks_->rank() / ranks_->size(), step_.rows * (ranks_->rank() + 1) / ranks_->size()};
+}
+
+// out[r, :] = (sum over ranks of their x[r, :]) + bias + residual[r, :], for rows begin ... end - 1.
+void Program::sum_ranks(const Instruction& instruction, int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; r++) {
+        const float* x[RankGroup::kMostRanks];
+        for (int rank = 0; rank < ranks_->size(); rank++)
+            x[rank] = reinterpret_cast<const float*>(instruction.x.row(r) + rank * instruction.rank_bytes);
+        kernels_.sum_partials(x, ranks_->size(), instruction.vector,
+                              instruction.residual.data ? instruction.residual.f32(r) : nullptr, instruction.out.f32(r),
+                              instruction.out.stride);
+    }
 }
 
 // Choose the width of a linear's tiles: the widest that still gives every thread several.
@@ -289,7 +300,7 @@ void Program::run_tile(int index, int64_t tile, bool more, int thread) {
         case Op::pool_rows: return kernels_.pool_rows(instruction, step_, tile, tile + 1, scratch);
         case Op::all_reduce: {
             const auto [first, last] = rows_to_reduce();
-            return kernels_.all_reduce(instruction, step_, first + begin, std::min(last, first + end), scratch);
+            return sum_ranks(instruction, first + begin, std::min(last, first + begin + step_.rows_per_tile));
         }
         case Op::sampled_rows: return kernels_.sampled_rows(instruction, step_, begin, end, scratch);
         case Op::rope_and_cache: return kernels_.rope_and_cache(instruction, step_, tile, scratch);

@@ -71,7 +71,8 @@ public:
     // Recording. Ints are handles: of vectors (norm weights and biases), of weights, and of buffers of activations.
     // Each op returns the buffer that it writes. src/octavo/model/ops.py and the kernels describe what an op computes.
     int vector(const float* values, int64_t length);
-    int weight(int64_t rows, int64_t columns, Encoding encoding);
+    // `spans`: the last column + 1 of each span (Spans in kernels.h); empty: one span.
+    int weight(int64_t rows, int64_t columns, Encoding encoding, const std::vector<int64_t>& spans = {});
     int embed(int weight, int64_t first_token = 0);  // of the weight's first row
     int norm(int x, int vector);
     int linear(int x, int weight, int bias, int residual);  // -1: no bias, no residual
@@ -131,6 +132,7 @@ private:
         bool sampled;                    // one row per sampled row, else one per token
         Element finest = Element::bf16;  // the last of bf16, i8_groups, i8_rows that its writer can produce
         int64_t last_use = -1;
+        Spans spans = {};  // of i8_rows
         int storage = -1;
         Home home = Home::own;
     };
@@ -142,7 +144,7 @@ private:
     using Work = std::function<void(int64_t row, int thread)>;
 
     int record(Instruction instruction, int x, int64_t width, Element element, int residual = -1);
-    int quantized(int x, Element element);
+    int quantized(int x, Element element, const Spans& spans);
     void share(Home home);
     Recorded& linear_before(int x);
     const float* values_of(int vector, int64_t length) const;
@@ -162,6 +164,7 @@ private:
     void add_squares(const Instruction& instruction, int64_t tile);
     void compute_rotary(int64_t begin, int64_t end);
     std::pair<int64_t, int64_t> rows_to_reduce() const;
+    void sum_ranks(const Instruction& instruction, int64_t begin, int64_t end);
     void publish(const Batch& batch);
     Batch published() const;
     void wait_for_all(bool exchanged);
