@@ -18,6 +18,8 @@ constexpr int64_t kTilesPerThread = 8;  // attention: a tile larger than 1 / (8 
 
 using Clock = std::chrono::steady_clock;
 
+constexpr char kStopped[] = "the ranks of the engine have been stopped";
+
 constexpr int64_t kCounts = 4;     // of a published batch
 constexpr int64_t kObserved = 64;  // columns in a tile of the op `observe`
 
@@ -339,7 +341,8 @@ void Program::wait_for_all(bool exchanged) {
     pool_.barrier([&] { stopped_ = stopped_ || !ranks_->barrier(); });
 }
 
-void Program::run(const Batch& batch, const Pooling& pooling, const Work& finish_row) {
+// Return false if the ranks have been stopped.
+bool Program::run(const Batch& batch, const Pooling& pooling, const Work& finish_row) {
     require(!instructions_.empty(), "a program is run when it is finished");
     const std::unique_lock one_at_a_time(running_, std::try_to_lock);
     require(one_at_a_time.owns_lock(), "another thread is running a step");
@@ -366,9 +369,10 @@ void Program::run(const Batch& batch, const Pooling& pooling, const Work& finish
         if (exchanged && !stopped_) wait_for_all(true);
         kernels_.stop_thread();
     });
-    if (stopped_) throw std::runtime_error("a rank of the engine has ended");
+    if (stopped_) return false;
     if (profiled) seconds_.back() += lap(since);
     sampling_seconds_ += lap(sampling_began);
+    return true;
 }
 
 // Write the batch where the other ranks find it, and let them begin.
@@ -400,7 +404,8 @@ Batch Program::published() const {
 void Program::follow() {
     require(ranks_ && ranks_->rank() > 0, "rank 0 does not follow");
     const Work none = [](int64_t, int) {};
-    while (ranks_->wait_for_step()) run(published(), {}, none);
+    while (ranks_->wait_for_step() && run(published(), {}, none)) {
+    }
 }
 
 void Program::stop_ranks() {
@@ -438,7 +443,7 @@ double Program::sampling_seconds() const {
 
 void Program::step(const Batch& batch, const SamplingBatch& sampling, const Pooling& pooling, const Sampled& result) {
     require(sampling.rows == batch.sampled, "sampling must have one entry per sampled row");
-    run(batch, pooling, [&](int64_t row, int thread) {
+    const bool done = run(batch, pooling, [&](int64_t row, int thread) {
         float* logits = instructions_.back().x.f32(row);
         for (int64_t i = 0; i < pooling.labels; i++)
             if (pooling.label_rows[i] == row) pooling.label_logits[i] = logits[pooling.label_tokens[i]];
@@ -451,12 +456,14 @@ void Program::step(const Batch& batch, const SamplingBatch& sampling, const Pool
         if (result.logprobs) result.logprobs[row] = sampled.logprob;
         if (result.ranks) result.ranks[row] = sampled.rank;
     });
+    if (!done) throw std::runtime_error(kStopped);
 }
 
 void Program::logits(const Batch& batch, float* result) {
-    run(batch, {}, [&](int64_t row, int) {
+    const bool done = run(batch, {}, [&](int64_t row, int) {
         std::memcpy(result + row * logits_width_, instructions_.back().x.f32(row), logits_width_ * sizeof(float));
     });
+    if (!done) throw std::runtime_error(kStopped);
 }
 
 }  // namespace octavo

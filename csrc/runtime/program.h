@@ -97,7 +97,8 @@ public:
     std::byte* page(int64_t page) const;  // [page_bytes]; throws std::invalid_argument if there is no such page
 
     // Run the forward pass; then sample, or copy the logits out. Both throw std::invalid_argument for a batch that
-    // would index outside of an array, or if another thread is running a step.
+    // would index outside of an array, or if another thread is running a step; and std::runtime_error if the ranks have
+    // been stopped.
     void step(const Batch& batch, const SamplingBatch& sampling, const Pooling& pooling, const Sampled& result);
     void logits(const Batch& batch, float* result);  // [sampled, logits_width]
 
@@ -168,7 +169,7 @@ private:
     void publish(const Batch& batch);
     Batch published() const;
     void wait_for_all(bool exchanged);
-    void run(const Batch& batch, const Pooling& pooling, const Work& finish_row);
+    bool run(const Batch& batch, const Pooling& pooling, const Work& finish_row);
 
     const Kernels& kernels_;
     ThreadPool pool_;

@@ -34,6 +34,7 @@ void wake_all(std::atomic<uint32_t>& value) {
 RankGroup::RankGroup(int rank, int size, int fd)
     : rank_(rank), size_(size), fd_(fd), counters_(Memory::shared(fd, 0, kCounterBytes)) {
     static_assert(sizeof(Counters) <= kCounterBytes);
+    barriers_ = counters().arrived[rank].value;  // of an earlier group with the same memory
 }
 
 std::byte* RankGroup::map(size_t bytes) {

@@ -7,20 +7,22 @@ from octavo.errors import ConfigError
 from octavo.weights.tensor import Parameter
 
 from .registry import parameter_shapes
+from .spans import span_ends
 from .spec import DecoderSpec
 
 SIZES = (1, 2, 4, 8)  # numbers of ranks
-_OUTPUTS, _INPUTS = 16, 64  # rows, and columns of `down`, are divided in multiples of these
+_OUTPUTS = 16  # rows are divided in multiples of this
+_OUT, _DOWN = "layers.0.out", "layers.0.down"
 
 
 @dataclass(frozen=True)
 class Shard:
     """Rank `rank` of `size` of the model `whole`, whose size must be one of `sizes_for(whole)`.
 
-    The embedding, the head, gate and up are cut by rows, `down` by columns. So are query, key and value projections,
-    and `out`, where heads can be divided: each rank has some heads, and those of keys and values that they need, which
-    are copied where there are fewer than ranks. Where they cannot, each rank computes some rows of qkv and of `out`,
-    and the attention of all heads.
+    A rank has some rows of the embedding and of the head, and as many neighboring spans of the columns of `down`
+    (spans.py) as any other, with the rows of gate and up from which they come. If heads can be divided, it has some
+    heads and their columns of `out`, and the heads of keys and values that they need, which are copied where there are
+    fewer than ranks. If not, it has some rows of qkv and of `out`, and computes the attention of all heads.
     """
 
     whole: DecoderSpec
@@ -52,10 +54,21 @@ class Shard:
         kind = weight.rpartition(".")[2]
         return {"embed": self._vocab, "head": self._vocab, "qkv": self._qkv}.get(kind, self._hidden).start, rows
 
+    def spans(self, weight: str) -> tuple[int, ...]:
+        """Return the ends of the spans of this rank's columns of a weight; () for a single span."""
+        ends = span_ends(self.whole, weight)
+        if self.size == 1 or not ends or (weight.endswith(".out") and not divides_heads(self.whole, self.size)):
+            return ends
+        own = self._columns(weight)
+        return tuple(end - own.start for end in ends if own.start < end <= own.stop)
+
     @property
     def _heads(self) -> range:
         heads = self.whole.num_heads
-        return _share(heads, 1, self.rank, self.size) if divides_heads(self.whole, self.size) else range(heads)
+        if not divides_heads(self.whole, self.size):
+            return range(heads)
+        own = self._columns(_OUT)
+        return range(own.start // self.whole.head_dim, own.stop // self.whole.head_dim)
 
     @property
     def _kv_heads(self) -> range:
@@ -65,19 +78,31 @@ class Shard:
 
     @property
     def _ffn(self) -> range:
-        return _share(self.whole.intermediate_size, _INPUTS, self.rank, self.size)
+        return self._columns(_DOWN)
+
+    def _columns(self, weight: str) -> range:
+        """Return this rank's columns of `out` or `down`: its share of the spans."""
+        ends = (0, *(span_ends(self.whole, weight) or (self.whole.intermediate_size,)))
+        count = (len(ends) - 1) // self.size
+        return range(ends[self.rank * count], ends[(self.rank + 1) * count])
 
     @property
     def _vocab(self) -> range:
-        return _share(self.whole.vocab_size, _OUTPUTS, self.rank, self.size)
+        return self._rows(self.whole.vocab_size)
 
     @property
     def _hidden(self) -> range:
-        return _share(self.whole.hidden_size, _OUTPUTS, self.rank, self.size)
+        return self._rows(self.whole.hidden_size)
 
     @property
     def _qkv(self) -> range:
-        return _share(self.whole.qkv_size, _OUTPUTS, self.rank, self.size)
+        return self._rows(self.whole.qkv_size)
+
+    def _rows(self, rows: int) -> range:
+        """Return this rank's share of some rows."""
+        units = -(-rows // _OUTPUTS)
+        start, stop = (min(rows, units * rank // self.size * _OUTPUTS) for rank in (self.rank, self.rank + 1))
+        return range(start, stop)
 
     def _part(self, name: str, parameter: Parameter) -> Parameter:
         """Return this rank's part of the parameter `name`, such as layers.0.qkv or layers.0.qkv.bias."""
@@ -87,9 +112,9 @@ class Shard:
         if kind in ("embed", "head"):
             return parameter.take_rows(self._vocab)
         if kind == "gate_up":
-            return parameter.take_rows(self._ffn, self._ffn)
+            return parameter.take_rows(self._ffn, _moved(self._ffn, self.whole.intermediate_size))
         if kind == "qkv":
-            return parameter.take_rows(*self._rows_of_heads() if cuts_heads else self._rows_of_qkv())
+            return parameter.take_rows(*self._rows_of_heads() if cuts_heads else [self._qkv])
         if kind == "out" and not cuts_heads:
             return parameter.take_rows(self._hidden)
         if kind == "out" and not is_bias:
@@ -98,55 +123,41 @@ class Shard:
             return parameter.take_columns(self._ffn)
         return parameter
 
-    def _rows_of_heads(self) -> tuple[range, range, range]:
-        """Return the rows of the query, key and value projections for this rank's heads."""
+    def _rows_of_heads(self) -> list[range]:
+        """Return the rows of qkv for this rank's heads: those of queries, keys and values."""
         queries, keys = (_times(heads, self.whole.head_dim) for heads in (self._heads, self._kv_heads))
-        return queries, keys, keys
-
-    def _rows_of_qkv(self) -> tuple[range, ...]:
-        """Return the rows of the query, key and value projections that are in this rank's part of the stack."""
-        first, rows = 0, []
-        for size in (self.whole.q_size, self.whole.kv_size, self.whole.kv_size):
-            start, stop = (min(max(at - first, 0), size) for at in (self._qkv.start, self._qkv.stop))
-            rows.append(range(start, stop))
-            first += size
-        return tuple(rows)
+        keys = _moved(keys, self.whole.q_size)
+        return [queries, keys, _moved(keys, self.whole.kv_size)]
 
 
 def divides_heads(spec: DecoderSpec, size: int) -> bool:
-    """Return whether `size` ranks can have as many heads each, and whole heads of keys and values."""
-    kv_heads = spec.num_kv_heads
-    return spec.num_heads % size == 0 and (kv_heads % size == 0 or size % kv_heads == 0)
+    """Return whether each of `size` ranks can have as many spans of `out`, and whole heads of keys and values."""
+    kv_heads, spans = spec.num_kv_heads, len(span_ends(spec, _OUT))
+    return size == 1 or (spans % size == 0 and (kv_heads % size == 0 or size % kv_heads == 0))
 
 
 def sizes_for(spec: DecoderSpec) -> list[int]:
     """Return the numbers of ranks over which a model can be divided, so that each has a part of everything."""
-    return [size for size in SIZES if all(_fits(spec, size))]
+    return [size for size in SIZES if size == 1 or _divides(spec, size)]
 
 
 def check_size(spec: DecoderSpec, size: int) -> None:
     """Raise ConfigError if a model cannot be divided over `size` ranks."""
     if size not in (sizes := sizes_for(spec)):
         raise ConfigError(
-            f"tensor_parallel_size must be {' or '.join(map(str, sizes))} for this model, not {size}: its smallest "
-            "layers cannot be divided further"
+            f"tensor_parallel_size must be {' or '.join(map(str, sizes))} for this model, not {size}: its layers are "
+            "too small to be divided further"
         )
 
 
-def _fits(spec: DecoderSpec, size: int) -> list[bool]:
-    """Return, for each width that is divided, whether there is a unit of it for each rank."""
-    widths = [(spec.intermediate_size, _INPUTS), (spec.vocab_size, _OUTPUTS)]
-    if not divides_heads(spec, size):
-        widths += [(spec.hidden_size, _OUTPUTS), (spec.qkv_size, _OUTPUTS)]
-    return [size == 1 or -(-width // unit) >= size for width, unit in widths]
-
-
-def _share(width: int, unit: int, rank: int, size: int) -> range:
-    """Return a rank's range of `width`, which is divided at multiples of `unit`."""
-    units = -(-width // unit)
-    start, stop = (min(width, units * i // size * unit) for i in (rank, rank + 1))
-    return range(start, stop)
+def _divides(spec: DecoderSpec, size: int) -> bool:
+    widths = [spec.vocab_size] if divides_heads(spec, size) else [spec.vocab_size, spec.hidden_size, spec.qkv_size]
+    return len(span_ends(spec, _DOWN)) % size == 0 and all(width >= size * _OUTPUTS for width in widths)
 
 
 def _times(heads: range, head_dim: int) -> range:
     return range(heads.start * head_dim, heads.stop * head_dim)
+
+
+def _moved(rows: range, by: int) -> range:
+    return range(rows.start + by, rows.stop + by)

@@ -145,10 +145,17 @@ class Parameter:
         """Return the sum of Tensor.nbytes over all parts."""
         return sum(part.nbytes for part in self.parts)
 
-    def take_rows(self, *rows: range) -> "Parameter":
-        """Return some rows of each part, without the parts of which there is none. Nothing is read."""
-        pairs = zip(self.parts, rows, strict=True)
-        return Parameter(tuple(part.take_rows(each.start, each.stop) for part, each in pairs if each))
+    def take_rows(self, *ranges: range) -> "Parameter":
+        """Return ranges of the stacked rows, one after the other. Nothing is read."""
+        taken = []
+        for rows in ranges:
+            first = 0  # row of the part
+            for part in self.parts:
+                start, stop = max(rows.start - first, 0), min(rows.stop - first, part.shape[0])
+                if start < stop:
+                    taken.append(part.take_rows(start, stop))
+                first += part.shape[0]
+        return Parameter(tuple(taken))
 
     def take_columns(self, columns: range) -> "Parameter":
         """Return some columns. Nothing is read."""

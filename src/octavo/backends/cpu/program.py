@@ -1,11 +1,14 @@
 """Create a native program for a model, and pack weights into it."""
 
 import os
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from octavo.errors import ConfigError, UnsupportedModel
-from octavo.model.spec import DecoderSpec
+from octavo.machine import share_of_cores
+from octavo.model.shard import Shard
 from octavo.weights.tensor import Parameter, not_finite
 
 from ._native import Program, available_isas
@@ -13,15 +16,45 @@ from ._native import Program, available_isas
 ANY_CORE = -1  # in a list of processors: the thread is not pinned
 
 
+@dataclass(frozen=True)
+class SharedMemory:
+    """File descriptors of memory that the ranks of a model share; -1: memory of this process.
+
+    Attributes:
+        steps: what they exchange in a step.
+        calibration: what they exchange while they measure importances (calibration.py).
+        kv: the KV pool of this rank.
+    """
+
+    steps: int = -1
+    calibration: int = -1
+    kv: int = -1
+
+
 def new_program(
-    spec: DecoderSpec, isa: str, threads: int, *, page_size: int, max_rows: int, max_sampled: int, int8_kv: bool = False
+    shard: Shard,
+    isa: str,
+    cores: Sequence[int],
+    *,
+    page_size: int,
+    max_rows: int,
+    max_sampled: int,
+    int8_kv: bool = False,
+    group: int = -1,
+    kv: int = -1,
 ) -> Program:
-    """Return an empty program, ready for recording. Raises UnsupportedModel."""
+    """Return an empty program, ready for recording. Raises UnsupportedModel.
+
+    Args:
+        cores: the processor of each thread, as `choose_cores` returns them.
+        group, kv: file descriptors of memory that ranks share (SharedMemory).
+    """
+    spec = shard.spec
     if spec.head_dim % 16:
         raise UnsupportedModel(f"the cpu backend needs a head_dim that is a multiple of 16, not {spec.head_dim}")
     return Program(
         isa=isa,
-        cores=_choose_cores(threads),
+        cores=cores,
         vocab=spec.vocab_size,
         heads=spec.num_heads,
         kv_heads=spec.num_kv_heads,
@@ -33,6 +66,10 @@ def new_program(
         max_sampled=max_sampled,
         frequencies=spec.rope.frequencies(spec.head_dim).tolist(),
         int8_kv=int8_kv,
+        rank=shard.rank,
+        ranks=shard.size,
+        group=group,
+        kv=kv,
     )
 
 
@@ -61,11 +98,12 @@ def choose_isa() -> str:
     return wanted
 
 
-def _choose_cores(threads: int) -> list[int]:
-    """Return the processor of each thread, or ANY_CORE for all of them.
+def choose_cores(threads: int, rank: int = 0, ranks: int = 1) -> list[int]:
+    """Return the processor of each thread of a rank, or ANY_CORE for all of them.
 
-    Threads are pinned only if there is one for every processor. With fewer threads, two engines would choose the same
-    processors.
+    Threads are pinned only if there is one for every processor of the rank's share, and no two ranks share one.
+    Otherwise, two engines or ranks could choose the same processors.
     """
-    processors = sorted(os.sched_getaffinity(0))
-    return processors if threads >= len(processors) else [ANY_CORE] * threads
+    share = sorted(share_of_cores(rank, ranks))
+    alone = ranks == 1 or ranks <= len(os.sched_getaffinity(0))
+    return share if threads >= len(share) and alone else [ANY_CORE] * threads
