@@ -244,7 +244,7 @@ int64_t Program::count_tiles(const Instruction& instruction, const Cut& cut) con
         case Op::linear: return (instruction.weight->blocks + cut.panel - 1) / cut.panel * cut.row_tiles;
         case Op::rope_and_cache: return int64_t(cache_tiles_.size());
         case Op::attention: return int64_t(attention_tiles_.size()) * sizes_.kv_heads;
-        case Op::sample: return samples_ ? step_.sampled : 0;
+        case Op::sample: return followed_ && ranks_->rank() > 0 ? 0 : step_.sampled;
         case Op::all_reduce: {
             const auto [first, end] = rows_to_reduce();
             return (end - first + step_.rows_per_tile - 1) / step_.rows_per_tile;
@@ -347,7 +347,7 @@ bool Program::run(const Batch& batch, const Pooling& pooling, const Work& finish
     const std::unique_lock one_at_a_time(running_, std::try_to_lock);
     require(one_at_a_time.owns_lock(), "another thread is running a step");
     validate(batch, pooling);
-    if (ranks_ && ranks_->rank() == 0) publish(batch);
+    if (followed_ && ranks_->rank() == 0) publish(batch);
     prepare(batch, pooling);
     finish_row_ = &finish_row;
     const bool profiled = !seconds_.empty();
@@ -358,7 +358,7 @@ bool Program::run(const Batch& batch, const Pooling& pooling, const Work& finish
         const bool timing = profiled && thread == 0;
         kernels_.start_thread();
         if (timing) since = Clock::now();
-        bool exchanged = false;  // since the last barrier, with other ranks
+        bool exchanged = ranks_ && !followed_;  // whether the next barrier is one of all ranks
         for (int i = 0; i < int(instructions_.size()) && !stopped_; i++) {
             if (i > 0 && plans_[i].tiles) wait_for_all(std::exchange(exchanged, false));
             if (timing && i > 0) seconds_[i - 1] += lap(since);

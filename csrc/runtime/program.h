@@ -185,7 +185,7 @@ private:
     std::vector<Buffer> buffers_;
     std::vector<Recorded> recorded_;
     std::vector<Instruction> instructions_;
-    bool samples_ = true;  // whether this rank samples
+    bool followed_ = false;  // by other ranks: rank 0 alone samples; else each rank runs the same steps by itself
     int64_t logits_width_ = 0, pooled_width_ = 0, weight_bytes_ = 0;
     Memory weight_memory_, arena_;
     int32_t* published_ = nullptr;      // the batch of the step, for other ranks

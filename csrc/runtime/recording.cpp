@@ -315,7 +315,7 @@ void Program::finish(int logits) {
     const Buffer& result = buffers_.at(logits);
     require(result.sampled && result.element == Element::f32, "logits are float, of the sampled rows");
     logits_width_ = result.width;
-    samples_ = result.home == Home::own || ranks_->rank() == 0;
+    followed_ = result.home == Home::common;
     record({.op = Op::sample}, logits, 0, Element::f32);
     lay_out_arena();
     lay_out_weights();
