@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from octavo.config import RANKS
 from octavo.errors import ConfigError
 from octavo.weights.tensor import Parameter
 
@@ -10,7 +11,6 @@ from .registry import parameter_shapes
 from .spans import span_ends
 from .spec import DecoderSpec
 
-SIZES = (1, 2, 4, 8)  # numbers of ranks
 _OUTPUTS = 16  # rows are divided in multiples of this
 _OUT, _DOWN = "layers.0.out", "layers.0.down"
 
@@ -32,7 +32,7 @@ class Shard:
     @property
     def spec(self) -> DecoderSpec:
         """Return the sizes of this rank."""
-        whole, kv_heads = self.whole, self._kv_heads
+        whole, kv_heads = self.whole, self.kv_heads
         return replace(
             whole,
             num_heads=len(self._heads),
@@ -71,7 +71,8 @@ class Shard:
         return range(own.start // self.whole.head_dim, own.stop // self.whole.head_dim)
 
     @property
-    def _kv_heads(self) -> range:
+    def kv_heads(self) -> range:
+        """Return the heads of keys and values that this rank has."""
         heads = self._heads
         group = self.whole.num_heads // self.whole.num_kv_heads
         return range(heads.start // group, -(-heads.stop // group))
@@ -125,7 +126,7 @@ class Shard:
 
     def _rows_of_heads(self) -> list[range]:
         """Return the rows of qkv for this rank's heads: those of queries, keys and values."""
-        queries, keys = (_times(heads, self.whole.head_dim) for heads in (self._heads, self._kv_heads))
+        queries, keys = (_times(heads, self.whole.head_dim) for heads in (self._heads, self.kv_heads))
         keys = _moved(keys, self.whole.q_size)
         return [queries, keys, _moved(keys, self.whole.kv_size)]
 
@@ -138,7 +139,7 @@ def divides_heads(spec: DecoderSpec, size: int) -> bool:
 
 def sizes_for(spec: DecoderSpec) -> list[int]:
     """Return the numbers of ranks over which a model can be divided, so that each has a part of everything."""
-    return [size for size in SIZES if size == 1 or _divides(spec, size)]
+    return [size for size in RANKS if size == 1 or _divides(spec, size)]
 
 
 def check_size(spec: DecoderSpec, size: int) -> None:

@@ -53,7 +53,7 @@ def measure_importances(
     require_finite(embed.name, x)
     # The input of each layer is an embedding in which token r is row r.
     shard = Shard(dataclasses.replace(spec, vocab_size=len(x)), rank, ranks)
-    cores = choose_cores(threads, rank, ranks)
+    cores = choose_cores(threads)
     for i in range(spec.num_layers - 1):  # the last one keeps 8 bits
         squares, x = _run_layer(shard, i, parameters, x, tokens.shape[1], cores, group)
         if not np.isfinite(x).all():

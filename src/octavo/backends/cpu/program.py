@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from octavo.errors import ConfigError, UnsupportedModel
-from octavo.machine import share_of_cores
 from octavo.model.shard import Shard
 from octavo.weights.tensor import Parameter, not_finite
 
@@ -98,12 +97,11 @@ def choose_isa() -> str:
     return wanted
 
 
-def choose_cores(threads: int, rank: int = 0, ranks: int = 1) -> list[int]:
-    """Return the processor of each thread of a rank, or ANY_CORE for all of them.
+def choose_cores(threads: int) -> list[int]:
+    """Return the processor of each thread, or ANY_CORE for all of them.
 
-    Threads are pinned only if there is one for every processor of the rank's share, and no two ranks share one.
-    Otherwise, two engines or ranks could choose the same processors.
+    Threads are pinned only if there is one for every processor. With fewer threads, two engines would choose the same
+    processors.
     """
-    share = sorted(share_of_cores(rank, ranks))
-    alone = ranks == 1 or ranks <= len(os.sched_getaffinity(0))
-    return share if threads >= len(share) and alone else [ANY_CORE] * threads
+    processors = sorted(os.sched_getaffinity(0))
+    return processors if threads >= len(processors) else [ANY_CORE] * threads
