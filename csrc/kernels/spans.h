@@ -51,59 +51,71 @@ struct SpanProduct {
         weight_product<Sum>(x, rows, columns, blocks, w.spans.size(span) * words, sums, stride, ahead);
     }
 
-    // Return the sums of a span for row r and the columns j ..., from its product.
-    OCTAVO_INLINE F32 scaled(int64_t span, int64_t r, int64_t j, const float* product) const {
-        if constexpr (std::is_same_v<Sum, F32>) return load(product);
+    // Return t[j, span] for the columns j ... of a vector.
+    OCTAVO_INLINE F32 column_scales(int64_t span, int64_t j) const {
+        if constexpr (std::is_same_v<Sum, F32>) return zero();
         const Weight& w = *op.weight;
-        const RowScale& of_row = op.x.row_scales(row + r)[span];
         const std::byte* end = w.block(block + j / kBlock) + w.groups * w.encoding.value_bytes();
-        const float* scales = reinterpret_cast<const float*>(end) + span * kBlock + j % kBlock;
-        return to_float(load_as<I32>(product) + of_row.offset) * (load(scales) * splat(of_row.scale));
+        return load(reinterpret_cast<const float*>(end) + span * kBlock + j % kBlock);
+    }
+
+    // Return the sums of a span from its product.
+    OCTAVO_INLINE F32 scaled(int64_t span, int64_t r, F32 column_scales, const float* product) const {
+        if constexpr (std::is_same_v<Sum, F32>) return load(product);
+        const RowScale& of_row = op.x.row_scales(row + r)[span];
+        return to_float(load_as<I32>(product) + of_row.offset) * (column_scales * splat(of_row.scale));
     }
 
     // to = waiting[1] + (waiting[0] + (even + odd)): a pair of spans, and the kMerged subtrees that wait for it.
     template <int kMerged>
-    OCTAVO_INLINE void merge(int64_t pair, float* const* products, float* const* waiting, float* to,
+    OCTAVO_INLINE void merge(int64_t pair, int64_t begin, int64_t end, const Scratch& scratch, float* to,
                              int64_t stride) const {
-        for (int64_t r = 0; r < rows; r++)
-            for (int64_t j = 0; j < blocks * kBlock; j += kLanes) {
+        float* const* products = scratch.pairs[pair % 2];
+        for (int64_t j = begin * kBlock; j < end * kBlock; j += kLanes) {
+            const F32 even = column_scales(2 * pair, j), odd = column_scales(2 * pair + 1, j);
+            _Pragma("GCC unroll 4") for (int64_t r = 0; r < rows; r++) {
                 const int64_t at = r * kSpanStride + j;
-                F32 sum = scaled(2 * pair, r, j, products[0] + at) + scaled(2 * pair + 1, r, j, products[1] + at);
-                OCTAVO_UNROLL for (int level = 0; level < kMerged; level++) sum = load(waiting[level] + at) + sum;
+                F32 sum = scaled(2 * pair, r, even, products[0] + at) + scaled(2 * pair + 1, r, odd, products[1] + at);
+                OCTAVO_UNROLL for (int level = 0; level < kMerged; level++)
+                    sum = load(scratch.waiting[level] + at) + sum;
                 store(to + r * stride + j, sum);
             }
+        }
     }
 
-    // Add a pair of spans to the subtrees of which it is the last part: one for pair 1, two for pair 3.
-    OCTAVO_INLINE void add_pair(int64_t pair, float* sums, Scratch& scratch) const {
+    // Add a pair of spans, in blocks begin ... end - 1, to the subtrees of which it is the last part: one for pair 1,
+    // two for pair 3.
+    OCTAVO_INLINE void add_pair(int64_t pair, int64_t begin, int64_t end, float* sums, Scratch& scratch) const {
         const bool last = pair == op.weight->spans.count / 2 - 1;
-        float* const* products = scratch.pairs[pair % 2];
         float* to = last ? sums : scratch.waiting[pair % 2];
         const int64_t stride = last ? kSumsStride : kSpanStride;
         if (pair == 3)
-            merge<2>(pair, products, scratch.waiting, to, stride);
+            merge<2>(pair, begin, end, scratch, to, stride);
         else if (pair == 1)
-            merge<1>(pair, products, scratch.waiting, to, stride);
+            merge<1>(pair, begin, end, scratch, to, stride);
         else
-            merge<0>(pair, products, scratch.waiting, to, stride);
+            merge<0>(pair, begin, end, scratch, to, stride);
     }
 
-    // While AMX multiplies a pair, the vector units add the one before it.
+    // While AMX multiplies a span, the vector units add half of the columns of the pair before.
     OCTAVO_INLINE void sum_spans(float* sums, Ahead ahead, Scratch& scratch) const {
-        const int64_t spans = op.weight->spans.count;
-        for (int64_t span = 0; span < spans; span += 2) {
-            float* const* products = scratch.pairs[span / 2 % 2];
-            multiply(span, products[0], kSpanStride, ahead.part(span, spans));
-            multiply(span + 1, products[1], kSpanStride, ahead.part(span + 1, spans));
-            if (span) add_pair(span / 2 - 1, sums, scratch);
+        const int64_t spans = op.weight->spans.count, half = (blocks + 1) / 2;
+        for (int64_t span = 0; span < spans; span++) {
+            multiply(span, scratch.pairs[span / 2 % 2][span % 2], kSpanStride, ahead.part(span, spans));
+            if (span > 1) add_pair(span / 2 - 1, span % 2 * half, span % 2 ? blocks : half, sums, scratch);
         }
-        add_pair(spans / 2 - 1, sums, scratch);
+        add_pair(spans / 2 - 1, 0, blocks, sums, scratch);
     }
 
     OCTAVO_INLINE void multiply_whole(float* sums, Ahead ahead) const {
         multiply(0, sums, kSumsStride, ahead);
-        for (int64_t r = 0; std::is_same_v<Sum, I32> && r < rows; r++, sums += kSumsStride)
-            for (int64_t j = 0; j < blocks * kBlock; j += kLanes) store(sums + j, scaled(0, r, j, sums + j));
+        for (int64_t j = 0; std::is_same_v<Sum, I32> && j < blocks * kBlock; j += kLanes) {
+            const F32 scales = column_scales(0, j);
+            _Pragma("GCC unroll 4") for (int64_t r = 0; r < rows; r++) {
+                float* at = sums + r * kSumsStride + j;
+                store(at, scaled(0, r, scales, at));
+            }
+        }
     }
 };
 

@@ -8,6 +8,7 @@ of 8 bits with a scale per row, are rotated and scaled span by span, so a rank n
 
 from .spec import DecoderSpec
 
+ORDER = "spans 1"  # a name of these rules: change it with them, so that pages of other sums are not taken for these
 MOST = 8  # spans of a linear
 UNIT = 64  # columns; a span has whole units, but for the last column of all: they suit the kernels of every recipe
 

@@ -13,6 +13,7 @@ from octavo.errors import ConfigError, OutOfMemory
 from octavo.machine import available_memory
 from octavo.model.decoder import describe
 from octavo.model.shard import Shard
+from octavo.model.spans import ORDER
 from octavo.model.spec import DecoderSpec
 from octavo.weights.tensor import Parameter
 
@@ -171,7 +172,7 @@ def load_shard(
         )
     _pack_all(program, handles, own, importances, progress)
     kernels = xxh3_64_hexdigest(Path(_native.__file__).read_bytes())  # kernels of another build may round differently
-    arithmetic = f"cpu {kernels} {isa} {quantization} {kv_cache_dtype}"
+    arithmetic = f"cpu {kernels} {isa} {quantization} {kv_cache_dtype} {ORDER}"
     return CpuBackend(shard.whole, program, settings["page_size"], isa, arithmetic)
 
 
