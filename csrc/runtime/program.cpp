@@ -360,7 +360,7 @@ bool Program::run(const Batch& batch, const Pooling& pooling, const Work& finish
         if (timing) since = Clock::now();
         bool exchanged = ranks_ && !followed_;  // whether the next barrier is one of all ranks
         for (int i = 0; i < int(instructions_.size()) && !stopped_; i++) {
-            if (i > 0 && plans_[i].tiles) wait_for_all(std::exchange(exchanged, false));
+            if (i > 0 && (plans_[i].tiles || exchanged)) wait_for_all(std::exchange(exchanged, false));
             if (timing && i > 0) seconds_[i - 1] += lap(since);
             if (thread == 0 && i == sampling) sampling_began = Clock::now();
             if (!stopped_) run_tiles(i, thread);
