@@ -22,7 +22,7 @@ from octavo.model.shard import Shard, check_size
 from octavo.model.spec import DecoderSpec
 from octavo.weights.tensor import Parameter
 
-from .backend import CpuBackend, load_shard
+from .backend import CpuBackend, footprint, load_shard
 from .program import SharedMemory
 from .rank_process import Allocate, Load, Loaded, RankProcess, share_memory
 
@@ -35,9 +35,10 @@ class RankedBackend:
     A page has the same bytes for any number of ranks, 1 included.
 
     Args:
+        shards: the parts of all ranks.
         own: the backend of rank 0.
         others: the other ranks, which have loaded.
-        pools: the file descriptors of the KV pools of all ranks.
+        footprint: that of all ranks together.
     """
 
     def __init__(self, shards: list[Shard], own: CpuBackend, others: "Ranks", footprint: Footprint):
@@ -115,14 +116,18 @@ class Ranks:
     """The processes of ranks 1 to size - 1, and the memory that all ranks share. Raises OSError.
 
     Args:
-        on_end: called, in another thread, when a rank has ended by itself, before `on_stop`.
+        on_end: called, in another thread, when a rank has ended by itself, before the steps of the others fail.
+
+    Attributes:
+        pools: file descriptors of the KV pools of all ranks.
+        stop: makes all ranks return from their steps.
     """
 
     def __init__(self, size: int, on_end: OnEnd | None):
         files = self._files = [share_memory(name) for name in ("steps", "calibration")]
         self.pools = [share_memory(f"kv-{rank}") for rank in range(size)]
         self.processes = [RankProcess(rank, (*files, self.pools[rank])) for rank in range(1, size)]
-        self.stop: Callable[[], None] = lambda: None  # makes all ranks return from their steps
+        self.stop: Callable[[], None] = lambda: None
         self._on_end, self._ending = on_end, False
         self._thread = threading.Thread(target=self._watch, name="octavo-ranks", daemon=True)
         self._thread.start()
@@ -200,6 +205,7 @@ def load_ranks(
         cores = [sorted(_cores(rank, size)) for rank in range(size)]
         for shard, process in zip(shards[1:], ranks.processes, strict=True):
             process.send(Load(str(path), identity, shard.rank, size, cores[shard.rank], settings))
+        _check_memory(footprint(spec, parameters, size, **settings).weight_bytes)
         os.sched_setaffinity(0, cores[0])  # of this thread, and those that it starts
         own = load_shard(shards[0], parameters, ranks.memory, progress=progress, **settings)
         ranks.stop = own.stop_ranks
@@ -209,6 +215,15 @@ def load_ranks(
         raise
     weights, pages = sum(each.weight_bytes for each in loaded), sum(each.page_bytes for each in loaded)
     return RankedBackend(shards, own, ranks, Footprint(own.isa, weights, pages))
+
+
+def _check_memory(needed: int) -> None:
+    """Raise OutOfMemory if the weights of all ranks do not fit. (Each rank checks its own, while others load.)"""
+    if needed > (available := available_memory()):
+        raise OutOfMemory(
+            f"the weights of all ranks need {needed / 2**30:.1f} GiB and {available / 2**30:.1f} GiB are free; use a "
+            "smaller model, or quantization 4bit"
+        )
 
 
 def _cores(rank: int, size: int) -> set[int]:
