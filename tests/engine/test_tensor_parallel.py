@@ -264,9 +264,7 @@ def test_torchrun_starts_one_server(tiny_model: Callable[[str], Path]) -> None:
             torchrun.kill()
 
 
-def test_a_rank_takes_no_more_memory_than_its_part(
-    tiny_model: Callable[[str], Path], tmp_path: Path
-) -> None:
+def test_a_rank_takes_no_more_memory_than_its_part(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
     """A model with the widths of a 70B Llama, divided by 8, and a tenth of its layers: at most 10 % more."""
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig
@@ -298,7 +296,7 @@ def private_memory(model: Path, size: int) -> tuple[int, Loaded]:
     files = [share_memory(name) for name in ("steps", "calibration", "kv")]
     process = RankProcess(1, files)
     try:
-        process.send(Load(str(model), None, 1, size, sorted(os.sched_getaffinity(0)), settings))
+        process.send(Load(str(model), None, False, 1, size, sorted(os.sched_getaffinity(0)), settings))
         with ThreadPoolExecutor(1) as pool:
             waiting, peak = pool.submit(process.take_in), 0
             while not waiting.done():

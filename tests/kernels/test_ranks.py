@@ -51,7 +51,7 @@ def share_memory() -> int:
 def ranks(spec: DecoderSpec, size: int, follow: bool = True, **settings: Any) -> Iterator[Any]:
     """Rank 0 of a random model; the others follow it in threads, which end with the block."""
     from octavo.backends.cpu.backend import load_shard
-    from octavo.backends.cpu.program import SharedMemory
+    from octavo.backends.cpu.program import Place
 
     files = [share_memory() for _ in range(2 + size)]
     parameters = settings.pop("parameters", None) or random_parameters(spec)
@@ -59,8 +59,8 @@ def ranks(spec: DecoderSpec, size: int, follow: bool = True, **settings: Any) ->
 
     def load_rank(rank: int) -> None:
         def factory(spec: DecoderSpec, parameters: Any, **settings: Any) -> Any:
-            memory = SharedMemory(files[0], files[1], files[2 + rank])
-            return load_shard(Shard(spec, rank, size), parameters, memory, **settings)
+            place = Place(files[0], files[1], files[2 + rank])
+            return load_shard(Shard(spec, rank, size), parameters, place, **settings)
 
         backends[rank] = load(
             spec, factory, parameters=parameters, **{"threads": 1, "kv_cache_dtype": "bf16", **settings}

@@ -46,7 +46,9 @@ def numbered(spec: DecoderSpec) -> dict[str, Parameter]:
         parts = []
         for i, shape in enumerate(shapes):
             values = np.arange(np.prod(shape), dtype=np.float32).reshape(shape) + i * 2**22
-            parts.append(Tensor(name, shape, "F32", values.reshape(shape[0] if len(shape) > 1 else 1, -1).view(np.uint8)))
+            parts.append(
+                Tensor(name, shape, "F32", values.reshape(shape[0] if len(shape) > 1 else 1, -1).view(np.uint8))
+            )
         parameters[name] = Parameter(tuple(parts))
     return parameters
 

@@ -75,7 +75,7 @@ def load_engine(
     max_model_len = _max_model_len(config, spec)
     settings, load_backend = _backend_settings(config, max_model_len), _backend(config)[0]
     if config.tensor_parallel_size > 1:
-        load_backend = _load_ranks(config, path, secrets.model_identity, on_rank_end)
+        load_backend = _load_ranks(config, path, secrets, on_rank_end)
     backend = load_backend(spec, parameters, **settings, progress=progress or _silent)
     checkpoint.verify()
     plan = make_plan(
@@ -232,12 +232,19 @@ def _backend(config: EngineConfig) -> tuple[BackendFactory, Callable[..., Footpr
 
 
 def _load_ranks(
-    config: EngineConfig, path: Path, identity: str | None, on_end: Callable[[int, str], None] | None
+    config: EngineConfig, path: Path, secrets: Secrets, on_end: Callable[[int, str], None] | None
 ) -> BackendFactory:
     """Return the function that loads a model into several processes."""
     from octavo.backends.cpu.ranks import load_ranks  # imported late, as most engines have one
 
-    return partial(load_ranks, size=config.tensor_parallel_size, path=path, identity=identity, on_end=on_end)
+    return partial(
+        load_ranks,
+        size=config.tensor_parallel_size,
+        path=path,
+        identity=secrets.model_identity,
+        hide=bool(secrets),
+        on_end=on_end,
+    )
 
 
 def _backend_settings(config: EngineConfig, max_model_len: int) -> dict[str, Any]:

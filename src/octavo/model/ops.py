@@ -10,9 +10,9 @@ class Ops(Protocol, Generic[T]):
 
     Activations are float32 unless said otherwise. The types that a linear multiplies depend on the quantization.
 
-    A model that is divided over ranks (see shard.py) has activations that are the same in all ranks, and others of which
-    each rank has some columns, or a part of the sum: then a collective operation follows, all_reduce or all_gather.
-    Only backends that support ranks implement these two.
+    A model that is divided over ranks (see shard.py) has activations that are the same in all ranks, and others of
+    which each rank has some columns, or a part of the sum: then a collective operation follows, all_reduce or
+    all_gather. Only backends that support ranks implement these two.
     """
 
     def embed(self, weight: str) -> T:

@@ -20,7 +20,7 @@ from octavo.weights.tensor import Parameter
 from . import _native
 from ._native import Program
 from .calibration import measure_importances
-from .program import SharedMemory, choose_cores, choose_isa, new_program, pack
+from .program import Place, choose_isa, new_program, pack
 from .recorder import Recorder
 
 
@@ -151,7 +151,7 @@ def load(
 def load_shard(
     shard: Shard,
     parameters: Mapping[str, Parameter],
-    memory: SharedMemory = SharedMemory(),  # noqa: B008 (immutable)
+    place: Place = Place(),  # noqa: B008 (immutable)
     *,
     progress: Progress,
     **settings: Any,
@@ -164,12 +164,10 @@ def load_shard(
     """
     quantization, kv_cache_dtype = settings["quantization"], settings["kv_cache_dtype"]
     own = shard.parameters(parameters)
-    isa, program, handles = _compile(shard, own, memory, **settings)
+    isa, program, handles = _compile(shard, own, place, **settings)
     importances: Iterable[tuple[str, np.ndarray]] = ()
     if quantization == "4bit":
-        importances = measure_importances(
-            shard.whole, parameters, settings["threads"], shard.rank, shard.size, memory.calibration
-        )
+        importances = measure_importances(shard.whole, parameters, settings["threads"], shard.rank, shard.size, place)
     _pack_all(program, handles, own, importances, progress)
     kernels = xxh3_64_hexdigest(Path(_native.__file__).read_bytes())  # kernels of another build may round differently
     arithmetic = f"cpu {kernels} {isa} {quantization} {kv_cache_dtype} {ORDER}"
@@ -188,7 +186,7 @@ def footprint(spec: DecoderSpec, parameters: Mapping[str, Parameter], ranks: int
     weights = pages = 0
     for rank in range(ranks):
         shard = Shard(spec, rank, ranks)
-        isa, program, _ = _compile(shard, shard.parameters(parameters), SharedMemory(), **settings)
+        isa, program, _ = _compile(shard, shard.parameters(parameters), Place(), **settings)
         weights, pages = weights + program.weight_bytes, pages + program.page_bytes
     return Footprint(isa, weights, pages)
 
@@ -196,7 +194,7 @@ def footprint(spec: DecoderSpec, parameters: Mapping[str, Parameter], ranks: int
 def _compile(
     shard: Shard,
     parameters: Mapping[str, Parameter],
-    memory: SharedMemory,
+    place: Place,
     *,
     page_size: int,
     max_batch_tokens: int,
@@ -223,13 +221,13 @@ def _compile(
     program = new_program(
         shard,
         isa,
-        choose_cores(threads),
+        place.cores(threads),
         page_size=page_size,
         max_rows=max_batch_tokens,
         max_sampled=max_batch_size,
         int8_kv=kv_cache_dtype == "int8",
-        group=memory.steps,
-        kv=memory.kv,
+        group=place.steps,
+        kv=place.kv,
     )
     recorder = Recorder(shard, program, parameters, quantization)
     try:

@@ -19,7 +19,7 @@ from octavo.model.spec import DecoderSpec
 from octavo.weights.tensor import Parameter, bfloat16_tensor, require_finite
 
 from ._native import encoding_for
-from .program import choose_cores, choose_isa, new_program, pack
+from .program import Place, choose_isa, new_program, pack
 from .recorder import Recorder
 
 _SEQUENCES, _LENGTH = 2, 256  # of random tokens
@@ -32,7 +32,7 @@ def measure_importances(
     threads: int,
     rank: int = 0,
     ranks: int = 1,
-    group: int = -1,
+    place: Place = Place(),  # noqa: B008 (immutable)
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Yield the name and the importances, float32 [columns], of each weight of each layer but the last.
 
@@ -43,7 +43,7 @@ def measure_importances(
     Args:
         parameters: those of the whole model.
         rank, ranks: the number of this process among those that do this together.
-        group: a file descriptor of memory that all ranks share (program.SharedMemory).
+        place: where it runs.
     """
     if not any(_is_rounded(spec, name, parameter) for name, parameter in parameters.items()):
         return
@@ -53,9 +53,9 @@ def measure_importances(
     require_finite(embed.name, x)
     # The input of each layer is an embedding in which token r is row r.
     shard = Shard(dataclasses.replace(spec, vocab_size=len(x)), rank, ranks)
-    cores = choose_cores(threads)
+    cores = place.cores(threads)
     for i in range(spec.num_layers - 1):  # the last one keeps 8 bits
-        squares, x = _run_layer(shard, i, parameters, x, tokens.shape[1], cores, group)
+        squares, x = _run_layer(shard, i, parameters, x, tokens.shape[1], cores, place.calibration)
         if not np.isfinite(x).all():
             raise DamagedWeights(f"layer {i} computes values that are NaN or infinite; download the model again")
         for name, sums in squares.items():

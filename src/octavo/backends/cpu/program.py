@@ -16,18 +16,30 @@ ANY_CORE = -1  # in a list of processors: the thread is not pinned
 
 
 @dataclass(frozen=True)
-class SharedMemory:
-    """File descriptors of memory that the ranks of a model share; -1: memory of this process.
+class Place:
+    """Where a rank of a model runs.
 
     Attributes:
-        steps: what they exchange in a step.
-        calibration: what they exchange while they measure importances (calibration.py).
-        kv: the KV pool of this rank.
+        steps: a file descriptor of the memory in which ranks exchange what they compute in a step; -1: memory of this
+            process.
+        calibration: the same, for what they exchange while they measure importances (calibration.py).
+        kv: the same, for the KV pool of this rank.
+        processors: those of its threads; by default, all that this process may use.
     """
 
     steps: int = -1
     calibration: int = -1
     kv: int = -1
+    processors: frozenset[int] = frozenset()
+
+    def cores(self, threads: int) -> list[int]:
+        """Return the processor of each thread, or ANY_CORE for all of them.
+
+        Threads are pinned only if there is one for every processor. With fewer threads, two engines would choose the
+        same processors.
+        """
+        processors = sorted(self.processors or os.sched_getaffinity(0))
+        return processors if threads >= len(processors) else [ANY_CORE] * threads
 
 
 def new_program(
@@ -45,8 +57,8 @@ def new_program(
     """Return an empty program, ready for recording. Raises UnsupportedModel.
 
     Args:
-        cores: the processor of each thread, as `choose_cores` returns them.
-        group, kv: file descriptors of memory that ranks share (SharedMemory).
+        cores: the processor of each thread, as Place.cores returns them.
+        group, kv: file descriptors of memory that ranks share (see Place).
     """
     spec = shard.spec
     if spec.head_dim % 16:
@@ -95,13 +107,3 @@ def choose_isa() -> str:
     if wanted not in available:
         raise ConfigError(f"OCTAVO_ISA must be one of {', '.join(available)} on this machine, not {wanted!r}")
     return wanted
-
-
-def choose_cores(threads: int) -> list[int]:
-    """Return the processor of each thread, or ANY_CORE for all of them.
-
-    Threads are pinned only if there is one for every processor. With fewer threads, two engines would choose the same
-    processors.
-    """
-    processors = sorted(os.sched_getaffinity(0))
-    return processors if threads >= len(processors) else [ANY_CORE] * threads

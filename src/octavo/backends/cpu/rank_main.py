@@ -1,7 +1,7 @@
 """The main program of ranks other than 0: `python -P -m octavo.backends.cpu.rank_main CONNECTION STEPS CALIBRATION KV`.
 
 RankProcess starts it. CONNECTION is one end of a socket pair, of which rank 0 has the other: when rank 0 ends for any
-reason, so does this process. The others are the file descriptors of SharedMemory.
+reason, so does this process. The others are the file descriptors of Place.
 """
 
 import logging
@@ -23,7 +23,7 @@ from octavo.process_guard import end_with_parent, hide_memory, lock_memory
 from octavo.weights import open_checkpoint
 
 from .backend import load_shard
-from .program import SharedMemory
+from .program import Place
 from .rank_process import Allocate, Allocated, Failed, FromRank, Load, Loaded, ToRank, receive
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("octavo")
 
 
-def main(connection_fd: int, memory: SharedMemory) -> int:
+def main(connection_fd: int, place: Place) -> int:
     """Load the part that the first message names, and follow rank 0. Return the exit code."""
     for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # as in the engine process
         signal.signal(ignored, signal.SIG_IGN)
@@ -47,7 +47,7 @@ def main(connection_fd: int, memory: SharedMemory) -> int:
     load = messages.get()
     assert isinstance(load, Load)
     try:
-        backend = _load(load, memory)
+        backend = _load(load, place)
         send(Loaded(backend.weight_bytes, backend.footprint.page_bytes))
         allocate = messages.get()
         assert isinstance(allocate, Allocate)
@@ -67,21 +67,21 @@ def _listen(connection: socket.socket, messages: "SimpleQueue[ToRank]") -> None:
     os._exit(0)
 
 
-def _load(load: Load, memory: SharedMemory) -> "CpuBackend":
+def _load(load: Load, place: Place) -> "CpuBackend":
     os.sched_setaffinity(0, load.cores)
     path = Path(load.path)
-    if load.identity is not None:
+    if load.hide:
         hide_memory()
         if (path / MANIFEST).exists() and (reason := lock_memory()) is not None:
             log.warning("decrypted weights may be swapped to disk, since memory cannot be locked: %s", reason)
     checkpoint = open_checkpoint(unlock(path, load.identity))
     spec, parameters = describe_model(checkpoint.config, checkpoint.tensors)
     shard = Shard(spec, load.rank, load.size)
-    backend = load_shard(shard, parameters, memory, progress=lambda done, total: None, **load.settings)
+    backend = load_shard(shard, parameters, place, progress=lambda done, total: None, **load.settings)
     checkpoint.verify()
     return backend
 
 
 if __name__ == "__main__":
     connection, *memory = map(int, sys.argv[1:])
-    sys.exit(main(connection, SharedMemory(*memory)))
+    sys.exit(main(connection, Place(*memory)))

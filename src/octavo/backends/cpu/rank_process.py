@@ -4,6 +4,7 @@ Messages are for loading only: steps go through shared memory. A socket pair car
 when the other ends.
 """
 
+import contextlib
 import os
 import signal
 import socket
@@ -30,12 +31,14 @@ class Load(msgspec.Struct, frozen=True, tag=True):
     Attributes:
         path: the model's directory or .gguf file.
         identity: the age identity that opens it, if it is encrypted.
+        hide: whether to hide the memory of the process (process_guard.py).
         cores: the processors to run on.
         settings: the arguments of load_shard.
     """
 
     path: str
     identity: str | None
+    hide: bool
     rank: int
     size: int
     cores: list[int]
@@ -93,7 +96,7 @@ class RankProcess:
     """A new process that imports its modules, and then waits for Load. Raises OSError if it cannot be started.
 
     Args:
-        memory: file descriptors of the memory that it shares: the fields of program.SharedMemory.
+        memory: file descriptors of the memory that it shares: those of program.Place.
 
     Attributes:
         messages: those that have arrived; None when the process has ended.
@@ -115,10 +118,8 @@ class RankProcess:
 
     def send(self, message: ToRank) -> None:
         """Send a message. One to a process that has ended is dropped: `messages` tells."""
-        try:
+        with contextlib.suppress(OSError):
             self.connection.send(msgspec.msgpack.encode(message))
-        except OSError:
-            pass
 
     def take_in(self) -> bool:
         """Receive a message into `messages`. Return False if the process has ended."""

@@ -9,7 +9,7 @@ import mmap
 import os
 import selectors
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from octavo.model.spec import DecoderSpec
 from octavo.weights.tensor import Parameter
 
 from .backend import CpuBackend, footprint, load_shard
-from .program import SharedMemory
+from .program import Place
 from .rank_process import Allocate, Load, Loaded, RankProcess, share_memory
 
 OnEnd = Callable[[int, str], None]  # called when a rank has ended by itself: its exit code, and a line about it
@@ -132,10 +132,9 @@ class Ranks:
         self._thread = threading.Thread(target=self._watch, name="octavo-ranks", daemon=True)
         self._thread.start()
 
-    @property
-    def memory(self) -> SharedMemory:
-        """Return the memory of rank 0."""
-        return SharedMemory(*self._files, self.pools[0])
+    def place(self, processors: Iterable[int]) -> Place:
+        """Return where rank 0 runs."""
+        return Place(*self._files, self.pools[0], frozenset(processors))
 
     def send(self, message: Allocate) -> None:
         for process in self.processes:
@@ -182,6 +181,7 @@ def load_ranks(
     size: int,
     path: Path,
     identity: str | None,
+    hide: bool,
     on_end: OnEnd | None,
     progress: Progress,
     **settings: Any,
@@ -191,6 +191,7 @@ def load_ranks(
     Args:
         path: the model's directory or .gguf file, which the other ranks open.
         identity: the age identity that opens it, if it is encrypted.
+        hide: whether the other ranks hide their memory, as there are secrets in it.
         on_end: called, in another thread, when a rank has ended by itself. The steps of the others fail then.
         settings: the other arguments of a BackendFactory; `threads` are those of each rank.
 
@@ -204,10 +205,9 @@ def load_ranks(
     try:
         cores = [sorted(_cores(rank, size)) for rank in range(size)]
         for shard, process in zip(shards[1:], ranks.processes, strict=True):
-            process.send(Load(str(path), identity, shard.rank, size, cores[shard.rank], settings))
+            process.send(Load(str(path), identity, hide, shard.rank, size, cores[shard.rank], settings))
         _check_memory(footprint(spec, parameters, size, **settings).weight_bytes)
-        os.sched_setaffinity(0, cores[0])  # of this thread, and those that it starts
-        own = load_shard(shards[0], parameters, ranks.memory, progress=progress, **settings)
+        own = load_shard(shards[0], parameters, ranks.place(cores[0]), progress=progress, **settings)
         ranks.stop = own.stop_ranks
         loaded = [Loaded(own.weight_bytes, own.page_bytes), *ranks.wait()]
     except BaseException:
