@@ -174,7 +174,7 @@ def test_a_dead_rank_loses_no_request(two_ranks: ServerProcess, how: signal.Sign
         began = time.monotonic()
         os.kill(rank, how)
         wait_until(lambda: has_ended(engine))
-        assert time.monotonic() - began < 1
+        assert time.monotonic() - began < 2, "on a busy machine; else some milliseconds"
         assert [reply.result() for reply in replies] == alone
     assert f"rank 1 has ended: killed by {how.name}" in two_ranks.stderr()
 
@@ -185,7 +185,7 @@ def test_an_idle_rank_is_missed_too(two_ranks: ServerProcess) -> None:
     began = time.monotonic()
     os.kill(rank, signal.SIGKILL)
     wait_until(lambda: has_ended(engine))
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < 2
     assert complete(two_ranks, 0) == expected
 
 
@@ -253,7 +253,7 @@ def test_torchrun_starts_one_server(tiny_model: Callable[[str], Path]) -> None:
     ) as torchrun:
         try:
             wait_for_port(port)
-            wait_until(lambda: httpx.get(f"http://127.0.0.1:{port}/ready").status_code == 200)
+            wait_until(lambda: httpx.get(f"http://127.0.0.1:{port}/ready", timeout=60).status_code == 200)
             [server] = children(torchrun.pid, b"api_server")
             [engine] = children(server, b"engine_main")
             [rank] = ranks_of(engine)

@@ -1,6 +1,8 @@
 """The forward pass of all supported decoder-only models, written once in terms of the operations in ops.py."""
 
-from .ops import Ops, T
+from typing import cast
+
+from .ops import Collectives, Ops, T
 from .spec import DecoderSpec
 
 # Parameters by canonical name and shape. Weights are [outputs, inputs], "{i}" is a layer:
@@ -24,7 +26,7 @@ def describe(spec: DecoderSpec, ops: Ops[T]) -> T:
     ops.pool_rows(x, "norm")
     head = "embed" if spec.tied_embeddings else "head"
     logits = ops.logits(ops.norm(ops.sampled_rows(x), "norm"), head)
-    return logits if spec.ranks == 1 else ops.all_gather(logits, head)
+    return logits if spec.ranks == 1 else _collectives(ops).all_gather(logits, head)
 
 
 def describe_layer(spec: DecoderSpec, i: int, ops: Ops[T], x: T) -> T:
@@ -32,12 +34,13 @@ def describe_layer(spec: DecoderSpec, i: int, ops: Ops[T], x: T) -> T:
     layer = f"layers.{i}."
     qkv = ops.linear(ops.norm(x, layer + "attn_norm"), layer + "qkv", bias=spec.qkv_bias)
     if spec.whole_attention:
-        qkv = ops.all_gather(qkv, layer + "qkv")
+        qkv = _collectives(ops).all_gather(qkv, layer + "qkv")
     q_norm, k_norm = (layer + "q_norm", layer + "k_norm") if spec.qk_norm else (None, None)
     q = ops.rope_and_cache(qkv, i, q_norm=q_norm, k_norm=k_norm)
     attended = ops.attention(q, i, spec.windows[i])
     if spec.whole_attention:
-        x = ops.all_gather(ops.linear(attended, layer + "out", bias=spec.output_bias), layer + "out", residual=x)
+        some = ops.linear(attended, layer + "out", bias=spec.output_bias)
+        x = _collectives(ops).all_gather(some, layer + "out", residual=x)
     else:
         x = _summed(spec, ops, attended, layer + "out", spec.output_bias, x)
     gate_up = ops.linear(ops.norm(x, layer + "mlp_norm"), layer + "gate_up", bias=spec.mlp_bias)
@@ -48,7 +51,11 @@ def _summed(spec: DecoderSpec, ops: Ops[T], x: T, weight: str, bias: bool, resid
     """Run a linear, of whose columns each rank has a part. Returns its result plus `residual`."""
     if spec.ranks == 1:
         return ops.linear(x, weight, bias=bias, residual=residual)
-    return ops.all_reduce(ops.linear(x, weight), weight, bias, residual)
+    return _collectives(ops).all_reduce(ops.linear(x, weight), weight, bias, residual)
+
+
+def _collectives(ops: Ops[T]) -> Collectives[T]:
+    return cast(Collectives[T], ops)  # a backend that is given a part of a model has them
 
 
 def needs_8_bits(spec: DecoderSpec, weight: str) -> bool:

@@ -9,10 +9,6 @@ class Ops(Protocol, Generic[T]):
     """The operations of a decoder. T is a backend's handle of an activation [rows, width], a row per token of the step.
 
     Activations are float32 unless said otherwise. The types that a linear multiplies depend on the quantization.
-
-    A model that is divided over ranks (see shard.py) has activations that are the same in all ranks, and others of
-    which each rank has some columns, or a part of the sum: then a collective operation follows, all_reduce or
-    all_gather. Only backends that support ranks implement these two.
     """
 
     def embed(self, weight: str) -> T:
@@ -45,14 +41,6 @@ class Ops(Protocol, Generic[T]):
         """Return activation(gate) * up, where gate and up are the halves of `gate_up`: [rows, intermediate]."""
         ...
 
-    def all_reduce(self, x: T, weight: str, bias: bool, residual: T) -> T:
-        """Return the sum of all ranks' `x`, their parts of the linear `weight`, plus bias and residual as in linear."""
-        ...
-
-    def all_gather(self, x: T, weight: str, residual: T | None = None) -> T:
-        """Return the columns `x` of all ranks side by side: the result of the linear `weight`. Adds `residual`."""
-        ...
-
     def pool_rows(self, x: T, weight: str) -> None:
         """Add norm(x, weight), in float32, to the sums of the batch's PoolingBatch, if there is one."""
         ...
@@ -63,4 +51,20 @@ class Ops(Protocol, Generic[T]):
 
     def logits(self, x: T, weight: str) -> T:
         """Return x Wᵀ over the vocabulary: [rows, vocab]."""
+        ...
+
+
+class Collectives(Ops[T], Protocol[T]):
+    """The operations of a model that is divided over ranks (see shard.py), for backends that support this.
+
+    Some activations are the same in all ranks. Of others, each rank has some columns, or a part of the sum: then a
+    collective operation follows.
+    """
+
+    def all_reduce(self, x: T, weight: str, bias: bool, residual: T) -> T:
+        """Return the sum of all ranks' `x`, their parts of the linear `weight`, plus bias and residual as in linear."""
+        ...
+
+    def all_gather(self, x: T, weight: str, residual: T | None = None) -> T:
+        """Return the columns `x` of all ranks side by side: the result of the linear `weight`. Adds `residual`."""
         ...

@@ -71,12 +71,11 @@ class Tensor:
         if len(self.shape) == 1:
             order = np.arange(self.shape[0]) if self.row_order is None else self.row_order
             return replace(self, shape=shape, row_order=order[start:stop])
-        first, end, order = start, stop, None
-        if self.row_order is not None:
-            order = self.row_order[start:stop]
-            first, end = int(order.min()), int(order.max()) + 1
-            order = order - first
-        return replace(self, shape=shape, source=self._part(np.s_[first:end]), row_order=order)
+        if self.row_order is None:
+            return replace(self, shape=shape, source=self._part(np.s_[start:stop]))
+        order = self.row_order[start:stop]
+        first, end = int(order.min()), int(order.max()) + 1
+        return replace(self, shape=shape, source=self._part(np.s_[first:end]), row_order=order - first)
 
     def take_columns(self, start: int, stop: int) -> "Tensor":
         """Return columns start:stop as a tensor, in whole blocks of its format. Nothing is read."""

@@ -146,10 +146,16 @@ class RankProcess:
         named = -code in set(signal.Signals)
         return code, f"killed by {signal.Signals(-code).name}" if named else f"exit code {code}"
 
+    def hang_up(self) -> None:
+        """End the connection, for both sides. The process notices that and ends."""
+        with contextlib.suppress(OSError):  # it has ended already
+            self.connection.shutdown(socket.SHUT_RDWR)
+
     def end(self) -> None:
-        """End the process, which notices that its connection is closed."""
-        self.connection.close()
+        """End the process."""
+        self.hang_up()
         self.wait()
+        self.connection.close()
 
 
 def share_memory(name: str) -> int:

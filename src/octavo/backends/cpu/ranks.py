@@ -149,8 +149,10 @@ class Ranks:
         self._ending = True
         self.stop()
         for process in self.processes:
-            process.end()
+            process.hang_up()
         self._thread.join()
+        for process in self.processes:
+            process.end()
         for file in (*self._files, *self.pools):
             os.close(file)
 
