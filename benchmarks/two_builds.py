@@ -1,4 +1,6 @@
-"""Compare the steps of two builds of Octavo on SmolLM2: python benchmarks/two_builds.py OTHER_PYTHON [ROUNDS]
+"""Compare the steps of two builds of Octavo on SmolLM2.
+
+    python benchmarks/two_builds.py OTHER_PYTHON [ROUNDS [RECIPES [THREADS]]]
 
 OTHER_PYTHON is the interpreter of the other build's virtual environment. Both builds hold their models at the same
 time, and take turns of a few steps, so that other load on the machine meets both. The ratio is the median over rounds
@@ -12,17 +14,18 @@ import sys
 import time
 from typing import Any
 
+from octavo.config import EngineConfig
+
 RECIPES = ["none", "8bit", "auto"]
 STEPS = [(1, 1, 128, 30), (8, 1, 192, 16), (64, 1, 192, 6), (1, 512, 0, 2)]  # sequences, new, before; steps in a turn
 TURN = "import sys; sys.path.insert(0, {path!r}); from two_builds import serve; serve()"
 
 
 def serve() -> None:
-    """Answer lines (recipe, sequences, new tokens, before, steps) with the least seconds and processor seconds."""
+    """Read (threads, recipe, sequences, new, before, steps) line by line; answer with the least time of a step."""
     from steps import PAGE_SIZE, step_batch
 
     from octavo.backends.cpu import load
-    from octavo.config import EngineConfig
     from octavo.model import describe_model
     from octavo.weights import open_checkpoint, resolve
 
@@ -30,11 +33,11 @@ def serve() -> None:
     spec, parameters = describe_model(checkpoint.config, checkpoint.tensors)
     backends: dict[str, Any] = {}
     for line in sys.stdin:
-        recipe, sequences, new, before, steps = json.loads(line)
+        threads, recipe, sequences, new, before, steps = json.loads(line)
         if recipe not in backends:
             backends[recipe] = load(
                 spec, parameters, page_size=PAGE_SIZE, max_batch_tokens=512, max_batch_size=64, max_model_len=8192,
-                threads=EngineConfig().num_threads, dtype="auto", quantization=recipe, device="auto",
+                threads=threads, dtype="auto", quantization=recipe, device="auto",
                 progress=lambda done, total: None,
             )  # fmt: skip
             backends[recipe].allocate_kv(512)
@@ -51,6 +54,7 @@ def serve() -> None:
 def main() -> None:
     rounds = int(sys.argv[2]) if len(sys.argv) > 2 else 15
     recipes = sys.argv[3].split(",") if len(sys.argv) > 3 else RECIPES
+    threads = int(sys.argv[4]) if len(sys.argv) > 4 else EngineConfig().num_threads
     code = TURN.format(path=sys.path[0])
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     builds = [subprocess.Popen([python, "-c", code], **pipes) for python in (sys.argv[1], sys.executable)]
@@ -66,7 +70,7 @@ def main() -> None:
             pairs = []
             for i in range(rounds):
                 order = [0, 1] if i % 2 else [1, 0]
-                times = {which: turn(builds[which], recipe, sequences, new, before, steps) for which in order}
+                times = {which: turn(builds[which], threads, recipe, sequences, new, before, steps) for which in order}
                 pairs.append((times[0], times[1]))
             ratios = [other[0] / this[0] for other, this in pairs]
             low, middle, high = statistics.quantiles(ratios, n=4)

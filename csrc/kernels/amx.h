@@ -12,9 +12,7 @@
 
 namespace octavo::OCTAVO_ISA {
 
-constexpr int64_t kGroupRows = 32, kIntegerGroupRows = 32;
-
-OCTAVO_INLINE int64_t span_blocks(int64_t) { return 2; }
+constexpr int64_t kGroupRows = 32, kIntegerGroupRows = 32, kSpanBlocks = 2, kSpanBlocksAlone = 2;
 
 // All eight tiles have 16 rows of 64 bytes. Rows past the ones in use may hold anything: rows of a product are
 // independent.
@@ -34,6 +32,12 @@ inline void stop_thread() { asm volatile("tilerelease" ::: "memory"); }
 template <int kTile>
 OCTAVO_INLINE void tile_load(const void* from, int64_t stride) {
     asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(stride), "i"(kTile) : "memory");
+}
+
+// Load what is not soon used again, and leave the first-level cache to other data.
+template <int kTile>
+OCTAVO_INLINE void tile_load_once(const void* from, int64_t stride) {
+    asm volatile("tileloaddt1 (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(stride), "i"(kTile) : "memory");
 }
 
 template <int kTile>
@@ -80,11 +84,11 @@ void tile_product(Rows a, Columns b, int64_t tiles, float* c, int64_t c_stride, 
     for (int64_t k = 0; k < tiles; k++) {
         if constexpr (kUpper) tile_load<4>(upper + k * 64, a.stride);
         if constexpr (kLower) tile_load<5>(lower + k * 64, a.stride);
-        tile_load<6>(columns + k * 16 * b.word, b.word);
+        tile_load_once<6>(columns + k * 16 * b.word, b.word);
         if constexpr (kUpper) tile_multiply<Sum, 0, 4, 6>();
         if constexpr (kLower) tile_multiply<Sum, 2, 5, 6>();
         if constexpr (kTwoColumns) {
-            tile_load<7>(columns + k * 16 * b.word + b.block, b.word);
+            tile_load_once<7>(columns + k * 16 * b.word + b.block, b.word);
             if constexpr (kUpper) tile_multiply<Sum, 1, 4, 7>();
             if constexpr (kLower) tile_multiply<Sum, 3, 5, 7>();
         }

@@ -5,11 +5,10 @@
 //   c[r, j] = sum over g of  t[j, g] * s[r, g] * (sum over k in g of p[r, k] * q[j, k])
 //                            + m[j, g] * s[r, g] * (sum over k in g of p[r, k])
 //
-// The sum within a group is exact, in int32. In each span (Spans in kernels.h), c[r, j] has one float accumulator, which
+// The sum within a group is exact, in int32. In a span (Spans in kernels.h), c[r, j] has one float accumulator, which
 // takes the groups in ascending order whatever the number of rows computed together; the sums of spans are added in a
-// tree. So a row has the same bits in any batch. Where the
-// halves of a group have scales of their own (Encoding::scales is 2), each half, or "part", is summed and scaled
-// separately.
+// tree. So a row has the same bits in any batch. Where the halves of a group have scales of their own (Encoding::scales
+// is 2), each half, or "part", is summed and scaled separately.
 #pragma once
 
 #include <utility>
@@ -60,10 +59,13 @@ struct SpanTree {
     // Take the sums of the next span. Afterwards `sums` are zero, or those of all spans if it was the last one.
     OCTAVO_INLINE void add(const Spans& spans, int64_t span, F32* sums) {
         int level = 0;
-        for (; span >> level & 1; level++)
-            OCTAVO_UNROLL for (int i = 0; i < kSums; i++) sums[i] = waiting[level][i] + sums[i];
+        for (; span >> level & 1; level++) add_all(waiting[level], sums);
         if (span + 1 == spans.count) return;
         OCTAVO_UNROLL for (int i = 0; i < kSums; i++) waiting[level][i] = sums[i], sums[i] = zero();
+    }
+
+    OCTAVO_INLINE static void add_all(const F32* earlier, F32* sums) {
+        OCTAVO_UNROLL for (int i = 0; i < kSums; i++) sums[i] = earlier[i] + sums[i];
     }
 };
 

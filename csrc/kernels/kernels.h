@@ -26,7 +26,7 @@ constexpr int64_t kSpan = 32;           // positions in a block of the KV cache,
 constexpr int64_t kMaxPanel = 6;        // maximum blocks in a tile of a linear
 constexpr int64_t kGroup = 32;          // maximum rows whose sums a linear keeps before it writes them out
 constexpr int64_t kMaxSpans = 8;        // of the columns of a weight, see Spans
-constexpr int64_t kSpanBlocks = 3;      // maximum blocks for which the sums of spans are kept
+constexpr int64_t kMostSpanBlocks = 3;  // maximum blocks for which the sums of spans are kept
 constexpr int64_t kPart = 512;          // positions in a part of attention's sums; parts are merged in order
 constexpr int64_t kPeakFloats = 512;    // maximum floats that peak_products writes
 constexpr int64_t kAttentionRows = 48;  // maximum (position, query head) pairs in a tile of attention; >= 1 position
@@ -48,8 +48,8 @@ struct RowScale {
 };
 
 // The fixed spans in which a linear sums its columns k, 1, 2, 4 or 8 of them. The sums of spans are added in a binary
-// tree: ((s0 + s1) + (s2 + s3)) + ((s4 + s5) + (s6 + s7)). So 2, 4 or 8 ranks that have a part of the spans each compute
-// the sums of whole subtrees, and the sums of all ranks, added in the same way, have the same bits as on one rank.
+// tree: ((s0 + s1) + (s2 + s3)) + ((s4 + s5) + (s6 + s7)). So 2, 4 or 8 ranks that have a part of the spans each sum up
+// whole subtrees, and the sums of all ranks, added in the same way, have the same bits as on one rank.
 //
 // A span ends at a multiple of 64 columns or at the last column. Units: groups of kQuantGroup columns.
 struct Spans {
@@ -194,6 +194,13 @@ struct Cut {
 struct Ahead {
     const char *at = nullptr, *end = nullptr;
 
+    // Remove so many bytes from the beginning and return them.
+    OCTAVO_INLINE Ahead next(int64_t bytes) {
+        const Ahead part = {at, end - at < bytes ? end : at + bytes};
+        at = part.end;
+        return part;
+    }
+
     // Return part number `index` of `parts` equal parts.
     OCTAVO_INLINE Ahead part(int64_t index, int64_t parts) const {
         const int64_t lines = (end - at) / 64;
@@ -246,8 +253,8 @@ struct FourBits {
 // A thread's own working memory.
 struct Scratch {
     float* sums;         // [kGroup][kMaxPanel * kBlock]
-    float* pairs[2][2];  // [kGroup][kSpanBlocks * kBlock]: of two pairs of spans; see linear.h
-    float* waiting[2];   // the same: of subtrees of spans
+    float *even, *odd;   // [kGroup][kMostSpanBlocks * kBlock]: the products of a pair of spans; see spans.h
+    float* waiting[2];   // the same: sums of subtrees of spans
     float* scores;       // [attention rows][kSpan]
     float* part_sums;    // [attention rows][sums_stride]: of the current part
     float* sums_so_far;  // [attention rows][sums_stride]: of all parts before it

@@ -64,8 +64,8 @@ void pool_rows(const Instruction& op, const Step& step, int64_t begin, int64_t e
     }
 }
 
-// out = the sum of 1, 2, 4 or 8 vectors of `count` values, a multiple of 16, + bias + residual, of which each may be null.
-// The vectors are partial sums of neighboring spans of a linear, in order; they are added in the tree of Spans.
+// out = the sum of 1, 2, 4 or 8 vectors of `count` values, a multiple of 16, + bias + residual; these may be null. The
+// vectors are partial sums of neighboring spans of a linear, in order; they are added in the tree of Spans.
 void sum_partials(const float* const* partials, int64_t vectors, const float* bias, const float* residual, float* out,
                   int64_t count) {
     for (int64_t i = 0; i < count; i += kLanes) {

@@ -5,7 +5,8 @@
 //                sum over k in the span of x[r, k] * weight[j, k]                                      bf16
 //                float(sum over k in the span of p[r, k] * (q[j, k] - 128)) * (t[j, span] * s[r, span])      int8
 //
-// A pair of spans is multiplied, then added; the pairs and larger subtrees that are done wait in the first-level cache.
+// A pair of spans is multiplied, then added; the subtrees that are done wait. All of it is small enough for the
+// first-level cache, which is why only kSpanBlocks blocks are computed at a time.
 #pragma once
 
 #include <type_traits>
@@ -18,12 +19,9 @@
 
 namespace octavo::OCTAVO_ISA {
 
-constexpr int64_t kSpanStride = kSpanBlocks * kBlock;  // of the sums of spans
-
 #ifndef OCTAVO_AMX
 constexpr int64_t kGroupRows = kTileRows, kIntegerGroupRows = kGroup / kIntegerRows * kIntegerRows;
-
-OCTAVO_INLINE int64_t span_blocks(int64_t rows) { return rows == 1 ? 1 : kSpanBlocks; }
+constexpr int64_t kSpanBlocks = 3, kSpanBlocksAlone = 1;  // as in `product`, a single row is computed block by block
 
 template <class Sum>
 OCTAVO_INLINE void weight_product(Rows a, int64_t rows, Columns b, int64_t blocks, int64_t words, float* c,
@@ -36,6 +34,9 @@ OCTAVO_INLINE void group_product(const Instruction& op, int64_t row, int64_t row
     integer_product(op.x, row, rows, *op.weight, block, blocks, scratch.sums, kSumsStride, ahead);
 }
 #endif
+
+constexpr int64_t kSpanStride = kSpanBlocks * kBlock;  // of the sums of spans
+static_assert(kSpanBlocks <= kMostSpanBlocks);
 
 // Some rows of x times some blocks of the weight. Sum: F32 for bf16, I32 for int8.
 template <class Sum>
@@ -51,7 +52,7 @@ struct SpanProduct {
         weight_product<Sum>(x, rows, columns, blocks, w.spans.size(span) * words, sums, stride, ahead);
     }
 
-    // Return t[j, span] for the columns j ... of a vector.
+    // Return t[j, span] for a vector of columns from j on.
     OCTAVO_INLINE F32 column_scales(int64_t span, int64_t j) const {
         if constexpr (std::is_same_v<Sum, F32>) return zero();
         const Weight& w = *op.weight;
@@ -59,61 +60,57 @@ struct SpanProduct {
         return load(reinterpret_cast<const float*>(end) + span * kBlock + j % kBlock);
     }
 
-    // Return the sums of a span from its product.
-    OCTAVO_INLINE F32 scaled(int64_t span, int64_t r, F32 column_scales, const float* product) const {
+    // Return the sums of a span from its product, with the s and the offset of the row.
+    OCTAVO_INLINE static F32 scaled(const float* product, const RowScale& of_row, F32 column_scales) {
         if constexpr (std::is_same_v<Sum, F32>) return load(product);
-        const RowScale& of_row = op.x.row_scales(row + r)[span];
         return to_float(load_as<I32>(product) + of_row.offset) * (column_scales * splat(of_row.scale));
     }
 
     // to = waiting[1] + (waiting[0] + (even + odd)): a pair of spans, and the kMerged subtrees that wait for it.
     template <int kMerged>
-    OCTAVO_INLINE void merge(int64_t pair, int64_t begin, int64_t end, const Scratch& scratch, float* to,
-                             int64_t stride) const {
-        float* const* products = scratch.pairs[pair % 2];
-        for (int64_t j = begin * kBlock; j < end * kBlock; j += kLanes) {
-            const F32 even = column_scales(2 * pair, j), odd = column_scales(2 * pair + 1, j);
-            _Pragma("GCC unroll 4") for (int64_t r = 0; r < rows; r++) {
+    OCTAVO_INLINE void add_pair(int64_t pair, float* to, int64_t stride, const Scratch& scratch) const {
+        const float *even = scratch.even, *odd = scratch.odd, *waiting[] = {scratch.waiting[0], scratch.waiting[1]};
+        const int64_t row_bytes = op.x.row_bytes, height = rows, width = blocks * kBlock;
+        for (int64_t j = 0; j < width; j += kLanes) {
+            const F32 even_scales = column_scales(2 * pair, j), odd_scales = column_scales(2 * pair + 1, j);
+            const std::byte* row_scales = reinterpret_cast<const std::byte*>(op.x.row_scales(row) + 2 * pair);
+            for (int64_t r = 0; r < height; r++, row_scales += row_bytes) {
                 const int64_t at = r * kSpanStride + j;
-                F32 sum = scaled(2 * pair, r, even, products[0] + at) + scaled(2 * pair + 1, r, odd, products[1] + at);
-                OCTAVO_UNROLL for (int level = 0; level < kMerged; level++)
-                    sum = load(scratch.waiting[level] + at) + sum;
+                const auto* of_row = reinterpret_cast<const RowScale*>(row_scales);
+                F32 sum = scaled(even + at, of_row[0], even_scales) + scaled(odd + at, of_row[1], odd_scales);
+                if constexpr (kMerged > 0) sum = load(waiting[0] + at) + sum;
+                if constexpr (kMerged > 1) sum = load(waiting[1] + at) + sum;
                 store(to + r * stride + j, sum);
             }
         }
     }
 
-    // Add a pair of spans, in blocks begin ... end - 1, to the subtrees of which it is the last part: one for pair 1,
-    // two for pair 3.
-    OCTAVO_INLINE void add_pair(int64_t pair, int64_t begin, int64_t end, float* sums, Scratch& scratch) const {
-        const bool last = pair == op.weight->spans.count / 2 - 1;
-        float* to = last ? sums : scratch.waiting[pair % 2];
-        const int64_t stride = last ? kSumsStride : kSpanStride;
-        if (pair == 3)
-            merge<2>(pair, begin, end, scratch, to, stride);
-        else if (pair == 1)
-            merge<1>(pair, begin, end, scratch, to, stride);
-        else
-            merge<0>(pair, begin, end, scratch, to, stride);
-    }
-
-    // While AMX multiplies a span, the vector units add half of the columns of the pair before.
-    OCTAVO_INLINE void sum_spans(float* sums, Ahead ahead, Scratch& scratch) const {
-        const int64_t spans = op.weight->spans.count, half = (blocks + 1) / 2;
-        for (int64_t span = 0; span < spans; span++) {
-            multiply(span, scratch.pairs[span / 2 % 2][span % 2], kSpanStride, ahead.part(span, spans));
-            if (span > 1) add_pair(span / 2 - 1, span % 2 * half, span % 2 ? blocks : half, sums, scratch);
+    // Multiply a pair of spans, then add it to the subtrees of which it is the last part: pair 1 to one, pair 3 to two.
+    OCTAVO_INLINE void sum_spans(float* sums, Ahead ahead, const Scratch& scratch) const {
+        const int64_t pairs = op.weight->spans.count / 2, lines = (ahead.end - ahead.at) / 64;
+        const int64_t bytes = (lines / (2 * pairs) + 1) * 64;  // to prefetch in each span
+        for (int64_t pair = 0; pair < pairs; pair++) {
+            multiply(2 * pair, scratch.even, kSpanStride, ahead.next(bytes));
+            multiply(2 * pair + 1, scratch.odd, kSpanStride, ahead.next(bytes));
+            const bool last = pair + 1 == pairs;
+            float* to = last ? sums : scratch.waiting[pair % 2];
+            const int64_t stride = last ? kSumsStride : kSpanStride;
+            if (pair == 3)
+                add_pair<2>(pair, to, stride, scratch);
+            else if (pair == 1)
+                add_pair<1>(pair, to, stride, scratch);
+            else
+                add_pair<0>(pair, to, stride, scratch);
         }
-        add_pair(spans / 2 - 1, 0, blocks, sums, scratch);
     }
 
     OCTAVO_INLINE void multiply_whole(float* sums, Ahead ahead) const {
         multiply(0, sums, kSumsStride, ahead);
         for (int64_t j = 0; std::is_same_v<Sum, I32> && j < blocks * kBlock; j += kLanes) {
             const F32 scales = column_scales(0, j);
-            _Pragma("GCC unroll 4") for (int64_t r = 0; r < rows; r++) {
+            for (int64_t r = 0; r < rows; r++) {
                 float* at = sums + r * kSumsStride + j;
-                store(at, scaled(0, r, scales, at));
+                store(at, scaled(at, op.x.row_scales(row + r)[0], scales));
             }
         }
     }
@@ -122,8 +119,9 @@ struct SpanProduct {
 template <class Sum>
 OCTAVO_INLINE void span_product(const Instruction& op, int64_t row, int64_t rows, int64_t block, int64_t blocks,
                                 Ahead ahead, Scratch& scratch) {
-    if (op.weight->spans.count == 1) return SpanProduct<Sum>{op, row, rows, block, blocks}.multiply_whole(scratch.sums, ahead);
-    const int64_t widest = span_blocks(rows), steps = (blocks + widest - 1) / widest;
+    if (op.weight->spans.count == 1)
+        return SpanProduct<Sum>{op, row, rows, block, blocks}.multiply_whole(scratch.sums, ahead);
+    const int64_t widest = rows == 1 ? kSpanBlocksAlone : kSpanBlocks, steps = (blocks + widest - 1) / widest;
     for (int64_t i = 0; i < steps; i++) {
         const int64_t first = i * widest, width = blocks - first < widest ? blocks - first : widest;
         SpanProduct<Sum>{op, row, rows, block + first, width}.sum_spans(scratch.sums + first * kBlock,

@@ -277,14 +277,13 @@ void Program::make_scratch() {
     // Rows of a tile of attention, and 16 more, since AMX reads and writes 16 rows at a time.
     const int64_t pairs = std::max(kAttentionRows, sizes_.heads / sizes_.kv_heads) + 16;
     const int64_t sums = pairs * shape_.sums_stride();
-    const int64_t floats[] = {kGroup * kMaxPanel * kBlock, pairs * kSpan, sums, sums};
-    const int64_t span_sums = kGroup * kSpanBlocks * kBlock, span_buffers = 6;
+    const int64_t spans = kGroup * kMostSpanBlocks * kBlock;
+    const int64_t floats[] = {kGroup * kMaxPanel * kBlock, pairs * kSpan, sums, sums, spans, spans, spans, spans};
     const int64_t halves[] = {pairs * sizes_.head_dim, pairs * kSpan, shape_.int8_kv ? shape_.block_elements() : 0};
     int64_t groups = 0;
     for (const Weight& w : weights_) groups = std::max(groups, w.groups);
     const int64_t widened = groups * kW8.value_bytes(), row = groups * kQuantGroup;
     int64_t bytes = round_up(widened, 64) + round_up(row * int64_t(sizeof(float)), 64);
-    bytes += span_buffers * round_up(span_sums * int64_t(sizeof(float)), 64);
     for (int64_t size : floats) bytes += round_up(size * int64_t(sizeof(float)), 64);
     for (int64_t size : halves) bytes += round_up(size * int64_t(sizeof(bf16)), 64);
     for (int i = 0; i < pool_.size(); i++) {
@@ -295,9 +294,8 @@ void Program::make_scratch() {
         };
         Scratch& scratch = scratch_.emplace_back();
         take(scratch.sums, floats[0]);
-        for (float** buffer : {&scratch.pairs[0][0], &scratch.pairs[0][1], &scratch.pairs[1][0], &scratch.pairs[1][1],
-                               &scratch.waiting[0], &scratch.waiting[1]})
-            take(*buffer, span_sums);
+        for (float** buffer : {&scratch.even, &scratch.odd, &scratch.waiting[0], &scratch.waiting[1]})
+            take(*buffer, spans);
         take(scratch.scores, floats[1]);
         take(scratch.part_sums, floats[2]);
         take(scratch.sums_so_far, floats[3]);
