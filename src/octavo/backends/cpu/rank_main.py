@@ -83,5 +83,5 @@ def _load(load: Load, place: Place) -> "CpuBackend":
 
 
 if __name__ == "__main__":
-    connection, *memory = map(int, sys.argv[1:])
-    sys.exit(main(connection, Place(*memory)))
+    connection, steps, calibration, kv = map(int, sys.argv[1:])
+    sys.exit(main(connection, Place(steps, calibration, kv)))

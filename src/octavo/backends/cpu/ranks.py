@@ -66,9 +66,8 @@ class RankedBackend:
 
     def export_page(self, page: int) -> np.ndarray:
         self._check(page)
-        if self._shards[0].kv_heads == range(self.spec.num_kv_heads):  # every rank has all of it
-            content = self._pools[0][page].reshape(-1)
-        else:
+        content: np.ndarray = self._pools[0][page].reshape(-1)
+        if len(self._shards[0].kv_heads) < self.spec.num_kv_heads:  # rank 0 has not all of it
             content = np.empty(self.page_bytes, np.uint8)
             for pool, part in zip(self._pools, self._parts(content), strict=True):
                 part[:] = pool[page].reshape(part.shape)
@@ -134,7 +133,8 @@ class Ranks:
 
     def place(self, processors: Iterable[int]) -> Place:
         """Return where rank 0 runs."""
-        return Place(*self._files, self.pools[0], frozenset(processors))
+        steps, calibration = self._files
+        return Place(steps, calibration, self.pools[0], frozenset(processors))
 
     def send(self, message: Allocate) -> None:
         for process in self.processes:
