@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -220,6 +221,14 @@ def test_a_rank_that_dies_while_it_loads(tiny_model: Callable[[str], Path], monk
     assert not ranks_of(os.getpid())
 
 
+def test_a_rank_that_never_comes(tiny_model: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(RankProcess, "send", lambda self, _: os.kill(self._popen.pid, signal.SIGSTOP))
+    monkeypatch.setattr("octavo.backends.cpu.rank_process.SILENCE", 0.5)
+    with pytest.raises(EngineDead, match=r"rank 1 has not answered for 0\.5 seconds"):
+        LLM(str(tiny_model("llama-ranks")), tensor_parallel_size=2)
+    assert not ranks_of(os.getpid())
+
+
 def test_an_error_of_a_rank_is_the_error_of_the_load(
     tiny_model: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -298,13 +307,14 @@ def private_memory(model: Path, size: int) -> tuple[int, Loaded]:
     try:
         process.send(Load(str(model), None, False, 1, size, sorted(os.sched_getaffinity(0)), settings))
         with ThreadPoolExecutor(1) as pool:
-            waiting, peak = pool.submit(process.take_in), 0
+            waiting, peak = pool.submit(process.next), 0
+            threading.Thread(target=lambda: all(iter(process.take_in, False)), daemon=True).start()
             while not waiting.done():
                 status = Path(f"/proc/{process._popen.pid}/status").read_text()
                 fields = dict(line.split(":", 1) for line in status.splitlines())
                 peak = max(peak, sum(int(fields[name].split()[0]) for name in ("RssAnon", "RssShmem")) * 1024)
                 time.sleep(0.002)
-        loaded = process.next()
+        loaded = waiting.result()
         assert isinstance(loaded, Loaded)
         return peak, loaded
     finally:

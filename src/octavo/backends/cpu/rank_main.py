@@ -4,6 +4,7 @@ RankProcess starts it. CONNECTION is one end of a socket pair, of which rank 0 h
 reason, so does this process. The others are the file descriptors of Place.
 """
 
+import contextlib
 import logging
 import os
 import signal
@@ -24,7 +25,7 @@ from octavo.weights import open_checkpoint
 
 from .backend import load_shard
 from .program import Place
-from .rank_process import Allocate, Allocated, Failed, FromRank, Load, Loaded, ToRank, receive
+from .rank_process import HEARTBEAT, Allocate, Allocated, Failed, FromRank, Load, Loaded, Loading, ToRank, receive
 
 if TYPE_CHECKING:
     from .backend import CpuBackend
@@ -44,6 +45,13 @@ def main(connection_fd: int, place: Place) -> int:
     def send(message: FromRank) -> None:
         connection.send(msgspec.msgpack.encode(message))
 
+    def beat() -> None:
+        with contextlib.suppress(OSError):  # rank 0 has ended
+            while not loaded.wait(HEARTBEAT):
+                send(Loading())
+
+    loaded = threading.Event()
+    threading.Thread(target=beat, name="octavo-heartbeat", daemon=True).start()
     load = messages.get()
     assert isinstance(load, Load)
     try:
@@ -56,6 +64,7 @@ def main(connection_fd: int, place: Place) -> int:
     except Exception as error:
         send(Failed.of(error))
         return 1
+    loaded.set()
     backend.follow()
     return 0
 

@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Sequence
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any
 
 import msgspec
@@ -20,6 +20,8 @@ from octavo import errors
 from octavo.secret import without_secrets
 
 LONGEST = 1 << 16  # bytes of a message
+HEARTBEAT = 1.0  # seconds between Loading messages
+SILENCE = 60.0  # seconds without a message after which a rank that loads is given up; importing modules takes some
 _PATIENCE = 2.0  # seconds for a process to end
 
 Settings = dict[str, Any]
@@ -43,6 +45,10 @@ class Load(msgspec.Struct, frozen=True, tag=True):
     size: int
     cores: list[int]
     settings: Settings
+
+
+class Loading(msgspec.Struct, frozen=True, tag=True):
+    """The rank is alive."""
 
 
 class Loaded(msgspec.Struct, frozen=True, tag=True):
@@ -80,7 +86,7 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
 
 
 ToRank = Load | Allocate
-FromRank = Loaded | Allocated | Failed
+FromRank = Loading | Loaded | Allocated | Failed
 
 
 def receive(connection: socket.socket, kind: Any) -> Any:
@@ -128,8 +134,16 @@ class RankProcess:
         return message is not None
 
     def next(self) -> Loaded | Allocated:
-        """Wait for the next message. Raises the error of a Failed message; EngineDead if the process has ended."""
-        message = self.messages.get()
+        """Wait for the next message, but Loading. Raises the error of a Failed message.
+
+        Raises EngineDead if the process has ended, or has been silent for too long.
+        """
+        message: FromRank | None = Loading()
+        while isinstance(message, Loading):
+            try:
+                message = self.messages.get(timeout=SILENCE)
+            except Empty:
+                raise errors.EngineDead(f"rank {self.rank} has not answered for {SILENCE:g} seconds") from None
         if message is None:
             raise errors.EngineDead(f"rank {self.rank} has ended while it loaded: {self.wait()[1]}")
         if isinstance(message, Failed):
