@@ -117,7 +117,7 @@ def plan_engine(config: EngineConfig, path: ModelPath) -> EnginePlan:
     max_model_len, engines, ranks = _max_model_len(config, spec), config.data_parallel_size, config.tensor_parallel_size
     check_size(spec, ranks)
     _, backend_footprint = _backend(config)
-    footprint = backend_footprint(spec, parameters, ranks=ranks, **_backend_settings(config, max_model_len))
+    footprint = backend_footprint(spec, parameters, **_backend_settings(config, max_model_len))
     free = available_memory() - engines * footprint.weight_bytes
     if free < 0:
         raise OutOfMemory(
@@ -228,7 +228,7 @@ def _backend(config: EngineConfig) -> tuple[BackendFactory, Callable[..., Footpr
         return torch.load, torch.footprint
     from octavo.backends import cpu
 
-    return cpu.load, cpu.footprint
+    return cpu.load, partial(cpu.footprint, ranks=config.tensor_parallel_size)
 
 
 def _load_ranks(
