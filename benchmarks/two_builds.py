@@ -56,8 +56,8 @@ def main() -> None:
     recipes = sys.argv[3].split(",") if len(sys.argv) > 3 else RECIPES
     threads = int(sys.argv[4]) if len(sys.argv) > 4 else EngineConfig().num_threads
     code = TURN.format(path=sys.path[0])
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    builds = [subprocess.Popen([python, "-c", code], **pipes) for python in (sys.argv[1], sys.executable)]
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    builds: list[Any] = [subprocess.Popen([python, "-c", code], **pipes) for python in (sys.argv[1], sys.executable)]
 
     def turn(build: Any, *question: Any) -> list[float]:
         print(json.dumps(question), file=build.stdin, flush=True)
