@@ -308,6 +308,7 @@ NB_MODULE(_native, module) {
         .def("export_page", &export_page, "page"_a)
         .def("import_page", &import_page, "page"_a, "content"_a.noconvert())
         .def("copy_page", &copy_page, "source"_a, "target"_a)
+        .def("gather_rows", &Program::gather_rows)
         .def("follow", &Program::follow, nb::call_guard<nb::gil_scoped_release>())
         .def("stop_ranks", &Program::stop_ranks)
         .def("step", &step)

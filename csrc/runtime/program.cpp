@@ -144,10 +144,13 @@ void Program::cut_attention(const Batch& batch) {
     const auto seen = [&](const RowTile& rows) { return int64_t(batch.positions[rows.first + rows.count - 1]) + 1; };
     std::vector<RowTile> tiles;
     int64_t work = 0;  // (row, visible position) pairs per kv head
+    int64_t dealt = 0;
+    const auto is_own = [&] { return !divides_rows_ || dealt++ % ranks_->size() == ranks_->rank(); };
     for (int64_t s = 0; s < batch.sequences; s++) {
         const int32_t end = batch.query_start[s + 1];
         for (int32_t row = batch.query_start[s], count; row < end; row += count) {
             count = int32_t(std::min<int64_t>(end - row, span));
+            if (!is_own()) continue;
             tiles.push_back({int32_t(s), row, count});
             work += count * seen(tiles.back());
         }

@@ -81,7 +81,8 @@ public:
     int gated(int gate_up, Activation activation);                               // fused into the linear before it
     int all_reduce(int x, int bias, int residual);                               // x: written by the linear before it
     int all_gather(int x, int64_t first_column, int64_t columns, int residual);  // the same
-    void pool_rows(int x, int vector);                                           // at most once
+    int gather_rows(int x);             // x: written by the attention before it, of which each rank does some rows
+    void pool_rows(int x, int vector);  // at most once
     int sampled_rows(int x);
     int observe(int x);       // returns a handle for squares()
     void finish(int logits);  // lay out the memory; `logits` is the buffer to sample from
@@ -185,7 +186,8 @@ private:
     std::vector<Buffer> buffers_;
     std::vector<Recorded> recorded_;
     std::vector<Instruction> instructions_;
-    bool followed_ = false;  // by other ranks: rank 0 alone samples; else each rank runs the same steps by itself
+    bool divides_rows_ = false;  // whether each rank computes the attention of some rows, or that of its heads
+    bool followed_ = false;      // by other ranks: rank 0 alone samples; else each rank runs the same steps by itself
     int64_t logits_width_ = 0, pooled_width_ = 0, weight_bytes_ = 0;
     Memory weight_memory_, arena_;
     int32_t* published_ = nullptr;      // the batch of the step, for other ranks

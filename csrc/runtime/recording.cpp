@@ -172,6 +172,14 @@ int Program::all_gather(int x, int64_t first_column, int64_t columns, int residu
     return x;
 }
 
+int Program::gather_rows(int x) {
+    require(ranks_ && recorded_.back().instruction.op == Op::attention && recorded_.back().out == x,
+            "ranks exchange the rows of the attention before");
+    share(Home::common);
+    divides_rows_ = true;
+    return x;
+}
+
 void Program::pool_rows(int x, int vector) {
     require(pooled_width_ == 0, "pool_rows is recorded at most once");
     pooled_width_ = buffers_.at(x).width;

@@ -159,7 +159,7 @@ def test_the_plan_says_how_the_model_is_divided(two_ranks: ServerProcess, tiny_m
     assert "2 processes, each with its part of the weights\n" in two_ranks.banner
     assert "1 thread in each rank (as set)" in two_ranks.banner
     with LLM(str(tiny_model("llama-odd-heads")), tensor_parallel_size=2, threads=1) as llm:
-        assert "each computes the attention of all of them" in llm.info.plan.lines()["ranks"]
+        assert "each has the KV cache of all of them" in llm.info.plan.lines()["ranks"]
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSEGV], ids=["killed", "faulty"])

@@ -17,7 +17,7 @@ class EnginePlan(msgspec.Struct, frozen=True):
         kernels, weight_bytes, page_bytes: see Footprint.
         threads: compute threads, of each rank, and whether a setting says so.
         ranks: processes over which the model is divided.
-        whole_attention: whether each of them computes the attention of all heads.
+        whole_attention: whether each of them has all heads.
         weights: format of the weights, in words.
         num_pages, page_size: pages of the KV pool, and tokens in a page.
         bound: what limits `num_pages`, in words.
@@ -57,7 +57,7 @@ class EnginePlan(msgspec.Struct, frozen=True):
         threads = f"{self.threads} {'thread' if self.threads == 1 else 'threads'}"
         ranks = f"{self.ranks} processes, each with its part of the weights"
         if self.whole_attention:
-            ranks += "; the heads cannot be divided, so each computes the attention of all of them"
+            ranks += "; the heads cannot be divided, so each has the KV cache of all of them"
         return {
             "kernels": f"{self.kernels}, {threads}{' in each rank' if self.ranks > 1 else ''} ({why})",
             **({"ranks": ranks} if self.ranks > 1 else {}),

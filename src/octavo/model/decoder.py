@@ -39,6 +39,7 @@ def describe_layer(spec: DecoderSpec, i: int, ops: Ops[T], x: T) -> T:
     q = ops.rope_and_cache(qkv, i, q_norm=q_norm, k_norm=k_norm)
     attended = ops.attention(q, i, spec.windows[i])
     if spec.whole_attention:
+        attended = _collectives(ops).gather_rows(attended)
         some = ops.linear(attended, layer + "out", bias=spec.output_bias)
         x = _collectives(ops).all_gather(some, layer + "out", residual=x)
     else:

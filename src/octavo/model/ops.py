@@ -68,3 +68,7 @@ class Collectives(Ops[T], Protocol[T]):
     def all_gather(self, x: T, weight: str, residual: T | None = None) -> T:
         """Return the columns `x` of all ranks side by side: the result of the linear `weight`. Adds `residual`."""
         ...
+
+    def gather_rows(self, x: T) -> T:
+        """Return the attention `x` of all rows, of which each rank has computed some."""
+        ...

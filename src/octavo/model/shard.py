@@ -22,7 +22,8 @@ class Shard:
     A rank has some rows of the embedding and of the head, and as many neighboring spans of the columns of `down`
     (spans.py) as any other, with the rows of gate and up from which they come. If heads can be divided, it has some
     heads and their columns of `out`, and the heads of keys and values that they need, which are copied where there are
-    fewer than ranks. If not, it has some rows of qkv and of `out`, and computes the attention of all heads.
+    fewer than ranks. If not, it has some rows of qkv and of `out`, and the keys and values of all heads; then each rank
+    computes the attention of some rows of a step.
     """
 
     whole: DecoderSpec

@@ -53,6 +53,9 @@ class Recorder:
     def all_gather(self, x: int, weight: str, residual: int | None = None) -> int:
         return self._program.all_gather(x, *self._shard.outputs(weight), -1 if residual is None else residual)
 
+    def gather_rows(self, x: int) -> int:
+        return self._program.gather_rows(x)
+
     def pool_rows(self, x: int, weight: str) -> None:
         self._program.pool_rows(x, self._vector(weight))
 
