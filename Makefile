@@ -47,7 +47,7 @@ format: $(VENV)/.lint  ## format Python and C++
 # The tests of kernels, formats, sampler and program: everything that runs in csrc/, in about a minute.
 NATIVE_TESTS := tests/kernels/test_bindings.py tests/kernels/test_kernels.py tests/kernels/test_integer_weights.py \
 	tests/kernels/test_quants.py tests/kernels/test_sampler.py tests/kernels/test_cpu_backend.py tests/kernels/test_page_access.py \
-	tests/unit/test_page_keys.py
+	tests/kernels/test_ranks.py tests/unit/test_page_keys.py
 RUNTIMES = $(foreach name,libasan.so libstdc++.so,$(shell g++ -print-file-name=$(name)))
 
 sanitize: build/sanitize/.built $(VENV)/.test  ## run the native tests under AddressSanitizer and UndefinedBehaviorSanitizer

@@ -177,21 +177,28 @@ void copy_page(Program& program, int64_t source, int64_t target) {
     std::memmove(program.page(target), program.page(source), program.page_bytes());
 }
 
-// One part of a weight, from Python's (data, format, row_order or None), as the fields of Tensor. Holds the arrays that
-// `part` points into: they may be copies, made here of arrays with another layout.
+// One part of a weight, from Python's (data, format, row_order or None), and the first column if it is not 0, as the
+// fields of Tensor. Holds the arrays that `part` points into: they may be copies, made here of arrays with another
+// layout.
 struct PartArrays {
     Table<uint8_t> data;
     std::optional<Array<int64_t>> row_order;
     Part part;
 
     PartArrays(nb::handle item, int64_t columns) {
-        const auto [stored, format, order] = nb::cast<std::tuple<nb::object, std::string, nb::object>>(item);
+        const nb::object stored = item[0], order = item[2];
+        const auto format = nb::cast<std::string>(item[1]);
+        const int64_t first = nb::len(item) > 3 ? nb::cast<int64_t>(item[3]) : 0;
         if (!is_uint8(stored) || !nb::try_cast(stored, data))
             throw nb::type_error("the data of a part must be uint8 [rows, bytes per row]");
         const int number = format_named(format);
-        if (number < 0 || row_bytes(number, columns) != data.shape(1))
+        const int64_t used = first + columns, most = used + kMostSkipped / 2;
+        int64_t whole = used;  // columns in whole blocks
+        while (whole < most && row_bytes(number, whole) == 0) whole++;
+        if (number < 0 || first < 0 || first >= kMostSkipped / 2 || row_bytes(number, whole) != data.shape(1))
             throw nb::value_error("the bytes per row do not fit the format and the number of columns");
-        part = {data.data(), int64_t(data.shape(0)), int64_t(data.shape(1)), number, nullptr};
+        const int64_t bytes = int64_t(data.shape(1));
+        part = {data.data(), int64_t(data.shape(0)), bytes, number, nullptr, first, whole};
         if (!order.is_none()) read_order(order);
     }
 
@@ -199,10 +206,9 @@ private:
     void read_order(nb::handle order) {
         Array<int64_t> rows;
         if (!nb::try_cast(order, rows)) throw nb::type_error("row_order must be int64 [rows]");
-        if (rows.shape(0) != data.shape(0)) throw nb::value_error("row_order must have one entry per row");
         for (size_t i = 0; i < rows.shape(0); i++)
             if (rows(i) < 0 || rows(i) >= part.rows) throw nb::value_error("row_order must name rows of the tensor");
-        part.row_order = rows.data();
+        part.row_order = rows.data(), part.rows = int64_t(rows.shape(0));
         row_order = std::move(rows);
     }
 
@@ -269,22 +275,27 @@ NB_MODULE(_native, module) {
             "__init__",
             [](Program* self, const std::string& isa, std::vector<int> cores, int64_t vocab, int64_t heads,
                int64_t kv_heads, int64_t head_dim, int64_t layers, double norm_eps, int64_t page_size, int64_t max_rows,
-               int64_t max_sampled, std::vector<double> frequencies, bool int8_kv) {
+               int64_t max_sampled, std::vector<double> frequencies, bool int8_kv, int rank, int ranks, int group,
+               int kv) {
                 const Sizes sizes{vocab,    heads,     kv_heads, head_dim,    layers,
                                   norm_eps, page_size, max_rows, max_sampled, int8_kv};
-                new (self) Program(isa, std::move(cores), sizes, std::move(frequencies));
+                auto others = ranks > 1 ? std::make_unique<RankGroup>(rank, ranks, group) : nullptr;
+                new (self) Program(isa, std::move(cores), sizes, std::move(frequencies), std::move(others), kv);
             },
             nb::kw_only(), "isa"_a, "cores"_a, "vocab"_a, "heads"_a, "kv_heads"_a, "head_dim"_a, "layers"_a,
-            "norm_eps"_a, "page_size"_a, "max_rows"_a, "max_sampled"_a, "frequencies"_a, "int8_kv"_a = false)
+            "norm_eps"_a, "page_size"_a, "max_rows"_a, "max_sampled"_a, "frequencies"_a, "int8_kv"_a = false,
+            "rank"_a = 0, "ranks"_a = 1, "group"_a = -1, "kv"_a = -1)
         .def("vector", [](Program& p, Array<float> values) { return p.vector(values.data(), values.shape(0)); })
         .def("weight", &Program::weight, "rows"_a, "columns"_a, "encoding"_a = Encoding{},
              "spans"_a = std::vector<int64_t>{})
-        .def("embed", &Program::embed)
+        .def("embed", &Program::embed, "weight"_a, "first_token"_a = 0)
         .def("norm", &Program::norm)
         .def("linear", &Program::linear, "x"_a, "weight"_a, "bias"_a, "residual"_a)
         .def("rope_and_cache", &Program::rope_and_cache, "qkv"_a, "layer"_a, "q_norm"_a, "k_norm"_a)
         .def("attention", &Program::attention, "q"_a, "layer"_a, "window"_a)
         .def("gated", &Program::gated)
+        .def("all_reduce", &Program::all_reduce, "x"_a, "bias"_a, "residual"_a)
+        .def("all_gather", &Program::all_gather, "x"_a, "first_column"_a, "columns"_a, "residual"_a)
         .def("pool_rows", &Program::pool_rows, "x"_a, "vector"_a)
         .def("sampled_rows", &Program::sampled_rows)
         .def("observe", &Program::observe)
@@ -297,6 +308,9 @@ NB_MODULE(_native, module) {
         .def("export_page", &export_page, "page"_a)
         .def("import_page", &import_page, "page"_a, "content"_a.noconvert())
         .def("copy_page", &copy_page, "source"_a, "target"_a)
+        .def("gather_rows", &Program::gather_rows)
+        .def("follow", &Program::follow, nb::call_guard<nb::gil_scoped_release>())
+        .def("stop_ranks", &Program::stop_ranks)
         .def("step", &step)
         .def("logits", &logits)
         .def_prop_ro("layers", [](Program& p) { return linears(p.linears(false)); })

@@ -26,7 +26,14 @@ struct StoredRow {
     int part;  // index of the tensor that the row belongs to
     int format;
     const uint8_t* data;
+    int64_t first, stored;  // see Part
 };
+
+// Dequantizes the columns of a row that belong to its part. `to` has room for kMostSkipped more.
+void read_floats(const StoredRow& row, int64_t columns, float* to) {
+    dequantize_row(row.format, row.data, to, row.stored);
+    if (row.first) std::memmove(to, to + row.first, columns * sizeof *to);
+}
 
 // The rows of one block of a packed weight; fewer than kBlock in the last one.
 struct BlockRows {
@@ -38,7 +45,7 @@ StoredRow find_row(const std::vector<Part>& parts, int64_t index) {
     auto part = parts.begin();
     for (; index >= part->rows; ++part) index -= part->rows;
     const uint8_t* data = part->data + (part->row_order ? part->row_order[index] : index) * part->row_bytes;
-    return {int(part - parts.begin()), part->format, data};
+    return {int(part - parts.begin()), part->format, data, part->first, part->stored};
 }
 
 BlockRows find_rows(const Weight& weight, const std::vector<Part>& parts, int64_t block) {
@@ -66,11 +73,11 @@ bool all_finite(const Group* groups, int64_t n) {
 }
 
 // Returns whether all values are finite.
-bool read_bf16(StoredRow row, int64_t columns, float* floats, bf16* to) {
+bool read_bf16(const StoredRow& row, int64_t columns, float* floats, bf16* to) {
     if (row.format == FORMAT_BF16) {
         std::memcpy(to, row.data, columns * sizeof(bf16));
     } else {
-        dequantize_row(row.format, row.data, floats, columns);
+        read_floats(row, columns, floats);
         for (int64_t i = 0; i < columns; i++) to[i] = to_bf16(floats[i]);
     }
     return all_finite(to, columns);
@@ -78,9 +85,10 @@ bool read_bf16(StoredRow row, int64_t columns, float* floats, bf16* to) {
 
 // Reads the file's own integers if the encoding stores them without loss, else quantizes to kW8. Returns whether all
 // values are finite.
-bool read_integers(StoredRow row, Encoding encoding, const Spans& spans, int64_t columns, float* floats, Group* to) {
+bool read_integers(const StoredRow& row, Encoding encoding, const Spans& spans, int64_t columns, float* floats,
+                   Group* to) {
     if (!holds_losslessly(encoding, row.format)) {
-        dequantize_row(row.format, row.data, floats, columns);
+        read_floats(row, columns, floats);
         const bool finite = all_within(floats, columns, kMost8);
         for (int64_t span = 0; span < spans.count; span++) {
             const int64_t begin = spans.begin(span), end = spans.ends[span];
@@ -89,8 +97,9 @@ bool read_integers(StoredRow row, Encoding encoding, const Spans& spans, int64_t
         }
         return finite;
     }
-    const int64_t groups = columns / kQuantGroup;
-    const int zero = read_groups(row.format, row.data, to, columns);
+    const int64_t groups = columns / kQuantGroup, skipped = row.first / kQuantGroup;
+    const int zero = read_groups(row.format, row.data, to, row.stored);
+    if (skipped) std::memmove(to, to + skipped, groups * sizeof *to);
     for (int64_t g = 0; !encoding.minimum && g < groups; g++)
         for (uint8_t& q : to[g].q) q = uint8_t(q + encoding.zero() - zero);
     return all_finite(to, groups);
@@ -135,7 +144,7 @@ int quantize_to_4(const Weight& weight, int64_t block, const BlockRows& rows, co
     for (int64_t i = 0; i < rows.count; i++) {
         if (holds_losslessly(kW4, rows.row[i].format)) continue;
         float* to = scratch + i * weight.columns;
-        dequantize_row(rows.row[i].format, rows.row[i].data, to, weight.columns);
+        read_floats(rows.row[i], weight.columns, to);
         if (!all_within(to, weight.columns, kMost4)) damaged = rows.row[i].part;
         floats[i] = to;
     }
@@ -178,7 +187,7 @@ int pack_integers(const Weight& weight, int64_t block, const BlockRows& rows, co
 
 int pack_bf16(const Weight& weight, int64_t block, const BlockRows& rows, float* scratch) {
     const int64_t pairs = (weight.columns + 1) / 2;
-    bf16* lines = reinterpret_cast<bf16*>(scratch + weight.columns);  // [kBlock][2 pairs]
+    bf16* lines = reinterpret_cast<bf16*>(scratch + weight.columns + kMostSkipped);  // [kBlock][2 pairs]
     std::memset(lines, 0, kBlock * pairs * sizeof(uint32_t));
     int damaged = -1;
     for (int64_t i = 0; i < rows.count; i++)

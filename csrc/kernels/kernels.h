@@ -82,6 +82,11 @@ struct Matrix {
     OCTAVO_INLINE ActivationGroup* groups(int64_t r) const {
         return reinterpret_cast<ActivationGroup*>(i8(r) + stride);
     }
+    OCTAVO_INLINE Matrix from_column(int64_t column) const {  // of float
+        Matrix part = *this;
+        if (data) part.data = static_cast<std::byte*>(data) + column * sizeof(float);
+        return part;
+    }
     OCTAVO_INLINE RowScale* row_scales(int64_t r) const { return reinterpret_cast<RowScale*>(i8(r) + stride); }
 };
 
@@ -142,6 +147,7 @@ enum class Op {
     rope_and_cache,
     attention,
     quantize,
+    all_reduce,
     observe,
     pool_rows,
     sampled_rows,
@@ -157,8 +163,11 @@ struct Instruction {
     double* squares = nullptr;       // observe: a sum per column
     int64_t width = 0;               // columns of x; embed: of out
     int64_t layer = 0, window = 0;
+    int64_t first_token = 0;  // embed: the token of the weight's first row; tokens outside of it are other ranks'
+    int64_t rank_bytes = 0;   // all_reduce: x is rank 0's, and rank i's lies i * rank_bytes behind it
     Activation activation = Activation::none;
     bool sampled = false;  // runs on the sampled rows only
+    bool shared = false;   // other ranks read what it writes
 };
 
 // Consecutive rows of one sequence.

@@ -5,11 +5,12 @@
 
 namespace octavo::OCTAVO_ISA {
 
-// out[r, :] = weight[tokens[r], :], float. In the packed weight, a row is lane token % 16 of every pair (or group) of
-// columns of block token / 16.
+// out[r, :] = weight[tokens[r] - first_token, :], float, where the weight has such a row. In the packed weight, row i is
+// lane i % 16 of every pair (or group) of columns of block i / 16.
 void embed(const Instruction& op, const Step& step, int64_t begin, int64_t end, Scratch&) {
     for (int64_t r = begin; r < end; r++) {
-        const int64_t token = step.tokens[r];
+        const int64_t token = step.tokens[r] - op.first_token;
+        if (token < 0 || token >= op.weight->rows) continue;
         float* to = op.out.f32(r);
         if (op.weight->encoding.is_integer()) {
             for (int64_t g = 0; g < op.weight->groups; g++)

@@ -2,6 +2,7 @@
 
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <new>
 #include <utility>
@@ -24,6 +25,20 @@ Memory::Memory(size_t bytes) : size_(bytes) {
 #ifdef MADV_HUGEPAGE
     madvise(data_, mapped_ - kHugePage, MADV_HUGEPAGE);  // fewer TLB misses; may fail, which does no harm
 #endif
+}
+
+Memory Memory::shared(int fd, size_t offset, size_t bytes) {
+    if (fd < 0) return Memory(bytes);
+    Memory memory;
+    bytes = std::max<size_t>(bytes, 1);
+    void* mapping = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, fd, off_t(offset));
+    if (mapping == MAP_FAILED) throw std::bad_alloc();
+    memory.mapping_ = mapping, memory.mapped_ = memory.size_ = bytes;
+    memory.data_ = static_cast<std::byte*>(mapping);
+#ifdef MADV_HUGEPAGE
+    madvise(mapping, bytes, MADV_HUGEPAGE);
+#endif
+    return memory;
 }
 
 Memory::Memory(Memory&& other) noexcept { *this = std::move(other); }

@@ -1,4 +1,4 @@
-// Anonymous memory mapped from the operating system: zeroed, aligned to 2 MiB, in huge pages where they are available.
+// Memory mapped from the operating system: zeroed, and in huge pages where they are available.
 #pragma once
 
 #include <cstddef>
@@ -8,7 +8,12 @@ namespace octavo {
 class Memory {
 public:
     Memory() = default;
-    explicit Memory(size_t bytes);  // throws std::bad_alloc; a page takes physical memory once it is written
+    // Memory of this process, aligned to 2 MiB. Throws std::bad_alloc; a page takes physical memory once it is written.
+    explicit Memory(size_t bytes);
+
+    // Bytes of a memfd from `offset` on, a multiple of 4096, which other processes may map too. fd -1: as above.
+    static Memory shared(int fd, size_t offset, size_t bytes);
+
     Memory(Memory&& other) noexcept;
     Memory& operator=(Memory&& other) noexcept;
     ~Memory();

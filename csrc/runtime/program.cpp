@@ -18,6 +18,9 @@ constexpr int64_t kTilesPerThread = 8;  // attention: a tile larger than 1 / (8 
 
 using Clock = std::chrono::steady_clock;
 
+constexpr char kStopped[] = "the ranks of the engine have been stopped";
+
+constexpr int64_t kCounts = 4;     // of a published batch
 constexpr int64_t kObserved = 64;  // columns in a tile of the op `observe`
 
 // Return the seconds since `since`, and set `since` to now.
@@ -37,6 +40,7 @@ const char* name_of(const Instruction& instruction) {
         case Op::rope_and_cache: return "rope_and_cache";
         case Op::attention: return "attention";
         case Op::quantize: return "quantize";
+        case Op::all_reduce: return "all_reduce";
         case Op::observe: return "observe";
         case Op::pool_rows: return "pool_rows";
         case Op::sampled_rows: return "sampled_rows";
@@ -47,8 +51,9 @@ const char* name_of(const Instruction& instruction) {
 
 }  // namespace
 
-Program::Program(const std::string& isa, std::vector<int> cores, const Sizes& sizes, std::vector<double> frequencies)
-    : kernels_(kernels_for(isa)), pool_(std::move(cores)), sizes_(sizes),
+Program::Program(const std::string& isa, std::vector<int> cores, const Sizes& sizes, std::vector<double> frequencies,
+                 std::unique_ptr<RankGroup> ranks, int kv)
+    : kernels_(kernels_for(isa)), pool_(std::move(cores)), ranks_(std::move(ranks)), kv_file_(kv), sizes_(sizes),
       shape_{sizes.heads, sizes.kv_heads, sizes.head_dim, sizes.page_size, float(sizes.norm_eps), sizes.int8_kv},
       frequencies_(std::move(frequencies)) {
     require(pool_.size() > 0, "there must be at least one thread");
@@ -68,7 +73,8 @@ int Program::pack(int weight, const std::vector<Part>& parts, int64_t rows, int6
                     holds_losslessly(w.encoding, part.format),
                 "this encoding is for the formats that it holds without loss");
     const std::vector<float> weights = column_weights(importance, w.columns);
-    std::vector<std::vector<float>> scratch(pool_.size(), std::vector<float>((1 + kBlock) * (w.columns + kRotated)));
+    const size_t floats = (1 + kBlock) * (w.columns + kRotated) + kMostSkipped;
+    std::vector<std::vector<float>> scratch(pool_.size(), std::vector<float>(floats));
     std::atomic<int64_t> next_block = 0;
     std::atomic<int> damaged = -1;
     pool_.run([&](int thread) {
@@ -90,7 +96,7 @@ void Program::allocate_kv(int64_t pages) {
     const std::lock_guard not_in_a_step(running_);
     pages_ = 0;
     kv_ = nullptr;  // free the old pool first: the memory may not suffice for both
-    kv_ = std::make_shared<const Memory>(pages * page_bytes());
+    kv_ = std::make_shared<const Memory>(Memory::shared(kv_file_, 0, pages * page_bytes()));
     pages_ = pages;
 }
 
@@ -138,10 +144,13 @@ void Program::cut_attention(const Batch& batch) {
     const auto seen = [&](const RowTile& rows) { return int64_t(batch.positions[rows.first + rows.count - 1]) + 1; };
     std::vector<RowTile> tiles;
     int64_t work = 0;  // (row, visible position) pairs per kv head
+    int64_t dealt = 0;
+    const auto is_own = [&] { return !divides_rows_ || dealt++ % ranks_->size() == ranks_->rank(); };
     for (int64_t s = 0; s < batch.sequences; s++) {
         const int32_t end = batch.query_start[s + 1];
         for (int32_t row = batch.query_start[s], count; row < end; row += count) {
             count = int32_t(std::min<int64_t>(end - row, span));
+            if (!is_own()) continue;
             tiles.push_back({int32_t(s), row, count});
             work += count * seen(tiles.back());
         }
@@ -204,6 +213,23 @@ int64_t Program::rows_of(const Instruction& instruction) const {
     return instruction.sampled ? step_.sampled : step_.rows;
 }
 
+// Return the first and the end of the rows that this rank adds up for all ranks.
+std::pair<int64_t, int64_t> Program::rows_to_reduce() const {
+    return {step_.rows * ranks_->rank() / ranks_->size(), step_.rows * (ranks_->rank() + 1) / ranks_->size()};
+}
+
+// out[r, :] = (sum over ranks of their x[r, :]) + bias + residual[r, :], for rows begin ... end - 1.
+void Program::sum_ranks(const Instruction& instruction, int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; r++) {
+        const float* x[RankGroup::kMostRanks];
+        for (int rank = 0; rank < ranks_->size(); rank++)
+            x[rank] = reinterpret_cast<const float*>(instruction.x.row(r) + rank * instruction.rank_bytes);
+        kernels_.sum_partials(x, ranks_->size(), instruction.vector,
+                              instruction.residual.data ? instruction.residual.f32(r) : nullptr, instruction.out.f32(r),
+                              instruction.out.stride);
+    }
+}
+
 // Choose the width of a linear's tiles: the widest that still gives every thread several.
 Cut Program::cut_linear(const Instruction& instruction) const {
     const int64_t rows = rows_of(instruction), blocks = instruction.weight->blocks, wanted = 4 * pool_.size();
@@ -221,7 +247,11 @@ int64_t Program::count_tiles(const Instruction& instruction, const Cut& cut) con
         case Op::linear: return (instruction.weight->blocks + cut.panel - 1) / cut.panel * cut.row_tiles;
         case Op::rope_and_cache: return int64_t(cache_tiles_.size());
         case Op::attention: return int64_t(attention_tiles_.size()) * sizes_.kv_heads;
-        case Op::sample: return step_.sampled;
+        case Op::sample: return followed_ && ranks_->rank() > 0 ? 0 : step_.sampled;
+        case Op::all_reduce: {
+            const auto [first, end] = rows_to_reduce();
+            return (end - first + step_.rows_per_tile - 1) / step_.rows_per_tile;
+        }
         case Op::pool_rows: return step_.pooling.ranges;
         case Op::observe: return (instruction.width + kObserved - 1) / kObserved;
         default: return (rows_of(instruction) + step_.rows_per_tile - 1) / step_.rows_per_tile;
@@ -273,6 +303,10 @@ void Program::run_tile(int index, int64_t tile, bool more, int thread) {
         case Op::norm: return kernels_.norm(instruction, step_, begin, end, scratch);
         case Op::quantize: return kernels_.quantize(instruction, step_, begin, end, scratch);
         case Op::pool_rows: return kernels_.pool_rows(instruction, step_, tile, tile + 1, scratch);
+        case Op::all_reduce: {
+            const auto [first, last] = rows_to_reduce();
+            return sum_ranks(instruction, first + begin, std::min(last, first + begin + step_.rows_per_tile));
+        }
         case Op::sampled_rows: return kernels_.sampled_rows(instruction, step_, begin, end, scratch);
         case Op::rope_and_cache: return kernels_.rope_and_cache(instruction, step_, tile, scratch);
         case Op::attention: return kernels_.attention(instruction, step_, tile, more ? tile + 1 : -1, scratch);
@@ -304,30 +338,81 @@ void Program::run_tiles(int index, int thread) {
     }
 }
 
-void Program::run(const Batch& batch, const Pooling& pooling, const Work& finish_row) {
+// Wait until all threads, and if `exchanged` all ranks, are here.
+void Program::wait_for_all(bool exchanged) {
+    if (!exchanged) return pool_.barrier();
+    pool_.barrier([&] { stopped_ = stopped_ || !ranks_->barrier(); });
+}
+
+// Return false if the ranks have been stopped.
+bool Program::run(const Batch& batch, const Pooling& pooling, const Work& finish_row) {
     require(!instructions_.empty(), "a program is run when it is finished");
     const std::unique_lock one_at_a_time(running_, std::try_to_lock);
     require(one_at_a_time.owns_lock(), "another thread is running a step");
     validate(batch, pooling);
+    if (followed_ && ranks_->rank() == 0) publish(batch);
     prepare(batch, pooling);
     finish_row_ = &finish_row;
     const bool profiled = !seconds_.empty();
     const int sampling = int(instructions_.size()) - 1;
     Clock::time_point since, sampling_began;
+    stopped_ = false;
     pool_.run([&](int thread) {
         const bool timing = profiled && thread == 0;
         kernels_.start_thread();
         if (timing) since = Clock::now();
-        for (int i = 0; i < int(instructions_.size()); i++) {
-            if (i > 0 && plans_[i].tiles) pool_.barrier();
+        bool exchanged = ranks_ && !followed_;  // whether the next barrier is one of all ranks
+        for (int i = 0; i < int(instructions_.size()) && !stopped_; i++) {
+            if (i > 0 && (plans_[i].tiles || exchanged)) wait_for_all(std::exchange(exchanged, false));
             if (timing && i > 0) seconds_[i - 1] += lap(since);
             if (thread == 0 && i == sampling) sampling_began = Clock::now();
-            run_tiles(i, thread);
+            if (!stopped_) run_tiles(i, thread);
+            exchanged |= instructions_[i].shared;
         }
+        if (exchanged && !stopped_) wait_for_all(true);
         kernels_.stop_thread();
     });
+    if (stopped_) return false;
     if (profiled) seconds_.back() += lap(since);
     sampling_seconds_ += lap(sampling_began);
+    return true;
+}
+
+// Write the batch where the other ranks find it, and let them begin.
+void Program::publish(const Batch& batch) {
+    const int32_t counts[kCounts] = {int32_t(batch.rows), int32_t(batch.sequences), int32_t(batch.pages_per_sequence),
+                                     int32_t(batch.sampled)};
+    const int64_t tables = batch.sequences * batch.pages_per_sequence;
+    const int64_t ints = kCounts + 2 * batch.rows + batch.sequences + 1 + tables + batch.sampled;
+    require(ints * int64_t(sizeof(int32_t)) <= kBatchBytes, "the page tables are too large");
+    int32_t* to = published_;
+    const auto write = [&](const int32_t* from, int64_t count) { to = std::copy_n(from, count, to); };
+    write(counts, kCounts);
+    write(batch.tokens, batch.rows), write(batch.positions, batch.rows);
+    write(batch.query_start, batch.sequences + 1), write(batch.page_tables, tables);
+    write(batch.sample_rows, batch.sampled);
+    ranks_->start_step();
+}
+
+// Return the batch that rank 0 has written.
+Batch Program::published() const {
+    const int32_t* counts = published_;
+    const int64_t rows = counts[0], sequences = counts[1], pages_per_sequence = counts[2], sampled = counts[3];
+    const int32_t *tokens = counts + kCounts, *positions = tokens + rows, *query_start = positions + rows;
+    const int32_t* page_tables = query_start + sequences + 1;
+    const int32_t* sample_rows = page_tables + sequences * pages_per_sequence;
+    return {rows, sequences, pages_per_sequence, sampled, tokens, positions, query_start, page_tables, sample_rows};
+}
+
+void Program::follow() {
+    require(ranks_ && ranks_->rank() > 0, "rank 0 does not follow");
+    const Work none = [](int64_t, int) {};
+    while (ranks_->wait_for_step() && run(published(), {}, none)) {
+    }
+}
+
+void Program::stop_ranks() {
+    if (ranks_) ranks_->stop();
 }
 
 LinearWeights Program::linears(bool head) const {
@@ -361,7 +446,7 @@ double Program::sampling_seconds() const {
 
 void Program::step(const Batch& batch, const SamplingBatch& sampling, const Pooling& pooling, const Sampled& result) {
     require(sampling.rows == batch.sampled, "sampling must have one entry per sampled row");
-    run(batch, pooling, [&](int64_t row, int thread) {
+    const bool done = run(batch, pooling, [&](int64_t row, int thread) {
         float* logits = instructions_.back().x.f32(row);
         for (int64_t i = 0; i < pooling.labels; i++)
             if (pooling.label_rows[i] == row) pooling.label_logits[i] = logits[pooling.label_tokens[i]];
@@ -374,12 +459,14 @@ void Program::step(const Batch& batch, const SamplingBatch& sampling, const Pool
         if (result.logprobs) result.logprobs[row] = sampled.logprob;
         if (result.ranks) result.ranks[row] = sampled.rank;
     });
+    if (!done) throw std::runtime_error(kStopped);
 }
 
 void Program::logits(const Batch& batch, float* result) {
-    run(batch, {}, [&](int64_t row, int) {
+    const bool done = run(batch, {}, [&](int64_t row, int) {
         std::memcpy(result + row * logits_width_, instructions_.back().x.f32(row), logits_width_ * sizeof(float));
     });
+    if (!done) throw std::runtime_error(kStopped);
 }
 
 }  // namespace octavo

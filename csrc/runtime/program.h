@@ -20,6 +20,7 @@
 #include "isa.h"
 #include "kernels/sampler.h"
 #include "memory.h"
+#include "rank_group.h"
 #include "thread_pool.h"
 
 namespace octavo {
@@ -62,20 +63,26 @@ struct LinearWeights {
 
 class Program {
 public:
-    Program(const std::string& isa, std::vector<int> cores, const Sizes& sizes, std::vector<double> frequencies);
+    // `ranks`: null, or the processes that run this program together, each with its part of the weights. kv: a memfd for
+    // the KV pool, which other processes may map; -1: memory of this process.
+    Program(const std::string& isa, std::vector<int> cores, const Sizes& sizes, std::vector<double> frequencies,
+            std::unique_ptr<RankGroup> ranks = nullptr, int kv = -1);
 
     // Recording. Ints are handles: of vectors (norm weights and biases), of weights, and of buffers of activations.
     // Each op returns the buffer that it writes. src/octavo/model/ops.py and the kernels describe what an op computes.
     int vector(const float* values, int64_t length);
     // `spans`: the last column + 1 of each span (Spans in kernels.h); empty: one span.
     int weight(int64_t rows, int64_t columns, Encoding encoding, const std::vector<int64_t>& spans = {});
-    int embed(int weight);
+    int embed(int weight, int64_t first_token = 0);  // of the weight's first row
     int norm(int x, int vector);
     int linear(int x, int weight, int bias, int residual);  // -1: no bias, no residual
     int rope_and_cache(int qkv, int layer, int q_norm, int k_norm);
     int attention(int q, int layer, int64_t window);
-    int gated(int gate_up, Activation activation);  // fused into the linear before it
-    void pool_rows(int x, int vector);              // at most once
+    int gated(int gate_up, Activation activation);                               // fused into the linear before it
+    int all_reduce(int x, int bias, int residual);                               // x: written by the linear before it
+    int all_gather(int x, int64_t first_column, int64_t columns, int residual);  // the same
+    int gather_rows(int x);             // x: written by the attention before it, of which each rank does some rows
+    void pool_rows(int x, int vector);  // at most once
     int sampled_rows(int x);
     int observe(int x);       // returns a handle for squares()
     void finish(int logits);  // lay out the memory; `logits` is the buffer to sample from
@@ -91,9 +98,15 @@ public:
     std::byte* page(int64_t page) const;  // [page_bytes]; throws std::invalid_argument if there is no such page
 
     // Run the forward pass; then sample, or copy the logits out. Both throw std::invalid_argument for a batch that
-    // would index outside of an array, or if another thread is running a step.
+    // would index outside of an array, or if another thread is running a step; and std::runtime_error if the ranks have
+    // been stopped.
     void step(const Batch& batch, const SamplingBatch& sampling, const Pooling& pooling, const Sampled& result);
     void logits(const Batch& batch, float* result);  // [sampled, logits_width]
+
+    // Ranks other than 0: run their part of every step that rank 0 runs, until the group is stopped.
+    void follow();
+    void stop_ranks();  // from any thread: end all steps, in all ranks
+
     int64_t logits_width() const { return logits_width_; }
     int64_t pooled_width() const { return pooled_width_; }  // of the sums of pool_rows; 0 without it
 
@@ -108,10 +121,13 @@ public:
     double sampling_seconds() const;              // those of "sample" since the start, measured in every step
 
 private:
+    static constexpr int64_t kBatchBytes = int64_t{1} << 30;  // for published_; takes physical memory as it is written
+
     struct Vector {
         int64_t length;
         std::vector<float> values;  // padded with zeros
     };
+    enum class Home { own, each, common };  // memory of this rank; or of all ranks: a buffer for each, or one for all
     struct Buffer {
         int64_t width;
         Element element;
@@ -120,15 +136,19 @@ private:
         int64_t last_use = -1;
         Spans spans = {};  // of i8_rows
         int storage = -1;
+        Home home = Home::own;
     };
     struct Recorded {
         Instruction instruction;
         int x, out, residual;
+        int64_t first_column = 0;  // of `out` that the instruction writes
     };
     using Work = std::function<void(int64_t row, int thread)>;
 
     int record(Instruction instruction, int x, int64_t width, Element element, int residual = -1);
     int quantized(int x, Element element, const Spans& spans);
+    void share(Home home);
+    Recorded& linear_before(int x);
     const float* values_of(int vector, int64_t length) const;
     std::vector<Buffer> assign_storage();
     void lay_out_arena();
@@ -145,10 +165,17 @@ private:
     void run_tiles(int instruction, int thread);
     void add_squares(const Instruction& instruction, int64_t tile);
     void compute_rotary(int64_t begin, int64_t end);
-    void run(const Batch& batch, const Pooling& pooling, const Work& finish_row);
+    std::pair<int64_t, int64_t> rows_to_reduce() const;
+    void sum_ranks(const Instruction& instruction, int64_t begin, int64_t end);
+    void publish(const Batch& batch);
+    Batch published() const;
+    void wait_for_all(bool exchanged);
+    bool run(const Batch& batch, const Pooling& pooling, const Work& finish_row);
 
     const Kernels& kernels_;
     ThreadPool pool_;
+    const std::unique_ptr<RankGroup> ranks_;
+    const int kv_file_;
     Sizes sizes_;
     Shape shape_;
     std::vector<double> frequencies_;  // radians per position
@@ -159,8 +186,11 @@ private:
     std::vector<Buffer> buffers_;
     std::vector<Recorded> recorded_;
     std::vector<Instruction> instructions_;
+    bool divides_rows_ = false;  // whether each rank computes the attention of some rows, or that of its heads
+    bool followed_ = false;      // by other ranks: rank 0 alone samples; else each rank runs the same steps by itself
     int64_t logits_width_ = 0, pooled_width_ = 0, weight_bytes_ = 0;
     Memory weight_memory_, arena_;
+    int32_t* published_ = nullptr;      // the batch of the step, for other ranks
     std::shared_ptr<const Memory> kv_;  // shared with the pages that Python has exported
     int64_t pages_ = 0;
     float* rotary_ = nullptr;
@@ -172,6 +202,7 @@ private:
     mutable std::mutex running_;
     Step step_{};
     const Work* finish_row_ = nullptr;
+    std::atomic<bool> stopped_ = false;  // the ranks have been stopped
     std::vector<RowTile> cache_tiles_;
     std::vector<AttentionTile> attention_tiles_;
     Memory part_sums_;                 // Step::part_sums; grows to what a step needs

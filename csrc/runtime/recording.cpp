@@ -60,11 +60,14 @@ int Program::record(Instruction instruction, int x, int64_t width, Element eleme
     return int(buffers_.size()) - 1;
 }
 
-int Program::embed(int weight) {
+int Program::embed(int weight, int64_t first_token) {
     const Weight& w = weights_.at(weight);
     require(w.spans.count == 1, "an embedding has one span");
-    require(w.rows >= sizes_.vocab, "an embedding must have a row per token of the vocabulary");
-    return record({.op = Op::embed, .weight = &w, .width = w.columns}, -1, w.columns, Element::f32);
+    require(ranks_ || w.rows >= sizes_.vocab, "an embedding must have a row per token of the vocabulary");
+    const int out = record({.op = Op::embed, .weight = &w, .width = w.columns, .first_token = first_token}, -1,
+                           w.columns, Element::f32);
+    if (ranks_) share(Home::common);
+    return out;
 }
 
 int Program::norm(int x, int vector) {
@@ -132,6 +135,51 @@ int Program::gated(int gate_up, Activation activation) {
     return gate_up;
 }
 
+// Let the last instruction write to memory that other ranks read.
+void Program::share(Home home) {
+    buffers_.back().home = home;
+    recorded_.back().instruction.shared = true;
+}
+
+// Return the last instruction, which must be the linear that writes buffer x.
+Program::Recorded& Program::linear_before(int x) {
+    Recorded& last = recorded_.back();
+    require(ranks_ && last.instruction.op == Op::linear && last.out == x && last.residual < 0 &&
+                last.instruction.activation == Activation::none,
+            "ranks exchange the result of the linear before, without a residual");
+    return last;
+}
+
+int Program::all_reduce(int x, int bias, int residual) {
+    const int64_t width = buffers_[linear_before(x).out].width;
+    share(Home::each);
+    const int out = record({.op = Op::all_reduce, .vector = values_of(bias, width)}, x, width, Element::f32, residual);
+    share(Home::common);
+    return out;
+}
+
+int Program::all_gather(int x, int64_t first_column, int64_t columns, int residual) {
+    Recorded& last = linear_before(x);
+    Buffer& buffer = buffers_.back();
+    require(first_column >= 0 && first_column % kBlock == 0 && first_column + buffer.width <= columns,
+            "a rank's columns begin at a multiple of 16");
+    require(residual < 0 || (buffers_.at(residual).width == columns && buffers_[residual].home == Home::common),
+            "the residual has the columns of all ranks");
+    buffer.width = columns;
+    last.first_column = first_column, last.residual = residual;
+    if (residual >= 0) buffers_[residual].last_use = int64_t(recorded_.size()) - 1;
+    share(Home::common);
+    return x;
+}
+
+int Program::gather_rows(int x) {
+    require(ranks_ && recorded_.back().instruction.op == Op::attention && recorded_.back().out == x,
+            "ranks exchange the rows of the attention before");
+    share(Home::common);
+    divides_rows_ = true;
+    return x;
+}
+
 void Program::pool_rows(int x, int vector) {
     require(pooled_width_ == 0, "pool_rows is recorded at most once");
     pooled_width_ = buffers_.at(x).width;
@@ -157,7 +205,8 @@ std::vector<Program::Buffer> Program::assign_storage() {
     const auto take = [&](const Buffer& buffer) {
         const auto fits = [&](int place) {
             const Buffer& p = places[place];
-            return p.width == buffer.width && p.element == buffer.element && p.sampled == buffer.sampled;
+            return p.width == buffer.width && p.element == buffer.element && p.sampled == buffer.sampled &&
+                   p.home == buffer.home;
         };
         const auto found = std::find_if(free.begin(), free.end(), fits);
         if (found == free.end()) {
@@ -169,7 +218,7 @@ std::vector<Program::Buffer> Program::assign_storage() {
         return place;
     };
     for (int64_t i = 0; i < int64_t(recorded_.size()); i++) {
-        const auto [instruction, x, out, residual] = recorded_[i];
+        const auto& [instruction, x, out, residual, _] = recorded_[i];
         const bool in_place = residual >= 0 && buffers_[residual].last_use == i;
         if (out >= 0) buffers_[out].storage = in_place ? buffers_[residual].storage : take(buffers_[out]);
         if (x >= 0 && buffers_[x].last_use == i) free.push_back(buffers_[x].storage);
@@ -177,32 +226,43 @@ std::vector<Program::Buffer> Program::assign_storage() {
     return places;
 }
 
-// The arena holds the buffers, then the table of rotary embeddings of the step's positions.
+// The arena holds the buffers, then the table of rotary embeddings of the step's positions. The memory of all ranks holds
+// the buffers that they share, then the batch.
 void Program::lay_out_arena() {
     const std::vector<Buffer> places = assign_storage();
     const auto stride = [](const Buffer& b) { return round_up(b.width, kPad); };
+    const auto size = [&](const Buffer& b) {
+        const int64_t rows = round_up(b.sampled ? sizes_.max_sampled : sizes_.max_rows, kPad);
+        return round_up(rows * bytes_of_row(b.element, stride(b)), 4096);
+    };
     std::vector<int64_t> offsets;
-    int64_t bytes = 0;
+    int64_t own = 0, shared = 0;
     for (const Buffer& place : places) {
-        const int64_t rows = round_up(place.sampled ? sizes_.max_sampled : sizes_.max_rows, kPad);
+        int64_t& bytes = place.home == Home::own ? own : shared;
         offsets.push_back(bytes);
-        bytes += round_up(rows * bytes_of_row(place.element, stride(place)), 4096);
+        bytes += size(place) * (place.home == Home::each ? ranks_->size() : 1);
     }
-    arena_ = Memory(bytes + sizes_.max_rows * sizes_.head_dim * sizeof(float));
-    rotary_ = reinterpret_cast<float*>(arena_.data() + bytes);
+    arena_ = Memory(own + sizes_.max_rows * sizes_.head_dim * sizeof(float));
+    rotary_ = reinterpret_cast<float*>(arena_.data() + own);
+    std::byte* memory = ranks_ ? ranks_->map(shared + kBatchBytes) : nullptr;
+    published_ = reinterpret_cast<int32_t*>(memory + shared);
 
-    const auto matrix = [&](int buffer) -> Matrix {
+    const auto matrix = [&](int buffer, int rank) -> Matrix {
         if (buffer < 0) return {};
         const int index = buffers_[buffer].storage;
         const Buffer& place = places[index];
-        return {arena_.data() + offsets[index], stride(place), place.element,
-                bytes_of_row(place.element, stride(place)), buffers_[buffer].spans};
+        std::byte* at = (place.home == Home::own ? arena_.data() : memory) + offsets[index];
+        if (place.home == Home::each) at += rank * size(place);
+        return {at, stride(place), place.element, bytes_of_row(place.element, stride(place)), buffers_[buffer].spans};
     };
-    for (const auto& [instruction, x, out, residual] : recorded_) {
-        instructions_.push_back(instruction);
-        instructions_.back().x = matrix(x);
-        instructions_.back().out = matrix(out);
-        instructions_.back().residual = matrix(residual);
+    const int rank = ranks_ ? ranks_->rank() : 0;
+    for (const auto& [recorded, x, out, residual, first_column] : recorded_) {
+        Instruction& instruction = instructions_.emplace_back(recorded);
+        const bool reduces = instruction.op == Op::all_reduce;
+        instruction.x = matrix(x, reduces ? 0 : rank);
+        if (reduces) instruction.rank_bytes = size(places[buffers_[x].storage]);
+        instruction.out = matrix(out, rank).from_column(first_column);
+        instruction.residual = matrix(residual, rank).from_column(first_column);
     }
 }
 
@@ -261,6 +321,7 @@ void Program::finish(int logits) {
     const Buffer& result = buffers_.at(logits);
     require(result.sampled && result.element == Element::f32, "logits are float, of the sampled rows");
     logits_width_ = result.width;
+    followed_ = result.home == Home::common;
     record({.op = Op::sample}, logits, 0, Element::f32);
     lay_out_arena();
     lay_out_weights();

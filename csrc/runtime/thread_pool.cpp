@@ -10,6 +10,8 @@
 #include <mutex>
 #include <thread>
 
+#include "relax.h"
+
 namespace octavo {
 
 namespace {
@@ -18,14 +20,6 @@ using std::chrono::microseconds;
 
 // How long a thread spins before it sleeps. Barriers within a step are a few microseconds apart, steps a few hundred.
 constexpr microseconds kBarrierPatience{50}, kStepPatience{100};
-
-void relax() {
-#if defined(__x86_64__)
-    __builtin_ia32_pause();
-#elif defined(__aarch64__)
-    asm volatile("yield");
-#endif
-}
 
 void pin_to(int core) {
     if (core == ThreadPool::kAnyCore) return;
@@ -89,10 +83,11 @@ public:
         for (auto& thread : threads) thread.join();
     }
 
-    void barrier() {
+    void barrier(const std::function<void()>* then = nullptr) {
         const uint32_t phase = passed.value();
         if (arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == size) {
             arrived.store(0, std::memory_order_relaxed);
+            if (then) (*then)();
             passed.advance();
         } else {
             passed.wait_past(phase, kBarrierPatience);
@@ -141,5 +136,7 @@ void ThreadPool::run(const std::function<void(int)>& work) {
 }
 
 void ThreadPool::barrier() { team_->barrier(); }
+
+void ThreadPool::barrier(const std::function<void()>& then) { team_->barrier(&then); }
 
 }  // namespace octavo

@@ -25,6 +25,9 @@ public:
     // Within run(): wait until every thread has called barrier(). Writes before it are visible to all threads after it.
     void barrier();
 
+    // The same, where the last thread to arrive runs `then` before any of them goes on.
+    void barrier(const std::function<void()>& then);
+
 private:
     class Team;
 

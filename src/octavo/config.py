@@ -38,6 +38,7 @@ KV_CACHE_DTYPES = {"auto": "bf16", "bf16": "bf16", "bfloat16": "bf16", "int8": "
 QUANTIZATIONS = ("auto", "none", "8bit", "4bit")
 POLICIES = ("fcfs", "priority", "fair", "deadline")
 MAX_REPLICAS = 256
+RANKS = (1, 2, 4, 8)  # numbers of processes over which a model can be divided
 TOOL_PARSERS = (
     *("hermes", "qwen3_xml", "qwen3_coder", "llama3_json", "llama4_json", "llama4_pythonic", "pythonic", "mistral"),
     *("granite", "phi4_mini_json", "deepseek_v3", "deepseek_v31", "openai", "json"),
@@ -172,7 +173,9 @@ class EngineConfig(Settings):
         None, "Timeout in seconds of requests that set none; unlimited by default.", positive("seconds")
     )
     threads: int | None = setting(
-        None, "Compute threads; by default one per available core, each pinned to its core.", at_least(1)
+        None,
+        "Compute threads, of each rank if there are several; by default one per available core, pinned to it.",
+        at_least(1),
     )
     kv_events: str | None = setting(
         None, "ZeroMQ address, such as tcp://*:5557, on which cached pages are published as vLLM does, for routers."
@@ -189,7 +192,9 @@ class EngineConfig(Settings):
         _REPLICAS,
     )
     tensor_parallel_size: int = setting(
-        1, "Devices to spread the model over: only 1 so far.", Rule("1: this version runs on one device", (1).__eq__)
+        1,
+        "Processes over which the model is divided: 1, 2, 4 or 8; each has its share of the cores and of the weights.",
+        Rule("1, 2, 4 or 8", RANKS.__contains__),
     )
 
     def __post_init__(self) -> None:
@@ -197,6 +202,7 @@ class EngineConfig(Settings):
         if self.backend == "torch":
             self.need(self.quantization in ("auto", "none"), "quantization", "auto or none with the torch backend")
             self.need(self.kv_cache_dtype != "int8", "kv_cache_dtype", "bf16 with the torch backend")
+            self.need(self.tensor_parallel_size == 1, "tensor_parallel_size", "1 with the torch backend")
         else:
             self.need(DTYPES[self.dtype] != "float32", "dtype", "bfloat16 unless the backend is torch")
             self.need(self.kv_host_memory is None, "kv_host_memory", "unset unless the backend is torch")
@@ -210,8 +216,8 @@ class EngineConfig(Settings):
 
     @property
     def num_threads(self) -> int:
-        """Return the number of compute threads."""
-        return self.threads or available_cores()
+        """Return the number of compute threads, of each rank if there are several."""
+        return self.threads or max(1, available_cores() // self.tensor_parallel_size)
 
     def read_secrets(self) -> Secrets:
         """Return the secrets that the settings name. Raises ConfigError."""

@@ -63,14 +63,20 @@ def busy_seconds(stat: Path = STAT) -> dict[str, float]:
     return busy
 
 
-def share_of_cores(number: int, of: int) -> set[int]:
+def share_of_cores(number: int, of: int, processors: Path = PROCESSORS) -> set[int]:
     """Return the processors for one of several processes that divide this process's processors among them.
 
-    Processes share processors if there are fewer of these. Neighboring processors stay together.
+    Processes share processors if there are fewer of these. Those of a NUMA node, and neighbors, stay together.
     """
-    cores = sorted(os.sched_getaffinity(0))
+    cores = sorted(os.sched_getaffinity(0), key=lambda core: (_numa_node(core, processors), core))
     first, end = number * len(cores) // of, (number + 1) * len(cores) // of
-    return set(cores[first:end] or [cores[number % len(cores)]])
+    return set(cores[first:end] or [cores[first]])
+
+
+def _numa_node(core: int, processors: Path) -> int:
+    """Return the number of a processor's NUMA node; 0 if unknown."""
+    nodes = (processors / f"cpu{core}").glob("node[0-9]*")
+    return min((int(node.name.removeprefix("node")) for node in nodes), default=0)
 
 
 def available_memory(cgroups: Path = CGROUPS, membership: Path = MEMBERSHIP, meminfo: Path = MEMINFO) -> int:

@@ -1,11 +1,12 @@
-"""Keep the memory of a process that holds secrets from core dumps, other processes of its user, and swap."""
+"""Keep the memory of a process that holds secrets from core dumps, other users and swap; let it end with its parent."""
 
 import ctypes
 import os
 import resource
+import signal
 from pathlib import Path
 
-_PR_SET_DUMPABLE = 4
+_PR_SET_PDEATHSIG, _PR_SET_DUMPABLE = 1, 4
 _MCL_CURRENT, _MCL_FUTURE, _MCL_ONFAULT = 1, 2, 4
 _CAP_IPC_LOCK = 14
 
@@ -14,6 +15,11 @@ def hide_memory() -> None:
     """Forbid core dumps of this process, and debuggers and /proc/PID/environ and mem to all users but root."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
+
+
+def end_with_parent() -> None:
+    """Let the kernel kill this process when the thread that has started it ends, even if it is suspended."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
 def lock_memory() -> str | None:

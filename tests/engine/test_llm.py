@@ -254,7 +254,7 @@ def test_a_sink_that_fails_ends_its_own_request_only(llm):
         ({"kv_cache_memory": "1000TiB"}, OutOfMemory, ""),
         ({"kv_cache_memory": "1"}, OutOfMemory, "set kv_cache_memory to at least"),
         ({"max_model_len": 513}, ConfigError, "max_model_len must be at most the model's 512, not 513"),
-        ({"tensor_parallel_size": 4}, ConfigError, "tensor_parallel_size must be 1"),
+        ({"tensor_parallel_size": 3}, ConfigError, "tensor_parallel_size must be 1, 2, 4 or 8"),
         ({"backend": "cpu", "dtype": "float32"}, ConfigError, "torch"),
     ],
 )

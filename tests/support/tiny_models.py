@@ -44,6 +44,9 @@ LLAMA3_ROPE = {
 }
 
 
+RANKS = {"intermediate_size": 1280, "num_hidden_layers": 2, "head_dim": 64}
+
+
 def _sizes(**changes: Any) -> dict[str, Any]:
     sizes = {
         "vocab_size": VOCAB_SIZE,
@@ -78,12 +81,17 @@ CONFIGS: dict[str, PreTrainedConfig] = {
         )
     ),
 }
+# For up to eight ranks, in rows that K-quants need. The heads of the second do not divide.
+FOR_RANKS: dict[str, PreTrainedConfig] = {
+    "llama-ranks": LlamaConfig(**_sizes(**RANKS, hidden_size=256, num_attention_heads=8, tie_word_embeddings=True)),
+    "llama-odd-heads": LlamaConfig(**_sizes(**RANKS, hidden_size=768, num_attention_heads=12, num_key_value_heads=3)),
+}
 SHARDED = "qwen2"
 
 
 def save_tiny_model(name: str, folder: Path, dtype: torch.dtype = torch.bfloat16) -> Path:
-    """A random model of CONFIGS[name] in `folder`, the same every time."""
-    model = random_model(CONFIGS[name]).to(dtype)
+    """A random model of CONFIGS or FOR_RANKS in `folder`, the same every time."""
+    model = random_model((CONFIGS | FOR_RANKS)[name]).to(dtype)
     model.save_pretrained(folder, max_shard_size="200KB" if name == SHARDED else "1GB")
     save_tokenizer(folder)
     return folder

@@ -134,7 +134,7 @@ WRONG: dict[str | bytes, str] = {
     BOMB: "it has more than 50000 values",
     "models: &m {a: {model: x, aliases: *m}}": "or one that contains itself",
     "models: !!python/object/apply:os.getpid []": "could not determine a constructor",
-    "models: {a: {model: x, tensor_parallel_size: 4}}": "in the model 'a', tensor_parallel_size must be 1",
+    "models: {a: {model: x, tensor_parallel_size: 3}}": "in the model 'a', tensor_parallel_size must be 1, 2",
     b"models: {\xff\xfe: x}": "can't decode byte 0xff",
 }
 

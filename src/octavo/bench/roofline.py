@@ -118,6 +118,8 @@ def measure(config: EngineConfig, seed: int, for_plot: bool) -> tuple[Ceilings, 
     config = dataclasses.replace(config, enable_prefix_caching=True)
     if config.backend == "torch":
         raise ConfigError("bench roofline measures the native kernels: leave out backend torch")
+    if config.tensor_parallel_size > 1:
+        raise ConfigError("bench roofline measures one process: leave out tensor_parallel_size")
     with loading_bar() as loaded:
         engine = load_engine(config, resolve(config.model, config.revision), loaded)
     try:

@@ -81,6 +81,8 @@ def tune(
     config = settings.build(EngineConfig)
     if config.data_parallel_size > 1:
         raise ConfigError("tune finds the settings of one engine: leave out data_parallel_size, and give its load")
+    if config.tensor_parallel_size > 1:
+        raise ConfigError("tune finds the settings of one process: leave out tensor_parallel_size")
     load = Load(
         rate=parse_rate(rate) if rate is not None else None,
         streams=None if rate is not None else streams or STREAMS,

@@ -74,9 +74,11 @@ def _cores(config: EngineConfig) -> Finding:
     found = f"{usable} of {machine} processors" if usable < machine else f"{machine} processors"
     if quota < affinity:
         found += f" (the control group allows {quota:g})"
-    if config.num_threads > usable:
-        text = f"{found}, for {config.num_threads} threads, which would wait for each other"
-        return change("cores", f"{text}: set --threads to {usable} or less")
+    ranks = config.tensor_parallel_size
+    if (threads := config.num_threads * ranks) > usable:
+        text = f"{found}, for {threads} threads, which would wait for each other"
+        advice = f"--threads to {usable // ranks} or less" if usable >= ranks else "a smaller --tensor-parallel-size"
+        return change("cores", f"{text}: set {advice}")
     if quota < affinity and quota != math.floor(quota):
         return change(
             "cores",
@@ -88,7 +90,7 @@ def _cores(config: EngineConfig) -> Finding:
             f"{found}, hyperthreads of {physical} cores: --threads {physical} may be faster, which "
             f"octavo bench throughput --threads {physical} shows",
         )
-    return ok("cores", f"{found}; {config.num_threads} compute threads")
+    return ok("cores", f"{found}; {threads} compute threads")
 
 
 def _memory() -> Finding:

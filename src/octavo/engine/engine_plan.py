@@ -15,7 +15,9 @@ class EnginePlan(msgspec.Struct, frozen=True):
 
     Attributes:
         kernels, weight_bytes, page_bytes: see Footprint.
-        threads: compute threads, and whether a setting says so.
+        threads: compute threads, of each rank, and whether a setting says so.
+        ranks: processes over which the model is divided.
+        whole_attention: whether each of them has all heads.
         weights: format of the weights, in words.
         num_pages, page_size: pages of the KV pool, and tokens in a page.
         bound: what limits `num_pages`, in words.
@@ -34,6 +36,8 @@ class EnginePlan(msgspec.Struct, frozen=True):
     bound: str
     max_model_len: int
     max_batch_size: int
+    ranks: int = 1
+    whole_attention: bool = False
 
     @property
     def contexts(self) -> int:
@@ -50,15 +54,27 @@ class EnginePlan(msgspec.Struct, frozen=True):
             if self.contexts
             else f"none of {self.max_model_len:,} tokens fits: a request may have {tokens:,} tokens"
         )
+        threads = f"{self.threads} {'thread' if self.threads == 1 else 'threads'}"
+        ranks = f"{self.ranks} processes, each with its part of the weights"
+        if self.whole_attention:
+            ranks += "; the heads cannot be divided, so each has the KV cache of all of them"
         return {
-            "kernels": f"{self.kernels}, {self.threads} {'thread' if self.threads == 1 else 'threads'} ({why})",
+            "kernels": f"{self.kernels}, {threads}{' in each rank' if self.ranks > 1 else ''} ({why})",
+            **({"ranks": ranks} if self.ranks > 1 else {}),
             "weights": f"{size(self.weight_bytes)}, {self.weights}",
             "KV cache": f"{kv} ({self.bound})",
             "contexts": f"{contexts}; {self.max_batch_size:,} sequences run at the same time at most (max_batch_size)",
         }
 
 
-def make_plan(config: EngineConfig, footprint: Footprint, max_model_len: int, threads: int, most: int) -> EnginePlan:
+def make_plan(
+    config: EngineConfig,
+    footprint: Footprint,
+    max_model_len: int,
+    threads: int,
+    most: int,
+    whole_attention: bool = False,
+) -> EnginePlan:
     """Return the decisions for an engine whose weights have their memory already.
 
     The KV pool is as large as kv_cache_memory says, or else large enough for a full batch of long sequences, but at
@@ -93,6 +109,8 @@ def make_plan(config: EngineConfig, footprint: Footprint, max_model_len: int, th
         bound=bound,
         max_model_len=max_model_len,
         max_batch_size=config.max_batch_size,
+        ranks=config.tensor_parallel_size,
+        whole_attention=whole_attention,
     )
 
 

@@ -22,6 +22,7 @@ from octavo.kv.tiers.host import HostTier
 from octavo.kv.tiers.tier import Tier
 from octavo.machine import available_cores, available_memory
 from octavo.model import describe_model
+from octavo.model.shard import check_size, divides_heads
 from octavo.secret import Secrets
 from octavo.states.file import page_cipher
 from octavo.tracing.engine import EngineTrace
@@ -50,6 +51,7 @@ def load_engine(
     work: WorkRecord | None = None,
     engines: int = 1,
     secrets: Secrets | None = None,
+    on_rank_end: Callable[[int, str], None] | None = None,
 ) -> Engine:
     """Open the checkpoint at `path`, compile the model on the configured backend and allocate the KV pool.
 
@@ -58,6 +60,8 @@ def load_engine(
         work: see Engine.
         engines: number of engines that load at the same time and divide the free memory among them.
         secrets: what opens an encrypted model and encrypts pages on disk; by default, it is read as `config` says.
+        on_rank_end: called, in another thread, when one of the processes over which the model is divided has ended by
+            itself: its exit code, and a line about it. The engine's steps fail then.
 
     Raises:
         ConfigError, DamagedWeights, UnsupportedModel, OutOfMemory
@@ -69,11 +73,19 @@ def load_engine(
     checkpoint = open_checkpoint(files)
     spec, parameters = describe_model(checkpoint.config, checkpoint.tensors)
     max_model_len = _max_model_len(config, spec)
-    load_backend, _ = _backend(config)
-    settings = _backend_settings(config, max_model_len)
+    settings, load_backend = _backend_settings(config, max_model_len), _backend(config)[0]
+    if config.tensor_parallel_size > 1:
+        load_backend = _load_ranks(config, path, secrets, on_rank_end)
     backend = load_backend(spec, parameters, **settings, progress=progress or _silent)
     checkpoint.verify()
-    plan = make_plan(config, backend.footprint, max_model_len, config.num_threads, available_memory() // 2 // engines)
+    plan = make_plan(
+        config,
+        backend.footprint,
+        max_model_len,
+        settings["threads"],
+        available_memory() // 2 // engines,
+        not divides_heads(spec, config.tensor_parallel_size),
+    )
     backend.allocate_kv(plan.num_pages)
     slowest = self_test(backend, config.max_batch_tokens)
     trace = EngineTrace(_sampling_clock(backend)) if config.trace is not None else None
@@ -102,7 +114,8 @@ def plan_engine(config: EngineConfig, path: ModelPath) -> EnginePlan:
     load_policy(config)
     checkpoint = open_checkpoint(path)
     spec, parameters = describe_model(checkpoint.config, checkpoint.tensors)
-    max_model_len, engines = _max_model_len(config, spec), config.data_parallel_size
+    max_model_len, engines, ranks = _max_model_len(config, spec), config.data_parallel_size, config.tensor_parallel_size
+    check_size(spec, ranks)
     _, backend_footprint = _backend(config)
     footprint = backend_footprint(spec, parameters, **_backend_settings(config, max_model_len))
     free = available_memory() - engines * footprint.weight_bytes
@@ -111,8 +124,9 @@ def plan_engine(config: EngineConfig, path: ModelPath) -> EnginePlan:
             f"the weights of {engines} engines need {size(engines * footprint.weight_bytes)} and "
             f"{size(available_memory())} are free; use a smaller model, quantization 4bit or fewer engines"
         )
-    threads = config.threads or max(1, available_cores() // engines)
-    return make_plan(config, footprint, max_model_len, threads, free // 2 // engines)
+    threads = config.threads or max(1, available_cores() // engines // ranks)
+    whole_attention = not divides_heads(spec, ranks)
+    return make_plan(config, footprint, max_model_len, threads, free // 2 // engines, whole_attention)
 
 
 def assemble(
@@ -163,9 +177,7 @@ def assemble(
 
 def _sampling_clock(backend: Backend) -> Callable[[], float] | None:
     """Return the function that returns the seconds that a backend has spent on sampling; None if it has none."""
-    from octavo.backends.cpu.backend import CpuBackend
-
-    return backend.sampling_seconds if isinstance(backend, CpuBackend) else None
+    return getattr(backend, "sampling_seconds", None)
 
 
 def _load_grammars(path: ModelPath) -> "Grammars":
@@ -216,7 +228,23 @@ def _backend(config: EngineConfig) -> tuple[BackendFactory, Callable[..., Footpr
         return torch.load, torch.footprint
     from octavo.backends import cpu
 
-    return cpu.load, cpu.footprint
+    return cpu.load, partial(cpu.footprint, ranks=config.tensor_parallel_size)
+
+
+def _load_ranks(
+    config: EngineConfig, path: Path, secrets: Secrets, on_end: Callable[[int, str], None] | None
+) -> BackendFactory:
+    """Return the function that loads a model into several processes."""
+    from octavo.backends.cpu.ranks import load_ranks  # imported late, as most engines have one
+
+    return partial(
+        load_ranks,
+        size=config.tensor_parallel_size,
+        path=path,
+        identity=secrets.model_identity,
+        hide=bool(secrets),
+        on_end=on_end,
+    )
 
 
 def _backend_settings(config: EngineConfig, max_model_len: int) -> dict[str, Any]:

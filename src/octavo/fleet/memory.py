@@ -56,7 +56,8 @@ def needs(config: EngineConfig, path: ModelPath) -> Needs:
         sum(math.prod(part.shape) for part in parameters[name].parts) for name in parameters if name not in NEVER_4BIT
     )
     scratch = int(SCRATCH_PER_WEIGHT.get(config.quantization, 0.0) * largest)
-    engine = weights + weights // 50 + max(kv, scratch) + (config.kv_host_memory or 0) + ENGINE[config.backend]
+    processes = config.tensor_parallel_size * ENGINE[config.backend]
+    engine = weights + weights // 50 + max(kv, scratch) + (config.kv_host_memory or 0) + processes
     return Needs(engine * config.data_parallel_size, dataclasses.replace(config, kv_cache_memory=kv))
 
 

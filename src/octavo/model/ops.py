@@ -12,7 +12,7 @@ class Ops(Protocol, Generic[T]):
     """
 
     def embed(self, weight: str) -> T:
-        """Return the embedding of each row's token: [rows, hidden]."""
+        """Return the embedding of each row's token: [rows, hidden]. A rank gets those that it lacks from the others."""
         ...
 
     def norm(self, x: T, weight: str) -> T:
@@ -51,4 +51,24 @@ class Ops(Protocol, Generic[T]):
 
     def logits(self, x: T, weight: str) -> T:
         """Return x Wᵀ over the vocabulary: [rows, vocab]."""
+        ...
+
+
+class Collectives(Ops[T], Protocol[T]):
+    """The operations of a model that is divided over ranks (see shard.py), for backends that support this.
+
+    Some activations are the same in all ranks. Of others, each rank has some columns, or a part of the sum: then a
+    collective operation follows.
+    """
+
+    def all_reduce(self, x: T, weight: str, bias: bool, residual: T) -> T:
+        """Return the sum of all ranks' `x`, their parts of the linear `weight`, plus bias and residual as in linear."""
+        ...
+
+    def all_gather(self, x: T, weight: str, residual: T | None = None) -> T:
+        """Return the columns `x` of all ranks side by side: the result of the linear `weight`. Adds `residual`."""
+        ...
+
+    def gather_rows(self, x: T) -> T:
+        """Return the attention `x` of all rows, of which each rank has computed some."""
         ...

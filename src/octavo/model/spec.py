@@ -29,6 +29,9 @@ class DecoderSpec:
 
     `windows[i]` is the number of latest positions that layer i attends to, 0 for all. `max_positions` is the largest
     number of tokens in a sequence.
+
+    If `ranks` > 1, the model is divided over so many processes, and heads and intermediate size are those of one of
+    them (see shard.py); with `whole_attention`, each of them has all heads.
     """
 
     vocab_size: int
@@ -48,6 +51,8 @@ class DecoderSpec:
     mlp_bias: bool = False
     qk_norm: bool = False
     tied_embeddings: bool = False
+    ranks: int = 1
+    whole_attention: bool = False
 
     @property
     def q_size(self) -> int:

@@ -33,7 +33,10 @@ ROUNDS = 7  # over all shapes, so that other load on the machine affects all of 
 FEWEST_ROUNDS = 2
 HOST_BATCHES, HOST_PROMPT, HOST_OUTPUT = (1, 4, 16, 64, 256), 64, 12
 # Settings that the costs depend on; a simulation cannot change them.
-MEASURED = ("model", "revision", "backend", "device", "dtype", "quantization", "kv_cache_page_size", "kv_cache_dtype")
+MEASURED = (
+    *("model", "revision", "backend", "device", "dtype", "quantization", "kv_cache_page_size", "kv_cache_dtype"),
+    "tensor_parallel_size",
+)
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,9 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -27,6 +28,7 @@ class Tensor:
         shape: (rows, columns), or (n,) for a vector, which is stored as one row.
         format: A name in BLOCK_FORMATS, or the file's name of a format that no backend can read.
         source: The tensor's `data`, or a function that computes it.
+        first_column: Values that each row of `data` has before those of the tensor, in the same block.
         row_order: Row i (element i of a vector) is stored as row row_order[i]; None: as row i. GGUF files store the
             q and k projections of Llama with the elements of each rotary pair side by side.
         release: Releases the mapped memory; the tensor is read from the file again if needed.
@@ -38,6 +40,7 @@ class Tensor:
     source: np.ndarray | Callable[[], np.ndarray]
     row_order: np.ndarray | None = None
     release: Callable[[], None] = lambda: None
+    first_column: int = 0
 
     @property
     def data(self) -> np.ndarray:
@@ -48,7 +51,7 @@ class Tensor:
     def nbytes(self) -> int:
         """Return the size of `data` in bytes without computing it. The format must be one of BLOCK_FORMATS."""
         format = BLOCK_FORMATS[self.format]
-        return math.prod(self.shape) // format.values * format.nbytes
+        return math.prod(self.shape) * format.nbytes // format.values
 
     def float32(self, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Dequantize rows (of a vector: elements) start:stop.
@@ -59,11 +62,41 @@ class Tensor:
         rows = slice(start, stop) if self.row_order is None else self.row_order[start:stop]
         if len(self.shape) == 1:
             return _dequantize(self.data, self.format)[0, rows]
-        return _dequantize(self.data[rows], self.format)
+        values = _dequantize(self.data[rows], self.format)
+        return values[:, self.first_column : self.first_column + self.shape[1]]
+
+    def take_rows(self, start: int, stop: int) -> "Tensor":
+        """Return rows (of a vector: elements) start:stop as a tensor. Nothing is read."""
+        shape = (stop - start, *self.shape[1:])
+        if len(self.shape) == 1:
+            order = np.arange(self.shape[0]) if self.row_order is None else self.row_order
+            return replace(self, shape=shape, row_order=order[start:stop])
+        if self.row_order is None:
+            return replace(self, shape=shape, source=self._part(np.s_[start:stop]))
+        order = self.row_order[start:stop]
+        first, end = int(order.min()), int(order.max()) + 1
+        return replace(self, shape=shape, source=self._part(np.s_[first:end]), row_order=order - first)
+
+    def take_columns(self, start: int, stop: int) -> "Tensor":
+        """Return columns start:stop as a tensor, in whole blocks of its format. Nothing is read."""
+        format = BLOCK_FORMATS[self.format]
+        first, last = (self.first_column + column for column in (start, stop))
+        blocks = np.s_[:, first // format.values * format.nbytes : -(-last // format.values) * format.nbytes]
+        return replace(
+            self,
+            shape=(self.shape[0], stop - start),
+            source=self._part(blocks),
+            first_column=first % format.values,
+        )
+
+    def _part(self, index: Any) -> np.ndarray | Callable[[], np.ndarray]:
+        """Return the part `index` of `data`, or a function that computes it."""
+        source = self.source
+        return (lambda: source()[index]) if callable(source) else source[index]
 
     def check_finite(self) -> None:
         """Read all values. Raises DamagedWeights if one is NaN or infinite."""
-        tensor = Tensor(self.name, self.shape, self.format, self.data)  # computed once; in the order of the file
+        tensor = replace(self, source=self.data, row_order=None)  # computed once; in the order of the file
         rows = max(1, _CHECKED // max(1, self.shape[-1])) if len(self.shape) > 1 else self.shape[0]
         for start in range(0, self.shape[0], rows):
             require_finite(self.name, tensor.float32(start, start + rows))
@@ -110,6 +143,22 @@ class Parameter:
     def nbytes(self) -> int:
         """Return the sum of Tensor.nbytes over all parts."""
         return sum(part.nbytes for part in self.parts)
+
+    def take_rows(self, *ranges: range) -> "Parameter":
+        """Return ranges of the stacked rows, one after the other. Nothing is read."""
+        taken = []
+        for rows in ranges:
+            first = 0  # row of the part
+            for part in self.parts:
+                start, stop = max(rows.start - first, 0), min(rows.stop - first, part.shape[0])
+                if start < stop:
+                    taken.append(part.take_rows(start, stop))
+                first += part.shape[0]
+        return Parameter(tuple(taken))
+
+    def take_columns(self, columns: range) -> "Parameter":
+        """Return some columns. Nothing is read."""
+        return Parameter(tuple(part.take_columns(columns.start, columns.stop) for part in self.parts))
 
 
 def mapped_tensor(mapped: MappedFile, start: int, stop: int, name: str, shape: tuple[int, ...], format: str) -> Tensor:

@@ -12,6 +12,7 @@ from octavo.backends.base import Footprint, Progress, StepBatch, StepResult
 from octavo.errors import ConfigError, OutOfMemory
 from octavo.machine import available_memory
 from octavo.model.decoder import describe
+from octavo.model.shard import Shard
 from octavo.model.spans import ORDER
 from octavo.model.spec import DecoderSpec
 from octavo.weights.tensor import Parameter
@@ -19,7 +20,7 @@ from octavo.weights.tensor import Parameter
 from . import _native
 from ._native import Program
 from .calibration import measure_importances
-from .program import choose_isa, new_program, pack
+from .program import Place, choose_isa, new_program, pack
 from .recorder import Recorder
 
 
@@ -63,6 +64,15 @@ class CpuBackend:
 
     def close(self) -> None:
         self._program = None
+
+    def follow(self) -> None:
+        """Run this rank's part of every step of rank 0, until the ranks are stopped."""
+        self._running.follow()
+
+    def stop_ranks(self) -> None:
+        """Make all ranks return from their steps. From any thread."""
+        if (program := self._program) is not None:
+            program.stop_ranks()
 
     def ceilings(self) -> tuple[float, float, float]:
         """Measure the machine's roofline with these threads and kernels. Takes half a second.
@@ -122,8 +132,8 @@ def load(
         OutOfMemory: the weights, or a step, need more memory than is free.
         UnsupportedModel: the model's shape is not supported.
     """
-    isa, program, handles = _compile(
-        spec,
+    return load_shard(
+        Shard(spec),
         parameters,
         page_size=page_size,
         max_batch_tokens=max_batch_tokens,
@@ -134,29 +144,57 @@ def load(
         quantization=quantization,
         device=device,
         kv_cache_dtype=kv_cache_dtype,
+        progress=progress,
     )
-    importances = measure_importances(spec, parameters, threads) if quantization == "4bit" else ()
-    _pack_all(program, handles, parameters, importances, progress)
+
+
+def load_shard(
+    shard: Shard,
+    parameters: Mapping[str, Parameter],
+    place: Place = Place(),  # noqa: B008 (immutable)
+    *,
+    progress: Progress,
+    **settings: Any,
+) -> CpuBackend:
+    """Return the backend of a part of a model. If it is one of several, load them all at the same time.
+
+    Args:
+        parameters: those of the whole model.
+        settings: the other arguments of `load`.
+    """
+    quantization, kv_cache_dtype = settings["quantization"], settings["kv_cache_dtype"]
+    own = shard.parameters(parameters)
+    isa, program, handles = _compile(shard, own, place, **settings)
+    importances: Iterable[tuple[str, np.ndarray]] = ()
+    if quantization == "4bit":
+        importances = measure_importances(shard.whole, parameters, settings["threads"], shard.rank, shard.size, place)
+    _pack_all(program, handles, own, importances, progress)
     kernels = xxh3_64_hexdigest(Path(_native.__file__).read_bytes())  # kernels of another build may round differently
     arithmetic = f"cpu {kernels} {isa} {quantization} {kv_cache_dtype} {ORDER}"
-    return CpuBackend(spec, program, page_size, isa, arithmetic)
+    return CpuBackend(shard.whole, program, settings["page_size"], isa, arithmetic)
 
 
-def footprint(spec: DecoderSpec, parameters: Mapping[str, Parameter], **settings: Any) -> Footprint:
+def footprint(spec: DecoderSpec, parameters: Mapping[str, Parameter], ranks: int = 1, **settings: Any) -> Footprint:
     """Return the footprint of the backend that `load` would return. Reads no weights and touches no memory for them.
 
     Args:
+        ranks: the processes over which the model is divided.
         settings: the other arguments of `load`, without `progress`.
 
     Raises ConfigError, OutOfMemory, UnsupportedModel.
     """
-    isa, program, _ = _compile(spec, parameters, **settings)
-    return Footprint(isa, program.weight_bytes, program.page_bytes)
+    weights = pages = 0
+    for rank in range(ranks):
+        shard = Shard(spec, rank, ranks)
+        isa, program, _ = _compile(shard, shard.parameters(parameters), Place(), **settings)
+        weights, pages = weights + program.weight_bytes, pages + program.page_bytes
+    return Footprint(isa, weights, pages)
 
 
 def _compile(
-    spec: DecoderSpec,
+    shard: Shard,
     parameters: Mapping[str, Parameter],
+    place: Place,
     *,
     page_size: int,
     max_batch_tokens: int,
@@ -170,6 +208,9 @@ def _compile(
 ) -> tuple[str, Program, Mapping[str, int]]:
     """Return the instruction set, the decoder as a program without weights, and the handles of its weights by name.
 
+    Args:
+        parameters: those of the shard.
+
     Raises ConfigError, OutOfMemory, UnsupportedModel.
     """
     if dtype not in ("auto", "bfloat16"):
@@ -178,17 +219,19 @@ def _compile(
         raise ConfigError(f"the cpu backend runs on device cpu, not {device}; use device auto or backend torch")
     isa = choose_isa()
     program = new_program(
-        spec,
+        shard,
         isa,
-        threads,
+        place.cores(threads),
         page_size=page_size,
         max_rows=max_batch_tokens,
         max_sampled=max_batch_size,
         int8_kv=kv_cache_dtype == "int8",
+        group=place.steps,
+        kv=place.kv,
     )
-    recorder = Recorder(spec, program, parameters, quantization)
+    recorder = Recorder(shard, program, parameters, quantization)
     try:
-        program.finish(describe(spec, recorder))
+        program.finish(describe(shard.spec, recorder))
     except MemoryError:
         message = f"there is not enough memory for steps of {max_batch_tokens} tokens; use a smaller max_batch_tokens"
         raise OutOfMemory(message) from None

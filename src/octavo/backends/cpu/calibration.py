@@ -6,7 +6,7 @@ do nearly as well, and suit any vocabulary and language: docs/quantization.md ha
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,11 +14,12 @@ import numpy as np
 from octavo.backends.base import SamplingBatch, StepBatch
 from octavo.errors import DamagedWeights
 from octavo.model.decoder import describe_layer, needs_8_bits
+from octavo.model.shard import Shard
 from octavo.model.spec import DecoderSpec
 from octavo.weights.tensor import Parameter, bfloat16_tensor, require_finite
 
 from ._native import encoding_for
-from .program import choose_isa, new_program, pack
+from .program import Place, choose_isa, new_program, pack
 from .recorder import Recorder
 
 _SEQUENCES, _LENGTH = 2, 256  # of random tokens
@@ -26,12 +27,23 @@ _PAGE_SIZE = 32
 
 
 def measure_importances(
-    spec: DecoderSpec, parameters: Mapping[str, Parameter], threads: int
+    spec: DecoderSpec,
+    parameters: Mapping[str, Parameter],
+    threads: int,
+    rank: int = 0,
+    ranks: int = 1,
+    place: Place = Place(),  # noqa: B008 (immutable)
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Yield the name and the importances, float32 [columns], of each weight of each layer but the last.
 
     Yields nothing if no weight is to be rounded to 4 bits. Results are the same in every run with the same instruction
-    set. Only one layer at a time is in memory, in bfloat16. Raises ConfigError or UnsupportedModel.
+    set, and for any number of ranks, each of which gets those of its own columns. Only one layer at a time is in
+    memory, in bfloat16. Raises ConfigError or UnsupportedModel.
+
+    Args:
+        parameters: those of the whole model.
+        rank, ranks: the number of this process among those that do this together.
+        place: where it runs.
     """
     if not any(_is_rounded(spec, name, parameter) for name, parameter in parameters.items()):
         return
@@ -39,8 +51,11 @@ def measure_importances(
     embed = parameters["embed"].parts[0]
     x = np.concatenate([embed.float32(token, token + 1) for token in tokens.ravel().tolist()])
     require_finite(embed.name, x)
+    # The input of each layer is an embedding in which token r is row r.
+    shard = Shard(dataclasses.replace(spec, vocab_size=len(x)), rank, ranks)
+    cores = place.cores(threads)
     for i in range(spec.num_layers - 1):  # the last one keeps 8 bits
-        squares, x = _run_layer(spec, i, parameters, x, tokens.shape[1], threads)
+        squares, x = _run_layer(shard, i, parameters, x, tokens.shape[1], cores, place.calibration)
         if not np.isfinite(x).all():
             raise DamagedWeights(f"layer {i} computes values that are NaN or infinite; download the model again")
         for name, sums in squares.items():
@@ -74,21 +89,26 @@ class _Observer(Recorder):
 
 
 def _run_layer(
-    spec: DecoderSpec, i: int, parameters: Mapping[str, Parameter], x: np.ndarray, length: int, threads: int
+    shard: Shard,
+    i: int,
+    parameters: Mapping[str, Parameter],
+    x: np.ndarray,
+    length: int,
+    cores: Sequence[int],
+    group: int,
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Run layer `i` on `x`, the residual stream of sequences of `length` tokens each: float32 [rows, hidden].
 
     Returns the sum over rows of the square of each input, by linear, and the residual stream after the layer.
     """
-    rows = Parameter((bfloat16_tensor("embed", x),))  # the input, as an embedding in which token r is row r
+    own = shard.parameters({**parameters, "embed": Parameter((bfloat16_tensor("embed", x),))})
     program = new_program(
-        dataclasses.replace(spec, vocab_size=len(x)), choose_isa(), threads,
-        page_size=_PAGE_SIZE, max_rows=length, max_sampled=length,
-    )  # fmt: skip
-    recorder = _Observer(spec, program, {**parameters, "embed": rows}, "none")
-    program.finish(recorder.sampled_rows(describe_layer(spec, i, recorder, recorder.embed("embed"))))
+        shard, choose_isa(), cores, page_size=_PAGE_SIZE, max_rows=length, max_sampled=length, group=group
+    )
+    recorder = _Observer(shard, program, own, "none")
+    program.finish(recorder.sampled_rows(describe_layer(shard.spec, i, recorder, recorder.embed("embed"))))
     for name, handle in recorder.weights.items():
-        pack(program, handle, rows if name == "embed" else parameters[name])
+        pack(program, handle, own[name])
     program.allocate_kv(-(-length // _PAGE_SIZE))
     x = np.concatenate([program.logits(_sequence(start, length)) for start in range(0, len(x), length)])
     return {name: program.squares(handle) for name, handle in recorder.observed.items()}, x

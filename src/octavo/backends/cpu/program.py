@@ -1,11 +1,13 @@
 """Create a native program for a model, and pack weights into it."""
 
 import os
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from octavo.errors import ConfigError, UnsupportedModel
-from octavo.model.spec import DecoderSpec
+from octavo.model.shard import Shard
 from octavo.weights.tensor import Parameter, not_finite
 
 from ._native import Program, available_isas
@@ -13,15 +15,57 @@ from ._native import Program, available_isas
 ANY_CORE = -1  # in a list of processors: the thread is not pinned
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a rank of a model runs.
+
+    Attributes:
+        steps: a file descriptor of the memory in which ranks exchange what they compute in a step; -1: memory of this
+            process.
+        calibration: the same, for what they exchange while they measure importances (calibration.py).
+        kv: the same, for the KV pool of this rank.
+        processors: those of its threads; by default, all that this process may use.
+    """
+
+    steps: int = -1
+    calibration: int = -1
+    kv: int = -1
+    processors: frozenset[int] = frozenset()
+
+    def cores(self, threads: int) -> list[int]:
+        """Return the processor of each thread, or ANY_CORE for all of them.
+
+        Threads are pinned only if there is one for every processor. With fewer threads, two engines would choose the
+        same processors.
+        """
+        processors = sorted(self.processors or os.sched_getaffinity(0))
+        return processors if threads >= len(processors) else [ANY_CORE] * threads
+
+
 def new_program(
-    spec: DecoderSpec, isa: str, threads: int, *, page_size: int, max_rows: int, max_sampled: int, int8_kv: bool = False
+    shard: Shard,
+    isa: str,
+    cores: Sequence[int],
+    *,
+    page_size: int,
+    max_rows: int,
+    max_sampled: int,
+    int8_kv: bool = False,
+    group: int = -1,
+    kv: int = -1,
 ) -> Program:
-    """Return an empty program, ready for recording. Raises UnsupportedModel."""
+    """Return an empty program, ready for recording. Raises UnsupportedModel.
+
+    Args:
+        cores: the processor of each thread, as Place.cores returns them.
+        group, kv: file descriptors of memory that ranks share (see Place).
+    """
+    spec = shard.spec
     if spec.head_dim % 16:
         raise UnsupportedModel(f"the cpu backend needs a head_dim that is a multiple of 16, not {spec.head_dim}")
     return Program(
         isa=isa,
-        cores=_choose_cores(threads),
+        cores=cores,
         vocab=spec.vocab_size,
         heads=spec.num_heads,
         kv_heads=spec.num_kv_heads,
@@ -33,6 +77,10 @@ def new_program(
         max_sampled=max_sampled,
         frequencies=spec.rope.frequencies(spec.head_dim).tolist(),
         int8_kv=int8_kv,
+        rank=shard.rank,
+        ranks=shard.size,
+        group=group,
+        kv=kv,
     )
 
 
@@ -45,7 +93,7 @@ def pack(program: Program, handle: int, parameter: Parameter, importance: np.nda
     parts = []
     for part in parameter.parts:
         order = None if part.row_order is None else np.ascontiguousarray(part.row_order, np.int64)
-        parts.append((part.data, part.format, order))
+        parts.append((part.data, part.format, order, part.first_column))
     rows, columns = parameter.shape
     damaged = program.pack(handle, parts, rows, columns, importance)
     if damaged >= 0:
@@ -59,13 +107,3 @@ def choose_isa() -> str:
     if wanted not in available:
         raise ConfigError(f"OCTAVO_ISA must be one of {', '.join(available)} on this machine, not {wanted!r}")
     return wanted
-
-
-def _choose_cores(threads: int) -> list[int]:
-    """Return the processor of each thread, or ANY_CORE for all of them.
-
-    Threads are pinned only if there is one for every processor. With fewer threads, two engines would choose the same
-    processors.
-    """
-    processors = sorted(os.sched_getaffinity(0))
-    return processors if threads >= len(processors) else [ANY_CORE] * threads

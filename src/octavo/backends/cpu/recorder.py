@@ -6,8 +6,7 @@ from typing import Literal
 import numpy as np
 
 from octavo.model.decoder import needs_8_bits
-from octavo.model.spans import span_ends
-from octavo.model.spec import DecoderSpec
+from octavo.model.shard import Shard
 from octavo.weights.tensor import Parameter, require_finite
 
 from ._native import Activation, Encoding, Program, encoding_for
@@ -17,14 +16,19 @@ class Recorder:
     """Ops (see model.ops) whose handles are buffers of the native program.
 
     `weights` maps the name of each weight that the ops use to its handle. Recording does not pack weights.
+
+    Args:
+        shard: the part of the model that is recorded.
+        parameters: those of the shard.
     """
 
-    def __init__(self, spec: DecoderSpec, program: Program, parameters: Mapping[str, Parameter], quantization: str):
+    def __init__(self, shard: Shard, program: Program, parameters: Mapping[str, Parameter], quantization: str):
         self.weights: dict[str, int] = {}
-        self._spec, self._program, self._parameters, self._quantization = spec, program, parameters, quantization
+        self._shard, self._program, self._parameters, self._quantization = shard, program, parameters, quantization
 
     def embed(self, weight: str) -> int:
-        return self._program.embed(self._weight(weight))
+        first_token, _ = self._shard.outputs(weight)
+        return self._program.embed(self._weight(weight), first_token)
 
     def norm(self, x: int, weight: str) -> int:
         return self._program.norm(x, self._vector(weight))
@@ -43,6 +47,15 @@ class Recorder:
     def gated(self, gate_up: int, activation: Literal["silu", "gelu_tanh"]) -> int:
         return self._program.gated(gate_up, getattr(Activation, activation))
 
+    def all_reduce(self, x: int, weight: str, bias: bool, residual: int) -> int:
+        return self._program.all_reduce(x, self._vector(weight + ".bias") if bias else -1, residual)
+
+    def all_gather(self, x: int, weight: str, residual: int | None = None) -> int:
+        return self._program.all_gather(x, *self._shard.outputs(weight), -1 if residual is None else residual)
+
+    def gather_rows(self, x: int) -> int:
+        return self._program.gather_rows(x)
+
     def pool_rows(self, x: int, weight: str) -> None:
         self._program.pool_rows(x, self._vector(weight))
 
@@ -55,8 +68,8 @@ class Recorder:
     def _weight(self, name: str) -> int:
         if name not in self.weights:
             rows, columns = self._parameters[name].shape
-            spans = span_ends(self._spec, name)
-            self.weights[name] = self._program.weight(rows, columns, self._encoding(name), spans)
+            encoding, spans = self._encoding(name), self._shard.spans(name)
+            self.weights[name] = self._program.weight(rows, columns, encoding, spans)
         return self.weights[name]
 
     def _encoding(self, name: str) -> Encoding:
@@ -68,7 +81,7 @@ class Recorder:
         own = encoding_for([part.format for part in self._parameters[name].parts])
         if self._quantization in ("auto", "none"):
             return own if self._quantization == "auto" else Encoding.BF16
-        eight = self._quantization == "8bit" or needs_8_bits(self._spec, name)
+        eight = self._quantization == "8bit" or needs_8_bits(self._shard.whole, name)
         wanted = Encoding.W8 if eight else Encoding.W4
         return own if self._quantization == "4bit" and own.bits <= wanted.bits else wanted
 

@@ -166,7 +166,9 @@ def _serve(connection: Connection, heartbeat: Heartbeat, work: int) -> None:
                 reported = time.monotonic()
                 connection.send(Loading(done, total))
 
-        engine = load_engine(config, Path(load.path), progress, WorkRecord(work), load.replicas, load.secrets)
+        engine = load_engine(
+            config, Path(load.path), progress, WorkRecord(work), load.replicas, load.secrets, _end_like_rank
+        )
     loop = EngineLoop(engine, connection.send, connection.wake)
     heartbeat.loop = loop
     gc.enable()
@@ -174,6 +176,14 @@ def _serve(connection: Connection, heartbeat: Heartbeat, work: int) -> None:
     connection.send(Ready(engine.info))
     loop.run(connection.receive)
     engine.close()
+
+
+def _end_like_rank(code: int, line: str) -> None:
+    """End this process as one of its ranks has ended, so that the frontend finds the same cause."""
+    log.error("%s, and its engine with it", line)
+    if code < 0:
+        os.kill(os.getpid(), -code)
+    os._exit(code or 1)
 
 
 def _guard(lock: bool) -> None:

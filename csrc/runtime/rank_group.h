@@ -1,0 +1,59 @@
+// The processes that compute one model together on one machine. Each has a number, its rank, and maps the same memory:
+// here the counters by which they wait for each other, and behind them what Program puts there.
+#pragma once
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+
+#include "memory.h"
+
+namespace octavo {
+
+class RankGroup {
+public:
+    static constexpr int kMostRanks = 8;
+
+    // fd: a memfd that all ranks have, large enough for what they map; -1: memory of this process alone, to lay out a
+    // program that is not run.
+    RankGroup(int rank, int size, int fd);
+
+    int rank() const { return rank_; }
+    int size() const { return size_; }
+
+    // Map memory of this size, which is zeroed and the same for all ranks. Each rank calls it once, with the same size.
+    std::byte* map(size_t bytes);
+
+    // Wait until every rank has called barrier(). What they wrote before it is visible to all after it. Return false,
+    // without waiting, once the group is stopped. One thread of a rank at a time.
+    bool barrier();
+
+    // Rank 0: let the other ranks go on with the next step. Others: wait for that; false once the group is stopped.
+    void start_step();
+    bool wait_for_step();
+
+    // End all waiting, in all ranks: one of them has ended, or rank 0 is done. From any thread.
+    void stop();
+    bool stopped() const { return counters().stopped.load(std::memory_order_relaxed) != 0; }
+
+private:
+    // A counter that other processes wait on: first by spinning, then asleep.
+    struct alignas(64) Signal {
+        std::atomic<uint32_t> value, sleepers;
+    };
+    struct Counters {
+        Signal arrived[kMostRanks];  // barriers that each rank has reached
+        Signal steps;
+        std::atomic<uint32_t> stopped;
+    };
+
+    Counters& counters() const { return *reinterpret_cast<Counters*>(counters_.data()); }
+    void advance(Signal& signal);
+    bool wait_for(Signal& signal, uint32_t wanted, int64_t patience_us);
+
+    const int rank_, size_, fd_;
+    Memory counters_, memory_;
+    uint32_t barriers_ = 0, steps_ = 0;  // that this rank has passed
+};
+
+}  // namespace octavo
