@@ -36,9 +36,13 @@ class Address:
         return self.host in _ANY
 
     def resolved(self) -> list["Address"]:
-        """Return the address of each engine that it stands for, by number. Raises OSError if the name is unknown."""
+        """Return the address of each engine that it stands for, by number. Raises OSError if the name is unknown.
+
+        If a name has numbers of IPv4 and of IPv6, they are taken for the same machines, and those of IPv4 are returned.
+        """
         found = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)
-        return sorted({Address(str(entry[4][0]), self.port) for entry in found}, key=str)
+        family = min(entry[0] for entry in found)
+        return sorted({Address(str(entry[4][0]), self.port) for entry in found if entry[0] == family}, key=str)
 
     def is_local(self) -> bool:
         """Return whether only this machine can connect to it. Raises OSError if the name is unknown."""
