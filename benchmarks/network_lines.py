@@ -57,6 +57,12 @@ class Line:
         """A command that runs on the machine."""
         return ["ip", "netns", "exec", self.name, *words]
 
+    def enter(self) -> None:
+        """Put the calling thread, and the processes and connections that it makes from now on, on the machine."""
+        with Path(f"/run/netns/{self.name}").open() as file:
+            if ctypes.CDLL(None, use_errno=True).setns(file.fileno(), _CLONE_NEWNET):
+                raise OSError(ctypes.get_errno(), "setns")
+
     def cut(self, up: bool = True, down: bool = True) -> None:
         """Drop packets from the machine, to it, or both."""
         self.up, self.down = not up, not down
@@ -68,7 +74,7 @@ class Line:
 
 @contextlib.contextmanager
 def machines(count: int) -> Iterator[tuple[Line, list[Line]]]:
-    """A center and `count` machines, each at the end of a line of its own. The center's line is only for `command`."""
+    """A center and `count` machines, each at the end of a line of its own. The center's line only names it."""
     prefix = f"octavo-{os.getpid()}"
     center = Line(f"{prefix}-c", "")
     lines = [Line(f"{prefix}-{i}", f"10.213.{i}.2") for i in range(count)]
@@ -80,7 +86,7 @@ def machines(count: int) -> Iterator[tuple[Line, list[Line]]]:
             _ip("-n", namespace, "link", "set", "lo", "up")
         for i, line in enumerate(lines):
             center_end, machine_end = f"10.213.{i}.1", line.address
-            line.ends = (_tunnel(center.name, f"line{i}"), _tunnel(line.name, "line"))
+            line.ends = (_tunnel(center, f"line{i}"), _tunnel(line, "line"))
             for namespace, device, own, other in (
                 (center.name, f"line{i}", center_end, machine_end),
                 (line.name, "line", machine_end, center_end),
@@ -105,14 +111,12 @@ def _ip(*words: str) -> None:
     subprocess.run(["ip", *words], check=True)
 
 
-def _tunnel(namespace: str, device: str) -> int:
-    """A tunnel's file descriptor; its network device is in the namespace."""
+def _tunnel(machine: Line, device: str) -> int:
+    """A tunnel's file descriptor; its network device is on the machine."""
     made: list[int] = []
 
-    def make() -> None:  # in a thread of its own, which alone enters the namespace
-        with Path(f"/run/netns/{namespace}").open() as file:
-            if ctypes.CDLL(None, use_errno=True).setns(file.fileno(), _CLONE_NEWNET):
-                raise OSError(ctypes.get_errno(), "setns")
+    def make() -> None:
+        machine.enter()
         tunnel = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
         fcntl.ioctl(tunnel, _TUNSETIFF, struct.pack("16sH22x", device.encode(), _TUN_WITHOUT_HEADER))
         made.append(tunnel)
