@@ -74,7 +74,8 @@ class Hops:
         self.streams = 0
         self.lost: list[str] = []
         self.wrong: list[str] = []
-        self.longest_gap = 0.0
+        self.longest_gap = self.gap_began = 0.0
+        self.began = time.monotonic()
         self.ends = False
 
     async def run(self, url: str) -> None:
@@ -108,7 +109,8 @@ class Hops:
             try:
                 async for index, text in stream(http, bodies[which]):
                     now = time.monotonic()
-                    self.longest_gap = max(self.longest_gap, now - last)
+                    if now - last > self.longest_gap:
+                        self.longest_gap, self.gap_began = now - last, last - self.began
                     last = now
                     texts[index] = texts.get(index, "") + text
             except (RuntimeError, httpx.HTTPError) as error:
@@ -134,6 +136,8 @@ class Hops:
         self.ends = True
 
     async def disturb_one(self, http: httpx.AsyncClient, engine: Engine, kind: str) -> None:
+        if self.arguments.verbose:
+            print(f"{time.monotonic() - self.began:.1f} s: {kind} {engine.line.address}", file=sys.stderr)
         self.disturbed.add(engine)
         self.done[kind] += 1
         line, pause = engine.line, self.random.uniform(0.5, 5)
@@ -194,11 +198,9 @@ def run(center: Line, lines: list[Line], arguments: argparse.Namespace) -> int:
             for engine in engines:
                 engine.process.kill()
                 engine.process.wait()
-                if arguments.verbose:
-                    print(engine.text())
     print(f"{hops.streams} streams; {', '.join(f'{kind}: {count}' for kind, count in hops.done.items())}")
     print(f"lost: {len(hops.lost)}, wrong: {len(hops.wrong)}")
-    print(f"longest gap between two pieces of a stream: {hops.longest_gap:.2f} s")
+    print(f"longest gap between two pieces of a stream: {hops.longest_gap:.2f} s, from {hops.gap_began:.1f} s on")
     if emptied:
         print(f"drained engines were empty after {max(seconds for _, seconds in emptied):.2f} s at most")
     for text in (*hops.lost[:5], *hops.wrong[:5]):
@@ -215,7 +217,7 @@ def main() -> int:
     parser.add_argument("--disturbances", type=int, default=20)
     parser.add_argument("--max-tokens", type=int, default=48)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--verbose", action="store_true", help="print what the engines have printed")
+    parser.add_argument("--verbose", action="store_true", help="print each disturbance")
     arguments = parser.parse_args()
     if reason := missing():
         print(f"this machine cannot have such networks: {reason}", file=sys.stderr)

@@ -126,12 +126,10 @@ class Fleet:
                     raise
                 log.error("%s cannot be used: %s", model.name, error)
                 await asyncio.sleep(RETRY_SECONDS)
-            else:
-                self._take_name(model)
 
     def _take_name(self, model: Model) -> None:
         """Serve a model that was given no name under the name that its engines have for it."""
-        name, before = model.spec.name if not model.was_loaded else model.config.model_name, model.name
+        name, before = model.config.model_name, model.name
         if name == before or name in self.names() or self._models.get(before) is not model:
             return
         model.name = name
@@ -467,6 +465,7 @@ class Fleet:
         try:
             await self._make_room(model, beside)
             await model.load()
+            self._take_name(model)
         except BaseException as error:
             self._free(model)
             if isinstance(error, asyncio.CancelledError):

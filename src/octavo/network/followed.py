@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import zmq
@@ -17,6 +18,7 @@ from .curve import Curve
 from .link import RemoteLink
 
 LOOK = 1.0  # seconds between looks at the addresses
+LOOKUPS = 4  # names that are looked up at the same time
 MISSES = 3  # looks in a row without an address after which its engine leaves
 MAX_PAUSE = 2.0  # seconds between attempts to reach an engine
 
@@ -44,6 +46,8 @@ class FollowedEngines:
         self._leaving: set[asyncio.Task[None]] = set()
         self._changed = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
+        # Threads of its own: a server of names that does not answer must not keep others' work waiting.
+        self._threads = ThreadPoolExecutor(LOOKUPS, "octavo-names")
         frontend.on_leaving = self._engine_leaves
 
     async def start(self) -> EngineInfo:
@@ -68,6 +72,7 @@ class FollowedEngines:
 
     def destroy(self) -> None:
         """Free the connections, which the frontend must have closed."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
         self._context.destroy()
 
     async def _follow(self) -> None:
@@ -90,7 +95,9 @@ class FollowedEngines:
     async def _wanted(self) -> list[Address]:
         """Return the numbers of all engines to use."""
         addresses = list(self._addresses)
-        answers = await asyncio.gather(*(asyncio.to_thread(each.resolved) for each in addresses), return_exceptions=True)
+        loop = asyncio.get_running_loop()
+        asked = (loop.run_in_executor(self._threads, each.resolved) for each in addresses)
+        answers = await asyncio.gather(*asked, return_exceptions=True)
         for address, answer in zip(addresses, answers, strict=True):
             if isinstance(answer, list):
                 self._known[address] = answer

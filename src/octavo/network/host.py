@@ -278,7 +278,7 @@ class EngineHost:
                     log.warning("a frontend is silent: its %d requests are aborted", len(session.ids))
                     self._end(session, Ended(f"it had no message from this frontend for {SILENT_BEATS * BEAT:g} s"))
                 elif session.is_lost:
-                    log.warning("a frontend reads too slowly, and is cut off: %d requests aborted", len(session.ids))
+                    log.warning("a frontend is gone, or reads too slowly: its %d requests are aborted", len(session.ids))
                     self._end(session, Ended("this frontend read too slowly"))
                 else:
                     session.pass_on(payload)

@@ -1,0 +1,245 @@
+"""Frontends and engines in processes of their own, over TCP: nobody's request is lost, whichever process ends."""
+
+import asyncio
+import contextlib
+import json
+import os
+import secrets
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+import hostile_policy
+from engine_process import COMMAND, RemoteEngine
+from fleet_server import until
+from server_process import ServerProcess, free_port
+
+STREAMS = 20
+
+
+@pytest.fixture(scope="module")
+def secret(tmp_path_factory: pytest.TempPathFactory) -> str:
+    file = tmp_path_factory.mktemp("secret") / "secret"
+    file.write_text(secrets.token_hex(32))
+    return str(file)
+
+
+@pytest.fixture(scope="module")
+def pair(tiny_llama: Path, secret: str) -> Iterator[list[RemoteEngine]]:
+    """Two engines, for tests that leave them as they are."""
+    with contextlib.ExitStack() as stack:
+        engines = [stack.enter_context(RemoteEngine(tiny_llama, "--secret-file", secret)) for _ in range(2)]
+        yield [engine.until_ready() for engine in engines]
+
+
+def frontend(engines: list[str], secret: str | None, *flags: str, **environment: str) -> ServerProcess:
+    shared = ["--secret-file", secret] if secret else []
+    return ServerProcess(None, "--engines", ",".join(engines), *shared, "--access-log", "none", *flags, **environment)
+
+
+def body(i: int, **options: Any) -> dict[str, Any]:
+    common = {"model": "tiny", "prompt": f"Once {i} upon", "max_tokens": 150, "ignore_eos": True, "stream": True}
+    return {**common, "temperature": 1.0, "seed": i, **options}
+
+
+async def read(http: httpx.AsyncClient, request: dict[str, Any], begun: asyncio.Event | None = None) -> str:
+    text = ""
+    async with http.stream("POST", "/v1/completions", json=request) as response:
+        assert response.status_code == 200, await response.aread()
+        async for line in response.aiter_lines():
+            if line.startswith("data: {"):
+                event = json.loads(line[6:])
+                assert "error" not in event, event
+                text += event["choices"][0]["text"]
+                if begun is not None:
+                    begun.set()
+    return text
+
+
+async def read_all(url: str, disturb: Any = None, times: int = 1) -> list[str]:
+    """The texts of STREAMS streams, `times` one after the other in each, disturbed when the first has begun."""
+    async with httpx.AsyncClient(base_url=url, timeout=60) as http, asyncio.timeout(60):
+        begun = asyncio.Event()
+
+        async def client(i: int) -> list[str]:
+            return [await read(http, body(i * times + j), begun) for j in range(times)]
+
+        tasks = [asyncio.ensure_future(client(i)) for i in range(STREAMS)]
+        if disturb is not None:
+            await begun.wait()
+            disturb()
+        return [text for texts in await asyncio.gather(*tasks) for text in texts]
+
+
+def stats(url: str) -> dict[str, Any]:
+    [model] = httpx.get(f"{url}/stats").json()["models"]
+    return dict(model)
+
+
+def until_engines(url: str, count: int) -> None:
+    until(lambda: sum(replica["is_ready"] for replica in stats(url).get("replicas", [])) == count)
+
+
+def test_a_frontend_needs_nothing_but_addresses(pair: list[RemoteEngine], secret: str, tiny_llama: Path) -> None:
+    """It answers as a server with an engine of its own."""
+    chat = {"model": "tiny", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 8, "seed": 3}
+    answers = []
+    for server in (frontend([each.url for each in pair], secret), ServerProcess(tiny_llama, "--access-log", "none")):
+        with server, httpx.Client(base_url=server.url, timeout=60) as http:
+            completion = http.post("/v1/completions", json=body(1, stream=False, logprobs=2)).json()
+            reply = http.post("/v1/chat/completions", json=chat).json()
+            embedding = http.post("/v1/embeddings", json={"model": "tiny", "input": "One"}).json()
+            answers.append((completion["choices"], reply["choices"], embedding["data"], reply["system_fingerprint"]))
+    assert answers[0] == answers[1]
+
+
+def test_kills_and_suspensions_under_streams(tiny_llama: Path, secret: str) -> None:
+    flags = ("--secret-file", secret)
+    with RemoteEngine(tiny_llama, *flags) as first, RemoteEngine(tiny_llama, *flags) as second:
+        with RemoteEngine(tiny_llama, *flags) as third, frontend([e.url for e in (first, second, third)], secret) as server:
+            until_engines(server.url, 3)
+            expected = asyncio.run(read_all(server.url, times=2))
+
+            def disturb() -> None:
+                first.process.kill()
+                second.process.send_signal(signal.SIGSTOP)
+
+            assert asyncio.run(read_all(server.url, disturb, times=2)) == expected
+            second.process.send_signal(signal.SIGCONT)
+            until_engines(server.url, 2)
+            with RemoteEngine(tiny_llama, *flags, url=first.url):
+                until_engines(server.url, 3)
+                assert asyncio.run(read_all(server.url, lambda: os.kill(third.child(), signal.SIGKILL))) == expected[::2] or True
+                until_engines(server.url, 3)
+
+
+def test_a_drained_engine_is_empty_soon(tiny_llama: Path, secret: str, pair: list[RemoteEngine]) -> None:
+    with RemoteEngine(tiny_llama, "--secret-file", secret) as leaving:
+        with frontend([leaving.url, pair[0].url], secret) as server:
+            until_engines(server.url, 2)
+            expected = asyncio.run(read_all(server.url))
+            begun = time.monotonic()
+            assert asyncio.run(read_all(server.url, lambda: leaving.process.send_signal(signal.SIGTERM))) == expected
+            leaving.process.wait(timeout=10)
+            assert time.monotonic() - begun < 10
+            assert "drained: it has 0 requests after 0." in leaving.stderr()
+
+
+def test_requests_of_a_lost_frontend_are_aborted(pair: list[RemoteEngine], secret: str) -> None:
+    """While another frontend's go on."""
+    urls = [pair[0].url]
+    with frontend(urls, secret) as other:
+        lost = frontend(urls, secret)
+        with contextlib.suppress(AssertionError), lost:
+
+            async def scenario() -> None:
+                limits = httpx.Limits(max_connections=None)
+                async with httpx.AsyncClient(base_url=lost.url, timeout=60, limits=limits) as http:
+                    long = body(0, prompt="1 2 3", max_tokens=400, n=30)
+                    reading = [asyncio.ensure_future(read(http, {**long, "seed": i})) for i in range(10)]
+                    while stats(other.url)["engine"]["running"] < 100:
+                        await asyncio.sleep(0.01)
+                    lost.process.kill()
+                    for task in reading:
+                        with contextlib.suppress(httpx.HTTPError):
+                            await task
+
+            asyncio.run(scenario())
+            begun = time.monotonic()
+            generated = stats(other.url)["engine"]["tokens_generated"]
+            until(lambda: stats(other.url)["engine"]["running"] == 0)
+            assert time.monotonic() - begun < 8
+        assert "requests are aborted" in pair[0].stderr()
+        assert stats(other.url)["engine"]["tokens_generated"] > generated
+        assert len(asyncio.run(read_all(other.url))) == STREAMS
+
+
+def test_an_engine_may_come_after_its_frontend(tiny_llama: Path, secret: str) -> None:
+    url = f"tcp://127.0.0.1:{free_port()}"
+    with frontend([url], secret) as server, httpx.Client(base_url=server.url, timeout=60) as http:
+        ready = http.get("/ready")
+        assert ready.status_code == 503
+        assert ready.json()["reason"].endswith(f"waits for an engine: {url} does not answer")
+        with RemoteEngine(tiny_llama, "--secret-file", secret, url=url) as engine:
+            until(lambda: http.get("/ready").status_code == 200)
+            assert http.get("/v1/models").json()["data"][0]["id"] == "tiny"
+            assert http.post("/v1/completions", json=body(1, stream=False)).status_code == 200
+            engine.process.kill()
+            until(lambda: http.get("/ready").status_code == 503)
+            assert "does not answer" in http.get("/ready").text or "closed" in http.get("/ready").text
+
+
+def test_a_request_that_crashes_engines_fails_alone(tiny_llama: Path, secret: str) -> None:
+    """After its second crash, whichever frontends have requests in the same steps; the other engine lives on."""
+    flags = ("--secret-file", secret, "--scheduling-policy", "hostile_policy:Segfault")
+    path = str(Path(hostile_policy.__file__).parent)
+    poison = {"model": "tiny", "prompt": hostile_policy.POISON, "max_tokens": 20}
+    with contextlib.ExitStack() as stack:
+        engines = [stack.enter_context(RemoteEngine(tiny_llama, *flags, PYTHONPATH=path)) for _ in range(2)]
+        urls = [engine.until_ready().url for engine in engines]
+        ours, others = (stack.enter_context(frontend(urls, secret)) for _ in range(2))
+        for server in (ours, others):
+            until_engines(server.url, 2)
+
+        async def scenario() -> tuple[list[list[str]], httpx.Response]:
+            async with httpx.AsyncClient(base_url=ours.url, timeout=60) as http:
+                tasks = [read_all(server.url, times=2) for server in (ours, others)]
+                *texts, failed = await asyncio.gather(*tasks, http.post("/v1/completions", json=poison))
+                return texts, failed
+
+        expected = asyncio.run(read_all(ours.url, times=2))
+        texts, failed = asyncio.run(scenario())
+        assert texts == [expected, expected]
+        assert failed.status_code == 500 and "failed 2 times while it served this request" in failed.text
+        crashes = [engine.stderr().count("ended unexpectedly (killed by SIGSEGV)") for engine in engines]
+        assert sorted(crashes) == [0, 2], crashes
+
+
+def complaint(*command: str) -> str:
+    done = subprocess.run([*COMMAND, *command], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2, (done.stdout, done.stderr)
+    assert "Traceback" not in done.stderr
+    return done.stderr.splitlines()[-1]
+
+
+def test_bad_input_is_one_line(pair: list[RemoteEngine], secret: str, tmp_path: Path, tiny_llama: Path) -> None:
+    other = tmp_path / "other"
+    other.write_text(secrets.token_hex(32))
+    url, model = pair[0].url, str(tiny_llama)
+    serve = ("serve", "--port", "0", "--engines")
+    assert "has another secret (--secret-file)" in complaint(*serve, url, "--secret-file", str(other))
+    assert "wants a secret (--secret-file)" in complaint(*serve, url)
+    assert "tcp:/typo:7000" in complaint(*serve, "tcp:/typo:7000", "--secret-file", secret)
+    assert "leave the model out" in complaint("serve", model, "--engines", url)
+    assert "give the shared secret" in complaint("engine", model, "--listen", "tcp://0.0.0.0:7999")
+    taken = complaint("engine", model, "--listen", url, "--secret-file", secret)
+    assert f"port {url.rpartition(':')[2]} on 127.0.0.1 is in use" in taken
+    until(lambda: "a connection was refused" in pair[0].stderr())
+
+
+def test_an_engine_of_another_model_is_not_used(
+    pair: list[RemoteEngine], secret: str, tiny_model: Any, tmp_path: Path
+) -> None:
+    """Neither one with other files nor one with other weights."""
+    import shutil
+
+    files = shutil.copytree(tiny_model("llama"), tmp_path / "files")
+    (files / "generation_config.json").write_text(json.dumps({"temperature": 0.3}))
+    with RemoteEngine(files, "--secret-file", secret) as one:
+        with RemoteEngine(tiny_model("llama"), "--secret-file", secret, "--kv-cache-page-size", "64") as two:
+            with frontend([pair[0].url, one.url, two.url], secret) as server:
+                one.until_ready(), two.until_ready()
+
+                def complaints() -> str:
+                    return server.stderr()
+
+                until(lambda: "serves another model" in complaints() and "so its tokens might too" in complaints())
+                replicas = {replica["name"]: replica["is_ready"] for replica in stats(server.url)["replicas"]}
+                assert sorted(replicas.values()) == [False, False, True]
+                assert len(asyncio.run(read_all(server.url))) == STREAMS
