@@ -5,7 +5,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
 from network_lines import missing
 
 HOPS = Path(__file__).parents[2] / "benchmarks" / "hops.py"

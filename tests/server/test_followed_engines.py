@@ -59,10 +59,11 @@ def test_a_host_name_is_followed(tiny_llama: Path, monkeypatch: pytest.MonkeyPat
         await until_names(llm, "127.0.0.1")
         assert (await llm.agenerate(["Once"], LONG))[0].outputs[0].token_ids == alone.outputs[0].token_ids
 
-    with RemoteEngine(tiny_llama, url=f"tcp://127.0.0.1:{port}") as one:
-        with RemoteEngine(tiny_llama, url=f"tcp://127.0.0.2:{port}") as two:
-            one.until_ready(), two.until_ready()
-            run(scenario, f"tcp://engines.test:{port}")
+    one, two = (RemoteEngine(tiny_llama, url=f"tcp://{host}:{port}") for host in ("127.0.0.1", "127.0.0.2"))
+    with one, two:
+        one.until_ready()
+        two.until_ready()
+        run(scenario, f"tcp://engines.test:{port}")
 
 
 def run(scenario: Callable[[AsyncLLM], Awaitable[None]], *engines: str) -> None:
@@ -90,5 +91,7 @@ def test_a_model_of_a_fleet_may_have_such_engines(tiny_llama: Path, tmp_path: Pa
             assert swapped.status_code == 200, swapped.text
             assert server.complete("alias").json()["choices"][0]["text"] == text
             assert server.change("scale", "far", replicas=2).status_code == 400
-            models = {entry["name"]: entry for entry in httpx.get(f"{server.url}/stats", headers=ADMIN).json()["models"]}
+            models = {
+                entry["name"]: entry for entry in httpx.get(f"{server.url}/stats", headers=ADMIN).json()["models"]
+            }
             assert models["far"]["memory"] == 0 < models["near"]["memory"]

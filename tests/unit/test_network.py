@@ -1,6 +1,7 @@
-"""The parts of engines over the network that need no second process: addresses, frames, turns, a model's small files."""
+"""Parts of engines over the network that need no second process: addresses, frames, turns, a model's small files."""
 
 import asyncio
+import re
 import socket
 from collections.abc import Sequence
 from pathlib import Path
@@ -127,7 +128,8 @@ def test_addresses(url: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "url", ["", "a:7000", "http://a:7000", "tcp://a", "tcp://a:0", "tcp://a:65536", "tcp://:7", "tcp://a b:7", "tcp://::1:7"]
+    "url",
+    ["", "a:7000", "http://a:7000", "tcp://a", "tcp://a:0", "tcp://a:65536", "tcp://:7", "tcp://a b:7", "tcp://::1:7"],
 )
 def test_what_is_no_address(url: str) -> None:
     with pytest.raises(ConfigError, match="give one such as tcp://"):
@@ -161,7 +163,9 @@ def test_two_frontends_get_their_own_answers() -> None:
         peers.say(b"b", Submit([request("3"), request("1")]), b)  # 1 is taken
         assert [r.id for m in engine.sent if isinstance(m, Submit) for r in m.requests] == ["1", "2", "3"]
         engine.on_message(Tokens([TokenOutput("3", 7), TokenOutput("1", 8, "length"), TokenOutput("9", 9)]))
-        tokens = {who: [o for m in peers.answers(who) if isinstance(m, Tokens) for o in m.outputs] for who in (b"a", b"b")}
+        tokens = {
+            who: [o for m in peers.answers(who) if isinstance(m, Tokens) for o in m.outputs] for who in (b"a", b"b")
+        }
         assert [(o.id, o.token) for o in tokens[b"a"]] == [("1", 8)]
         assert [(o.id, o.token, o.finish_reason) for o in tokens[b"b"]] == [("1", -1, "error"), ("3", 7, None)]
 
@@ -224,7 +228,7 @@ def test_who_is_refused(hello: Any, reason: str) -> None:
     def scenario(peers: Peers) -> None:
         peers.say(b"a", hello)
         [refused] = peers.about(b"a")
-        assert isinstance(refused, Refused) and msgspec.json.encode(refused) and __import__("re").search(reason, refused.reason)
+        assert isinstance(refused, Refused) and re.search(reason, refused.reason)
         assert not peers.host.sessions
 
     with_host(scenario)

@@ -9,11 +9,11 @@ from typing import Any
 
 import zmq
 
+from octavo.address import Address
 from octavo.engine.messages import EngineInfo
 from octavo.frontend.frontend import Frontend
 from octavo.frontend.replica import Replica
 
-from octavo.address import Address
 from .curve import Curve
 from .link import RemoteLink
 
@@ -109,9 +109,7 @@ class FollowedEngines:
 
     def _join(self, address: Address) -> None:
         def connect(replica: Replica) -> RemoteLink:
-            return RemoteLink(
-                self._context, address, self._curve, self._digest, lambda: replica.readmission.is_open
-            )
+            return RemoteLink(self._context, address, self._curve, self._digest, lambda: replica.readmission.is_open)
 
         name = f"engine {address.host}:{address.port}"
         self._replicas[address] = self._frontend.add_remote(connect, name, MAX_PAUSE)

@@ -9,11 +9,11 @@ import msgspec
 import zmq
 from zmq.utils.monitor import parse_monitor_message
 
+from octavo.address import Address
 from octavo.frontend.links.link import Exit
 from octavo.frontend.links.messages import Failed, FromEngine, Submit, ToEngine, decode_from_engine, encode
 
 from . import protocol
-from octavo.address import Address
 from .curve import Curve
 from .protocol import BEAT, NO_TERM, Beat, Ended, Goodbye, Hello, Malformed, Refused, Welcome
 from .wire import Wire
@@ -22,7 +22,11 @@ PATIENCE = 3.0  # seconds until an engine must answer the hello
 RETRY = 250  # milliseconds between attempts to connect until then
 LINGER = 200  # milliseconds in which the goodbye may be sent
 
-HANDSHAKE_FAILED = (zmq.Event.HANDSHAKE_FAILED_NO_DETAIL, zmq.Event.HANDSHAKE_FAILED_PROTOCOL, zmq.Event.HANDSHAKE_FAILED_AUTH)
+HANDSHAKE_FAILED = (
+    zmq.Event.HANDSHAKE_FAILED_NO_DETAIL,
+    zmq.Event.HANDSHAKE_FAILED_PROTOCOL,
+    zmq.Event.HANDSHAKE_FAILED_AUTH,
+)
 
 log = logging.getLogger("octavo")
 
@@ -135,7 +139,9 @@ class RemoteLink:
             self._said_hello = True
             self._send(NO_TERM, encode(Hello(digest=self._digest)))
         elif event in HANDSHAKE_FAILED:
-            secret = "has another secret (--secret-file)" if self._curve is not None else "wants a secret (--secret-file)"
+            secret = (
+                "has another secret (--secret-file)" if self._curve is not None else "wants a secret (--secret-file)"
+            )
             self._fail(f"{self._address} refuses the connection: it {secret}, or it is no engine of Octavo")
         elif event == zmq.Event.DISCONNECTED and self._said_hello:
             self._end(Exit("the connection was closed", is_fault=False))

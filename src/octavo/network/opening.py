@@ -36,6 +36,9 @@ def open_engines(
     def follow(frontend: Frontend) -> FollowedEngines:
         return FollowedEngines(frontend, addresses, curve, digest)
 
-    size, tokens = batch.get("max_batch_size", config.max_batch_size), batch.get("max_batch_tokens", config.max_batch_tokens)
+    size, tokens = (
+        batch.get("max_batch_size", config.max_batch_size),
+        batch.get("max_batch_tokens", config.max_batch_tokens),
+    )
     config = dataclasses.replace(config, served_model_name=name, max_batch_size=size, max_batch_tokens=tokens)
     return config, found.files, follow

@@ -15,6 +15,7 @@ import uvloop
 import zmq
 from zmq.utils.monitor import parse_monitor_message
 
+from octavo.address import Address
 from octavo.config import EngineConfig
 from octavo.engine.messages import EngineInfo
 from octavo.errors import ConfigError
@@ -26,7 +27,6 @@ from octavo.terminal import printable
 from octavo.version import __version__
 from octavo.weights import resolve
 
-from octavo.address import Address
 from .curve import Curve, Doorkeeper
 from .host import EngineHost
 from .link import HANDSHAKE_FAILED
