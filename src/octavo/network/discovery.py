@@ -19,7 +19,7 @@ from .protocol import NO_TERM, AskFiles, Files, Malformed, Refused, encode
 
 PATIENCE = 1.0  # seconds for an engine to accept a connection
 FILES_PATIENCE = 60.0  # seconds for its files to arrive then: they may be large, and the line slow
-LOOK = 0.02  # seconds between looks whether the answer is still wanted
+LOOK = 20  # milliseconds between looks whether the answer is still wanted
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def _ask_all(
     except OSError as error:
         deadline = time.monotonic() + PATIENCE
         while time.monotonic() < deadline and is_wanted():
-            time.sleep(LOOK)
+            time.sleep(LOOK / 1000)
         return _NoAnswer(f"{address}: the host is unknown ({error.strerror or error})")
     failure = _NoAnswer(f"{address} does not answer")
     for engine in engines:
@@ -114,7 +114,7 @@ def _ask(
     try:
         socket.connect(str(engine))
         while time.monotonic() < deadline and is_wanted():
-            ready = dict(poller.poll(LOOK * 1000))
+            ready = dict(poller.poll(LOOK))
             if monitor in ready:
                 event = parse_monitor_message(monitor.recv_multipart())["event"]
                 if event in HANDSHAKE_FAILED:

@@ -42,6 +42,12 @@ def open_socket(context: "zmq.Context[Any]", curve: Curve | None) -> "zmq.Socket
     return socket
 
 
+def refusal(address: Address, curve: Curve | None) -> str:
+    """Return why a handshake has failed, as far as this side can know."""
+    secret = "has another secret" if curve is not None else "wants a secret"
+    return f"{address} refuses the connection: it {secret} (--secret-file), or it is no engine of Octavo"
+
+
 class RemoteLink:
     """A Link to an engine that runs elsewhere: one session, see protocol.py. It cannot kill the engine, only leave it.
 
@@ -139,10 +145,7 @@ class RemoteLink:
             self._said_hello = True
             self._send(NO_TERM, encode(Hello(digest=self._digest)))
         elif event in HANDSHAKE_FAILED:
-            secret = (
-                "has another secret (--secret-file)" if self._curve is not None else "wants a secret (--secret-file)"
-            )
-            self._fail(f"{self._address} refuses the connection: it {secret}, or it is no engine of Octavo")
+            self._fail(refusal(self._address, self._curve))
         elif event == zmq.Event.DISCONNECTED and self._said_hello:
             self._end(Exit("the connection was closed", is_fault=False))
 

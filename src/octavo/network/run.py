@@ -163,7 +163,7 @@ def _listening(context: "zmq.Context[Any]", address: Address, curve: Curve | Non
             raise ConfigError(
                 f"port {address.port} on {address.host} is in use: stop the program that uses it, or choose another one"
             ) from None
-        raise ConfigError(f"cannot listen on {address}: {zmq.strerror(error.errno)}") from None
+        raise ConfigError(f"cannot listen on {address}: {zmq.strerror(error.errno or 0)}") from None
     return socket
 
 
