@@ -30,7 +30,7 @@ from live_server import LiveServer, stream
 from network_lines import Line, machines, missing
 
 PORT = 7000
-KINDS = ("kill", "suspend", "drop", "drop to it", "drop from it", "delay", "drain")
+KINDS = ("drop", "drop from it", "kill", "suspend", "drop to it", "delay", "drain")
 DRAIN_SECONDS = 2.0
 
 

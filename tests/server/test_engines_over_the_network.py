@@ -9,7 +9,6 @@ import secrets
 import shutil
 import signal
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -106,11 +105,12 @@ def test_a_frontend_needs_nothing_but_addresses(pair: list[RemoteEngine], secret
     assert answers[0] == answers[1]
 
 
-def test_kills_and_suspensions_under_streams(tiny_llama: Path, secret: str) -> None:
+def test_kills_and_suspensions_under_streams(tiny_llama: Path, secret: str, pair: list[RemoteEngine]) -> None:
     """Of what listens, and of the process that computes."""
     flags = ("--secret-file", secret)
     with contextlib.ExitStack() as stack:
-        first, second, third = (stack.enter_context(RemoteEngine(tiny_llama, *flags)) for _ in range(3))
+        first, third = (stack.enter_context(RemoteEngine(tiny_llama, *flags)) for _ in range(2))
+        second = pair[0]
         server = stack.enter_context(frontend([engine.url for engine in (first, second, third)], secret))
         until_engines(server.url, 3)
         expected = asyncio.run(read_all(server.url, times=2))
@@ -160,12 +160,9 @@ def test_requests_of_a_lost_frontend_are_aborted(pair: list[RemoteEngine], secre
                             await task
 
             asyncio.run(scenario())
-            begun = time.monotonic()
-            generated = stats(other.url)["engine"]["tokens_generated"]
-            until(lambda: stats(other.url)["engine"]["running"] == 0)
-            assert time.monotonic() - begun < 8
-        assert "requests are aborted" in pair[0].stderr()
-        assert stats(other.url)["engine"]["tokens_generated"] > generated
+            until(lambda: stats(other.url)["engine"]["running"] == 0, seconds=8)
+        aborted = re.search(r"a frontend is .*: its (\d+) requests are aborted", pair[0].stderr())
+        assert aborted and int(aborted[1]) > 50
         assert len(asyncio.run(read_all(other.url))) == STREAMS
 
 
@@ -181,7 +178,7 @@ def test_an_engine_may_come_after_its_frontend(tiny_llama: Path, secret: str) ->
             assert http.post("/v1/completions", json=body(1, stream=False)).status_code == 200
             engine.process.kill()
             until(lambda: http.get("/ready").status_code == 503)
-            assert "does not answer" in http.get("/ready").text or "closed" in http.get("/ready").text
+            until(lambda: f"{url} does not answer" in http.get("/ready").text)
 
 
 def test_a_request_that_crashes_engines_fails_alone(tiny_llama: Path, secret: str) -> None:

@@ -13,7 +13,7 @@ from octavo.errors import ConfigError
 
 from . import protocol
 from .curve import Curve
-from .link import HANDSHAKE_FAILED, open_socket, refusal
+from .link import Handshakes, open_socket, refusal
 from .model_files import ModelFiles
 from .protocol import NO_TERM, AskFiles, Files, Malformed, Refused, encode
 
@@ -110,16 +110,16 @@ def _ask(
     poller = zmq.Poller()
     for each in (socket, monitor):
         poller.register(each, zmq.POLLIN)
-    deadline = time.monotonic() + PATIENCE
+    deadline, handshakes = time.monotonic() + PATIENCE, Handshakes()
     try:
         socket.connect(str(engine))
         while time.monotonic() < deadline and is_wanted():
             ready = dict(poller.poll(LOOK))
             if monitor in ready:
                 event = parse_monitor_message(monitor.recv_multipart())["event"]
-                if event in HANDSHAKE_FAILED:
+                if handshakes.is_refused(event):
                     return _NoAnswer(refusal(engine, curve), is_refusal=True)
-                if event == zmq.Event.HANDSHAKE_SUCCEEDED:
+                if handshakes.is_done(event):
                     socket.send_multipart((NO_TERM, encode(AskFiles())))
                     deadline = time.monotonic() + FILES_PATIENCE
             if socket in ready:

@@ -22,12 +22,6 @@ PATIENCE = 3.0  # seconds until an engine must answer the hello
 RETRY = 250  # milliseconds between attempts to connect until then
 LINGER = 200  # milliseconds in which the goodbye may be sent
 
-HANDSHAKE_FAILED = (
-    zmq.Event.HANDSHAKE_FAILED_NO_DETAIL,
-    zmq.Event.HANDSHAKE_FAILED_PROTOCOL,
-    zmq.Event.HANDSHAKE_FAILED_AUTH,
-)
-
 log = logging.getLogger("octavo")
 
 
@@ -40,6 +34,28 @@ def open_socket(context: "zmq.Context[Any]", curve: Curve | None) -> "zmq.Socket
     if curve is not None:
         curve.connect(socket)
     return socket
+
+
+class Handshakes:
+    """Tells from the events of a connection whether its handshake succeeds.
+
+    A peer that does not know the key closes the connection without a word, and so does one that is being ended. So
+    twice in a row counts as a refusal.
+    """
+
+    _REFUSALS = (zmq.Event.HANDSHAKE_FAILED_PROTOCOL, zmq.Event.HANDSHAKE_FAILED_AUTH)
+
+    def __init__(self) -> None:
+        self._closed = 0
+
+    def is_done(self, event: int) -> bool:
+        """Return whether an event tells of a success."""
+        return event == zmq.Event.HANDSHAKE_SUCCEEDED
+
+    def is_refused(self, event: int) -> bool:
+        """Return whether an event tells that there will be no success."""
+        self._closed += event == zmq.Event.HANDSHAKE_FAILED_NO_DETAIL
+        return event in self._REFUSALS or self._closed > 1
 
 
 def refusal(address: Address, curve: Curve | None) -> str:
@@ -74,6 +90,7 @@ class RemoteLink:
         self._monitor: Wire | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._term = NO_TERM
+        self._handshakes = Handshakes()
         self._said_hello = False
         self._exit = Exit("this frontend has left it", is_fault=False)
 
@@ -141,10 +158,10 @@ class RemoteLink:
     def _notice(self, frames: list[bytes]) -> None:
         """Follow what happens to the connection."""
         event = parse_monitor_message(frames)["event"]
-        if event == zmq.Event.HANDSHAKE_SUCCEEDED and not self._said_hello:
+        if self._handshakes.is_done(event) and not self._said_hello:
             self._said_hello = True
             self._send(NO_TERM, encode(Hello(digest=self._digest)))
-        elif event in HANDSHAKE_FAILED:
+        elif self._handshakes.is_refused(event):
             self._fail(refusal(self._address, self._curve))
         elif event == zmq.Event.DISCONNECTED and self._said_hello:
             self._end(Exit("the connection was closed", is_fault=False))

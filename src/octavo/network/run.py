@@ -29,7 +29,6 @@ from octavo.weights import resolve
 
 from .curve import Curve, Doorkeeper
 from .host import EngineHost
-from .link import HANDSHAKE_FAILED
 from .model_files import ModelFiles
 from .protocol import MAX_MESSAGE, MAX_QUEUED, Files
 from .wire import Wire
@@ -39,6 +38,8 @@ LOOK = 0.05  # seconds between looks whether they have
 LINGER = 500  # milliseconds to send what is queued at the end
 HANDSHAKE = 5_000  # milliseconds in which a connection must prove that it has the secret
 QUIET = 10.0  # seconds between lines about strangers
+
+_FAILED = (zmq.Event.HANDSHAKE_FAILED_NO_DETAIL, zmq.Event.HANDSHAKE_FAILED_PROTOCOL, zmq.Event.HANDSHAKE_FAILED_AUTH)
 
 log = logging.getLogger("octavo")
 
@@ -173,7 +174,7 @@ def _strangers() -> Callable[[list[bytes]], None]:
 
     def notice(frames: list[bytes]) -> None:
         nonlocal last
-        if parse_monitor_message(frames)["event"] in HANDSHAKE_FAILED and time.monotonic() - last > QUIET:
+        if parse_monitor_message(frames)["event"] in _FAILED and time.monotonic() - last > QUIET:
             last = time.monotonic()
             log.warning("a connection was refused: it has another secret or none, or is no frontend of Octavo")
 
