@@ -40,7 +40,10 @@ class Address:
 
         If a name has numbers of IPv4 and of IPv6, they are taken for the same machines, and those of IPv4 are returned.
         """
-        found = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)
+        try:
+            found = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)
+        except UnicodeError:
+            raise OSError(0, "no valid name of a host") from None
         family = min(entry[0] for entry in found)
         return sorted({Address(str(entry[4][0]), self.port) for entry in found if entry[0] == family}, key=str)
 

@@ -112,7 +112,10 @@ class AsyncLLM:
 
     def _set_up_remote(self, config: EngineConfig, found: "FoundModel | None") -> None:
         """Do what `_set_up` does for engines that others run. Waits for one of them, unless `found` is given."""
-        from .network.opening import open_engines  # imported late, with ZeroMQ
+        try:
+            from .network.opening import open_engines  # imported late, with ZeroMQ
+        except ModuleNotFoundError:
+            raise ConfigError("engines needs pyzmq: pip install 'octavo[server]'") from None
 
         self._links = []
         self.config, files, follow = open_engines(config, found)

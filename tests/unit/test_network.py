@@ -148,6 +148,11 @@ def test_a_machine_with_two_kinds_of_numbers_counts_once(monkeypatch: pytest.Mon
     assert addresses(["tcp://a:7", "tcp://a:7"]) == [Address("a", 7)]
 
 
+def test_a_name_that_cannot_be_one() -> None:
+    with pytest.raises(OSError, match="no valid name"):
+        Address.of(f"tcp://{'a' * 70}.test:7").resolved()
+
+
 def test_keys_follow_from_the_secret() -> None:
     one, same, other = Curve.of(b"1" * 32), Curve.of(b"1" * 32), Curve.of(b"2" * 32)
     assert one == same

@@ -41,7 +41,7 @@ class Curve:
         """Make a socket of an engine accept only frontends. Its context needs a Doorkeeper."""
         socket.curve_server = True
         socket.curve_publickey, socket.curve_secretkey = self.engine
-        socket.zap_domain = b"octavo"
+        socket.zap_domain, socket.zap_enforce_domain = b"octavo", True
 
     def connect(self, socket: "zmq.Socket[bytes]") -> None:
         """Make a socket of a frontend connect only to engines."""

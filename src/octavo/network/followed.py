@@ -20,6 +20,7 @@ from .link import RemoteLink
 LOOK = 1.0  # seconds between looks at the addresses
 LOOKUPS = 4  # names that are looked up at the same time
 MISSES = 3  # looks in a row without an address after which its engine leaves
+MAX_SOCKETS = 16_384  # each engine has three
 MAX_PAUSE = 2.0  # seconds between attempts to reach an engine
 
 log = logging.getLogger("octavo")
@@ -39,6 +40,7 @@ class FollowedEngines:
         self._frontend, self._curve, self._digest = frontend, curve, digest
         self._addresses = list(addresses)
         self._context: zmq.Context[Any] = zmq.Context()
+        self._context.set(zmq.MAX_SOCKETS, MAX_SOCKETS)
         self._replicas: dict[Address, Replica] = {}
         self._missed: dict[Address, int] = {}
         self._known: dict[Address, list[Address]] = {}  # the latest answer for each of the addresses
@@ -85,7 +87,7 @@ class FollowedEngines:
                     self._join(address)
             for address in [each for each in self._replicas if each not in wanted]:
                 self._missed[address] = self._missed.get(address, 0) + 1
-                if self._missed[address] >= MISSES:
+                if self._missed[address] >= MISSES and not self._replicas[address].is_leaving:
                     log.warning("the engine at %s is no longer among those to use", address)
                     self._let_go(self._replicas[address])
             with contextlib.suppress(TimeoutError):
@@ -111,7 +113,7 @@ class FollowedEngines:
         def connect(replica: Replica) -> RemoteLink:
             return RemoteLink(self._context, address, self._curve, self._digest, lambda: replica.readmission.is_open)
 
-        name = f"engine {address.host}:{address.port}"
+        name = f"engine {str(address).removeprefix('tcp://')}"
         self._replicas[address] = self._frontend.add_remote(connect, name, MAX_PAUSE)
 
     def _engine_leaves(self, replica: Replica) -> None:

@@ -98,10 +98,10 @@ async def _serve(
     with contextlib.ExitStack() as stack:
         stack.callback(context.destroy)
         try:
-            socket = _listening(context, address, curve)
             if curve is not None:
                 hide_memory()
-                stack.callback(Doorkeeper(context, curve).close)
+                stack.callback(Doorkeeper(context, curve).close)  # before anybody can connect
+            socket = _listening(context, address, curve)
             process = EngineProcess()  # imports its modules while this process reads the files
             path, secrets = resolve(config.model, config.revision), config.read_secrets()
             files = ModelFiles.read(unlock(path, secrets.model_identity))

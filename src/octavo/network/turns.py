@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from .session import Session
 
-LONGEST = 60  # beats after which the next frontend gets its turn anyway
+LONGEST = 60  # beats after which a turn ends anyway
 
 
 class Turns:
@@ -51,7 +51,7 @@ class Turns:
     def tick(self) -> None:
         """Count a beat of the host."""
         self._beats += 1
-        if self._current is not None and self._beats > LONGEST and self._line:
+        if self._current is not None and self._beats > LONGEST:
             self._end_turn()
 
     def leave(self, session: Session) -> None:
