@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 from .config import EngineConfig
 from .engine.messages import EngineInfo, EngineStats
-from .errors import EngineDead, OctavoError
-from .formats.files import unlock
+from .errors import ConfigError, EngineDead, OctavoError
+from .formats.files import ModelPath, unlock
 from .frontend.beam_search import BeamSearch, beam_search_output
 from .frontend.chat import ChatOptions, Conversation, chat_tokens, conversations
 from .frontend.frontend import Frontend
@@ -50,6 +50,9 @@ from .weights import generation_defaults, resolve
 if TYPE_CHECKING:
     from opentelemetry.trace import Tracer
 
+    from .network.discovery import FoundModel
+    from .network.followed import FollowedEngines
+
 STATS_PATIENCE = 1.0  # seconds to wait for the engine's statistics
 
 Increment = tuple[int, RequestOutput]
@@ -75,34 +78,61 @@ class AsyncLLM:
         self._set_up(EngineConfig.from_keywords(model=model, **settings))
 
     @classmethod
-    def from_config(cls, config: EngineConfig, process: EngineProcess | None = None) -> "AsyncLLM":
+    def from_config(
+        cls, config: EngineConfig, process: EngineProcess | None = None, found: "FoundModel | None" = None
+    ) -> "AsyncLLM":
         """Return an AsyncLLM with exactly these settings. OCTAVO_* variables are ignored.
 
         Args:
             process: the process for the first engine, if it was started earlier to save time; by default a new one.
+            found: what the engines of others (`engines`) serve, if it is known; by default, this waits for one.
         """
         llm = cls.__new__(cls)
-        llm._set_up(config, process)
+        llm._set_up(config, process, found)
         return llm
 
-    def _set_up(self, config: EngineConfig, process: EngineProcess | None = None) -> None:
-        self.config = config
+    def _set_up(
+        self, config: EngineConfig, process: EngineProcess | None = None, found: "FoundModel | None" = None
+    ) -> None:
         self._is_sleeping = False
+        self._engines: FollowedEngines | None = None
+        if config.engines is not None:
+            self._set_up_remote(config, found)
+            return
+        self.config = config
         self._path = resolve(config.model, config.revision)
         self._secrets = config.read_secrets()
         self._links: list[ProcessLink] = []
         self._begin_loading(process)  # engines load while this process continues
         try:
-            files = unlock(self._path, self._secrets.model_identity)
-            self.tokenizer = Tokenizer.load(files, **config.template_limits)
-            self.generation_defaults = generation_defaults(files) if config.generation_config == "auto" else {}
-            self.default_sampling_params = SamplingParams(**self.generation_defaults)  # type: ignore[arg-type]
-            self._frontend = Frontend(
-                config, self.tokenizer, self._connect, has_queue_limit=True, kv_key=self._secrets.kv_key
-            )
+            self._read_files(unlock(self._path, self._secrets.model_identity))
         except BaseException:
             self.discard()
             raise
+
+    def _set_up_remote(self, config: EngineConfig, found: "FoundModel | None") -> None:
+        """Do what `_set_up` does for engines that others run. Waits for one of them, unless `found` is given."""
+        try:
+            from .network.opening import open_engines  # imported late, with ZeroMQ
+        except ModuleNotFoundError:
+            raise ConfigError("engines needs pyzmq: pip install 'octavo[server]'") from None
+
+        self._links = []
+        self.config, files, follow = open_engines(config, found)
+        self._secrets = self.config.read_secrets()
+        with files.in_folder() as folder:
+            self._read_files(folder)
+        self._engines = follow(self._frontend)
+
+    def _read_files(self, files: ModelPath) -> None:
+        """Load what the frontend needs of a model's files."""
+        config = self.config
+        self.tokenizer = Tokenizer.load(files, **config.template_limits)
+        self.generation_defaults = generation_defaults(files) if config.generation_config == "auto" else {}
+        self.default_sampling_params = SamplingParams(**self.generation_defaults)  # type: ignore[arg-type]
+        self._frontend = Frontend(
+            config, self.tokenizer, self._connect, has_queue_limit=True, kv_key=self._secrets.kv_key
+        )
 
     def _begin_loading(self, process: EngineProcess | None = None) -> None:
         """Start all engines, or none. Raises OSError."""
@@ -123,19 +153,36 @@ class AsyncLLM:
             link.discard()
 
     async def start(self) -> None:
-        """Wait until all engines are ready. Raises any error from loading the model."""
-        self.info = await self._frontend.start(self._links)
+        """Wait until all engines are ready, or one of `engines`. Raises any error from loading the model."""
+        await self._start()
         self.tokenizer.threads.submit(self.tokenizer.prepare)  # in parallel with the first requests
 
     async def load(self) -> None:
         """Load engines again after `unload`. Requests that wait for them go on, or fail with the error of the load."""
         try:
-            self._begin_loading()
-            await self._frontend.start(self._links)
+            if self._engines is None:
+                self._begin_loading()
+            await self._start()
         except (OctavoError, OSError) as error:
             self._frontend.fail_all(EngineDead(f"the model cannot be loaded: {error}"))
             raise
         self._is_sleeping = False
+
+    async def _start(self) -> None:
+        if self._engines is None:
+            self.info = await self._frontend.start(self._links)
+        else:
+            self.info = await self._engines.start()
+
+    def set_engines(self, urls: Sequence[str]) -> None:
+        """Use the engines at other addresses from now on. Requests of engines that are not among them move to others.
+
+        Raises ConfigError if an address is invalid, or the model's engines are not those of others.
+        """
+        if self._engines is None:
+            raise ConfigError("set_engines is for a model of engines that others run; see the setting engines")
+        self.config = dataclasses.replace(self.config, engines=list(urls))
+        self._engines.set(self.config.engine_addresses)
 
     async def scale(self, replicas: int) -> None:
         """Start engines, or drain some, until there are `replicas`. Requests of a drained engine move to the others.
@@ -150,8 +197,13 @@ class AsyncLLM:
             raise
 
     async def unload(self) -> None:
-        """End the engine processes and free their memory. KV states are kept. Requests wait until `load` is called."""
+        """End the engine processes and free their memory. KV states are kept. Requests wait until `load` is called.
+
+        Engines that others run go on; this only leaves them.
+        """
         self._is_sleeping = True
+        if self._engines is not None:
+            await self._engines.close()
         await self._frontend.stop()
 
     def generate(
@@ -526,9 +578,13 @@ class AsyncLLM:
         return self._is_sleeping
 
     async def close(self) -> None:
-        """End the engine processes. Live requests fail with EngineDead."""
+        """End the engine processes, or leave those of others. Live requests fail with EngineDead."""
+        if self._engines is not None:
+            await self._engines.close()
         await self._frontend.close()
         self.discard()
+        if self._engines is not None:
+            self._engines.destroy()
 
     async def shutdown(self) -> None:
         """Do what `close` does, under the name of LLM's method."""

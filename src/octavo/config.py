@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from .address import EXAMPLE, Address, addresses
 from .errors import ConfigError
 from .machine import available_cores
 from .params import MAX_LOGPROBS
@@ -191,6 +192,14 @@ class EngineConfig(Settings):
         "Replicas of the model, each in a process with its share of the cores; a request goes where it is done first.",
         _REPLICAS,
     )
+    engines: list[str] | None = setting(
+        None,
+        "Use engines that others run (octavo engine), at these addresses, such as tcp://10.0.0.5:7000, separated by "
+        "commas. A host name stands for all its addresses, as they change (docs/network.md).",
+    )
+    secret_file: str | None = setting(
+        None, f"Secret that engines and frontends over the network share, 64 hexadecimal digits: {SOURCES}."
+    )
     tensor_parallel_size: int = setting(
         1,
         "Processes over which the model is divided: 1, 2, 4 or 8; each has its share of the cores and of the weights.",
@@ -206,6 +215,9 @@ class EngineConfig(Settings):
         else:
             self.need(DTYPES[self.dtype] != "float32", "dtype", "bfloat16 unless the backend is torch")
             self.need(self.kv_host_memory is None, "kv_host_memory", "unset unless the backend is torch")
+        if self.engines is not None:
+            self.need(bool(self.engine_addresses), "engines", f"addresses such as {EXAMPLE}, or unset")
+            self.need(self.data_parallel_size == 1, "data_parallel_size", "1 with engines: each address is one engine")
         tiers = self.kv_disk is not None or self.kv_host_memory is not None
         self.need(self.enable_prefix_caching or not tiers, "enable_prefix_caching", "on with kv_disk or kv_host_memory")
 
@@ -225,6 +237,11 @@ class EngineConfig(Settings):
             read_secret("model_identity", self.model_identity),
             read_key("kv_key", self.kv_key),
         )
+
+    @property
+    def engine_addresses(self) -> list[Address]:
+        """Return the addresses in `engines`. Raises ConfigError."""
+        return addresses(self.engines or ())
 
     def replaced(self, name: str, value: Any) -> "EngineConfig":
         """Return a copy with one setting changed. Raises ConfigError."""

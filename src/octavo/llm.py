@@ -76,6 +76,8 @@ class LLM:
     def _set_up(self, config: EngineConfig) -> None:
         if config.data_parallel_size > 1:
             raise ConfigError("data_parallel_size must be 1 with LLM, whose engine is in this process; use AsyncLLM")
+        if config.engines is not None:
+            raise ConfigError("engines must be unset with LLM, whose engine is in this process; use AsyncLLM")
         self.config = config
         self._is_sleeping = False
         secrets = self._secrets = config.read_secrets()

@@ -15,6 +15,7 @@ from octavo.version import __version__
 
 _COMMANDS = (
     "serve",
+    "engine",
     "generate",
     "chat",
     "run-batch",

@@ -193,8 +193,12 @@ def _expand(
     flags: Sequence[inspect.Parameter],
     build: Callable[[Mapping[str, Any]], Any],
 ) -> Callable[..., Result]:
-    """Return `command` with its parameter `name` replaced by `flags`; `build` makes the parameter of their values."""
+    """Return `command` with its parameter `name` replaced by `flags`; `build` makes the parameter of their values.
+
+    A parameter of the command's own hides the flag of the same name.
+    """
     signature = inspect.signature(command, eval_str=True)
+    flags = [flag for flag in flags if flag.name not in signature.parameters]
     names = [parameter.name for parameter in flags]
 
     @functools.wraps(command)

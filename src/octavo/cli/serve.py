@@ -48,6 +48,10 @@ def serve(
         raise ConfigError(f"two models are given, {names[0]} and --model {flag[0]}; leave one out")
     if server.models is not None and (names or flag):
         raise ConfigError(f"two kinds of models are given, {(names or flag)[0]} and --models; leave one out")
+    if (urls := settings.values.get("engines")) and server.models is None:
+        if names or flag:
+            raise ConfigError("with --engines, the engines say which model they serve; leave the model out")
+        settings.values["model"] = urls if isinstance(urls, str) else ",".join(urls)
     if len(names) == 1:
         settings.values["model"] = names[0]
     engine = settings.build(EngineConfig)

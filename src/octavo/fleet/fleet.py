@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 IDLE_LOOK = 0.5  # seconds between checks for models to unload
 TURN = 10.0  # seconds that a busy model may keep another one waiting for its memory
+ENGINE_PATIENCE = 2.5  # seconds in which the engines of others should answer at start
 RETRY_SECONDS = 5.0  # time after a failed load in which requests do not cause another one
 
 log = logging.getLogger("octavo")
@@ -62,7 +63,7 @@ class Fleet:
         self._making_room = asyncio.Lock()
         self._freed = asyncio.Event()  # a model has become idle, or memory was freed
         self._watches_idle_models = False
-        self._closed = False
+        self._closed = self._has_started = False
         self.meters: dict[str, Meter] | None = None
         self._tracer: Tracer | None = None
 
@@ -78,7 +79,7 @@ class Fleet:
         """
         fleet = cls([Model(model) for model in spec.models], spec.splits, spec.memory)
         try:
-            for model in fleet._at_start():
+            for model in fleet._at_start(is_remote=False):
                 fleet._reserve_at_start(model)
                 model.begin(process)
                 process = None
@@ -97,13 +98,44 @@ class Fleet:
         return cls([Model.of(llm)])
 
     async def start(self) -> None:
-        """Wait until all models are loaded that are loaded at start. Raises the first error, after ending all."""
+        """Wait until all models are loaded that are loaded at start. Raises the first error, after ending all.
+
+        Engines that others run may come later: this waits for them for ENGINE_PATIENCE seconds at most.
+        """
         try:
-            await asyncio.gather(*(model.load() for model in self._at_start() if model.state != "loaded"))
+            connecting = [self._spawn(self._connect(model)) for model in self._at_start(is_remote=True)]
+            local = [model for model in self._at_start(is_remote=False) if model.state != "loaded"]
+            await asyncio.gather(*(model.load() for model in local))
+            if connecting:
+                done, _ = await asyncio.wait(connecting, timeout=ENGINE_PATIENCE)
+                for task in done:
+                    task.result()
+            self._has_started = True
         except BaseException:
             await self.close()
             raise
         self._watch_idle_models()
+
+    async def _connect(self, model: Model) -> None:
+        """Load a model of engines that others run, as often as it takes. While the fleet starts, raise any error."""
+        while model.state != "loaded" and not model.is_off:
+            try:
+                await self._load_once(model)
+            except OctavoError as error:
+                if not self._has_started:
+                    raise
+                log.error("%s cannot be used: %s", model.name, error)
+                await asyncio.sleep(RETRY_SECONDS)
+
+    def _take_name(self, model: Model) -> None:
+        """Serve a model that was given no name under the name that its engines have for it."""
+        name, before = model.config.model_name, model.name
+        if name == before or name in self.names() or self._models.get(before) is not model:
+            return
+        model.name = name
+        self._models = {other.name: other for other in self._models.values()}
+        if self.meters is not None:
+            self.meters[name] = self.meters.pop(before)
 
     async def close(self) -> None:
         """End all engines. Requests fail with EngineDead."""
@@ -207,6 +239,9 @@ class Fleet:
             if not is_ready:
                 return False, f"{model.name}: {text}"
         for model in self._at_start():
+            if model.is_remote and model.state == "loading":
+                reason = model.waits_for or "none is ready yet"
+                return False, f"{model.name}: waits for an engine: {reason}"
             if model.state == "failed":
                 return False, f"{model.name}: the model cannot be loaded: {model.error}"
         return True, f"{len(status)} of {len(self._models)} models are loaded"
@@ -341,8 +376,14 @@ class Fleet:
             raise EngineDead("the engine was shut down")
         return self._models
 
-    def _at_start(self) -> list[Model]:
-        return [model for model in self.models if not model.spec.handling.load_on_demand]
+    def _at_start(self, is_remote: bool | None = None) -> list[Model]:
+        """Return the models that are loaded at start.
+
+        Args:
+            is_remote: of these, only those whose engines others run, or only those whose engines they do not.
+        """
+        models = [model for model in self.models if not model.spec.handling.load_on_demand]
+        return models if is_remote is None else [model for model in models if model.is_remote == is_remote]
 
     async def _change(self, name: str, change: Coroutine[Any, Any, None]) -> None:
         """Run a change in a task of its own, one at a time for each name. Raises ModelBusy, and the change's error."""
@@ -425,6 +466,7 @@ class Fleet:
         try:
             await self._make_room(model, beside)
             await model.load()
+            self._take_name(model)
         except BaseException as error:
             self._free(model)
             if isinstance(error, asyncio.CancelledError):

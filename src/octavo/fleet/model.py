@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import dataclasses
+import logging
 import threading
 import time
 from collections.abc import Callable, Coroutine, Generator
@@ -21,6 +22,10 @@ from .specs import ModelSpec
 
 if TYPE_CHECKING:
     from opentelemetry.trace import Tracer
+
+    from octavo.network.discovery import FoundModel
+
+log = logging.getLogger("octavo")
 
 State = Literal["unloaded", "loading", "loaded", "draining", "failed"]
 
@@ -45,6 +50,7 @@ class Model:
         last_used: time at which the latest request ended, in seconds of time.monotonic().
         meter: measures the requests, if it is set.
         tracer: makes spans of the requests, if it is set.
+        waits_for: why engines that others run cannot be used yet; "" if they can, or were not looked for.
     """
 
     def __init__(self, spec: ModelSpec):
@@ -57,6 +63,7 @@ class Model:
         self.loaded_at = self.last_used = time.monotonic()
         self.meter: Meter | None = None
         self.tracer: Tracer | None = None
+        self.waits_for = ""
         self._llm: AsyncLLM | None = None
         self._was_started = False
         self._users = 0  # requests that use the model, from before they are tokenized until their response ends
@@ -80,6 +87,11 @@ class Model:
     def was_loaded(self) -> bool:
         """Return whether `llm` can be used."""
         return self._was_started
+
+    @property
+    def is_remote(self) -> bool:
+        """Return whether others run the engines."""
+        return self.config.engines is not None
 
     @property
     def is_idle(self) -> bool:
@@ -135,12 +147,16 @@ class Model:
 
         Raises ModelNotFound, DamagedWeights, UnsupportedModel.
         """
-        if not self.size:
+        if not self.size and not self.is_remote:
             needed = needs(self.config, model_files(self.config))
             self.size, self.config = needed.bytes, needed.config
 
-    def begin(self, process: EngineProcess | None = None) -> None:
+    def begin(self, process: EngineProcess | None = None, found: "FoundModel | None" = None) -> None:
         """Begin to load in the background, so that `load` takes less time. Blocks while the tokenizer is read.
+
+        Args:
+            process: see AsyncLLM.from_config.
+            found: what the engines of others serve.
 
         Raises any error from reading the model's files.
         """
@@ -148,7 +164,7 @@ class Model:
         if self.config.model_identity is not None or self.config.kv_key is not None:
             hide_memory()
             lock_memory()  # where it is allowed; the engine says if it is not
-        self._llm = AsyncLLM.from_config(self.config, process)
+        self._llm = AsyncLLM.from_config(self.config, process, found)
         if self.meter is not None:
             self._llm.set_meter(self.meter)
         if self.tracer is not None:
@@ -179,7 +195,11 @@ class Model:
     async def load(self) -> None:
         """Load the engines. Raises any error from loading; then they have ended."""
         try:
-            if self._llm is None:
+            if self._llm is None and self.is_remote:
+                found = await self._find()
+                await to_the_end(asyncio.to_thread(self.begin, None, found))
+                self.config = self.llm.config
+            elif self._llm is None:
                 await in_daemon_thread(partial(resolve, self.config.model, self.config.revision))
                 await to_the_end(asyncio.to_thread(self.begin))
             await (self.llm.load() if self._was_started else self.llm.start())
@@ -193,6 +213,23 @@ class Model:
         self._was_started, self.error = True, ""
         self.loaded_at = self.last_used = time.monotonic()
         self.set_state("loaded")
+
+    async def _find(self) -> "FoundModel":
+        """Wait until an engine of others tells what it serves. Raises ConfigError if all of them refuse."""
+        from octavo.network.curve import Curve
+        from octavo.network.discovery import find_model
+
+        is_wanted = True
+
+        def report(reason: str) -> None:
+            self.waits_for = reason
+            log.warning("%s waits for an engine: %s", self.name, reason)
+
+        try:
+            addresses, curve = self.config.engine_addresses, Curve.read(self.config.secret_file)
+            return await in_daemon_thread(lambda: find_model(addresses, curve, report, lambda: is_wanted))
+        finally:
+            is_wanted, self.waits_for = False, ""
 
     async def unload(self) -> None:
         """Wait until no request uses the model, then end its engines."""

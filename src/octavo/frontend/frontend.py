@@ -26,6 +26,7 @@ from .links.messages import (
     Abort,
     CacheReset,
     FromEngine,
+    Leaving,
     LoadState,
     Pages,
     PageStates,
@@ -49,6 +50,7 @@ from .requests import Request, check_length
 from .stats import MAX_TENANTS, FrontendStats, ReplicaStats, total
 
 FILE_PATIENCE = 5.0  # seconds for a new engine to open the files of KV states
+NAMED = 3  # engines whose state `readiness` explains
 DRAIN_LOOK = 0.02  # seconds between checks of a replica that is drained
 FAILURES: dict[str, type[OctavoError]] = {
     "error": RequestFailed,
@@ -75,6 +77,8 @@ class Frontend:
 
     Attributes:
         meter: measures the requests, if it is set.
+        was_ready: set when the first engine is ready, which determines `info`.
+        on_leaving: called with a replica whose engine will be ended by others.
 
     Raises ConfigError if the trace file cannot be written.
     """
@@ -111,6 +115,8 @@ class Frontend:
         self._tenant_weights: dict[str, float] = {}
         self._pid = os.getpid()
         self._loop: asyncio.AbstractEventLoop | None = None
+        self.was_ready = asyncio.Event()
+        self.on_leaving: Callable[[Replica], None] = lambda replica: None
 
     @property
     def replicas(self) -> list[Replica]:
@@ -138,22 +144,47 @@ class Frontend:
             raise
         return self.info
 
+    def add_remote(self, connect: Callable[[Replica], Link], name: str, max_pause: float) -> Replica:
+        """Return a new replica for an engine that others run. It serves as soon as the engine can be reached.
+
+        Args:
+            connect: makes a connection to the engine.
+            max_pause: seconds between two attempts.
+        """
+        self._loop = asyncio.get_running_loop()
+        taken = {replica.number for replica in self.replicas}
+        number = next(number for number in range(len(taken) + 1) if number not in taken)
+        replica = Replica(lambda: connect(replica), self, self.placement.router.new_replica(), number, name, max_pause)
+        self.replicas.append(replica)
+        for other in self.replicas if len(self.replicas) > 1 else ():
+            other.send(WatchPages(with_content=self._events is not None))
+        self._resize()
+        replica.begin()
+        return replica
+
+    def _resize(self) -> None:
+        if self._admission is not None:
+            self._admission.resize(self._config.max_batch_size * max(1, len(self.replicas)))
+
     async def stop(self) -> None:
         """End all engines. Requests that they had, and later ones, wait until `start` is called again."""
+        self.was_ready.clear()
         replicas, self.placement.replicas = self.replicas, []
-        for live in self._ledger or ():
-            if live.replica is not None:
-                self.placement.take_back(live)
-                self.placement.waiting[live] = None
+        for replica in replicas:
+            self._take_all_back(replica)
         await asyncio.gather(*(self._close_replica(replica) for replica in replicas))
 
     async def drain(self, replica: Replica) -> None:
         """Move a replica's requests to the other ones, then end it. Without an open one, wait until they have ended.
 
-        Requests on trial stay until their trial ends; see Readmission.
+        Requests on trial stay until their trial ends; see Readmission. If the engine of others is gone meanwhile, its
+        requests wait for another replica.
         """
         replica.is_leaving, begun = True, time.monotonic()
         while replica in self.replicas and (self._lives_of(replica) or self.placement.place_interrupted(replica)):
+            if not replica.is_ready and replica.link is not None and replica.link.is_remote:
+                self._take_all_back(replica)
+                break
             if not replica.ended.is_set() and self.placement.has_open_replica:
                 for live in self._lives_of(replica):
                     if live.sent and not replica.readmission.is_on_trial(live):
@@ -164,6 +195,7 @@ class Frontend:
         await self._close_replica(replica)
         if replica in self.replicas:
             self.replicas.remove(replica)
+            self._resize()
 
     async def scale(self, count: int) -> None:
         """Start or drain replicas until there are `count`. Raises any error from loading; then none is added."""
@@ -173,8 +205,7 @@ class Frontend:
             if count > len(self.replicas):
                 await self._add_replicas(count)
         finally:
-            if self._admission is not None:
-                self._admission.resize(self._config.max_batch_size * len(self.replicas))
+            self._resize()
 
     async def _add_replicas(self, count: int) -> None:
         added = [self._new_replica(number, count) for number in range(len(self.replicas), count)]
@@ -197,7 +228,10 @@ class Frontend:
         ready = sum(replica.is_ready for replica in self.replicas)
         if len(self.replicas) == 1:
             return ready > 0, f"the engine {self.replicas[0].status}"
-        return ready > 0, f"{ready} of {len(self.replicas)} engines are ready"
+        text = f"{ready} of {len(self.replicas)} engines are ready"
+        if self.replicas and not ready:
+            text += "; " + "; ".join(f"{replica.name} {replica.status}" for replica in self.replicas[:NAMED])
+        return ready > 0, text
 
     # Requests
 
@@ -449,12 +483,18 @@ class Frontend:
                 config.reasoning_parser,
                 config.max_new_tokens,
                 is_traced=bool(self._watchers),
+                is_alone=config.engines is None,
             )
             self._ledger.tenant_weights = self._tenant_weights
             if self._config.kv_events is not None:
                 self._events = KVEvents(self._config.kv_events, self._config.kv_events_replay, info.page_size)
         elif info.fingerprint != self.info.fingerprint:
-            raise EngineDead("the model's files have changed since the start: restore them, or restart Octavo")
+            raise EngineDead(self._other_model(replica))
+        elif info.max_model_len < self.info.max_model_len:
+            raise EngineDead(
+                f"its max_model_len is {info.max_model_len}, and that of the others {self.info.max_model_len}: give "
+                "all the same --max-model-len"
+            )
         await self._open_state_files(replica)
         if replica.ended.is_set():
             raise EngineDead("the engine ended before it served requests")
@@ -464,7 +504,13 @@ class Frontend:
             replica.send(WatchPages(with_content=self._events is not None))
         if interrupted := sum(live.was_sent and not live.sent for live in self._ledger):
             log.warning("a new engine continues %d requests", interrupted)
+        self.was_ready.set()
         replica.readmission.engine_ready()
+
+    def _other_model(self, replica: Replica) -> str:
+        if replica.link is None or replica.link.is_remote:
+            return "its weights, version or settings differ from those of the others, so its tokens might too"
+        return "the model's files have changed since the start: restore them, or restart Octavo"
 
     def replica_lost(self, replica: Replica, exit: Exit) -> None:
         self._calls.fail(replica, EngineDead(f"the engine ended ({exit.reason})"))
@@ -521,6 +567,8 @@ class Frontend:
                     self._events.changed(replica.number, message)
             case Stats() | PageStates() | StateDone() | CacheReset():
                 self._calls.answered(replica, message)
+            case Leaving():
+                self.on_leaving(replica)
 
     def _tell(self, watcher: RequestWatcher, replica: Replica, message: Tokens) -> None:
         """Tell a watcher what an engine did in a step."""
@@ -611,6 +659,12 @@ class Frontend:
         await replica.close()
         self.placement.router.remove(replica.load)
         self._calls.fail(replica, EngineDead("the engine was shut down"))
+
+    def _take_all_back(self, replica: Replica) -> None:
+        """Let all requests of a replica wait for another one."""
+        for live in self._lives_of(replica):
+            self.placement.take_back(live)
+            self.placement.waiting[live] = None
 
     def _lives_of(self, replica: Replica) -> list[LiveRequest]:
         return [live for live in self._ledger or () if live.replica is replica]

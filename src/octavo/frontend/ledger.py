@@ -32,6 +32,7 @@ class Ledger:
         request_timeout: timeout in seconds of requests that set none; None for no limit.
         reasoning_parser, max_new_tokens: the settings of these names.
         is_traced: whether engines report what happens to requests.
+        is_alone: whether no other frontend uses the engines, so that the engine's ids need not be unique among several.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class Ledger:
         reasoning_parser: str = "none",
         max_new_tokens: int | None = None,
         is_traced: bool = False,
+        is_alone: bool = True,
     ):
         self._tokenizer, self._info, self._request_timeout = tokenizer, info, request_timeout
         self._max_new_tokens = max_new_tokens
@@ -50,7 +52,8 @@ class Ledger:
         self._eos = sorted(tokenizer.eos_token_ids)
         self._live: dict[str, LiveRequest] = {}
         self._completions: dict[str, tuple[LiveRequest, LiveCompletion]] = {}  # by the engine's id
-        self._engine_ids = itertools.count()
+        numbers, prefix = itertools.count(), "" if is_alone else f"{secrets.token_hex(6)}-"
+        self._engine_ids = (f"{prefix}{number}" for number in numbers)
         self._deadlines = Deadlines()  # in time.monotonic()
 
     def __len__(self) -> int:
@@ -118,7 +121,7 @@ class Ledger:
         first: str | None = None
         for completion in live.unfinished:
             del self._completions[completion.request.id]
-            id = str(next(self._engine_ids))
+            id = next(self._engine_ids)
             completion.request = msgspec.structs.replace(completion.request, id=id, after=first)
             self._completions[id] = (live, completion)
             first = first or id
@@ -157,7 +160,7 @@ class Ledger:
         first: str | None = None
         for index in range(params.num_completions):
             engine_request = EngineRequest(
-                id=str(next(self._engine_ids)),
+                id=next(self._engine_ids),
                 prompt=tokens,
                 params=self._engine_params(params, index, live.seed, capacity),
                 banned=banned,

@@ -48,7 +48,7 @@ class ReplicaOwner(Protocol):
         ...
 
     def replica_message(self, replica: "Replica", message: FromEngine) -> None:
-        """Handle an answer of the engine: Tokens, Stats, StateDone or Pages."""
+        """Handle an answer of the engine: Tokens, Stats, StateDone or Pages; or Leaving."""
         ...
 
     def replica_send(self, replica: "Replica", live: LiveRequest) -> None:
@@ -72,9 +72,11 @@ class Replica:
         number: the replica's number among those of its model.
         load: the router's knowledge about this replica.
         name: for messages about this replica's engines, such as "the engine" or "engine 2".
+        max_pause: longest pause before another attempt to start an engine, in seconds.
 
     Attributes:
         readmission: the order in which requests are sent to the next engine after a crash.
+        alive: the latest heartbeat.
         is_leaving: whether the replica is being drained or closed, so that it takes no more requests.
         ended: set when the current engine has ended.
     """
@@ -86,16 +88,17 @@ class Replica:
         load: Load,
         number: int = 0,
         name: str = "the engine",
+        max_pause: float = MAX_PAUSE,
     ):
         self._connect, self._owner, self.load, self.number, self.name = connect, owner, load, number, name
         self.readmission = Readmission(lambda live: owner.replica_send(self, live), lambda: owner.replica_opened(self))
-        self.is_leaving = False
+        self.is_leaving, self._max_pause = False, max_pause
         self._task: asyncio.Task[None] | None = None
         self._loaded: asyncio.Future[EngineInfo] | None = None
         self._is_closed = False
         self.ended = asyncio.Event()
         self._heard = False  # whether a message has arrived since the last check
-        self._alive = Alive()  # the latest heartbeat
+        self.alive = Alive()
         self._failures = 0  # restarts since an engine last computed a token or lived for STABLE seconds
         self.link: Link | None = None
         self.is_ready = False
@@ -115,6 +118,11 @@ class Replica:
         await self._serve(info)
         self._task = asyncio.create_task(self._keep_running())
         return info
+
+    def begin(self) -> None:
+        """Connect to an engine that others run, in the background, as often as it takes."""
+        self._failures = QUICK_RESTARTS  # every attempt may take a while, and it may not be there yet
+        self._task = asyncio.create_task(self._keep_running())
 
     def send(self, message: ToEngine) -> None:
         """Send a message to the engine if it is ready; otherwise drop it. Raises the errors of Link.send.
@@ -136,6 +144,8 @@ class Replica:
             await (self.link.close() if was_ready else self.link.kill())
 
     async def _keep_running(self) -> None:
+        if not self.is_ready:
+            await self._restart()
         while True:
             begun = time.monotonic()
             exit = await self._watch()
@@ -154,19 +164,21 @@ class Replica:
                 await self._serve(await self._load(self._connect()))
                 return
             except Exception as error:  # the next attempt may succeed
-                self.status = f"does not start and is tried again: {' '.join(str(error).split())}"
-                log.error("%s %s", self.name, self.status)
+                status = f"does not start and is tried again: {' '.join(str(error).split())}"
+                if status != self.status:
+                    log.error("%s %s", self.name, status)
+                self.status = status
                 self._owner.replica_delayed(self)
 
     def _pause(self) -> float:
         """Count a restart, and return the seconds to wait before it."""
         self._failures += 1
         extra = self._failures - QUICK_RESTARTS
-        return min(FIRST_PAUSE * 2.0 ** min(extra - 1, 10), MAX_PAUSE) if extra > 0 else 0.0
+        return min(FIRST_PAUSE * 2.0 ** min(extra - 1, 10), self._max_pause) if extra > 0 else 0.0
 
     async def _load(self, link: Link) -> EngineInfo:
         """Wait until the engine behind `link` is ready. Raises any error from loading, or EngineDead."""
-        self.link, self._heard, self._alive = link, False, Alive()
+        self.link, self._heard, self.alive = link, False, Alive()
         self.ended = asyncio.Event()
         if self._is_closed:
             self.ended.set()
@@ -219,7 +231,7 @@ class Replica:
                 patience = min(patience, usual) if not silent else patience
                 if self.link.heartbeats and silent >= patience:
                     problem = f"no message for {silent * TICK:g} s"
-                elif self._alive.step_seconds > (limit := self._step_limit()):
+                elif self.alive.step_seconds > (limit := self._step_limit()):
                     problem, is_fault = f"a step took longer than {limit:.0f} s", True
         self.ended.set()  # it gets no more requests, even if it takes a while to end
         exit = await self.link.kill()
@@ -227,7 +239,7 @@ class Replica:
 
     def _step_limit(self) -> float:
         """Return the seconds that the current step may take."""
-        alive = self._alive
+        alive = self.alive
         if not alive.rows:
             return STEP_SECONDS
         return max(STEP_SECONDS, STEP_LIMIT * alive.slowest_seconds * max(1.0, alive.rows / alive.slowest_rows))
@@ -236,7 +248,7 @@ class Replica:
         self._heard = True
         match message:
             case Alive():
-                self._alive = message
+                self.alive = message
                 self.load.seconds_per_token = message.seconds_per_token or self.load.seconds_per_token
             case Loading():
                 self.status = f"is loading ({message.done / max(message.total, 1):.0%})"

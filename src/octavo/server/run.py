@@ -77,14 +77,16 @@ def _certificates(config: ServerConfig) -> "Certificates | None":
 
 
 def _begin_loading(engine: EngineConfig | Callable[[], "FleetSpec"]) -> "Fleet":
-    process = EngineProcess()  # imports its modules while this process imports its own
+    # A process imports its modules while this process imports its own.
+    process = EngineProcess() if not isinstance(engine, EngineConfig) or engine.engines is None else None
     try:
         from octavo.fleet.fleet import Fleet
         from octavo.fleet.specs import FleetSpec, ModelSpec
 
         spec = FleetSpec([ModelSpec(config=engine)]) if isinstance(engine, EngineConfig) else engine()
     except BaseException:
-        process.end()
+        if process is not None:
+            process.end()
         raise
     return Fleet.begin(spec, process)
 

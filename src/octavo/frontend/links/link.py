@@ -15,6 +15,7 @@ class Link(Protocol):
     Attributes:
         pid: the id of the engine's process, or None if the engine is a thread of this process.
         heartbeats: whether the engine sends `Alive` messages regularly.
+        is_remote: whether others run the engine.
     """
 
     @property
@@ -22,6 +23,9 @@ class Link(Protocol):
 
     @property
     def heartbeats(self) -> bool: ...
+
+    @property
+    def is_remote(self) -> bool: ...
 
     async def connect(self, on_message: Callable[[FromEngine], None], on_end: Callable[[], None]) -> None:
         """Deliver messages to `on_message`, on the running event loop, until the engine ends; then call `on_end`."""

@@ -140,6 +140,10 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
         return error
 
 
+class Leaving(msgspec.Struct, frozen=True, tag=True):
+    """The engine will be ended by whoever runs it: its requests should continue elsewhere, and none be sent to it."""
+
+
 class Alive(msgspec.Struct, frozen=True, tag=True):
     """Sent every HEARTBEAT seconds by a separate thread of an engine process, even while a step runs.
 
@@ -223,19 +227,19 @@ class Pages(msgspec.Struct, frozen=True, tag=True):
 ToEngine = (
     Load | Submit | Abort | AskStats | AskPageStates | Pin | Unpin | SaveState | LoadState | WatchPages | ResetCache
 )
-FromEngine = Loading | Ready | Failed | Alive | Tokens | Stats | StateDone | Pages | PageStates | CacheReset
+FromEngine = Loading | Ready | Failed | Alive | Tokens | Stats | StateDone | Pages | PageStates | CacheReset | Leaving
 
 HEARTBEAT = 0.5  # seconds between Alive messages
 _LENGTH_BYTES = 4
 
-_encode = msgspec.msgpack.Encoder().encode
+encode = msgspec.msgpack.Encoder().encode
 _decode_to_engine = msgspec.msgpack.Decoder(ToEngine).decode
 decode_from_engine = msgspec.msgpack.Decoder(FromEngine).decode
 
 
 def frame(message: ToEngine | FromEngine) -> bytes:
     """Encode a message for a byte stream. Raises TypeError, ValueError or OverflowError if it cannot be encoded."""
-    encoded = _encode(message)
+    encoded = encode(message)
     return len(encoded).to_bytes(_LENGTH_BYTES, "little") + encoded
 
 

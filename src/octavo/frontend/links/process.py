@@ -77,6 +77,7 @@ class ProcessLink:
     """
 
     heartbeats = True
+    is_remote = False
 
     def __init__(
         self,

@@ -1,0 +1,136 @@
+"""FollowedEngines: one replica for each engine that the addresses name, while engines come and go."""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import zmq
+
+from octavo.address import Address
+from octavo.engine.messages import EngineInfo
+from octavo.frontend.frontend import Frontend
+from octavo.frontend.replica import Replica
+
+from .curve import Curve
+from .link import RemoteLink
+
+LOOK = 1.0  # seconds between looks at the addresses
+LOOKUPS = 4  # names that are looked up at the same time
+MISSES = 3  # looks in a row without an address after which its engine leaves
+MAX_SOCKETS = 16_384  # each engine has three
+MAX_PAUSE = 2.0  # seconds between attempts to reach an engine
+
+log = logging.getLogger("octavo")
+
+
+class FollowedEngines:
+    """Keeps the replicas of a frontend equal to the engines behind some addresses.
+
+    A host name is looked up every LOOK seconds: the engine of each number that it stands for joins, and one whose
+    number is missing in MISSES answers in a row is drained. While a name cannot be looked up, nothing changes.
+
+    Args:
+        digest: of the model that the engines must serve, see ModelFiles.
+    """
+
+    def __init__(self, frontend: Frontend, addresses: Sequence[Address], curve: Curve | None, digest: str):
+        self._frontend, self._curve, self._digest = frontend, curve, digest
+        self._addresses = list(addresses)
+        self._context: zmq.Context[Any] = zmq.Context()
+        self._context.set(zmq.MAX_SOCKETS, MAX_SOCKETS)
+        self._replicas: dict[Address, Replica] = {}
+        self._missed: dict[Address, int] = {}
+        self._known: dict[Address, list[Address]] = {}  # the latest answer for each of the addresses
+        self._problems: dict[Address, str] = {}
+        self._leaving: set[asyncio.Task[None]] = set()
+        self._changed = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+        # Threads of its own: a server of names that does not answer must not keep others' work waiting.
+        self._threads = ThreadPoolExecutor(LOOKUPS, "octavo-names")
+        frontend.on_leaving = self._engine_leaves
+
+    async def start(self) -> EngineInfo:
+        """Wait until an engine is ready."""
+        self._task = asyncio.create_task(self._follow())
+        await self._frontend.was_ready.wait()
+        return self._frontend.info
+
+    def set(self, addresses: Sequence[Address]) -> None:
+        """Follow other addresses from now on: engines of those that are not among them are drained at once."""
+        self._addresses = list(addresses)
+        self._missed = dict.fromkeys(self._replicas, MISSES)
+        self._changed.set()
+
+    async def close(self) -> None:
+        """Stop following. The replicas are the frontend's to end."""
+        for task in (*self._leaving, *([self._task] if self._task else [])):
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+        self._replicas.clear()
+
+    def destroy(self) -> None:
+        """Free the connections, which the frontend must have closed."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        self._context.destroy()
+
+    async def _follow(self) -> None:
+        while True:
+            self._changed.clear()
+            wanted = await self._wanted()
+            for address in wanted:
+                self._missed.pop(address, None)
+                if address not in self._replicas:
+                    self._join(address)
+            for address in [each for each in self._replicas if each not in wanted]:
+                self._missed[address] = self._missed.get(address, 0) + 1
+                if self._missed[address] >= MISSES and not self._replicas[address].is_leaving:
+                    log.warning("the engine at %s is no longer among those to use", address)
+                    self._let_go(self._replicas[address])
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(LOOK):
+                    await self._changed.wait()
+
+    async def _wanted(self) -> list[Address]:
+        """Return the numbers of all engines to use."""
+        addresses = list(self._addresses)
+        loop = asyncio.get_running_loop()
+        asked = (loop.run_in_executor(self._threads, each.resolved) for each in addresses)
+        answers = await asyncio.gather(*asked, return_exceptions=True)
+        for address, answer in zip(addresses, answers, strict=True):
+            if isinstance(answer, list):
+                self._known[address] = answer
+                self._problems.pop(address, None)
+            elif (problem := str(getattr(answer, "strerror", None) or answer)) != self._problems.get(address):
+                self._problems[address] = problem
+                log.error("%s cannot be looked up: %s", address, problem)
+        return list(dict.fromkeys(each for address in addresses for each in self._known.get(address, ())))
+
+    def _join(self, address: Address) -> None:
+        def connect(replica: Replica) -> RemoteLink:
+            return RemoteLink(self._context, address, self._curve, self._digest, lambda: replica.readmission.is_open)
+
+        name = f"engine {str(address).removeprefix('tcp://')}"
+        self._replicas[address] = self._frontend.add_remote(connect, name, MAX_PAUSE)
+
+    def _engine_leaves(self, replica: Replica) -> None:
+        if replica in self._replicas.values() and not replica.is_leaving:
+            log.warning("%s is being shut down; its requests go on elsewhere", replica.name)
+            self._let_go(replica)
+
+    def _let_go(self, replica: Replica) -> None:
+        """Drain a replica. If its address is still among those to use afterwards, an engine there may join again."""
+        if replica.is_leaving:
+            return
+        replica.is_leaving = True
+
+        async def drain() -> None:
+            await self._frontend.drain(replica)
+            self._replicas = {address: other for address, other in self._replicas.items() if other is not replica}
+
+        task = asyncio.create_task(drain())
+        self._leaving.add(task)
+        task.add_done_callback(self._leaving.discard)
