@@ -115,12 +115,12 @@ class Scheduler:
         if after is not None and after.num_computed < after.num_prompt:
             self._followers.setdefault(after.id, []).append(seq)
         else:
-            self._policy.add(seq)
+            self._begin_to_wait(seq)
 
     def end_prompt(self, seq: Sequence) -> None:
         """Queue the sequences that waited for the prompt of `seq`, which is computed, or failed or was aborted."""
         for follower in self._followers.pop(seq.id, ()):
-            self._policy.add(follower)
+            self._begin_to_wait(follower)
 
     def finish(self, seq: Sequence) -> None:
         """Remove a running sequence."""
@@ -252,14 +252,38 @@ class Scheduler:
                 return seq
         if self.kv.has_tiers:
             self._fetch_ahead()
-        return self._policy.peek() if len(self._fetching) < MAX_FETCHING else None
+        first = self._policy.peek() if len(self._fetching) < MAX_FETCHING else None
+        return None if first is not None and first.is_looked_up_now else first
+
+    def _begin_to_wait(self, seq: Sequence) -> None:
+        """Queue a sequence, and ask the shared store for its pages if that may be faster than to compute them.
+
+        It waits for the answer for reading.PATIENCE at most, so that no other sequence waits for longer behind it.
+        """
+        self._policy.add(seq)
+        sharing = self.kv.sharing
+        if sharing is None or seq.aborted or seq.max_cached is not None or not sharing.is_available:
+            return
+        keys = self.kv.unknown_keys(seq.prefix)
+        if keys and self.recovery.should_fetch(seq, sharing.seconds_per_page(len(keys))):
+            seq.lookup = sharing.look_up(keys)
 
     def _fetch_ahead(self) -> None:
         """Begin to fetch the pages of the next waiting sequences from lower tiers, as far as pages are available."""
         while len(self._fetching) < MAX_FETCHING and (seq := self._policy.peek()):
-            if seq.max_cached is not None or not self.recovery.should_fetch(seq, self.kv.seconds_per_page):
+            if seq.max_cached is not None or seq.is_looked_up_now:
                 return
-            seq.prefetch = self.kv.prefetch(seq.prefix, reserve=len(self.running))
+            from_tiers = self.recovery.should_fetch(seq, self.kv.seconds_per_page)
+            from_store = self._should_fetch_shared(seq)
+            if not from_tiers and not from_store:
+                return
+            seq.prefetch = self.kv.prefetch(
+                seq.prefix,
+                reserve=len(self.running),
+                from_tiers=from_tiers,
+                lookup=seq.lookup if from_store else None,
+                seconds_to_compute=self.recovery.seconds_per_page,
+            )
             if seq.prefetch is None:
                 return
             self._fetching.append(seq)
@@ -267,6 +291,12 @@ class Scheduler:
             if self._policy.pop(seq):
                 seq.admitted = True
             seq.num_computed = 0
+
+    def _should_fetch_shared(self, seq: Sequence) -> bool:
+        """Return whether the shared store has pages of `seq`, and sends them faster than they are computed."""
+        if self.kv.sharing is None or seq.lookup is None or not seq.lookup.found:
+            return False
+        return self.recovery.should_fetch(seq, self.kv.sharing.seconds_per_page(len(seq.lookup.found)))
 
     def _give_up_fetching(self, behind: Sequence | None = None) -> bool:
         """Put the last of the fetching sequences back into the queue, and release its pages.
@@ -283,7 +313,7 @@ class Scheduler:
     def _end_prefetch(self, seq: Sequence) -> None:
         assert seq.prefetch is not None
         self.kv.end_prefetch(seq.prefetch)
-        seq.prefetch = None
+        seq.prefetch = seq.lookup = None
         self._fetching.remove(seq)
 
     def _add_drafts(self, plan: StepPlan) -> None:
@@ -309,7 +339,7 @@ class Scheduler:
         seq.preemptions += 1
         if seq.request.is_traced:
             self._events.add(seq.id, PREEMPTED)
-        self._policy.add(seq)
+        self._begin_to_wait(seq)
 
     def _stop(self, seq: Sequence) -> None:
         """Release the pages and the slot of a running sequence."""

@@ -1,0 +1,336 @@
+"""Reading: look up and fetch the pages of waiting sequences in two threads, for as long as that is faster."""
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from threading import Condition, Lock, RLock, Thread
+
+from octavo.backends.base import Backend
+from octavo.kv.tiers.counts import TierCounts
+from octavo.kv.transfers import Finished
+
+from .health import Health
+from .page_values import PageValues
+from .store import Store
+
+PATIENCE = 0.045  # seconds that a sequence waits for a look-up, and then for each page
+_BATCH_BYTES = 2**23  # asked for at a time
+_INITIAL_SPEED = 1e9  # bytes per second, until pages have been fetched
+_SMOOTHING = 0.3  # weight of the latest measurement
+_VALID = 10.0  # seconds for which a measured speed counts; then the store may show again how fast it is
+_PROBE = "octavo:kv1:probe"  # a name without a value
+
+
+@dataclass(slots=True, eq=False)
+class Lookup:
+    """A question which pages a store has.
+
+    Attributes:
+        keys: of successive pages of one sequence.
+        found: the first of `keys`, as far as the store has them; empty until it has answered.
+        is_done: whether the sequence need no longer wait.
+    """
+
+    keys: Sequence[bytes]
+    found: frozenset[bytes] = frozenset()
+    is_done: bool = False
+    began: float = field(default_factory=time.monotonic)
+
+
+@dataclass(slots=True, eq=False)
+class Fetch:
+    """Pages of one sequence on their way from a store.
+
+    Attributes:
+        left: page and key of those that have not arrived yet, in order.
+        seconds_to_compute: time in which a page would be computed; None if it is not known.
+        num_arrived: number of pages that have arrived.
+    """
+
+    left: deque[tuple[int, bytes]]
+    seconds_to_compute: float | None
+    began: float = field(default_factory=time.monotonic)
+    num_arrived: int = 0
+
+
+class Reading:
+    """Asks a store for pages. The engine's thread begins look-ups and fetches, and calls `finished` before each step.
+
+    A page must stay referenced until `finished` returns it. A page that the store has not begun to send is returned as
+    soon as nobody waits for it any more, so a store that hangs holds no pages.
+
+    Args:
+        on_change: called by the threads when there is something for `finished`, or a look-up is done.
+        on_loss: called with the keys of pages that the store does not have, or that are damaged there.
+        on_return: called when the store answers again after a failure.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        values: PageValues,
+        backend: Backend,
+        health: Health,
+        counts: TierCounts,
+        *,
+        on_change: Callable[[], None],
+        on_loss: Callable[[Sequence[bytes]], None],
+        on_return: Callable[[], None],
+    ):
+        self._store, self._values, self._backend, self._health = store, values, backend, health
+        self._counts, self._on_change, self._on_loss, self._on_return = counts, on_change, on_loss, on_return
+        self._lock = RLock()
+        self._asked, self._ordered = Condition(self._lock), Condition(self._lock)
+        self._lookups: deque[Lookup] = deque()
+        self._open_lookups: list[Lookup] = []  # that sequences wait for
+        self._orders: deque[Fetch] = deque()
+        self._fetches: list[Fetch] = []  # with pages that have not arrived
+        self._finished: list[Finished] = []
+        self._asking_since: float | None = None
+        self._last_page = 0.0  # when the store has last sent a page, or been asked for the first one
+        self._latency, self._seconds_per_byte, self._measured = 0.0, 1 / _INITIAL_SPEED, 0.0
+        self._is_closed = False
+        self._importing = Lock()
+        health.on_failure = self._wake
+        for target in (self._ask, self._read):
+            Thread(target=target, name=f"octavo-store-{target.__name__.strip('_')}", daemon=True).start()
+
+    @property
+    def is_available(self) -> bool:
+        """Return whether the store can be asked now: it is up, and does not owe an answer for long."""
+        since = self._asking_since
+        return self._health.is_up and (since is None or time.monotonic() - since < PATIENCE)
+
+    @property
+    def is_moving(self) -> bool:
+        """Return whether a sequence waits for the store."""
+        return bool(self._open_lookups or self._fetches or self._finished)
+
+    def seconds_per_page(self, pages: int) -> float:
+        """Return the expected time per page to look up and fetch so many pages, in seconds."""
+        is_valid = time.monotonic() - self._measured < _VALID
+        per_byte = self._seconds_per_byte if is_valid else 1 / _INITIAL_SPEED
+        return per_byte * self._backend.page_bytes + 2 * self._latency / pages
+
+    def look_up(self, keys: Sequence[bytes]) -> Lookup:
+        """Begin to ask which of the pages with these keys, successive ones of a sequence, the store has."""
+        lookup = Lookup(keys)
+        with self._lock:
+            self._lookups.append(lookup)
+            self._open_lookups.append(lookup)
+            self._asked.notify()
+        return lookup
+
+    def fetch(self, pages: Sequence[tuple[int, bytes]], seconds_to_compute: float | None) -> Fetch:
+        """Begin to fill pages, given with their keys in the order of their positions.
+
+        Args:
+            seconds_to_compute: time in which a page would be computed; None if it is not known. The fetch is given up
+                when it turns out to be slower.
+        """
+        fetch = Fetch(deque(pages), seconds_to_compute)
+        with self._lock:
+            self._orders.append(fetch)
+            self._fetches.append(fetch)
+            self._ordered.notify()
+        return fetch
+
+    def give_up(self, fetch: Fetch) -> None:
+        """Fetch no more pages, as nobody waits for them. `finished` returns them at once."""
+        with self._lock:
+            self._cancel(fetch)
+
+    def finished(self) -> list[Finished]:
+        """Return the pages that have arrived or were given up since the last call; give up what takes too long."""
+        with self._lock:
+            now = time.monotonic()
+            for lookup in self._open_lookups:
+                if not lookup.is_done and now - lookup.began > PATIENCE:
+                    lookup.is_done = True
+                    self._health.failed(f"no answer within {PATIENCE * 1000:.0f} ms")
+            for fetch in [fetch for fetch in self._fetches if self._is_too_slow(fetch, now)]:
+                if now - max(fetch.began, self._last_page) > PATIENCE:
+                    self._health.failed(f"no page within {PATIENCE * 1000:.0f} ms")
+                self._cancel(fetch)
+            self._open_lookups = [lookup for lookup in self._open_lookups if not lookup.is_done]
+            finished, self._finished = self._finished, []
+        return finished
+
+    def close(self) -> None:
+        """End the threads when their calls have returned, and return the pages of all fetches."""
+        with self._lock:
+            self._is_closed = True
+            for fetch in list(self._fetches):
+                self._cancel(fetch)
+            for lookup in self._open_lookups:
+                lookup.is_done = True
+            self._asked.notify_all()
+            self._ordered.notify_all()
+        with self._importing:  # no thread uses the backend from now on
+            pass
+
+    def _is_too_slow(self, fetch: Fetch, now: float) -> bool:
+        """Return whether pages do not come, or come slower than they would be computed."""
+        if now - max(fetch.began, self._last_page) > PATIENCE:
+            return True
+        if fetch.seconds_to_compute is None or now - fetch.began < PATIENCE:
+            return False
+        return (now - fetch.began) / max(fetch.num_arrived, 1) > fetch.seconds_to_compute
+
+    def _cancel(self, fetch: Fetch) -> None:
+        """Give back all pages of a fetch that have not begun to arrive. The caller holds the lock."""
+        self._finished += [Finished("fetch", page, key, ok=False) for page, key in fetch.left]
+        fetch.left.clear()
+        if fetch in self._fetches:
+            self._fetches.remove(fetch)
+
+    def _wake(self) -> None:
+        """Make the thread that probes the store look at the time of the next probe."""
+        with self._lock:
+            self._asked.notify()
+
+    def _ask(self) -> None:
+        """Answer look-ups, and probe the store at the start and while it is down."""
+        self._probe()
+        while True:
+            with self._lock:
+                if not self._lookups and not self._is_closed:
+                    self._asked.wait(self._health.seconds_to_probe)
+                if self._is_closed:
+                    return
+                lookup = self._lookups.popleft() if self._lookups else None
+                if lookup is not None and (lookup.is_done or not self._health.is_up):
+                    lookup.is_done = True
+                    continue
+            if lookup is not None:
+                self._answer(lookup)
+            elif self._health.seconds_to_probe == 0.0:
+                self._probe()
+
+    def _answer(self, lookup: Lookup) -> None:
+        found: list[bytes] = []
+        try:
+            answers, seconds = self._timed(lookup.keys)
+            for key, is_there in zip(lookup.keys, answers, strict=False):
+                if not is_there:
+                    break
+                found.append(key)
+            self._latency += _SMOOTHING * (seconds - self._latency)
+            missing = lookup.keys[len(found) :]
+            self._on_loss(missing)
+            with self._lock:
+                self._counts.misses += len(missing)
+        except Exception as error:
+            self._failed(error)
+        with self._lock:
+            if not lookup.is_done:
+                lookup.found = frozenset(found)
+            lookup.is_done = True
+        self._on_change()
+
+    def _probe(self) -> None:
+        was_up = self._health.is_up
+        try:
+            _, seconds = self._timed([])
+        except Exception as error:
+            with self._lock:
+                self._counts.errors += 1
+            self._health.probe_failed(_reason(error))
+            return
+        if seconds > PATIENCE:
+            self._health.probe_failed(f"it answers after {seconds:.2f} s")
+            return
+        self._latency = seconds
+        self._health.probe_succeeded()
+        if not was_up:
+            self._on_return()
+
+    def _timed(self, keys: Sequence[bytes]) -> tuple[Sequence[bool], float]:
+        """Return which pages the store has, and how long it took to answer. Without keys, ask for the probe."""
+        self._asking_since = began = time.monotonic()
+        try:
+            answers = self._store.has([self._values.name(key) for key in keys] or [_PROBE])
+        finally:
+            self._asking_since = None
+        return answers, time.monotonic() - began
+
+    def _read(self) -> None:
+        """Carry out fetches, one after another."""
+        while True:
+            with self._lock:
+                self._ordered.wait_for(lambda: self._orders or self._is_closed)
+                if self._is_closed:
+                    return
+                fetch = self._orders.popleft()
+                self._last_page = time.monotonic()
+            try:
+                while self._read_batch(fetch):
+                    pass
+            except Exception as error:
+                self._failed(error)
+            with self._lock:
+                self._cancel(fetch)
+            self._on_change()
+
+    def _read_batch(self, fetch: Fetch) -> bool:
+        """Fetch the next pages. Return whether they were there, and more are left."""
+        page_bytes = self._backend.page_bytes
+        with self._lock:
+            batch = list(fetch.left)[: max(1, _BATCH_BYTES // page_bytes)]
+        if not batch:
+            return False
+        began, arrived = time.monotonic(), 0
+        for value, (_, key) in zip(self._store.get([self._values.name(key) for _, key in batch]), batch, strict=False):
+            content = None if value is None else self._values.open(key, value)
+            with self._lock:
+                if not fetch.left:  # given up
+                    return False
+                self._last_page = time.monotonic()
+                page, _ = fetch.left.popleft()
+            ok = False
+            try:
+                with self._importing:
+                    if content is not None and not self._is_closed:
+                        self._backend.import_page(page, content)
+                        ok = True
+            finally:
+                with self._lock:
+                    self._finished.append(Finished("fetch", page, key, ok))
+                    self._count(value is not None, ok)
+            if not ok:
+                self._on_loss([key])
+                return False
+            arrived += 1
+            fetch.num_arrived += 1
+        self._measure(arrived * page_bytes, time.monotonic() - began)
+        return arrived == len(batch)
+
+    def _count(self, is_there: bool, ok: bool) -> None:
+        counts = self._counts
+        counts.hits += ok
+        counts.misses += not is_there
+        counts.errors += is_there and not ok
+        counts.bytes_read += self._backend.page_bytes if ok else 0
+
+    def _measure(self, size: int, seconds: float) -> None:
+        with self._lock:
+            self._counts.seconds += seconds
+        if size:
+            latest, now = seconds / size, time.monotonic()
+            weight = _SMOOTHING if now - self._measured < _VALID else 1.0
+            self._seconds_per_byte += weight * (latest - self._seconds_per_byte)
+            self._measured = now
+
+    def _failed(self, error: Exception) -> None:
+        if self._is_closed:
+            return
+        with self._lock:
+            self._counts.errors += 1
+        self._health.failed(_reason(error))
+
+
+def _reason(error: Exception) -> str:
+    """Return one line about an error."""
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return (text or type(error).__name__).splitlines()[0]
