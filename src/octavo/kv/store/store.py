@@ -1,4 +1,7 @@
-"""Store: the interface of a store of KV pages that engines share. `--kv-store package.module:ClassName` loads another."""
+"""Store: the interface of a store of KV pages that engines share.
+
+`--kv-store package.module:ClassName` uses a subclass (docs/kv_store.md).
+"""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
