@@ -47,8 +47,15 @@ class Trial:
 def try_out(config: EngineConfig, costs: CostModel, pages: int, load: Load, goal: Goal) -> Trial:
     """Simulate how an engine of so many pages serves a load."""
     # The requests share no prompts, so that a prefix cache would find nothing.
-    nothing_below = {"enable_prefix_caching": False, "kv_disk": None, "kv_host_memory": None, "kv_store": None}
-    config_alone = dataclasses.replace(config, **nothing_below, trace=None, speculative_tokens=0)
+    config_alone = dataclasses.replace(
+        config,
+        enable_prefix_caching=False,
+        kv_disk=None,
+        kv_host_memory=None,
+        kv_store=None,
+        trace=None,
+        speculative_tokens=0,
+    )
     typical = Shape(1, 1, 1, load.input_len + load.output_len, load.input_len + load.output_len)
     trace = load.trace(costs.seconds(typical))
     run = simulate(trace, config_alone, costs, pages)

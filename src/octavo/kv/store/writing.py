@@ -71,7 +71,7 @@ class Writing:
     @property
     def is_moving(self) -> bool:
         """Return whether there is something to write that the store takes."""
-        if self._finished:
+        if self._finished or self._to_write:
             return True
         if self._is_busy:
             return time.monotonic() - self._last_progress < _PATIENCE
