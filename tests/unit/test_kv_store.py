@@ -4,89 +4,25 @@ The model is arithmetic (prefix_backend.py) and takes no time, so a request take
 """
 
 import logging
-import random
 import time
 from collections.abc import Iterator
-from itertools import count
 from typing import Any
 
 import pytest
 
 from hostile_store import HostileStore
-from octavo.engine.engine import Engine
-from octavo.engine.messages import EngineRequest, TokenOutput
-from octavo.formats.page_cipher import PageCipher
-from octavo.kv import Transfers
-from octavo.kv.store.sharing import Sharing
-from octavo.params import SamplingParams
-from prefix_backend import PrefixBackend, complete
+from store_client import FULL, PAGE, PROMPT, STALL, StoreClient
 
-PAGE = 4
-PROMPT = random.Random(7).choices(range(3), k=41)  # ten full pages
-FULL = 40
-STALL = 0.1  # seconds that a request may wait for a store in all
 KEY = "0f" * 32
-
-
-class Client:
-    """Asks an engine, and checks every answer."""
-
-    def __init__(self, store: HostileStore, fingerprint: str = "model", key: str | None = None, num_pages: int = 32):
-        self.store = store
-        backend = PrefixBackend(num_pages, PAGE)
-        transfers = Transfers(backend, ())
-        self.sharing = Sharing(
-            store,
-            backend,
-            fingerprint=fingerprint,
-            ttl=100.0,
-            cipher=PageCipher(key) if key else None,
-            on_change=transfers.wake,
-        )
-        self.engine = Engine(
-            backend,
-            num_pages=num_pages,
-            max_model_len=64,
-            max_batch_size=8,
-            max_batch_tokens=64,
-            transfers=transfers,
-            sharing=self.sharing,
-            fingerprint=fingerprint,
-        )
-        self.ids: Iterator[int] = count()
-        self.longest = 0.0  # seconds that a request took
-
-    def ask(self, prompt: list[int] = PROMPT, **terms: str) -> int:
-        """Return how many tokens of the prompt were not computed."""
-        began = time.monotonic()
-        self.engine.add(EngineRequest(str(next(self.ids)), prompt, SamplingParams(max_tokens=3), **terms))
-        outputs: list[TokenOutput] = []
-        while not outputs or outputs[-1].finish_reason is None:
-            outputs += self.engine.step()
-        self.longest = max(self.longest, time.monotonic() - began)
-        assert [output.token for output in outputs] == complete(prompt, 3)
-        return outputs[0].cached_tokens
-
-    def settle(self) -> "Client":
-        """Wait until all pages that the store takes are written."""
-        self.engine.kv.flush(10.0)
-        return self
-
-    def close(self) -> None:
-        """Check that no page has leaked."""
-        self.settle()
-        stats = self.engine.stats()
-        assert stats.free_pages + stats.cached_pages == stats.num_pages
-        self.engine.close()
 
 
 @pytest.fixture
 def clients() -> Iterator[Any]:
     """Make clients, and check them at the end."""
-    made: list[Client] = []
+    made: list[StoreClient] = []
 
-    def make(store: HostileStore, **settings: Any) -> Client:
-        made.append(Client(store, **settings))
+    def make(store: HostileStore, **settings: Any) -> StoreClient:
+        made.append(StoreClient(store, **settings))
         return made[-1]
 
     yield make

@@ -1,0 +1,94 @@
+"""An engine with a shared store below it, whose model is arithmetic.
+
+So a request takes as long as it waits for the store, but for the time in which the machine lets the process wait.
+"""
+
+import random
+import threading
+import time
+from collections.abc import Iterator
+from itertools import count
+
+from octavo.engine.engine import Engine
+from octavo.engine.messages import EngineRequest, TokenOutput
+from octavo.formats.page_cipher import PageCipher
+from octavo.kv import Transfers
+from octavo.kv.store import Store
+from octavo.kv.store.sharing import Sharing
+from octavo.params import SamplingParams
+from prefix_backend import PrefixBackend, complete
+
+PAGE = 4
+PROMPT = random.Random(7).choices(range(3), k=41)  # ten full pages
+FULL = 40
+STALL = 0.1  # seconds that a request may wait for a store in all
+
+
+class Noise(threading.Thread):
+    """Measures for how long the machine does not run this process: the time by which a thread oversleeps."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.seconds = 0.0
+
+    def run(self) -> None:
+        while True:
+            began = time.monotonic()
+            time.sleep(0.005)
+            self.seconds += time.monotonic() - began - 0.005
+
+
+class StoreClient:
+    """Asks an engine, and checks every answer."""
+
+    def __init__(self, store: Store, fingerprint: str = "model", key: str | None = None, num_pages: int = 32):
+        self.store = store
+        backend = PrefixBackend(num_pages, PAGE)
+        transfers = Transfers(backend, ())
+        self.sharing = Sharing(
+            store,
+            backend,
+            fingerprint=fingerprint,
+            ttl=100.0,
+            cipher=PageCipher(key) if key else None,
+            on_change=transfers.wake,
+        )
+        self.engine = Engine(
+            backend,
+            num_pages=num_pages,
+            max_model_len=64,
+            max_batch_size=8,
+            max_batch_tokens=64,
+            transfers=transfers,
+            sharing=self.sharing,
+            fingerprint=fingerprint,
+        )
+        self.ids: Iterator[int] = count()
+        self.longest = 0.0  # seconds that a request took, without noise
+
+    def ask(self, prompt: list[int] = PROMPT, **terms: str) -> int:
+        """Return how many tokens of the prompt were not computed."""
+        began, noise = time.monotonic(), NOISE.seconds
+        self.engine.add(EngineRequest(str(next(self.ids)), prompt, SamplingParams(max_tokens=3), **terms))
+        outputs: list[TokenOutput] = []
+        while not outputs or outputs[-1].finish_reason is None:
+            outputs += self.engine.step()
+        self.longest = max(self.longest, time.monotonic() - began - (NOISE.seconds - noise))
+        assert [output.token for output in outputs] == complete(prompt, 3)
+        return outputs[0].cached_tokens
+
+    def settle(self) -> "StoreClient":
+        """Wait until all pages that the store takes are written."""
+        self.engine.kv.flush(10.0)
+        return self
+
+    def close(self) -> None:
+        """Check that no page has leaked."""
+        self.settle()
+        stats = self.engine.stats()
+        assert stats.free_pages + stats.cached_pages == stats.num_pages
+        self.engine.close()
+
+
+NOISE = Noise()
+NOISE.start()
