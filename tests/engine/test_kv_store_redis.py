@@ -77,8 +77,9 @@ class Fault:
             case "full":
                 self.redis.config_set("maxmemory", "1")
             case "evicting":
-                self.redis.config_set("maxmemory-policy", "allkeys-lru")
-                self.redis.config_set("maxmemory", self.redis.info("memory")["used_memory"])
+                self.redis.mset({f"other {number}": bytes(10_000) for number in range(300)})
+                self.redis.config_set("maxmemory-policy", "allkeys-random")
+                self.redis.config_set("maxmemory", self.redis.info("memory")["used_memory"] - 1_000_000)
             case "paused":
                 self.redis.client_pause(1000)
             case "slow":
