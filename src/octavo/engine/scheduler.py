@@ -214,10 +214,14 @@ class Scheduler:
                 self._short_of_pages = not seq.aborted
                 waiting = self._next_waiting() if seq.aborted else None
                 continue
+            if self.kv.sharing is not None:
+                self._adopt(seq)
             chunk = min(seq.num_uncomputed if seq.ready else seq.num_uncomputed - 1, 1 + spare)
             if seq.unscored is not None:
                 chunk = min(chunk, 1 + spare_samples)
                 spare_samples -= chunk - 1
+            if self.kv.sharing is not None:
+                self._fetch_behind(seq, chunk)
             plan.sequences.append(seq)
             plan.chunks.append(chunk)
             spare -= chunk - 1
@@ -232,7 +236,7 @@ class Scheduler:
             allocated = self.kv.allocate(seq.prefix, len(self.running), max_cached=seq.max_cached)
         seq.page_table, seq.num_computed = allocated
         if seq.prefetch:
-            self._end_prefetch(seq)
+            self._end_prefetch(seq, is_admitted=True)
         elif not self._policy.pop(seq):
             self.kv.release(seq.page_table)
             return False
@@ -292,6 +296,25 @@ class Scheduler:
                 seq.admitted = True
             seq.num_computed = 0
 
+    def _adopt(self, seq: Sequence) -> None:
+        """Skip the tokens of a prompt whose pages have come from the shared store after all."""
+        if seq.max_cached is not None:
+            return
+        before, seq.num_computed = seq.num_computed, self.kv.adopt(seq.page_table, seq.num_computed)
+        if not seq.num_outputs:
+            seq.cached_tokens += seq.num_computed - before
+
+    def _fetch_behind(self, seq: Sequence, chunk: int) -> None:
+        """Fetch pages behind the `chunk` tokens that are to be computed, if the shared store was late to have them."""
+        if seq.max_cached is not None or (seq.lookup is None and seq.page_table.fetch is None):
+            return
+        lookup = seq.lookup if self._should_fetch_shared(seq) else None
+        if lookup is not None:
+            seq.lookup = None
+        self.kv.fetch_behind(
+            seq.page_table, seq.num_computed + chunk, lookup, len(self.running), self.recovery.seconds_per_page
+        )
+
     def _should_fetch_shared(self, seq: Sequence) -> bool:
         """Return whether the shared store has pages of `seq`, and sends them faster than they are computed."""
         if self.kv.sharing is None or seq.lookup is None or not seq.lookup.found:
@@ -310,9 +333,9 @@ class Scheduler:
         self._policy.add(seq)
         return True
 
-    def _end_prefetch(self, seq: Sequence) -> None:
+    def _end_prefetch(self, seq: Sequence, is_admitted: bool = False) -> None:
         assert seq.prefetch is not None
-        self.kv.end_prefetch(seq.prefetch)
+        self.kv.end_prefetch(seq.prefetch, seq.page_table if is_admitted else None)
         seq.prefetch = seq.lookup = None
         self._fetching.remove(seq)
 

@@ -29,12 +29,14 @@ class PageTable:
     """The pages of one sequence, in order of position. The first `num_full` are full, computed and published.
 
     Page number `last_given` has the last of the tokens for which the table was allocated: the end of the prompt.
+    `fetch` brings pages from the shared store while the sequence is computed.
     """
 
     prefix: Prefix
     pages: list[int] = field(default_factory=list)
     num_full: int = 0
     last_given: int = -1
+    fetch: "Fetch | None" = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +96,8 @@ class KVCache:
         self._saving: set[int] = set()  # pages
         self._writing: set[int] = set()  # pages on their way to the shared store
         self._fetching: dict[int, Prefetch] = {}  # by page
+        self._behind: set[Fetch] = set()  # those of sequences that are being computed
+        self._nobody = Prefetch([])  # stands for the sequence of pages that no sequence waits for
         self._content: dict[bytes, PageContent] | None = None  # of pages that are published or fetched, by key
 
     def pages_for(self, num_tokens: int) -> int:
@@ -167,6 +171,9 @@ class KVCache:
     def release(self, table: PageTable, num_computed: int = 0) -> None:
         """Release all pages of a sequence. If `num_computed` tokens end within a page, that page is cached too."""
         self.commit(table, num_computed)
+        if table.fetch is not None:
+            self._give_up(table.fetch)
+            table.fetch = None
         start = table.num_full * self.page_size
         if self.prefix_caching and self._copy_page is not None and start < num_computed:
             parent = table.prefix.parent(table.num_full)
@@ -267,13 +274,64 @@ class KVCache:
             prefetch.fetch = self.sharing.fetch(shared, seconds_to_compute)
         return prefetch
 
-    def end_prefetch(self, prefetch: Prefetch) -> None:
-        """Release the prefetched pages of a sequence that is admitted or no longer waits."""
-        if prefetch.fetch is not None and prefetch.pending and self.sharing is not None:
-            self.sharing.give_up(prefetch.fetch)
-            self._end_fetches(self.sharing.fetched())
+    def end_prefetch(self, prefetch: Prefetch, admitted: PageTable | None = None) -> None:
+        """Release the prefetched pages of a sequence that no longer waits.
+
+        If it is admitted, with the table `admitted`, what is late goes on to be fetched.
+        """
+        fetch, prefetch.fetch = prefetch.fetch, None
+        if fetch is not None and fetch.left:
+            if admitted is not None:
+                admitted.fetch = fetch
+                self._behind.add(fetch)
+            else:
+                self._give_up(fetch)
         self._release_all(prefetch.pages)
         prefetch.pages.clear()
+
+    def adopt(self, table: PageTable, num_computed: int) -> int:
+        """Use pages that the pool has received since the sequence was admitted, in place of those to compute next.
+
+        Returns the number of tokens that are computed then; at least the last token is left.
+        """
+        while (table.num_full + 1) * self.page_size < len(table.prefix.tokens):
+            page = self.pool.find(table.prefix.key(table.num_full))
+            if page is None:
+                break
+            self.pool.acquire(page)
+            self.pool.release(table.pages[table.num_full])
+            table.pages[table.num_full] = page
+            table.num_full += 1
+            num_computed = table.num_full * self.page_size
+        return num_computed
+
+    def fetch_behind(
+        self, table: PageTable, num_tokens: int, lookup: "Lookup | None", reserve: int, seconds_to_compute: float | None
+    ) -> None:
+        """Fetch pages of a sequence from the shared store while its first `num_tokens` tokens are computed.
+
+        Args:
+            lookup: begins a fetch of what the store has, if enough pages are available; None: a fetch may go on.
+            reserve: number of pages that must remain available.
+        """
+        if self.sharing is None:
+            return
+        first = num_tokens // self.page_size
+        if table.fetch is not None:
+            computed = [table.prefix.key(i) for i in range(table.num_full, first)]
+            there = [key for key in list(table.fetch.left) if self.pool.find(key) is not None]
+            self.sharing.skip(table.fetch, computed + there)
+            self._end_fetches(self.sharing.fetched())
+        elif lookup is not None:
+            keys = [table.prefix.key(i) for i in range(first, (len(table.prefix.tokens) - 1) // self.page_size)]
+            keys = [key for key in keys if key in lookup.found and self.pool.find(key) is None]
+            if not keys or self.pool.num_available < len(keys) + reserve:
+                return
+            pages = [(self.pool.allocate(), key) for key in keys]
+            self._fetching.update((page, self._nobody) for page, _ in pages)
+            table.fetch = self.sharing.fetch(pages, seconds_to_compute)
+            table.fetch.is_late = True
+            self._behind.add(table.fetch)
 
     def collect(self) -> None:
         """Publish the pages of finished fetches, and begin to save pages that have become full."""
@@ -403,11 +461,31 @@ class KVCache:
         if self.sharing is None:
             return
         self._end_fetches(self.sharing.fetched())
+        for fetch in self.sharing.late():
+            self._let_go(fetch)
         for done in self.sharing.written():
             self._writing.discard(done.page)
             self.pool.release(done.page)
         if (most := self._max_saving - len(self._writing)) > 0:
             self._writing.update(self.sharing.begin_to_write(self.pool, most))
+
+    def _let_go(self, fetch: "Fetch") -> None:
+        """Have a sequence wait no longer for the pages that are left of a fetch, which goes on."""
+        if not (left := set(fetch.left.values())):
+            return
+        prefetch = self._fetching[next(iter(left))]
+        prefetch.pending -= len(left)
+        prefetch.pages = [page for page in prefetch.pages if page not in left]
+        for page in left:
+            self._fetching[page] = self._nobody
+            self.pool.release(page)
+
+    def _give_up(self, *fetches: "Fetch") -> None:
+        if self.sharing is not None:
+            for fetch in fetches:
+                self.sharing.give_up(fetch)
+            self._behind.difference_update(fetches)
+            self._end_fetches(self.sharing.fetched())
 
     def _end_fetches(self, finished: Iterable[Finished]) -> None:
         for done in finished:
@@ -416,7 +494,8 @@ class KVCache:
 
     def _finish_fetch(self, done: Finished, prefetch: Prefetch) -> None:
         prefetch.pending -= 1
-        if not (done.ok and self.pool.publish(done.page, done.key)) and self._content:
+        is_there = (done.ok and self.pool.publish(done.page, done.key)) or self.pool.find(done.key) is not None
+        if not is_there and self._content:
             self._content.pop(done.key, None)
         # Release a page whose fetch failed, or whose content another page has received in the meantime.
         if self.pool.find(done.key) != done.page and done.page in prefetch.pages:
@@ -455,7 +534,9 @@ class KVCache:
         return self._partial.find(table.prefix.parent(table.num_full), tokens[start:end])
 
     def _reclaim(self, pages: int) -> bool:
-        """Unpin KV states, least recently used first, until `pages` pages are available. Return whether they are."""
+        """Give up late fetches and unpin KV states until `pages` pages are available. Return whether they are."""
+        if self._behind and self.pool.num_available < pages:
+            self._give_up(*self._behind)
         while self.pool.num_available < pages and self._pins:
             self._release_all(self._pins.popitem(last=False)[1])
         return self.pool.num_available >= pages

@@ -46,6 +46,12 @@ class Health:
             self._fail(reason)
             self.on_failure()
 
+    def hangs(self, reason: str) -> None:
+        """Note that a call does not return, so that the thread that probes the store may be held too."""
+        if not self._is_known:
+            self._failures = max(self._failures, 1)
+            self._fail(reason)
+
     def probe_failed(self, reason: str) -> None:
         """Note that a probe failed, or was answered late."""
         self._fail(reason)

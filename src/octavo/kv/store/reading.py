@@ -1,9 +1,10 @@
-"""Reading: look up and fetch the pages of waiting sequences in two threads, for as long as that is faster."""
+"""Reading: look up and fetch the pages of waiting sequences, in two threads."""
 
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from threading import Condition, Lock, RLock, Thread
 
 from octavo.backends.base import Backend
@@ -15,6 +16,8 @@ from .page_values import PageValues
 from .store import Store
 
 PATIENCE = 0.045  # seconds that a sequence waits for a look-up, and then for each page
+_LATE = 0.25  # seconds after which an answer makes the store count as down
+_STUCK = 2.0  # the same for no answer at all; then the call does not even end with an error
 _BATCH_BYTES = 2**23  # asked for at a time
 _INITIAL_SPEED = 1e9  # bytes per second, until pages have been fetched
 _SMOOTHING = 0.3  # weight of the latest measurement
@@ -43,22 +46,27 @@ class Fetch:
     """Pages of one sequence on their way from a store.
 
     Attributes:
-        left: page and key of those that have not arrived yet, in order.
+        left: pages that have not arrived yet, by key, in order.
         seconds_to_compute: time in which a page would be computed; None if it is not known.
         num_arrived: number of pages that have arrived.
+        is_late: whether the sequence no longer waits for them.
     """
 
-    left: deque[tuple[int, bytes]]
+    left: dict[bytes, int]
     seconds_to_compute: float | None
     began: float = field(default_factory=time.monotonic)
     num_arrived: int = 0
+    is_late: bool = False
 
 
 class Reading:
     """Asks a store for pages. The engine's thread begins look-ups and fetches, and calls `finished` before each step.
 
+    A sequence waits for PATIENCE seconds for a look-up, and for each page, and no longer than its pages would take to be
+    computed. Then it is computed, but the call goes on: pages that come before they are computed are still used.
+
     A page must stay referenced until `finished` returns it. A page that the store has not begun to send is returned as
-    soon as nobody waits for it any more, so a store that hangs holds no pages.
+    soon as it is given up, so a store that hangs holds no pages.
 
     Args:
         on_change: called by the threads when there is something for `finished`, or a look-up is done.
@@ -88,6 +96,7 @@ class Reading:
         self._fetches: list[Fetch] = []  # with pages that have not arrived
         self._finished: list[Finished] = []
         self._asking_since: float | None = None
+        self._reading_since: float | None = None  # when the store has last sent a page, while it owes another one
         self._last_page = 0.0  # when the store has last sent a page, or been asked for the first one
         self._latency, self._seconds_per_byte, self._measured = 0.0, 1 / _INITIAL_SPEED, 0.0
         self._is_closed = False
@@ -99,13 +108,12 @@ class Reading:
     @property
     def is_available(self) -> bool:
         """Return whether the store can be asked now: it is up, and does not owe an answer for long."""
-        since = self._asking_since
-        return self._health.is_up and (since is None or time.monotonic() - since < PATIENCE)
+        return self._health.is_up and self._seconds_owed < PATIENCE
 
     @property
     def is_moving(self) -> bool:
         """Return whether a sequence waits for the store."""
-        return bool(self._open_lookups or self._fetches or self._finished)
+        return bool(self._open_lookups or self._finished or any(not fetch.is_late for fetch in list(self._fetches)))
 
     def seconds_per_page(self, pages: int) -> float:
         """Return the expected time per page to look up and fetch so many pages, in seconds."""
@@ -126,10 +134,10 @@ class Reading:
         """Begin to fill pages, given with their keys in the order of their positions.
 
         Args:
-            seconds_to_compute: time in which a page would be computed; None if it is not known. The fetch is given up
+            seconds_to_compute: time in which a page would be computed; None if it is not known. The fetch is late
                 when it turns out to be slower.
         """
-        fetch = Fetch(deque(pages), seconds_to_compute)
+        fetch = Fetch({key: page for page, key in pages}, seconds_to_compute)
         with self._lock:
             self._orders.append(fetch)
             self._fetches.append(fetch)
@@ -141,21 +149,31 @@ class Reading:
         with self._lock:
             self._cancel(fetch)
 
+    def skip(self, fetch: Fetch, keys: Iterable[bytes]) -> None:
+        """Do not fetch these pages, which the sequence computes. `finished` returns them at once."""
+        with self._lock:
+            skipped = [(page, key) for key in keys if (page := fetch.left.pop(key, None)) is not None]
+            self._finished += [Finished("fetch", page, key, ok=False) for page, key in skipped]
+
     def finished(self) -> list[Finished]:
-        """Return the pages that have arrived or were given up since the last call; give up what takes too long."""
+        """Return the pages that have arrived or were given up since the last call."""
+        with self._lock:
+            finished, self._finished = self._finished, []
+        return finished
+
+    def late(self) -> list[Fetch]:
+        """Return the fetches that sequences are not to wait for any longer. The same holds for late look-ups."""
         with self._lock:
             now = time.monotonic()
             for lookup in self._open_lookups:
-                if not lookup.is_done and now - lookup.began > PATIENCE:
-                    lookup.is_done = True
-                    self._health.failed(f"no answer within {PATIENCE * 1000:.0f} ms")
-            for fetch in [fetch for fetch in self._fetches if self._is_too_slow(fetch, now)]:
-                if now - max(fetch.began, self._last_page) > PATIENCE:
-                    self._health.failed(f"no page within {PATIENCE * 1000:.0f} ms")
-                self._cancel(fetch)
+                lookup.is_done |= now - lookup.began > PATIENCE
             self._open_lookups = [lookup for lookup in self._open_lookups if not lookup.is_done]
-            finished, self._finished = self._finished, []
-        return finished
+            late = [fetch for fetch in self._fetches if not fetch.is_late and self._is_too_slow(fetch, now)]
+            for fetch in late:
+                fetch.is_late = True
+        if self._seconds_owed > _STUCK:
+            self._health.hangs(f"it has not answered for {_STUCK:.0f} s")
+        return late
 
     def close(self) -> None:
         """End the threads when their calls have returned, and return the pages of all fetches."""
@@ -170,6 +188,12 @@ class Reading:
         with self._importing:  # no thread uses the backend from now on
             pass
 
+    @property
+    def _seconds_owed(self) -> float:
+        """Return for how long the store owes an answer, or a page; 0 if it owes none."""
+        since = [begun for begun in (self._asking_since, self._reading_since) if begun is not None]
+        return time.monotonic() - min(since) if since else 0.0
+
     def _is_too_slow(self, fetch: Fetch, now: float) -> bool:
         """Return whether pages do not come, or come slower than they would be computed."""
         if now - max(fetch.began, self._last_page) > PATIENCE:
@@ -180,7 +204,7 @@ class Reading:
 
     def _cancel(self, fetch: Fetch) -> None:
         """Give back all pages of a fetch that have not begun to arrive. The caller holds the lock."""
-        self._finished += [Finished("fetch", page, key, ok=False) for page, key in fetch.left]
+        self._finished += [Finished("fetch", page, key, ok=False) for key, page in fetch.left.items()]
         fetch.left.clear()
         if fetch in self._fetches:
             self._fetches.remove(fetch)
@@ -217,16 +241,16 @@ class Reading:
                     break
                 found.append(key)
             self._latency += _SMOOTHING * (seconds - self._latency)
+            if seconds > _LATE:
+                self._health.failed(f"it answers after {seconds:.2f} s")
             missing = lookup.keys[len(found) :]
             self._on_loss(missing)
             with self._lock:
                 self._counts.misses += len(missing)
         except Exception as error:
             self._failed(error)
-        with self._lock:
-            if not lookup.is_done:
-                lookup.found = frozenset(found)
-            lookup.is_done = True
+        lookup.found = frozenset(found)  # for a sequence that is being computed already, too
+        lookup.is_done = True
         self._on_change()
 
     def _probe(self) -> None:
@@ -238,8 +262,8 @@ class Reading:
                 self._counts.errors += 1
             self._health.probe_failed(_reason(error))
             return
-        if seconds > PATIENCE:
-            self._health.probe_failed(f"it answers after {seconds:.2f} s")
+        if self._seconds_owed > _LATE or seconds > _LATE:
+            self._health.probe_failed(f"it answers after {max(seconds, self._seconds_owed):.2f} s")
             return
         self._latency = seconds
         self._health.probe_succeeded()
@@ -263,12 +287,13 @@ class Reading:
                 if self._is_closed:
                     return
                 fetch = self._orders.popleft()
-                self._last_page = time.monotonic()
+                self._reading_since = self._last_page = time.monotonic()
             try:
                 while self._read_batch(fetch):
                     pass
             except Exception as error:
                 self._failed(error)
+            self._reading_since = None
             with self._lock:
                 self._cancel(fetch)
             self._on_change()
@@ -277,18 +302,19 @@ class Reading:
         """Fetch the next pages. Return whether they were there, and more are left."""
         page_bytes = self._backend.page_bytes
         with self._lock:
-            batch = list(fetch.left)[: max(1, _BATCH_BYTES // page_bytes)]
+            batch = list(islice(fetch.left, max(1, _BATCH_BYTES // page_bytes)))
         if not batch:
             return False
         began, arrived = time.monotonic(), 0
-        for value, (_, key) in zip(self._store.get([self._values.name(key) for _, key in batch]), batch, strict=False):
-            content = None if value is None else self._values.open(key, value)
+        for value, key in zip(self._store.get([self._values.name(key) for key in batch]), batch, strict=False):
+            self._reading_since = self._last_page = time.monotonic()
+            arrived += 1
             with self._lock:
                 if not fetch.left:  # given up
                     return False
-                self._last_page = time.monotonic()
-                page, _ = fetch.left.popleft()
-            ok = False
+                if (page := fetch.left.pop(key, None)) is None:  # skipped
+                    continue
+            content, ok = None if value is None else self._values.open(key, value), False
             try:
                 with self._importing:
                     if content is not None and not self._is_closed:
@@ -301,7 +327,6 @@ class Reading:
             if not ok:
                 self._on_loss([key])
                 return False
-            arrived += 1
             fetch.num_arrived += 1
         self._measure(arrived * page_bytes, time.monotonic() - began)
         return arrived == len(batch)

@@ -85,8 +85,16 @@ class Sharing:
         return self._reading.fetch(pages, seconds_to_compute)
 
     def give_up(self, fetch: Fetch) -> None:
-        """Fetch no more pages, as nobody waits for them. `fetched` returns them at once."""
+        """Fetch no more pages, as nobody needs them. `fetched` returns them at once."""
         self._reading.give_up(fetch)
+
+    def skip(self, fetch: Fetch, keys: Iterable[bytes]) -> None:
+        """Do not fetch these pages, which the sequence computes. `fetched` returns them at once."""
+        self._reading.skip(fetch, keys)
+
+    def late(self) -> list[Fetch]:
+        """Return, once, the fetches that sequences are not to wait for any longer."""
+        return self._reading.late()
 
     def fetched(self) -> list[Finished]:
         """Return the pages that have arrived or were given up since the last call."""
