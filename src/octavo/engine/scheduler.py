@@ -300,7 +300,8 @@ class Scheduler:
         """Skip the tokens of a prompt whose pages have come from the shared store after all."""
         if seq.max_cached is not None:
             return
-        before, seq.num_computed = seq.num_computed, self.kv.adopt(seq.page_table, seq.num_computed)
+        before = seq.num_computed
+        seq.page_table, seq.num_computed = self.kv.adopt(seq.page_table, before)
         if not seq.num_outputs:
             seq.cached_tokens += seq.num_computed - before
 

@@ -8,7 +8,7 @@ import math
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from .page_pool import PagePool
@@ -289,11 +289,13 @@ class KVCache:
         self._release_all(prefetch.pages)
         prefetch.pages.clear()
 
-    def adopt(self, table: PageTable, num_computed: int) -> int:
+    def adopt(self, table: PageTable, num_computed: int) -> tuple[PageTable, int]:
         """Use pages that the pool has received since the sequence was admitted, in place of those to compute next.
 
-        Returns the number of tokens that are computed then; at least the last token is left.
+        Returns the page table, another object if it has changed, and the number of tokens that are computed then. At
+        least the last token is left.
         """
+        before = table.num_full
         while (table.num_full + 1) * self.page_size < len(table.prefix.tokens):
             page = self.pool.find(table.prefix.key(table.num_full))
             if page is None:
@@ -302,8 +304,9 @@ class KVCache:
             self.pool.release(table.pages[table.num_full])
             table.pages[table.num_full] = page
             table.num_full += 1
-            num_computed = table.num_full * self.page_size
-        return num_computed
+        if table.num_full == before:
+            return table, num_computed
+        return replace(table), table.num_full * self.page_size
 
     def fetch_behind(
         self, table: PageTable, num_tokens: int, lookup: "Lookup | None", reserve: int, seconds_to_compute: float | None

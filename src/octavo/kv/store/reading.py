@@ -62,8 +62,8 @@ class Fetch:
 class Reading:
     """Asks a store for pages. The engine's thread begins look-ups and fetches, and calls `finished` before each step.
 
-    A sequence waits for PATIENCE seconds for a look-up, and for each page, and no longer than its pages would take to be
-    computed. Then it is computed, but the call goes on: pages that come before they are computed are still used.
+    A sequence waits for PATIENCE seconds for a look-up, and for each page, and no longer than its pages would take to
+    be computed. Then it is computed, but the call goes on: pages that come before they are computed are still used.
 
     A page must stay referenced until `finished` returns it. A page that the store has not begun to send is returned as
     soon as it is given up, so a store that hangs holds no pages.
