@@ -3,12 +3,14 @@
 So a request takes as long as it waits for the store, but for the time in which the machine lets the process wait.
 """
 
+import contextlib
 import random
-import threading
 import time
 from collections.abc import Iterator
 from itertools import count
+from pathlib import Path
 
+from octavo.backends.base import StepBatch, StepResult
 from octavo.engine.engine import Engine
 from octavo.engine.messages import EngineRequest, TokenOutput
 from octavo.formats.page_cipher import PageCipher
@@ -24,26 +26,39 @@ FULL = 40
 STALL = 0.1  # seconds that a request may wait for a store in all
 
 
-class Noise(threading.Thread):
-    """Measures for how long the machine does not run this process: the time by which a thread oversleeps."""
+def seconds_held_up() -> float:
+    """For how long threads of this process were ready to run and did not, as the machine was busy; all together."""
+    total = 0
+    for thread in Path("/proc/self/task").iterdir():
+        with contextlib.suppress(OSError):
+            total += int((thread / "schedstat").read_text().split()[1])
+    return total / 1e9
 
-    def __init__(self) -> None:
-        super().__init__(daemon=True)
-        self.seconds = 0.0
 
-    def run(self) -> None:
-        while True:
-            began = time.monotonic()
-            time.sleep(0.005)
-            self.seconds += time.monotonic() - began - 0.005
+class SlowBackend(PrefixBackend):
+    """A PrefixBackend whose steps take `slowness` seconds more."""
+
+    slowness = 0.0
+
+    def step(self, batch: StepBatch) -> StepResult:
+        time.sleep(self.slowness)
+        return super().step(batch)
 
 
 class StoreClient:
     """Asks an engine, and checks every answer."""
 
-    def __init__(self, store: Store, fingerprint: str = "model", key: str | None = None, num_pages: int = 32):
+    def __init__(
+        self,
+        store: Store,
+        fingerprint: str = "model",
+        key: str | None = None,
+        num_pages: int = 32,
+        slowness: float = 0.0,
+    ):
         self.store = store
-        backend = PrefixBackend(num_pages, PAGE)
+        backend = SlowBackend(num_pages, PAGE)
+        backend.slowness = slowness
         transfers = Transfers(backend, ())
         self.sharing = Sharing(
             store,
@@ -58,22 +73,23 @@ class StoreClient:
             num_pages=num_pages,
             max_model_len=64,
             max_batch_size=8,
-            max_batch_tokens=64,
+            max_batch_tokens=2 * PAGE if slowness else 64,
             transfers=transfers,
             sharing=self.sharing,
             fingerprint=fingerprint,
         )
         self.ids: Iterator[int] = count()
-        self.longest = 0.0  # seconds that a request took, without noise
+        self.longest = 0.0  # seconds that a request took, but for what the machine held up
 
     def ask(self, prompt: list[int] = PROMPT, **terms: str) -> int:
         """Return how many tokens of the prompt were not computed."""
-        began, noise = time.monotonic(), NOISE.seconds
+        held_up, began = seconds_held_up(), time.monotonic()
         self.engine.add(EngineRequest(str(next(self.ids)), prompt, SamplingParams(max_tokens=3), **terms))
         outputs: list[TokenOutput] = []
         while not outputs or outputs[-1].finish_reason is None:
             outputs += self.engine.step()
-        self.longest = max(self.longest, time.monotonic() - began - (NOISE.seconds - noise))
+        seconds = time.monotonic() - began
+        self.longest = max(self.longest, seconds - (seconds_held_up() - held_up) if seconds > STALL else seconds)
         assert [output.token for output in outputs] == complete(prompt, 3)
         return outputs[0].cached_tokens
 
@@ -88,7 +104,3 @@ class StoreClient:
         stats = self.engine.stats()
         assert stats.free_pages + stats.cached_pages == stats.num_pages
         self.engine.close()
-
-
-NOISE = Noise()
-NOISE.start()

@@ -172,6 +172,16 @@ def test_a_full_store_is_still_read(clients: Any, caplog: pytest.LogCaptureFixtu
     assert client.longest < STALL
 
 
+@pytest.mark.parametrize("method", ["has", "get"])
+def test_what_comes_late_is_used_for_the_rest_of_the_prompt(clients: Any, method: str) -> None:
+    store = HostileStore(fill(clients, {}))
+    client = clients(store, slowness=0.04)  # and two pages in each step
+    delays = iter([0.13])
+    store.faults[method] = lambda _, answer: time.sleep(next(delays, 0.0)) or answer
+    assert 0 < client.ask() < FULL
+    assert client.ask([*PROMPT, 0]) >= FULL, "and all pages are in the pool"
+
+
 def test_a_store_slower_than_computing_is_given_up(clients: Any) -> None:
     pages = fill(clients, {})
     store = HostileStore(pages)

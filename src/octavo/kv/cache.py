@@ -271,7 +271,8 @@ class KVCache:
             prefetch.pending += 1
             self._fetching[page] = prefetch
         if shared and self.sharing is not None:
-            prefetch.fetch = self.sharing.fetch(shared, seconds_to_compute)
+            waited = lookup.seconds if lookup is not None else 0.0
+            prefetch.fetch = self.sharing.fetch(shared, seconds_to_compute, waited)
         return prefetch
 
     def end_prefetch(self, prefetch: Prefetch, admitted: PageTable | None = None) -> None:
@@ -332,7 +333,7 @@ class KVCache:
                 return
             pages = [(self.pool.allocate(), key) for key in keys]
             self._fetching.update((page, self._nobody) for page, _ in pages)
-            table.fetch = self.sharing.fetch(pages, seconds_to_compute)
+            table.fetch = self.sharing.fetch(pages, seconds_to_compute, 0.0)
             table.fetch.is_late = True
             self._behind.add(table.fetch)
 

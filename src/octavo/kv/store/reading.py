@@ -15,7 +15,7 @@ from .health import Health
 from .page_values import PageValues
 from .store import Store
 
-PATIENCE = 0.045  # seconds that a sequence waits for a look-up, and then for each page
+PATIENCE = 0.08  # seconds that a sequence waits for a look-up and the first page together, and then for each page
 _LATE = 0.25  # seconds after which an answer makes the store count as down
 _STUCK = 2.0  # the same for no answer at all; then the call does not even end with an error
 _BATCH_BYTES = 2**23  # asked for at a time
@@ -33,12 +33,14 @@ class Lookup:
         keys: of successive pages of one sequence.
         found: the first of `keys`, as far as the store has them; empty until it has answered.
         is_done: whether the sequence need no longer wait.
+        seconds: time until it was answered, or found to be late.
     """
 
     keys: Sequence[bytes]
     found: frozenset[bytes] = frozenset()
     is_done: bool = False
     began: float = field(default_factory=time.monotonic)
+    seconds: float = 0.0
 
 
 @dataclass(slots=True, eq=False)
@@ -48,12 +50,14 @@ class Fetch:
     Attributes:
         left: pages that have not arrived yet, by key, in order.
         seconds_to_compute: time in which a page would be computed; None if it is not known.
+        waited: seconds that the sequence has waited for the look-up.
         num_arrived: number of pages that have arrived.
         is_late: whether the sequence no longer waits for them.
     """
 
     left: dict[bytes, int]
     seconds_to_compute: float | None
+    waited: float = 0.0
     began: float = field(default_factory=time.monotonic)
     num_arrived: int = 0
     is_late: bool = False
@@ -97,7 +101,7 @@ class Reading:
         self._finished: list[Finished] = []
         self._asking_since: float | None = None
         self._reading_since: float | None = None  # when the store has last sent a page, while it owes another one
-        self._last_page = 0.0  # when the store has last sent a page, or been asked for the first one
+        self._last_page = 0.0  # when the store has last sent a page
         self._latency, self._seconds_per_byte, self._measured = 0.0, 1 / _INITIAL_SPEED, 0.0
         self._is_closed = False
         self._importing = Lock()
@@ -130,14 +134,15 @@ class Reading:
             self._asked.notify()
         return lookup
 
-    def fetch(self, pages: Sequence[tuple[int, bytes]], seconds_to_compute: float | None) -> Fetch:
+    def fetch(self, pages: Sequence[tuple[int, bytes]], seconds_to_compute: float | None, waited: float) -> Fetch:
         """Begin to fill pages, given with their keys in the order of their positions.
 
         Args:
             seconds_to_compute: time in which a page would be computed; None if it is not known. The fetch is late
                 when it turns out to be slower.
+            waited: seconds that the sequence has waited for the look-up.
         """
-        fetch = Fetch({key: page for page, key in pages}, seconds_to_compute)
+        fetch = Fetch({key: page for page, key in pages}, seconds_to_compute, waited)
         with self._lock:
             self._orders.append(fetch)
             self._fetches.append(fetch)
@@ -166,7 +171,8 @@ class Reading:
         with self._lock:
             now = time.monotonic()
             for lookup in self._open_lookups:
-                lookup.is_done |= now - lookup.began > PATIENCE
+                if not lookup.is_done and now - lookup.began > PATIENCE:
+                    lookup.is_done, lookup.seconds = True, now - lookup.began
             self._open_lookups = [lookup for lookup in self._open_lookups if not lookup.is_done]
             late = [fetch for fetch in self._fetches if not fetch.is_late and self._is_too_slow(fetch, now)]
             for fetch in late:
@@ -196,7 +202,8 @@ class Reading:
 
     def _is_too_slow(self, fetch: Fetch, now: float) -> bool:
         """Return whether pages do not come, or come slower than they would be computed."""
-        if now - max(fetch.began, self._last_page) > PATIENCE:
+        patience = PATIENCE if fetch.num_arrived else PATIENCE - fetch.waited
+        if now - max(fetch.began, self._last_page) > patience:
             return True
         if fetch.seconds_to_compute is None or now - fetch.began < PATIENCE:
             return False
@@ -250,7 +257,8 @@ class Reading:
         except Exception as error:
             self._failed(error)
         lookup.found = frozenset(found)  # for a sequence that is being computed already, too
-        lookup.is_done = True
+        if not lookup.is_done:
+            lookup.is_done, lookup.seconds = True, time.monotonic() - lookup.began
         self._on_change()
 
     def _probe(self) -> None:
@@ -287,7 +295,7 @@ class Reading:
                 if self._is_closed:
                     return
                 fetch = self._orders.popleft()
-                self._reading_since = self._last_page = time.monotonic()
+                self._reading_since = time.monotonic()
             try:
                 while self._read_batch(fetch):
                     pass

@@ -80,9 +80,9 @@ class Sharing:
         """Begin to ask which of the pages with these keys, successive ones of a sequence, the store has."""
         return self._reading.look_up(keys)
 
-    def fetch(self, pages: Sequence[tuple[int, bytes]], seconds_to_compute: float | None) -> Fetch:
+    def fetch(self, pages: Sequence[tuple[int, bytes]], seconds_to_compute: float | None, waited: float) -> Fetch:
         """Begin to fill pages, given with their keys; see `Reading.fetch`. They must stay referenced."""
-        return self._reading.fetch(pages, seconds_to_compute)
+        return self._reading.fetch(pages, seconds_to_compute, waited)
 
     def give_up(self, fetch: Fetch) -> None:
         """Fetch no more pages, as nobody needs them. `fetched` returns them at once."""
