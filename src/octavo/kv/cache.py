@@ -327,11 +327,14 @@ class KVCache:
             self.sharing.skip(table.fetch, computed + there)
             self._end_fetches(self.sharing.fetched())
         elif lookup is not None:
-            keys = [table.prefix.key(i) for i in range(first, (len(table.prefix.tokens) - 1) // self.page_size)]
-            keys = [key for key in keys if key in lookup.found and self.pool.find(key) is None]
-            if not keys or self.pool.num_available < len(keys) + reserve:
+            numbers = range(first, (len(table.prefix.tokens) - 1) // self.page_size)
+            keys = {key: i for i in numbers if (key := table.prefix.key(i)) in lookup.found}
+            missing = [key for key in keys if self.pool.find(key) is None]
+            if not missing or self.pool.num_available < len(missing) + reserve:
                 return
-            pages = [(self.pool.allocate(), key) for key in keys]
+            for key in missing:
+                self._note_content(table.prefix, keys[key])
+            pages = [(self.pool.allocate(), key) for key in missing]
             self._fetching.update((page, self._nobody) for page, _ in pages)
             table.fetch = self.sharing.fetch(pages, seconds_to_compute, 0.0)
             table.fetch.is_late = True
