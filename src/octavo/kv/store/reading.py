@@ -307,37 +307,46 @@ class Reading:
             self._on_change()
 
     def _read_batch(self, fetch: Fetch) -> bool:
-        """Fetch the next pages. Return whether they were there, and more are left."""
-        page_bytes = self._backend.page_bytes
+        """Fetch the next pages. Return whether they were there, and more may be left."""
         with self._lock:
-            batch = list(islice(fetch.left, max(1, _BATCH_BYTES // page_bytes)))
+            batch = list(islice(fetch.left, max(1, _BATCH_BYTES // self._backend.page_bytes)))
         if not batch:
             return False
-        began, arrived = time.monotonic(), 0
-        for value, key in zip(self._store.get([self._values.name(key) for key in batch]), batch, strict=False):
-            self._reading_since = self._last_page = time.monotonic()
-            arrived += 1
-            with self._lock:
-                if not fetch.left:  # given up
+        began, sent = time.monotonic(), 0
+        values = self._store.get([self._values.name(key) for key in batch])
+        try:
+            for value, key in zip(values, batch, strict=False):
+                self._reading_since = self._last_page = time.monotonic()
+                sent += value is not None
+                if not self._take(fetch, key, value):
                     return False
-                if (page := fetch.left.pop(key, None)) is None:  # skipped
-                    continue
-            content, ok = None if value is None else self._values.open(key, value), False
-            try:
-                with self._importing:
-                    if content is not None and not self._is_closed:
-                        self._backend.import_page(page, content)
-                        ok = True
-            finally:
-                with self._lock:
-                    self._finished.append(Finished("fetch", page, key, ok))
-                    self._count(value is not None, ok)
-            if not ok:
-                self._on_loss([key])
+        finally:
+            self._measure(sent * self._backend.page_bytes, time.monotonic() - began)
+        return sent == len(batch)
+
+    def _take(self, fetch: Fetch, key: bytes, value: bytes | bytearray | memoryview | None) -> bool:
+        """Fill the page of a key with its value. Return whether the pages that follow are needed, and may be there."""
+        with self._lock:
+            if not fetch.left:  # given up
                 return False
+            if (page := fetch.left.pop(key, None)) is None:  # skipped
+                return True
+        ok = False
+        try:
+            content = None if value is None else self._values.open(key, value)
+            with self._importing:
+                if content is not None and not self._is_closed:
+                    self._backend.import_page(page, content)
+                    ok = True
+        finally:
+            with self._lock:
+                self._finished.append(Finished("fetch", page, key, ok))
+                self._count(value is not None, ok)
+        if ok:
             fetch.num_arrived += 1
-        self._measure(arrived * page_bytes, time.monotonic() - began)
-        return arrived == len(batch)
+        else:
+            self._on_loss([key])
+        return ok
 
     def _count(self, is_there: bool, ok: bool) -> None:
         counts = self._counts
