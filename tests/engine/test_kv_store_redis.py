@@ -19,7 +19,7 @@ from octavo.kv.store.redis import RedisStore
 from redis_process import RedisServer, redis_server
 from server_process import free_port
 from slow_proxy import SlowProxy, slow_proxy
-from store_client import FULL, PROMPT, STALL, StoreClient
+from store_client import FULL, PAGE, PROMPT, STALL, StoreClient
 
 LONG = [(7 * i) % 500 + 3 for i in range(200)]
 FULL_PAGES = 192  # tokens of LONG in full pages
@@ -156,6 +156,26 @@ def test_a_store_that_fails_under_load(
     for engine in engines:
         engine.close()
     assert len(warnings(caplog)) <= most * len(engines)
+
+
+def test_conversations_that_wander_over_engines() -> None:
+    """Each turn goes to a random one of four engines, which finds the full pages of all that came before."""
+    rng = random.Random(4)
+    with redis_server() as server:
+        engines = [connect(server.url) for _ in range(4)]
+        told = [rng.choices(range(3), k=20) for _ in range(20)]
+        found = known = 0
+        for turn in range(4):
+            for number in rng.sample(range(20), 20):
+                before = len(told[number]) // PAGE * PAGE if turn else 0
+                told[number] += rng.choices(range(3), k=9)
+                engine = rng.choice(engines)
+                found += min(engine.ask(told[number]), before)
+                known += before
+                engine.settle()
+        for engine in engines:
+            engine.close()
+    assert found >= 0.95 * known
 
 
 @pytest.mark.parametrize("scheme", ["redis", "unix", "rediss"])

@@ -26,12 +26,15 @@ FULL = 40
 STALL = 0.1  # seconds that a request may wait for a store in all
 
 
-def seconds_held_up() -> float:
-    """For how long threads of this process were ready to run and did not, as the machine was busy; all together."""
+def seconds_not_idle() -> float:
+    """For how long threads of this process have run, or were ready to and did not, as the machine was busy.
+
+    Added up over threads, without which a busy machine and the collection of garbage would look like a slow store.
+    """
     total = 0
     for thread in Path("/proc/self/task").iterdir():
         with contextlib.suppress(OSError):
-            total += int((thread / "schedstat").read_text().split()[1])
+            total += sum(map(int, (thread / "schedstat").read_text().split()[:2]))
     return total / 1e9
 
 
@@ -79,17 +82,17 @@ class StoreClient:
             fingerprint=fingerprint,
         )
         self.ids: Iterator[int] = count()
-        self.longest = 0.0  # seconds that a request took, but for what the machine held up
+        self.longest = 0.0  # seconds that a request took; of a long one, those in which nothing ran or could run
 
     def ask(self, prompt: list[int] = PROMPT, **terms: str) -> int:
         """Return how many tokens of the prompt were not computed."""
-        held_up, began = seconds_held_up(), time.monotonic()
+        busy, began = seconds_not_idle(), time.monotonic()
         self.engine.add(EngineRequest(str(next(self.ids)), prompt, SamplingParams(max_tokens=3), **terms))
         outputs: list[TokenOutput] = []
         while not outputs or outputs[-1].finish_reason is None:
             outputs += self.engine.step()
         seconds = time.monotonic() - began
-        self.longest = max(self.longest, seconds - (seconds_held_up() - held_up) if seconds > STALL else seconds)
+        self.longest = max(self.longest, seconds - (seconds_not_idle() - busy) if seconds > STALL else seconds)
         assert [output.token for output in outputs] == complete(prompt, 3)
         return outputs[0].cached_tokens
 
