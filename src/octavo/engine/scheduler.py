@@ -14,6 +14,7 @@ from .sequence import Sequence
 from .speculation import FREE_ROWS, propose_draft
 
 MAX_FETCHING = 16  # sequences whose pages are being fetched, or have been while they wait for a slot
+SHORT_CHUNK = 2  # pages
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,6 +222,7 @@ class Scheduler:
                 chunk = min(chunk, 1 + spare_samples)
                 spare_samples -= chunk - 1
             if self.kv.sharing is not None:
+                chunk = self._shortened(seq, chunk)
                 self._fetch_behind(seq, chunk)
             plan.sequences.append(seq)
             plan.chunks.append(chunk)
@@ -304,6 +306,13 @@ class Scheduler:
         seq.page_table, seq.num_computed = self.kv.adopt(seq.page_table, before)
         if not seq.num_outputs:
             seq.cached_tokens += seq.num_computed - before
+
+    def _shortened(self, seq: Sequence, chunk: int) -> int:
+        """Return a shorter chunk if the shared store is late, so that what comes meanwhile is used sooner."""
+        if not seq.awaits_pages or not seq.short_chunks:
+            return chunk
+        seq.short_chunks -= 1
+        return min(chunk, SHORT_CHUNK * self.kv.page_size)
 
     def _fetch_behind(self, seq: Sequence, chunk: int) -> None:
         """Fetch pages behind the `chunk` tokens that are to be computed, if the shared store was late to have them."""

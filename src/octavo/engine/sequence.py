@@ -37,6 +37,7 @@ class Sequence:
         preemptions: number of preemptions.
         prefetch: pages that are being fetched while the sequence waits.
         lookup: which pages the shared store has; None if it was not asked.
+        short_chunks: number of further chunks that are short while the store is late.
         place: (rank, order), by which sequences are sorted; the rank comes from the policy.
         slot: row of the batch columns while the sequence runs; -1 while it waits.
         admitted: whether the sequence has been admitted before; if it waits, it was preempted.
@@ -80,6 +81,7 @@ class Sequence:
     label_logits: "np.ndarray | None" = None
     prefetch: Prefetch | None = None
     lookup: "Lookup | None" = None
+    short_chunks: int = 2
     scores: list[TokenLogprobs] | None = None
     scored: int = 0
     place: tuple[float, int] = (0.0, 0)
@@ -123,6 +125,12 @@ class Sequence:
     def is_looked_up_now(self) -> bool:
         """Return whether the shared store has not answered yet which pages it has, and may still do so in time."""
         return self.lookup is not None and not self.lookup.is_done
+
+    @property
+    def awaits_pages(self) -> bool:
+        """Return whether pages may still come from the shared store for a sequence that is being computed."""
+        fetch = self.page_table.fetch
+        return (self.lookup is not None and not self.lookup.is_answered) or (fetch is not None and bool(fetch.left))
 
     @property
     def num_outputs(self) -> int:

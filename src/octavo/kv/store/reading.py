@@ -33,12 +33,14 @@ class Lookup:
         keys: of successive pages of one sequence.
         found: the first of `keys`, as far as the store has them; empty until it has answered.
         is_done: whether the sequence need no longer wait.
+        is_answered: whether the store has answered, or never will.
         seconds: time until it was answered, or found to be late.
     """
 
     keys: Sequence[bytes]
     found: frozenset[bytes] = frozenset()
     is_done: bool = False
+    is_answered: bool = False
     began: float = field(default_factory=time.monotonic)
     seconds: float = 0.0
 
@@ -232,7 +234,7 @@ class Reading:
                     return
                 lookup = self._lookups.popleft() if self._lookups else None
                 if lookup is not None and (lookup.is_done or not self._health.is_up):
-                    lookup.is_done = True
+                    lookup.is_done = lookup.is_answered = True
                     continue
             if lookup is not None:
                 self._answer(lookup)
@@ -256,7 +258,7 @@ class Reading:
                 self._counts.misses += len(missing)
         except Exception as error:
             self._failed(error)
-        lookup.found = frozenset(found)  # for a sequence that is being computed already, too
+        lookup.found, lookup.is_answered = frozenset(found), True  # for a sequence that is being computed, too
         if not lookup.is_done:
             lookup.is_done, lookup.seconds = True, time.monotonic() - lookup.began
         self._on_change()
