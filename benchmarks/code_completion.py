@@ -5,19 +5,25 @@
 Each editor has a file of its own, whose text is sent whole with every request, over HTTP, for 16 tokens of completion.
 After each completion the user has typed the beginning of one more line. The file is computed once; then only the edit
 is. For comparison, the same requests with another `cache_salt` each, so that the whole file is computed again.
+
+The clients run on the server's cores, which real editors do not: so they are the light ones of `octavo bench serve`.
+The clock runs from connecting to the first token, and starts when the request's JSON is ready.
 """
 
 import argparse
 import asyncio
 import inspect
 import statistics
-import time
 from typing import Any
 
 import httpx
-from live_server import LiveServer, stream
+import msgspec
+import uvloop
+from live_server import LiveServer
 from rich.console import Console
 from rich.table import Table
+
+from octavo.bench.http import Endpoint, find_endpoint, send
 
 MAX_TOKENS = 16
 
@@ -25,8 +31,8 @@ MAX_TOKENS = 16
 class Editor:
     """A user with a file, which begins with `number` so that no two files share a page."""
 
-    def __init__(self, http: httpx.AsyncClient, number: int):
-        self.http, self.number, self.text = http, number, ""
+    def __init__(self, http: httpx.AsyncClient, endpoint: Endpoint, number: int):
+        self.http, self.endpoint, self.number, self.text = http, endpoint, number, ""
 
     async def open(self, tokens: int) -> None:
         """Take a file of so many tokens."""
@@ -39,38 +45,44 @@ class Editor:
                 break
         self.text = (await self.http.post("/detokenize", json={"tokens": ids})).raise_for_status().json()["prompt"]
 
-    async def complete(self, edit: int, **terms: Any) -> float:
-        """Type the beginning of a line, and return the seconds until the first token of its completion."""
-        self.text += f"\n    option_{edit} = "
+    def edit(self, number: int, **terms: Any) -> bytes:
+        """Type the beginning of a line, and return the request for its completion."""
+        self.text += f"\n    option_{number} = "
         body = {"prompt": self.text, "max_tokens": MAX_TOKENS, "temperature": 0, "ignore_eos": True, "stream": True}
-        begun, first = time.monotonic(), 0.0
-        async for _ in stream(self.http, body | terms):
-            first = first or time.monotonic() - begun
-        return first
+        return msgspec.json.encode({"model": self.endpoint.model} | body | terms)
+
+    async def first_token(self, body: bytes) -> float:
+        """Send a request, and return the seconds until the first token of its completion."""
+        times = await send(self.endpoint, body, input_tokens=0)
+        assert not times.error, times.error
+        return times.arrivals[0] - times.sent
 
 
 async def measure(url: str, tokens: int, edits: int, editors: int) -> None:
     """Print the medians of one editor with and without a cache, and of several editors at once."""
     table = Table("editors", "file in the cache", "first token, ms: median", "longest")
+    endpoint = find_endpoint(url, "/completions", None, None, ignore_eos=True)
     async with httpx.AsyncClient(base_url=url, timeout=120) as http:
 
         def add_row(count: int, cached: str, times: list[float]) -> None:
             table.add_row(str(count), cached, f"{1000 * statistics.median(times):.1f}", f"{1000 * max(times):.1f}")
 
-        one = Editor(http, 0)
+        one = Editor(http, endpoint, 0)
         await one.open(tokens)
-        await one.complete(0)
-        cached = [await one.complete(edit) for edit in range(1, edits + 1)]
+        await one.first_token(one.edit(0))
+        cached = [await one.first_token(one.edit(number)) for number in range(1, edits + 1)]
         add_row(1, "yes", cached)
-        whole = [await one.complete(edit, cache_salt=f"edit {edit}") for edit in range(1, max(3, edits // 4) + 1)]
+        salts = [f"edit {number}" for number in range(max(3, edits // 4))]
+        whole = [await one.first_token(one.edit(0, cache_salt=salt)) for salt in salts]
         add_row(1, "no", whole)
-        users = [Editor(http, number) for number in range(1, editors + 1)]
+        users = [Editor(http, endpoint, number) for number in range(1, editors + 1)]
         for user in users:
             await user.open(tokens)
-            await user.complete(0)
+            await user.first_token(user.edit(0))
         together = []
-        for edit in range(1, edits + 1):
-            together += await asyncio.gather(*(user.complete(edit) for user in users))
+        for number in range(1, edits + 1):
+            bodies = [user.edit(number) for user in users]
+            together += await asyncio.gather(*map(Editor.first_token, users, bodies))
         add_row(editors, "yes", together)
     console = Console()
     console.print(table)
@@ -85,7 +97,7 @@ def main() -> None:
     parser.add_argument("--editors", type=int, default=8)
     arguments = parser.parse_args()
     with LiveServer(arguments.model, ["--access-log", "none"]) as server:
-        asyncio.run(measure(server.url, arguments.tokens, arguments.edits, arguments.editors))
+        uvloop.run(measure(server.url, arguments.tokens, arguments.edits, arguments.editors))
 
 
 if __name__ == "__main__":

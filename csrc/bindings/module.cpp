@@ -8,6 +8,8 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
+#include <bit>
 #include <cstring>
 #include <memory>
 #include <tuple>
@@ -226,6 +228,24 @@ int pack(Program& program, int weight, nb::list parts, int64_t rows, int64_t col
     return program.pack(weight, native, rows, columns, importance ? importance->data() : nullptr);
 }
 
+// Return the sum of the partial sums of 1, 2, 4 or 8 ranks, + bias + residual: float32 [values], a multiple of 16.
+nb::object sum_partials(const std::string& isa, const std::vector<Array<float>>& partials,
+                        std::optional<Array<float>> bias, std::optional<Array<float>> residual) {
+    const size_t ranks = partials.size(), count = ranks ? partials[0].size() : 0;
+    if (!std::has_single_bit(ranks) || ranks > kMaxSpans) throw nb::value_error("there must be 1, 2, 4 or 8 partials");
+    if (count % kBlock) throw nb::value_error("the number of values must be a multiple of 16");
+    const float* data[kMaxSpans] = {};
+    for (size_t i = 0; i < ranks; i++) data[i] = partials[i].data();
+    const auto fits = [&](const Array<float>& array) { return array.size() == count; };
+    if (!std::all_of(partials.begin(), partials.end(), fits) || (bias && !fits(*bias)) ||
+        (residual && !fits(*residual)))
+        throw nb::value_error("all arrays must have the same size");
+    auto [array, out] = new_array<float>(count);
+    kernels_for(isa).sum_partials(data, int64_t(ranks), bias ? bias->data() : nullptr,
+                                  residual ? residual->data() : nullptr, out, int64_t(count));
+    return array;
+}
+
 // Return (bytes, share of the values that are stored as integers).
 nb::tuple linears(const LinearWeights& weights) {
     return nb::make_tuple(weights.bytes, double(weights.integers) / double(std::max<int64_t>(weights.values, 1)));
@@ -238,6 +258,7 @@ NB_MODULE(_native, module) {
     bind_sampler(module);
     bind_quants(module);
     module.def("available_isas", &available_isas);
+    module.def("sum_partials", &sum_partials, "isa"_a, "partials"_a, "bias"_a = nb::none(), "residual"_a = nb::none());
 
     nb::enum_<Activation>(module, "Activation")
         .value("silu", Activation::silu)
@@ -256,8 +277,8 @@ NB_MODULE(_native, module) {
             nb::kw_only(), "isa"_a, "cores"_a, "vocab"_a, "heads"_a, "kv_heads"_a, "head_dim"_a, "layers"_a,
             "norm_eps"_a, "page_size"_a, "max_rows"_a, "max_sampled"_a, "frequencies"_a, "int8_kv"_a = false)
         .def("vector", [](Program& p, Array<float> values) { return p.vector(values.data(), values.shape(0)); })
-        .def("weight", &Program::weight, "rows"_a, "columns"_a, "encoding"_a)
-        .def("weight", [](Program& p, int64_t rows, int64_t columns) { return p.weight(rows, columns, {}); })
+        .def("weight", &Program::weight, "rows"_a, "columns"_a, "encoding"_a = Encoding{},
+             "spans"_a = std::vector<int64_t>{})
         .def("embed", &Program::embed)
         .def("norm", &Program::norm)
         .def("linear", &Program::linear, "x"_a, "weight"_a, "bias"_a, "residual"_a)

@@ -6,13 +6,13 @@
 namespace octavo {
 
 constexpr int64_t kQuantGroup = 32;  // values of a row in a group, which has one scale, or one for each half
-constexpr int64_t kRotated = 64;     // rows with one scale are rotated in runs of at least so many values
+constexpr int64_t kRotated = 64;     // spans with one scale are rotated in runs of at least so many values
 
 // Either bf16 (16 bits); or unsigned integers q of 8 or 4 bits, in groups of 32 along a row:
 // value = scale * q + minimum.
 struct Encoding {
     int bits = 16;
-    int scales = 1;        // per group: 2 if its halves have one each; 0 if the row has one and is rotated
+    int scales = 1;        // per group: 2 if its halves have one each; 0 if a span of a row has one and is rotated
     bool minimum = false;  // whether each scale has a minimum; if not, minimum = -zero() * scale
     bool wide = false;     // whether scales and minima are float instead of half precision
 

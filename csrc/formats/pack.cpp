@@ -78,11 +78,15 @@ bool read_bf16(StoredRow row, int64_t columns, float* floats, bf16* to) {
 
 // Reads the file's own integers if the encoding stores them without loss, else quantizes to kW8. Returns whether all
 // values are finite.
-bool read_integers(StoredRow row, Encoding encoding, int64_t columns, float* floats, Group* to) {
+bool read_integers(StoredRow row, Encoding encoding, const Spans& spans, int64_t columns, float* floats, Group* to) {
     if (!holds_losslessly(encoding, row.format)) {
         dequantize_row(row.format, row.data, floats, columns);
         const bool finite = all_within(floats, columns, kMost8);
-        quantize_groups(floats, to, columns);
+        for (int64_t span = 0; span < spans.count; span++) {
+            const int64_t begin = spans.begin(span), end = spans.ends[span];
+            quantize_groups(floats + begin * kQuantGroup, to + begin,
+                            std::min(columns, end * kQuantGroup) - begin * kQuantGroup);
+        }
         return finite;
     }
     const int64_t groups = columns / kQuantGroup;
@@ -118,7 +122,8 @@ void store_integers(const Weight& weight, int64_t block, int64_t lane, const Gro
             if (e.minimum) store_scale(e, scales, e.scales + part, lane, group.minimum[part]);
         }
     }
-    if (e.per_row()) store_scale(e, scales, 0, lane, groups[0].scale[0]);
+    for (int64_t span = 0; e.per_row() && span < weight.spans.count; span++)
+        store_scale(e, scales, span, lane, groups[weight.spans.begin(span)].scale[0]);
 }
 
 // Quantizes the rows of a block to 4 bits. Rows that kW4 stores without loss are skipped: their lanes get zeros. Returns
@@ -164,7 +169,8 @@ int pack_integers(const Weight& weight, int64_t block, const BlockRows& rows, co
     for (int64_t i = 0; i < rows.count; i++) {
         if (is_new(rows.row[i])) continue;
         Group* groups = reinterpret_cast<Group*>(scratch + weight.groups * kQuantGroup);
-        if (!read_integers(rows.row[i], weight.encoding, weight.columns, scratch, groups)) damaged = rows.row[i].part;
+        if (!read_integers(rows.row[i], weight.encoding, weight.spans, weight.columns, scratch, groups))
+            damaged = rows.row[i].part;
         store_integers(weight, block, i, groups);
     }
     return damaged;

@@ -2,7 +2,7 @@
 //
 //   bf16       round(x)
 //   i8_groups  for each group of 32 columns: s = max|x| / 127, q = round(x / s)
-//   i8_rows    y = rotate(x) (rotation.h); s = max|y| / 127 over the row, q = round(y / s)
+//   i8_rows    for each span (kernels.h): y = rotate(x) (rotation.h); s = max|y| / 127, q = round(y / s)
 #pragma once
 
 #include "rotation.h"
@@ -60,13 +60,16 @@ OCTAVO_INLINE void store_group(const Matrix& out, int64_t row, int64_t column, c
 
 // Write a row as i8_rows. Overwrites `values`, which has out.stride floats.
 OCTAVO_INLINE void store_rotated(const Matrix& out, int64_t row, float* values) {
-    rotate<F32, I32>(values, out.stride);
-    I32 bits = {}, total = {};
-    for (int64_t i = 0; i < out.stride; i += kLanes) bits = magnitude_bits(load(values + i), bits);
-    const Int8Scale s(bits);
-    for (int64_t i = 0; i < out.stride; i += kLanes)
-        total += store_int8(load(values + i), s.back, out.i8(row) + i);
-    out.row_scale(row) = {s.scale, -128 * sum(total)};
+    for (int64_t span = 0; span < out.spans.count; span++) {
+        const int64_t begin = out.spans.begin(span) * kQuantGroup, end = out.spans.ends[span] * kQuantGroup;
+        rotate<F32, I32>(values + begin, end - begin);
+        I32 bits = {}, total = {};
+        for (int64_t i = begin; i < end; i += kLanes) bits = magnitude_bits(load(values + i), bits);
+        const Int8Scale s(bits);
+        for (int64_t i = begin; i < end; i += kLanes)
+            total += store_int8(load(values + i), s.back, out.i8(row) + i);
+        out.row_scales(row)[span] = {s.scale, -128 * sum(total)};
+    }
 }
 
 // Write a row in the form of `out`. value_at(column) returns a vector of values; `scratch` has room for the row.

@@ -12,7 +12,7 @@
 
 namespace octavo::OCTAVO_ISA {
 
-constexpr int64_t kGroupRows = 32, kIntegerGroupRows = 32;
+constexpr int64_t kGroupRows = 32, kIntegerGroupRows = 32, kSpanBlocks = 2, kSpanBlocksAlone = 2;
 
 // All eight tiles have 16 rows of 64 bytes. Rows past the ones in use may hold anything: rows of a product are
 // independent.
@@ -32,6 +32,12 @@ inline void stop_thread() { asm volatile("tilerelease" ::: "memory"); }
 template <int kTile>
 OCTAVO_INLINE void tile_load(const void* from, int64_t stride) {
     asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(stride), "i"(kTile) : "memory");
+}
+
+// Load what is not soon used again, and leave the first-level cache to other data.
+template <int kTile>
+OCTAVO_INLINE void tile_load_once(const void* from, int64_t stride) {
+    asm volatile("tileloaddt1 (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(stride), "i"(kTile) : "memory");
 }
 
 template <int kTile>
@@ -78,11 +84,11 @@ void tile_product(Rows a, Columns b, int64_t tiles, float* c, int64_t c_stride, 
     for (int64_t k = 0; k < tiles; k++) {
         if constexpr (kUpper) tile_load<4>(upper + k * 64, a.stride);
         if constexpr (kLower) tile_load<5>(lower + k * 64, a.stride);
-        tile_load<6>(columns + k * 16 * b.word, b.word);
+        tile_load_once<6>(columns + k * 16 * b.word, b.word);
         if constexpr (kUpper) tile_multiply<Sum, 0, 4, 6>();
         if constexpr (kLower) tile_multiply<Sum, 2, 5, 6>();
         if constexpr (kTwoColumns) {
-            tile_load<7>(columns + k * 16 * b.word + b.block, b.word);
+            tile_load_once<7>(columns + k * 16 * b.word + b.block, b.word);
             if constexpr (kUpper) tile_multiply<Sum, 1, 4, 7>();
             if constexpr (kLower) tile_multiply<Sum, 3, 5, 7>();
         }
@@ -159,6 +165,8 @@ void integer_tile_16(const Matrix& a, int64_t row, const Weight& weight, int64_t
     const int64_t row_bytes = a.row_bytes;
     alignas(64) int32_t dots[2][kTileHeight * kLanes];
     F32 sums[kTileHeight] = {};
+    SpanTree<kTileHeight> tree;
+    int64_t span = 0;
     integer_dots<0>(rows, row_bytes, values, dots[0]);
     for (int64_t g = 0; g < weight.groups; g++) {
         if (const int64_t next = g + 1; next < weight.groups) {
@@ -181,6 +189,7 @@ void integer_tile_16(const Matrix& a, int64_t row, const Weight& weight, int64_t
             sums[r] = add_scaled<kEncoding>(sums[r], dot, group, 0, scale, minimum);
         }
         scales += kEncoding.scale_bytes();
+        if (g + 1 == weight.spans.ends[span]) tree.add(weight.spans, span++, sums);
     }
     OCTAVO_UNROLL for (int r = 0; r < kTileHeight; r++) store(c + r * c_stride, sums[r]);
 }
@@ -237,17 +246,17 @@ OCTAVO_INLINE void integer_product_on_tiles(const Matrix& a, int64_t row, int64_
     configure({});
 }
 
-OCTAVO_INLINE void weight_product(const Instruction& op, int64_t row, int64_t rows, int64_t block, int64_t blocks,
-                                  Ahead ahead, Scratch& scratch) {
-    const Weight& w = *op.weight;
-    if (op.x.element == Element::i8_groups)
-        return integer_product_on_tiles(op.x, row, rows, w, block, blocks, scratch.sums, kSumsStride, ahead,
-                                        scratch.widened);
-    const bool integers = op.x.element == Element::i8_rows;
-    const auto one_tile = integers ? product_on_tiles<I32, false, true, false> : product_on_tiles<F32, false, true, false>;
-    const auto two_tiles = integers ? product_on_tiles<I32, false, true, true> : product_on_tiles<F32, false, true, true>;
-    (rows > 16 ? two_tiles : one_tile)({op.x.row(row), op.x.row_bytes}, {w.block(block), 4 * kBlock, w.block_bytes},
-                                       blocks, w.words() / 16, scratch.sums, kSumsStride, ahead);
+OCTAVO_INLINE void group_product(const Instruction& op, int64_t row, int64_t rows, int64_t block, int64_t blocks,
+                                 Ahead ahead, Scratch& scratch) {
+    integer_product_on_tiles(op.x, row, rows, *op.weight, block, blocks, scratch.sums, kSumsStride, ahead,
+                             scratch.widened);
+}
+
+template <class Sum>
+OCTAVO_INLINE void weight_product(Rows a, int64_t rows, Columns b, int64_t blocks, int64_t words, float* c,
+                                  int64_t c_stride, Ahead ahead) {
+    const auto tiles = rows > 16 ? product_on_tiles<Sum, false, true, true> : product_on_tiles<Sum, false, true, false>;
+    tiles(a, b, blocks, words / 16, c, c_stride, ahead);
 }
 
 }  // namespace octavo::OCTAVO_ISA

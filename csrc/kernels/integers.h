@@ -5,10 +5,10 @@
 //   c[r, j] = sum over g of  t[j, g] * s[r, g] * (sum over k in g of p[r, k] * q[j, k])
 //                            + m[j, g] * s[r, g] * (sum over k in g of p[r, k])
 //
-// The sum within a group is exact, in int32. Each c[r, j] has one float accumulator, which takes the groups in
-// ascending order whatever the number of rows computed together. So a row has the same bits in any batch. Where the
-// halves of a group have scales of their own (Encoding::scales is 2), each half, or "part", is summed and scaled
-// separately.
+// The sum within a group is exact, in int32. In a span (Spans in kernels.h), c[r, j] has one float accumulator, which
+// takes the groups in ascending order whatever the number of rows computed together; the sums of spans are added in a
+// tree. So a row has the same bits in any batch. Where the halves of a group have scales of their own (Encoding::scales
+// is 2), each half, or "part", is summed and scaled separately.
 #pragma once
 
 #include <utility>
@@ -51,6 +51,24 @@ OCTAVO_INLINE F32 add_scaled(F32 sum, I32 dots, const ActivationGroup& group, in
     return kEncoding.minimum ? fma(minimum, splat(scaled_sum<kEncoding>(group, part)), sum) : sum;
 }
 
+// Adds the sums of spans in their tree, as a binary counter counts: a sum waits until the subtree to its right is done.
+template <int kSums>
+struct SpanTree {
+    F32 waiting[3][kSums];
+
+    // Take the sums of the next span. Afterwards `sums` are zero, or those of all spans if it was the last one.
+    OCTAVO_INLINE void add(const Spans& spans, int64_t span, F32* sums) {
+        int level = 0;
+        for (; span >> level & 1; level++) add_all(waiting[level], sums);
+        if (span + 1 == spans.count) return;
+        OCTAVO_UNROLL for (int i = 0; i < kSums; i++) waiting[level][i] = sums[i], sums[i] = zero();
+    }
+
+    OCTAVO_INLINE static void add_all(const F32* earlier, F32* sums) {
+        OCTAVO_UNROLL for (int i = 0; i < kSums; i++) sums[i] = earlier[i] + sums[i];
+    }
+};
+
 using IntegerTile = void (*)(const Matrix& a, int64_t row, const Weight& weight, int64_t block, float* c,
                              int64_t c_stride, Ahead ahead, int64_t ahead_rate);
 
@@ -65,6 +83,8 @@ void integer_tile(const Matrix& a, int64_t row, const Weight& weight, int64_t bl
     const int8_t* rows = a.i8(row);
     const int64_t row_bytes = a.row_bytes, block_bytes = weight.block_bytes;
     F32 sums[kRows][kColumns] = {};
+    SpanTree<kRows * kColumns> tree;
+    int64_t span = 0;
     for (int64_t g = 0; g < weight.groups; g++) {
         for (int64_t i = 0; i < ahead_rate && ahead.at < ahead.end; i++, ahead.at += 64)
             __builtin_prefetch(ahead.at, 0, 2);
@@ -106,6 +126,7 @@ void integer_tile(const Matrix& a, int64_t row, const Weight& weight, int64_t bl
         }
         values += kEncoding.value_bytes();
         scales += kEncoding.scale_bytes();
+        if (g + 1 == weight.spans.ends[span]) tree.add(weight.spans, span++, sums[0]);
     }
     OCTAVO_UNROLL for (int j = 0; j < kColumns; j++)
         OCTAVO_UNROLL for (int r = 0; r < kRows; r++) store(c + r * c_stride + j * kLanes, sums[r][j]);

@@ -25,6 +25,7 @@ const Kernels kernels = {
     .quantize = quantize,
     .pool_rows = pool_rows,
     .sampled_rows = sampled_rows,
+    .sum_partials = sum_partials,
     .rope_and_cache = rope_and_cache,
     .attention = attention,
     .linear = linear,

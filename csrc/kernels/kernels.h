@@ -25,6 +25,8 @@ constexpr int64_t kBlock = 16;          // output columns in a block of a packed
 constexpr int64_t kSpan = 32;           // positions in a block of the KV cache, the unit in which attention walks
 constexpr int64_t kMaxPanel = 6;        // maximum blocks in a tile of a linear
 constexpr int64_t kGroup = 32;          // maximum rows whose sums a linear keeps before it writes them out
+constexpr int64_t kMaxSpans = 8;        // of the columns of a weight, see Spans
+constexpr int64_t kMostSpanBlocks = 3;  // maximum blocks for which the sums of spans are kept
 constexpr int64_t kPart = 512;          // positions in a part of attention's sums; parts are merged in order
 constexpr int64_t kPeakFloats = 512;    // maximum floats that peak_products writes
 constexpr int64_t kAttentionRows = 48;  // maximum (position, query head) pairs in a tile of attention; >= 1 position
@@ -39,14 +41,29 @@ struct ActivationGroup {
     int32_t half_offset;  // -128 * sum(q) over the first half of the group
 };
 
-// The same for a whole row of int8 activations.
+// The same for a span of a row of int8 activations.
 struct RowScale {
     float scale;
     int32_t offset;  // -128 * sum(q)
 };
 
+// The fixed spans in which a linear sums its columns k, 1, 2, 4 or 8 of them. The sums of spans are added in a binary
+// tree: ((s0 + s1) + (s2 + s3)) + ((s4 + s5) + (s6 + s7)). So 2, 4 or 8 ranks that have a part of the spans each sum up
+// whole subtrees, and the sums of all ranks, added in the same way, have the same bits as on one rank.
+//
+// A span ends at a multiple of 64 columns or at the last column. Units: groups of kQuantGroup columns.
+struct Spans {
+    int64_t count = 1;
+    int64_t ends[kMaxSpans] = {};
+
+    OCTAVO_INLINE int64_t begin(int64_t span) const { return span ? ends[span - 1] : 0; }
+    OCTAVO_INLINE int64_t size(int64_t span) const { return ends[span] - begin(span); }
+    OCTAVO_INLINE int64_t groups() const { return ends[count - 1]; }
+    bool operator==(const Spans&) const = default;
+};
+
 // How a row of activations is stored. i8_groups: int8 and then an ActivationGroup per group; i8_rows: int8 and then a
-// RowScale.
+// RowScale per span.
 enum class Element { f32, bf16, i8_groups, i8_rows };
 
 // Activations [rows, stride]. Rows and columns are padded to multiples of 64, so that kernels work on whole vectors and
@@ -56,6 +73,7 @@ struct Matrix {
     int64_t stride = 0;  // elements
     Element element = Element::f32;
     int64_t row_bytes = 0;
+    Spans spans = {};  // of i8_rows
 
     OCTAVO_INLINE std::byte* row(int64_t row) const { return static_cast<std::byte*>(data) + row * row_bytes; }
     OCTAVO_INLINE float* f32(int64_t r) const { return reinterpret_cast<float*>(row(r)); }
@@ -64,7 +82,7 @@ struct Matrix {
     OCTAVO_INLINE ActivationGroup* groups(int64_t r) const {
         return reinterpret_cast<ActivationGroup*>(i8(r) + stride);
     }
-    OCTAVO_INLINE RowScale& row_scale(int64_t r) const { return *reinterpret_cast<RowScale*>(i8(r) + stride); }
+    OCTAVO_INLINE RowScale* row_scales(int64_t r) const { return reinterpret_cast<RowScale*>(i8(r) + stride); }
 };
 
 constexpr int64_t bytes_of_row(Element element, int64_t stride) {
@@ -72,7 +90,8 @@ constexpr int64_t bytes_of_row(Element element, int64_t stride) {
         case Element::f32: return stride * int64_t(sizeof(float));
         case Element::bf16: return stride * int64_t(sizeof(bf16));
         case Element::i8_groups: return stride + stride / kQuantGroup * int64_t(sizeof(ActivationGroup));
-        case Element::i8_rows: return stride + 64;  // whole cache lines, which AMX loads fastest
+        case Element::i8_rows:
+            return stride + kMaxSpans * int64_t(sizeof(RowScale));  // whole cache lines: fast for AMX
     }
     return 0;
 }
@@ -85,17 +104,17 @@ constexpr int64_t bytes_of_row(Element element, int64_t stride) {
 //   bf16    [pairs of columns][16 rows][2]: a pair is one vector operand of vdpbf16ps, 16 pairs are one AMX tile
 //   8 bits  [groups][8][16 rows][4 columns]: 4 columns are one vector operand of vpdpbusd, a group is half an AMX tile
 //   4 bits  [groups][4][16 rows][4 columns], two columns a byte: the low bits are from the group's first half
-// The integers are followed by the scales and then the minima of each group, [groups][scales][16]; or by 16 scales, if
-// there is one per row.
+// The integers are followed by the scales and then the minima of each group, [groups][scales][16]; or by the scales of
+// each span, [spans][16], if a row has one for a span.
 struct Weight {
     int64_t rows = 0, columns = 0;
     Encoding encoding = {};
     bool gated = false;
+    Spans spans = {};
     int64_t blocks = 0, groups = 0;  // of kQuantGroup columns
     int64_t block_bytes = 0;
     std::byte* data = nullptr;
 
-    OCTAVO_INLINE int64_t words() const { return groups * kQuantGroup * encoding.bits / 32; }  // 4-byte words in a row
     OCTAVO_INLINE std::byte* block(int64_t index) const { return data + index * block_bytes; }
     OCTAVO_INLINE bf16* b16_block(int64_t index) const { return reinterpret_cast<bf16*>(block(index)); }
 };
@@ -166,6 +185,13 @@ struct Cut {
 struct Ahead {
     const char *at = nullptr, *end = nullptr;
 
+    // Remove so many bytes from the beginning and return them.
+    OCTAVO_INLINE Ahead next(int64_t bytes) {
+        const Ahead part = {at, end - at < bytes ? end : at + bytes};
+        at = part.end;
+        return part;
+    }
+
     // Return part number `index` of `parts` equal parts.
     OCTAVO_INLINE Ahead part(int64_t index, int64_t parts) const {
         const int64_t lines = (end - at) / 64;
@@ -218,6 +244,8 @@ struct FourBits {
 // A thread's own working memory.
 struct Scratch {
     float* sums;         // [kGroup][kMaxPanel * kBlock]
+    float *even, *odd;   // [kGroup][kMostSpanBlocks * kBlock]: the products of a pair of spans; see spans.h
+    float* waiting[2];   // the same: sums of subtrees of spans
     float* scores;       // [attention rows][kSpan]
     float* part_sums;    // [attention rows][sums_stride]: of the current part
     float* sums_so_far;  // [attention rows][sums_stride]: of all parts before it
@@ -232,12 +260,15 @@ using RowKernel = void (*)(const Instruction&, const Step&, int64_t begin, int64
 using CacheKernel = void (*)(const Instruction&, const Step&, int64_t tile, Scratch&);
 using AttentionKernel = void (*)(const Instruction&, const Step&, int64_t tile, int64_t next_tile, Scratch&);
 using LinearKernel = void (*)(const Instruction&, const Cut&, int64_t rows, int64_t tile, Ahead, Scratch&);
+using SumKernel = void (*)(const float* const* partials, int64_t vectors, const float* bias, const float* residual,
+                           float* out, int64_t count);
 using FourBitsKernel = void (*)(const float (*x)[kBlock], const float* importance, FourBits&);
 
 struct Kernels {
     void (*start_thread)();  // before a thread's first tile of a step
     void (*stop_thread)();   // after its last
     RowKernel embed, norm, quantize, pool_rows, sampled_rows;
+    SumKernel sum_partials;
     CacheKernel rope_and_cache;
     AttentionKernel attention;
     LinearKernel linear;

@@ -6,11 +6,7 @@
 // The elementwise part is applied to each tile while its sums are in the cache.
 #pragma once
 
-#include "integers.h"
-#include "product.h"
-#ifdef OCTAVO_AMX
-#include "amx.h"
-#endif
+#include "spans.h"
 
 namespace octavo::OCTAVO_ISA {
 
@@ -68,38 +64,6 @@ OCTAVO_INLINE void write_gated(const Instruction& op, int64_t row, int64_t rows,
     }
 }
 
-// sums[r, j] = float(sums[r, j] - 128 * sum(p[r])) * s[r] * t[j], in place: from the int32 sums of p * q, where x[r] =
-// s[r] * p[r] and weight[j] = t[j] * (q[j] - 128).
-OCTAVO_INLINE void scale_sums(const Instruction& op, int64_t row, int64_t rows, int64_t block, int64_t blocks,
-                              float* sums) {
-    const Weight& w = *op.weight;
-    for (int64_t r = 0; r < rows; r++) {
-        const RowScale& of_row = op.x.row_scale(row + r);
-        for (int64_t j = 0; j < blocks; j++) {
-            const std::byte* end = w.block(block + j) + w.groups * w.encoding.value_bytes();
-            const float* scales = reinterpret_cast<const float*>(end);
-            for (int64_t i = 0; i < kBlock; i += kLanes) {
-                float* at = sums + r * kSumsStride + j * kBlock + i;
-                store(at, to_float(load_as<I32>(at) + of_row.offset) * (load(scales + i) * splat(of_row.scale)));
-            }
-        }
-    }
-}
-
-#ifndef OCTAVO_AMX
-constexpr int64_t kGroupRows = kTileRows, kIntegerGroupRows = kGroup / kIntegerRows * kIntegerRows;
-
-OCTAVO_INLINE void weight_product(const Instruction& op, int64_t row, int64_t rows, int64_t block, int64_t blocks,
-                                  Ahead ahead, Scratch& scratch) {
-    const Weight& w = *op.weight;
-    if (op.x.element == Element::i8_groups)
-        return integer_product(op.x, row, rows, w, block, blocks, scratch.sums, kSumsStride, ahead);
-    const auto times = op.x.element == Element::i8_rows ? product<I32> : product<F32>;
-    times({op.x.row(row), op.x.row_bytes}, rows, {w.block(block), 4 * kBlock, w.block_bytes}, blocks, w.words(), false,
-          scratch.sums, kSumsStride, ahead);
-}
-#endif
-
 // Compute one tile of the instruction.
 void linear(const Instruction& op, const Cut& cut, int64_t rows, int64_t tile, Ahead ahead, Scratch& scratch) {
     const int64_t block = tile / cut.row_tiles * cut.panel;
@@ -110,8 +74,12 @@ void linear(const Instruction& op, const Cut& cut, int64_t rows, int64_t tile, A
     const int64_t groups = (end - begin + most - 1) / most;
     for (int64_t row = begin, index = 0, group; row < end; row += group, index++) {
         group = even_step(end - row, most);
-        weight_product(op, row, group, block, blocks, ahead.part(index, groups), scratch);
-        if (op.x.element == Element::i8_rows) scale_sums(op, row, group, block, blocks, scratch.sums);
+        if (op.x.element == Element::i8_groups)
+            group_product(op, row, group, block, blocks, ahead.part(index, groups), scratch);
+        else if (op.x.element == Element::i8_rows)
+            span_product<I32>(op, row, group, block, blocks, ahead.part(index, groups), scratch);
+        else
+            span_product<F32>(op, row, group, block, blocks, ahead.part(index, groups), scratch);
         if (op.activation == Activation::none)
             write_sums(op, row, group, block, blocks, scratch.sums);
         else

@@ -63,6 +63,21 @@ void pool_rows(const Instruction& op, const Step& step, int64_t begin, int64_t e
     }
 }
 
+// out = the sum of 1, 2, 4 or 8 vectors of `count` values, a multiple of 16, + bias + residual; these may be null. The
+// vectors are partial sums of neighboring spans of a linear, in order; they are added in the tree of Spans.
+void sum_partials(const float* const* partials, int64_t vectors, const float* bias, const float* residual, float* out,
+                  int64_t count) {
+    for (int64_t i = 0; i < count; i += kLanes) {
+        F32 sums[kMaxSpans];
+        for (int64_t p = 0; p < vectors; p++) sums[p] = load(partials[p] + i);
+        for (int64_t step = 1; step < vectors; step *= 2)
+            for (int64_t p = 0; p < vectors; p += 2 * step) sums[p] = sums[p] + sums[p + step];
+        if (bias) sums[0] = sums[0] + load(bias + i);
+        if (residual) sums[0] = sums[0] + load(residual + i);
+        store(out + i, sums[0]);
+    }
+}
+
 // out[r, :] = int8 of x[r, :], bf16 (see activations.h).
 void quantize(const Instruction& op, const Step&, int64_t begin, int64_t end, Scratch& scratch) {
     for (int64_t r = begin; r < end; r++)

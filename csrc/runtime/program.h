@@ -67,7 +67,8 @@ public:
     // Recording. Ints are handles: of vectors (norm weights and biases), of weights, and of buffers of activations.
     // Each op returns the buffer that it writes. src/octavo/model/ops.py and the kernels describe what an op computes.
     int vector(const float* values, int64_t length);
-    int weight(int64_t rows, int64_t columns, Encoding encoding);
+    // `spans`: the last column + 1 of each span (Spans in kernels.h); empty: one span.
+    int weight(int64_t rows, int64_t columns, Encoding encoding, const std::vector<int64_t>& spans = {});
     int embed(int weight);
     int norm(int x, int vector);
     int linear(int x, int weight, int bias, int residual);  // -1: no bias, no residual
@@ -117,6 +118,7 @@ private:
         bool sampled;                    // one row per sampled row, else one per token
         Element finest = Element::bf16;  // the last of bf16, i8_groups, i8_rows that its writer can produce
         int64_t last_use = -1;
+        Spans spans = {};  // of i8_rows
         int storage = -1;
     };
     struct Recorded {
@@ -126,7 +128,7 @@ private:
     using Work = std::function<void(int64_t row, int thread)>;
 
     int record(Instruction instruction, int x, int64_t width, Element element, int residual = -1);
-    int quantized(int x, Element element);
+    int quantized(int x, Element element, const Spans& spans);
     const float* values_of(int vector, int64_t length) const;
     std::vector<Buffer> assign_storage();
     void lay_out_arena();

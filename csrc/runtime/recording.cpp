@@ -2,12 +2,28 @@
 #include "program.h"
 
 #include <algorithm>
+#include <bit>
 
 namespace octavo {
 
 namespace {
 constexpr int64_t kPad = 64;  // rows and columns of activations are allocated in multiples of this
+
+// Return the spans of `groups` groups; `ends`: in columns.
+Spans spans_of(int64_t columns, int64_t groups, const std::vector<int64_t>& ends) {
+    if (ends.empty()) return {1, {groups}};
+    Spans spans{int64_t(ends.size()), {}};
+    require(spans.count <= kMaxSpans && std::has_single_bit(ends.size()), "a weight has 1, 2, 4 or 8 spans");
+    require(ends.back() == columns, "the last span ends at the last column");
+    for (int64_t i = 0; i < spans.count; i++) {
+        require(ends[i] > (i ? ends[i - 1] : 0), "a span must have columns");
+        require(ends[i] % kRotated == 0 || ends[i] == columns, "spans end at multiples of 64 columns");
+        spans.ends[i] = ends[i] / kQuantGroup;
+    }
+    spans.ends[spans.count - 1] = groups;
+    return spans;
 }
+}  // namespace
 
 int Program::vector(const float* values, int64_t length) {
     auto& vector = vectors_.emplace_back(Vector{length, std::vector<float>(round_up(length, kPad) + kPad)});
@@ -22,9 +38,14 @@ const float* Program::values_of(int vector, int64_t length) const {
     return vectors_.at(vector).values.data();
 }
 
-int Program::weight(int64_t rows, int64_t columns, Encoding encoding) {
+int Program::weight(int64_t rows, int64_t columns, Encoding encoding, const std::vector<int64_t>& spans) {
     require(rows > 0 && columns > 0, "a weight must have rows and columns");
-    weights_.push_back({.rows = rows, .columns = columns, .encoding = encoding});
+    const int64_t groups = round_up(columns, encoding.column_multiple()) / kQuantGroup;
+    weights_.push_back({.rows = rows,
+                        .columns = columns,
+                        .encoding = encoding,
+                        .spans = spans_of(columns, groups, spans),
+                        .groups = groups});
     return int(weights_.size()) - 1;
 }
 
@@ -41,6 +62,7 @@ int Program::record(Instruction instruction, int x, int64_t width, Element eleme
 
 int Program::embed(int weight) {
     const Weight& w = weights_.at(weight);
+    require(w.spans.count == 1, "an embedding has one span");
     require(w.rows >= sizes_.vocab, "an embedding must have a row per token of the vocabulary");
     return record({.op = Op::embed, .weight = &w, .width = w.columns}, -1, w.columns, Element::f32);
 }
@@ -58,8 +80,10 @@ int Program::linear(int x, int weight, int bias, int residual) {
     const Element wanted = w.encoding.per_row()      ? Element::i8_rows
                            : w.encoding.is_integer() ? Element::i8_groups
                                                      : Element::bf16;
-    if (wanted != Element::bf16) x = quantized(x, wanted);
-    require(buffers_.at(x).element == wanted, "linears that read the same buffer must read it in the same form");
+    const Spans spans = wanted == Element::i8_rows ? w.spans : Spans{};
+    if (wanted != Element::bf16) x = quantized(x, wanted, spans);
+    require(buffers_.at(x).element == wanted && buffers_.at(x).spans == spans,
+            "linears that read the same buffer must read it in the same form");
     require(buffers_.at(x).width == w.columns, "a linear reads as many columns as its weight has");
     require(residual < 0 || buffers_.at(residual).width == w.rows, "a residual has the width of the linear's output");
     return record({.op = Op::linear, .weight = &w, .vector = values_of(bias, w.rows)}, x, w.rows, Element::f32,
@@ -68,11 +92,14 @@ int Program::linear(int x, int weight, int bias, int residual) {
 
 // Return buffer x as int8: x itself, written as int8 by its writer, if that is possible and nothing reads x as bf16;
 // else a new buffer that an extra instruction fills.
-int Program::quantized(int x, Element element) {
+int Program::quantized(int x, Element element, const Spans& spans) {
     Buffer& buffer = buffers_.at(x);
-    if (buffer.element == Element::bf16 && buffer.finest >= element && buffer.last_use < 0) buffer.element = element;
+    if (buffer.element == Element::bf16 && buffer.finest >= element && buffer.last_use < 0)
+        buffer.element = element, buffer.spans = spans;
     if (buffer.element != Element::bf16) return x;
-    return record({.op = Op::quantize}, x, buffer.width, element);
+    const int out = record({.op = Op::quantize}, x, buffer.width, element);
+    buffers_[out].spans = spans;
+    return out;
 }
 
 int Program::rope_and_cache(int qkv, int layer, int q_norm, int k_norm) {
@@ -169,7 +196,7 @@ void Program::lay_out_arena() {
         const int index = buffers_[buffer].storage;
         const Buffer& place = places[index];
         return {arena_.data() + offsets[index], stride(place), place.element,
-                bytes_of_row(place.element, stride(place))};
+                bytes_of_row(place.element, stride(place)), buffers_[buffer].spans};
     };
     for (const auto& [instruction, x, out, residual] : recorded_) {
         instructions_.push_back(instruction);
@@ -182,8 +209,7 @@ void Program::lay_out_arena() {
 void Program::lay_out_weights() {
     for (Weight& w : weights_) {
         w.blocks = w.gated ? 2 * (round_up(w.rows / 2, kBlock) / kBlock) : round_up(w.rows, kBlock) / kBlock;
-        w.groups = round_up(w.columns, w.encoding.column_multiple()) / kQuantGroup;
-        const int64_t row_scales = w.encoding.per_row() ? w.encoding.line_bytes() : 0;
+        const int64_t row_scales = w.encoding.per_row() ? w.spans.count * w.encoding.line_bytes() : 0;
         w.block_bytes = round_up(w.groups * (w.encoding.value_bytes() + w.encoding.scale_bytes()) + row_scales, 64);
         weight_bytes_ += w.blocks * w.block_bytes;
     }
@@ -199,7 +225,8 @@ void Program::make_scratch() {
     // Rows of a tile of attention, and 16 more, since AMX reads and writes 16 rows at a time.
     const int64_t pairs = std::max(kAttentionRows, sizes_.heads / sizes_.kv_heads) + 16;
     const int64_t sums = pairs * shape_.sums_stride();
-    const int64_t floats[] = {kGroup * kMaxPanel * kBlock, pairs * kSpan, sums, sums};
+    const int64_t spans = kGroup * kMostSpanBlocks * kBlock;
+    const int64_t floats[] = {kGroup * kMaxPanel * kBlock, pairs * kSpan, sums, sums, spans, spans, spans, spans};
     const int64_t halves[] = {pairs * sizes_.head_dim, pairs * kSpan, shape_.int8_kv ? shape_.block_elements() : 0};
     int64_t groups = 0;
     for (const Weight& w : weights_) groups = std::max(groups, w.groups);
@@ -215,6 +242,8 @@ void Program::make_scratch() {
         };
         Scratch& scratch = scratch_.emplace_back();
         take(scratch.sums, floats[0]);
+        for (float** buffer : {&scratch.even, &scratch.odd, &scratch.waiting[0], &scratch.waiting[1]})
+            take(*buffer, spans);
         take(scratch.scores, floats[1]);
         take(scratch.part_sums, floats[2]);
         take(scratch.sums_so_far, floats[3]);

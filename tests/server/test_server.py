@@ -118,6 +118,14 @@ def test_echo(client: openai.OpenAI, reference: PreTrainedTokenizerBase) -> None
     assert stream_text(complete(client, echo=True, stream=True)) == "The module" + text
 
 
+def test_events_take_one_line_for_clients_that_read_lines(server: ServerProcess) -> None:
+    text = "The\x85module\u2028number\u2029é"  # httpx's iter_lines() splits at these characters
+    body = {"model": "tiny", "prompt": text, "max_tokens": 1, "echo": True, "stream": True}
+    with httpx.stream("POST", f"{server.url}/v1/completions", json=body) as reply:
+        chunks = [json.loads(line[6:]) for line in reply.iter_lines() if line.startswith("data: {")]
+    assert "".join(chunk["choices"][0]["text"] for chunk in chunks).startswith(text)
+
+
 def test_stop_and_its_reason(client: openai.OpenAI) -> None:
     text = complete(client, max_tokens=24).choices[0].text
     stop = text[5:8]

@@ -106,6 +106,11 @@ class Scheduler:
         return sum(map(len, list(self._followers.values())))
 
     @property
+    def is_short_of_pages(self) -> bool:
+        """Return whether the next waiting sequence was not admitted in the last step because it lacked pages."""
+        return self._short_of_pages
+
+    @property
     def has_work(self) -> bool:
         return bool(self.running or self._policy or self._fetching or self._followers)
 

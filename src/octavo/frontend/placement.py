@@ -95,8 +95,10 @@ class Placement:
 
     def relieve_others(self, replica: Replica) -> None:
         """Move a request here that another replica would begin later than in its next step, if that is sooner here."""
+        if replica.load.unstarted or not replica.is_open:
+            return
         busiest = max(self.replicas, key=lambda other: other.load.queued_tokens).load
-        if replica.load.unstarted or len(busiest.unstarted) < 2 or not replica.is_open:
+        if len(busiest.unstarted) < 2:
             return
         live = next(reversed(busiest.unstarted))
         assert isinstance(live, LiveRequest)

@@ -1,5 +1,7 @@
 """A Backend that computes nothing: a step advances a virtual clock by the time that a cost model gives."""
 
+import functools
+
 import numpy as np
 
 from octavo.backends.base import Footprint, StepBatch, StepResult
@@ -17,12 +19,40 @@ NO_MODEL = "a simulated backend has neither K and V nor logits"
 
 def text(number: int, length: int) -> np.ndarray:
     """Return the first `length` tokens of text `number`: int64 [length]. No two texts agree at any position."""
-    tokens = np.array([number * 0x9E3779B1 % VOCABULARY], np.int64)  # the factor is odd, so first tokens differ
-    factor, step = _FACTOR, _STEP  # from a token to the one len(tokens) later
-    while len(tokens) < length:
-        tokens = np.concatenate([tokens, (tokens * factor + step) % VOCABULARY])
-        factor, step = factor * factor % VOCABULARY, (factor * step + step) % VOCABULARY
-    return tokens[:length]
+    first = number * 0x9E3779B1 % VOCABULARY  # the factor is odd, so first tokens differ
+    return np.concatenate([np.array([first], np.int64), continuations(np.array([first]), length - 1)[0]])[:length]
+
+
+def continuations(last: np.ndarray, count: int) -> np.ndarray:
+    """Return the next `count` tokens after each of the tokens `last`.
+
+    Shapes:
+        last: int64 [N]. Result: int64 [N, count].
+    """
+    factors, steps = _jumps(max(count, 0))
+    tokens: np.ndarray = (last[:, None] * factors + steps) % VOCABULARY
+    return tokens
+
+
+def next_token(token: int) -> int:
+    """Return the token after `token`."""
+    return (token * _FACTOR + _STEP) % VOCABULARY
+
+
+def _jumps(count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return factors and steps of the generator that go 1, 2, ... `count` tokens ahead: int64 [count] each."""
+    size = 1 << max(8, (count - 1).bit_length())
+    factors, steps = _all_jumps(size)
+    return factors[:count], steps[:count]
+
+
+@functools.cache
+def _all_jumps(size: int) -> tuple[np.ndarray, np.ndarray]:
+    factors, steps = np.array([_FACTOR], np.int64), np.array([_STEP], np.int64)
+    while len(factors) < size:
+        steps = np.concatenate([steps, (steps * factors[-1] + steps[-1]) % VOCABULARY])
+        factors = np.concatenate([factors, factors * factors[-1] % VOCABULARY])
+    return factors, steps
 
 
 class VirtualClock:
@@ -77,7 +107,7 @@ class SimulatedBackend:
     def step(self, batch: StepBatch) -> StepResult:
         self._clock.advance(self._costs.seconds(Shape.of(batch)))
         ends = batch.tokens[batch.sample_rows].astype(np.int64)
-        return StepResult(((ends * _FACTOR + _STEP) % VOCABULARY).astype(np.int32))
+        return StepResult(continuations(ends, 1)[:, 0].astype(np.int32))
 
     def logits(self, batch: StepBatch) -> np.ndarray:
         raise NotImplementedError(NO_MODEL)

@@ -72,11 +72,10 @@ def _run(
             routing = value
         else:
             config = config.replaced(name, value)
-    _check(config, costs)
+    check(config, costs)
     if routing not in ROUTINGS:
         raise ConfigError(f"routing must be one of {', '.join(ROUTINGS)}, not {routing!r}")
-    if pages is None:
-        pages = costs.num_pages if config.kv_cache_memory is None else config.kv_cache_memory // costs.page_bytes
+    pages = num_pages(config, costs, pages)
     at_once = [_at_once(request) for request in arrivals]
     patient = dataclasses.replace(config, max_queue=len(arrivals), request_timeout=None)
     with progress(" ".join(chosen.values()) or "Simulating", 2 * len(arrivals)) as advance:
@@ -88,12 +87,19 @@ def _run(
     return summary | {"sustained_per_second": saturated["requests_per_second"]}
 
 
+def num_pages(config: EngineConfig, costs: CostModel, pages: int | None) -> int:
+    """Return the pages of an engine: those given, those that kv_cache_memory holds, or those of the measured one."""
+    if pages is not None:
+        return pages
+    return costs.num_pages if config.kv_cache_memory is None else config.kv_cache_memory // costs.page_bytes
+
+
 def _at_once(request: TraceRequest) -> TraceRequest:
     think_time = None if request.think_time is None else 0.0
     return msgspec.structs.replace(request, at=0.0, timeout=None, think_time=think_time)
 
 
-def _check(config: EngineConfig, costs: CostModel) -> None:
+def check(config: EngineConfig, costs: CostModel) -> None:
     """Raise ConfigError for settings whose effect the cost model does not cover."""
     defaults = EngineConfig()
     for name, measured in costs.settings.items():

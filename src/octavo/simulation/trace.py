@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated
 
 import msgspec
+import numpy as np
 
 from octavo.bench.report import Run
 from octavo.errors import ConfigError
@@ -18,7 +19,7 @@ Positive = Annotated[float, msgspec.Meta(gt=0)]
 Length = Annotated[int, msgspec.Meta(ge=1, le=10**7)]
 Token = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
 Name = Annotated[str, msgspec.Meta(min_length=1)]
-_SECONDS = {"s": 1, "sec": 1, "second": 1, "min": 60, "minute": 60, "h": 3600, "hour": 3600}
+_SECONDS = {"s": 1, "sec": 1, "second": 1, "min": 60, "minute": 60, "h": 3600, "hour": 3600, "day": 86400}
 
 
 class TraceRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -97,16 +98,26 @@ class Prompts:
     def __init__(self) -> None:
         self._numbers = count()
         self._named: dict[tuple[str, str], int] = {}
+        self._prefixes: dict[str, np.ndarray] = {}  # the longest part so far
 
     def tokens(self, request: TraceRequest) -> list[int]:
         """Return the tokens of a request's prompt."""
         if request.prompt is not None:
             return request.prompt
         length, shared = request.prompt_tokens or 0, request.prefix_tokens or 0
-        tokens: list[int] = text(self._number("conversation", request.conversation), length).tolist()
+        tokens = text(self._number("conversation", request.conversation), length)
         if request.prefix:
-            tokens[:shared] = text(self._number("prefix", request.prefix), min(shared, length)).tolist()
-        return tokens
+            shared = min(shared, length)
+            tokens[:shared] = self._prefix(request.prefix, shared)
+        whole: list[int] = tokens.tolist()
+        return whole
+
+    def _prefix(self, name: str, length: int) -> np.ndarray:
+        """Return the first tokens of a named prefix."""
+        known = self._prefixes.get(name)
+        if known is None or len(known) < length:
+            known = self._prefixes[name] = text(self._number("prefix", name), length)
+        return known[:length]
 
     def _number(self, kind: str, name: str | None) -> int:
         """Return the number of a named text, or of a new text if `name` is None."""

@@ -12,6 +12,7 @@ from octavo.backends.base import Footprint, Progress, StepBatch, StepResult
 from octavo.errors import ConfigError, OutOfMemory
 from octavo.machine import available_memory
 from octavo.model.decoder import describe
+from octavo.model.spans import ORDER
 from octavo.model.spec import DecoderSpec
 from octavo.weights.tensor import Parameter
 
@@ -137,7 +138,8 @@ def load(
     importances = measure_importances(spec, parameters, threads) if quantization == "4bit" else ()
     _pack_all(program, handles, parameters, importances, progress)
     kernels = xxh3_64_hexdigest(Path(_native.__file__).read_bytes())  # kernels of another build may round differently
-    return CpuBackend(spec, program, page_size, isa, f"cpu {kernels} {isa} {quantization} {kv_cache_dtype}")
+    arithmetic = f"cpu {kernels} {isa} {quantization} {kv_cache_dtype} {ORDER}"
+    return CpuBackend(spec, program, page_size, isa, arithmetic)
 
 
 def footprint(spec: DecoderSpec, parameters: Mapping[str, Parameter], **settings: Any) -> Footprint:

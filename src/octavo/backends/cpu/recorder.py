@@ -6,6 +6,7 @@ from typing import Literal
 import numpy as np
 
 from octavo.model.decoder import needs_8_bits
+from octavo.model.spans import span_ends
 from octavo.model.spec import DecoderSpec
 from octavo.weights.tensor import Parameter, require_finite
 
@@ -54,7 +55,8 @@ class Recorder:
     def _weight(self, name: str) -> int:
         if name not in self.weights:
             rows, columns = self._parameters[name].shape
-            self.weights[name] = self._program.weight(rows, columns, self._encoding(name))
+            spans = span_ends(self._spec, name)
+            self.weights[name] = self._program.weight(rows, columns, self._encoding(name), spans)
         return self.weights[name]
 
     def _encoding(self, name: str) -> Encoding:

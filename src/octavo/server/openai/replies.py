@@ -9,7 +9,18 @@ import msgspec
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-encode = msgspec.json.Encoder().encode
+_encode = msgspec.json.Encoder().encode
+# Characters that end a line for Python's str.splitlines(), and so for httpx's iter_lines(), but not for JSON.
+_LINE_ENDS = [("\u0085".encode(), rb"\u0085"), ("\u2028".encode(), rb"\u2028"), ("\u2029".encode(), rb"\u2029")]
+
+
+def encode(body: Any) -> bytes:
+    """Return the JSON of a struct, or of anything that msgspec encodes: one line for every client that reads lines."""
+    text = _encode(body)
+    if not text.isascii():
+        for character, escape in _LINE_ENDS:
+            text = text.replace(character, escape)
+    return text
 
 
 class Json(Response):

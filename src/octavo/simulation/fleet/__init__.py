@@ -1,0 +1,1 @@
+"""Simulation of many engines behind many frontends, with failures and autoscaling, in virtual time."""
