@@ -13,6 +13,7 @@ from typing import Any
 
 from .address import EXAMPLE, Address, addresses
 from .errors import ConfigError
+from .extension import NAME
 from .machine import available_cores
 from .params import MAX_LOGPROBS
 from .secret import SOURCES, Secrets, read_key, read_secret
@@ -54,7 +55,11 @@ _BATCH_TOKENS = Rule("from 1 to 1048576", lambda value: 1 <= value <= 2**20)
 _PAGE_SIZE = Rule(f"a multiple of {PAGE_TOKENS}", lambda value: value > 0 and value % PAGE_TOKENS == 0)
 _POLICY = Rule(
     "fcfs, priority, fair, deadline, or package.module:ClassName",
-    lambda value: value in POLICIES or re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", value) is not None,
+    lambda value: value in POLICIES or re.fullmatch(NAME, value) is not None,
+)
+_STORE = Rule(
+    "a URL such as redis://[user:password@]host:6379 (also rediss:// and unix://), or package.module:ClassName",
+    lambda value: re.fullmatch(rf"(redis|rediss|unix)://\S+|{NAME}", value) is not None,
 )
 _REPLICAS = Rule(f"from 1 to {MAX_REPLICAS}", lambda value: 1 <= value <= MAX_REPLICAS)
 _WEIGHTS = Rule(
@@ -133,8 +138,18 @@ class EngineConfig(Settings):
     kv_disk_size: Size = setting(
         20 * 2**30, "Disk space for kv_disk; when it is full, the least recently used pages are deleted."
     )
+    kv_store: str | None = setting(
+        None,
+        "Redis or Valkey in which engines share KV pages, such as redis://host:6379, or package.module:ClassName "
+        "(docs/kv_store.md).",
+        _STORE,
+    )
+    kv_store_ttl: float = setting(
+        86_400.0, "Seconds that kv_store keeps a page after its last use.", positive("seconds")
+    )
     kv_key: str | None = setting(
-        None, f"Key that encrypts kv_disk and saved KV states, 64 hexadecimal digits: {SOURCES} (docs/secrets.md)."
+        None,
+        f"Key that encrypts kv_disk, kv_store and saved KV states, 64 hexadecimal digits: {SOURCES} (docs/secrets.md).",
     )
     kv_host_memory: Size | None = setting(
         None, "Host memory for KV pages evicted from the device, such as 8GiB (torch backend only)."
@@ -218,8 +233,12 @@ class EngineConfig(Settings):
         if self.engines is not None:
             self.need(bool(self.engine_addresses), "engines", f"addresses such as {EXAMPLE}, or unset")
             self.need(self.data_parallel_size == 1, "data_parallel_size", "1 with engines: each address is one engine")
-        tiers = self.kv_disk is not None or self.kv_host_memory is not None
-        self.need(self.enable_prefix_caching or not tiers, "enable_prefix_caching", "on with kv_disk or kv_host_memory")
+        tiers = (self.kv_disk, self.kv_host_memory, self.kv_store)
+        self.need(
+            self.enable_prefix_caching or tiers == (None, None, None),
+            "enable_prefix_caching",
+            "on with kv_disk, kv_host_memory or kv_store",
+        )
 
     @property
     def model_name(self) -> str:

@@ -76,6 +76,11 @@ def read_key(setting: str, source: str | None) -> str | None:
     return key
 
 
+def hide_password(url: str) -> str:
+    """Return a URL with *** instead of its password."""
+    return re.sub(r"(?<=://)[^/@]*:[^/]*@|(?<=://)[^/@]*@", "***@", url)
+
+
 def without_secrets(variables: Mapping[str, str] = os.environ) -> dict[str, str]:
     """Return the environment for a child process, which must not inherit secrets."""
     return {name: value for name, value in variables.items() if not name.startswith(VARIABLES)}

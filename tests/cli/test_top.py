@@ -115,7 +115,7 @@ def look(seconds: float, **engine: Any) -> ServerStats:
     limits = dict.fromkeys(("max_batch_size", "max_batch_tokens", "max_queue", "max_model_len", "page_size"), 10)
     frontend = dict.fromkeys(("live", "limit", "refused", "timed_out"), 3)
     lists = {name: list[int]() for name in ("step_tokens", "preempted", "accepted")}
-    numbers = dict.fromkeys(set(EngineStats.__struct_fields__) - {"page_map", *lists}, 0)
+    numbers = dict.fromkeys(set(EngineStats.__struct_fields__) - {"page_map", "tiers", *lists}, 0)
     engine = {**numbers, **lists, "page_map": ".hcpm", **engine}
     model = {**text, "limits": limits, "frontend": frontend, "engine": engine}
     return msgspec.convert({"time": seconds, "version": "0", "models": [model]}, ServerStats)

@@ -46,3 +46,10 @@ def test_openai_client() -> None:
         printed = run("openai_client.py", f"{server.url}/v1")
     assert "Paris" in printed.splitlines()[0]
     assert len(printed.splitlines()) > 1
+
+
+def test_memory_store() -> None:
+    assert run("memory_store.py").splitlines() == [
+        "engine A found 0 of 181 tokens",
+        "engine B found 160 of 181 tokens",
+    ]

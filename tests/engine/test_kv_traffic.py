@@ -5,19 +5,24 @@ hold a page for what the pool must say.
 """
 
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hostile_store import HostileStore
 from octavo.config import POLICIES, EngineConfig
 from octavo.engine.engine import Engine
 from octavo.engine.loading import load_policy
 from octavo.engine.messages import EngineRequest
+from octavo.kv.store import reading
+from octavo.kv.store.sharing import Sharing
 from octavo.kv.tiers.disk import DiskTier
 from octavo.kv.tiers.host import HostTier
 from octavo.kv.tiers.tier import Tier
@@ -127,7 +132,26 @@ def tiers(kinds: str, page_bytes: int) -> Iterator[list[Tier]]:
         yield made
 
 
-@pytest.mark.parametrize("kinds", ["none", "host", "disk", "host and disk"])
+def shared(backend: PrefixBackend, transfers: Transfers, faults: list[str], delay: float) -> Sharing:
+    """A store that does what `faults` say, one for each page that is read from it, and takes `delay` seconds each."""
+    store, left = HostileStore(), iter(faults)
+
+    def delayed(_: object, answer: object) -> object:
+        time.sleep(delay)
+        return answer
+
+    def answer(_: object, value: bytes | None) -> object:
+        time.sleep(delay)
+        fault = next(left, "")
+        if fault == "raises":
+            raise OSError("the store is gone")
+        return None if fault == "loses" else b"garbage" if fault == "garbage" else value
+
+    store.faults |= {"get": answer, "has": delayed}
+    return Sharing(store, backend, fingerprint="", ttl=60.0, on_change=transfers.wake)
+
+
+@pytest.mark.parametrize("kinds", ["none", "host", "disk", "host and disk", "store", "host and store", "late store"])
 @settings(max_examples=40, deadline=None)
 @given(
     events=st.lists(EVENT, min_size=8, max_size=60),
@@ -137,10 +161,15 @@ def tiers(kinds: str, page_bytes: int) -> Iterator[list[Tier]]:
     policy=st.sampled_from(POLICIES),
     preemption=st.sampled_from(["auto", "swap", "recompute"]),
     guesses=st.sampled_from([0, 3]),
+    faults=st.lists(st.sampled_from(["", "", "loses", "garbage", "raises"]), max_size=20),
 )
-def test_random_traffic(kinds, events, num_pages, max_batch_size, max_batch_tokens, policy, preemption, guesses):
+def test_random_traffic(
+    kinds, events, num_pages, max_batch_size, max_batch_tokens, policy, preemption, guesses, faults
+):
     backend = PrefixBackend(num_pages, PAGE)
-    with tiers(kinds, backend.page_bytes) as below:
+    delay, patience = (0.0006, 0.0003) if "late" in kinds else (0.0, reading.PATIENCE)
+    with tiers(kinds, backend.page_bytes) as below, patch.object(reading, "PATIENCE", patience):
+        transfers = Transfers(backend, below)
         engine = Engine(
             backend,
             num_pages=num_pages,
@@ -150,16 +179,17 @@ def test_random_traffic(kinds, events, num_pages, max_batch_size, max_batch_toke
             policy=load_policy(EngineConfig(scheduling_policy=policy)),
             preemption=preemption,
             speculative_tokens=guesses,
-            transfers=Transfers(backend, below) if below else None,
+            transfers=transfers,
+            sharing=shared(backend, transfers, faults, delay) if "store" in kinds else None,
         )
         traffic = Traffic(engine)
         for name, *arguments in events:
             getattr(traffic, name)(*arguments)
-        patience = 1000 + 100 * len(traffic.expected)
+        steps = 1000 + 100 * len(traffic.expected)
         while engine.has_work:
             traffic.step()
-            patience -= 1
-            assert patience > 0, f"{len(traffic.expected)} requests are never served"
+            steps -= 1
+            assert steps > 0, f"{len(traffic.expected)} requests are never served"
         assert not traffic.expected
         for id in traffic.states:
             engine.unpin(id)

@@ -99,9 +99,10 @@ DOCUMENT = Path(__file__).parents[2] / "docs/metrics.md"
 
 
 @pytest.fixture(scope="module")
-def server(tiny_llama: Path) -> Iterator[ServerProcess]:
+def server(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     flags = ("--enable-metrics", "--data-parallel-size", "2", "--max-batch-size", "4", "--max-queue", "60")
-    with ServerProcess(tiny_llama, *flags, "--access-log", "none") as server:
+    folder = str(tmp_path_factory.mktemp("pages"))
+    with ServerProcess(tiny_llama, *flags, "--access-log", "none", "--kv-disk", folder) as server:
         yield server
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import shutil
+import signal
 import subprocess
 from collections.abc import Iterator
 
@@ -15,8 +16,8 @@ REDIS = shutil.which("redis-server")
 class RedisServer:
     """A Redis that keeps nothing on disk. It can be stopped, and started again on the same port."""
 
-    def __init__(self) -> None:
-        self.port = free_port()
+    def __init__(self, *options: str) -> None:
+        self.port, self._options = free_port(), options
         self.start()
 
     @property
@@ -26,20 +27,24 @@ class RedisServer:
     def start(self) -> None:
         assert REDIS is not None
         options = ["--port", str(self.port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
-        self._process = subprocess.Popen([REDIS, *options], stdout=subprocess.DEVNULL)
+        self._process = subprocess.Popen([REDIS, *options, *self._options], stdout=subprocess.DEVNULL)
         wait_for_port(self.port)
 
+    def signal(self, number: signal.Signals) -> None:
+        self._process.send_signal(number)
+
     def stop(self) -> None:
+        self.signal(signal.SIGCONT)  # in case a test has stopped it
         self._process.terminate()
         self._process.wait(timeout=10)
 
 
 @contextlib.contextmanager
-def redis_server() -> Iterator[RedisServer]:
+def redis_server(*options: str) -> Iterator[RedisServer]:
     """Run a Redis for a `with` block; skip the test where it is not installed."""
     if REDIS is None:
         pytest.skip("redis-server is not installed")
-    server = RedisServer()
+    server = RedisServer(*options)
     try:
         yield server
     finally:

@@ -425,4 +425,5 @@ def toy_request(prompt: list[int], params: SamplingParams, **terms: object):  # 
 
 
 def toy_stats() -> EngineStats:
-    return EngineStats(**{name: "" if name == "page_map" else 0 for name in EngineStats.__struct_fields__})
+    zeros = {name: "" if name == "page_map" else 0 for name in EngineStats.__struct_fields__}
+    return EngineStats(**zeros | {"tiers": {}})

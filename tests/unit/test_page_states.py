@@ -43,6 +43,8 @@ def test_states_of_pages() -> None:
 class SlowTier:
     """Keeps pages; reads and writes wait until `go` is set."""
 
+    name = "slow"
+
     def __init__(self) -> None:
         self.pages: dict[bytes, np.ndarray] = {}
         self.go = Event()

@@ -98,7 +98,7 @@ class BatchBuilder:
     def _fill_columns(self, seq: Sequence) -> None:
         """Set the columns of a sequence's slot, unless they are filled in for this sequence already."""
         slot, params, column = seq.slot, seq.request.params, self._parameters
-        if self._table_of[slot] is seq.page_table:  # every admission makes a new page table
+        if self._table_of[slot] is seq.page_table:  # whatever changes its entries makes a new page table
             return
         self._table_of[slot] = seq.page_table
         self._num_pages[slot] = 0

@@ -46,6 +46,7 @@ from .work_record import WorkRecord
 
 if TYPE_CHECKING:
     from octavo.formats.page_cipher import PageCipher
+    from octavo.kv.store.sharing import Sharing
 
 MAX_IDLE = 0.002  # seconds for which a step without work waits for threads; a new request may wait as long
 SECONDS_TO_CLOSE = 3.0  # the frontend kills an engine process that does not end in 5
@@ -75,6 +76,7 @@ class Engine:
         constraints: follows the grammars of structured outputs; without it, such requests fail.
         trace: takes the times of steps (docs/tracing.md).
         cipher: encrypts saved KV states.
+        sharing: shares pages with other engines through a store.
 
     Attributes:
         request_events: what has happened to the requests that are traced.
@@ -100,12 +102,13 @@ class Engine:
         constraints: Constraints | None = None,
         trace: EngineTrace | None = None,
         cipher: "PageCipher | None" = None,
+        sharing: "Sharing | None" = None,
     ):
         self.backend, self.fingerprint, self.clock, self.trace = backend, fingerprint, clock, trace
         self.request_events = RequestEvents()
         self._transfers = transfers or Transfers(backend, ())
         copy_page = backend.copy_page if trace is None else trace.copying(backend.copy_page)
-        self.kv = KVCache(num_pages, backend.page_size, prefix_caching, copy_page, self._transfers)
+        self.kv = KVCache(num_pages, backend.page_size, prefix_caching, copy_page, self._transfers, sharing)
         self._state_files = StateFiles(self.kv, backend, self._transfers, cipher)
         self.scheduler = Scheduler(
             self.kv,
@@ -345,19 +348,22 @@ class Engine:
             page_map=page_map(self.kv),
             num_pinned=len(self.kv.pinned_pages()),
             num_fetching=self.kv.num_fetching,
-            pending_saves=transfers.pending_saves if transfers else 0,
-            pages_saved=transfers.pages_saved if transfers else 0,
-            pages_fetched=transfers.pages_fetched if transfers else 0,
+            pending_saves=self.kv.num_pending_saves,
+            pages_saved=self.kv.pages_saved,
+            pages_fetched=self.kv.pages_fetched,
             refused_pages=transfers.pages_refused if transfers else 0,
             damaged=self._damaged,
             step_tokens=list(self._step_tokens),
             preempted=list(self._preempted),
             preemptions_of_ended=self._preemptions_of_ended,
             accepted=list(self._accepted),
+            tiers=self.kv.tier_counts(),
         )
 
     def end_transfers(self) -> None:
         """Finish pending transfers within SECONDS_TO_CLOSE, and begin no new ones. From any thread."""
+        if self.kv.sharing is not None:
+            self.kv.sharing.close()
         self._transfers.close(SECONDS_TO_CLOSE)
 
     def close(self) -> None:

@@ -40,6 +40,8 @@ from .work_record import WorkRecord
 
 if TYPE_CHECKING:
     from octavo.formats.page_cipher import PageCipher
+    from octavo.kv.store.sharing import Sharing
+    from octavo.kv.store.store import Store
     from octavo.model.spec import DecoderSpec
     from octavo.text.grammars import Grammars
 
@@ -67,6 +69,7 @@ def load_engine(
         ConfigError, DamagedWeights, UnsupportedModel, OutOfMemory
     """
     policy = load_policy(config)  # first, so that a mistake in it is reported before weights are read
+    store = _store(config)
     secrets = config.read_secrets() if secrets is None else secrets
     cipher = page_cipher(secrets.kv_key)
     files = unlock(path, secrets.model_identity)
@@ -100,6 +103,7 @@ def load_engine(
         constraints=Constraints(partial(_load_grammars, files)),
         trace=trace,
         cipher=cipher,
+        store=store,
     )
     engine.slowest_step, engine.plan = slowest, plan
     return engine
@@ -143,6 +147,7 @@ def assemble(
     constraints: Constraints | None = None,
     trace: EngineTrace | None = None,
     cipher: "PageCipher | None" = None,
+    store: "Store | None" = None,
 ) -> Engine:
     """Return an engine with the settings of `config`, on a backend whose pool of `num_pages` pages is allocated.
 
@@ -150,10 +155,17 @@ def assemble(
         policy: replaces the policy that `config` names.
         fingerprint, work, clock, constraints, trace, cipher: see Engine.
         transfers: replaces the transfers to the tiers that `config` names.
+        store: where pages are shared with other engines, if prefixes are cached.
 
     Raises:
-        ConfigError: the policy or the folder of kv_disk cannot be used.
+        ConfigError: the policy, the folder of kv_disk or the URL of kv_store cannot be used.
     """
+    sharing = None
+    if not config.enable_prefix_caching:
+        transfers = None
+    else:
+        transfers = transfers or _transfers(config, backend, trace, cipher)
+        sharing = _sharing(store, config.kv_store_ttl, backend, fingerprint, transfers, cipher)
     return Engine(
         backend,
         num_pages=num_pages,
@@ -163,7 +175,7 @@ def assemble(
         policy=policy or load_policy(config),
         prefix_caching=config.enable_prefix_caching,
         fingerprint=fingerprint,
-        transfers=(transfers or _transfers(config, backend, trace, cipher)) if config.enable_prefix_caching else None,
+        transfers=transfers,
         preemption=config.preemption,
         speculative_tokens=config.speculative_tokens,
         request_timeout=config.request_timeout,
@@ -172,6 +184,7 @@ def assemble(
         constraints=constraints,
         trace=trace,
         cipher=cipher,
+        sharing=sharing,
     )
 
 
@@ -199,6 +212,31 @@ def _transfers(
     if config.kv_disk is not None:
         tiers.append(_disk_tier(Path(config.kv_disk), config.kv_disk_size, backend.page_bytes, cipher))
     return Transfers(backend, tiers, trace=trace)
+
+
+def _store(config: EngineConfig) -> "Store | None":
+    """Return the store that `config` names, to which nothing is connected yet. Raises ConfigError."""
+    if config.kv_store is None:
+        return None
+    from octavo.kv.store.loading import load_store
+
+    return load_store(config)
+
+
+def _sharing(
+    store: "Store | None",
+    ttl: float,
+    backend: Backend,
+    fingerprint: str,
+    transfers: Transfers,
+    cipher: "PageCipher | None",
+) -> "Sharing | None":
+    """Return what shares pages through a store, whose threads it starts; None without a store."""
+    if store is None:
+        return None
+    from octavo.kv.store.sharing import Sharing
+
+    return Sharing(store, backend, fingerprint=fingerprint, ttl=ttl, cipher=cipher, on_change=transfers.wake)
 
 
 def _disk_tier(folder: Path, capacity: int, page_bytes: int, cipher: "PageCipher | None") -> Tier:

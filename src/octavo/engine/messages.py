@@ -4,6 +4,7 @@ from typing import Literal
 
 import msgspec
 
+from octavo.kv.tiers.counts import TierCounts
 from octavo.params import SamplingParams
 
 from .engine_plan import EnginePlan
@@ -178,6 +179,7 @@ class EngineStats(msgspec.Struct, frozen=True):
         preempted: number of ended sequences by their preemptions, in buckets of at most PREEMPTIONS, then of more.
         preemptions_of_ended: preemptions of these sequences.
         accepted: number of drafts by how many of their first tokens were accepted, from 0 on.
+        tiers: what was moved to and from the tiers, by name: host, disk, store, and state for loaded KV states.
     """
 
     running: int
@@ -212,3 +214,4 @@ class EngineStats(msgspec.Struct, frozen=True):
     preempted: list[int]
     preemptions_of_ended: int
     accepted: list[int]
+    tiers: dict[str, TierCounts] = {}

@@ -29,6 +29,11 @@ class Recovery:
             before = latest if self.seconds_per_token is None else self.seconds_per_token
             self.seconds_per_token = (1 - SMOOTHING) * before + SMOOTHING * latest
 
+    @property
+    def seconds_per_page(self) -> float | None:
+        """Return the measured time to compute the tokens of a page, in seconds; None if it was not measured yet."""
+        return None if self.seconds_per_token is None else self._page_size * self.seconds_per_token
+
     def should_fetch(self, seq: Sequence, seconds_per_page: float) -> bool:
         """Return whether to fetch the pages of `seq` that a lower tier has, rather than recompute them."""
         if seq.num_outputs and self._preemption != "auto":

@@ -14,6 +14,7 @@ from .sequence import Sequence
 from .speculation import FREE_ROWS, propose_draft
 
 MAX_FETCHING = 16  # sequences whose pages are being fetched, or have been while they wait for a slot
+SHORT_CHUNK = 2  # pages
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,12 +121,12 @@ class Scheduler:
         if after is not None and after.num_computed < after.num_prompt:
             self._followers.setdefault(after.id, []).append(seq)
         else:
-            self._policy.add(seq)
+            self._begin_to_wait(seq)
 
     def end_prompt(self, seq: Sequence) -> None:
         """Queue the sequences that waited for the prompt of `seq`, which is computed, or failed or was aborted."""
         for follower in self._followers.pop(seq.id, ()):
-            self._policy.add(follower)
+            self._begin_to_wait(follower)
 
     def finish(self, seq: Sequence) -> None:
         """Remove a running sequence."""
@@ -219,10 +220,15 @@ class Scheduler:
                 self._short_of_pages = not seq.aborted
                 waiting = self._next_waiting() if seq.aborted else None
                 continue
+            if self.kv.sharing is not None:
+                self._adopt(seq)
             chunk = min(seq.num_uncomputed if seq.ready else seq.num_uncomputed - 1, 1 + spare)
             if seq.unscored is not None:
                 chunk = min(chunk, 1 + spare_samples)
                 spare_samples -= chunk - 1
+            if self.kv.sharing is not None:
+                chunk = self._shortened(seq, chunk)
+                self._fetch_behind(seq, chunk)
             plan.sequences.append(seq)
             plan.chunks.append(chunk)
             spare -= chunk - 1
@@ -237,7 +243,7 @@ class Scheduler:
             allocated = self.kv.allocate(seq.prefix, len(self.running), max_cached=seq.max_cached)
         seq.page_table, seq.num_computed = allocated
         if seq.prefetch:
-            self._end_prefetch(seq)
+            self._end_prefetch(seq, is_admitted=True)
         elif not self._policy.pop(seq):
             self.kv.release(seq.page_table)
             return False
@@ -257,14 +263,38 @@ class Scheduler:
                 return seq
         if self.kv.has_tiers:
             self._fetch_ahead()
-        return self._policy.peek() if len(self._fetching) < MAX_FETCHING else None
+        first = self._policy.peek() if len(self._fetching) < MAX_FETCHING else None
+        return None if first is not None and first.is_looked_up_now else first
+
+    def _begin_to_wait(self, seq: Sequence) -> None:
+        """Queue a sequence, and ask the shared store for its pages if that may be faster than to compute them.
+
+        It waits for the answer for reading.PATIENCE at most, so that no other sequence waits for longer behind it.
+        """
+        self._policy.add(seq)
+        sharing = self.kv.sharing
+        if sharing is None or seq.aborted or seq.max_cached is not None or not sharing.is_available:
+            return
+        keys = self.kv.unknown_keys(seq.prefix)
+        if keys and self.recovery.should_fetch(seq, sharing.seconds_per_page(len(keys))):
+            seq.lookup = sharing.look_up(keys)
 
     def _fetch_ahead(self) -> None:
         """Begin to fetch the pages of the next waiting sequences from lower tiers, as far as pages are available."""
         while len(self._fetching) < MAX_FETCHING and (seq := self._policy.peek()):
-            if seq.max_cached is not None or not self.recovery.should_fetch(seq, self.kv.seconds_per_page):
+            if seq.max_cached is not None or seq.is_looked_up_now:
                 return
-            seq.prefetch = self.kv.prefetch(seq.prefix, reserve=len(self.running))
+            from_tiers = self.recovery.should_fetch(seq, self.kv.seconds_per_page)
+            from_store = self._should_fetch_shared(seq)
+            if not from_tiers and not from_store:
+                return
+            seq.prefetch = self.kv.prefetch(
+                seq.prefix,
+                reserve=len(self.running),
+                from_tiers=from_tiers,
+                lookup=seq.lookup if from_store else None,
+                seconds_to_compute=self.recovery.seconds_per_page,
+            )
             if seq.prefetch is None:
                 return
             self._fetching.append(seq)
@@ -272,6 +302,39 @@ class Scheduler:
             if self._policy.pop(seq):
                 seq.admitted = True
             seq.num_computed = 0
+
+    def _adopt(self, seq: Sequence) -> None:
+        """Skip the tokens of a prompt whose pages have come from the shared store after all."""
+        if seq.max_cached is not None:
+            return
+        before = seq.num_computed
+        seq.page_table, seq.num_computed = self.kv.adopt(seq.page_table, before)
+        if not seq.num_outputs:
+            seq.cached_tokens += seq.num_computed - before
+
+    def _shortened(self, seq: Sequence, chunk: int) -> int:
+        """Return a shorter chunk if the shared store is late, so that what comes meanwhile is used sooner."""
+        if not seq.awaits_pages or not seq.short_chunks:
+            return chunk
+        seq.short_chunks -= 1
+        return min(chunk, SHORT_CHUNK * self.kv.page_size)
+
+    def _fetch_behind(self, seq: Sequence, chunk: int) -> None:
+        """Fetch pages behind the `chunk` tokens that are to be computed, if the shared store was late to have them."""
+        if seq.max_cached is not None or (seq.lookup is None and seq.page_table.fetch is None):
+            return
+        lookup = seq.lookup if self._should_fetch_shared(seq) else None
+        if lookup is not None:
+            seq.lookup = None
+        self.kv.fetch_behind(
+            seq.page_table, seq.num_computed + chunk, lookup, len(self.running), self.recovery.seconds_per_page
+        )
+
+    def _should_fetch_shared(self, seq: Sequence) -> bool:
+        """Return whether the shared store has pages of `seq`, and sends them faster than they are computed."""
+        if self.kv.sharing is None or seq.lookup is None or not seq.lookup.found:
+            return False
+        return self.recovery.should_fetch(seq, self.kv.sharing.seconds_per_page(len(seq.lookup.found)))
 
     def _give_up_fetching(self, behind: Sequence | None = None) -> bool:
         """Put the last of the fetching sequences back into the queue, and release its pages.
@@ -285,10 +348,10 @@ class Scheduler:
         self._policy.add(seq)
         return True
 
-    def _end_prefetch(self, seq: Sequence) -> None:
+    def _end_prefetch(self, seq: Sequence, is_admitted: bool = False) -> None:
         assert seq.prefetch is not None
-        self.kv.end_prefetch(seq.prefetch)
-        seq.prefetch = None
+        self.kv.end_prefetch(seq.prefetch, seq.page_table if is_admitted else None)
+        seq.prefetch = seq.lookup = None
         self._fetching.remove(seq)
 
     def _add_drafts(self, plan: StepPlan) -> None:
@@ -314,7 +377,7 @@ class Scheduler:
         seq.preemptions += 1
         if seq.request.is_traced:
             self._events.add(seq.id, PREEMPTED)
-        self._policy.add(seq)
+        self._begin_to_wait(seq)
 
     def _stop(self, seq: Sequence) -> None:
         """Release the pages and the slot of a running sequence."""

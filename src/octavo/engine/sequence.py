@@ -14,6 +14,7 @@ from .thinking import ThinkingBudget
 if TYPE_CHECKING:
     import numpy as np
 
+    from octavo.kv.store.reading import Lookup
     from octavo.text.grammars import Matcher
 
 
@@ -35,6 +36,8 @@ class Sequence:
         time_in_queue: seconds from arrival to `started`, from the end of the prompt until the first output has them.
         preemptions: number of preemptions.
         prefetch: pages that are being fetched while the sequence waits.
+        lookup: which pages the shared store has; None if it was not asked.
+        short_chunks: number of further chunks that are short while the store is late.
         place: (rank, order), by which sequences are sorted; the rank comes from the policy.
         slot: row of the batch columns while the sequence runs; -1 while it waits.
         admitted: whether the sequence has been admitted before; if it waits, it was preempted.
@@ -77,6 +80,8 @@ class Sequence:
     num_pooled: int = 0
     label_logits: "np.ndarray | None" = None
     prefetch: Prefetch | None = None
+    lookup: "Lookup | None" = None
+    short_chunks: int = 2
     scores: list[TokenLogprobs] | None = None
     scored: int = 0
     place: tuple[float, int] = (0.0, 0)
@@ -115,6 +120,17 @@ class Sequence:
     @property
     def ttft_target(self) -> float | None:
         return self.request.ttft_target
+
+    @property
+    def is_looked_up_now(self) -> bool:
+        """Return whether the shared store has not answered yet which pages it has, and may still do so in time."""
+        return self.lookup is not None and not self.lookup.is_done
+
+    @property
+    def awaits_pages(self) -> bool:
+        """Return whether pages may still come from the shared store for a sequence that is being computed."""
+        fetch = self.page_table.fetch
+        return (self.lookup is not None and not self.lookup.is_answered) or (fetch is not None and bool(fetch.left))
 
     @property
     def num_outputs(self) -> int:

@@ -6,6 +6,7 @@ from typing import Any
 import msgspec
 
 from octavo.engine.messages import EngineStats
+from octavo.kv.tiers.counts import total_counts
 
 MAX_TENANTS = 20
 
@@ -60,6 +61,8 @@ def total(engines: Sequence[EngineStats]) -> EngineStats:
 def _sum(values: Sequence[Any]) -> Any:
     if isinstance(values[0], str):
         return "".join(values)
+    if isinstance(values[0], dict):
+        return total_counts(values)
     if isinstance(values[0], list):
         return list(map(sum, zip(*values, strict=True)))
     return sum(values)

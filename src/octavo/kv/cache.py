@@ -8,12 +8,18 @@ import math
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from .page_pool import PagePool
 from .partial_pages import PartialPages
 from .prefix import KEY_BYTES, Prefix
+from .tiers.counts import TierCounts, total_counts
 from .transfers import Finished, Transfers
+
+if TYPE_CHECKING:
+    from .store.reading import Fetch, Lookup
+    from .store.sharing import Sharing
 
 SAVING_SHARE = 8  # at most one page in this many is referenced only because it is being saved
 
@@ -23,12 +29,14 @@ class PageTable:
     """The pages of one sequence, in order of position. The first `num_full` are full, computed and published.
 
     Page number `last_given` has the last of the tokens for which the table was allocated: the end of the prompt.
+    `fetch` brings pages from the shared store while the sequence is computed.
     """
 
     prefix: Prefix
     pages: list[int] = field(default_factory=list)
     num_full: int = 0
     last_given: int = -1
+    fetch: "Fetch | None" = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,10 +50,14 @@ class PageContent:
 
 @dataclass(slots=True)
 class Prefetch:
-    """The acquired pages of a waiting sequence. `pending` of them are still being filled from a lower tier."""
+    """The acquired pages of a waiting sequence.
+
+    `pending` of them are still being filled from lower tiers, those of `fetch` from the shared store.
+    """
 
     pages: list[int]
     pending: int = 0
+    fetch: "Fetch | None" = None
 
 
 class KVCache:
@@ -58,6 +70,7 @@ class KVCache:
         copy_page: copies the content of one page into another on the device, as copy_page(source, target); if None,
             partial pages are not kept.
         transfers: moves pages to and from the tiers below the pool; None if there are no tiers.
+        sharing: shares pages with other engines through a store; None if there is no store.
     """
 
     def __init__(
@@ -67,11 +80,13 @@ class KVCache:
         prefix_caching: bool = True,
         copy_page: Callable[[int, int], None] | None = None,
         transfers: Transfers | None = None,
+        sharing: "Sharing | None" = None,
     ):
         self.pool = PagePool(num_pages)
         self.page_size = page_size
         self.prefix_caching = prefix_caching
         self.transfers = transfers if prefix_caching else None
+        self.sharing = sharing if prefix_caching else None
         self._saves = self.transfers is not None and self.transfers.has_stores
         self._copy_page = copy_page
         self._partial = PartialPages(self.pool)
@@ -79,7 +94,10 @@ class KVCache:
         self._unsaved: deque[tuple[int, bytes]] = deque()
         self._max_saving = max(1, num_pages // SAVING_SHARE)
         self._saving: set[int] = set()  # pages
+        self._writing: set[int] = set()  # pages on their way to the shared store
         self._fetching: dict[int, Prefetch] = {}  # by page
+        self._behind: set[Fetch] = set()  # those of sequences that are being computed
+        self._nobody = Prefetch([])  # stands for the sequence of pages that no sequence waits for
         self._content: dict[bytes, PageContent] | None = None  # of pages that are published or fetched, by key
 
     def pages_for(self, num_tokens: int) -> int:
@@ -118,6 +136,8 @@ class KVCache:
             self.pool.release(partial)
         if self.transfers is not None and self._saves:
             self.transfers.touch([prefix.key(i) for i in range(table.num_full)])
+        if self.sharing is not None:
+            self.sharing.offer([prefix.key(i) for i in range(table.num_full)])
         return table, table.num_full * self.page_size + partial_length
 
     def extend(self, table: PageTable, num_tokens: int) -> bool:
@@ -145,10 +165,15 @@ class KVCache:
             table.num_full += 1
             if self._saves:
                 self._unsaved.append((page, key))
+            if self.sharing is not None:
+                self.sharing.offer([key])
 
     def release(self, table: PageTable, num_computed: int = 0) -> None:
         """Release all pages of a sequence. If `num_computed` tokens end within a page, that page is cached too."""
         self.commit(table, num_computed)
+        if table.fetch is not None:
+            self._give_up(table.fetch)
+            table.fetch = None
         start = table.num_full * self.page_size
         if self.prefix_caching and self._copy_page is not None and start < num_computed:
             parent = table.prefix.parent(table.num_full)
@@ -184,13 +209,37 @@ class KVCache:
         self.pool.evict_all()
         return True
 
-    def prefetch(self, prefix: Prefix, reserve: int = 0) -> Prefetch | None:
-        """Acquire the pages of these tokens, and begin to fetch those that only lower tiers have.
+    def unknown_keys(self, prefix: Prefix) -> list[bytes]:
+        """Return the keys of the full pages of these tokens, from the first one that neither pool nor tiers have."""
+        num_full = (len(prefix.tokens) - 1) // self.page_size
+        for i in range(num_full):
+            key = prefix.key(i)
+            if self.pool.find(key) is None and not self._tier_has(key):
+                return [prefix.key(k) for k in range(i, num_full)]
+        return []
 
-        Returns None if there is nothing to fetch, or if fewer than `reserve` pages would remain available.
+    def prefetch(
+        self,
+        prefix: Prefix,
+        reserve: int = 0,
+        *,
+        from_tiers: bool = True,
+        lookup: "Lookup | None" = None,
+        seconds_to_compute: float | None = None,
+    ) -> Prefetch | None:
+        """Acquire the pages of these tokens, and begin to fetch those that only lower tiers or the shared store have.
+
+        Args:
+            reserve: number of pages that must remain available.
+            from_tiers: whether to fetch what the tiers have.
+            lookup: what the store has; None: nothing is fetched from it.
+            seconds_to_compute: time in which a page would be computed; see `Sharing.fetch`.
+
+        Returns None if there is nothing to fetch, or if too few pages are available.
         """
-        if self.transfers is None or not self.transfers.has_tiers:
+        if not self.has_tiers:
             return None
+        in_store = lookup.found if lookup is not None else frozenset[bytes]()
         pages: list[int] = []
         missing: list[bytes] = []
         for i in range((len(prefix.tokens) - 1) // self.page_size):
@@ -198,7 +247,7 @@ class KVCache:
             if (page := self.pool.find(key)) is not None:
                 self.pool.acquire(page)
                 pages.append(page)
-            elif self.transfers.tier_of(key):
+            elif (from_tiers and self._tier_has(key)) or key in in_store:
                 missing.append(key)
                 self._note_content(prefix, i)
             else:
@@ -207,24 +256,93 @@ class KVCache:
             self._release_all(pages)
             return None
         prefetch = Prefetch(pages)
+        shared: list[tuple[int, bytes]] = []
         for key in missing:
             page = self.pool.allocate()  # the transfer's own reference, as the sequence may end before it
-            if self.transfers.fetch(page, key):
-                self.pool.acquire(page)
-                pages.append(page)
-                prefetch.pending += 1
-                self._fetching[page] = prefetch
+            if from_tiers and self.transfers is not None and self.transfers.fetch(page, key):
+                pass
+            elif key in in_store:
+                shared.append((page, key))
             else:  # the tier has lost the page in the meantime
                 self.pool.release(page)
+                continue
+            self.pool.acquire(page)
+            pages.append(page)
+            prefetch.pending += 1
+            self._fetching[page] = prefetch
+        if shared and self.sharing is not None:
+            waited = lookup.seconds if lookup is not None else 0.0
+            prefetch.fetch = self.sharing.fetch(shared, seconds_to_compute, waited)
         return prefetch
 
-    def end_prefetch(self, prefetch: Prefetch) -> None:
-        """Release the prefetched pages of a sequence that is admitted or no longer waits."""
+    def end_prefetch(self, prefetch: Prefetch, admitted: PageTable | None = None) -> None:
+        """Release the prefetched pages of a sequence that no longer waits.
+
+        If it is admitted, with the table `admitted`, what is late goes on to be fetched.
+        """
+        fetch, prefetch.fetch = prefetch.fetch, None
+        if fetch is not None and fetch.left:
+            if admitted is not None:
+                admitted.fetch = fetch
+                self._behind.add(fetch)
+            else:
+                self._give_up(fetch)
         self._release_all(prefetch.pages)
         prefetch.pages.clear()
 
+    def adopt(self, table: PageTable, num_computed: int) -> tuple[PageTable, int]:
+        """Use pages that the pool has received since the sequence was admitted, in place of those to compute next.
+
+        Returns the page table, another object if it has changed, and the number of tokens that are computed then. At
+        least the last token is left.
+        """
+        before = table.num_full
+        while (table.num_full + 1) * self.page_size < len(table.prefix.tokens):
+            page = self.pool.find(table.prefix.key(table.num_full))
+            if page is None:
+                break
+            self.pool.acquire(page)
+            self.pool.release(table.pages[table.num_full])
+            table.pages[table.num_full] = page
+            table.num_full += 1
+        if table.num_full == before:
+            return table, num_computed
+        return replace(table), table.num_full * self.page_size
+
+    def fetch_behind(
+        self, table: PageTable, num_tokens: int, lookup: "Lookup | None", reserve: int, seconds_to_compute: float | None
+    ) -> None:
+        """Fetch pages of a sequence from the shared store while its first `num_tokens` tokens are computed.
+
+        Args:
+            lookup: begins a fetch of what the store has, if enough pages are available; None: a fetch may go on.
+            reserve: number of pages that must remain available.
+        """
+        if self.sharing is None:
+            return
+        first = num_tokens // self.page_size
+        if table.fetch is not None:
+            computed = [table.prefix.key(i) for i in range(table.num_full, first)]
+            there = [key for key in list(table.fetch.left) if self.pool.find(key) is not None]
+            self.sharing.skip(table.fetch, computed + there)
+            self._end_fetches(self.sharing.fetched())
+        elif lookup is not None:
+            numbers = range(first, (len(table.prefix.tokens) - 1) // self.page_size)
+            keys = {key: i for i in numbers if (key := table.prefix.key(i)) in lookup.found}
+            missing = [key for key in keys if self.pool.find(key) is None]
+            if not missing or self.pool.num_available < len(missing) + reserve:
+                return
+            for key in missing:
+                self._note_content(table.prefix, keys[key])
+            pages = [(self.pool.allocate(), key) for key in missing]
+            self._fetching.update((page, self._nobody) for page, _ in pages)
+            table.fetch = self.sharing.fetch(pages, seconds_to_compute, 0.0)
+            table.fetch.is_late = True
+            self._behind.add(table.fetch)
+
     def collect(self) -> None:
         """Publish the pages of finished fetches, and begin to save pages that have become full."""
+        self._collect_shared()
         if self.transfers is None:
             return
         for done in self.transfers.finished():
@@ -289,9 +407,34 @@ class KVCache:
         return self.transfers.seconds_per_page if self.transfers is not None else math.inf
 
     @property
+    def num_pending_saves(self) -> int:
+        """Return the number of pages that are being saved to tiers, or are to be written to the shared store."""
+        pending = self.transfers.pending_saves if self.transfers is not None else 0
+        return pending + (self.sharing.num_pending if self.sharing is not None else 0)
+
+    @property
+    def pages_saved(self) -> int:
+        """Return the number of pages saved to tiers so far, and of those written to the shared store."""
+        saved = self.transfers.pages_saved if self.transfers is not None else 0
+        return saved + (self.sharing.pages_written if self.sharing is not None else 0)
+
+    @property
+    def pages_fetched(self) -> int:
+        """Return the number of pages fetched from tiers and from the shared store so far."""
+        fetched = self.transfers.pages_fetched if self.transfers is not None else 0
+        return fetched + (self.sharing.counts.hits if self.sharing is not None else 0)
+
+    def tier_counts(self) -> dict[str, TierCounts]:
+        """Return what has been moved so far, by the name of the tier. From any thread."""
+        counts = {} if self.transfers is None else self.transfers.counts.copy()
+        if self.sharing is not None:
+            counts[self.sharing.name] = self.sharing.counts
+        return total_counts([counts])
+
+    @property
     def has_tiers(self) -> bool:
-        """Return whether there is currently a tier that may have pages."""
-        return self.transfers is not None and self.transfers.has_tiers
+        """Return whether there is currently a tier, or a shared store, that may have pages."""
+        return self.sharing is not None or (self.transfers is not None and self.transfers.has_tiers)
 
     def is_fetching(self, page: int) -> bool:
         """Return whether the page is being filled from a lower tier."""
@@ -299,7 +442,7 @@ class KVCache:
 
     def moving_pages(self) -> tuple[Collection[int], Collection[int]]:
         """Return the pages that are being filled from a lower tier, and those being saved to one."""
-        return self._fetching.keys(), self._saving
+        return self._fetching.keys(), self._saving | self._writing
 
     def pinned_pages(self) -> set[int]:
         """Return the pages that KV states reference. From any thread."""
@@ -313,11 +456,53 @@ class KVCache:
     @property
     def is_moving(self) -> bool:
         """Return whether pages are being fetched or saved, or wait to be saved."""
+        if self.sharing is not None and self.sharing.is_moving:
+            return True
         return bool(self._fetching or self._unsaved or self._saving)
+
+    def _tier_has(self, key: bytes) -> bool:
+        return self.transfers is not None and self.transfers.tier_of(key) is not None
+
+    def _collect_shared(self) -> None:
+        """Publish the pages that have come from the shared store, and begin to write others to it."""
+        if self.sharing is None:
+            return
+        self._end_fetches(self.sharing.fetched())
+        for fetch in self.sharing.late():
+            self._let_go(fetch)
+        for done in self.sharing.written():
+            self._writing.discard(done.page)
+            self.pool.release(done.page)
+        if (most := self._max_saving - len(self._writing)) > 0:
+            self._writing.update(self.sharing.begin_to_write(self.pool, most))
+
+    def _let_go(self, fetch: "Fetch") -> None:
+        """Have a sequence wait no longer for the pages that are left of a fetch, which goes on."""
+        if not (left := set(fetch.left.values())):
+            return
+        prefetch = self._fetching[next(iter(left))]
+        prefetch.pending -= len(left)
+        prefetch.pages = [page for page in prefetch.pages if page not in left]
+        for page in left:
+            self._fetching[page] = self._nobody
+            self.pool.release(page)
+
+    def _give_up(self, *fetches: "Fetch") -> None:
+        if self.sharing is not None:
+            for fetch in fetches:
+                self.sharing.give_up(fetch)
+            self._behind.difference_update(fetches)
+            self._end_fetches(self.sharing.fetched())
+
+    def _end_fetches(self, finished: Iterable[Finished]) -> None:
+        for done in finished:
+            self._finish_fetch(done, self._fetching.pop(done.page))
+            self.pool.release(done.page)
 
     def _finish_fetch(self, done: Finished, prefetch: Prefetch) -> None:
         prefetch.pending -= 1
-        if not (done.ok and self.pool.publish(done.page, done.key)) and self._content:
+        is_there = (done.ok and self.pool.publish(done.page, done.key)) or self.pool.find(done.key) is not None
+        if not is_there and self._content:
             self._content.pop(done.key, None)
         # Release a page whose fetch failed, or whose content another page has received in the meantime.
         if self.pool.find(done.key) != done.page and done.page in prefetch.pages:
@@ -356,7 +541,9 @@ class KVCache:
         return self._partial.find(table.prefix.parent(table.num_full), tokens[start:end])
 
     def _reclaim(self, pages: int) -> bool:
-        """Unpin KV states, least recently used first, until `pages` pages are available. Return whether they are."""
+        """Give up late fetches and unpin KV states until `pages` pages are available. Return whether they are."""
+        if self._behind and self.pool.num_available < pages:
+            self._give_up(*self._behind)
         while self.pool.num_available < pages and self._pins:
             self._release_all(self._pins.popitem(last=False)[1])
         return self.pool.num_available >= pages

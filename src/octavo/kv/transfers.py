@@ -10,10 +10,13 @@ from functools import partial
 from threading import Condition, Lock, Thread
 from typing import Any, Literal, TypeVar
 
+import numpy as np
+
 from octavo.backends.base import Backend
 from octavo.tracing.engine import EngineTrace
 from octavo.tracing.records import SWAP
 
+from .tiers.counts import TierCounts
 from .tiers.tier import Tier
 
 T = TypeVar("T")
@@ -67,7 +70,9 @@ class Transfers:
         self._job_queued, self._job_done = Condition(lock), Condition(lock)
         self._fetches: deque[_Job] = deque()
         self._others: deque[_Job] = deque()
+        self.counts = {tier.name: TierCounts() for tier in tiers}
         self._finished: list[Finished] = []
+        self._is_woken = False
         self._fetching, self._last_fetch = 0, 0.0
         self._closed = False
         self._trace = trace
@@ -123,17 +128,28 @@ class Transfers:
         """Return the transfers that have ended since the last call."""
         with self._job_done:
             finished, self._finished = self._finished, []
+            self._is_woken = False
         return finished
 
     def wait(self, timeout: float) -> bool:
-        """Wait for at most `timeout` seconds until `finished` has something to return; return whether it has."""
+        """Wait for at most `timeout` seconds until `finished` has something to return, or for `wake`.
+
+        Return whether one of the two has happened.
+        """
         with self._job_done:
-            return self._job_done.wait_for(lambda: bool(self._finished), timeout)
+            return self._job_done.wait_for(lambda: bool(self._finished) or self._is_woken, timeout)
+
+    def wake(self) -> None:
+        """End the current or next `wait`, as a store has something for the engine's thread. From any thread."""
+        with self._job_done:
+            self._is_woken = True
+            self._job_done.notify_all()
 
     def add_tier(self, tier: Tier) -> None:
         """Add a tier to fetch from, such as a loaded KV state. Nothing is saved to it. From any thread."""
         with self._job_queued:
             self._tiers += (tier,)
+            self.counts.setdefault(tier.name, TierCounts())
 
     def remove_tier(self, tier: Tier) -> None:
         """Undo `add_tier`. From any thread."""
@@ -193,7 +209,9 @@ class Transfers:
         try:
             content = self._backend.export_page(page)
             for tier in self._stores:
-                ok |= tier.write(key, content)
+                is_written = tier.write(key, content)
+                ok |= is_written
+                self.counts[tier.name].bytes_written += content.nbytes if is_written else 0
         except Exception:
             _log.exception("a KV page could not be saved")
         if self._trace is not None:
@@ -215,7 +233,7 @@ class Transfers:
             self._fetching += 1
         began, ok = time.monotonic(), False
         try:
-            contents = (tier.read(key) for tier in self._tiers if key in tier)
+            contents = (self._read(tier, key) for tier in self._tiers if key in tier)
             content = next((found for found in contents if found is not None), None)
             if content is not None:
                 self._backend.import_page(page, content)
@@ -229,6 +247,22 @@ class Transfers:
             self.pages_fetched += ok
             self._measure(ok)
             self._finish(Finished("fetch", page, key, ok))
+
+    def _read(self, tier: Tier, key: bytes) -> np.ndarray | None:
+        """Read a page from a tier, and count it."""
+        counts, began, content = self.counts[tier.name], time.perf_counter(), None
+        try:
+            content = tier.read(key)
+        except Exception:
+            counts.errors += 1
+            raise
+        counts.seconds += time.perf_counter() - began
+        if content is None:
+            counts.misses += 1
+        else:
+            counts.hits += 1
+            counts.bytes_read += content.nbytes
+        return content
 
     def _measure(self, ok: bool) -> None:
         """Update seconds_per_page with the time since the previous fetch ended (or this one began, if it was alone)."""

@@ -48,7 +48,13 @@ def try_out(config: EngineConfig, costs: CostModel, pages: int, load: Load, goal
     """Simulate how an engine of so many pages serves a load."""
     # The requests share no prompts, so that a prefix cache would find nothing.
     config_alone = dataclasses.replace(
-        config, enable_prefix_caching=False, kv_disk=None, kv_host_memory=None, trace=None, speculative_tokens=0
+        config,
+        enable_prefix_caching=False,
+        kv_disk=None,
+        kv_host_memory=None,
+        kv_store=None,
+        trace=None,
+        speculative_tokens=0,
     )
     typical = Shape(1, 1, 1, load.input_len + load.output_len, load.input_len + load.output_len)
     trace = load.trace(costs.seconds(typical))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from octavo.engine.messages import PREEMPTIONS, STEP_TOKENS, EngineStats
 from octavo.frontend.meter import SIZE, EngineMeter, Histogram, TenantCounts
 from octavo.frontend.metrics import GAUGES
+from octavo.kv.tiers.counts import TierCounts
 
 from .text_format import Family
 
@@ -32,13 +33,30 @@ ENGINE_COUNTERS: dict[str, tuple[str, Callable[[EngineStats], float]]] = {
     "vllm:spec_decode_num_draft_tokens_total": ("Draft tokens computed.", lambda stats: stats.draft_tokens),
     "vllm:spec_decode_num_accepted_tokens_total": ("Draft tokens accepted.", lambda stats: stats.accepted_tokens),
     "octavo_kv_pages_fetched_total": (
-        "KV pages fetched from kv_disk, kv_host_memory or a loaded KV state.",
+        "KV pages fetched from kv_disk, kv_host_memory, kv_store or a loaded KV state.",
         lambda stats: stats.pages_fetched,
     ),
-    "octavo_kv_pages_saved_total": ("KV pages saved to kv_disk or kv_host_memory.", lambda stats: stats.pages_saved),
+    "octavo_kv_pages_saved_total": (
+        "KV pages saved to kv_disk, kv_host_memory or kv_store.",
+        lambda stats: stats.pages_saved,
+    ),
     "vllm:corrupted_requests_total": (
         "Sequences that ended because of NaN or infinite logits.",
         lambda stats: stats.damaged,
+    ),
+}
+TIER_COUNTERS: dict[str, tuple[str, Callable[[TierCounts], float]]] = {
+    "octavo_kv_tier_hits_total": ("KV pages read from a tier.", lambda counts: counts.hits),
+    "octavo_kv_tier_misses_total": (
+        "KV pages asked of a tier that it did not have.",
+        lambda counts: counts.misses,
+    ),
+    "octavo_kv_tier_read_bytes_total": ("Bytes of KV pages read from a tier.", lambda counts: counts.bytes_read),
+    "octavo_kv_tier_written_bytes_total": ("Bytes of KV pages written to a tier.", lambda counts: counts.bytes_written),
+    "octavo_kv_tier_read_seconds_total": ("Time in reads of KV pages from a tier.", lambda counts: counts.seconds),
+    "octavo_kv_tier_errors_total": (
+        "Calls of a tier that failed, and pages that were damaged in a shared store.",
+        lambda counts: counts.errors,
     ),
 }
 TENANT_COUNTERS: dict[str, tuple[str, Callable[[TenantCounts], float]]] = {
@@ -147,6 +165,10 @@ class Families:
         totals = [((name, str(number)), stats) for (name, number), stats in self._snapshot.totals.items()]
         for name, (help, read) in ENGINE_COUNTERS.items():
             yield Family(name, "counter", help, ENGINE, [(labels, read(stats)) for labels, stats in totals])
+        tiers = [((*labels, tier), counts) for labels, stats in totals for tier, counts in stats.tiers.items()]
+        for name, (help, count) in TIER_COUNTERS.items():
+            samples = [(labels, count(counts)) for labels, counts in tiers]
+            yield Family(name, "counter", help, (*ENGINE, "tier"), samples)
         accepted = []
         for labels, stats in totals:
             at_least = list(accumulate(reversed(stats.accepted)))[-2::-1]  # drafts with more than 0, 1, 2, ... accepted
@@ -165,7 +187,7 @@ class Families:
             "vllm:request_num_preemptions", "histogram", "Preemptions of a sequence that has ended.", ENGINE, preempted
         )
         rates = [((name, str(number)), rate) for (name, number), rate in self._snapshot.swap_rates.items()]
-        help = "KV pages per second that came back from kv_disk or kv_host_memory, in the last 10 seconds or more."
+        help = "KV pages per second that came back from a lower tier, in the last 10 seconds or more."
         yield Family("vllm_kv_cache_swap_rate", "gauge", help, ENGINE, rates)
 
     def _of_requests(self) -> Iterator[Family]:
