@@ -1,0 +1,1 @@
+"""The CUDA backend: Triton kernels for NVIDIA GPUs, with PyTorch for memory, streams and graphs."""
