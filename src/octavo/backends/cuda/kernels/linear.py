@@ -167,45 +167,28 @@ def linear_kernel(
 
 
 @triton.jit
-def fold(
-    part,
-    s,
-    waiting,
-    out,
-    bias,
-    residual,
-    row,
-    output,
-    rows,
-    outputs,
-    SPANS: tl.constexpr,
-    SIZE: tl.constexpr,
-    SWAPPED: tl.constexpr,
-):
-    """Do as tree.carry, with the sums that wait in memory; after the last span, write the outputs.
+def fold(part, s, waiting, SIZE: tl.constexpr):
+    """Do as tree.carry for a span that is not the last, with the sums that wait in memory.
 
     Args:
-        part: The sums of span s, float32 [R, C], or [C, R] if SWAPPED.
+        part: The sums of span s, float32.
         waiting: Pointers of the same shape; level i is at `waiting + i * SIZE`.
     """
-    tl.debug_barrier()  # another thread may have written what this one reads
     if s & 1 == 1:
         part = tl.load(waiting) + part
     if s & 3 == 3:
         part = tl.load(waiting + SIZE) + part
-    if s & 7 == 7:
-        part = tl.load(waiting + 2 * SIZE) + part
-    if s < SPANS - 1:
-        level = tl.where(s & 1 == 0, 0, tl.where(s & 3 == 1, 1, 2))
-        tl.store(waiting + level * SIZE, part)
-    else:
-        if SPANS & 3 == 3:
-            part = tl.load(waiting + SIZE) + part
-        if SPANS > 4 and SPANS < 8:
-            part = tl.load(waiting + 2 * SIZE) + part
-        if SWAPPED:
-            part = tl.trans(part)
-        store(part, out, bias, residual, row, output, rows, outputs)
+    level = tl.where(s & 1 == 0, 0, tl.where(s & 3 == 1, 1, 2))
+    tl.store(waiting + level * SIZE, part)
+
+
+@triton.jit
+def fold_last(part, waiting, SPANS: tl.constexpr, SIZE: tl.constexpr):
+    """Return the sum of all spans, where `part` is the sum of the last one."""
+    for level in tl.static_range(3):
+        if (SPANS - 1) >> level & 1 == 1:
+            part = tl.load(waiting + level * SIZE) + part
+    return part
 
 
 @triton.jit
@@ -245,28 +228,34 @@ def large_spanned_kernel(
     A: tl.constexpr = BLOCK_OUTPUTS if SWAPPED else BLOCK_ROWS
     HALF: tl.constexpr = (BLOCK_ROWS if SWAPPED else BLOCK_OUTPUTS) // 2
     left = waiting + tl.program_id(0).to(tl.int64) * 3 * SIZE
-    left = left + tl.arange(0, A)[:, None] * (2 * HALF) + tl.arange(0, HALF)[None, :]
+    left = left + (tl.arange(0, A)[:, None] * HALF + tl.arange(0, HALF)[None, :])
+    right = left + SIZE // 2
     tile = tl.program_id(0)
     while tile < row_blocks * output_blocks:
         row_block, output_block = place(tile, row_blocks, output_blocks, GROUP)
         first_row, first_output = row_block * BLOCK_ROWS, output_block * BLOCK_OUTPUTS
         row = first_row + tl.arange(0, BLOCK_ROWS)
         weight_row = tl.minimum(first_output + tl.arange(0, BLOCK_OUTPUTS), outputs - 1)
-        if SWAPPED:
-            row0 = first_row + tl.arange(0, HALF)
-            row1 = row0 + HALF
-            output0 = first_output + tl.arange(0, A)
-            output1 = output0
-        else:
-            row0 = row
-            row1 = row
-            output0 = first_output + tl.arange(0, HALF)
-            output1 = output0 + HALF
-        for s in range(SPANS):
+        for s in range(SPANS - 1):
             acc = product(x, weight, row, weight_row, rows, s * LENGTH, K, LENGTH, BLOCK_K, SWAPPED)
+            tl.debug_barrier()  # another thread may have written what this one reads
             part0, part1 = halves(acc)
-            fold(part0, s, left, out, bias, residual, row0, output0, rows, outputs, SPANS, SIZE, SWAPPED)
-            fold(part1, s, left + HALF, out, bias, residual, row1, output1, rows, outputs, SPANS, SIZE, SWAPPED)
+            fold(part0, s, left, SIZE)
+            fold(part1, s, right, SIZE)
+        acc = product(x, weight, row, weight_row, rows, K - LENGTH, K, LENGTH, BLOCK_K, SWAPPED)
+        tl.debug_barrier()
+        part0, part1 = halves(acc)
+        part0 = fold_last(part0, left, SPANS, SIZE)
+        part1 = fold_last(part1, right, SPANS, SIZE)
+        if SWAPPED:
+            output = first_output + tl.arange(0, A)
+            row0 = first_row + tl.arange(0, HALF)
+            store(tl.trans(part0), out, bias, residual, row0, output, rows, outputs)
+            store(tl.trans(part1), out, bias, residual, row0 + HALF, output, rows, outputs)
+        else:
+            output0 = first_output + tl.arange(0, HALF)
+            store(part0, out, bias, residual, row, output0, rows, outputs)
+            store(part1, out, bias, residual, row, output0 + HALF, rows, outputs)
         tile += tl.num_programs(0)
 
 
