@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from math import prod
 from pathlib import Path
@@ -13,24 +13,24 @@ import torch
 import triton
 from torch import Tensor
 
-from octavo.backends.base import Footprint, Progress, SamplingBatch, StepBatch, StepResult
+from octavo.backends.base import Footprint, Progress, StepBatch, StepResult
 from octavo.errors import ConfigError, OutOfMemory
 from octavo.model.decoder import describe
 from octavo.model.spec import DecoderSpec
 from octavo.weights.tensor import Parameter
 
 from .device import architecture, find_device, name_of
-from .graphs import DecodeGraphs, empty_step, is_decode, padded, size_for, sizes
-from .kernels.sampler import DeviceSampling, Sampled, sample
-from .ops import CudaOps, StepInputs
+from .graphs import DecodeGraphs, empty_step, is_decode, size_for, sizes
+from .inputs import Inputs, StepInputs
+from .kernels.rope_and_cache import rotary_table
+from .kernels.sampler import Sampled, sample
+from .ops import CudaOps, Model
 from .pages import Pages, bytes_of_page
 from .pooling import pooled_sums
-from .staging import Staging, fetch
+from .staging import fetch
 from .weights import load_weights
 
 _CAPTURE_SECONDS = 20.0  # for graphs, at start
-_EXTRA_WORDS = 1 << 21  # of histories, biases and masks that travel with a step's other arrays
-_SAMPLING = [field.name for field in fields(SamplingBatch)]
 
 
 @dataclass(frozen=True)
@@ -74,19 +74,18 @@ class CudaBackend:
         self.arithmetic = _arithmetic(device, int8_kv)
         held = sum(weight.nbytes for weight in weights.values())
         self.footprint = Footprint(f"Triton on {name_of(device)}", held, self.page_bytes)
-        self._weights, self._int8_kv, self._max_model_len = weights, int8_kv, max_model_len
-        self._max_batch_tokens, self._max_batch_size = max_batch_tokens, max_batch_size
+        self._int8_kv, self._max_batch_tokens, self._max_batch_size = int8_kv, max_batch_tokens, max_batch_size
         self._pages: Pages | None = None
         self._sizes = sizes(max_batch_size)
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._last = torch.cuda.Event() if device.type == "cuda" else None  # the end of the latest step
         with self._on_stream():
-            rows, width = self._sizes[-1], -(-max_model_len // page_size)
+            rotary = torch.from_numpy(rotary_table(spec.rope.frequencies(spec.head_dim), max_model_len)).to(device)
+            rows = self._sizes[-1]
             self._logits = torch.empty((rows, spec.vocab_size), dtype=torch.float32, device=device)
-            self._page_tables = torch.zeros((rows, width), dtype=torch.int32, device=device)
-            capacity = 4 * max_batch_tokens + (width + 32) * rows + _EXTRA_WORDS
-            self._staging = Staging(capacity, device)
-        self._graphs = None if self._stream is None else DecodeGraphs(self._forward, max_model_len)
+            self._inputs = Inputs(spec, page_size, max_model_len, max_batch_tokens, rows, device)
+        self._model = Model(spec, weights, rotary)
+        self._graphs = None if self._stream is None else DecodeGraphs(self._forward)
 
     def allocate_kv(self, num_pages: int) -> None:
         with self._on_stream():
@@ -114,8 +113,8 @@ class CudaBackend:
         Raises ValueError if the batch reaches outside of the model or the pool, OutOfMemory.
         """
         with self._on_stream():
-            logits, pooled, sent = self._run(batch)
-            sampled = sample(logits, DeviceSampling(**{name: sent[name] for name in _SAMPLING}), batch.sampling)
+            logits, pooled, inputs = self._run(batch)
+            sampled = sample(logits, inputs.sampling, batch.sampling)
             pending = self._pending(batch, sampled, logits, pooled)
             if self._last is not None:
                 self._last.record()
@@ -130,77 +129,39 @@ class CudaBackend:
     def close(self) -> None:
         if self._stream is not None:
             self._stream.synchronize()
-        self._graphs, self._pages, self._weights = None, None, {}
+        self._graphs, self._pages, self._model = None, None, replace(self._model, weights={})
 
     @property
     def _kv(self) -> Pages:
         assert self._pages is not None, "allocate_kv comes first"
         return self._pages
 
-    def _run(self, batch: StepBatch) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
-        """Launch the forward pass.
-
-        Returns the logits of the sampled rows, with a PoolingBatch the residual stream, and the step's arrays on the
-        device.
-        """
+    def _run(self, batch: StepBatch) -> tuple[Tensor, Tensor | None, StepInputs]:
+        """Launch the forward pass. Returns the logits of the sampled rows and, with a PoolingBatch, what it sums."""
         check(batch, self.spec, self.page_size, self._kv.num_pages, self._max_batch_tokens, self._max_batch_size)
-        rows = len(batch.sample_rows)
         size = size_for(len(batch.tokens), self._sizes) if self._graphs is not None and is_decode(batch) else None
         try:
+            inputs = self._inputs.send(batch, size)
             if self._graphs is not None and size is not None:
-                inputs, sent = self._send(padded(batch, size))
-                return self._graphs.replay(self._keep_page_tables(inputs))[:rows], None, sent
-            inputs, sent = self._send(batch)
-            if not len(batch.tokens):
-                return self._logits[:0], None, sent
-            ops = self._ops(inputs)
-            logits = describe(self.spec, ops)
-            assert isinstance(logits, Tensor)
-            return logits, ops.pooled if batch.pooling is not None else None, sent
+                return self._graphs.replay(inputs)[: len(batch.sample_rows)], None, inputs
+            if len(batch.tokens) == 0:
+                return self._logits[:0], None, inputs
+            ops = CudaOps(self._model, self._kv.pool, inputs, self._logits)
+            return _tensor(describe(self.spec, ops)), ops.pooled, inputs
         except torch.OutOfMemoryError:
             raise OutOfMemory(
                 f"a step of {len(batch.tokens)} tokens does not fit in the device's memory; use a smaller "
                 "max_batch_tokens or kv_cache_memory"
             ) from None
 
-    def _send(self, batch: StepBatch) -> tuple[StepInputs, dict[str, Tensor]]:
-        """Copy a step's arrays to the device. Those of a graph come first, so that they stay at their addresses."""
-        arrays = {
-            "tokens": batch.tokens,
-            "positions": batch.positions,
-            "query_start": batch.query_start,
-            "sample_rows": batch.sample_rows,
-            "page_tables": batch.page_tables,
-        }
-        sent = self._staging.send(arrays | {name: getattr(batch.sampling, name) for name in _SAMPLING})
-        inputs = StepInputs(
-            **{name: sent[name] for name in arrays},
-            longest_query=int(np.diff(batch.query_start).max(initial=1)),
-            longest_context=1 + int(batch.positions.max(initial=0)),
-        )
-        return inputs, sent
-
-    def _keep_page_tables(self, inputs: StepInputs) -> StepInputs:
-        """Copy the page tables of a decode step to where graphs read them."""
-        rows, width = inputs.page_tables.shape
-        width = min(width, self._page_tables.shape[1])
-        self._page_tables[:rows, :width].copy_(inputs.page_tables[:, :width])
-        return replace(inputs, page_tables=self._page_tables[:rows])
-
     @torch.inference_mode()
     def _padding(self, size: int) -> StepInputs:
         """Return the inputs of a decode step whose `size` rows are all padding."""
-        inputs, _ = self._send(padded(empty_step(), size))
-        return self._keep_page_tables(inputs)
+        return self._inputs.send(empty_step(), size)
 
     @torch.inference_mode()
     def _forward(self, inputs: StepInputs) -> Tensor:
-        logits = describe(self.spec, self._ops(inputs))
-        assert isinstance(logits, Tensor)
-        return logits
-
-    def _ops(self, inputs: StepInputs) -> CudaOps:
-        return CudaOps(self.spec, self._weights, self._kv, inputs, self._logits)
+        return _tensor(describe(self.spec, CudaOps(self._model, self._kv.pool, inputs, self._logits)))
 
     def _pending(self, batch: StepBatch, sampled: Sampled, logits: Tensor, pooled: Tensor | None) -> Pending:
         words = fetch(sampled.words)
@@ -208,7 +169,7 @@ class CudaBackend:
             return Pending(batch, sampled, words, None, None)
         rows, tokens = (torch.from_numpy(ids.astype(np.int64)) for ids in _labels(batch))
         labels = logits[rows.to(logits.device), tokens.to(logits.device)]
-        weight = self._weights["norm"].float().cpu().numpy()
+        weight = self._model.weights["norm"].float().cpu().numpy()
         hidden = self.spec.hidden_size
         residual = fetch(pooled.view(torch.int32)) if pooled is not None else lambda: np.zeros((0, hidden), np.int32)
         pooling, eps = batch.pooling, self.spec.norm_eps
@@ -330,6 +291,11 @@ def _arithmetic(device: torch.device, int8_kv: bool) -> str:
             kernels.update(path.read_bytes())
     kv = "int8" if int8_kv else "bf16"
     return f"cuda triton {triton.__version__} {architecture(device)} {kernels.hexdigest()} bf16 {kv}"
+
+
+def _tensor(logits: object) -> Tensor:
+    assert isinstance(logits, Tensor)
+    return logits
 
 
 def _labels(batch: StepBatch) -> tuple[np.ndarray, np.ndarray]:

@@ -3,7 +3,7 @@
 import bisect
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -11,12 +11,10 @@ from torch import Tensor
 
 from octavo.backends.base import SamplingBatch, StepBatch
 
-from .ops import StepInputs
+from .inputs import StepInputs
 
 Forward = Callable[[StepInputs], Tensor]
 """Launches the kernels of a step, and returns the logits."""
-
-_SHORTEST_CONTEXT = 1024
 
 
 @dataclass(frozen=True)
@@ -26,23 +24,22 @@ class _Graph:
 
 
 class DecodeGraphs:
-    """The graphs captured so far, by rows and context. Memory of the graphs' tensors is shared among them.
+    """The graphs captured so far, by rows. Memory of the graphs' tensors is shared among them.
 
-    Contexts are rounded up to powers of two, because a graph launches as many programs as its longest context needs.
-    Graphs of the shortest contexts are captured at start, as many as the time limit allows; others when a step needs
-    them. The inputs of steps of as many rows must always lie at the same addresses.
+    As many as the time limit allows are captured at start, those of few rows first; others when a step needs them. The
+    inputs of steps of as many rows must always lie at the same addresses.
     """
 
-    def __init__(self, forward: Forward, max_model_len: int):
-        self._forward, self._max_model_len = forward, max_model_len
-        self._graphs: dict[tuple[int, int], _Graph] = {}
+    def __init__(self, forward: Forward):
+        self._forward = forward
+        self._graphs: dict[int, _Graph] = {}
         self._pool = torch.cuda.graph_pool_handle()
 
     def capture(self, sizes: list[int], inputs: Callable[[int], StepInputs], seconds: float) -> int:
         """Capture the graphs of `sizes` rows, for about `seconds`. Returns how many there are.
 
         Args:
-            inputs: returns the inputs of a step of so many rows, with the shortest context.
+            inputs: returns the inputs of a step of so many rows.
         """
         end = time.monotonic() + seconds
         for size in sizes:
@@ -58,18 +55,16 @@ class DecodeGraphs:
         return graph.logits
 
     def _graph(self, inputs: StepInputs) -> _Graph:
-        context = rounded_context(inputs.longest_context, self._max_model_len)
-        key = (len(inputs.tokens), context)
-        if key not in self._graphs:
-            inputs = replace(inputs, longest_context=context)
+        size = len(inputs.tokens)
+        if size not in self._graphs:
             self._forward(inputs)  # compiles kernels, which a capture must not
             stream = torch.cuda.current_stream()
             stream.synchronize()
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self._pool, stream=stream):
                 logits = self._forward(inputs)
-            self._graphs[key] = _Graph(graph, logits)
-        return self._graphs[key]
+            self._graphs[size] = _Graph(graph, logits)
+        return self._graphs[size]
 
 
 def sizes(max_batch_size: int) -> list[int]:
@@ -83,29 +78,9 @@ def size_for(rows: int, sizes: list[int]) -> int | None:
     return sizes[at] if rows and at < len(sizes) else None
 
 
-def rounded_context(length: int, most: int) -> int:
-    """Return `length` rounded up to a power of two, at least 1024 and at most `most`."""
-    return min(most, max(_SHORTEST_CONTEXT, 1 << (length - 1).bit_length()))
-
-
 def is_decode(batch: StepBatch) -> bool:
     """Return whether each sequence of a step has one row."""
     return len(batch.tokens) == len(batch.page_tables) and batch.pooling is None
-
-
-def padded(batch: StepBatch, size: int) -> StepBatch:
-    """Return a decode step with `size` rows. The added rows, at position -1, read and write nothing of the pool."""
-    rows, width = batch.page_tables.shape
-    more = size - rows
-    none = np.zeros(more, np.int32)
-    return replace(
-        batch,
-        tokens=np.concatenate([batch.tokens, none]),
-        positions=np.concatenate([batch.positions, none - 1]),
-        query_start=np.arange(size + 1, dtype=np.int32),
-        page_tables=np.concatenate([batch.page_tables, np.zeros((more, width), np.int32)]),
-        sample_rows=np.concatenate([batch.sample_rows, np.zeros(size - len(batch.sample_rows), np.int32)]),
-    )
 
 
 def empty_step() -> StepBatch:

@@ -9,33 +9,29 @@ from torch import Tensor
 
 from octavo.model.spec import DecoderSpec
 
+from .inputs import StepInputs
 from .kernels.attention import attention
 from .kernels.embed import embed
 from .kernels.gated import gated
 from .kernels.linear import linear
 from .kernels.norm import norm
-from .kernels.rope_and_cache import rope_and_cache
-from .pages import Pages
+from .kernels.rope_and_cache import KvPool, rope_and_cache
 
 _MOST_SPANS = 8
 
 
 @dataclass(frozen=True)
-class StepInputs:
-    """What the kernels of a step read, on the device. The arrays are those of StepBatch, int32.
+class Model:
+    """A model on the device.
 
     Attributes:
-        longest_query: rows of the longest sequence's chunk, or more.
-        longest_context: positions of the longest sequence, or more.
+        weights: bfloat16, by the names of model/decoder.py.
+        rotary: float32 [positions, 2, head_dim / 2], cosines and sines.
     """
 
-    tokens: Tensor
-    positions: Tensor
-    query_start: Tensor
-    page_tables: Tensor
-    sample_rows: Tensor
-    longest_query: int
-    longest_context: int
+    spec: DecoderSpec
+    weights: Mapping[str, Tensor]
+    rotary: Tensor
 
 
 @dataclass(frozen=True)
@@ -56,9 +52,11 @@ class CudaOps:
     The residual stream and the logits are float32; what linear layers and attention read is bfloat16.
     """
 
-    def __init__(self, spec: DecoderSpec, weights: Mapping[str, Tensor], pages: Pages, inputs: StepInputs):
-        self.spec, self.weights, self.pages, self.inputs = spec, weights, pages, inputs
-        self._spans = {"out": most_spans(spec.num_heads), "down": most_spans(spec.intermediate_size)}
+    def __init__(self, model: Model, pool: KvPool, inputs: StepInputs, logits: Tensor):
+        """Prepare a step that writes its logits to the first rows of `logits`, float32 [R or more, vocab]."""
+        self.model, self.spec, self.weights = model, model.spec, model.weights
+        self.pool, self.inputs, self._logits = pool, inputs, logits
+        self._spans = spans_of(model.spec)
         self.pooled: Tensor | None = None  # the residual stream that pool_rows was called with, [N, hidden]
 
     def embed(self, weight: str) -> Handle:
@@ -84,10 +82,17 @@ class CudaOps:
         return out
 
     def rope_and_cache(self, qkv: Handle, layer: int, q_norm: str | None, k_norm: str | None) -> Handle:
-        raise NotImplementedError
+        spec, qkv = self.spec, _tensor(qkv)
+        norms = [None if name is None else self.weights[name] for name in (q_norm, k_norm)]
+        queries = self._new(len(qkv), spec.q_size, torch.bfloat16).view(-1, spec.num_heads, spec.head_dim)
+        rope_and_cache(qkv, *norms, spec.norm_eps, self.model.rotary, self.inputs.rows, self.pool, layer, queries)
+        return queries
 
     def attention(self, q: Handle, layer: int, window: int) -> Handle:
-        raise NotImplementedError
+        queries, inputs = _tensor(q), self.inputs
+        out = self._new(len(queries), self.spec.q_size, torch.bfloat16)
+        attention(queries, self.pool, inputs.rows, inputs.work, inputs.parts, layer, window, out)
+        return out
 
     def gated(self, gate_up: Handle, activation: Literal["silu", "gelu_tanh"]) -> Handle:
         assert isinstance(gate_up, GateUp), "gated follows the linear layer gate_up"
@@ -102,17 +107,21 @@ class CudaOps:
         return _tensor(x)[self.inputs.sample_rows]
 
     def logits(self, x: Handle, weight: str) -> Handle:
-        x, matrix = _tensor(x), self.weights[weight]
-        out = self._new(len(x), len(matrix), torch.float32)
-        linear(x, matrix, out)
-        return out
+        x = _tensor(x)
+        linear(x, self.weights[weight], self._logits[: len(x)])
+        return self._logits[: len(x)]
 
     def _new(self, rows: int, width: int, dtype: torch.dtype) -> Tensor:
         return torch.empty((rows, width), dtype=dtype, device=self.inputs.tokens.device)
 
 
-def most_spans(parts: int) -> int:
-    """Return the largest divisor of `parts` up to 8: the spans in which `out` and `down` sum (design.md)."""
+def spans_of(spec: DecoderSpec) -> dict[str, int]:
+    """Return the spans that `out` and `down` sum in (design.md, "Order of sums"): at most 8, of whole heads for `out`."""
+    return {"out": _most_spans(spec.num_heads), "down": _most_spans(spec.intermediate_size)}
+
+
+def _most_spans(parts: int) -> int:
+    """Return the largest divisor of `parts` up to 8."""
     return max(n for n in range(1, _MOST_SPANS + 1) if parts % n == 0)
 
 
