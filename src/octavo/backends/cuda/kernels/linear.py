@@ -17,6 +17,9 @@ from . import numbers
 from .configurations import Tile, choose
 from .tree import carry, close, tree_sum
 
+# Sums of a tile that are added at a time to those that wait in memory: the rest of the registers is taken.
+PART = tl.constexpr(128 * 64)
+
 
 @triton.jit
 def place(tile, row_blocks, output_blocks, GROUP: tl.constexpr):
@@ -167,36 +170,78 @@ def linear_kernel(
 
 
 @triton.jit
-def fold(part, s, waiting, SIZE: tl.constexpr):
-    """Do as tree.carry for a span that is not the last, with the sums that wait in memory.
-
-    Args:
-        part: The sums of span s, float32.
-        waiting: Pointers of the same shape; level i is at `waiting + i * SIZE`.
-    """
-    if s & 1 == 1:
-        part = tl.load(waiting) + part
-    if s & 3 == 3:
-        part = tl.load(waiting + SIZE) + part
-    level = tl.where(s & 1 == 0, 0, tl.where(s & 3 == 1, 1, 2))
-    tl.store(waiting + level * SIZE, part)
-
-
-@triton.jit
-def fold_last(part, waiting, SPANS: tl.constexpr, SIZE: tl.constexpr):
-    """Return the sum of all spans, where `part` is the sum of the last one."""
-    for level in tl.static_range(3):
-        if (SPANS - 1) >> level & 1 == 1:
-            part = tl.load(waiting + level * SIZE) + part
-    return part
-
-
-@triton.jit
 def halves(acc):
     """Return the left and the right half of acc [A, B]: [A, B / 2] each."""
     A: tl.constexpr = acc.shape[0]
     B: tl.constexpr = acc.shape[1]
     return tl.split(tl.permute(tl.reshape(acc, (A, 2, B // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def fold(acc, s, waiting, SIZE: tl.constexpr):
+    """Do as tree.carry for a span that is not the last, with the sums that wait in memory.
+
+    Args:
+        acc: The sums of span s, float32 [A, B].
+        waiting: Where the sums that wait are; level i is at `waiting + i * SIZE`.
+    """
+    A: tl.constexpr = acc.shape[0]
+    B: tl.constexpr = acc.shape[1]
+    if A * B > PART:
+        left, right = halves(acc)
+        fold(left, s, waiting, SIZE)
+        fold(right, s, waiting + A * B // 2, SIZE)
+    else:
+        tl.debug_barrier()  # another thread may have written what this one reads
+        at = waiting + (tl.arange(0, A)[:, None] * B + tl.arange(0, B)[None, :])
+        for level in tl.static_range(2):  # masked, not in branches: those would move the sums between threads
+            waits = s & (2 << level) - 1 == (2 << level) - 1
+            acc = tl.where(waits, tl.load(at + level * SIZE, mask=waits, other=0.0) + acc, acc)
+        level = tl.where(s & 1 == 0, 0, tl.where(s & 3 == 1, 1, 2))
+        tl.store(at + level * SIZE, acc)
+
+
+@triton.jit
+def fold_last(
+    acc,
+    waiting,
+    out,
+    bias,
+    residual,
+    first_row,
+    first_output,
+    rows,
+    outputs,
+    SPANS: tl.constexpr,
+    SIZE: tl.constexpr,
+    SWAPPED: tl.constexpr,
+):
+    """Add the sums that wait to those of the last span, and `store` a tile that begins at (first_row, first_output)."""
+    A: tl.constexpr = acc.shape[0]
+    B: tl.constexpr = acc.shape[1]
+    if A * B > PART:
+        left, right = halves(acc)
+        fold_last(
+            left, waiting, out, bias, residual, first_row, first_output, rows, outputs, SPANS, SIZE, SWAPPED
+        )
+        second_row = first_row + (B // 2 if SWAPPED else 0)
+        second_output = first_output + (0 if SWAPPED else B // 2)
+        waiting += A * B // 2
+        fold_last(
+            right, waiting, out, bias, residual, second_row, second_output, rows, outputs, SPANS, SIZE, SWAPPED
+        )
+    else:
+        tl.debug_barrier()
+        at = waiting + (tl.arange(0, A)[:, None] * B + tl.arange(0, B)[None, :])
+        for level in tl.static_range(3):
+            if (SPANS - 1) >> level & 1 == 1:
+                acc = tl.load(at + level * SIZE) + acc
+        if SWAPPED:
+            row, output = first_row + tl.arange(0, B), first_output + tl.arange(0, A)
+            store(tl.trans(acc), out, bias, residual, row, output, rows, outputs)
+        else:
+            row, output = first_row + tl.arange(0, A), first_output + tl.arange(0, B)
+            store(acc, out, bias, residual, row, output, rows, outputs)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -219,17 +264,12 @@ def large_spanned_kernel(
 ):
     """Do as linear_kernel with SPANS > 1, for tiles whose waiting sums don't fit in registers.
 
-    Program p computes tiles p, p + programs and so on. Its waiting sums are in waiting[p], float32 [3, tile]. The tile is
-    halved along its second axis when it is added, because a sum from memory and a whole tile don't fit either.
+    Program p computes tiles p, p + programs and so on. Its waiting sums are in waiting[p], float32 [3, tile].
     """
     row_blocks, output_blocks = tl.cdiv(rows, BLOCK_ROWS), tl.cdiv(outputs, BLOCK_OUTPUTS)
     LENGTH: tl.constexpr = K // SPANS
     SIZE: tl.constexpr = BLOCK_ROWS * BLOCK_OUTPUTS
-    A: tl.constexpr = BLOCK_OUTPUTS if SWAPPED else BLOCK_ROWS
-    HALF: tl.constexpr = (BLOCK_ROWS if SWAPPED else BLOCK_OUTPUTS) // 2
-    left = waiting + tl.program_id(0).to(tl.int64) * 3 * SIZE
-    left = left + (tl.arange(0, A)[:, None] * HALF + tl.arange(0, HALF)[None, :])
-    right = left + SIZE // 2
+    waiting += tl.program_id(0).to(tl.int64) * 3 * SIZE
     tile = tl.program_id(0)
     while tile < row_blocks * output_blocks:
         row_block, output_block = place(tile, row_blocks, output_blocks, GROUP)
@@ -238,24 +278,11 @@ def large_spanned_kernel(
         weight_row = tl.minimum(first_output + tl.arange(0, BLOCK_OUTPUTS), outputs - 1)
         for s in range(SPANS - 1):
             acc = product(x, weight, row, weight_row, rows, s * LENGTH, K, LENGTH, BLOCK_K, SWAPPED)
-            tl.debug_barrier()  # another thread may have written what this one reads
-            part0, part1 = halves(acc)
-            fold(part0, s, left, SIZE)
-            fold(part1, s, right, SIZE)
+            fold(acc, s, waiting, SIZE)
         acc = product(x, weight, row, weight_row, rows, K - LENGTH, K, LENGTH, BLOCK_K, SWAPPED)
-        tl.debug_barrier()
-        part0, part1 = halves(acc)
-        part0 = fold_last(part0, left, SPANS, SIZE)
-        part1 = fold_last(part1, right, SPANS, SIZE)
-        if SWAPPED:
-            output = first_output + tl.arange(0, A)
-            row0 = first_row + tl.arange(0, HALF)
-            store(tl.trans(part0), out, bias, residual, row0, output, rows, outputs)
-            store(tl.trans(part1), out, bias, residual, row0 + HALF, output, rows, outputs)
-        else:
-            output0 = first_output + tl.arange(0, HALF)
-            store(part0, out, bias, residual, row, output0, rows, outputs)
-            store(part1, out, bias, residual, row, output0 + HALF, rows, outputs)
+        fold_last(
+            acc, waiting, out, bias, residual, first_row, first_output, rows, outputs, SPANS, SIZE, SWAPPED
+        )
         tile += tl.num_programs(0)
 
 
