@@ -33,3 +33,22 @@ def to_bfloat16(x):
         return nearest.to(tl.float32, bitcast=True).to(tl.bfloat16)
     else:
         return x.to(tl.bfloat16)
+
+
+@triton.jit
+def widened(x):
+    """Return x (bfloat16 or int8, of any shape) as bfloat16, which is exact."""
+    if INTERPRETING and x.dtype == tl.int8:
+        return x.to(tl.float32).to(tl.bfloat16)
+    else:
+        return x.to(tl.bfloat16)
+
+
+def _interpreted_range(first, end=None, step=1, **_):
+    """Return the range whose bounds are tensors of one element; numpy >= 2.4 fails on Triton's own (3.6)."""
+    bounds = (0, first, step) if end is None else (first, end, step)
+    return range(*(int(b.handle.data.item()) if isinstance(b, tl.tensor) else int(b) for b in bounds))
+
+
+# Loops of kernels, `for i in steps(first, end, step):`, compile to tl.range, which pipelines loads.
+steps = _interpreted_range if INTERPRETING.value else tl.range

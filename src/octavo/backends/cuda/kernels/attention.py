@@ -1,0 +1,331 @@
+"""Attention over the paged pool, in an order of sums that depends on nothing but a row's own sequence.
+
+A row at position p attends to positions i, max(0, p - window + 1) <= i <= p, of its sequence:
+
+    out = sum over i of 2^(q . K[i]) V[i]  /  sum over i of 2^(q . K[i])        q is scaled by log2(e) / sqrt(head_dim)
+
+Positions are cut at fixed places: in blocks (see block_size), and in parts of PART. The sums of a part start from zero
+and take its blocks in order, with a running maximum (online softmax: Milakov and Gimelshein, 2018). Then the parts are
+merged in order, by the same function, `_merge`, whether one program computes all parts of a tile and merges each when
+it is complete, or programs compute a part each and merge_kernel merges them: so a row has the same bits either way.
+A block that a row does not see multiplies its sums by 1 and adds 0. Weights are summed by a product with ones, because
+the order of tl.sum depends on the tile.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .attention_plan import PART, TILE_FIELDS, Tiling, block_size
+from .numbers import dot, steps, to_bfloat16, widened
+from .rope_and_cache import KvPool, StepRows, head_scales, head_values
+
+_PART = tl.constexpr(PART)
+_FIELDS = tl.constexpr(TILE_FIELDS)
+_LOWEST = tl.constexpr(-1e30)  # the maximum of no scores: finite, so that differences are numbers
+_ONES = tl.constexpr(16)  # columns of the product that sums weights: the fewest that tl.dot takes
+_MERGE_HEADS = 4  # heads of a program of merge_kernel
+_NO_WINDOW = 1 << 30
+
+
+@triton.jit
+def _load_block(at, there, DIM: tl.constexpr, DIMS: tl.constexpr):
+    """Return the numbers [BLOCK, DIMS] of the positions at pointers `at`: 0 where not `there` and after DIM."""
+    column = tl.arange(0, DIMS)
+    mask = there[:, None]
+    if DIM < DIMS:
+        mask = mask & (column < DIM)[None, :]
+    return tl.load(at[:, None] + column[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _attend_part(
+    q,
+    position,
+    first,
+    last,
+    window,
+    begin,
+    end,
+    table,
+    pool,
+    scales,
+    layer,
+    kv_head,
+    LAYERS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    DIM: tl.constexpr,
+    INT8: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Return the sums of q [ROWS, DIMS] over positions begin ... end - 1, where begin is a multiple of BLOCK.
+
+    Returns: the sums of 2^(score - maximum) V [ROWS, DIMS] and of 2^(score - maximum) [ROWS], and the maximum [ROWS].
+    """
+    ROWS: tl.constexpr = q.shape[0]
+    DIMS: tl.constexpr = q.shape[1]
+    values = tl.zeros([ROWS, DIMS], tl.float32)
+    weights = tl.zeros([ROWS, _ONES], tl.float32)
+    maximum = tl.full([ROWS], _LOWEST, tl.float32)
+    ones = to_bfloat16(tl.full([BLOCK, _ONES], 1.0, tl.float32))
+    for start in steps(begin, end, BLOCK):
+        seen = start + tl.arange(0, BLOCK)
+        there = seen <= last
+        if PAGE_SIZE % BLOCK == 0:
+            page = tl.load(table + start // PAGE_SIZE)
+        else:
+            page = tl.load(table + seen // PAGE_SIZE, mask=there, other=0)
+        slot = seen % PAGE_SIZE
+        keys = head_values(pool, page, layer, 0, kv_head, LAYERS, KV_HEADS, PAGE_SIZE, DIM, INT8)
+        k = _load_block(keys + slot * DIM, there, DIM, DIMS)
+        scores = dot(q, tl.trans(widened(k)), tl.zeros([ROWS, BLOCK], tl.float32))
+        if INT8:
+            k_scales = head_scales(scales, page, layer, 0, kv_head, LAYERS, KV_HEADS, PAGE_SIZE, DIM)
+            scores *= tl.load(k_scales + slot, mask=there, other=0.0)[None, :]
+        if (start + BLOCK - 1 > first) | (start <= last - window):
+            distance = position[:, None] - seen[None, :]
+            scores = tl.where((distance >= 0) & (distance < window), scores, float("-inf"))
+        peak = tl.maximum(maximum, tl.max(scores, 1))
+        shares = tl.exp2(scores - peak[:, None])
+        back = tl.exp2(maximum - peak)[:, None]
+        weights = dot(to_bfloat16(shares), ones, weights * back)
+        vs = head_values(pool, page, layer, 1, kv_head, LAYERS, KV_HEADS, PAGE_SIZE, DIM, INT8)
+        v = _load_block(vs + slot * DIM, there, DIM, DIMS)
+        if INT8:
+            v_scales = head_scales(scales, page, layer, 1, kv_head, LAYERS, KV_HEADS, PAGE_SIZE, DIM)
+            shares *= tl.load(v_scales + slot, mask=there, other=0.0)[None, :]
+        values = dot(to_bfloat16(shares), widened(v), values * back)
+        maximum = peak
+    return values, tl.max(weights, 1), maximum
+
+
+@triton.jit
+def _merge(values, weights, maximum, more_values, more_weights, more_maximum):
+    """Return the sums over two runs of positions, from those of each, relative to its own maximum."""
+    peak = tl.maximum(maximum, more_maximum)
+    back, more_back = tl.exp2(maximum - peak), tl.exp2(more_maximum - peak)
+    values = values * back[:, None] + more_values * more_back[:, None]
+    return values, weights * back + more_weights * more_back, peak
+
+
+@triton.jit(do_not_specialize=["table_stride", "layer", "window"])
+def attention_kernel(
+    queries,
+    pool,
+    scales,
+    positions,
+    page_tables,
+    table_stride,
+    tiles,
+    tile_count,
+    part_values,
+    part_weights,
+    out,
+    layer,
+    window,
+    HEADS: tl.constexpr,
+    LAYERS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    DIM: tl.constexpr,
+    INT8: tl.constexpr,
+    DIMS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Compute tiles of attention of queries [N, HEADS, DIM]. Programs take tiles in turn, for each kv head.
+
+    A tile (see attention_plan.Tile) that is one part of its rows' context writes sums, relative to a maximum, to
+    part_values [slots, HEADS, DIM], and the sum of weights and the maximum to part_weights [slots, HEADS, 2]; a tile
+    of all parts writes out [N, HEADS, DIM]. DIMS is the power of two that holds DIM.
+    """
+    group: tl.constexpr = HEADS // KV_HEADS
+    token = tl.arange(0, ROWS) // group
+    column = tl.arange(0, DIMS)[None, :]
+    for index in steps(tl.program_id(0), tl.load(tile_count) * KV_HEADS, tl.num_programs(0)):
+        tile, kv_head = tiles + index // KV_HEADS * _FIELDS, index % KV_HEADS
+        row, tokens, sequence = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
+        part, slot = tl.load(tile + 3), tl.load(tile + 4)
+        first = tl.load(positions + row)
+        last = first + tokens - 1
+        head = (kv_head * group + tl.arange(0, ROWS) % group)[:, None]
+        there = (token < tokens)[:, None] & (column < DIM)
+        heads = (row.to(tl.int64) * HEADS + token[:, None] * HEADS + head) * DIM + column
+        q = tl.load(queries + heads, mask=there, other=0.0)
+        begin = tl.maximum(first - window + 1, 0) // BLOCK * BLOCK
+        first_part, end_part = begin // _PART, last // _PART + 1
+        if part >= 0:
+            first_part, end_part = tl.maximum(part, first_part), tl.minimum(part + 1, end_part)
+        values = tl.zeros([ROWS, DIMS], tl.float32)
+        weights = tl.zeros([ROWS], tl.float32)
+        maximum = tl.full([ROWS], _LOWEST, tl.float32)
+        for p in steps(first_part, end_part):
+            more_values, more_weights, more_maximum = _attend_part(
+                q,
+                first + token,
+                first,
+                last,
+                window,
+                tl.maximum(begin, p * _PART),
+                tl.minimum(last + 1, p * _PART + _PART),
+                page_tables + sequence.to(tl.int64) * table_stride,
+                pool,
+                scales,
+                layer,
+                kv_head,
+                LAYERS,
+                KV_HEADS,
+                PAGE_SIZE,
+                DIM,
+                INT8,
+                BLOCK,
+            )
+            values, weights, maximum = _merge(values, weights, maximum, more_values, more_weights, more_maximum)
+        if part < 0:
+            tl.store(out + heads, to_bfloat16(values * tl.div_rn(1.0, weights)[:, None]), mask=there)
+        else:
+            at = ((slot + token).to(tl.int64) * HEADS)[:, None] + head
+            tl.store(part_values + at * DIM + column, values, mask=there)
+            tl.store(part_weights + at * 2, weights[:, None], mask=(token < tokens)[:, None])
+            tl.store(part_weights + at * 2 + 1, maximum[:, None], mask=(token < tokens)[:, None])
+
+
+@triton.jit(do_not_specialize=["window"])
+def merge_kernel(
+    part_values,
+    part_weights,
+    merges,
+    positions,
+    out,
+    window,
+    HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    DIMS: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """out[row, h] = the sums of the row's parts, merged in order, divided by the sum of weights; TILE heads a program.
+
+    merges [N, 2]: part p of the row is at slot merges[row, 0] + p * merges[row, 1]; -1 if it is not in parts.
+    """
+    row = tl.program_id(0)
+    slot, stride = tl.load(merges + 2 * row), tl.load(merges + 2 * row + 1)
+    if slot < 0:
+        return
+    head = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    column = tl.arange(0, DIMS)[None, :]
+    there = (head < HEADS)[:, None] & (column < DIM)
+    position = tl.load(positions + row)
+    values = tl.zeros([TILE, DIMS], tl.float32)
+    weights = tl.zeros([TILE], tl.float32)
+    maximum = tl.full([TILE], _LOWEST, tl.float32)
+    first_part = tl.maximum(position - window + 1, 0) // _PART
+    for p in steps(first_part, position // _PART + 1, 1, loop_unroll_factor=4):
+        at = (slot + p * stride).to(tl.int64) * HEADS + head
+        more_values = tl.load(part_values + at[:, None] * DIM + column, mask=there, other=0.0)
+        more_weights = tl.load(part_weights + at * 2, mask=head < HEADS, other=0.0)
+        more_maximum = tl.load(part_weights + at * 2 + 1, mask=head < HEADS, other=0.0)
+        values, weights, maximum = _merge(values, weights, maximum, more_values, more_weights, more_maximum)
+    heads = (row.to(tl.int64) * HEADS + head[:, None]) * DIM + column
+    tl.store(out + heads, to_bfloat16(values * tl.div_rn(1.0, weights)[:, None]), mask=there)
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Tiles of one size, on the device.
+
+    Attributes:
+        tiles: int32 [capacity, TILE_FIELDS], of which the first count[0] are computed.
+        count: int32 [1].
+        programs: number of programs that share the work: for a CUDA graph, any fixed number.
+        tiling: the size of the tiles, and how to compile for it.
+    """
+
+    tiles: Tensor
+    count: Tensor
+    programs: int
+    tiling: Tiling
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Where sums of parts wait to be merged, on the device.
+
+    Attributes:
+        values: float32 [slots, heads, head_dim].
+        weights: float32 [slots, heads, 2], sums of weights, and maxima.
+        merges: int32 [N, 2], see merge_kernel.
+    """
+
+    values: Tensor
+    weights: Tensor
+    merges: Tensor
+
+    @classmethod
+    def allocate(cls, slots: int, heads: int, head_dim: int, merges: Tensor) -> "Parts":
+        """Allocate memory for `slots` parts of rows beside `merges`."""
+        values = torch.empty((slots, heads, head_dim), dtype=torch.float32, device=merges.device)
+        weights = torch.empty((slots, heads, 2), dtype=torch.float32, device=merges.device)
+        return cls(values, weights, merges)
+
+
+def attention(
+    queries: Tensor, pool: KvPool, rows: StepRows, work: list[Tiles], parts: Parts, layer: int, window: int, out: Tensor
+) -> None:
+    """Write the attention of all rows. A row that is in no tile is left as it is.
+
+    Args:
+        queries: bf16 [N, heads, head_dim], as rope_and_cache leaves them.
+        work: tiles of a Plan, by size.
+        parts: its merging; if merges is empty, no row is in parts.
+        window: the number of latest positions to attend to, 0 for all.
+        out: bf16 [N, heads * head_dim].
+    """
+    window, heads = window or _NO_WINDOW, queries.shape[1]
+    for tiles in work:
+        attention_kernel[(tiles.programs,)](
+            queries,
+            pool.values,
+            pool.scales,
+            rows.positions,
+            rows.page_tables,
+            rows.page_tables.stride(0),
+            tiles.tiles,
+            tiles.count,
+            parts.values,
+            parts.weights,
+            out,
+            layer,
+            window,
+            **pool.constants,
+            **attention_constants(heads, pool.head_dim, tiles.tiling),
+            num_warps=tiles.tiling.warps,
+            num_stages=tiles.tiling.stages,
+            enable_fp_fusion=False,
+        )
+    if len(parts.merges) > 0:
+        merge_kernel[(len(parts.merges), triton.cdiv(heads, _MERGE_HEADS))](
+            parts.values,
+            parts.weights,
+            parts.merges,
+            rows.positions,
+            out,
+            window,
+            **merge_constants(heads, pool.head_dim),
+            num_warps=4,
+            enable_fp_fusion=False,
+        )
+
+
+def attention_constants(heads: int, head_dim: int, tiling: Tiling) -> dict[str, int]:
+    """Return the constants of attention_kernel besides those of the pool."""
+    dims = triton.next_power_of_2(head_dim)
+    return {"HEADS": heads, "DIMS": dims, "BLOCK": block_size(head_dim), "ROWS": tiling.rows}
+
+
+def merge_constants(heads: int, head_dim: int) -> dict[str, int]:
+    """Return the constants of merge_kernel."""
+    return {"HEADS": heads, "DIM": head_dim, "DIMS": triton.next_power_of_2(head_dim), "TILE": _MERGE_HEADS}

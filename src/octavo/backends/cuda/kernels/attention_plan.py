@@ -1,0 +1,117 @@
+"""How the rows of a step are cut into tiles of attention. This decides speed only: no choice here changes a bit."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+PART = 512  # positions whose sums start from zero; parts are merged in order
+TILE_FIELDS = 5  # numbers of a tile: first row, rows, sequence, part (-1: all parts), slot of its first row's sums
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """The size of a tile in queries (rows times the query heads of a kv head), and how to compile for it."""
+
+    rows: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The tiles of a step, and where sums of parts are to be merged.
+
+    Attributes:
+        small: int32 [n, TILE_FIELDS], tiles of sequences whose rows fit into one small tile.
+        large: int32 [m, TILE_FIELDS], tiles of the others. Longest first, both.
+        merges: int32 [N, 2]: part p of row r waits at slot merges[r, 0] + p * merges[r, 1]; -1: r is not in parts.
+    """
+
+    small: np.ndarray
+    large: np.ndarray
+    merges: np.ndarray
+
+
+def block_size(head_dim: int) -> int:
+    """Return the positions of a block: part of the arithmetic, so the same for every tiling and architecture."""
+    return 64 if head_dim <= 128 else 32
+
+
+def tilings(head_dim: int, group: int) -> tuple[Tiling, Tiling]:
+    """Return the small tiling, for decoding, and the large one, for chunks.
+
+    Args:
+        group: query heads of a kv head.
+    """
+    least = max(16, 1 << (group - 1).bit_length())
+    small = Tiling(least, warps=4, stages=2)
+    large = Tiling(max(64, least), 8, 2) if head_dim > 128 else Tiling(max(128, least), 8, 2)
+    return small, large
+
+
+def plan(
+    query_start: np.ndarray, positions: np.ndarray, group: int, small: int, large: int, slots: int, enough: int
+) -> Plan:
+    """Cut a step into tiles, and tiles into parts: small ones while there are slots, large ones if tiles are few.
+
+    Args:
+        query_start: int32 [S + 1], and positions: int32 [N], as in StepBatch.
+        group: query heads of a kv head.
+        small: queries of a small tile, a multiple of 16; large: likewise.
+        slots: how many sums of a row over a part can wait to be merged.
+        enough: the number of large tiles from which on they are not cut into parts.
+    """
+    lengths = np.diff(query_start)
+    per_small, per_large = small // group, large // group
+    merges = np.full((len(positions), 2), -1, np.int32)
+    fits = lengths <= per_small
+    tiles, used = _cut(query_start, positions, np.flatnonzero(fits & (lengths > 0)), per_small, slots, merges, 0)
+    chunks = np.flatnonzero(~fits)
+    if -(-lengths[chunks] // per_large).sum() >= enough:
+        slots = 0
+    large_tiles, _ = _cut(query_start, positions, chunks, per_large, slots, merges, used)
+    return Plan(tiles, large_tiles, merges)
+
+
+def _cut(
+    query_start: np.ndarray,
+    positions: np.ndarray,
+    sequences: np.ndarray,
+    per_tile: int,
+    slots: int,
+    merges: np.ndarray,
+    used: int,
+) -> tuple[np.ndarray, int]:
+    """Cut sequences into tiles of at most `per_tile` rows, and those into parts, longest first, while slots last.
+
+    Args:
+        merges: entries of rows in parts are written.
+        used: slots that are taken.
+
+    Returns:
+        The tiles, int32 [n, TILE_FIELDS], and the number of slots that are taken now.
+    """
+    counts = -(-(query_start[sequences + 1] - query_start[sequences]) // per_tile)
+    sequence = np.repeat(sequences, counts)
+    index = np.arange(len(sequence)) - np.repeat(np.cumsum(counts) - counts, counts)
+    row = query_start[sequence] + index * per_tile
+    rows = np.minimum(per_tile, query_start[sequence + 1] - row)
+    last = positions[row + rows - 1]
+    order = np.argsort(-last, kind="stable")
+    sequence, row, rows, last = sequence[order], row[order], rows[order], last[order]
+    parts = last // PART + 1
+    end = used + np.cumsum(np.where(parts > 1, parts * rows, 0))
+    split = (parts > 1) & (end <= slots)
+    slot = end - parts * rows
+    of_rows = np.repeat(np.flatnonzero(split), rows[split])
+    offset = np.arange(len(of_rows)) - np.repeat(np.cumsum(rows[split]) - rows[split], rows[split])
+    merges[row[of_rows] + offset] = np.stack([slot[of_rows] + offset, rows[of_rows]], axis=1)
+
+    pieces = np.where(split, parts, 1)
+    of = np.repeat(np.arange(len(row)), pieces)
+    part = np.arange(len(of)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+    cut = split[of]
+    at = np.where(cut, slot[of] + part * rows[of], -1)
+    size = np.where(cut, np.minimum(last[of] + 1 - part * PART, PART), last[of] + 1)
+    tiles = np.stack([row[of], rows[of], sequence[of], np.where(cut, part, -1), at], axis=1).astype(np.int32)
+    return tiles[np.argsort(-size, kind="stable")], int(end[split].max(initial=used))
