@@ -23,6 +23,7 @@ GROUP = 8  # blocks of rows that walk the weight together
 PROCESSORS = 132  # of an H100 or H200
 FEWEST_ROWS, MOST_ROWS = 16, 4096  # buckets of rows are the powers of two between
 _MOST_SUMS = 128  # float32 sums per thread, the waiting ones included
+_SHARED_BYTES = 225 << 10  # of a program, on Hopper
 
 
 @dataclass(frozen=True)
@@ -105,16 +106,15 @@ def choose(kind: Kind, outputs: int, inputs: int, spans: int, rows: int, family:
 
 def candidates(outputs: int, spans: int, rows: int, family: Family = "swapped") -> list[Tile]:
     """Return the tiles worth measuring for `rows` rows of a layer with weight [outputs, inputs]."""
-    found = []
-    for shape in _TILES[family]:
-        if shape.rows > max(rows, FEWEST_ROWS, _TILES[family][0].rows) * 2 or shape.rows * 32 < rows:
-            continue
-        for wide in (64, 128):
+    found: list[Tile] = []
+    shapes = [shape for shape in _TILES[family] if min(rows, 256) <= 4 * shape.rows and shape.rows < 2 * rows]
+    for shape in shapes or _TILES[family][:1]:
+        for wide in (64, 128) if shape.swapped else (shape.outputs,):
+            warps = 8 if shape.rows * wide >= 128 * 128 else 4
             for stages in (shape.stages - 1, shape.stages, shape.stages + 2):
-                warps = 8 if shape.rows * wide >= 128 * 128 else 4
-                tile = replace(shape, outputs=wide, stages=stages, warps=warps) if shape.swapped else shape
-                if _stage_bytes(tile) * stages <= 220 << 10:
-                    found += [t for t in _spread(tile, spans) if t not in found]
+                tile = replace(shape, outputs=wide, warps=warps, stages=stages)
+                if _stage_bytes(tile) * stages <= _SHARED_BYTES and tile.sums_per_thread(1) <= _MOST_SUMS:
+                    found += _spread(tile, spans)
     return found
 
 

@@ -56,13 +56,14 @@ def warps(width: int) -> int:
 
 
 def norm(
-    x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, eps: float, row_of: torch.Tensor | None = None
+    x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor, row_of: torch.Tensor | None = None
 ) -> None:
     """Compute out[n] = norm(x[row_of[n]]), or of x[n] without `row_of` (see the module).
 
     Args:
         x: float32 [N, H], contiguous, as all of these.
         weight: bfloat16 or float32 [H].
+        eps: The model's norm_eps.
         out: bfloat16 [R, H].
         row_of: int32 or int64 [R], on the device, where only some rows are wanted.
     """
@@ -78,8 +79,8 @@ def add_norm(
     partials: torch.Tensor,
     x: torch.Tensor,
     weight: torch.Tensor,
-    out: torch.Tensor,
     eps: float,
+    out: torch.Tensor,
     bias: torch.Tensor | None = None,
 ) -> None:
     """Compute x += tree of the partials + bias, in place, and out = norm(x): the same bits as `merge`, then `norm`.
@@ -88,6 +89,7 @@ def add_norm(
         partials: float32 [G, N, H], from linear.partial_sums.
         x: float32 [N, H], the residual stream.
         weight: bfloat16 or float32 [H].
+        eps: The model's norm_eps.
         out: bfloat16 [N, H].
         bias: bfloat16 or float32 [H], of the linear.
     """
