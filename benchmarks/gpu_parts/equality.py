@@ -4,34 +4,30 @@ import argparse
 from dataclasses import replace
 
 import numpy as np
-import torch
 
 from octavo.backends.base import SamplingBatch, StepBatch
 from octavo.backends.cuda.backend import CudaBackend
-from octavo.backends.cuda.kernels.configurations import Family, Kind, Tile, candidates, choose
-from octavo.backends.cuda.kernels.gated import gated
-from octavo.backends.cuda.kernels.linear import linear
 
+from . import shapes
+from .linear_tiles import FAMILIES, LLAMA_8B, QWEN3_06B, Layer, disagreements, tiles_of
 from .report import Report
-from .shapes import QWEN3_06B, backend, random_weights, shortened, step
+from .shapes import backend, random_weights, shortened, step
 
 TOKENS = np.random.default_rng(0).integers(1, 1000, 1200).tolist()
 PAGES = np.random.default_rng(1).permutation(60)[:38].tolist()  # of 32 tokens, for 1,200 of them
-LAYERS = [("linear", 6144, 4096, 1), ("linear", 4096, 4096, 8), ("linear", 4096, 14336, 8), ("gated", 28672, 4096, 1)]
-FAMILIES: tuple[Family, ...] = ("swapped", "plain", "hmma")
 
 
 def run(report: Report, options: argparse.Namespace) -> None:
     with report.attempt("model"):
         whole_model(report)
-    for kind, outputs, inputs, spans in LAYERS:
-        with report.attempt(f"{kind} {outputs}x{inputs}/{spans}"):
-            tiles(report, kind, outputs, inputs, spans)
+    for layer in (LLAMA_8B[3], LLAMA_8B[2], LLAMA_8B[0], QWEN3_06B[1]):
+        with report.attempt(layer.name):
+            tiles(report, layer)
 
 
 def whole_model(report: Report) -> None:
     """Check a model of four layers in Qwen3-0.6B's shapes."""
-    spec = shortened(QWEN3_06B, 4)
+    spec = shortened(shapes.QWEN3_06B, 4)
     weights = random_weights(spec)
     sizes = {"batch_tokens": 1536, "batch_size": 1200, "model_len": 2048}
     made = backend(spec, weights, 160, **sizes)
@@ -128,52 +124,15 @@ def one_row(batch: StepBatch, wanted: SamplingBatch, row: int) -> StepBatch:
     return replace(batch, sample_rows=rows, sampling=replace(SamplingBatch.greedy(1), **one))
 
 
-def tiles(report: Report, kind: Kind, outputs: int, inputs: int, spans: int) -> None:
-    """Compare all tiles of a layer, and rows alone with rows among others."""
-    generator = torch.Generator("cuda").manual_seed(1)
-    x = torch.randn(520, inputs, device="cuda", generator=generator).bfloat16()
-    weight = (torch.randn(outputs, inputs, device="cuda", generator=generator) / inputs**0.5).bfloat16()
-    expected = computed(kind, x, weight, spans, None)
-    name = f"{kind} {outputs}x{inputs}" + (f", {spans} spans" if spans > 1 else "")
-    for rows in (1, 2, 17, 64, 130, 400):
-        got = computed(kind, x[:rows], weight, spans, None)
-        report.check(f"{name}: {rows} rows", torch.equal(got, expected[:rows]))
+def tiles(report: Report, layer: Layer) -> None:
+    """Compare the tiles of each family with the first of the default family, and few rows with many."""
     for family in FAMILIES:
-        different, failed, count = [], [], 0
-        for rows in (1, 130, 520):
-            for tile in sampled(candidates(outputs, spans, rows, family)):
-                if report.seconds_left < 5:
-                    break
-                count += 1
-                try:
-                    got = computed(kind, x[:rows], weight, spans, tile)
-                    if not torch.equal(got, expected[:rows]):
-                        different.append((rows, tile, float((got.float() - expected[:rows].float()).abs().max())))
-                except Exception as error:
-                    failed.append((rows, tile, error))
-        value = f"{count - len(different) - len(failed)} of {count} equal"
-        if different:
-            value += f"; rows {different[0][0]} {different[0][1]} differs by {different[0][2]:.1e}"
-        if failed:
-            value += f"; {len(failed)} failed: rows {failed[0][0]} {failed[0][1]}: {str(failed[0][2])[:200]}"
-        report.check(f"{name}: tiles {family}", not different and not failed, value)
-
-
-def sampled(tiles: list[Tile]) -> list[Tile]:
-    """Return up to six tiles, spread over the list: each takes seconds to compile."""
-    return tiles[:: max(1, len(tiles) // 6)][:6]
-
-
-def computed(kind: Kind, x: torch.Tensor, weight: torch.Tensor, spans: int, tile: Tile | None) -> torch.Tensor:
-    outputs, inputs = weight.shape
-    tile = tile or choose(kind, outputs, inputs, spans, len(x))
-    if kind == "gated":
-        out = torch.empty(len(x), outputs // 2, dtype=torch.bfloat16, device="cuda")
-        gated(x, weight, out, "silu", tile=tile)
-        return out
-    out = torch.empty(len(x), outputs, dtype=torch.float32, device="cuda")
-    linear(x, weight, out, spans=spans, tile=tile)
-    return out
+        if report.seconds_left < 15:
+            return
+        families = ("swapped",) if family == "swapped" else ("swapped", family)
+        found, count = disagreements(layer, families), len(tiles_of(layer, (family,)))
+        name = f"{layer.name} {layer.outputs}x{layer.inputs}/{layer.spans}: {count} tiles, {family}"
+        report.check(name, not found, f"{len(found)} differ or fail; {found[0]}" if found else "")
 
 
 def chunked(made: CudaBackend, chunk: int, pages: list[int], length: int = 1200) -> np.ndarray:

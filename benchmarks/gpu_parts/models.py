@@ -70,7 +70,8 @@ def decode(
     )
     report.add(
         f"{what}: in turn",
-        f"{sequences / wall:9,.0f} tok/s  {wall * 1e3:7.3f} ms  device {device * 1e3:.3f}, host's launch {host * 1e3:.3f} ms",
+        f"{sequences / wall:9,.0f} tok/s  {wall * 1e3:7.3f} ms  "
+        f"device {device * 1e3:.3f}, host's launch {host * 1e3:.3f} ms",
         wall,
     )
     hidden = device / overlapped

@@ -94,14 +94,14 @@ class CudaOps:
         scale, eps = self.weights[weight], self.spec.norm_eps
         if isinstance(x, SampledRows):
             out = self._new(len(self.inputs.sample_rows), self.spec.hidden_size, torch.bfloat16)
-            norm(x.x, scale, out, eps, row_of=self.inputs.sample_rows)
+            norm(x.x, scale, eps, out, row_of=self.inputs.sample_rows)
             return out
         assert isinstance(x, Residual)
         out = torch.empty_like(x.x, dtype=torch.bfloat16)
         if x.partials is None:
-            norm(x.x, scale, out, eps)
+            norm(x.x, scale, eps, out)
         else:
-            add_norm(x.partials, x.x, scale, out, eps, bias=x.bias)
+            add_norm(x.partials, x.x, scale, eps, out, bias=x.bias)
             x.partials = None
         return out
 
