@@ -1,0 +1,164 @@
+"""Which tiles a linear layer is computed in, by its shape and the number of rows.
+
+No tile changes a bit of the result: BLOCK_K is one constant, and every tile sums over k in one order. What differs is the
+matrix instruction. On Hopper a tile whose left operand has 64 rows or more uses HGMMA, a smaller one HMMA. A family is a
+set of tiles that uses one instruction, for chips on which the two should differ:
+
+    swapped  the weight on the left: HGMMA for any number of rows. The default.
+    plain    the rows on the left, 64 or more of them: HGMMA.
+    hmma     the rows on the left, 16 or 32 of them: HMMA.
+"""
+
+import json
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from importlib.resources import files
+from typing import Literal
+
+Kind = Literal["linear", "gated", "int8"]
+Family = Literal["swapped", "plain", "hmma"]
+
+BLOCK_K = 64
+GROUP = 8  # blocks of rows that walk the weight together
+PROCESSORS = 132  # of an H100 or H200
+FEWEST_ROWS, MOST_ROWS = 16, 4096  # buckets of rows are the powers of two between
+_MOST_SUMS = 128  # float32 sums per thread, the waiting ones included
+_SHARED_BYTES = 225 << 10  # of a program, on Hopper
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How a kernel is launched.
+
+    Attributes:
+        rows: rows of x in a tile.
+        outputs: rows of the weight in a tile.
+        warps: of a program.
+        stages: blocks of k that are in flight.
+        swapped: the weight is the matrix instruction's left operand.
+        groups: programs that share the spans of a tile. Their sums are merged afterwards.
+        waits_in_memory: sums of spans wait in memory for their partner in the tree, not in registers.
+        programs: the most programs of a kernel whose sums wait in memory.
+    """
+
+    rows: int
+    outputs: int
+    warps: int
+    stages: int
+    swapped: bool = True
+    groups: int = 1
+    waits_in_memory: bool = False
+    programs: int = PROCESSORS
+
+    def spans_here(self, spans: int) -> int:
+        """Return how many of a layer's spans one program sums."""
+        return spans // self.groups
+
+    @property
+    def constants(self) -> dict[str, int]:
+        """Return the kernel's parameters that are known when it is compiled."""
+        return {
+            "BLOCK_ROWS": self.rows,
+            "BLOCK_OUTPUTS": self.outputs,
+            "BLOCK_K": BLOCK_K,
+            "GROUP": GROUP,
+            "SWAPPED": self.swapped,
+        }
+
+    @property
+    def options(self) -> dict[str, int]:
+        """Return Triton's options. Fused multiplication and addition is off, so that no bit depends on its choice."""
+        return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": False}
+
+    def sums_per_thread(self, spans: int) -> int:
+        """Return how many float32 sums a thread holds, those that wait included."""
+        here = 1 if self.waits_in_memory else self.spans_here(spans)
+        return self.rows * self.outputs // (32 * self.warps) * here.bit_length()
+
+
+_TILES: dict[Family, list[Tile]] = {  # by rows
+    "swapped": [
+        Tile(16, 64, 4, 6),
+        Tile(32, 64, 4, 6),
+        Tile(64, 64, 4, 5),
+        Tile(128, 128, 8, 4),
+        Tile(256, 128, 8, 4),
+    ],
+    "plain": [
+        Tile(64, 64, 4, 5, swapped=False),
+        Tile(128, 128, 8, 4, swapped=False),
+        Tile(128, 256, 8, 4, swapped=False),
+    ],
+    "hmma": [
+        Tile(16, 64, 4, 6, swapped=False),
+        Tile(32, 128, 4, 5, swapped=False),
+    ],
+}
+
+
+@lru_cache(maxsize=4096)
+def choose(kind: Kind, outputs: int, inputs: int, spans: int, rows: int, family: Family = "swapped") -> Tile:
+    """Return the tile for `rows` rows of a layer with weight [outputs, inputs]: the tuned one, or a guess."""
+    bucket = min(max(FEWEST_ROWS, 1 << (rows - 1).bit_length()), MOST_ROWS)
+    tuned = _tuned().get(_key(kind, outputs, inputs, spans, bucket)) if family == "swapped" else None
+    return tuned or _guess(outputs, spans, bucket, family)
+
+
+def candidates(outputs: int, spans: int, rows: int, family: Family = "swapped") -> list[Tile]:
+    """Return the tiles worth measuring for `rows` rows of a layer with weight [outputs, inputs]."""
+    found: list[Tile] = []
+    shapes = [shape for shape in _TILES[family] if min(rows, 256) <= 4 * shape.rows and shape.rows < 2 * rows]
+    for shape in shapes or _TILES[family][:1]:
+        for wide in (64, 128) if shape.swapped else (shape.outputs,):
+            warps = 8 if shape.rows * wide >= 128 * 128 else 4
+            for stages in (shape.stages - 1, shape.stages, shape.stages + 2):
+                tile = replace(shape, outputs=wide, warps=warps, stages=stages)
+                if _stage_bytes(tile) * stages <= _SHARED_BYTES and tile.sums_per_thread(1) <= _MOST_SUMS:
+                    found += _spread(tile, spans)
+    return found
+
+
+def write_tuned(table: dict[tuple[Kind, int, int, int, int], Tile]) -> str:
+    """Return the text of tuned.json for a table by (kind, outputs, inputs, spans, rows)."""
+    entries = {_key(*key): asdict(tile) for key, tile in sorted(table.items())}
+    return "{\n" + ",\n".join(f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in entries.items()) + "\n}\n"
+
+
+def _guess(outputs: int, spans: int, rows: int, family: Family) -> Tile:
+    shapes = _TILES[family]
+    tile = next((shape for shape in shapes if shape.rows >= rows), shapes[-1])
+    ways = _spread(tile, spans)
+    blocks = -(-rows // tile.rows) * -(-outputs // tile.outputs)
+    enough = [way for way in ways if blocks * way.groups >= 3 * PROCESSORS // 2]
+    return (enough or ways[-1:])[0]
+
+
+def _spread(tile: Tile, spans: int) -> list[Tile]:
+    """Return the ways to divide the spans of a tile between programs, the fewest programs first."""
+    if spans == 1:
+        return [tile]
+    groups = [g for g in (1, 2, 4, 8) if spans % g == 0 and _is_power(spans // g) and (g == 1 or _is_power(g))]
+    groups += [spans] if spans not in groups else []
+    ways = [replace(tile, groups=g) for g in sorted({1, *groups})]
+    in_registers = [way for way in ways if way.sums_per_thread(spans) <= _MOST_SUMS]
+    in_memory = [] if in_registers and in_registers[0].groups == 1 else [replace(tile, waits_in_memory=True)]
+    return in_memory + in_registers
+
+
+def _is_power(n: int) -> bool:
+    return n & (n - 1) == 0
+
+
+def _stage_bytes(tile: Tile) -> int:
+    return (tile.rows + tile.outputs) * BLOCK_K * 2
+
+
+def _key(kind: Kind, outputs: int, inputs: int, spans: int, rows: int) -> str:
+    return f"{kind} {outputs}x{inputs}/{spans} {rows}"
+
+
+@lru_cache(maxsize=1)
+def _tuned() -> dict[str, Tile]:
+    """Return the measured tiles in tuned.json, which benchmarks/gpu.py writes."""
+    file = files(__package__) / "tuned.json"
+    return {key: Tile(**value) for key, value in json.loads(file.read_text()).items()} if file.is_file() else {}

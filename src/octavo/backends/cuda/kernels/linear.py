@@ -1,0 +1,419 @@
+"""Linear layers in bfloat16. With x [N, K], weight [M, K], bias [M] or none, residual [N, M] or none:
+
+    out[n, m] = sum over k of x[n, k] weight[m, k] + bias[m] + residual[n, m]
+
+Each sum is float32 and takes k in one order, whatever N is: matrix instructions of 16 k each, in ascending order. With
+S > 1 spans, K is cut into S equal spans, each is summed from zero, and the tree of tree.py adds them.
+
+Tiles differ by N (configurations.py). A tile is `swapped` if the weight is the matrix instruction's left operand, whose
+side has at least 64 rows on Hopper, so that a step of a few rows uses the same instruction as one of thousands.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from . import numbers
+from .configurations import Tile, choose
+from .tree import carry, close, tree_sum
+
+# Sums of a tile that are added at a time to those that wait in memory: the rest of the registers is taken.
+PART = tl.constexpr(128 * 64)
+
+
+@triton.jit
+def place(tile, row_blocks, output_blocks, GROUP: tl.constexpr):
+    """Return (row block, output block) of a tile. Tiles that run together share rows and weights in the L2 cache."""
+    group = tile // (GROUP * output_blocks)
+    first = group * GROUP
+    size = tl.minimum(row_blocks - first, GROUP)
+    within = tile % (GROUP * output_blocks)
+    return first + within % size, within // size
+
+
+@triton.jit
+def product(
+    x,
+    weight,
+    row,
+    weight_row,
+    rows,
+    start,
+    K: tl.constexpr,
+    LENGTH: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SWAPPED: tl.constexpr,
+):
+    """Return the sums over `start` <= k < `start` + LENGTH of x[row, k] weight[weight_row, k], float32.
+
+    Args:
+        row: int32 [R]; those not below `rows` count as zeros.
+        weight_row: int32 [C], all of them in the weight.
+
+    Returns:
+        [R, C], or [C, R] if SWAPPED.
+    """
+    k = tl.arange(0, BLOCK_K)
+    x_at = x + row.to(tl.int64)[:, None] * K + (start + k)[None, :]
+    w_at = weight + weight_row.to(tl.int64)[:, None] * K + (start + k)[None, :]
+    known = (row < rows)[:, None]
+    if SWAPPED:
+        acc = tl.zeros((weight_row.shape[0], row.shape[0]), tl.float32)
+    else:
+        acc = tl.zeros((row.shape[0], weight_row.shape[0]), tl.float32)
+    for first in range(0, LENGTH, BLOCK_K):
+        if LENGTH % BLOCK_K == 0:
+            a = tl.load(x_at, mask=known, other=0.0)
+            b = tl.load(w_at)
+        else:
+            inside = (first + k < LENGTH)[None, :]
+            a = tl.load(x_at, mask=known & inside, other=0.0)
+            b = tl.load(w_at, mask=inside, other=0.0)
+        if SWAPPED:
+            acc = numbers.dot(b, tl.trans(a), acc)
+        else:
+            acc = numbers.dot(a, tl.trans(b), acc)
+        x_at += BLOCK_K
+        w_at += BLOCK_K
+    return acc
+
+
+@triton.jit
+def spans_sum(
+    x,
+    weight,
+    row,
+    weight_row,
+    rows,
+    first_span,
+    K: tl.constexpr,
+    SPANS: tl.constexpr,
+    SPANS_HERE: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SWAPPED: tl.constexpr,
+):
+    """Return the tree's sum of `product` over SPANS_HERE of the SPANS spans of K, in registers."""
+    LENGTH: tl.constexpr = K // SPANS
+    if SPANS_HERE == 1:
+        return product(x, weight, row, weight_row, rows, first_span * LENGTH, K, LENGTH, BLOCK_K, SWAPPED)
+    else:
+        if SWAPPED:
+            total = tl.zeros((weight_row.shape[0], row.shape[0]), tl.float32)
+        else:
+            total = tl.zeros((row.shape[0], weight_row.shape[0]), tl.float32)
+        pending0, pending1, pending2 = total, total, total
+        for s in range(SPANS_HERE):
+            start = (first_span + s) * LENGTH
+            total = product(x, weight, row, weight_row, rows, start, K, LENGTH, BLOCK_K, SWAPPED)
+            total, pending0, pending1, pending2 = carry(total, s, pending0, pending1, pending2, SPANS_HERE)
+        return close(total, pending1, pending2, SPANS_HERE)
+
+
+@triton.jit
+def store(values, out, bias, residual, row, output, rows, outputs):
+    """out[row, output] = values + bias[output] + residual[row, output], rounded to the type of `out`.
+
+    Args:
+        values: float32 [R, C].
+        bias: [outputs] or None.
+        residual: float32 [rows, outputs] or None; may be `out`.
+    """
+    known = (row < rows)[:, None] & (output < outputs)[None, :]
+    at = row.to(tl.int64)[:, None] * outputs + output[None, :]
+    if bias is not None:
+        values += tl.load(bias + output, mask=output < outputs, other=0.0).to(tl.float32)[None, :]
+    if residual is not None:
+        values += tl.load(residual + at, mask=known, other=0.0)
+    if out.dtype.element_ty == tl.bfloat16:
+        tl.store(out + at, numbers.to_bfloat16(values), mask=known)
+    else:
+        tl.store(out + at, values, mask=known)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def linear_kernel(
+    x,
+    weight,
+    out,
+    bias,
+    residual,
+    rows,
+    outputs,
+    K: tl.constexpr,
+    SPANS: tl.constexpr,
+    SPANS_HERE: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_OUTPUTS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+    SWAPPED: tl.constexpr,
+):
+    """out[n, m] = x[n, :] . weight[m, :] + bias[m] + residual[n, m] of one tile: program (tile, 0).
+
+    With SPANS_HERE < SPANS, program (tile, g) writes the sum of spans g * SPANS_HERE on to out[g, n, m], float32, and
+    there are no bias and no residual.
+    """
+    row_blocks, output_blocks = tl.cdiv(rows, BLOCK_ROWS), tl.cdiv(outputs, BLOCK_OUTPUTS)
+    row_block, output_block = place(tl.program_id(0), row_blocks, output_blocks, GROUP)
+    row = row_block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    output = output_block * BLOCK_OUTPUTS + tl.arange(0, BLOCK_OUTPUTS)
+    weight_row = tl.minimum(output, outputs - 1)
+    group = tl.program_id(1)
+    total = spans_sum(
+        x, weight, row, weight_row, rows, group * SPANS_HERE, K, SPANS, SPANS_HERE, BLOCK_K, SWAPPED
+    )
+    if SWAPPED:
+        total = tl.trans(total)
+    if SPANS_HERE < SPANS:
+        out += group.to(tl.int64) * rows * outputs
+    store(total, out, bias, residual, row, output, rows, outputs)
+
+
+@triton.jit
+def halves(acc):
+    """Return the left and the right half of acc [A, B]: [A, B / 2] each."""
+    A: tl.constexpr = acc.shape[0]
+    B: tl.constexpr = acc.shape[1]
+    return tl.split(tl.permute(tl.reshape(acc, (A, 2, B // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def fold(acc, s, waiting, SIZE: tl.constexpr):
+    """Do as tree.carry for a span that is not the last, with the sums that wait in memory.
+
+    Args:
+        acc: The sums of span s, float32 [A, B].
+        waiting: Where the sums that wait are; level i is at `waiting + i * SIZE`.
+    """
+    A: tl.constexpr = acc.shape[0]
+    B: tl.constexpr = acc.shape[1]
+    if A * B > PART:
+        left, right = halves(acc)
+        fold(left, s, waiting, SIZE)
+        fold(right, s, waiting + A * B // 2, SIZE)
+    else:
+        tl.debug_barrier()  # another thread may have written what this one reads
+        at = waiting + (tl.arange(0, A)[:, None] * B + tl.arange(0, B)[None, :])
+        for level in tl.static_range(2):  # masked, not in branches: those would move the sums between threads
+            waits = s & (2 << level) - 1 == (2 << level) - 1
+            acc = tl.where(waits, tl.load(at + level * SIZE, mask=waits, other=0.0) + acc, acc)
+        level = tl.where(s & 1 == 0, 0, tl.where(s & 3 == 1, 1, 2))
+        tl.store(at + level * SIZE, acc)
+
+
+@triton.jit
+def fold_last(
+    acc,
+    waiting,
+    out,
+    bias,
+    residual,
+    first_row,
+    first_output,
+    rows,
+    outputs,
+    SPANS: tl.constexpr,
+    SIZE: tl.constexpr,
+    SWAPPED: tl.constexpr,
+):
+    """Add the sums that wait to those of the last span, and `store` a tile that begins at (first_row, first_output)."""
+    A: tl.constexpr = acc.shape[0]
+    B: tl.constexpr = acc.shape[1]
+    if A * B > PART:
+        left, right = halves(acc)
+        fold_last(
+            left, waiting, out, bias, residual, first_row, first_output, rows, outputs, SPANS, SIZE, SWAPPED
+        )
+        second_row = first_row + (B // 2 if SWAPPED else 0)
+        second_output = first_output + (0 if SWAPPED else B // 2)
+        waiting += A * B // 2
+        fold_last(
+            right, waiting, out, bias, residual, second_row, second_output, rows, outputs, SPANS, SIZE, SWAPPED
+        )
+    else:
+        tl.debug_barrier()
+        at = waiting + (tl.arange(0, A)[:, None] * B + tl.arange(0, B)[None, :])
+        for level in tl.static_range(3):
+            if (SPANS - 1) >> level & 1 == 1:
+                acc = tl.load(at + level * SIZE) + acc
+        if SWAPPED:
+            row, output = first_row + tl.arange(0, B), first_output + tl.arange(0, A)
+            store(tl.trans(acc), out, bias, residual, row, output, rows, outputs)
+        else:
+            row, output = first_row + tl.arange(0, A), first_output + tl.arange(0, B)
+            store(acc, out, bias, residual, row, output, rows, outputs)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def large_spanned_kernel(
+    x,
+    weight,
+    out,
+    bias,
+    residual,
+    waiting,
+    rows,
+    outputs,
+    K: tl.constexpr,
+    SPANS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_OUTPUTS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+    SWAPPED: tl.constexpr,
+):
+    """Do as linear_kernel with SPANS > 1, for tiles whose waiting sums don't fit in registers.
+
+    Program p computes tiles p, p + programs and so on. Its waiting sums are in waiting[p], float32 [3, tile].
+    """
+    row_blocks, output_blocks = tl.cdiv(rows, BLOCK_ROWS), tl.cdiv(outputs, BLOCK_OUTPUTS)
+    LENGTH: tl.constexpr = K // SPANS
+    SIZE: tl.constexpr = BLOCK_ROWS * BLOCK_OUTPUTS
+    waiting += tl.program_id(0).to(tl.int64) * 3 * SIZE
+    tile = tl.program_id(0)
+    while tile < row_blocks * output_blocks:
+        row_block, output_block = place(tile, row_blocks, output_blocks, GROUP)
+        first_row, first_output = row_block * BLOCK_ROWS, output_block * BLOCK_OUTPUTS
+        row = first_row + tl.arange(0, BLOCK_ROWS)
+        weight_row = tl.minimum(first_output + tl.arange(0, BLOCK_OUTPUTS), outputs - 1)
+        for s in range(SPANS - 1):
+            acc = product(x, weight, row, weight_row, rows, s * LENGTH, K, LENGTH, BLOCK_K, SWAPPED)
+            fold(acc, s, waiting, SIZE)
+        acc = product(x, weight, row, weight_row, rows, K - LENGTH, K, LENGTH, BLOCK_K, SWAPPED)
+        fold_last(
+            acc, waiting, out, bias, residual, first_row, first_output, rows, outputs, SPANS, SIZE, SWAPPED
+        )
+        tile += tl.num_programs(0)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def merge_kernel(partials, out, bias, residual, rows, outputs, COUNT: tl.constexpr, BLOCK: tl.constexpr):
+    """out[n, m] = tree over g of partials[g, n, m] + bias[m] + residual[n, m]. Program (block of m, n)."""
+    row = tl.program_id(1) + tl.arange(0, 1)
+    output = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    known = (row < rows)[:, None] & (output < outputs)[None, :]
+    at = row.to(tl.int64)[:, None] * outputs + output[None, :]
+    total = tree_sum(partials + at, rows.to(tl.int64) * outputs, known, COUNT)
+    store(total, out, bias, residual, row, output, rows, outputs)
+
+
+def linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    out: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    spans: int = 1,
+    rows: int | None = None,
+    tile: Tile | None = None,
+) -> None:
+    """Compute out = x weightᵀ + bias + residual (see the module).
+
+    Args:
+        x: bfloat16 [N, K], contiguous, as all of these.
+        weight: bfloat16 [M, K].
+        out: bfloat16 or float32 [N, M].
+        bias: bfloat16 or float32 [M].
+        residual: float32 [N, M]; may be `out`.
+        spans: K is summed in this many equal spans (tree.py), at most 8.
+        rows: Compute only this many rows, the first ones; None: all.
+        tile: How to compute it; None: as configurations.py says.
+    """
+    rows = len(x) if rows is None else rows
+    outputs, inputs = weight.shape
+    tile = tile or choose("linear", outputs, inputs, spans, rows)
+    if rows == 0:
+        return
+    if tile.waits_in_memory:
+        _large_spanned(x, weight, out, bias, residual, spans, rows, tile)
+    elif tile.spans_here(spans) == spans:
+        _launch(x, weight, out, bias, residual, spans, rows, tile)
+    else:
+        partials = x.new_empty((spans // tile.spans_here(spans), rows, outputs), dtype=torch.float32)
+        _launch(x, weight, partials, None, None, spans, rows, tile)
+        merge(partials, out, bias, residual)
+
+
+def partial_sums(
+    x: torch.Tensor, weight: torch.Tensor, spans: int, rows: int | None = None, tile: Tile | None = None
+) -> torch.Tensor | None:
+    """Return the sums that `merge` or `norm` still has to add, float32 [G, N, M], or None if `linear` leaves none."""
+    rows = len(x) if rows is None else rows
+    outputs, inputs = weight.shape
+    tile = tile or choose("linear", outputs, inputs, spans, rows)
+    if tile.waits_in_memory or tile.spans_here(spans) == spans or rows == 0:
+        return None
+    partials = x.new_empty((spans // tile.spans_here(spans), rows, outputs), dtype=torch.float32)
+    _launch(x, weight, partials, None, None, spans, rows, tile)
+    return partials
+
+
+def merge(
+    partials: torch.Tensor, out: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor | None
+) -> None:
+    """Compute out[n, m] = tree over g of partials[g, n, m] + bias[m] + residual[n, m]."""
+    count, rows, outputs = partials.shape
+    block = 1024
+    grid = (triton.cdiv(outputs, block), rows)
+    merge_kernel[grid](
+        partials, out, bias, residual, rows, outputs, count, block, num_warps=4, enable_fp_fusion=False
+    )
+
+
+def _launch(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    out: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    spans: int,
+    rows: int,
+    tile: Tile,
+) -> None:
+    outputs, inputs = weight.shape
+    here = tile.spans_here(spans)
+    grid = (triton.cdiv(rows, tile.rows) * triton.cdiv(outputs, tile.outputs), spans // here)
+    linear_kernel[grid](
+        x,
+        weight,
+        out,
+        bias,
+        residual,
+        rows,
+        outputs,
+        K=inputs,
+        SPANS=spans,
+        SPANS_HERE=here,
+        **tile.constants,
+        **tile.options,
+    )
+
+
+def _large_spanned(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    out: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    spans: int,
+    rows: int,
+    tile: Tile,
+) -> None:
+    outputs, inputs = weight.shape
+    tiles = triton.cdiv(rows, tile.rows) * triton.cdiv(outputs, tile.outputs)
+    programs = min(tiles, tile.programs)
+    waiting = x.new_empty((programs, 3, tile.rows * tile.outputs), dtype=torch.float32)
+    large_spanned_kernel[(programs,)](
+        x,
+        weight,
+        out,
+        bias,
+        residual,
+        waiting,
+        rows,
+        outputs,
+        K=inputs,
+        SPANS=spans,
+        **tile.constants,
+        **tile.options,
+    )
