@@ -1,11 +1,11 @@
-"""The cuda backend's attention without a GPU: its kernels in Triton's interpreter, and how it cuts a step into tiles."""
+"""The attention of the cuda backend without a GPU: kernels in the interpreter, and how a step is cut into tiles."""
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from interpreter import run_interpreted
 
+from interpreter import run_interpreted
 from octavo.backends.cuda.kernels.attention_plan import PART, plan
 
 
