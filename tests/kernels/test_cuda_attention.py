@@ -24,7 +24,7 @@ if not INTERPRETED:
         query_start = np.cumsum([0, *(rows for _, rows in pieces)], dtype=np.int32)
         positions = np.concatenate([np.arange(first, first + rows) for first, rows in pieces]).astype(np.int32)
         cut = plan(query_start, positions, group, 16, 64, slots, enough)
-        covered, taken = set(), set()
+        covered, taken, bases = set(), set(), {}
         for tiles, queries in ((cut.small, 16), (cut.large, 64)):
             for first, rows, sequence, part, slot, position in tiles.tolist():
                 assert 0 < rows * group <= queries
@@ -32,15 +32,14 @@ if not INTERPRETED:
                 assert query_start[sequence] <= first and first + rows <= query_start[sequence + 1]
                 for row in range(first, first + rows):
                     in_parts = part >= 0
-                    assert in_parts == (cut.merges[row, 0] >= 0)
                     for p in [part] if in_parts else range(positions[row] // PART + 1):
                         assert (row, p) not in covered
                         covered.add((row, p))
                     if in_parts:
                         at = slot + row - first
-                        assert at == cut.merges[row, 0] + part * cut.merges[row, 1]
                         assert 0 <= at < slots and at not in taken
                         taken.add(at)
+                        assert bases.setdefault(first, slot - part * rows) == slot - part * rows
         assert {(r, p) for r, position in enumerate(positions) for p in range(position // PART + 1)} <= covered
 
 else:
