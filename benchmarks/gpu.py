@@ -6,10 +6,10 @@
     d  whole models of random weights: decode, prefill, host time per step
     e  transformers on the same machine
 
-It needs only the working tree, PyTorch and Triton; --wheels names a folder with wheels of other packages (msgspec). Each
-part runs in a process of its own within its share of --seconds; a part that fails leaves the others alone. Lines that
-begin with + are checks that hold or targets that are reached, those with ! are not. --out receives gpu.json, with every
-line, and tuned.json.
+It needs only the working tree, PyTorch and Triton; --wheels names a folder with wheels of other packages (msgspec).
+Each part runs in a process of its own within its share of --seconds; a part that fails leaves the others alone. Lines
+that begin with + are checks that hold or targets that are reached, those with ! are not. --out receives gpu.json, with
+every line, and tuned.json.
 """
 
 import argparse

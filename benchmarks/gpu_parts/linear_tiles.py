@@ -168,7 +168,9 @@ def figures(layer: Layer, rows: int, took: float) -> str:
     return f"{took * 1e6:8.1f} us  {layer.weight_bytes / took / 1e12:5.2f} TB/s of weights  {tera:6.1f} TFLOP/s"
 
 
-def tune(layers: Iterable[Layer], end: float, family: Family = "swapped") -> dict[tuple[Kind, int, int, int, int], Tile]:
+def tune(
+    layers: Iterable[Layer], end: float, family: Family = "swapped"
+) -> dict[tuple[Kind, int, int, int, int], Tile]:
     """Measure the candidates of each layer and number of rows until `end` (time.monotonic). Returns the fastest."""
     best: dict[tuple[Kind, int, int, int, int], Tile] = {}
     for rows in (16, 64, 256, 2048, 32, 128, 512, 1024, 4096):
@@ -204,7 +206,9 @@ def main() -> None:
         for layer in (*LLAMA_8B[:4], *QWEN3_06B[:4]):
             found = disagreements(layer, families)
             tiles, error = len(tiles_of(layer, families)), relative_error(layer)
-            print(f"{layer.name} {layer.outputs}x{layer.inputs}: {tiles} tiles, error {error:.1e}, {len(found)} disagree")
+            print(
+                f"{layer.name} {layer.outputs}x{layer.inputs}: {tiles} tiles, error {error:.1e}, {len(found)} disagree"
+            )
             print("\n".join(f"  {line}" for line in found[:12]), flush=True)
     if "time" in options.what:
         for layer in layers:

@@ -74,6 +74,7 @@ def backend(
     batch_size: int = 256,
     model_len: int = 2048,
     page_size: int = PAGE_SIZE,
+    int8_kv: bool = False,
 ) -> CudaBackend:
     """Return the cuda backend of a model, with a KV pool."""
     made = CudaBackend(
@@ -83,14 +84,13 @@ def backend(
         max_batch_tokens=batch_tokens,
         max_batch_size=batch_size,
         max_model_len=model_len,
+        int8_kv=int8_kv,
     )
     made.allocate_kv(pages)
     return made
 
 
-def step(
-    pieces: Sequence[tuple[Sequence[int], int, Sequence[int]]], sample: Sequence[int] | None = None
-) -> StepBatch:
+def step(pieces: Sequence[tuple[Sequence[int], int, Sequence[int]]], sample: Sequence[int] | None = None) -> StepBatch:
     """Return a step of `pieces`: (new tokens, position of the first, page table). `sample`: rows; None: all."""
     lengths = [len(tokens) for tokens, _, _ in pieces]
     tables = np.zeros((len(pieces), max(len(pages) for _, _, pages in pieces)), np.int32)

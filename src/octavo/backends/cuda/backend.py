@@ -255,7 +255,12 @@ def check(
         raise ValueError("a step has more tokens than max_batch_tokens, or more sampled rows than max_batch_size")
     if len(batch.positions) != rows or len(batch.sampling.temperature) != len(batch.sample_rows):
         raise ValueError("a step needs one entry per token, and the sampling one entry per sampled row")
-    if len(lengths) != sequences or batch.query_start[0] != 0 or batch.query_start[-1] != rows or lengths.min(initial=0) < 0:
+    if (
+        len(lengths) != sequences
+        or batch.query_start[0] != 0
+        or batch.query_start[-1] != rows
+        or lengths.min(initial=0) < 0
+    ):
         raise ValueError("query_start must run from 0 to the number of tokens, with an entry per sequence")
     if not rows:
         return

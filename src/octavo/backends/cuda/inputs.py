@@ -45,7 +45,13 @@ class Inputs:
     """Makes the inputs of steps. Each step overwrites those of the step before, in the order of the stream."""
 
     def __init__(
-        self, spec: DecoderSpec, page_size: int, max_model_len: int, max_batch_tokens: int, rows: int, device: torch.device
+        self,
+        spec: DecoderSpec,
+        page_size: int,
+        max_model_len: int,
+        max_batch_tokens: int,
+        rows: int,
+        device: torch.device,
     ):
         """Allocate memory for steps of `max_batch_tokens` tokens and graphs of `rows` rows."""
         self._group = spec.num_heads // spec.num_kv_heads

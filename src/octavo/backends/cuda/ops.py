@@ -13,11 +13,10 @@ from .inputs import StepInputs
 from .kernels.attention import attention
 from .kernels.embed import embed
 from .kernels.gated import gated
-from .kernels.linear import linear
-from .kernels.norm import norm
+from .kernels.linear import linear, merge, partial_sums
+from .kernels.norm import add_norm, norm
 from .kernels.rope_and_cache import KvPool, rope_and_cache
-
-_MOST_SPANS = 8
+from .kernels.tree import MOST_SPANS
 
 
 @dataclass(frozen=True)
@@ -34,6 +33,32 @@ class Model:
     rotary: Tensor
 
 
+@dataclass
+class Residual:
+    """The residual stream, float32 [N, hidden]: `x`, plus the tree's sum of `partials` and `bias` if they still wait.
+
+    The norm that follows adds them on its way, which saves a kernel.
+    """
+
+    x: Tensor
+    partials: Tensor | None = None
+    bias: Tensor | None = None
+
+    def merged(self) -> Tensor:
+        """Return the stream with nothing waiting."""
+        if self.partials is not None:
+            merge(self.partials, self.x, self.bias, self.x)
+            self.partials = None
+        return self.x
+
+
+@dataclass(frozen=True)
+class SampledRows:
+    """The sampled rows of the residual stream `x`; the norm that follows reads no others."""
+
+    x: Tensor
+
+
 @dataclass(frozen=True)
 class GateUp:
     """A linear layer that `gated` computes together with its activation: its input, weight and bias."""
@@ -43,13 +68,14 @@ class GateUp:
     bias: Tensor | None
 
 
-Handle = Tensor | GateUp
+Handle = Tensor | Residual | SampledRows | GateUp
 
 
 class CudaOps:
     """The ops of one step (see model.ops.Ops).
 
-    The residual stream and the logits are float32; what linear layers and attention read is bfloat16.
+    The residual stream, queries, keys and values before rotation, and the logits are float32; what linear layers and
+    attention read is bfloat16.
     """
 
     def __init__(self, model: Model, pool: KvPool, inputs: StepInputs, logits: Tensor):
@@ -62,12 +88,21 @@ class CudaOps:
     def embed(self, weight: str) -> Handle:
         out = self._new(len(self.inputs.tokens), self.spec.hidden_size, torch.float32)
         embed(self.inputs.tokens, self.weights[weight], out)
-        return out
+        return Residual(out)
 
     def norm(self, x: Handle, weight: str) -> Handle:
-        x = _tensor(x)
-        out = torch.empty_like(x, dtype=torch.bfloat16)
-        norm(x, self.weights[weight], self.spec.norm_eps, out)
+        scale, eps = self.weights[weight], self.spec.norm_eps
+        if isinstance(x, SampledRows):
+            out = self._new(len(self.inputs.sample_rows), self.spec.hidden_size, torch.bfloat16)
+            norm(x.x, scale, eps, out, row_of=self.inputs.sample_rows)
+            return out
+        assert isinstance(x, Residual)
+        out = torch.empty_like(x.x, dtype=torch.bfloat16)
+        if x.partials is None:
+            norm(x.x, scale, eps, out)
+        else:
+            add_norm(x.partials, x.x, scale, eps, out, bias=x.bias)
+            x.partials = None
         return out
 
     def linear(self, x: Handle, weight: str, bias: bool = False, residual: Handle | None = None) -> Handle:
@@ -76,10 +111,16 @@ class CudaOps:
         kind = weight.rpartition(".")[2]
         if kind == "gate_up":
             return GateUp(x, matrix, vector)
-        into = None if residual is None else _tensor(residual)
-        out = self._new(len(x), len(matrix), torch.float32) if into is None else into
-        linear(x, matrix, out, bias=vector, residual=into, spans=self._spans.get(kind, 1))
-        return out
+        if residual is None:
+            out = self._new(len(x), len(matrix), torch.float32)
+            linear(x, matrix, out, bias=vector)
+            return out
+        assert isinstance(residual, Residual)
+        stream, spans = residual.merged(), self._spans[kind]
+        partials = partial_sums(x, matrix, spans)
+        if partials is None:
+            linear(x, matrix, stream, bias=vector, residual=stream, spans=spans)
+        return Residual(stream, partials, vector)
 
     def rope_and_cache(self, qkv: Handle, layer: int, q_norm: str | None, k_norm: str | None) -> Handle:
         spec, qkv = self.spec, _tensor(qkv)
@@ -101,10 +142,12 @@ class CudaOps:
         return out
 
     def pool_rows(self, x: Handle, weight: str) -> None:
-        self.pooled = _tensor(x)
+        assert isinstance(x, Residual)
+        self.pooled = x.merged()
 
     def sampled_rows(self, x: Handle) -> Handle:
-        return _tensor(x)[self.inputs.sample_rows]
+        assert isinstance(x, Residual)
+        return SampledRows(x.merged())
 
     def logits(self, x: Handle, weight: str) -> Handle:
         x = _tensor(x)
@@ -116,15 +159,15 @@ class CudaOps:
 
 
 def spans_of(spec: DecoderSpec) -> dict[str, int]:
-    """Return the spans that `out` and `down` sum in (design.md, "Order of sums"): at most 8, of whole heads for `out`."""
+    """Return the spans that `out` and `down` sum in (design.md, "Order of sums"): at most 8, of whole heads in `out`."""
     return {"out": _most_spans(spec.num_heads), "down": _most_spans(spec.intermediate_size)}
 
 
 def _most_spans(parts: int) -> int:
     """Return the largest divisor of `parts` up to 8."""
-    return max(n for n in range(1, _MOST_SPANS + 1) if parts % n == 0)
+    return max(n for n in range(1, MOST_SPANS + 1) if parts % n == 0)
 
 
 def _tensor(handle: Handle) -> Tensor:
-    assert isinstance(handle, Tensor), "the linear layer gate_up feeds `gated` only"
+    assert isinstance(handle, Tensor), "this op reads what a norm, a linear layer or attention returned"
     return handle

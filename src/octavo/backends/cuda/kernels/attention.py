@@ -77,11 +77,12 @@ def _attend_part(
         there = seen <= last
         if PAGE_SIZE % BLOCK == 0:
             page = tl.load(table + start // PAGE_SIZE)
+            slot = start % PAGE_SIZE + tl.arange(0, BLOCK)
         else:
             page = tl.load(table + seen // PAGE_SIZE, mask=there, other=0)
-        slot = seen % PAGE_SIZE
-        keys = head_values(pool, page, layer, 0, kv_head, LAYERS, KV_HEADS, PAGE_SIZE, DIM, INT8)
-        k = _load_block(keys + slot * DIM, there, DIM, DIMS)
+            slot = seen % PAGE_SIZE
+        keys = head_values(pool, page, layer, 0, kv_head, LAYERS, KV_HEADS, PAGE_SIZE, DIM, INT8) + slot * DIM
+        k = _load_block(keys, there, DIM, DIMS)
         scores = dot(q, tl.trans(widened(k)), tl.zeros([ROWS, BLOCK], tl.float32))
         if INT8:
             k_scales = head_scales(scales, page, layer, 0, kv_head, LAYERS, KV_HEADS, PAGE_SIZE, DIM)
@@ -93,8 +94,7 @@ def _attend_part(
         shares = tl.exp2(scores - peak[:, None])
         back = tl.exp2(maximum - peak)[:, None]
         weights = dot(to_bfloat16(shares), ones, weights * back)
-        vs = head_values(pool, page, layer, 1, kv_head, LAYERS, KV_HEADS, PAGE_SIZE, DIM, INT8)
-        v = _load_block(vs + slot * DIM, there, DIM, DIMS)
+        v = _load_block(keys + KV_HEADS * PAGE_SIZE * DIM, there, DIM, DIMS)
         if INT8:
             v_scales = head_scales(scales, page, layer, 1, kv_head, LAYERS, KV_HEADS, PAGE_SIZE, DIM)
             shares *= tl.load(v_scales + slot, mask=there, other=0.0)[None, :]

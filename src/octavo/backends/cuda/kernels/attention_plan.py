@@ -37,16 +37,23 @@ def block_size(head_dim: int) -> int:
     return 64 if head_dim <= 128 else 32
 
 
-def tilings(head_dim: int, group: int) -> tuple[Tiling, Tiling]:
-    """Return the small tiling, for decoding, and the large one, for chunks.
+def tilings(head_dim: int, group: int, int8: bool = False, hopper: bool = True) -> tuple[Tiling, Tiling]:
+    """Return the small tiling, for decoding, and the large one, for chunks: none of them spills registers.
 
     Args:
         group: query heads of a kv head.
+        int8: whether keys and values are int8.
+        hopper: whether the device has warp-group products (compute capability 9), which need tiles of 64 queries.
     """
     least = max(16, 1 << (group - 1).bit_length())
-    small = Tiling(least, warps=4, stages=2)
-    large = Tiling(max(64, least), 8, 2) if head_dim > 128 else Tiling(max(128, least), 8, 2)
-    return small, large
+    small = Tiling(least, warps=8 if int8 else 4, stages=3)
+    if head_dim > 128:
+        rows = 32
+    elif hopper and not int8 and head_dim in (64, 128):
+        rows = 128
+    else:
+        rows = 64
+    return small, Tiling(max(rows, least), warps=8, stages=3)
 
 
 def plan(

@@ -159,9 +159,7 @@ def linear_kernel(
     output = output_block * BLOCK_OUTPUTS + tl.arange(0, BLOCK_OUTPUTS)
     weight_row = tl.minimum(output, outputs - 1)
     group = tl.program_id(1)
-    total = spans_sum(
-        x, weight, row, weight_row, rows, group * SPANS_HERE, K, SPANS, SPANS_HERE, BLOCK_K, SWAPPED
-    )
+    total = spans_sum(x, weight, row, weight_row, rows, group * SPANS_HERE, K, SPANS, SPANS_HERE, BLOCK_K, SWAPPED)
     if SWAPPED:
         total = tl.trans(total)
     if SPANS_HERE < SPANS:
@@ -221,15 +219,11 @@ def fold_last(
     B: tl.constexpr = acc.shape[1]
     if A * B > PART:
         left, right = halves(acc)
-        fold_last(
-            left, waiting, out, bias, residual, first_row, first_output, rows, outputs, SPANS, SIZE, SWAPPED
-        )
+        fold_last(left, waiting, out, bias, residual, first_row, first_output, rows, outputs, SPANS, SIZE, SWAPPED)
         second_row = first_row + (B // 2 if SWAPPED else 0)
         second_output = first_output + (0 if SWAPPED else B // 2)
         waiting += A * B // 2
-        fold_last(
-            right, waiting, out, bias, residual, second_row, second_output, rows, outputs, SPANS, SIZE, SWAPPED
-        )
+        fold_last(right, waiting, out, bias, residual, second_row, second_output, rows, outputs, SPANS, SIZE, SWAPPED)
     else:
         tl.debug_barrier()
         at = waiting + (tl.arange(0, A)[:, None] * B + tl.arange(0, B)[None, :])
@@ -280,9 +274,7 @@ def large_spanned_kernel(
             acc = product(x, weight, row, weight_row, rows, s * LENGTH, K, LENGTH, BLOCK_K, SWAPPED)
             fold(acc, s, waiting, SIZE)
         acc = product(x, weight, row, weight_row, rows, K - LENGTH, K, LENGTH, BLOCK_K, SWAPPED)
-        fold_last(
-            acc, waiting, out, bias, residual, first_row, first_output, rows, outputs, SPANS, SIZE, SWAPPED
-        )
+        fold_last(acc, waiting, out, bias, residual, first_row, first_output, rows, outputs, SPANS, SIZE, SWAPPED)
         tile += tl.num_programs(0)
 
 
@@ -348,16 +340,12 @@ def partial_sums(
     return partials
 
 
-def merge(
-    partials: torch.Tensor, out: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor | None
-) -> None:
+def merge(partials: torch.Tensor, out: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor | None) -> None:
     """Compute out[n, m] = tree over g of partials[g, n, m] + bias[m] + residual[n, m]."""
     count, rows, outputs = partials.shape
     block = 1024
     grid = (triton.cdiv(outputs, block), rows)
-    merge_kernel[grid](
-        partials, out, bias, residual, rows, outputs, count, block, num_warps=4, enable_fp_fusion=False
-    )
+    merge_kernel[grid](partials, out, bias, residual, rows, outputs, count, block, num_warps=4, enable_fp_fusion=False)
 
 
 def _launch(

@@ -147,7 +147,7 @@ def _rotate(a, b, rotary, position, DIM: tl.constexpr, HALF: tl.constexpr):
 
 @triton.jit
 def _write(a, b, there, values, at, scales, INT8: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr):
-    """Write heads, given as halves, to `values` + at [HEADS]; if int8, their scales max|x| / 127 to `scales` [HEADS]."""
+    """Write heads, given as halves, to `values` + at [HEADS]; if int8, also max|x| / 127 to `scales` [HEADS]."""
     to = values + at[:, None] + tl.arange(0, HALF)[None, :]
     if INT8:
         largest = tl.maximum(tl.max(tl.abs(a), 1), tl.max(tl.abs(b), 1))
