@@ -117,7 +117,6 @@ def attention_kernel(
     queries,
     pool,
     scales,
-    positions,
     page_tables,
     table_stride,
     tiles,
@@ -149,8 +148,7 @@ def attention_kernel(
     for index in steps(tl.program_id(0), tl.load(tile_count) * KV_HEADS, tl.num_programs(0)):
         tile, kv_head = tiles + index // KV_HEADS * _FIELDS, index % KV_HEADS
         row, tokens, sequence = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
-        part, slot = tl.load(tile + 3), tl.load(tile + 4)
-        first = tl.load(positions + row)
+        part, slot, first = tl.load(tile + 3), tl.load(tile + 4), tl.load(tile + 5)
         last = first + tokens - 1
         head = (kv_head * group + tl.arange(0, ROWS) % group)[:, None]
         there = (token < tokens)[:, None] & (column < DIM)
@@ -290,7 +288,6 @@ def attention(
             queries,
             pool.values,
             pool.scales,
-            rows.positions,
             rows.page_tables,
             rows.page_tables.stride(0),
             tiles.tiles,

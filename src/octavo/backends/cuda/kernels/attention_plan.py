@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 PART = 512  # positions whose sums start from zero; parts are merged in order
-TILE_FIELDS = 5  # numbers of a tile: first row, rows, sequence, part (-1: all parts), slot of its first row's sums
+TILE_FIELDS = 6  # of a tile: first row, rows, sequence, part (-1: all parts), slot of its first row's sums, its position
 
 
 @dataclass(frozen=True)
@@ -47,12 +47,12 @@ def tilings(head_dim: int, group: int, int8: bool = False, hopper: bool = True) 
     """
     least = max(16, 1 << (group - 1).bit_length())
     small = Tiling(least, warps=8 if int8 else 4, stages=3)
-    if head_dim > 128:
+    if head_dim > 128 or (int8 and not hopper):
         rows = 32
-    elif hopper and not int8 and head_dim in (64, 128):
-        rows = 128
-    else:
+    elif int8 or not hopper or head_dim not in (64, 128):
         rows = 64
+    else:
+        rows = 128
     return small, Tiling(max(rows, least), warps=8, stages=3)
 
 
@@ -120,5 +120,6 @@ def _cut(
     cut = split[of]
     at = np.where(cut, slot[of] + part * rows[of], -1)
     size = np.where(cut, np.minimum(last[of] + 1 - part * PART, PART), last[of] + 1)
-    tiles = np.stack([row[of], rows[of], sequence[of], np.where(cut, part, -1), at], axis=1).astype(np.int32)
+    fields = row[of], rows[of], sequence[of], np.where(cut, part, -1), at, positions[row[of]]
+    tiles = np.stack(fields, axis=1).astype(np.int32)
     return tiles[np.argsort(-size, kind="stable")], int(end[split].max(initial=used))
