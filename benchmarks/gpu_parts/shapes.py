@@ -77,6 +77,7 @@ def backend(
     model_len: int = 2048,
     page_size: int = PAGE_SIZE,
     int8_kv: bool = False,
+    graphs: bool = True,
 ) -> CudaBackend:
     """Return the cuda backend of a model, with a KV pool."""
     made = CudaBackend(
@@ -89,6 +90,8 @@ def backend(
         int8_kv=int8_kv,
     )
     torch.cuda.synchronize()  # the weights were made on another stream
+    if not graphs:
+        made._graphs = None
     try:
         made.allocate_kv(pages)
     except RuntimeError as error:  # of a capture: the rest can still be checked
