@@ -1,5 +1,6 @@
-"""Check and measure the cuda backend on a GPU in minutes: python benchmarks/gpu.py [--only a,b,c,d,e] [--seconds 480]
+"""Check and measure the cuda backend on a GPU in minutes: python benchmarks/gpu.py [--only s,a,b,c,d,e] [--seconds 470]
 
+    s  a small model runs at all; if not, again under compute-sanitizer
     a  bit equality: tiles, chunks, batches, graphs, moved pages
     b  distance from float32 PyTorch on the device
     c  bandwidth and arithmetic of each kernel, and a sweep that writes the table of tiles (tuned.json)
@@ -15,6 +16,7 @@ every line, and tuned.json.
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -24,8 +26,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-SHARES = {"a": 90, "b": 45, "c": 120, "d": 165, "e": 60}  # of the seconds
-TOGETHER = ("a", "b")  # nothing is timed in them
+SHARES = {"s": 20, "a": 90, "b": 45, "c": 120, "d": 165, "e": 60}  # of the seconds
+GROUPS = (("s",), ("a", "b"), ("c",), ("d",), ("e",))  # in order; nothing is timed in those that run together
 
 
 def main() -> None:
@@ -39,20 +41,17 @@ def main() -> None:
         return
     started = time.monotonic()
     parts = options.only.split(",")
-    scale = options.seconds / sum(SHARES[part] for part in parts)
-    first = [part for part in parts if part in TOGETHER]
-    run(options, first, max((SHARES[part] for part in first), default=0) * scale)
-    rest = [part for part in parts if part not in TOGETHER]
-    while rest:
+    groups = [chosen for group in GROUPS if (chosen := [part for part in group if part in parts])]
+    while groups:
         left = options.seconds - (time.monotonic() - started)
-        share = left * SHARES[rest[0]] / sum(SHARES[part] for part in rest)
-        run(options, [rest.pop(0)], share)
+        shares = [max(SHARES[part] for part in group) for group in groups]
+        run(options, groups.pop(0), left * shares[0] / sum(shares))
     finish(options, parts, time.monotonic() - started)
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="a,b,c,d,e", help="parts to run")
+    parser.add_argument("--only", default="s,a,b,c,d,e", help="parts to run")
     parser.add_argument("--seconds", type=float, default=470, help="for all parts together")
     parser.add_argument("--models", default="Qwen3-0.6B,Llama-3.1-8B", help="of part d and e")
     parser.add_argument("--wheels", type=Path, help="folder of wheels to import from")
@@ -84,12 +83,38 @@ def run(options: argparse.Namespace, parts: list[str], seconds: float) -> None:
             print(f"! {part}  stopped after {seconds:.0f} s", flush=True)
         if process.returncode > 0:
             print(f"! {part}  ended with status {process.returncode}", flush=True)
+        if process.returncode > 0 and part == "s":
+            sanitize([sys.executable, __file__, "--part", part, "--out", str(options.out)], environment)
+
+
+def sanitize(command: list[str], environment: dict[str, str]) -> None:
+    """Run a command under compute-sanitizer, if it is there, and print its first complaints."""
+    homes = (environment.get("CUDA_HOME", ""), "/usr/local/cuda", "/opt/cuda")
+    found = shutil.which("compute-sanitizer") or next(
+        (str(path) for home in homes if (path := Path(home, "bin", "compute-sanitizer")).exists()), None
+    )
+    if found is None:
+        print("  (there is no compute-sanitizer)", flush=True)
+        return
+    try:
+        checked = subprocess.run(
+            [found, "--tool", "memcheck", *command],
+            env=environment | {"CUDA_LAUNCH_BLOCKING": "1"},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+    except subprocess.TimeoutExpired:
+        print("  (compute-sanitizer took over 60 s)", flush=True)
+        return
+    complaints = [line for line in checked.stdout.splitlines() if line.startswith("=========")]
+    print("\n".join(complaints[:20]), flush=True)
 
 
 def run_part(options: argparse.Namespace) -> None:
-    from gpu_parts import equality, kernels, models, oracle, peer, report
+    from gpu_parts import equality, first, kernels, models, oracle, peer, report
 
-    parts = {"a": equality, "b": oracle, "c": kernels, "d": models, "e": peer}
+    parts = {"s": first, "a": equality, "b": oracle, "c": kernels, "d": models, "e": peer}
     written = report.Report(options.part, lines(options, options.part), options.seconds)
     parts[options.part].run(written, options)
 

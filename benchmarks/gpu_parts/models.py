@@ -36,6 +36,7 @@ def model(report: Report, name: str, spec: DecoderSpec, bandwidth: float, peak: 
     held = torch.cuda.memory_allocated() / 2**30
     report.add(f"{name}: weights, kernels and graphs ready", f"{time.monotonic() - started:.1f} s, {held:.1f} GiB")
     made._kv.pool.values.normal_()
+    torch.cuda.synchronize()
     for sequences, wanted in DECODE.items():
         with report.attempt(f"{name}, decode {sequences}"):
             decode(report, name, made, sequences, wanted if spec.hidden_size > 2048 else None, bandwidth)

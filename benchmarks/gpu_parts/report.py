@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import time
 import traceback
 from collections.abc import Iterator
@@ -56,6 +57,9 @@ class Report:
             yield
         except Exception as error:
             self.add(what, short(error), None, False)
+            if "CUDA error" in str(error) or "Error [CUDA]" in str(error):
+                print(f"! {self._part}  stopped: after such an error the process cannot use the GPU", flush=True)
+                os._exit(1)  # quietly: destructors would report it again
         took = time.monotonic() - started
         if took > 15:
             print(f"  ({what}: {took:.0f} s)", flush=True)
@@ -73,7 +77,7 @@ def short(error: BaseException) -> str:
     own = [frame for frame in frames if "octavo" in frame.filename or "gpu_parts" in frame.filename] or list(frames)
     where = " < ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in reversed(own[-3:]))
     message = " ".join(str(error).split())
-    return f"{type(error).__name__}: {message[:500]} [{where}]"
+    return f"{type(error).__name__}: {message[:160]} [{where}]"
 
 
 def read(path: Path) -> list[Line]:

@@ -12,6 +12,8 @@ from octavo.backends.cuda.backend import CudaBackend
 from octavo.model.registry import parameter_shapes
 from octavo.model.spec import DecoderSpec, RopeSpec
 
+from .report import short
+
 PAGE_SIZE = 32
 
 LLAMA_8B = DecoderSpec(
@@ -75,6 +77,7 @@ def backend(
     model_len: int = 2048,
     page_size: int = PAGE_SIZE,
     int8_kv: bool = False,
+    graphs: bool = True,
 ) -> CudaBackend:
     """Return the cuda backend of a model, with a KV pool."""
     made = CudaBackend(
@@ -86,7 +89,14 @@ def backend(
         max_model_len=model_len,
         int8_kv=int8_kv,
     )
-    made.allocate_kv(pages)
+    torch.cuda.synchronize()  # the weights were made on another stream
+    if not graphs:
+        made._graphs = None
+    try:
+        made.allocate_kv(pages)
+    except RuntimeError as error:  # of a capture: the rest can still be checked
+        print(f"! without CUDA graphs: {short(error)}", flush=True)
+        made._graphs = None
     return made
 
 

@@ -12,6 +12,7 @@ def device_seconds(calls: Sequence[Callable[[], object]], repeats: int = 5) -> f
     Give calls that read different memory, together more than the L2 cache holds.
     """
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for call in calls:
             call()
@@ -32,10 +33,10 @@ def device_seconds(calls: Sequence[Callable[[], object]], repeats: int = 5) -> f
 
 
 def copy_bandwidth() -> float:
-    """Return bytes read and written per second by a copy of 2 GiB."""
-    source = torch.empty(1 << 30, dtype=torch.int16, device="cuda").zero_()
+    """Return bytes read and written per second by a copy of 4 GiB."""
+    source = torch.empty(1 << 30, dtype=torch.int32, device="cuda").zero_()
     target = torch.empty_like(source)
-    return 2 * source.nbytes / device_seconds([lambda: target.copy_(source)] * 3)
+    return 2 * source.nbytes / device_seconds([lambda: target.copy_(source)] * 4, repeats=9)
 
 
 def matmul_peak() -> float:

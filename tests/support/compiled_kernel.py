@@ -35,6 +35,25 @@ class Compiled:
         """Return how often an instruction occurs, such as HGMMA or LDGSTS.E.BYPASS.128."""
         return len(re.findall(rf"\b{re.escape(instruction)}(?![A-Z])", self.sass))
 
+    def spills_in_loops(self) -> int:
+        """Return how many instructions of the innermost loops with matrix products move spilled registers."""
+        code = re.findall(r"/\*([0-9a-f]{4,})\*/ +(.*?) *;", self.sass)
+        at = [int(address, 16) for address, _ in code]
+        loops = []
+        for address, (_, text) in zip(at, code, strict=True):
+            jump = re.search(r"\bBRA\b.* 0x([0-9a-f]+)", text)
+            if jump and int(jump[1], 16) <= address:
+                loops.append((int(jump[1], 16), address))
+        bodies = [[text for a, (_, text) in zip(at, code, strict=True) if first <= a <= last] for first, last in loops]
+        products = [body for body in bodies if any("MMA" in text for text in body)]
+        assert products, "there is no loop with matrix products"
+        inner = [
+            body
+            for body in products
+            if not any(len(other) < len(body) and set(other) < set(body) for other in products)
+        ]
+        return sum("LDL" in text or "STL" in text for body in inner for text in body)
+
 
 def compile_kernel(
     kernel: Any,

@@ -20,7 +20,7 @@ from octavo.model.spec import DecoderSpec
 from octavo.weights.tensor import Parameter
 
 from .device import architecture, find_device, name_of
-from .graphs import DecodeGraphs, empty_step, is_decode, size_for, sizes
+from .graphs import DecodeGraphs, first_step, is_decode, size_for, sizes
 from .inputs import Inputs, StepInputs
 from .kernels.rope_and_cache import rotary_table
 from .kernels.sampler import Sampled, sample
@@ -91,7 +91,8 @@ class CudaBackend:
         with self._on_stream():
             self._pages = Pages(self.spec, self.page_size, num_pages, self._int8_kv, self._logits.device)
             if self._graphs is not None:
-                self._graphs.capture(self._sizes, self._padding, _CAPTURE_SECONDS)
+                self._graphs.capture(self._sizes, self._first, _CAPTURE_SECONDS)
+        self.step(first_step(1))  # compiles the sampler
 
     def export_page(self, page: int) -> np.ndarray:
         return self._kv.export(page, self._last)
@@ -155,9 +156,8 @@ class CudaBackend:
             ) from None
 
     @torch.inference_mode()
-    def _padding(self, size: int) -> StepInputs:
-        """Return the inputs of a decode step whose `size` rows are all padding."""
-        return self._inputs.send(empty_step(), size)
+    def _first(self, size: int) -> StepInputs:
+        return self._inputs.send(first_step(size), size)
 
     @torch.inference_mode()
     def _forward(self, inputs: StepInputs) -> Tensor:
@@ -289,7 +289,7 @@ def _check_settings(dtype: str, quantization: str) -> None:
 
 
 def _arithmetic(device: torch.device, int8_kv: bool) -> str:
-    """Return what determines a page's bits: Triton's version, the architecture, the kernels and their configurations."""
+    """Return what determines a page's bits: Triton's version, the architecture, the kernels and their tiles."""
     kernels = blake2b(digest_size=8)
     for path in sorted(Path(__file__).with_name("kernels").iterdir()):
         if path.suffix in (".py", ".json"):

@@ -39,7 +39,8 @@ class DecodeGraphs:
         """Capture the graphs of `sizes` rows, for about `seconds`. Returns how many there are.
 
         Args:
-            inputs: returns the inputs of a step of so many rows.
+            inputs: returns the inputs of a step of so many rows. None of its tensors may be empty: an empty tensor has
+                no address.
         """
         end = time.monotonic() + seconds
         for size in sizes:
@@ -61,7 +62,7 @@ class DecodeGraphs:
             stream = torch.cuda.current_stream()
             stream.synchronize()
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool, stream=stream):
+            with torch.cuda.graph(graph, self._pool, stream, capture_error_mode="thread_local"):
                 logits = self._forward(inputs)
             self._graphs[size] = _Graph(graph, logits)
         return self._graphs[size]
@@ -83,7 +84,8 @@ def is_decode(batch: StepBatch) -> bool:
     return len(batch.tokens) == len(batch.page_tables) and batch.pooling is None
 
 
-def empty_step() -> StepBatch:
-    """Return a decode step of no rows."""
-    none = np.zeros(0, np.int32)
-    return StepBatch(none, none, np.zeros(1, np.int32), np.zeros((0, 1), np.int32), none, SamplingBatch.greedy(0))
+def first_step(rows: int) -> StepBatch:
+    """Return a greedy decode step of `rows` rows, which all write to the first position of page 0."""
+    none = np.zeros(rows, np.int32)
+    one_each = np.arange(rows + 1, dtype=np.int32)
+    return StepBatch(none, none, one_each, none[:, None], one_each[:-1], SamplingBatch.greedy(rows))

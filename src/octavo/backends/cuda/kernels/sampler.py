@@ -17,7 +17,7 @@ from triton.language.random import philox_impl
 
 from octavo.backends.base import SamplingBatch, StepResult
 
-_BLOCK = 4096  # logits a program reads at a time
+_BLOCK = 8192  # logits a program reads at a time
 _SEEN = tl.constexpr(1 << 30)  # a bit of a token's count: it is in the history; the bits below count it in the output
 _LOG2E = tl.constexpr(1.4426950408889634)
 _LARGEST = tl.constexpr(3.4028234663852886e38)
@@ -115,7 +115,7 @@ def sample(logits: Tensor, sampling: DeviceSampling, batch: SamplingBatch) -> Sa
         columns,
         VOCAB=vocab,
         BLOCK=min(_BLOCK, triton.next_power_of_2(vocab)),
-        num_warps=8,
+        num_warps=16,
         enable_fp_fusion=False,
     )
     return sampled
@@ -186,7 +186,7 @@ def _penalize(logits, counts, starts, repetitions, presences, frequencies, vocab
         count = tl.load(counts + at, mask=token < vocab, other=0)
         outputs = count & (_SEEN - 1)
         repetition = tl.load(repetitions + row)
-        y = tl.where(x > 0, tl.div_rn(x, x * 0 + repetition), x * repetition)
+        y = tl.where(x > 0, tl.div_rn(x, tl.zeros_like(x) + repetition), x * repetition)
         y -= tl.load(frequencies + row) * outputs.to(tl.float32)
         y = tl.where(outputs > 0, y - tl.load(presences + row), y)
         tl.store(logits + at, y, mask=(token < vocab) & (count > 0))
@@ -207,7 +207,10 @@ def _mask(logits, masks, starts, vocab, BLOCK: tl.constexpr):
         tl.store(at, tl.full((BLOCK,), float("-inf"), tl.float32), mask=(token < vocab) & banned & (x < float("inf")))
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["columns"],
+    do_not_specialize_on_alignment=["tokens", "logprobs", "ranks", "top_tokens", "top_logprobs"],
+)
 def _sample_row(
     raw,
     adjusted,
