@@ -1,5 +1,4 @@
-"""The CUDA backend: Triton kernels for NVIDIA GPUs, with PyTorch for memory, streams and graphs."""
+"""The CUDA backend: Triton kernels for NVIDIA GPUs, with PyTorch for memory, streams and graphs.
 
-from .backend import footprint, load
-
-__all__ = ["footprint", "load"]
+`backend.load` and `backend.footprint` are its entry points; importing this package imports neither Triton nor PyTorch.
+"""
