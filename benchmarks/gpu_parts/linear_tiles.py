@@ -86,7 +86,9 @@ def tiles_of(layer: Layer, families: Iterable[Family] = FAMILIES) -> list[Tile]:
     for family in families:
         for rows in ROWS:
             chosen = [choose(layer.kind, layer.outputs, layer.inputs, layer.spans, rows, family)]
-            found += [t for t in chosen + candidates(layer.outputs, layer.spans, rows, family) if t not in found]
+            found += [
+                t for t in chosen + candidates(layer.kind, layer.inputs, layer.spans, rows, family) if t not in found
+            ]
     return found
 
 
@@ -179,7 +181,7 @@ def tune(
             if key in best or time.monotonic() > end or (layer.name == "head" and rows > 256):
                 continue
             weights, times = weights_of(layer), {}
-            tiles = candidates(layer.outputs, layer.spans, rows, family)
+            tiles = candidates(layer.kind, layer.inputs, layer.spans, rows, family)
             x, out = random(rows, layer.inputs), output(layer, rows)
             compile_all(partial(compute, layer, x, weights[0], out, tile) for tile in tiles)
             for tile in tiles:

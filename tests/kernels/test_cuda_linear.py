@@ -3,6 +3,7 @@
 from dataclasses import replace
 from itertools import product
 
+import numpy as np
 import pytest
 
 from triton_interpreter import INTERPRETED, run_interpreted
@@ -22,8 +23,10 @@ else:
     from octavo.backends.cuda.kernels import configurations
     from octavo.backends.cuda.kernels.configurations import Tile, choose
     from octavo.backends.cuda.kernels.gated import gated
+    from octavo.backends.cuda.kernels.integer_linear import integer_gated, integer_linear
     from octavo.backends.cuda.kernels.linear import linear, merge, partial_sums
     from octavo.backends.cuda.kernels.norm import add_norm, norm
+    from octavo.backends.cuda.kernels.rotation import quantize_rows
 
     SMALL = Tile(16, 64, 4, 3)
     TILES = {
@@ -64,7 +67,12 @@ else:
     def test_linear(shape: tuple[int, int, int, int]) -> None:
         """All tiles: close to the exact sum, equal to each other, and spans are added in the tree's order."""
         rows, outputs, inputs, spans = shape
-        x, weight, bias, residual = random(rows, inputs), random(outputs, inputs), random(outputs), torch.randn(rows, outputs)
+        x, weight, bias, residual = (
+            random(rows, inputs),
+            random(outputs, inputs),
+            random(outputs),
+            torch.randn(rows, outputs),
+        )
         length = inputs // spans
         parts = []
         for s in range(spans):
@@ -149,6 +157,72 @@ else:
         add_norm(partials, added, scale, 1e-6, out, bias=bias)
         assert torch.equal(added, merged) and torch.equal(out, wanted)
         assert partial_sums(x, weight, 8, tile=SMALL) is None
+
+    def rotated(row: np.ndarray) -> np.ndarray:
+        """Return H row as csrc/kernels/rotation.h computes it, all roundings included."""
+        y = row.astype(np.float32)
+        for step in (1, 2, 4, 8, 16, 32):
+            y = butterflies(y, step, 1.0)
+        y *= np.float32(0.125)
+        most = 1 << (len(y).bit_length() - 1)
+        for part in [slice(0, most)] + [slice(len(y) - most, None)] * (most < len(y)):
+            step = 64
+            while step < most:
+                y[part] = butterflies(y[part], step, 0.70710678118654752)
+                step *= 2
+        return y
+
+    def butterflies(y: np.ndarray, step: int, factor: float) -> np.ndarray:
+        a, b = np.moveaxis(y.reshape(-1, 2, step), 1, 0)
+        return (np.stack([a + b, a - b], axis=1) * np.float32(factor)).ravel()
+
+    @pytest.mark.parametrize("width", [64, 192, 448, 1024])
+    @pytest.mark.parametrize("of_weight", [False, True])
+    def test_integers_are_those_of_the_cpu(width: int, of_weight: bool) -> None:
+        x = torch.cat([random(3, width), torch.zeros(1, width, dtype=torch.bfloat16)])
+        x[1] *= 1000
+        made = quantize_rows(x, of_weight=of_weight)
+        for row, q, scale in zip(x.float().numpy(), made.values.numpy(), made.scales.numpy(), strict=True):
+            y = rotated(row)
+            largest = np.abs(y).max()
+            assert scale == largest / np.float32(127)
+            if of_weight:
+                back = np.float32(1) / scale if scale else np.float32(0)
+                wanted = np.floor(np.clip((y + np.float32(128) * scale) * back + np.float32(0.5), 0, 255)) - 128
+            else:
+                wanted = np.rint(y * (np.float32(127) / largest if largest else np.float32(0)))
+            assert np.array_equal(q, wanted)
+
+    @pytest.mark.parametrize("rows, outputs, inputs", [(21, 80, 512), (1, 64, 192)])
+    def test_integer_linear(rows: int, outputs: int, inputs: int) -> None:
+        """Every tile and division of k: the exact sum of products, scaled as on the CPU."""
+        x, weight = quantize_rows(random(rows, inputs)), quantize_rows(random(outputs, inputs), of_weight=True)
+        bias, residual = torch.randn(outputs), torch.randn(rows, outputs)
+        sums = x.values.long() @ weight.values.long().T
+        wanted = sums.float() * (weight.scales[None, :] * x.scales[:, None]) + bias + residual
+        for tile in (SMALL, replace(SMALL, swapped=False), replace(SMALL, rows=32, outputs=128, groups=4)):
+            out = residual.clone()
+            integer_linear(x, weight, out, bias=bias, residual=out, tile=tile)
+            assert torch.equal(out, wanted)
+
+    def test_integer_gated_is_that_of_its_sums() -> None:
+        x, weight, bias = (
+            quantize_rows(random(19, 128)),
+            quantize_rows(random(80, 128) * 0.1, of_weight=True),
+            random(80),
+        )
+        sums = torch.empty(19, 80)
+        integer_linear(x, weight, sums, bias=bias, tile=SMALL)
+        gate, up = sums.chunk(2, dim=1)
+        outs = [torch.empty(19, 40, dtype=torch.bfloat16) for _ in range(2)]
+        for out, swapped in zip(outs, (True, False), strict=True):
+            integer_gated(x, weight, out, "silu", bias=bias, tile=replace(SMALL, swapped=swapped))
+        torch.testing.assert_close(outs[0].float(), functional.silu(gate) * up, rtol=2**-8, atol=1e-5)
+        assert torch.equal(outs[0], outs[1])
+
+    def test_int8_rows_need_whole_blocks() -> None:
+        with pytest.raises(ValueError, match="multiple of 64, not 96"):
+            quantize_rows(random(1, 96))
 
     LAYERS = [("linear", 6144, 4096, 1), ("gated", 28672, 4096, 1), ("linear", 4096, 14336, 8), ("linear", 576, 576, 3)]
 

@@ -47,7 +47,11 @@ class Compiled:
         bodies = [[text for a, (_, text) in zip(at, code, strict=True) if first <= a <= last] for first, last in loops]
         products = [body for body in bodies if any("MMA" in text for text in body)]
         assert products, "there is no loop with matrix products"
-        inner = [body for body in products if not any(len(other) < len(body) and set(other) < set(body) for other in products)]
+        inner = [
+            body
+            for body in products
+            if not any(len(other) < len(body) and set(other) < set(body) for other in products)
+        ]
         return sum("LDL" in text or "STL" in text for body in inner for text in body)
 
 

@@ -15,7 +15,7 @@ from functools import lru_cache
 from importlib.resources import files
 from typing import Literal
 
-Kind = Literal["linear", "gated", "int8"]
+Kind = Literal["linear", "gated", "int8", "int8 gated"]
 Family = Literal["swapped", "plain", "hmma"]
 
 BLOCK_K = 64
@@ -101,11 +101,11 @@ def choose(kind: Kind, outputs: int, inputs: int, spans: int, rows: int, family:
     """Return the tile for `rows` rows of a layer with weight [outputs, inputs]: the tuned one, or a guess."""
     bucket = min(max(FEWEST_ROWS, 1 << (rows - 1).bit_length()), MOST_ROWS)
     tuned = _tuned().get(_key(kind, outputs, inputs, spans, bucket)) if family == "swapped" else None
-    return tuned or _guess(outputs, spans, bucket, family)
+    return tuned or _guess(kind, outputs, inputs, spans, bucket, family)
 
 
-def candidates(outputs: int, spans: int, rows: int, family: Family = "swapped") -> list[Tile]:
-    """Return the tiles worth measuring for `rows` rows of a layer with weight [outputs, inputs]."""
+def candidates(kind: Kind, inputs: int, spans: int, rows: int, family: Family = "swapped") -> list[Tile]:
+    """Return the tiles worth measuring for `rows` rows of a layer with that many inputs."""
     found: list[Tile] = []
     shapes = [shape for shape in _TILES[family] if min(rows, 256) <= 4 * shape.rows and shape.rows < 2 * rows]
     for shape in shapes or _TILES[family][:1]:
@@ -114,7 +114,7 @@ def candidates(outputs: int, spans: int, rows: int, family: Family = "swapped") 
             for stages in (shape.stages - 1, shape.stages, shape.stages + 2):
                 tile = replace(shape, outputs=wide, warps=warps, stages=stages)
                 if _stage_bytes(tile) * stages <= _SHARED_BYTES and tile.sums_per_thread(1) <= _MOST_SUMS:
-                    found += _spread(tile, spans)
+                    found += _divisions(tile, inputs) if kind == "int8" else _spread(tile, spans)
     return found
 
 
@@ -124,10 +124,10 @@ def write_tuned(table: dict[tuple[Kind, int, int, int, int], Tile]) -> str:
     return "{\n" + ",\n".join(f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in entries.items()) + "\n}\n"
 
 
-def _guess(outputs: int, spans: int, rows: int, family: Family) -> Tile:
+def _guess(kind: Kind, outputs: int, inputs: int, spans: int, rows: int, family: Family) -> Tile:
     shapes = _TILES[family]
     tile = next((shape for shape in shapes if shape.rows >= rows), shapes[-1])
-    ways = _spread(tile, spans)
+    ways = _divisions(tile, inputs) if kind == "int8" else _spread(tile, spans)
     blocks = -(-rows // tile.rows) * -(-outputs // tile.outputs)
     enough = [way for way in ways if blocks * way.groups >= 3 * PROCESSORS // 2]
     return (enough or ways[-1:])[0]
@@ -143,6 +143,11 @@ def _spread(tile: Tile, spans: int) -> list[Tile]:
     in_registers = [way for way in ways if way.sums_per_thread(spans) <= _MOST_SUMS]
     in_memory = [] if in_registers and in_registers[0].groups == 1 else [replace(tile, waits_in_memory=True)]
     return in_memory + in_registers
+
+
+def _divisions(tile: Tile, inputs: int) -> list[Tile]:
+    """Return the ways to divide k between programs where sums are exact, the fewest programs first."""
+    return [replace(tile, groups=g) for g in (1, 2, 4, 8) if inputs % (128 * g) == 0 and (g == 1 or tile.rows <= 64)]
 
 
 def _is_power(n: int) -> bool:

@@ -14,7 +14,7 @@ import triton.language as tl
 
 from . import numbers
 from .configurations import Tile, choose
-from .linear import place, product
+from .linear import place, product, scaled
 
 
 @triton.jit
@@ -44,7 +44,9 @@ def gate_and_up(acc, COLUMNS: tl.constexpr, ROWS: tl.constexpr):
 @triton.jit(do_not_specialize=["rows"])
 def gated_kernel(
     x,
+    x_scale,
     weight,
+    weight_scale,
     out,
     bias,
     rows,
@@ -69,6 +71,11 @@ def gated_kernel(
         acc = tl.trans(acc)
     gate, up = gate_and_up(acc, BLOCK_OUTPUTS, BLOCK_ROWS)
     feature = feature_block * BLOCK + tl.arange(0, BLOCK)
+    if x_scale is not None:
+        gate, up = tl.trans(gate), tl.trans(up)
+        gate = scaled(gate, x_scale, weight_scale, row, feature, rows, features)
+        up = scaled(up, x_scale, weight_scale + features, row, feature, rows, features)
+        gate, up = tl.trans(gate), tl.trans(up)
     if bias is not None:
         gate += tl.load(bias + feature, mask=feature < features, other=0.0).to(tl.float32)[:, None]
         up += tl.load(bias + features + feature, mask=feature < features, other=0.0).to(tl.float32)[:, None]
@@ -104,7 +111,9 @@ def gated(
     grid = (triton.cdiv(rows, tile.rows) * triton.cdiv(outputs, tile.outputs),)
     gated_kernel[grid](
         x,
+        None,
         weight,
+        None,
         out,
         bias,
         rows,

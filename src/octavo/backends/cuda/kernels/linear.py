@@ -32,6 +32,25 @@ def place(tile, row_blocks, output_blocks, GROUP: tl.constexpr):
 
 
 @triton.jit
+def multiply(a, b, acc):
+    """Return acc + a b: in float32 of bfloat16, or in int32 of int8, which is exact."""
+    if a.dtype == tl.bfloat16:
+        return numbers.dot(a, b, acc)
+    elif numbers.INTERPRETING:
+        return acc + tl.dot(a.to(tl.float64), b.to(tl.float64), out_dtype=tl.float64).to(tl.int32)
+    else:
+        return tl.dot(a, b, acc, out_dtype=tl.int32)
+
+
+@triton.jit
+def scaled(total, x_scale, weight_scale, row, output, rows, outputs):
+    """Return total [R, C], int32, times x_scale[row] and weight_scale[output], rounded as on the CPU."""
+    of_row = tl.load(x_scale + row, mask=row < rows, other=0.0)
+    of_output = tl.load(weight_scale + output, mask=output < outputs, other=0.0)
+    return total.to(tl.float32) * (of_output[None, :] * of_row[:, None])
+
+
+@triton.jit
 def product(
     x,
     weight,
@@ -44,7 +63,7 @@ def product(
     BLOCK_K: tl.constexpr,
     SWAPPED: tl.constexpr,
 ):
-    """Return the sums over `start` <= k < `start` + LENGTH of x[row, k] weight[weight_row, k], float32.
+    """Return the sums over `start` <= k < `start` + LENGTH of x[row, k] weight[weight_row, k]: float32, or int32 of int8.
 
     Args:
         row: int32 [R]; those not below `rows` count as zeros.
@@ -57,22 +76,23 @@ def product(
     x_at = x + row.to(tl.int64)[:, None] * K + (start + k)[None, :]
     w_at = weight + weight_row.to(tl.int64)[:, None] * K + (start + k)[None, :]
     known = (row < rows)[:, None]
+    KIND: tl.constexpr = tl.int32 if x.dtype.element_ty == tl.int8 else tl.float32
     if SWAPPED:
-        acc = tl.zeros((weight_row.shape[0], row.shape[0]), tl.float32)
+        acc = tl.zeros((weight_row.shape[0], row.shape[0]), KIND)
     else:
-        acc = tl.zeros((row.shape[0], weight_row.shape[0]), tl.float32)
+        acc = tl.zeros((row.shape[0], weight_row.shape[0]), KIND)
     for first in range(0, LENGTH, BLOCK_K):
         if LENGTH % BLOCK_K == 0:
-            a = tl.load(x_at, mask=known, other=0.0)
+            a = tl.load(x_at, mask=known, other=0)
             b = tl.load(w_at)
         else:
             inside = (first + k < LENGTH)[None, :]
-            a = tl.load(x_at, mask=known & inside, other=0.0)
-            b = tl.load(w_at, mask=inside, other=0.0)
+            a = tl.load(x_at, mask=known & inside, other=0)
+            b = tl.load(w_at, mask=inside, other=0)
         if SWAPPED:
-            acc = numbers.dot(b, tl.trans(a), acc)
+            acc = multiply(b, tl.trans(a), acc)
         else:
-            acc = numbers.dot(a, tl.trans(b), acc)
+            acc = multiply(a, tl.trans(b), acc)
         x_at += BLOCK_K
         w_at += BLOCK_K
     return acc
@@ -133,7 +153,9 @@ def store(values, out, bias, residual, row, output, rows, outputs):
 @triton.jit(do_not_specialize=["rows"])
 def linear_kernel(
     x,
+    x_scale,
     weight,
+    weight_scale,
     out,
     bias,
     residual,
@@ -151,7 +173,7 @@ def linear_kernel(
     """out[n, m] = x[n, :] . weight[m, :] + bias[m] + residual[n, m] of one tile: program (tile, 0).
 
     With SPANS_HERE < SPANS, program (tile, g) writes the sum of spans g * SPANS_HERE on to out[g, n, m], float32, and
-    there are no bias and no residual.
+    there are no bias and no residual. Int8 sums are scaled by x_scale[n] weight_scale[m], or written as int32.
     """
     row_blocks, output_blocks = tl.cdiv(rows, BLOCK_ROWS), tl.cdiv(outputs, BLOCK_OUTPUTS)
     row_block, output_block = place(tl.program_id(0), row_blocks, output_blocks, GROUP)
@@ -164,6 +186,8 @@ def linear_kernel(
         total = tl.trans(total)
     if SPANS_HERE < SPANS:
         out += group.to(tl.int64) * rows * outputs
+    elif x_scale is not None:
+        total = scaled(total, x_scale, weight_scale, row, output, rows, outputs)
     store(total, out, bias, residual, row, output, rows, outputs)
 
 
@@ -279,13 +303,20 @@ def large_spanned_kernel(
 
 
 @triton.jit(do_not_specialize=["rows"])
-def merge_kernel(partials, out, bias, residual, rows, outputs, COUNT: tl.constexpr, BLOCK: tl.constexpr):
-    """out[n, m] = tree over g of partials[g, n, m] + bias[m] + residual[n, m]. Program (block of m, n)."""
+def merge_kernel(
+    partials, x_scale, weight_scale, out, bias, residual, rows, outputs, COUNT: tl.constexpr, BLOCK: tl.constexpr
+):
+    """out[n, m] = tree over g of partials[g, n, m] + bias[m] + residual[n, m]. Program (block of m, n).
+
+    Partial sums in int32 are scaled as by linear_kernel.
+    """
     row = tl.program_id(1) + tl.arange(0, 1)
     output = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     known = (row < rows)[:, None] & (output < outputs)[None, :]
     at = row.to(tl.int64)[:, None] * outputs + output[None, :]
     total = tree_sum(partials + at, rows.to(tl.int64) * outputs, known, COUNT)
+    if x_scale is not None:
+        total = scaled(total, x_scale, weight_scale, row, output, rows, outputs)
     store(total, out, bias, residual, row, output, rows, outputs)
 
 
@@ -345,7 +376,9 @@ def merge(partials: torch.Tensor, out: torch.Tensor, bias: torch.Tensor | None, 
     count, rows, outputs = partials.shape
     block = 1024
     grid = (triton.cdiv(outputs, block), rows)
-    merge_kernel[grid](partials, out, bias, residual, rows, outputs, count, block, num_warps=4, enable_fp_fusion=False)
+    merge_kernel[grid](
+        partials, None, None, out, bias, residual, rows, outputs, count, block, num_warps=4, enable_fp_fusion=False
+    )
 
 
 def _launch(
@@ -363,7 +396,9 @@ def _launch(
     grid = (triton.cdiv(rows, tile.rows) * triton.cdiv(outputs, tile.outputs), spans // here)
     linear_kernel[grid](
         x,
+        None,
         weight,
+        None,
         out,
         bias,
         residual,

@@ -122,6 +122,6 @@ def quantize_rows(x: torch.Tensor, out: Int8Rows | None = None, of_weight: bool 
     if rows:
         quantize_kernel[(rows,)](
             x, out.values, out.scales, scratch, width, most, of_weight,
-            num_warps=min(max(most // 512, 1), 16), enable_fp_fusion=False,
+            num_warps=min(max(most // 256, 1), 16), enable_fp_fusion=False,
         )  # fmt: skip
     return out

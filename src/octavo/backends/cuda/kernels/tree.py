@@ -49,10 +49,10 @@ def close(total, pending1, pending2, COUNT: tl.constexpr):
 
 @triton.jit
 def tree_sum(parts, stride, mask, COUNT: tl.constexpr):
-    """Return the sum in tree order of COUNT float32 blocks: part i is at pointers `parts + i * stride`."""
-    total = tl.load(parts, mask=mask, other=0.0)
+    """Return the sum in tree order of COUNT blocks: part i is at pointers `parts + i * stride`."""
+    total = tl.load(parts, mask=mask, other=0)
     pending0, pending1, pending2 = total, total, total
     for i in tl.static_range(1, COUNT):
-        total = tl.load(parts + i * stride, mask=mask, other=0.0)
+        total = tl.load(parts + i * stride, mask=mask, other=0)
         total, pending0, pending1, pending2 = carry(total, i, pending0, pending1, pending2, COUNT)
     return close(total, pending1, pending2, COUNT)
