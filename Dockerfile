@@ -31,10 +31,10 @@ CMD ["smollm2"]
 # PyTorch's wheels bring the CUDA libraries with them, and the toolkit mounts the driver: no CUDA base image is needed.
 FROM runtime AS cuda
 USER 0
-RUN pip install --no-cache-dir 'octavo[server,torch]'
+RUN pip install --no-cache-dir 'octavo[server,cuda]'
 USER 10001
 ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
-ENV OCTAVO_BACKEND=torch OCTAVO_DEVICE=cuda
+ENV OCTAVO_DEVICE=cuda
 
 # Last, so that it is what `docker build` makes.
 FROM runtime AS cpu

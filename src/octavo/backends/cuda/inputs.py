@@ -106,7 +106,7 @@ class Inputs:
             sent["tokens"],
             StepRows(sent["positions"], sent["sequences"], tables),
             sent["sample_rows"],
-            work[:1] if size is not None or len(cut.large) == 0 else work,
+            work[:1] if size is not None else [tiles for tiles in work if len(tiles.tiles)],
             self._parts,
             DeviceSampling(**{name: sent[f"sampling {name}"] for name in _SAMPLING}),
         )
