@@ -106,6 +106,7 @@ def spans_sum(
     weight_row,
     rows,
     first_span,
+    length,
     K: tl.constexpr,
     SPANS: tl.constexpr,
     SPANS_HERE: tl.constexpr,
@@ -124,7 +125,7 @@ def spans_sum(
         pending0, pending1, pending2 = total, total, total
         for s in range(SPANS_HERE):
             start = (first_span + s) * LENGTH
-            total = product(x, weight, row, weight_row, rows, start, LENGTH, K, LENGTH, BLOCK_K, SWAPPED)
+            total = product(x, weight, row, weight_row, rows, start, length, K, LENGTH, BLOCK_K, SWAPPED)
             total, pending0, pending1, pending2 = carry(total, s, pending0, pending1, pending2, SPANS_HERE)
         return close(total, pending1, pending2, SPANS_HERE)
 
@@ -150,7 +151,7 @@ def store(values, out, bias, residual, row, output, rows, outputs):
         tl.store(out + at, values, mask=known)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "length"])
 def linear_kernel(
     x,
     x_scale,
@@ -161,6 +162,7 @@ def linear_kernel(
     residual,
     rows,
     outputs,
+    length,
     K: tl.constexpr,
     SPANS: tl.constexpr,
     SPANS_HERE: tl.constexpr,
@@ -181,7 +183,8 @@ def linear_kernel(
     output = output_block * BLOCK_OUTPUTS + tl.arange(0, BLOCK_OUTPUTS)
     weight_row = tl.minimum(output, outputs - 1)
     group = tl.program_id(1)
-    total = spans_sum(x, weight, row, weight_row, rows, group * SPANS_HERE, K, SPANS, SPANS_HERE, BLOCK_K, SWAPPED)
+    first = group * SPANS_HERE
+    total = spans_sum(x, weight, row, weight_row, rows, first, length, K, SPANS, SPANS_HERE, BLOCK_K, SWAPPED)
     if SWAPPED:
         total = tl.trans(total)
     if SPANS_HERE < SPANS:
@@ -438,6 +441,7 @@ def _launch(
         residual,
         rows,
         outputs,
+        inputs // spans,
         K=inputs,
         SPANS=spans,
         SPANS_HERE=here,
