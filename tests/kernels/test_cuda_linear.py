@@ -239,10 +239,10 @@ else:
         (tmp_path / "tuned.json").write_text(configurations.write_tuned(table))
         monkeypatch.setattr(configurations, "files", lambda _: tmp_path)
         configurations._tuned.cache_clear()
-        choose.cache_clear()
+        configurations._chosen.cache_clear()
         try:
             assert choose("linear", 64, 128, 8, 20) == replace(SMALL, groups=4, stages=7)
             assert choose("linear", 64, 128, 8, 64) != choose("linear", 64, 128, 8, 20)
         finally:
             configurations._tuned.cache_clear()
-            choose.cache_clear()
+            configurations._chosen.cache_clear()

@@ -1,8 +1,8 @@
 """Which tiles a linear layer is computed in, by its shape and the number of rows.
 
-No tile changes a bit of the result: BLOCK_K is one constant, and every tile sums over k in one order. What differs is the
-matrix instruction. On Hopper a tile whose left operand has 64 rows or more uses HGMMA, a smaller one HMMA. A family is a
-set of tiles that uses one instruction, for chips on which the two should differ:
+No tile changes a bit of the result: BLOCK_K is one constant, and every tile sums over k in one order. What differs is
+the matrix instruction. On Hopper a tile whose left operand has 64 rows or more uses HGMMA, a smaller one HMMA. A family
+is a set of tiles that uses one instruction, for chips on which the two should differ:
 
     swapped  the weight on the left: HGMMA for any number of rows. The default.
     plain    the rows on the left, 64 or more of them: HGMMA.
@@ -107,13 +107,17 @@ _TILES: dict[Family, list[Tile]] = {
 }
 
 
-@lru_cache(maxsize=4096)
 def choose(kind: Kind, outputs: int, inputs: int, spans: int, rows: int, family: Family = "swapped") -> Tile:
     """Return the tile for `rows` rows of a layer with weight [outputs, inputs]: the measured one, or a guess."""
     bucket = min(max(FEWEST_ROWS, 1 << (rows - 1).bit_length()), MOST_ROWS)
-    tuned = _tuned().get(_key(kind, outputs, inputs, spans, bucket)) if family == "swapped" else None
-    guesses = (tuned,) if tuned else candidates(kind, inputs, spans, bucket, family)
-    best = min(guesses, key=lambda tile: estimate(tile, outputs, inputs, spans, bucket))
+    return _chosen(kind, outputs, inputs, spans, bucket, family)
+
+
+@lru_cache(maxsize=4096)
+def _chosen(kind: Kind, outputs: int, inputs: int, spans: int, rows: int, family: Family) -> Tile:
+    tuned = _tuned().get(_key(kind, outputs, inputs, spans, rows)) if family == "swapped" else None
+    guesses = [tuned] if tuned else candidates(kind, inputs, spans, rows, family)
+    best = min(guesses, key=lambda tile: estimate(tile, outputs, inputs, spans, rows))
     return replace(best, stages=min(best.stages, shared_bytes() // _stage_bytes(best)))
 
 

@@ -63,14 +63,15 @@ def product(
     BLOCK_K: tl.constexpr,
     SWAPPED: tl.constexpr,
 ):
-    """Return the sums over `start` <= k < `start` + LENGTH of x[row, k] weight[weight_row, k]: float32, or int32 of int8.
+    """Return the sums over `start` <= k < `start` + LENGTH of x[row, k] weight[weight_row, k].
 
     Args:
         row: int32 [R]; those not below `rows` count as zeros.
         weight_row: int32 [C], all of them in the weight.
+        length: LENGTH. If the compiler does not know it, it does not unroll the loop.
 
     Returns:
-        [R, C], or [C, R] if SWAPPED.
+        [R, C], or [C, R] if SWAPPED: float32, or int32 of int8.
     """
     k = tl.arange(0, BLOCK_K)
     x_at = x + row.to(tl.int64)[:, None] * K + (start + k)[None, :]
@@ -89,10 +90,7 @@ def product(
             inside = (first + k < LENGTH)[None, :]
             a = tl.load(x_at, mask=known & inside, other=0)
             b = tl.load(w_at, mask=inside, other=0)
-        if SWAPPED:
-            acc = multiply(b, tl.trans(a), acc)
-        else:
-            acc = multiply(a, tl.trans(b), acc)
+        acc = multiply(b, tl.trans(a), acc) if SWAPPED else multiply(a, tl.trans(b), acc)
         x_at += BLOCK_K
         w_at += BLOCK_K
     return acc
@@ -273,11 +271,15 @@ def fold_last(
     B: tl.constexpr = acc.shape[1]
     if A * B > PART:
         left, right = halves(acc)
-        fold_last(left, waiting, out, bias, residual, first_row, first_output, rows, outputs, SPANS, SIZE, PART, SWAPPED)
+        fold_last(
+            left, waiting, out, bias, residual, first_row, first_output, rows, outputs, SPANS, SIZE, PART, SWAPPED
+        )
         second_row = first_row + (B // 2 if SWAPPED else 0)
         second_output = first_output + (0 if SWAPPED else B // 2)
         waiting += A * B // 2
-        fold_last(right, waiting, out, bias, residual, second_row, second_output, rows, outputs, SPANS, SIZE, PART, SWAPPED)
+        fold_last(
+            right, waiting, out, bias, residual, second_row, second_output, rows, outputs, SPANS, SIZE, PART, SWAPPED
+        )
     else:
         tl.debug_barrier()
         at = waiting + (tl.arange(0, A)[:, None] * B + tl.arange(0, B)[None, :])

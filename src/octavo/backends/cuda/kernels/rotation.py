@@ -48,7 +48,7 @@ def mix_within_blocks(v):
 @triton.jit
 def mix_across_blocks(v, STEP: tl.constexpr):
     """Return the transform across the blocks of v [n], from distance STEP on; n is a power of two."""
-    if STEP < v.shape[0]:
+    if v.shape[0] > STEP:
         return mix_across_blocks(mix(v, STEP, 0.70710678118654752), 2 * STEP)
     else:
         return v
