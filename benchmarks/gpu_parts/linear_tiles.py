@@ -22,6 +22,7 @@ from octavo.backends.cuda.kernels.configurations import (
     Tile,
     candidates,
     choose,
+    estimate,
     write_tuned,
 )
 from octavo.backends.cuda.kernels.gated import gated
@@ -30,8 +31,9 @@ from octavo.backends.cuda.kernels.linear import linear
 from .timing import device_seconds
 
 FAMILIES: tuple[Family, ...] = ("swapped", "plain", "hmma")
-ROWS = (1, 8, 16, 32, 64, 128, 256, 512, 2048)
+ROWS = (16, 32, 64, 128, 256, 512, 2048)
 _L2_BYTES = 50 << 20
+_TRIED = 10  # candidates of a layer and number of rows that are measured
 
 
 @dataclass(frozen=True)
@@ -182,6 +184,7 @@ def tune(
                 continue
             weights, times = weights_of(layer), {}
             tiles = candidates(layer.kind, layer.inputs, layer.spans, rows, family)
+            tiles = sorted(tiles, key=lambda t: estimate(t, layer.outputs, layer.inputs, layer.spans, rows))[:_TRIED]
             x, out = random(rows, layer.inputs), output(layer, rows)
             compile_all(partial(compute, layer, x, weights[0], out, tile) for tile in tiles)
             for tile in tiles:

@@ -17,8 +17,7 @@ from . import numbers
 from .configurations import Tile, choose
 from .tree import carry, close, tree_sum
 
-# Sums of a tile that are added at a time to those that wait in memory: the rest of the registers is taken.
-PART = tl.constexpr(128 * 64)
+_PART = 1024  # sums per warp that are added at a time to those that wait in memory: other registers are taken
 
 
 @triton.jit
@@ -58,6 +57,7 @@ def product(
     weight_row,
     rows,
     start,
+    length,
     K: tl.constexpr,
     LENGTH: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -81,7 +81,7 @@ def product(
         acc = tl.zeros((weight_row.shape[0], row.shape[0]), KIND)
     else:
         acc = tl.zeros((row.shape[0], weight_row.shape[0]), KIND)
-    for first in range(0, LENGTH, BLOCK_K):
+    for first in numbers.steps(0, length, BLOCK_K):
         if LENGTH % BLOCK_K == 0:
             a = tl.load(x_at, mask=known, other=0)
             b = tl.load(w_at)
@@ -115,7 +115,7 @@ def spans_sum(
     """Return the tree's sum of `product` over SPANS_HERE of the SPANS spans of K, in registers."""
     LENGTH: tl.constexpr = K // SPANS
     if SPANS_HERE == 1:
-        return product(x, weight, row, weight_row, rows, first_span * LENGTH, K, LENGTH, BLOCK_K, SWAPPED)
+        return product(x, weight, row, weight_row, rows, first_span * LENGTH, LENGTH, K, LENGTH, BLOCK_K, SWAPPED)
     else:
         if SWAPPED:
             total = tl.zeros((weight_row.shape[0], row.shape[0]), tl.float32)
@@ -124,7 +124,7 @@ def spans_sum(
         pending0, pending1, pending2 = total, total, total
         for s in range(SPANS_HERE):
             start = (first_span + s) * LENGTH
-            total = product(x, weight, row, weight_row, rows, start, K, LENGTH, BLOCK_K, SWAPPED)
+            total = product(x, weight, row, weight_row, rows, start, LENGTH, K, LENGTH, BLOCK_K, SWAPPED)
             total, pending0, pending1, pending2 = carry(total, s, pending0, pending1, pending2, SPANS_HERE)
         return close(total, pending1, pending2, SPANS_HERE)
 
@@ -192,6 +192,31 @@ def linear_kernel(
 
 
 @triton.jit
+def held_sum(
+    x,
+    weight,
+    row,
+    weight_row,
+    rows,
+    start,
+    length,
+    K: tl.constexpr,
+    LENGTH: tl.constexpr,
+    COUNT: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SWAPPED: tl.constexpr,
+):
+    """Return the tree's sum of `product` over COUNT spans, a power of two, of `length` = LENGTH each."""
+    if COUNT == 1:
+        return product(x, weight, row, weight_row, rows, start, length, K, LENGTH, BLOCK_K, SWAPPED)
+    else:
+        HALF: tl.constexpr = COUNT // 2
+        left = held_sum(x, weight, row, weight_row, rows, start, length, K, LENGTH, HALF, BLOCK_K, SWAPPED)
+        start += HALF * LENGTH
+        return left + held_sum(x, weight, row, weight_row, rows, start, length, K, LENGTH, HALF, BLOCK_K, SWAPPED)
+
+
+@triton.jit
 def halves(acc):
     """Return the left and the right half of acc [A, B]: [A, B / 2] each."""
     A: tl.constexpr = acc.shape[0]
@@ -200,19 +225,20 @@ def halves(acc):
 
 
 @triton.jit
-def fold(acc, s, waiting, SIZE: tl.constexpr):
+def fold(acc, s, waiting, SIZE: tl.constexpr, PART: tl.constexpr):
     """Do as tree.carry for a span that is not the last, with the sums that wait in memory.
 
     Args:
         acc: The sums of span s, float32 [A, B].
         waiting: Where the sums that wait are; level i is at `waiting + i * SIZE`.
+        PART: Sums that are added at a time.
     """
     A: tl.constexpr = acc.shape[0]
     B: tl.constexpr = acc.shape[1]
     if A * B > PART:
         left, right = halves(acc)
-        fold(left, s, waiting, SIZE)
-        fold(right, s, waiting + A * B // 2, SIZE)
+        fold(left, s, waiting, SIZE, PART)
+        fold(right, s, waiting + A * B // 2, SIZE, PART)
     else:
         tl.debug_barrier()  # another thread may have written what this one reads
         at = waiting + (tl.arange(0, A)[:, None] * B + tl.arange(0, B)[None, :])
@@ -236,6 +262,7 @@ def fold_last(
     outputs,
     SPANS: tl.constexpr,
     SIZE: tl.constexpr,
+    PART: tl.constexpr,
     SWAPPED: tl.constexpr,
 ):
     """Add the sums that wait to those of the last span, and `store` a tile that begins at (first_row, first_output)."""
@@ -243,11 +270,11 @@ def fold_last(
     B: tl.constexpr = acc.shape[1]
     if A * B > PART:
         left, right = halves(acc)
-        fold_last(left, waiting, out, bias, residual, first_row, first_output, rows, outputs, SPANS, SIZE, SWAPPED)
+        fold_last(left, waiting, out, bias, residual, first_row, first_output, rows, outputs, SPANS, SIZE, PART, SWAPPED)
         second_row = first_row + (B // 2 if SWAPPED else 0)
         second_output = first_output + (0 if SWAPPED else B // 2)
         waiting += A * B // 2
-        fold_last(right, waiting, out, bias, residual, second_row, second_output, rows, outputs, SPANS, SIZE, SWAPPED)
+        fold_last(right, waiting, out, bias, residual, second_row, second_output, rows, outputs, SPANS, SIZE, PART, SWAPPED)
     else:
         tl.debug_barrier()
         at = waiting + (tl.arange(0, A)[:, None] * B + tl.arange(0, B)[None, :])
@@ -262,7 +289,7 @@ def fold_last(
             store(acc, out, bias, residual, row, output, rows, outputs)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "length"])
 def large_spanned_kernel(
     x,
     weight,
@@ -272,8 +299,11 @@ def large_spanned_kernel(
     waiting,
     rows,
     outputs,
+    length,
     K: tl.constexpr,
     SPANS: tl.constexpr,
+    SPANS_HELD: tl.constexpr,
+    PART: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_OUTPUTS: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -282,9 +312,11 @@ def large_spanned_kernel(
 ):
     """Do as linear_kernel with SPANS > 1, for tiles whose waiting sums don't fit in registers.
 
-    Program p computes tiles p, p + programs and so on. Its waiting sums are in waiting[p], float32 [3, tile].
+    Program p computes tiles p, p + programs and so on. Its waiting sums are in waiting[p], float32 [3, tile],
+    apart from those of SPANS_HELD spans, a power of two that divides SPANS, which are in registers.
     """
     row_blocks, output_blocks = tl.cdiv(rows, BLOCK_ROWS), tl.cdiv(outputs, BLOCK_OUTPUTS)
+    COUNT: tl.constexpr = SPANS // SPANS_HELD
     LENGTH: tl.constexpr = K // SPANS
     SIZE: tl.constexpr = BLOCK_ROWS * BLOCK_OUTPUTS
     waiting += tl.program_id(0).to(tl.int64) * 3 * SIZE
@@ -294,11 +326,13 @@ def large_spanned_kernel(
         first_row, first_output = row_block * BLOCK_ROWS, output_block * BLOCK_OUTPUTS
         row = first_row + tl.arange(0, BLOCK_ROWS)
         weight_row = tl.minimum(first_output + tl.arange(0, BLOCK_OUTPUTS), outputs - 1)
-        for s in range(SPANS - 1):
-            acc = product(x, weight, row, weight_row, rows, s * LENGTH, K, LENGTH, BLOCK_K, SWAPPED)
-            fold(acc, s, waiting, SIZE)
-        acc = product(x, weight, row, weight_row, rows, K - LENGTH, K, LENGTH, BLOCK_K, SWAPPED)
-        fold_last(acc, waiting, out, bias, residual, first_row, first_output, rows, outputs, SPANS, SIZE, SWAPPED)
+        for s in range(COUNT - 1):
+            first = s * SPANS_HELD * LENGTH
+            acc = held_sum(x, weight, row, weight_row, rows, first, length, K, LENGTH, SPANS_HELD, BLOCK_K, SWAPPED)
+            fold(acc, s, waiting, SIZE, PART)
+        first = K - SPANS_HELD * LENGTH
+        acc = held_sum(x, weight, row, weight_row, rows, first, length, K, LENGTH, SPANS_HELD, BLOCK_K, SWAPPED)
+        fold_last(acc, waiting, out, bias, residual, first_row, first_output, rows, outputs, COUNT, SIZE, PART, SWAPPED)
         tile += tl.num_programs(0)
 
 
@@ -435,8 +469,11 @@ def _large_spanned(
         waiting,
         rows,
         outputs,
+        inputs // spans,
         K=inputs,
         SPANS=spans,
+        SPANS_HELD=tile.held,
+        PART=_PART * tile.warps,
         **tile.constants,
         **tile.options,
     )
