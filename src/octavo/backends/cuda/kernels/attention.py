@@ -32,16 +32,6 @@ _NO_WINDOW = 1 << 30
 
 
 @triton.jit
-def _load_block(at, there, DIM: tl.constexpr, DIMS: tl.constexpr):
-    """Return the numbers [BLOCK, DIMS] of the positions at pointers `at`: 0 where not `there` and after DIM."""
-    column = tl.arange(0, DIMS)
-    mask = there[:, None]
-    if DIM < DIMS:
-        mask = mask & (column < DIM)[None, :]
-    return tl.load(at[:, None] + column[None, :], mask=mask, other=0.0)
-
-
-@triton.jit
 def _attend_part(
     q,
     position,
@@ -71,6 +61,7 @@ def _attend_part(
     values = tl.zeros([ROWS, DIMS], tl.float32)
     weights = tl.zeros([ROWS, _ONES], tl.float32)
     maximum = tl.full([ROWS], _LOWEST, tl.float32)
+    column = tl.arange(0, DIMS)[None, :]
     ones = to_bfloat16(tl.full([BLOCK, _ONES], 1.0, tl.float32))
     for start in steps(begin, end, BLOCK):
         seen = start + tl.arange(0, BLOCK)
@@ -79,10 +70,13 @@ def _attend_part(
             page = tl.load(table + start // PAGE_SIZE)
             slot = start % PAGE_SIZE + tl.arange(0, BLOCK)
         else:
-            page = tl.load(table + seen // PAGE_SIZE, mask=there, other=0)
-            slot = seen % PAGE_SIZE
+            position_in_table = seen.to(tl.uint32)  # unsigned, so that dividing by a power of two is a shift
+            page = tl.load(table + position_in_table // PAGE_SIZE, mask=there, other=0)
+            slot = (position_in_table % PAGE_SIZE).to(tl.int32)
         keys = head_values(pool, page, layer, 0, kv_head, LAYERS, KV_HEADS, PAGE_SIZE, DIM, INT8) + slot * DIM
-        k = _load_block(keys, there, DIM, DIMS)
+        at = keys[:, None] + column
+        mask = there[:, None] if DIM == DIMS else there[:, None] & (column < DIM)
+        k = tl.load(at, mask=mask, other=0.0)
         scores = dot(q, tl.trans(widened(k)), tl.zeros([ROWS, BLOCK], tl.float32))
         if INT8:
             k_scales = head_scales(scales, page, layer, 0, kv_head, LAYERS, KV_HEADS, PAGE_SIZE, DIM)
@@ -94,7 +88,7 @@ def _attend_part(
         shares = tl.exp2(scores - peak[:, None])
         back = tl.exp2(maximum - peak)[:, None]
         weights = dot(to_bfloat16(shares), ones, weights * back)
-        v = _load_block(keys + KV_HEADS * PAGE_SIZE * DIM, there, DIM, DIMS)
+        v = tl.load(at + KV_HEADS * PAGE_SIZE * DIM, mask=mask, other=0.0)
         if INT8:
             v_scales = head_scales(scales, page, layer, 1, kv_head, LAYERS, KV_HEADS, PAGE_SIZE, DIM)
             shares *= tl.load(v_scales + slot, mask=there, other=0.0)[None, :]
