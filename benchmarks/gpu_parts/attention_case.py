@@ -116,7 +116,7 @@ def on_device(
         for tiles, size in zip((cut.small, cut.large), sizes, strict=True)
         if len(tiles)
     ]
-    return work, Parts.allocate(slots, heads, pool.head_dim, torch.from_numpy(cut.merges).to(device))
+    return work, Parts.allocate(slots, heads, pool.kv_heads, pool.head_dim, device)
 
 
 def halves(pool: KvPool, page: int, layer: int) -> tuple[Tensor, Tensor | None]:

@@ -8,7 +8,7 @@ import numpy as np
 from octavo.backends.base import SamplingBatch, StepBatch
 from octavo.backends.cuda.backend import CudaBackend
 
-from . import shapes
+from . import attention_tiles, shapes
 from .linear_tiles import FAMILIES, LLAMA_8B, QWEN3_06B, Layer, disagreements, tiles_of
 from .report import Report
 from .shapes import backend, random_weights, shortened, step
@@ -20,6 +20,11 @@ PAGES = np.random.default_rng(1).permutation(60)[:38].tolist()  # of 32 tokens, 
 def run(report: Report, options: argparse.Namespace) -> None:
     with report.attempt("model"):
         whole_model(report)
+    for shape in attention_tiles.SHAPES[:3]:
+        with report.attempt(f"attention {shape}"):
+            for what, different, count in attention_tiles.disagreements(*shape):
+                value = f"{different} of {count} rows differ" if different else ""
+                report.check(f"attention {shape}: {what}", different == 0, value)
     for layer in (LLAMA_8B[3], LLAMA_8B[2], LLAMA_8B[0], QWEN3_06B[1]):
         with report.attempt(layer.name):
             tiles(report, layer)

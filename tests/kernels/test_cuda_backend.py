@@ -42,7 +42,7 @@ def test_in_the_interpreter() -> None:
 
 @pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="there is a device")
 def test_without_a_gpu_it_says_what_to_do() -> None:
-    with pytest.raises(ConfigError, match="PyTorch finds no GPU.*use device cpu"):
+    with pytest.raises(ConfigError, match=r"PyTorch finds no GPU.*use device cpu"):
         load(SPEC, load_cuda, device="cuda:1")
 
 

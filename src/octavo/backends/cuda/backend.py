@@ -83,7 +83,7 @@ class CudaBackend:
             rotary = torch.from_numpy(rotary_table(spec.rope.frequencies(spec.head_dim), max_model_len)).to(device)
             rows = self._sizes[-1]
             self._logits = torch.empty((rows, spec.vocab_size), dtype=torch.float32, device=device)
-            self._inputs = Inputs(spec, page_size, max_model_len, max_batch_tokens, rows, device)
+            self._inputs = Inputs(spec, page_size, max_model_len, max_batch_tokens, rows, device, int8_kv)
         self._model = Model(spec, weights, rotary)
         self._graphs = None if self._stream is None else DecodeGraphs(self._forward)
 

@@ -29,7 +29,7 @@ class StepInputs:
         rows: where the N rows are.
         sample_rows: [R].
         work: the tiles of attention.
-        parts: what attention merges.
+        parts: where attention merges.
         sampling: of the rows that the StepBatch samples.
     """
 
@@ -52,18 +52,20 @@ class Inputs:
         max_batch_tokens: int,
         rows: int,
         device: torch.device,
+        int8_kv: bool = False,
     ):
         """Allocate memory for steps of `max_batch_tokens` tokens and graphs of `rows` rows."""
         self._group = spec.num_heads // spec.num_kv_heads
-        self._small, self._large = tilings(spec.head_dim, self._group)
+        hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+        self._small, self._large = tilings(spec.head_dim, self._group, int8_kv, hopper)
+        self._kv_heads = spec.num_kv_heads
         width = -(-max_model_len // page_size)
         capacity = (8 + TILE_FIELDS) * max_batch_tokens + (width + 32) * rows + TILE_FIELDS * _SLOTS + _EXTRA_WORDS
         self._staging = Staging(capacity, device)
         self._page_tables = torch.zeros((rows, width), dtype=torch.int32, device=device)
-        nothing = torch.zeros((0, 2), dtype=torch.int32, device=device)
-        self._parts = Parts.allocate(_SLOTS, spec.num_heads, spec.head_dim, nothing)
+        self._parts = Parts.allocate(_SLOTS, spec.num_heads, spec.num_kv_heads, spec.head_dim, device)
         processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-        self._programs = 4 * processors, 2 * processors  # small tiles, large tiles
+        self._programs = 4 * processors  # of small tiles
         self._enough = -(-2 * processors // spec.num_kv_heads)
 
     def send(self, batch: StepBatch, size: int | None = None) -> StepInputs:
@@ -89,7 +91,6 @@ class Inputs:
             "positions": _padded(batch.positions, more, -1),
             "sequences": _padded(np.repeat(np.arange(len(batch.page_tables)), np.diff(batch.query_start)), more, 0),
             "sample_rows": _padded(batch.sample_rows, 0 if size is None else size - len(batch.sample_rows), 0),
-            "merges": _padded(cut.merges, more, -1),
             "counts": np.array([len(cut.small), len(cut.large)], np.int32),
             "small": cut.small,
             "large": cut.large,
@@ -98,16 +99,15 @@ class Inputs:
         sent = self._staging.send(arrays | {"page_tables": batch.page_tables})
         tables = sent["page_tables"] if size is None else self._kept(sent["page_tables"], size)
         work = [
-            Tiles(sent["small"], sent["counts"][:1], self._programs[0], self._small),
-            Tiles(sent["large"], sent["counts"][1:], self._programs[1], self._large),
+            Tiles(sent["small"], sent["counts"][:1], self._programs, self._small),
+            Tiles(sent["large"], sent["counts"][1:], len(cut.large) * self._kv_heads, self._large),
         ]
-        merges = sent["merges"] if size is not None or (cut.merges >= 0).any() else sent["merges"][:0]
         return StepInputs(
             sent["tokens"],
             StepRows(sent["positions"], sent["sequences"], tables),
             sent["sample_rows"],
-            work[:1] if size is not None or len(cut.large) == 0 else work,
-            Parts(self._parts.values, self._parts.weights, merges),
+            work[:1] if size is not None else [tiles for tiles in work if len(tiles.tiles)],
+            self._parts,
             DeviceSampling(**{name: sent[f"sampling {name}"] for name in _SAMPLING}),
         )
 

@@ -11,6 +11,7 @@ from octavo.errors import OutOfMemory
 from octavo.machine import available_memory
 from octavo.model.spec import DecoderSpec
 
+from .device import find_device
 from .kernels.rope_and_cache import KvPool
 
 
@@ -76,6 +77,11 @@ class Pages:
     def _wait(self) -> None:
         if self._stream is not None:
             self._stream.synchronize()
+
+
+def free_bytes_of(name: str) -> int:
+    """Return the free bytes of the device that a setting names. Raises ConfigError if there is none."""
+    return free_bytes(find_device(name))
 
 
 def free_bytes(device: torch.device) -> int:

@@ -7,12 +7,13 @@ A row at position p attends to positions i, max(0, p - window + 1) <= i <= p, of
 Positions are cut at fixed places: in blocks (see block_size), and in parts of PART. The sums of a part start from zero
 and take its blocks in order, with a running maximum (online softmax: Milakov and Gimelshein, 2018). Then the parts are
 merged in order, by the same function, `_merge`, whether one program computes all parts of a tile and merges each when
-it is complete, or programs compute a part each and merge_kernel merges them: so a row has the same bits either way.
+it is complete, or programs compute a part each and the last one merges them all: a row has the same bits either way.
 A block that a row does not see multiplies its sums by 1 and adds 0. Weights are summed by a product with ones, because
 the order of tl.sum depends on the tile.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -27,18 +28,7 @@ _PART = tl.constexpr(PART)
 _FIELDS = tl.constexpr(TILE_FIELDS)
 _LOWEST = tl.constexpr(-1e30)  # the maximum of no scores: finite, so that differences are numbers
 _ONES = tl.constexpr(16)  # columns of the product that sums weights: the fewest that tl.dot takes
-_MERGE_HEADS = 4  # heads of a program of merge_kernel
 _NO_WINDOW = 1 << 30
-
-
-@triton.jit
-def _load_block(at, there, DIM: tl.constexpr, DIMS: tl.constexpr):
-    """Return the numbers [BLOCK, DIMS] of the positions at pointers `at`: 0 where not `there` and after DIM."""
-    column = tl.arange(0, DIMS)
-    mask = there[:, None]
-    if DIM < DIMS:
-        mask = mask & (column < DIM)[None, :]
-    return tl.load(at[:, None] + column[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
@@ -71,6 +61,7 @@ def _attend_part(
     values = tl.zeros([ROWS, DIMS], tl.float32)
     weights = tl.zeros([ROWS, _ONES], tl.float32)
     maximum = tl.full([ROWS], _LOWEST, tl.float32)
+    column = tl.arange(0, DIMS)[None, :]
     ones = to_bfloat16(tl.full([BLOCK, _ONES], 1.0, tl.float32))
     for start in steps(begin, end, BLOCK):
         seen = start + tl.arange(0, BLOCK)
@@ -79,10 +70,13 @@ def _attend_part(
             page = tl.load(table + start // PAGE_SIZE)
             slot = start % PAGE_SIZE + tl.arange(0, BLOCK)
         else:
-            page = tl.load(table + seen // PAGE_SIZE, mask=there, other=0)
-            slot = seen % PAGE_SIZE
+            position_in_table = seen.to(tl.uint32)  # unsigned, so that dividing by a power of two is a shift
+            page = tl.load(table + position_in_table // PAGE_SIZE, mask=there, other=0)
+            slot = (position_in_table % PAGE_SIZE).to(tl.int32)
         keys = head_values(pool, page, layer, 0, kv_head, LAYERS, KV_HEADS, PAGE_SIZE, DIM, INT8) + slot * DIM
-        k = _load_block(keys, there, DIM, DIMS)
+        at = keys[:, None] + column
+        mask = there[:, None] if DIM == DIMS else there[:, None] & (column < DIM)
+        k = tl.load(at, mask=mask, other=0.0)
         scores = dot(q, tl.trans(widened(k)), tl.zeros([ROWS, BLOCK], tl.float32))
         if INT8:
             k_scales = head_scales(scales, page, layer, 0, kv_head, LAYERS, KV_HEADS, PAGE_SIZE, DIM)
@@ -94,7 +88,7 @@ def _attend_part(
         shares = tl.exp2(scores - peak[:, None])
         back = tl.exp2(maximum - peak)[:, None]
         weights = dot(to_bfloat16(shares), ones, weights * back)
-        v = _load_block(keys + KV_HEADS * PAGE_SIZE * DIM, there, DIM, DIMS)
+        v = tl.load(at + KV_HEADS * PAGE_SIZE * DIM, mask=mask, other=0.0)
         if INT8:
             v_scales = head_scales(scales, page, layer, 1, kv_head, LAYERS, KV_HEADS, PAGE_SIZE, DIM)
             shares *= tl.load(v_scales + slot, mask=there, other=0.0)[None, :]
@@ -112,6 +106,42 @@ def _merge(values, weights, maximum, more_values, more_weights, more_maximum):
     return values, weights * back + more_weights * more_back, peak
 
 
+@triton.jit
+def _merge_parts(
+    part_values,
+    part_weights,
+    slot,
+    tokens,
+    first_part,
+    end_part,
+    head,
+    there,
+    row_there,
+    HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    DIMS: tl.constexpr,
+):
+    """Return the sums of a tile's rows over parts that programs have stored, merged in order.
+
+    The first part of a row [ROWS] is at `slot`, each other one `tokens` after the one before.
+    """
+    ROWS: tl.constexpr = slot.shape[0]
+    column = tl.arange(0, DIMS)[None, :]
+    values = tl.zeros([ROWS, DIMS], tl.float32)
+    weights = tl.zeros([ROWS], tl.float32)
+    maximum = tl.full([ROWS], _LOWEST, tl.float32)
+    for part in steps(first_part, end_part, 1, loop_unroll_factor=4 if ROWS <= 16 else 1):
+        at = ((slot + part * tokens).to(tl.int64) * HEADS)[:, None] + head
+        # Past the L1 cache, which may hold what another layer left at these addresses.
+        more_values = tl.load(part_values + at * DIM + column, mask=there, other=0.0, cache_modifier=".cg")
+        more_weights = tl.load(part_weights + at * 2, mask=row_there, other=0.0, cache_modifier=".cg")
+        more_maximum = tl.load(part_weights + at * 2 + 1, mask=row_there, other=0.0, cache_modifier=".cg")
+        values, weights, maximum = _merge(
+            values, weights, maximum, more_values, tl.max(more_weights, 1), tl.max(more_maximum, 1)
+        )
+    return values, weights, maximum
+
+
 @triton.jit(do_not_specialize=["table_stride", "layer", "window"])
 def attention_kernel(
     queries,
@@ -123,6 +153,7 @@ def attention_kernel(
     tile_count,
     part_values,
     part_weights,
+    arrivals,
     out,
     layer,
     window,
@@ -138,9 +169,10 @@ def attention_kernel(
 ):
     """Compute tiles of attention of queries [N, HEADS, DIM]. Programs take tiles in turn, for each kv head.
 
-    A tile (see attention_plan.Tile) that is one part of its rows' context writes sums, relative to a maximum, to
-    part_values [slots, HEADS, DIM], and the sum of weights and the maximum to part_weights [slots, HEADS, 2]; a tile
-    of all parts writes out [N, HEADS, DIM]. DIMS is the power of two that holds DIM.
+    A tile (see attention_plan.TILE_FIELDS) of all parts of its rows' context writes out [N, HEADS, DIM]. One that is a
+    part writes its sums, relative to a maximum, to part_values [slots, HEADS, DIM], and the sum of weights and the
+    maximum to part_weights [slots, HEADS, 2]; the last one to arrive merges them. DIMS is the power of two that holds
+    DIM.
     """
     group: tl.constexpr = HEADS // KV_HEADS
     token = tl.arange(0, ROWS) // group
@@ -183,52 +215,34 @@ def attention_kernel(
                 BLOCK,
             )
             values, weights, maximum = _merge(values, weights, maximum, more_values, more_weights, more_maximum)
-        if part < 0:
+        complete = part < 0
+        if part >= 0:
+            of_part = ((slot + token).to(tl.int64) * HEADS)[:, None] + head
+            tl.store(part_values + of_part * DIM + column, values, mask=there)
+            tl.store(part_weights + of_part * 2, weights[:, None], mask=(token < tokens)[:, None])
+            tl.store(part_weights + of_part * 2 + 1, maximum[:, None], mask=(token < tokens)[:, None])
+            slot -= part * tokens
+            arrival = arrivals + slot * KV_HEADS + kv_head
+            tl.debug_barrier()  # the stores of all threads come before the arrival
+            complete = tl.atomic_add(arrival, 1, sem="acq_rel") == last // _PART
+            if complete:
+                tl.store(arrival, 0)  # for the next layer
+                values, weights, maximum = _merge_parts(
+                    part_values,
+                    part_weights,
+                    slot + token,
+                    tokens,
+                    begin // _PART,
+                    last // _PART + 1,
+                    head,
+                    there,
+                    (token < tokens)[:, None],
+                    HEADS,
+                    DIM,
+                    DIMS,
+                )
+        if complete:
             tl.store(out + heads, to_bfloat16(values * tl.div_rn(1.0, weights)[:, None]), mask=there)
-        else:
-            at = ((slot + token).to(tl.int64) * HEADS)[:, None] + head
-            tl.store(part_values + at * DIM + column, values, mask=there)
-            tl.store(part_weights + at * 2, weights[:, None], mask=(token < tokens)[:, None])
-            tl.store(part_weights + at * 2 + 1, maximum[:, None], mask=(token < tokens)[:, None])
-
-
-@triton.jit(do_not_specialize=["window"])
-def merge_kernel(
-    part_values,
-    part_weights,
-    merges,
-    positions,
-    out,
-    window,
-    HEADS: tl.constexpr,
-    DIM: tl.constexpr,
-    DIMS: tl.constexpr,
-    TILE: tl.constexpr,
-):
-    """out[row, h] = the sums of the row's parts, merged in order, divided by the sum of weights; TILE heads a program.
-
-    merges [N, 2]: part p of the row is at slot merges[row, 0] + p * merges[row, 1]; -1 if it is not in parts.
-    """
-    row = tl.program_id(0)
-    slot, stride = tl.load(merges + 2 * row), tl.load(merges + 2 * row + 1)
-    if slot < 0:
-        return
-    head = tl.program_id(1) * TILE + tl.arange(0, TILE)
-    column = tl.arange(0, DIMS)[None, :]
-    there = (head < HEADS)[:, None] & (column < DIM)
-    position = tl.load(positions + row)
-    values = tl.zeros([TILE, DIMS], tl.float32)
-    weights = tl.zeros([TILE], tl.float32)
-    maximum = tl.full([TILE], _LOWEST, tl.float32)
-    first_part = tl.maximum(position - window + 1, 0) // _PART
-    for p in steps(first_part, position // _PART + 1, 1, loop_unroll_factor=4):
-        at = (slot + p * stride).to(tl.int64) * HEADS + head
-        more_values = tl.load(part_values + at[:, None] * DIM + column, mask=there, other=0.0)
-        more_weights = tl.load(part_weights + at * 2, mask=head < HEADS, other=0.0)
-        more_maximum = tl.load(part_weights + at * 2 + 1, mask=head < HEADS, other=0.0)
-        values, weights, maximum = _merge(values, weights, maximum, more_values, more_weights, more_maximum)
-    heads = (row.to(tl.int64) * HEADS + head[:, None]) * DIM + column
-    tl.store(out + heads, to_bfloat16(values * tl.div_rn(1.0, weights)[:, None]), mask=there)
 
 
 @dataclass(frozen=True)
@@ -255,19 +269,20 @@ class Parts:
     Attributes:
         values: float32 [slots, heads, head_dim].
         weights: float32 [slots, heads, 2], sums of weights, and maxima.
-        merges: int32 [N, 2], see merge_kernel.
+        arrivals: int32 [slots, kv_heads], how many parts of a tile are there, by the slot of its first part and row. It
+            is 0 between two layers: the program that stores the last part merges them all.
     """
 
     values: Tensor
     weights: Tensor
-    merges: Tensor
+    arrivals: Tensor
 
     @classmethod
-    def allocate(cls, slots: int, heads: int, head_dim: int, merges: Tensor) -> "Parts":
-        """Allocate memory for `slots` parts of rows beside `merges`."""
-        values = torch.empty((slots, heads, head_dim), dtype=torch.float32, device=merges.device)
-        weights = torch.empty((slots, heads, 2), dtype=torch.float32, device=merges.device)
-        return cls(values, weights, merges)
+    def allocate(cls, slots: int, heads: int, kv_heads: int, head_dim: int, device: Any) -> "Parts":
+        """Allocate memory for sums of `slots` rows over a part. Raises torch.OutOfMemoryError."""
+        values = torch.empty((slots, heads, head_dim), dtype=torch.float32, device=device)
+        weights = torch.empty((slots, heads, 2), dtype=torch.float32, device=device)
+        return cls(values, weights, torch.zeros((slots, kv_heads), dtype=torch.int32, device=device))
 
 
 def attention(
@@ -278,7 +293,7 @@ def attention(
     Args:
         queries: bf16 [N, heads, head_dim], as rope_and_cache leaves them.
         work: tiles of a Plan, by size.
-        parts: its merging; if merges is empty, no row is in parts.
+        parts: for at least the slots that the Plan may use.
         window: the number of latest positions to attend to, 0 for all.
         out: bf16 [N, heads * head_dim].
     """
@@ -294,6 +309,7 @@ def attention(
             tiles.count,
             parts.values,
             parts.weights,
+            parts.arrivals,
             out,
             layer,
             window,
@@ -303,26 +319,9 @@ def attention(
             num_stages=tiles.tiling.stages,
             enable_fp_fusion=False,
         )
-    if len(parts.merges) > 0:
-        merge_kernel[(len(parts.merges), triton.cdiv(heads, _MERGE_HEADS))](
-            parts.values,
-            parts.weights,
-            parts.merges,
-            rows.positions,
-            out,
-            window,
-            **merge_constants(heads, pool.head_dim),
-            num_warps=4,
-            enable_fp_fusion=False,
-        )
 
 
 def attention_constants(heads: int, head_dim: int, tiling: Tiling) -> dict[str, int]:
     """Return the constants of attention_kernel besides those of the pool."""
     dims = triton.next_power_of_2(head_dim)
     return {"HEADS": heads, "DIMS": dims, "BLOCK": block_size(head_dim), "ROWS": tiling.rows}
-
-
-def merge_constants(heads: int, head_dim: int) -> dict[str, int]:
-    """Return the constants of merge_kernel."""
-    return {"HEADS": heads, "DIM": head_dim, "DIMS": triton.next_power_of_2(head_dim), "TILE": _MERGE_HEADS}

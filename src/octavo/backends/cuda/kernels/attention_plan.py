@@ -5,7 +5,9 @@ from dataclasses import dataclass
 import numpy as np
 
 PART = 512  # positions whose sums start from zero; parts are merged in order
-TILE_FIELDS = 6  # of a tile: first row, rows, sequence, part (-1: all parts), slot of its first row's sums, its position
+TILE_FIELDS = (
+    6  # of a tile: first row, rows, sequence, part (-1: all parts), slot of its first row's sums, its position
+)
 
 
 @dataclass(frozen=True)
@@ -19,17 +21,15 @@ class Tiling:
 
 @dataclass(frozen=True)
 class Plan:
-    """The tiles of a step, and where sums of parts are to be merged.
+    """The tiles of a step, longest first. A tile in parts has a slot for each of its rows in each part.
 
     Attributes:
         small: int32 [n, TILE_FIELDS], tiles of sequences whose rows fit into one small tile.
-        large: int32 [m, TILE_FIELDS], tiles of the others. Longest first, both.
-        merges: int32 [N, 2]: part p of row r waits at slot merges[r, 0] + p * merges[r, 1]; -1: r is not in parts.
+        large: int32 [m, TILE_FIELDS], tiles of the others.
     """
 
     small: np.ndarray
     large: np.ndarray
-    merges: np.ndarray
 
 
 def block_size(head_dim: int) -> int:
@@ -46,14 +46,14 @@ def tilings(head_dim: int, group: int, int8: bool = False, hopper: bool = True) 
         hopper: whether the device has warp-group products (compute capability 9), which need tiles of 64 queries.
     """
     least = max(16, 1 << (group - 1).bit_length())
-    small = Tiling(least, warps=8 if int8 else 4, stages=3)
+    small = Tiling(least, warps=8 if int8 else 4, stages=7 if hopper and not int8 else 5)
     if head_dim > 128 or (int8 and not hopper):
         rows = 32
     elif int8 or not hopper or head_dim not in (64, 128):
         rows = 64
     else:
         rows = 128
-    return small, Tiling(max(rows, least), warps=8, stages=3)
+    return small, Tiling(max(rows, least), warps=8, stages=5 if rows == 128 else 3)
 
 
 def plan(
@@ -70,14 +70,13 @@ def plan(
     """
     lengths = np.diff(query_start)
     per_small, per_large = small // group, large // group
-    merges = np.full((len(positions), 2), -1, np.int32)
     fits = lengths <= per_small
-    tiles, used = _cut(query_start, positions, np.flatnonzero(fits & (lengths > 0)), per_small, slots, merges, 0)
+    tiles, used = _cut(query_start, positions, np.flatnonzero(fits & (lengths > 0)), per_small, slots, 0)
     chunks = np.flatnonzero(~fits)
     if -(-lengths[chunks] // per_large).sum() >= enough:
         slots = 0
-    large_tiles, _ = _cut(query_start, positions, chunks, per_large, slots, merges, used)
-    return Plan(tiles, large_tiles, merges)
+    large_tiles, _ = _cut(query_start, positions, chunks, per_large, slots, used)
+    return Plan(tiles, large_tiles)
 
 
 def _cut(
@@ -86,13 +85,11 @@ def _cut(
     sequences: np.ndarray,
     per_tile: int,
     slots: int,
-    merges: np.ndarray,
     used: int,
 ) -> tuple[np.ndarray, int]:
     """Cut sequences into tiles of at most `per_tile` rows, and those into parts, longest first, while slots last.
 
     Args:
-        merges: entries of rows in parts are written.
         used: slots that are taken.
 
     Returns:
@@ -110,10 +107,6 @@ def _cut(
     end = used + np.cumsum(np.where(parts > 1, parts * rows, 0))
     split = (parts > 1) & (end <= slots)
     slot = end - parts * rows
-    of_rows = np.repeat(np.flatnonzero(split), rows[split])
-    offset = np.arange(len(of_rows)) - np.repeat(np.cumsum(rows[split]) - rows[split], rows[split])
-    merges[row[of_rows] + offset] = np.stack([slot[of_rows] + offset, rows[of_rows]], axis=1)
-
     pieces = np.where(split, parts, 1)
     of = np.repeat(np.arange(len(row)), pieces)
     part = np.arange(len(of)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
