@@ -1,8 +1,8 @@
 """Which tiles a linear layer is computed in, by its shape and the number of rows.
 
-No tile changes a bit of the result: BLOCK_K is one constant, and every tile sums over k in one order. What differs is the
-matrix instruction. On Hopper a tile whose left operand has 64 rows or more uses HGMMA, a smaller one HMMA. A family is a
-set of tiles that uses one instruction, for chips on which the two should differ:
+No tile changes a bit of the result: BLOCK_K is one constant, and every tile sums over k in one order. What differs is
+the matrix instruction. On Hopper a tile whose left operand has 64 rows or more uses HGMMA, a smaller one HMMA. A family
+is a set of tiles that uses one instruction, for chips on which the two should differ:
 
     swapped  the weight on the left: HGMMA for any number of rows. The default.
     plain    the rows on the left, 64 or more of them: HGMMA.
@@ -15,6 +15,8 @@ from functools import lru_cache
 from importlib.resources import files
 from typing import Literal
 
+import torch
+
 Kind = Literal["linear", "gated", "int8", "int8 gated"]
 Family = Literal["swapped", "plain", "hmma"]
 
@@ -23,7 +25,6 @@ GROUP = 8  # blocks of rows that walk the weight together
 PROCESSORS = 132  # of an H100 or H200
 FEWEST_ROWS, MOST_ROWS = 16, 4096  # buckets of rows are the powers of two between
 _MOST_SUMS = 128  # float32 sums per thread, the waiting ones included
-_SHARED_BYTES = 225 << 10  # of a program, on Hopper
 
 
 @dataclass(frozen=True)
@@ -106,17 +107,18 @@ _TILES: dict[Family, list[Tile]] = {
 }
 
 
-@lru_cache(maxsize=4096)
 def choose(kind: Kind, outputs: int, inputs: int, spans: int, rows: int, family: Family = "swapped") -> Tile:
     """Return the tile for `rows` rows of a layer with weight [outputs, inputs]: the measured one, or a guess."""
     bucket = min(max(FEWEST_ROWS, 1 << (rows - 1).bit_length()), MOST_ROWS)
-    tuned = _tuned().get(_key(kind, outputs, inputs, spans, bucket)) if family == "swapped" else None
-    if tuned:
-        return tuned
-    return min(
-        candidates(kind, inputs, spans, bucket, family),
-        key=lambda tile: estimate(tile, outputs, inputs, spans, bucket),
-    )
+    return _chosen(kind, outputs, inputs, spans, bucket, family)
+
+
+@lru_cache(maxsize=4096)
+def _chosen(kind: Kind, outputs: int, inputs: int, spans: int, rows: int, family: Family) -> Tile:
+    tuned = _tuned().get(_key(kind, outputs, inputs, spans, rows)) if family == "swapped" else None
+    guesses = [tuned] if tuned else candidates(kind, inputs, spans, rows, family)
+    best = min(guesses, key=lambda tile: estimate(tile, outputs, inputs, spans, rows))
+    return replace(best, stages=min(best.stages, shared_bytes() // _stage_bytes(best)))
 
 
 def candidates(kind: Kind, inputs: int, spans: int, rows: int, family: Family = "swapped") -> list[Tile]:
@@ -133,6 +135,14 @@ def write_tuned(table: dict[tuple[Kind, int, int, int, int], Tile]) -> str:
     """Return the text of tuned.json for a table by (kind, outputs, inputs, spans, rows)."""
     entries = {_key(*key): asdict(tile) for key, tile in sorted(table.items())}
     return "{\n" + ",\n".join(f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in entries.items()) + "\n}\n"
+
+
+@lru_cache(maxsize=1)
+def shared_bytes() -> int:
+    """Return how much of the GPU's fast memory a program may take; without a GPU, that of an H100."""
+    if not torch.cuda.is_available():
+        return 227 << 10
+    return int(torch.cuda.get_device_properties(torch.cuda.current_device()).shared_memory_per_block_optin)
 
 
 def estimate(tile: Tile, outputs: int, inputs: int, spans: int, rows: int) -> float:

@@ -63,14 +63,15 @@ def product(
     BLOCK_K: tl.constexpr,
     SWAPPED: tl.constexpr,
 ):
-    """Return the sums over `start` <= k < `start` + LENGTH of x[row, k] weight[weight_row, k]: float32, or int32 of int8.
+    """Return the sums over `start` <= k < `start` + LENGTH of x[row, k] weight[weight_row, k].
 
     Args:
         row: int32 [R]; those not below `rows` count as zeros.
         weight_row: int32 [C], all of them in the weight.
+        length: LENGTH. If the compiler does not know it, it does not unroll the loop.
 
     Returns:
-        [R, C], or [C, R] if SWAPPED.
+        [R, C], or [C, R] if SWAPPED: float32, or int32 of int8.
     """
     k = tl.arange(0, BLOCK_K)
     x_at = x + row.to(tl.int64)[:, None] * K + (start + k)[None, :]
@@ -89,10 +90,7 @@ def product(
             inside = (first + k < LENGTH)[None, :]
             a = tl.load(x_at, mask=known & inside, other=0)
             b = tl.load(w_at, mask=inside, other=0)
-        if SWAPPED:
-            acc = multiply(b, tl.trans(a), acc)
-        else:
-            acc = multiply(a, tl.trans(b), acc)
+        acc = multiply(b, tl.trans(a), acc) if SWAPPED else multiply(a, tl.trans(b), acc)
         x_at += BLOCK_K
         w_at += BLOCK_K
     return acc
@@ -106,6 +104,7 @@ def spans_sum(
     weight_row,
     rows,
     first_span,
+    length,
     K: tl.constexpr,
     SPANS: tl.constexpr,
     SPANS_HERE: tl.constexpr,
@@ -124,7 +123,7 @@ def spans_sum(
         pending0, pending1, pending2 = total, total, total
         for s in range(SPANS_HERE):
             start = (first_span + s) * LENGTH
-            total = product(x, weight, row, weight_row, rows, start, LENGTH, K, LENGTH, BLOCK_K, SWAPPED)
+            total = product(x, weight, row, weight_row, rows, start, length, K, LENGTH, BLOCK_K, SWAPPED)
             total, pending0, pending1, pending2 = carry(total, s, pending0, pending1, pending2, SPANS_HERE)
         return close(total, pending1, pending2, SPANS_HERE)
 
@@ -150,7 +149,7 @@ def store(values, out, bias, residual, row, output, rows, outputs):
         tl.store(out + at, values, mask=known)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "length"])
 def linear_kernel(
     x,
     x_scale,
@@ -161,6 +160,7 @@ def linear_kernel(
     residual,
     rows,
     outputs,
+    length,
     K: tl.constexpr,
     SPANS: tl.constexpr,
     SPANS_HERE: tl.constexpr,
@@ -181,7 +181,8 @@ def linear_kernel(
     output = output_block * BLOCK_OUTPUTS + tl.arange(0, BLOCK_OUTPUTS)
     weight_row = tl.minimum(output, outputs - 1)
     group = tl.program_id(1)
-    total = spans_sum(x, weight, row, weight_row, rows, group * SPANS_HERE, K, SPANS, SPANS_HERE, BLOCK_K, SWAPPED)
+    first = group * SPANS_HERE
+    total = spans_sum(x, weight, row, weight_row, rows, first, length, K, SPANS, SPANS_HERE, BLOCK_K, SWAPPED)
     if SWAPPED:
         total = tl.trans(total)
     if SPANS_HERE < SPANS:
@@ -270,11 +271,15 @@ def fold_last(
     B: tl.constexpr = acc.shape[1]
     if A * B > PART:
         left, right = halves(acc)
-        fold_last(left, waiting, out, bias, residual, first_row, first_output, rows, outputs, SPANS, SIZE, PART, SWAPPED)
+        fold_last(
+            left, waiting, out, bias, residual, first_row, first_output, rows, outputs, SPANS, SIZE, PART, SWAPPED
+        )
         second_row = first_row + (B // 2 if SWAPPED else 0)
         second_output = first_output + (0 if SWAPPED else B // 2)
         waiting += A * B // 2
-        fold_last(right, waiting, out, bias, residual, second_row, second_output, rows, outputs, SPANS, SIZE, PART, SWAPPED)
+        fold_last(
+            right, waiting, out, bias, residual, second_row, second_output, rows, outputs, SPANS, SIZE, PART, SWAPPED
+        )
     else:
         tl.debug_barrier()
         at = waiting + (tl.arange(0, A)[:, None] * B + tl.arange(0, B)[None, :])
@@ -438,6 +443,7 @@ def _launch(
         residual,
         rows,
         outputs,
+        inputs // spans,
         K=inputs,
         SPANS=spans,
         SPANS_HERE=here,
