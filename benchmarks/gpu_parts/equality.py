@@ -51,7 +51,11 @@ def whole_model(report: Report) -> None:
         one_row = decode_logits(report, made, whole)
         graphs, made._graphs = made._graphs, None
         same(report, "eager against graph, 1 row", made.logits(step([(TOKENS[1199:], 1199, PAGES)])), one_row)
+        chunk = step([(TOKENS[:300], 0, PAGES)])
+        by_chunk = made.logits(chunk)
+        same(report, "eager against graph, a chunk of 300", by_chunk, whole[:300])
         made._graphs = graphs
+        same(report, "graph against eager, a chunk of 300", made.logits(chunk), by_chunk)
     with report.attempt("moved pages"):
         moved(report, made, whole)
     with report.attempt("page size"):

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from octavo.backends.base import SamplingBatch
+from octavo.backends.cuda.graph_shapes import GraphShapes
 from octavo.backends.cuda.inputs import Inputs, StepInputs
 from octavo.backends.cuda.kernels.attention import attention
 from octavo.backends.cuda.kernels.configurations import Kind, Tile, choose, write_tuned
@@ -96,7 +97,7 @@ def sampler_speed(report: Report) -> None:
         "top_k 50, top_p 0.9": {"temperature": 1.0, "top_k": 50, "top_p": 0.9},
     }
     device = torch.zeros(0, device="cuda").device
-    inputs = Inputs(LLAMA_8B, 32, 1024, 256, 256, device)
+    inputs = Inputs(LLAMA_8B, 32, 1024, GraphShapes(256, 256), device)
     for rows in (1, 64, 256):
         logits = torch.randn(rows, LLAMA_8B.vocab_size, device="cuda") * 3
         for name, values in kinds.items():

@@ -22,16 +22,20 @@ from octavo.backends.cuda.kernels.configurations import (
     Tile,
     candidates,
     choose,
+    estimate,
     write_tuned,
 )
 from octavo.backends.cuda.kernels.gated import gated
+from octavo.backends.cuda.kernels.integer_linear import integer_gated, integer_linear
 from octavo.backends.cuda.kernels.linear import linear
+from octavo.backends.cuda.kernels.rotation import Int8Rows, quantize_rows
 
 from .timing import device_seconds
 
 FAMILIES: tuple[Family, ...] = ("swapped", "plain", "hmma")
-ROWS = (1, 8, 16, 32, 64, 128, 256, 512, 2048)
+ROWS = (16, 32, 64, 128, 256, 512, 2048)
 _L2_BYTES = 50 << 20
+_TRIED = 10  # candidates of a layer and number of rows that are measured
 
 
 @dataclass(frozen=True)
@@ -45,8 +49,12 @@ class Layer:
     spans: int = 1
 
     @property
+    def integer(self) -> bool:
+        return self.kind.startswith("int8")
+
+    @property
     def weight_bytes(self) -> int:
-        return 2 * self.outputs * self.inputs
+        return (1 if self.integer else 2) * self.outputs * self.inputs
 
 
 LLAMA_8B = (
@@ -65,19 +73,45 @@ QWEN3_06B = (
 )
 
 
+INT8 = tuple(
+    Layer(f"{layer.name} int8", "int8 gated" if layer.kind == "gated" else "int8", layer.outputs, layer.inputs)
+    for layer in LLAMA_8B
+)
+Operand = Tensor | Int8Rows
+
+
 def output(layer: Layer, rows: int) -> Tensor:
     """Return memory for a layer's result: float32, bfloat16 for gate and up."""
-    if layer.kind == "gated":
+    if layer.kind.endswith("gated"):
         return torch.empty(rows, layer.outputs // 2, dtype=torch.bfloat16, device="cuda")
     return torch.zeros(rows, layer.outputs, device="cuda")
 
 
-def compute(layer: Layer, x: Tensor, weight: Tensor, out: Tensor, tile: Tile | None) -> None:
+def compute(layer: Layer, x: Operand, weight: Operand, out: Tensor, tile: Tile | None) -> None:
     """Compute a layer as a step does: with a residual where it has spans."""
-    if layer.kind == "gated":
+    if isinstance(x, Int8Rows) and isinstance(weight, Int8Rows):
+        if layer.kind == "int8 gated":
+            integer_gated(x, weight, out, "silu", tile=tile)
+        else:
+            integer_linear(x, weight, out, tile=tile)
+    elif layer.kind == "gated":
         gated(x, weight, out, "silu", tile=tile)
     else:
         linear(x, weight, out, residual=out if layer.spans > 1 else None, spans=layer.spans, tile=tile)
+
+
+def operand(layer: Layer, rows: int, scale: float = 1.0, of_weight: bool = False) -> Operand:
+    """Return random rows in the form that the layer multiplies."""
+    values = (torch.randn(rows, layer.inputs, device="cuda") * scale).to(torch.bfloat16)
+    return quantize_rows(values, of_weight=of_weight) if layer.integer else values
+
+
+def first(x: Operand, rows: int) -> Operand:
+    return Int8Rows(x.values[:rows], x.scales[:rows]) if isinstance(x, Int8Rows) else x[:rows]
+
+
+def as_float64(x: Operand) -> Tensor:
+    return x.values.double() * x.scales.double()[:, None] if isinstance(x, Int8Rows) else x.double()
 
 
 def tiles_of(layer: Layer, families: Iterable[Family] = FAMILIES) -> list[Tile]:
@@ -90,10 +124,6 @@ def tiles_of(layer: Layer, families: Iterable[Family] = FAMILIES) -> list[Tile]:
                 t for t in chosen + candidates(layer.kind, layer.inputs, layer.spans, rows, family) if t not in found
             ]
     return found
-
-
-def random(*shape: int, scale: float = 1.0) -> Tensor:
-    return (torch.randn(*shape, device="cuda") * scale).to(torch.bfloat16)
 
 
 def compile_all(calls: Iterable[Callable[[], object]]) -> None:
@@ -116,7 +146,7 @@ def disagreements(layer: Layer, families: Iterable[Family] = FAMILIES) -> list[s
     The shorter batches are the first rows of the longest one, which the first tile computes.
     """
     torch.manual_seed(0)
-    x, weight = random(300, layer.inputs), random(layer.outputs, layer.inputs, scale=layer.inputs**-0.5)
+    x, weight = operand(layer, 300), operand(layer, layer.outputs, layer.inputs**-0.5, of_weight=True)
     tiles = tiles_of(layer, families)
     compile_all(partial(compute, layer, x, weight, output(layer, 300), tile) for tile in tiles)
     wanted = output(layer, 300)
@@ -126,7 +156,7 @@ def disagreements(layer: Layer, families: Iterable[Family] = FAMILIES) -> list[s
         for rows in (1, 5, 67, 300):
             out = output(layer, rows)
             try:
-                compute(layer, x[:rows], weight, out, tile)
+                compute(layer, first(x, rows), weight, out, tile)
                 torch.cuda.synchronize()
             except Exception as error:
                 found.append(f"{layer.name} {rows} rows {tile}: {type(error).__name__} {str(error)[:200]}")
@@ -141,28 +171,28 @@ def disagreements(layer: Layer, families: Iterable[Family] = FAMILIES) -> list[s
 def relative_error(layer: Layer, rows: int = 33) -> float:
     """Return the largest error against float64, relative to the largest value."""
     torch.manual_seed(1)
-    x, weight = random(rows, layer.inputs), random(layer.outputs, layer.inputs, scale=layer.inputs**-0.5)
+    x, weight = operand(layer, rows), operand(layer, layer.outputs, layer.inputs**-0.5, of_weight=True)
     out = output(layer, rows)
     compute(layer, x, weight, out, None)
-    exact = x.double() @ weight.double().T
-    if layer.kind == "gated":
+    exact = as_float64(x) @ as_float64(weight).T
+    if layer.kind.endswith("gated"):
         gate, up = exact.chunk(2, dim=1)
         exact = torch.nn.functional.silu(gate) * up
     return float((out.double() - exact).abs().max() / exact.abs().max())
 
 
-def seconds(layer: Layer, rows: int, tile: Tile | None, weights: list[Tensor]) -> float:
+def seconds(layer: Layer, rows: int, tile: Tile | None, weights: list[Operand]) -> float:
     """Return the time of a layer on the device. Give weights that together exceed the L2 cache."""
-    x = random(rows, layer.inputs)
+    x = operand(layer, rows)
     out = output(layer, rows)
     calls = [partial(compute, layer, x, weight, out, tile) for weight in weights]
     return device_seconds(calls * max(1, 8 // len(calls)), repeats=3)
 
 
-def weights_of(layer: Layer) -> list[Tensor]:
+def weights_of(layer: Layer) -> list[Operand]:
     """Return copies of a layer's weight that the L2 cache cannot hold."""
     copies = max(2, min(32, 4 * _L2_BYTES // layer.weight_bytes))
-    return [random(layer.outputs, layer.inputs, scale=layer.inputs**-0.5) for _ in range(copies)]
+    return [operand(layer, layer.outputs, layer.inputs**-0.5, of_weight=True) for _ in range(copies)]
 
 
 def figures(layer: Layer, rows: int, took: float) -> str:
@@ -178,11 +208,12 @@ def tune(
     for rows in (16, 64, 256, 2048, 32, 128, 512, 1024, 4096):
         for layer in layers:
             key = (layer.kind, layer.outputs, layer.inputs, layer.spans, rows)
-            if key in best or time.monotonic() > end or (layer.name == "head" and rows > 256):
+            if key in best or time.monotonic() > end or (layer.name.startswith("head") and rows > 256):
                 continue
             weights, times = weights_of(layer), {}
             tiles = candidates(layer.kind, layer.inputs, layer.spans, rows, family)
-            x, out = random(rows, layer.inputs), output(layer, rows)
+            tiles = sorted(tiles, key=lambda t: estimate(t, layer.outputs, layer.inputs, layer.spans, rows))[:_TRIED]
+            x, out = operand(layer, rows), output(layer, rows)
             compile_all(partial(compute, layer, x, weights[0], out, tile) for tile in tiles)
             for tile in tiles:
                 try:
@@ -202,10 +233,10 @@ def main() -> None:
     parser.add_argument("--families", default=",".join(FAMILIES))
     options = parser.parse_args()
     families, end = options.families.split(","), time.monotonic() + options.seconds
-    layers = LLAMA_8B + QWEN3_06B
+    layers = LLAMA_8B + QWEN3_06B + INT8
     print(torch.cuda.get_device_name(), torch.__version__, flush=True)
     if "check" in options.what:
-        for layer in (*LLAMA_8B[:4], *QWEN3_06B[:4]):
+        for layer in (*LLAMA_8B[:4], *QWEN3_06B[:4], *INT8[:4]):
             found = disagreements(layer, families)
             tiles, error = len(tiles_of(layer, families)), relative_error(layer)
             print(
@@ -218,7 +249,7 @@ def main() -> None:
             for rows in (1, 64, 256, 2048):
                 for family in families:
                     tile = choose(layer.kind, layer.outputs, layer.inputs, layer.spans, rows, family)
-                    if time.monotonic() < end and not (layer.name == "head" and rows > 256):
+                    if time.monotonic() < end and not (layer.name.startswith("head") and rows > 256):
                         took = seconds(layer, rows, tile, weights)
                         print(f"{layer.name:8} {rows:5} rows {family:8} {figures(layer, rows, took)}", flush=True)
     if "tune" in options.what:

@@ -12,8 +12,10 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("triton", reason="Triton is not installed; it comes with octavo[cuda]")
 
 from octavo.backends.base import PoolingBatch, SamplingBatch, StepResult  # noqa: E402
+from octavo.backends.cuda import graph_shapes  # noqa: E402
 from octavo.backends.cuda.backend import load as load_cuda  # noqa: E402
-from octavo.backends.cuda.graphs import first_step, size_for, sizes  # noqa: E402
+from octavo.backends.cuda.graph_shapes import GraphShape, GraphShapes  # noqa: E402
+from octavo.backends.cuda.graphs import first_chunk, first_step  # noqa: E402
 from octavo.backends.cuda.kernels import sampler  # noqa: E402
 from octavo.backends.cuda.staging import Staging  # noqa: E402
 from octavo.backends.torch.backend import load as load_torch  # noqa: E402
@@ -22,8 +24,19 @@ from octavo.errors import ConfigError  # noqa: E402
 from random_model import PLAIN, TOKENS, load  # noqa: E402
 from step_batches import run_chunks, step_batch  # noqa: E402
 
-SPEC = dataclasses.replace(PLAIN, num_layers=2, windows=(0, 20), qk_norm=True, output_bias=True, mlp_bias=True)
-PROMPT, PAGES = TOKENS[:40], [5, 2]
+SPEC = dataclasses.replace(
+    PLAIN,
+    num_layers=2,
+    num_heads=2,
+    num_kv_heads=1,
+    hidden_size=32,
+    intermediate_size=48,
+    windows=(0, 10),
+    qk_norm=True,
+    output_bias=True,
+    mlp_bias=True,
+)
+PROMPT, PAGES = TOKENS[:19], [5, 2, 9]  # three pages of 8
 DEVICE = "cpu" if INTERPRETED else "cuda"
 
 
@@ -53,14 +66,21 @@ def test_settings_it_cannot_serve() -> None:
         load(SPEC, load_cuda, quantization="8bit", device="cuda")
 
 
-def test_sizes_of_graphs() -> None:
-    assert sizes(20) == [1, 2, 4, 8, 16, 24]
-    assert [size_for(rows, sizes(20)) for rows in (1, 3, 5, 24, 25, 0)] == [1, 4, 8, 24, None, None]
-    assert sizes(1) == [8]
+def test_shapes_of_graphs() -> None:
+    shapes = GraphShapes(20, 100)
+    assert shapes.decode == [1, 2, 4, 8, 16, 24]
+    assert GraphShapes(1, 100).decode == [8]
+    assert shapes.choose(3, 2, 3, chunks=False) == GraphShape(4, 4, False)
+    assert shapes.choose(25, 3, 20, chunks=False) == GraphShape(64, 24, True)
+    assert shapes.choose(65, 3, 20, chunks=True) == GraphShape(128, 24, True)
+    assert shapes.choose(65, 25, 3, chunks=True) is None  # more sampled rows than logits
+    assert shapes.choose(2049, 1, 1, chunks=True) is None
+    assert shapes.choose(0, 0, 0, chunks=False) is None
+    assert shapes.first[-2:] == [GraphShape(64, 24, True), GraphShape(128, 24, True)]
 
 
 def cuda(**settings: Any) -> Any:
-    return load(SPEC, load_cuda, device="auto", **settings)
+    return load(SPEC, load_cuda, device="auto", page_size=8, **settings)
 
 
 @pytest.fixture(scope="module")
@@ -76,37 +96,53 @@ def whole(backend: Any) -> np.ndarray:
 
 @on_device
 def test_logits_agree_with_float32(whole: np.ndarray) -> None:
-    expected = run_chunks(load(SPEC, load_torch, dtype="float32"), PROMPT, 40, PAGES)
+    expected = run_chunks(load(SPEC, load_torch, dtype="float32", page_size=8), PROMPT, 19, PAGES)
     assert np.linalg.norm(whole - expected) < 0.012 * np.linalg.norm(expected)
 
 
 @on_device
 def test_same_bits_in_chunks_beside_others_and_from_other_pages(backend: Any, whole: np.ndarray) -> None:
-    np.testing.assert_array_equal(run_chunks(backend, PROMPT, 27, [1, 3]), whole)
-    for page, target in zip([1, 3], [8, 6], strict=True):
+    np.testing.assert_array_equal(run_chunks(backend, PROMPT, 11, [1, 3, 4]), whole)
+    for page, target in zip([1, 3, 4], [8, 5, 6], strict=True):
         backend.import_page(target, backend.export_page(page))
     backend.copy_page(6, 7)
-    mixed = [(PROMPT[:3], 0, [0]), (PROMPT[39:], 39, [8, 7]), (PROMPT[30:35], 30, [1, 3])]
-    expected = np.concatenate([whole[:3], whole[39:], whole[30:35]])
+    mixed = [(PROMPT[:3], 0, [0]), (PROMPT[18:], 18, [8, 5, 7]), (PROMPT[13:18], 13, [1, 3, 4])]
+    expected = np.concatenate([whole[:3], whole[18:], whole[13:18]])
     np.testing.assert_array_equal(backend.logits(step_batch(mixed)), expected)
 
 
 @on_device
-def test_padded_rows_change_nothing(backend: Any, whole: np.ndarray) -> None:
-    """A graph's step of four rows, of which three are a batch's."""
-    run_chunks(backend, PROMPT, 40, PAGES)
-    before = [backend.export_page(page) for page in range(10)]
-    batch = step_batch([(PROMPT[at : at + 1], at, PAGES) for at in (39, 12, 20)])
-    with backend._on_stream():
-        logits = backend._forward(backend._inputs.send(batch, 4)).cpu().numpy()
-    np.testing.assert_array_equal(logits[:3], whole[[39, 12, 20]])
-    for page, content in enumerate(before):
-        np.testing.assert_array_equal(backend.export_page(page), content)
+def test_padded_rows_change_nothing(backend: Any, whole: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What graphs of four rows, and of 24 with a chunk, would compute."""
+    monkeypatch.setattr(graph_shapes, "_CHUNKS", (24,))
+    run_chunks(backend, PROMPT, 19, PAGES)
+    rows = [(PROMPT[at : at + 1], at, PAGES) for at in (18, 12, 5)]
+    mixed = step_batch([(PROMPT[:12], 0, [1, 3]), rows[0]], [11, 12])
+    for batch, expected in ((step_batch(rows), whole[[18, 12, 5]]), (mixed, whole[[11, 18]])):
+        before = [backend.export_page(page) for page in (0, 4, 5, 6)]
+        with backend._on_stream():
+            inputs = backend._inputs.send(batch, graph=True)
+            logits = backend._forward(inputs).cpu().numpy()
+        assert inputs.shape is not None and len(inputs.tokens) > len(batch.tokens)
+        np.testing.assert_array_equal(logits[: len(expected)], expected)
+        for page, content in zip((0, 4, 5, 6), before, strict=True):
+            np.testing.assert_array_equal(backend.export_page(page), content)
+
+
+@on_device
+def test_steps_that_record_kernels_have_their_shapes(backend: Any) -> None:
+    """And no empty array, which would have no address."""
+    for shape in backend._shapes.first[::9]:
+        step = first_chunk(shape.rows) if shape.chunks else first_step(shape.rows)
+        with backend._on_stream():
+            inputs = backend._inputs.send(step, graph=True)
+        assert inputs.shape == shape
+        assert all(len(tiles.tiles) for tiles in inputs.work) and len(inputs.work) == 1 + shape.chunks
 
 
 @on_device
 def test_step_samples_from_the_logits(backend: Any) -> None:
-    batch = step_batch([(PROMPT[:9], 0, [0]), (PROMPT[:4], 0, [1])], [8, 12])
+    batch = step_batch([(PROMPT[:5], 0, [0]), (PROMPT[:2], 0, [1])], [4, 6])
     logits = backend.logits(batch)
     np.testing.assert_array_equal(backend.step(batch).tokens, logits.argmax(axis=1))
     first, second = backend.launch(batch), backend.launch(first_step(2))
@@ -124,26 +160,26 @@ def test_sums_of_hidden_states_do_not_depend_on_chunks(backend: Any) -> None:
         return backend.step(dataclasses.replace(batch, pooling=PoolingBatch(*rows, sums, *labels)))
 
     none = np.zeros((1, SPEC.hidden_size))
-    at_once, first = pooled(0, 9, none), pooled(0, 5, none)
-    second = pooled(5, 9, first.sums)
+    at_once, first = pooled(0, 4, none), pooled(0, 3, none)
+    second = pooled(3, 4, first.sums)
     np.testing.assert_array_equal(second.sums, at_once.sums)
     np.testing.assert_array_equal(second.label_logits, at_once.label_logits)
     rms = np.sqrt((at_once.sums**2).mean())
-    assert 1 < rms < 9  # the sum of nine rows of about 1
+    assert 1 < rms < 4  # the sum of four rows of about 1
 
 
 @on_device
 def test_int8_cache_stays_close(whole: np.ndarray) -> None:
     made = cuda(kv_cache_dtype="int8")
-    logits = run_chunks(made, PROMPT[:12], 7, PAGES)
-    assert 1e-4 < np.linalg.norm(logits - whole[:12]) / np.linalg.norm(whole[:12]) < 0.02
-    assert made.page_bytes == 2 * 2 * 32 * 2 * (16 + 4)  # layers, k and v, tokens, heads, numbers and a scale
+    logits = run_chunks(made, PROMPT[:4], 3, PAGES)
+    assert 1e-4 < np.linalg.norm(logits - whole[:4]) / np.linalg.norm(whole[:4]) < 0.03
+    assert made.page_bytes == 2 * 2 * 8 * (16 + 4)  # layers, k and v, tokens, numbers and a scale
 
 
 BAD = {
     "vocabulary": {"tokens": np.array([1, 203, 2], np.int32)},
     "order of position": {"positions": np.array([0, 2, 3], np.int32)},
-    "end of its page table": {"positions": np.array([30, 31, 32], np.int32)},
+    "end of its page table": {"positions": np.array([6, 7, 8], np.int32)},
     "KV pool": {"page_tables": np.array([[10]], np.int32)},
     "sampled row": {"sample_rows": np.array([3], np.int32)},
     "run from 0": {"query_start": np.array([0, 2], np.int32)},
@@ -206,11 +242,11 @@ def sample(logits: np.ndarray, batch: SamplingBatch) -> StepResult:
 
 
 @on_device
-@pytest.mark.parametrize("block", [1024, 64])
+@pytest.mark.parametrize("block", [1024, 128])
 def test_sampling_agrees_with_numpy(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sampler, "_BLOCK", block)
     rng = np.random.default_rng(block)
-    logits = rng.normal(0, 2, (20, 203)).astype(np.float32)
+    logits = rng.normal(0, 2, (12, 203)).astype(np.float32)
     logits[3, 5], logits[7, 9] = np.nan, np.inf
     logits[4], logits[5] = 1.0, np.round(logits[5])  # ties
     batch = every_option(rng, *logits.shape)

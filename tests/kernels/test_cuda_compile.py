@@ -21,7 +21,7 @@ from octavo.backends.cuda.kernels import gated, linear, norm
 from octavo.backends.cuda.kernels.configurations import Tile, candidates, choose
 
 TYPES = {"x": "*bf16", "weight": "*bf16", "bias": "*bf16", "residual": "*fp32", "waiting": "*fp32", "rows": "i32"}
-TYPES |= {"outputs": "i32", "features": "i32", "partials": "*fp32", "eps": "fp32", "row_of": "*i32"}
+TYPES |= {"length": "i32", "outputs": "i32", "features": "i32", "partials": "*fp32", "eps": "fp32", "row_of": "*i32"}
 SHARED_BYTES = {80: 163 << 10, 90: 227 << 10}  # of a program, at most
 FAMILIES = ("swapped", "plain", "hmma")
 ROWS = (1, 32, 64, 128, 2048)
@@ -33,9 +33,12 @@ def compile_linear(tile: Tile, spans: int, capability: int) -> Compiled:
     constants = {"K": 14336 if spans > 1 else 4096, "SPANS": spans, "bias": None, **tile.constants}
     if spans == 1 or here < spans:
         constants["residual"] = None
-    kernel = linear.large_spanned_kernel if tile.waits_in_memory else linear.linear_kernel
-    if not tile.waits_in_memory:
+    if tile.waits_in_memory:
+        constants |= {"SPANS_HELD": tile.held, "PART": 1024 * tile.warps}
+        kernel = linear.large_spanned_kernel
+    else:
         constants |= {"SPANS_HERE": here, "x_scale": None, "weight_scale": None}
+        kernel = linear.linear_kernel
     return compile_kernel(kernel, types, constants, tile.options, capability, ("outputs",))
 
 

@@ -25,7 +25,7 @@ else:
     from octavo.backends.cuda.kernels.gated import gated
     from octavo.backends.cuda.kernels.integer_linear import integer_gated, integer_linear
     from octavo.backends.cuda.kernels.linear import linear, merge, partial_sums
-    from octavo.backends.cuda.kernels.norm import add_norm, norm
+    from octavo.backends.cuda.kernels.norm import add_norm, norm, norm_int8
     from octavo.backends.cuda.kernels.rotation import quantize_rows
 
     SMALL = Tile(16, 64, 4, 3)
@@ -220,6 +220,17 @@ else:
         torch.testing.assert_close(outs[0].float(), functional.silu(gate) * up, rtol=2**-8, atol=1e-5)
         assert torch.equal(outs[0], outs[1])
 
+    @pytest.mark.parametrize("width", [192, 512])
+    def test_norm_int8_is_norm_in_float32_and_quantize(width: int) -> None:
+        x, weight = 3 * torch.randn(4, width), random(width)
+        normed = functional.rms_norm(x.double(), (width,), weight.double(), 1e-5).float()
+        wanted, made = quantize_rows(normed), norm_int8(x, weight, 1e-5)
+        torch.testing.assert_close(made.scales, wanted.scales, rtol=1e-6, atol=0)
+        assert (made.values.int() - wanted.values.int()).abs().max() <= 1
+        assert (made.values != wanted.values).float().mean() < 0.01
+        some = norm_int8(x, weight, 1e-5, row_of=torch.tensor([2], dtype=torch.int32))
+        assert torch.equal(some.values[0], made.values[2]) and some.scales[0] == made.scales[2]
+
     def test_int8_rows_need_whole_blocks() -> None:
         with pytest.raises(ValueError, match="multiple of 64, not 96"):
             quantize_rows(random(1, 96))
@@ -239,10 +250,10 @@ else:
         (tmp_path / "tuned.json").write_text(configurations.write_tuned(table))
         monkeypatch.setattr(configurations, "files", lambda _: tmp_path)
         configurations._tuned.cache_clear()
-        choose.cache_clear()
+        configurations._chosen.cache_clear()
         try:
             assert choose("linear", 64, 128, 8, 20) == replace(SMALL, groups=4, stages=7)
             assert choose("linear", 64, 128, 8, 64) != choose("linear", 64, 128, 8, 20)
         finally:
             configurations._tuned.cache_clear()
-            choose.cache_clear()
+            configurations._chosen.cache_clear()

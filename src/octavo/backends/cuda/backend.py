@@ -20,7 +20,8 @@ from octavo.model.spec import DecoderSpec
 from octavo.weights.tensor import Parameter
 
 from .device import architecture, find_device, name_of
-from .graphs import DecodeGraphs, first_step, is_decode, size_for, sizes
+from .graph_shapes import GraphShape, GraphShapes
+from .graphs import Graphs, first_chunk, first_step
 from .inputs import Inputs, StepInputs
 from .kernels.rope_and_cache import rotary_table
 from .kernels.sampler import Sampled, sample
@@ -76,22 +77,21 @@ class CudaBackend:
         self.footprint = Footprint(f"Triton on {name_of(device)}", held, self.page_bytes)
         self._int8_kv, self._max_batch_tokens, self._max_batch_size = int8_kv, max_batch_tokens, max_batch_size
         self._pages: Pages | None = None
-        self._sizes = sizes(max_batch_size)
+        self._shapes = GraphShapes(max_batch_size, max_batch_tokens)
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._last = torch.cuda.Event() if device.type == "cuda" else None  # the end of the latest step
         with self._on_stream():
             rotary = torch.from_numpy(rotary_table(spec.rope.frequencies(spec.head_dim), max_model_len)).to(device)
-            rows = self._sizes[-1]
-            self._logits = torch.empty((rows, spec.vocab_size), dtype=torch.float32, device=device)
-            self._inputs = Inputs(spec, page_size, max_model_len, max_batch_tokens, rows, device, int8_kv)
+            self._logits = torch.empty((self._shapes.most_sampled, spec.vocab_size), dtype=torch.float32, device=device)
+            self._inputs = Inputs(spec, page_size, max_model_len, self._shapes, device, int8_kv)
         self._model = Model(spec, weights, rotary)
-        self._graphs = None if self._stream is None else DecodeGraphs(self._forward)
+        self._graphs = None if self._stream is None else Graphs(self._forward)
 
     def allocate_kv(self, num_pages: int) -> None:
         with self._on_stream():
             self._pages = Pages(self.spec, self.page_size, num_pages, self._int8_kv, self._logits.device)
             if self._graphs is not None:
-                self._graphs.capture(self._sizes, self._first, _CAPTURE_SECONDS)
+                self._graphs.capture(self._shapes.first, self._first, _CAPTURE_SECONDS)
         self.step(first_step(1))  # compiles the sampler
 
     def export_page(self, page: int) -> np.ndarray:
@@ -140,10 +140,9 @@ class CudaBackend:
     def _run(self, batch: StepBatch) -> tuple[Tensor, Tensor | None, StepInputs]:
         """Launch the forward pass. Returns the logits of the sampled rows and, with a PoolingBatch, what it sums."""
         check(batch, self.spec, self.page_size, self._kv.num_pages, self._max_batch_tokens, self._max_batch_size)
-        size = size_for(len(batch.tokens), self._sizes) if self._graphs is not None and is_decode(batch) else None
         try:
-            inputs = self._inputs.send(batch, size)
-            if self._graphs is not None and size is not None:
+            inputs = self._inputs.send(batch, graph=self._graphs is not None and batch.pooling is None)
+            if self._graphs is not None and inputs.shape is not None:
                 return self._graphs.replay(inputs)[: len(batch.sample_rows)], None, inputs
             if len(batch.tokens) == 0:
                 return self._logits[:0], None, inputs
@@ -156,8 +155,10 @@ class CudaBackend:
             ) from None
 
     @torch.inference_mode()
-    def _first(self, size: int) -> StepInputs:
-        return self._inputs.send(first_step(size), size)
+    def _first(self, shape: GraphShape) -> StepInputs:
+        """Return the inputs of some step of a shape."""
+        step = first_chunk(shape.rows) if shape.chunks else first_step(shape.rows)
+        return self._inputs.send(step, graph=True)
 
     @torch.inference_mode()
     def _forward(self, inputs: StepInputs) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor
 from octavo.backends.base import SamplingBatch, StepBatch
 from octavo.model.spec import DecoderSpec
 
+from .graph_shapes import GraphShape, GraphShapes
 from .kernels.attention import Parts, Tiles
 from .kernels.attention_plan import TILE_FIELDS, plan, tilings
 from .kernels.rope_and_cache import StepRows
@@ -31,6 +32,7 @@ class StepInputs:
         work: the tiles of attention.
         parts: where attention merges.
         sampling: of the rows that the StepBatch samples.
+        shape: the size that the step was padded to, for a CUDA graph.
     """
 
     tokens: Tensor
@@ -39,6 +41,7 @@ class StepInputs:
     work: list[Tiles]
     parts: Parts
     sampling: DeviceSampling
+    shape: GraphShape | None
 
 
 class Inputs:
@@ -49,32 +52,34 @@ class Inputs:
         spec: DecoderSpec,
         page_size: int,
         max_model_len: int,
-        max_batch_tokens: int,
-        rows: int,
+        shapes: GraphShapes,
         device: torch.device,
         int8_kv: bool = False,
     ):
-        """Allocate memory for steps of `max_batch_tokens` tokens and graphs of `rows` rows."""
+        """Allocate memory for the arrays of steps."""
+        self._shapes, rows = shapes, shapes.most_sampled
         self._group = spec.num_heads // spec.num_kv_heads
         hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
         self._small, self._large = tilings(spec.head_dim, self._group, int8_kv, hopper)
         self._kv_heads = spec.num_kv_heads
         width = -(-max_model_len // page_size)
-        capacity = (8 + TILE_FIELDS) * max_batch_tokens + (width + 32) * rows + TILE_FIELDS * _SLOTS + _EXTRA_WORDS
+        capacity = (
+            2 * (8 + TILE_FIELDS) * shapes.max_batch_tokens + (width + 32) * rows + TILE_FIELDS * _SLOTS + _EXTRA_WORDS
+        )
         self._staging = Staging(capacity, device)
         self._page_tables = torch.zeros((rows, width), dtype=torch.int32, device=device)
         self._parts = Parts.allocate(_SLOTS, spec.num_heads, spec.num_kv_heads, spec.head_dim, device)
         processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-        self._programs = 4 * processors  # of small tiles
+        self._programs = 4 * processors, 2 * processors  # of small tiles, and of large ones in a graph
         self._enough = -(-2 * processors // spec.num_kv_heads)
 
-    def send(self, batch: StepBatch, size: int | None = None) -> StepInputs:
+    def send(self, batch: StepBatch, graph: bool = False) -> StepInputs:
         """Copy a step's arrays to the device.
 
         Args:
-            size: pad a step of one row for each sequence to so many rows, for a CUDA graph. What the graph reads then
-                lies at the same addresses in each step of this size. The added rows have position -1: nothing of them
-                is computed in attention, or written to the pool.
+            graph: pad the step to the shape of a CUDA graph, if it fits one. What the graph reads then lies at the same
+                addresses in each step of this shape. Added rows have position -1: nothing of them is computed in
+                attention, or written to the pool.
         """
         cut = plan(
             batch.query_start,
@@ -85,37 +90,53 @@ class Inputs:
             _SLOTS,
             self._enough,
         )
-        more = 0 if size is None else size - len(batch.tokens)
+        rows, sequences = len(batch.tokens), len(batch.page_tables)
+        shape = self._shapes.choose(rows, len(batch.sample_rows), sequences, len(cut.large) > 0) if graph else None
+        more_small = more_large = 0
+        if shape is not None and shape.chunks:
+            more_small = shape.rows + _SLOTS - len(cut.small)  # so that the large tiles have a fixed address
+            more_large = 1 if len(cut.large) == 0 else 0  # an empty tensor would have none
+        more = 0 if shape is None else shape.rows - rows
+        more_sampled = 0 if shape is None else shape.sampled - len(batch.sample_rows)
         arrays = {
             "tokens": _padded(batch.tokens, more, 0),
             "positions": _padded(batch.positions, more, -1),
-            "sequences": _padded(np.repeat(np.arange(len(batch.page_tables)), np.diff(batch.query_start)), more, 0),
-            "sample_rows": _padded(batch.sample_rows, 0 if size is None else size - len(batch.sample_rows), 0),
+            "sequences": _padded(np.repeat(np.arange(sequences), np.diff(batch.query_start)), more, 0),
+            "sample_rows": _padded(batch.sample_rows, more_sampled, 0),
             "counts": np.array([len(cut.small), len(cut.large)], np.int32),
-            "small": cut.small,
-            "large": cut.large,
+            "small": _padded(cut.small, more_small, 0),
+            "large": _padded(cut.large, more_large, 0),
         }
         arrays |= {f"sampling {name}": getattr(batch.sampling, name) for name in _SAMPLING}
         sent = self._staging.send(arrays | {"page_tables": batch.page_tables})
-        tables = sent["page_tables"] if size is None else self._kept(sent["page_tables"], size)
-        work = [
-            Tiles(sent["small"], sent["counts"][:1], self._programs, self._small),
-            Tiles(sent["large"], sent["counts"][1:], len(cut.large) * self._kv_heads, self._large),
-        ]
         return StepInputs(
             sent["tokens"],
-            StepRows(sent["positions"], sent["sequences"], tables),
+            StepRows(
+                sent["positions"],
+                sent["sequences"],
+                sent["page_tables"] if shape is None else self._kept(sent["page_tables"]),
+            ),
             sent["sample_rows"],
-            work[:1] if size is not None else [tiles for tiles in work if len(tiles.tiles)],
+            self._work(sent, shape),
             self._parts,
             DeviceSampling(**{name: sent[f"sampling {name}"] for name in _SAMPLING}),
+            shape,
         )
 
-    def _kept(self, tables: Tensor, size: int) -> Tensor:
-        """Copy the page tables of a decode step to where graphs read them."""
+    def _work(self, sent: dict[str, Tensor], shape: GraphShape | None) -> list[Tiles]:
+        """Return the tiles of attention. In a graph, a fixed number of programs shares them."""
+        many = len(sent["large"]) * self._kv_heads if shape is None else self._programs[1]
+        small = Tiles(sent["small"], sent["counts"][:1], self._programs[0], self._small)
+        large = Tiles(sent["large"], sent["counts"][1:], many, self._large)
+        if shape is not None:
+            return [small, large] if shape.chunks else [small]
+        return [tiles for tiles in (small, large) if len(tiles.tiles)]
+
+    def _kept(self, tables: Tensor) -> Tensor:
+        """Copy the page tables of a step to where graphs read them."""
         rows, width = tables.shape[0], min(tables.shape[1], self._page_tables.shape[1])
         self._page_tables[:rows, :width].copy_(tables[:, :width])
-        return self._page_tables[:size]
+        return self._page_tables
 
 
 def _padded(array: np.ndarray, more: int, value: int) -> np.ndarray:

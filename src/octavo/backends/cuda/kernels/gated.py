@@ -66,7 +66,7 @@ def gated_kernel(
     row = row_block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     i = tl.arange(0, BLOCK_OUTPUTS)
     of_tile = tl.minimum(feature_block * BLOCK + i // 16 * 8 + i % 8, features - 1)
-    acc = product(x, weight, row, of_tile + i // 8 % 2 * features, rows, 0, K, K, BLOCK_K, SWAPPED)
+    acc = product(x, weight, row, of_tile + i // 8 % 2 * features, rows, 0, K, K, K, BLOCK_K, SWAPPED)
     if not SWAPPED:
         acc = tl.trans(acc)
     gate, up = gate_and_up(acc, BLOCK_OUTPUTS, BLOCK_ROWS)

@@ -56,6 +56,7 @@ def integer_linear(
         residual if alone else None,
         rows,
         outputs,
+        inputs // groups,
         K=inputs,
         SPANS=groups,
         SPANS_HERE=1,

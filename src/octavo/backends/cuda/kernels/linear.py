@@ -17,8 +17,7 @@ from . import numbers
 from .configurations import Tile, choose
 from .tree import carry, close, tree_sum
 
-# Sums of a tile that are added at a time to those that wait in memory: the rest of the registers is taken.
-PART = tl.constexpr(128 * 64)
+_PART = 1024  # sums per warp that are added at a time to those that wait in memory: other registers are taken
 
 
 @triton.jit
@@ -58,19 +57,21 @@ def product(
     weight_row,
     rows,
     start,
+    length,
     K: tl.constexpr,
     LENGTH: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SWAPPED: tl.constexpr,
 ):
-    """Return the sums over `start` <= k < `start` + LENGTH of x[row, k] weight[weight_row, k]: float32, or int32 of int8.
+    """Return the sums over `start` <= k < `start` + LENGTH of x[row, k] weight[weight_row, k].
 
     Args:
         row: int32 [R]; those not below `rows` count as zeros.
         weight_row: int32 [C], all of them in the weight.
+        length: LENGTH. If the compiler does not know it, it does not unroll the loop.
 
     Returns:
-        [R, C], or [C, R] if SWAPPED.
+        [R, C], or [C, R] if SWAPPED: float32, or int32 of int8.
     """
     k = tl.arange(0, BLOCK_K)
     x_at = x + row.to(tl.int64)[:, None] * K + (start + k)[None, :]
@@ -81,7 +82,7 @@ def product(
         acc = tl.zeros((weight_row.shape[0], row.shape[0]), KIND)
     else:
         acc = tl.zeros((row.shape[0], weight_row.shape[0]), KIND)
-    for first in range(0, LENGTH, BLOCK_K):
+    for first in numbers.steps(0, length, BLOCK_K):
         if LENGTH % BLOCK_K == 0:
             a = tl.load(x_at, mask=known, other=0)
             b = tl.load(w_at)
@@ -89,10 +90,7 @@ def product(
             inside = (first + k < LENGTH)[None, :]
             a = tl.load(x_at, mask=known & inside, other=0)
             b = tl.load(w_at, mask=inside, other=0)
-        if SWAPPED:
-            acc = multiply(b, tl.trans(a), acc)
-        else:
-            acc = multiply(a, tl.trans(b), acc)
+        acc = multiply(b, tl.trans(a), acc) if SWAPPED else multiply(a, tl.trans(b), acc)
         x_at += BLOCK_K
         w_at += BLOCK_K
     return acc
@@ -106,6 +104,7 @@ def spans_sum(
     weight_row,
     rows,
     first_span,
+    length,
     K: tl.constexpr,
     SPANS: tl.constexpr,
     SPANS_HERE: tl.constexpr,
@@ -115,7 +114,7 @@ def spans_sum(
     """Return the tree's sum of `product` over SPANS_HERE of the SPANS spans of K, in registers."""
     LENGTH: tl.constexpr = K // SPANS
     if SPANS_HERE == 1:
-        return product(x, weight, row, weight_row, rows, first_span * LENGTH, K, LENGTH, BLOCK_K, SWAPPED)
+        return product(x, weight, row, weight_row, rows, first_span * LENGTH, LENGTH, K, LENGTH, BLOCK_K, SWAPPED)
     else:
         if SWAPPED:
             total = tl.zeros((weight_row.shape[0], row.shape[0]), tl.float32)
@@ -124,7 +123,7 @@ def spans_sum(
         pending0, pending1, pending2 = total, total, total
         for s in range(SPANS_HERE):
             start = (first_span + s) * LENGTH
-            total = product(x, weight, row, weight_row, rows, start, K, LENGTH, BLOCK_K, SWAPPED)
+            total = product(x, weight, row, weight_row, rows, start, length, K, LENGTH, BLOCK_K, SWAPPED)
             total, pending0, pending1, pending2 = carry(total, s, pending0, pending1, pending2, SPANS_HERE)
         return close(total, pending1, pending2, SPANS_HERE)
 
@@ -150,7 +149,7 @@ def store(values, out, bias, residual, row, output, rows, outputs):
         tl.store(out + at, values, mask=known)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "length"])
 def linear_kernel(
     x,
     x_scale,
@@ -161,6 +160,7 @@ def linear_kernel(
     residual,
     rows,
     outputs,
+    length,
     K: tl.constexpr,
     SPANS: tl.constexpr,
     SPANS_HERE: tl.constexpr,
@@ -181,7 +181,8 @@ def linear_kernel(
     output = output_block * BLOCK_OUTPUTS + tl.arange(0, BLOCK_OUTPUTS)
     weight_row = tl.minimum(output, outputs - 1)
     group = tl.program_id(1)
-    total = spans_sum(x, weight, row, weight_row, rows, group * SPANS_HERE, K, SPANS, SPANS_HERE, BLOCK_K, SWAPPED)
+    first = group * SPANS_HERE
+    total = spans_sum(x, weight, row, weight_row, rows, first, length, K, SPANS, SPANS_HERE, BLOCK_K, SWAPPED)
     if SWAPPED:
         total = tl.trans(total)
     if SPANS_HERE < SPANS:
@@ -189,6 +190,31 @@ def linear_kernel(
     elif x_scale is not None:
         total = scaled(total, x_scale, weight_scale, row, output, rows, outputs)
     store(total, out, bias, residual, row, output, rows, outputs)
+
+
+@triton.jit
+def held_sum(
+    x,
+    weight,
+    row,
+    weight_row,
+    rows,
+    start,
+    length,
+    K: tl.constexpr,
+    LENGTH: tl.constexpr,
+    COUNT: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SWAPPED: tl.constexpr,
+):
+    """Return the tree's sum of `product` over COUNT spans, a power of two, of `length` = LENGTH each."""
+    if COUNT == 1:
+        return product(x, weight, row, weight_row, rows, start, length, K, LENGTH, BLOCK_K, SWAPPED)
+    else:
+        HALF: tl.constexpr = COUNT // 2
+        left = held_sum(x, weight, row, weight_row, rows, start, length, K, LENGTH, HALF, BLOCK_K, SWAPPED)
+        start += HALF * LENGTH
+        return left + held_sum(x, weight, row, weight_row, rows, start, length, K, LENGTH, HALF, BLOCK_K, SWAPPED)
 
 
 @triton.jit
@@ -200,19 +226,20 @@ def halves(acc):
 
 
 @triton.jit
-def fold(acc, s, waiting, SIZE: tl.constexpr):
+def fold(acc, s, waiting, SIZE: tl.constexpr, PART: tl.constexpr):
     """Do as tree.carry for a span that is not the last, with the sums that wait in memory.
 
     Args:
         acc: The sums of span s, float32 [A, B].
         waiting: Where the sums that wait are; level i is at `waiting + i * SIZE`.
+        PART: Sums that are added at a time.
     """
     A: tl.constexpr = acc.shape[0]
     B: tl.constexpr = acc.shape[1]
     if A * B > PART:
         left, right = halves(acc)
-        fold(left, s, waiting, SIZE)
-        fold(right, s, waiting + A * B // 2, SIZE)
+        fold(left, s, waiting, SIZE, PART)
+        fold(right, s, waiting + A * B // 2, SIZE, PART)
     else:
         tl.debug_barrier()  # another thread may have written what this one reads
         at = waiting + (tl.arange(0, A)[:, None] * B + tl.arange(0, B)[None, :])
@@ -236,6 +263,7 @@ def fold_last(
     outputs,
     SPANS: tl.constexpr,
     SIZE: tl.constexpr,
+    PART: tl.constexpr,
     SWAPPED: tl.constexpr,
 ):
     """Add the sums that wait to those of the last span, and `store` a tile that begins at (first_row, first_output)."""
@@ -243,11 +271,15 @@ def fold_last(
     B: tl.constexpr = acc.shape[1]
     if A * B > PART:
         left, right = halves(acc)
-        fold_last(left, waiting, out, bias, residual, first_row, first_output, rows, outputs, SPANS, SIZE, SWAPPED)
+        fold_last(
+            left, waiting, out, bias, residual, first_row, first_output, rows, outputs, SPANS, SIZE, PART, SWAPPED
+        )
         second_row = first_row + (B // 2 if SWAPPED else 0)
         second_output = first_output + (0 if SWAPPED else B // 2)
         waiting += A * B // 2
-        fold_last(right, waiting, out, bias, residual, second_row, second_output, rows, outputs, SPANS, SIZE, SWAPPED)
+        fold_last(
+            right, waiting, out, bias, residual, second_row, second_output, rows, outputs, SPANS, SIZE, PART, SWAPPED
+        )
     else:
         tl.debug_barrier()
         at = waiting + (tl.arange(0, A)[:, None] * B + tl.arange(0, B)[None, :])
@@ -262,7 +294,7 @@ def fold_last(
             store(acc, out, bias, residual, row, output, rows, outputs)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "length"])
 def large_spanned_kernel(
     x,
     weight,
@@ -272,8 +304,11 @@ def large_spanned_kernel(
     waiting,
     rows,
     outputs,
+    length,
     K: tl.constexpr,
     SPANS: tl.constexpr,
+    SPANS_HELD: tl.constexpr,
+    PART: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_OUTPUTS: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -282,9 +317,11 @@ def large_spanned_kernel(
 ):
     """Do as linear_kernel with SPANS > 1, for tiles whose waiting sums don't fit in registers.
 
-    Program p computes tiles p, p + programs and so on. Its waiting sums are in waiting[p], float32 [3, tile].
+    Program p computes tiles p, p + programs and so on. Its waiting sums are in waiting[p], float32 [3, tile],
+    apart from those of SPANS_HELD spans, a power of two that divides SPANS, which are in registers.
     """
     row_blocks, output_blocks = tl.cdiv(rows, BLOCK_ROWS), tl.cdiv(outputs, BLOCK_OUTPUTS)
+    COUNT: tl.constexpr = SPANS // SPANS_HELD
     LENGTH: tl.constexpr = K // SPANS
     SIZE: tl.constexpr = BLOCK_ROWS * BLOCK_OUTPUTS
     waiting += tl.program_id(0).to(tl.int64) * 3 * SIZE
@@ -294,11 +331,13 @@ def large_spanned_kernel(
         first_row, first_output = row_block * BLOCK_ROWS, output_block * BLOCK_OUTPUTS
         row = first_row + tl.arange(0, BLOCK_ROWS)
         weight_row = tl.minimum(first_output + tl.arange(0, BLOCK_OUTPUTS), outputs - 1)
-        for s in range(SPANS - 1):
-            acc = product(x, weight, row, weight_row, rows, s * LENGTH, K, LENGTH, BLOCK_K, SWAPPED)
-            fold(acc, s, waiting, SIZE)
-        acc = product(x, weight, row, weight_row, rows, K - LENGTH, K, LENGTH, BLOCK_K, SWAPPED)
-        fold_last(acc, waiting, out, bias, residual, first_row, first_output, rows, outputs, SPANS, SIZE, SWAPPED)
+        for s in range(COUNT - 1):
+            first = s * SPANS_HELD * LENGTH
+            acc = held_sum(x, weight, row, weight_row, rows, first, length, K, LENGTH, SPANS_HELD, BLOCK_K, SWAPPED)
+            fold(acc, s, waiting, SIZE, PART)
+        first = K - SPANS_HELD * LENGTH
+        acc = held_sum(x, weight, row, weight_row, rows, first, length, K, LENGTH, SPANS_HELD, BLOCK_K, SWAPPED)
+        fold_last(acc, waiting, out, bias, residual, first_row, first_output, rows, outputs, COUNT, SIZE, PART, SWAPPED)
         tile += tl.num_programs(0)
 
 
@@ -404,6 +443,7 @@ def _launch(
         residual,
         rows,
         outputs,
+        inputs // spans,
         K=inputs,
         SPANS=spans,
         SPANS_HERE=here,
@@ -435,8 +475,11 @@ def _large_spanned(
         waiting,
         rows,
         outputs,
+        inputs // spans,
         K=inputs,
         SPANS=spans,
+        SPANS_HELD=tile.held,
+        PART=_PART * tile.warps,
         **tile.constants,
         **tile.options,
     )

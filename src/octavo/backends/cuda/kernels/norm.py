@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 
 from . import numbers
+from .rotation import Int8Rows, largest_power, new_int8_rows, quantize_row
+from .rotation import warps as rotation_warps
 from .tree import tree_sum
 
 
@@ -50,9 +52,27 @@ def add_norm_kernel(
     tl.store(out + at, numbers.to_bfloat16(normalized(values, weight, column, H, eps)), mask=known)
 
 
+@triton.jit
+def norm_int8_kernel(
+    x, weight, values, scales, row_of, normed, scratch, eps, H: tl.constexpr, BLOCK: tl.constexpr, MOST: tl.constexpr
+):
+    """values[n], scales[n] = the int8 form (rotation.py) of norm(x[row_of[n]]), or of x[n]. Program n.
+
+    `normed`, float32 [N, H], takes the row from one form of sharing it between threads to the other.
+    """
+    n = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    known = (column < H)[None, :]
+    source = tl.load(row_of + n).to(tl.int64) if row_of is not None else n
+    row = tl.load(x + source * H + column[None, :], mask=known, other=0.0)
+    tl.store(normed + n * H + column[None, :], normalized(row, weight, column, H, eps), mask=known)
+    tl.debug_barrier()
+    quantize_row(normed, values, scales, scratch, n, H, MOST, False)
+
+
 def warps(width: int) -> int:
     """Return the number of warps for a row: 16 values a thread, up to 512 threads."""
-    return min(max(triton.next_power_of_2(width) // 512, 1), 16)
+    return min(max(int(triton.next_power_of_2(width)) // 512, 1), 16)
 
 
 def norm(
@@ -98,3 +118,24 @@ def add_norm(
         partials, x, bias, weight, out, rows, eps, width, count, triton.next_power_of_2(width),
         num_warps=warps(width), enable_fp_fusion=False,
     )  # fmt: skip
+
+
+def norm_int8(x: torch.Tensor, weight: torch.Tensor, eps: float, row_of: torch.Tensor | None = None) -> Int8Rows:
+    """Return norm(x[row_of[n]]), or of x[n] without `row_of`, rotated and rounded from float32 to int8 (rotation.py).
+
+    Args:
+        x: float32 [N, H], contiguous.
+        weight: bfloat16 or float32 [H].
+        eps: The model's norm_eps.
+        row_of: int32 or int64 [R], on the device, where only some rows are wanted.
+    """
+    width = x.shape[1]
+    rows, most = len(x) if row_of is None else len(row_of), largest_power(width)
+    out = new_int8_rows(rows, width, x.device)
+    normed, scratch = x.new_empty((2, rows, width))
+    if rows:
+        norm_int8_kernel[(rows,)](
+            x, weight, out.values, out.scales, row_of, normed, scratch, eps,
+            width, triton.next_power_of_2(width), most, num_warps=rotation_warps(most), enable_fp_fusion=False,
+        )  # fmt: skip
+    return out

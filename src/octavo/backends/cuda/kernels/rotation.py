@@ -48,7 +48,7 @@ def mix_within_blocks(v):
 @triton.jit
 def mix_across_blocks(v, STEP: tl.constexpr):
     """Return the transform across the blocks of v [n], from distance STEP on; n is a power of two."""
-    if STEP < v.shape[0]:
+    if v.shape[0] > STEP:
         return mix_across_blocks(mix(v, STEP, 0.70710678118654752), 2 * STEP)
     else:
         return v
@@ -73,12 +73,11 @@ def to_int8(v, scale, largest, OF_WEIGHT: tl.constexpr):
 
 
 @triton.jit
-def quantize_kernel(x, values, scales, scratch, K: tl.constexpr, MOST: tl.constexpr, OF_WEIGHT: tl.constexpr):
-    """values[n], scales[n] = the int8 form of x[n] (see the module). Program n.
+def quantize_row(x, values, scales, scratch, n, K: tl.constexpr, MOST: tl.constexpr, OF_WEIGHT: tl.constexpr):
+    """values[n], scales[n] = the int8 form of x[n] (see the module).
 
     MOST is the largest power of two <= K. With MOST < K, `scratch`, float32 [N, K], holds the row between transforms.
     """
-    n = tl.program_id(0).to(tl.int64)
     x += n * K
     values += n * K
     i = tl.arange(0, MOST)
@@ -103,6 +102,32 @@ def quantize_kernel(x, values, scales, scratch, K: tl.constexpr, MOST: tl.conste
         tl.store(values + i, to_int8(left, scale, largest, OF_WEIGHT), mask=i < K - MOST)
 
 
+@triton.jit
+def quantize_kernel(x, values, scales, scratch, K: tl.constexpr, MOST: tl.constexpr, OF_WEIGHT: tl.constexpr):
+    """values[n], scales[n] = the int8 form of x[n]. Program n."""
+    quantize_row(x, values, scales, scratch, tl.program_id(0).to(tl.int64), K, MOST, OF_WEIGHT)
+
+
+def largest_power(width: int) -> int:
+    """Return the largest power of two up to a row's width. Raises ValueError if the row can't be rotated."""
+    if width % BLOCK:
+        raise ValueError(f"int8 rows need a width that is a multiple of {BLOCK}, not {width}")
+    return 1 << (width.bit_length() - 1)
+
+
+def warps(most: int) -> int:
+    """Return the number of warps for a row: 8 values a thread, up to 512 threads."""
+    return min(max(most // 256, 1), 16)
+
+
+def new_int8_rows(rows: int, width: int, device: torch.device) -> Int8Rows:
+    """Return memory for rows of int8."""
+    return Int8Rows(
+        torch.empty((rows, width), dtype=torch.int8, device=device),
+        torch.empty(rows, dtype=torch.float32, device=device),
+    )
+
+
 def quantize_rows(x: torch.Tensor, out: Int8Rows | None = None, of_weight: bool = False) -> Int8Rows:
     """Return the rows of x, bfloat16 or float32 [N, K], rotated and rounded to int8.
 
@@ -112,16 +137,12 @@ def quantize_rows(x: torch.Tensor, out: Int8Rows | None = None, of_weight: bool 
         of_weight: Round as the CPU rounds weights, not activations.
     """
     rows, width = x.shape
-    if width % BLOCK:
-        raise ValueError(f"int8 rows need a width that is a multiple of {BLOCK}, not {width}")
-    if out is None:
-        values = torch.empty_like(x, dtype=torch.int8)
-        out = Int8Rows(values, x.new_empty(rows, dtype=torch.float32))
-    most = 1 << (width.bit_length() - 1)
+    most = largest_power(width)
+    out = out or new_int8_rows(rows, width, x.device)
     scratch = None if most == width else x.new_empty((rows, width), dtype=torch.float32)
     if rows:
         quantize_kernel[(rows,)](
             x, out.values, out.scales, scratch, width, most, of_weight,
-            num_warps=min(max(most // 256, 1), 16), enable_fp_fusion=False,
+            num_warps=warps(most), enable_fp_fusion=False,
         )  # fmt: skip
     return out

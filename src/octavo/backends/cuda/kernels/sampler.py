@@ -27,6 +27,7 @@ from triton.language.random import philox_impl
 from octavo.backends.base import SamplingBatch, StepResult
 
 _BLOCK = 4096  # logits of a chunk
+_SMALL = tl.constexpr(1024)  # gathered logits read at a time
 _BINS = 1024
 _PER_OCTAVE = tl.constexpr(32.0)  # bins
 _ONE = tl.constexpr(float(1 << 44))  # the largest weight
@@ -611,6 +612,7 @@ def _truncate(
 
     Adds the weights of the gathered tokens that are left, and that min_p keeps, to those of their chunks.
     """
+    SMALL: tl.constexpr = _SMALL if BLOCK > _SMALL else BLOCK
     gathered = tl.load(found)
     chunk = tl.arange(0, WIDTH)
     total = tl.sum(tl.load(all_sums + chunk, mask=chunk < CHUNKS, other=0), 0)
@@ -619,38 +621,38 @@ def _truncate(
     ties = VOCAB
     if top_k < VOCAB:
         wanted = top_k - tl.load(found + 3)
-        least = _kth_largest(values, gathered, wanted, BLOCK)
-        ties = wanted - _count_above(values, gathered, least, BLOCK)
-        total = sure + _weight_above(values, gathered, least, largest, scale, BLOCK)
+        least = _kth_largest(values, gathered, wanted, SMALL)
+        ties = wanted - _count_above(values, gathered, least, SMALL)
+        total = sure + _weight_above(values, gathered, least, largest, scale, SMALL)
         total += ties * _weight(least, largest, scale)
     if top_p < 1:
         target = top_p.to(tl.float64) * total.to(tl.float64)
-        low, high = _keys(values, gathered, BLOCK)
+        low, high = _keys(values, gathered, SMALL)
         low = tl.maximum(low, _key(tl.zeros((), tl.float32) + least).to(tl.int64))
         while low < high:
             middle = low + (high - low + 1) // 2
-            weight = sure + _weight_from(values, gathered, _value(middle), largest, scale, BLOCK)
+            weight = sure + _weight_from(values, gathered, _value(middle), largest, scale, SMALL)
             enough = weight.to(tl.float64) >= target
             low = tl.where(enough, middle, low)
             high = tl.where(enough, high, middle - 1)
         last = _value(low)
-        above = sure + _weight_above(values, gathered, last, largest, scale, BLOCK)
+        above = sure + _weight_above(values, gathered, last, largest, scale, SMALL)
         each = tl.maximum(_weight(last, largest, scale), 1).to(tl.float64)
         needed = tl.minimum(tl.ceil((target - above.to(tl.float64)) / each), VOCAB * 1.0).to(tl.int32)
         needed = tl.maximum(needed, 1)
         ties = tl.where(last == least, tl.minimum(ties, needed), needed)
         least = last
-    cutoff = _cutoff(values, tokens, gathered, least, ties, VOCAB, BLOCK)
+    cutoff = _cutoff(values, tokens, gathered, least, ties, VOCAB, SMALL)
     start = 0
     while start < gathered:
-        at = start + tl.arange(0, BLOCK)
+        at = start + tl.arange(0, SMALL)
         x = tl.load(values + at, mask=at < gathered, other=float("-inf"))
         token = tl.load(tokens + at, mask=at < gathered, other=0)
         weight = _weight(x, largest, scale)
         kept = (x > least) | ((x == least) & (token <= cutoff))
         kept = kept & (weight >= min_weight) & (at < gathered)
         tl.atomic_add(all_sums + 2 * size + token // BLOCK, weight, mask=kept)
-        start += BLOCK
+        start += SMALL
     tl.debug_barrier()
     return least, cutoff
 
@@ -718,14 +720,15 @@ def _write_all(logits, log_total, to_tokens, to_logprobs, VOCAB: tl.constexpr, B
 @triton.jit
 def _write_likeliest(values, tokens, gathered, wanted, log_total, to, VOCAB: tl.constexpr, BLOCK: tl.constexpr):
     """Write the `wanted` likeliest of the gathered tokens; of equal logits, the lower tokens."""
+    SMALL: tl.constexpr = _SMALL if BLOCK > _SMALL else BLOCK
     to_tokens, to_logprobs = to
-    least = _kth_largest(values, gathered, wanted, BLOCK)
-    ties = wanted - _count_above(values, gathered, least, BLOCK)
-    cutoff = _cutoff(values, tokens, gathered, least, ties, VOCAB, BLOCK)
+    least = _kth_largest(values, gathered, wanted, SMALL)
+    ties = wanted - _count_above(values, gathered, least, SMALL)
+    cutoff = _cutoff(values, tokens, gathered, least, ties, VOCAB, SMALL)
     written = 0
     start = 0
     while start < gathered:
-        at = start + tl.arange(0, BLOCK)
+        at = start + tl.arange(0, SMALL)
         x = tl.load(values + at, mask=at < gathered, other=float("-inf"))
         token = tl.load(tokens + at, mask=at < gathered, other=VOCAB)
         kept = ((x > least) | ((x == least) & (token <= cutoff))) & (at < gathered)
@@ -733,7 +736,7 @@ def _write_likeliest(values, tokens, gathered, wanted, log_total, to, VOCAB: tl.
         tl.store(to_tokens + place, token, mask=kept)
         tl.store(to_logprobs + place, (x.to(tl.float64) - log_total).to(tl.float32), mask=kept)
         written += tl.sum(kept.to(tl.int32), 0)
-        start += BLOCK
+        start += SMALL
 
 
 @triton.jit(do_not_specialize_on_alignment=["ranks"])
