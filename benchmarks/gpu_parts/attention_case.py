@@ -84,6 +84,7 @@ class Case:
         out = torch.full((len(queries), heads * head_dim), torch.nan, dtype=torch.bfloat16, device=device)
         work, parts = on_device(cut, sizes, pool, heads, slots, programs)
         attention(queries, pool, rows, work, parts, pool.layers - 1, window, out)
+        assert not parts.arrivals.any(), "the next layer begins to count at 0"
         return list(out.split(lengths))
 
     def reference(self, piece: Piece, pool: KvPool, tables: Tensor, window: int = 0) -> Tensor:

@@ -96,6 +96,13 @@ else:
             moved = case.pool(page_size, int8, seed=seed)
             assert same(case.run([(0, 510, 8)], *moved, SIZES, window=window)[0], 510)
 
+    def test_many_parts_are_merged_in_the_same_order_by_one_program_and_by_several():
+        case = Case.random([3 * PART + 10], 1, 1, 64)
+        pool, tables = case.pool(64, False)
+        row = [(0, 3 * PART + 9, 1)]
+        whole, parts = (case.run(row, pool, tables, SIZES, slots=slots)[0] for slots in (0, 4))
+        assert torch.equal(bits(whole), bits(parts))
+
     @pytest.mark.parametrize(("head_dim", "int8", "norm"), [(64, False, True), (80, True, False), (80, False, True)])
     def test_rope_and_cache(head_dim, int8, norm):
         heads, kv_heads, page_size, layer, eps = 6, 2, 16, 1, 1e-5

@@ -16,6 +16,7 @@ from importlib.resources import files
 from typing import Literal
 
 import torch
+from triton.runtime import driver
 
 Kind = Literal["linear", "gated", "int8", "int8 gated"]
 Family = Literal["swapped", "plain", "hmma"]
@@ -142,7 +143,7 @@ def shared_bytes() -> int:
     """Return how much of the GPU's fast memory a program may take; without a GPU, that of an H100."""
     if not torch.cuda.is_available():
         return 227 << 10
-    return int(torch.cuda.get_device_properties(torch.cuda.current_device()).shared_memory_per_block_optin)
+    return int(driver.active.utils.get_device_properties(torch.cuda.current_device())["max_shared_mem"])
 
 
 def estimate(tile: Tile, outputs: int, inputs: int, spans: int, rows: int) -> float:

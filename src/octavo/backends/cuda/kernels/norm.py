@@ -72,7 +72,7 @@ def norm_int8_kernel(
 
 def warps(width: int) -> int:
     """Return the number of warps for a row: 16 values a thread, up to 512 threads."""
-    return min(max(triton.next_power_of_2(width) // 512, 1), 16)
+    return min(max(int(triton.next_power_of_2(width)) // 512, 1), 16)
 
 
 def norm(
