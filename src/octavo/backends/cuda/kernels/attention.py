@@ -130,15 +130,13 @@ def _merge_parts(
     values = tl.zeros([ROWS, DIMS], tl.float32)
     weights = tl.zeros([ROWS], tl.float32)
     maximum = tl.full([ROWS], _LOWEST, tl.float32)
-    for part in steps(first_part, end_part, 1, loop_unroll_factor=4 if ROWS <= 16 else 1):
-        at = ((slot + part * tokens).to(tl.int64) * HEADS)[:, None] + head
+    for part in steps(first_part, end_part, 1, loop_unroll_factor=2 if ROWS <= 16 else 1):
+        at = (slot + part * tokens).to(tl.int64) * HEADS + head
         # Past the L1 cache, which may hold what another layer left at these addresses.
-        more_values = tl.load(part_values + at * DIM + column, mask=there, other=0.0, cache_modifier=".cg")
+        more_values = tl.load(part_values + at[:, None] * DIM + column, mask=there, other=0.0, cache_modifier=".cg")
         more_weights = tl.load(part_weights + at * 2, mask=row_there, other=0.0, cache_modifier=".cg")
         more_maximum = tl.load(part_weights + at * 2 + 1, mask=row_there, other=0.0, cache_modifier=".cg")
-        values, weights, maximum = _merge(
-            values, weights, maximum, more_values, tl.max(more_weights, 1), tl.max(more_maximum, 1)
-        )
+        values, weights, maximum = _merge(values, weights, maximum, more_values, more_weights, more_maximum)
     return values, weights, maximum
 
 
@@ -182,9 +180,9 @@ def attention_kernel(
         row, tokens, sequence = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
         part, slot, first = tl.load(tile + 3), tl.load(tile + 4), tl.load(tile + 5)
         last = first + tokens - 1
-        head = (kv_head * group + tl.arange(0, ROWS) % group)[:, None]
+        head = kv_head * group + tl.arange(0, ROWS) % group
         there = (token < tokens)[:, None] & (column < DIM)
-        heads = (row.to(tl.int64) * HEADS + token[:, None] * HEADS + head) * DIM + column
+        heads = ((row.to(tl.int64) + token) * HEADS + head)[:, None] * DIM + column
         q = tl.load(queries + heads, mask=there, other=0.0)
         begin = tl.maximum(first - window + 1, 0) // BLOCK * BLOCK
         first_part, end_part = begin // _PART, last // _PART + 1
@@ -217,10 +215,10 @@ def attention_kernel(
             values, weights, maximum = _merge(values, weights, maximum, more_values, more_weights, more_maximum)
         complete = part < 0
         if part >= 0:
-            of_part = ((slot + token).to(tl.int64) * HEADS)[:, None] + head
-            tl.store(part_values + of_part * DIM + column, values, mask=there)
-            tl.store(part_weights + of_part * 2, weights[:, None], mask=(token < tokens)[:, None])
-            tl.store(part_weights + of_part * 2 + 1, maximum[:, None], mask=(token < tokens)[:, None])
+            of_part = (slot + token).to(tl.int64) * HEADS + head
+            tl.store(part_values + of_part[:, None] * DIM + column, values, mask=there)
+            tl.store(part_weights + of_part * 2, weights, mask=token < tokens)
+            tl.store(part_weights + of_part * 2 + 1, maximum, mask=token < tokens)
             slot -= part * tokens
             arrival = arrivals + slot * KV_HEADS + kv_head
             tl.debug_barrier()  # the stores of all threads come before the arrival
@@ -236,7 +234,7 @@ def attention_kernel(
                     last // _PART + 1,
                     head,
                     there,
-                    (token < tokens)[:, None],
+                    token < tokens,
                     HEADS,
                     DIM,
                     DIMS,

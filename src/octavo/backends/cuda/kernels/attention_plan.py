@@ -46,7 +46,7 @@ def tilings(head_dim: int, group: int, int8: bool = False, hopper: bool = True) 
         hopper: whether the device has warp-group products (compute capability 9), which need tiles of 64 queries.
     """
     least = max(16, 1 << (group - 1).bit_length())
-    small = Tiling(least, warps=8 if int8 else 4, stages=7 if hopper and not int8 else 5)
+    small = Tiling(least, warps=8 if int8 else 4, stages=3)  # more stages are more code, which is read from memory too
     if head_dim > 128 or (int8 and not hopper):
         rows = 32
     elif int8 or not hopper or head_dim not in (64, 128):
