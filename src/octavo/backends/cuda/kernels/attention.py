@@ -137,7 +137,17 @@ def _merge_parts(
         more_weights = tl.load(part_weights + at * 2, mask=row_there, other=0.0, cache_modifier=".cg")
         more_maximum = tl.load(part_weights + at * 2 + 1, mask=row_there, other=0.0, cache_modifier=".cg")
         values, weights, maximum = _merge(values, weights, maximum, more_values, more_weights, more_maximum)
-    return values, weights, maximum
+    return values, weights
+
+
+@triton.jit
+def _store_out(out, values, weights, there):
+    """Store values [ROWS, DIMS] / weights [ROWS]."""
+    values *= tl.div_rn(1.0, weights)[:, None]
+    if out.dtype.element_ty == tl.bfloat16:
+        tl.store(out, to_bfloat16(values), mask=there)
+    else:
+        tl.store(out, values, mask=there)
 
 
 @triton.jit(do_not_specialize=["table_stride", "layer", "window"])
@@ -213,8 +223,9 @@ def attention_kernel(
                 BLOCK,
             )
             values, weights, maximum = _merge(values, weights, maximum, more_values, more_weights, more_maximum)
-        complete = part < 0
-        if part >= 0:
+        if part < 0:
+            _store_out(out + heads, values, weights, there)
+        else:
             of_part = (slot + token).to(tl.int64) * HEADS + head
             tl.store(part_values + of_part[:, None] * DIM + column, values, mask=there)
             tl.store(part_weights + of_part * 2, weights, mask=token < tokens)
@@ -222,10 +233,9 @@ def attention_kernel(
             slot -= part * tokens
             arrival = arrivals + slot * KV_HEADS + kv_head
             tl.debug_barrier()  # the stores of all threads come before the arrival
-            complete = tl.atomic_add(arrival, 1, sem="acq_rel") == last // _PART
-            if complete:
+            if tl.atomic_add(arrival, 1, sem="acq_rel") == last // _PART:
                 tl.store(arrival, 0)  # for the next layer
-                values, weights, maximum = _merge_parts(
+                all_values, all_weights = _merge_parts(
                     part_values,
                     part_weights,
                     slot + token,
@@ -239,12 +249,7 @@ def attention_kernel(
                     DIM,
                     DIMS,
                 )
-        if complete:
-            values *= tl.div_rn(1.0, weights)[:, None]
-            if out.dtype.element_ty == tl.bfloat16:
-                tl.store(out + heads, to_bfloat16(values), mask=there)
-            else:
-                tl.store(out + heads, values, mask=there)
+                _store_out(out + heads, all_values, all_weights, there)
 
 
 @dataclass(frozen=True)
