@@ -37,7 +37,7 @@ def compile_linear(tile: Tile, spans: int, capability: int) -> Compiled:
         constants |= {"SPANS_HELD": tile.held, "PART": 1024 * tile.warps}
         kernel = linear.large_spanned_kernel
     else:
-        constants |= {"SPANS_HERE": here, "x_scale": None, "weight_scale": None}
+        constants |= {"SPANS_HERE": here, "ONE_LOOP": tile.one_loop, "x_scale": None, "weight_scale": None}
         kernel = linear.linear_kernel
     return compile_kernel(kernel, types, constants, tile.options, capability, ("outputs",))
 
