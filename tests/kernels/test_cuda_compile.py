@@ -54,7 +54,7 @@ def check(made: Compiled, tile: Tile, capability: int) -> None:
     hopper = capability == 90 and left >= 64
     assert made.count("HGMMA") > 0 if hopper else (made.count("HMMA") > 0 and made.count("HGMMA") == 0), tile
     assert made.spills_in_loops() <= (0 if capability == 90 else 4), tile
-    assert capability < 90 or made.stack_bytes <= 64, f"{made.stack_bytes} bytes are spilled outside of loops: {tile}"
+    assert capability < 90 or made.stack_bytes <= 128, f"{made.stack_bytes} bytes are spilled outside of loops: {tile}"
     assert made.count("LDGSTS.E.BYPASS.128") == made.count("LDGSTS") > 0, f"copies of less than 16 bytes: {tile}"
     assert made.shared_bytes <= SHARED_BYTES[capability], tile
     assert made.registers * 32 * tile.warps <= 65536, tile
@@ -90,7 +90,7 @@ def _check_chosen(family: str, rows: int, capability: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("rows", [1, 64, 2048])
 def test_candidates_for_tuning(rows: int) -> None:
     for tile in candidates("linear", 14336, 8, rows):
         check(compile_linear(tile, 8, 90), tile, 90)
