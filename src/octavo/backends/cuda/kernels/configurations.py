@@ -25,6 +25,7 @@ BLOCK_K = 64
 GROUP = 8  # blocks of rows that walk the weight together
 PROCESSORS = 132  # of an H100 or H200
 FEWEST_ROWS, MOST_ROWS = 16, 4096  # buckets of rows are the powers of two between
+_MOST_ROWS_IN_GROUPS = 512  # the partial sums of more take too much memory
 _MOST_SUMS = 128  # float32 sums per thread, the waiting ones included
 
 
@@ -83,15 +84,20 @@ class Tile:
 _TILES: dict[Family, list[Tile]] = {
     "swapped": [
         Tile(16, 64, 4, 6),
+        Tile(16, 64, 4, 12),
         Tile(16, 128, 4, 5),
         Tile(32, 64, 4, 6),
         Tile(32, 128, 4, 6),
         Tile(64, 64, 4, 5),
+        Tile(64, 64, 4, 10),
         Tile(64, 128, 4, 4),
         Tile(64, 128, 8, 4),
+        Tile(64, 128, 8, 8),
         Tile(128, 64, 4, 4),
         Tile(128, 64, 8, 4),
+        Tile(128, 64, 8, 8),
         Tile(128, 128, 8, 4),
+        Tile(128, 128, 8, 6),
         Tile(128, 128, 4, 3),
         Tile(256, 64, 8, 4),
         Tile(256, 128, 8, 4),
@@ -129,7 +135,7 @@ def candidates(kind: Kind, inputs: int, spans: int, rows: int, family: Family = 
     for tile in _TILES[family]:
         if (rows <= 4 * tile.rows or 4 * tile.rows >= max(sizes)) and tile.rows < max(2 * rows, min(sizes) + 1):
             found += _divisions(tile, inputs) if kind == "int8" else _spread(tile, spans)
-    return found
+    return [tile for tile in found if tile.groups == 1 or rows <= _MOST_ROWS_IN_GROUPS]
 
 
 def write_tuned(table: dict[tuple[Kind, int, int, int, int], Tile]) -> str:
@@ -147,15 +153,18 @@ def shared_bytes() -> int:
 
 
 def estimate(tile: Tile, outputs: int, inputs: int, spans: int, rows: int) -> float:
-    """Return about how many microseconds a layer takes on an H200, from a few measurements of one."""
+    """Return about how many microseconds a layer takes on an H200, fitted to measurements of one."""
     programs = -(-rows // tile.rows) * -(-outputs // tile.outputs) * tile.groups
+    each = -(-programs // PROCESSORS)  # of a processor
+    together = max(1, min(each, (227 << 10) // (_stage_bytes(tile) * tile.stages), 16 // tile.warps))
     area = tile.rows * tile.outputs
-    block = max(2 * area * BLOCK_K / 5.6e6, _stage_bytes(tile) / 75e3)  # multiplied, or read from the L2 cache
-    folded = 8e-5 * 4 * area * (spans // tile.held) if tile.waits_in_memory else 0.3 * (spans // tile.groups - 1)
-    one = inputs / tile.groups / BLOCK_K * block + folded
-    read = 2 * outputs * inputs / 4e6
-    merged = 2 + 8 * tile.groups * rows * outputs / 3e6 if tile.groups > 1 else 0
-    return max(-(-programs // PROCESSORS) * one, read * max(1, PROCESSORS / programs)) + merged
+    multiplied, read = 2 * area * BLOCK_K / 5.6e6, _stage_bytes(tile) / 75e3  # by one processor, from the L2 cache
+    block = max(multiplied, read, 1.3 / (tile.stages - 1) / together)
+    here = spans if tile.waits_in_memory else spans // tile.groups
+    folded = 1.3 / together * here + (2.4e-4 * area * (spans // tile.held) if tile.waits_in_memory else 0)
+    computed = each * (inputs / tile.groups / BLOCK_K * block + folded)
+    merged = 2 + 8 * tile.groups * rows * outputs / 4.2e6 if tile.groups > 1 else 0
+    return 2 + max(computed, 2 * outputs * inputs / 4.2e6) + merged
 
 
 def _spread(tile: Tile, spans: int) -> list[Tile]:
