@@ -56,7 +56,7 @@ else:
     OTHER_SIZES = (Tiling(64, 4, 2), Tiling(128, 4, 2))
 
     def bits(x: torch.Tensor) -> torch.Tensor:
-        return x.view(torch.int16)
+        return x.view(torch.int16 if x.dtype == torch.bfloat16 else torch.int32)
 
     @pytest.mark.parametrize(
         ("heads", "kv_heads", "head_dim", "page_size", "int8", "window"),
