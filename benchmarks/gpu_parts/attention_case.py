@@ -71,7 +71,7 @@ class Case:
         window: int = 0,
         programs: int | None = None,
     ) -> list[Tensor]:
-        """Return the attention of the rows of a step: bf16 [rows, heads * head_dim] of each piece."""
+        """Return the attention of the rows of a step, before it is rounded: [rows, heads * head_dim] of each piece."""
         device, (_, heads, head_dim) = pool.memory.device, self.queries[0].shape
         lengths = [rows for _, _, rows in pieces]
         query_start = np.cumsum([0, *lengths], dtype=np.int32)
@@ -81,9 +81,10 @@ class Case:
         queries = torch.cat([self.queries[s][first : first + rows] for s, first, rows in pieces])
         of_pieces = tables[[s for s, _, _ in pieces]].contiguous()
         rows = StepRows(torch.from_numpy(positions).to(device), torch.empty(0, device=device), of_pieces)
-        out = torch.full((len(queries), heads * head_dim), torch.nan, dtype=torch.bfloat16, device=device)
+        out = torch.full((len(queries), heads * head_dim), torch.nan, device=device)
         work, parts = on_device(cut, sizes, pool, heads, slots, programs)
         attention(queries, pool, rows, work, parts, pool.layers - 1, window, out)
+        assert not parts.arrivals.any(), "the next layer begins to count at 0"
         return list(out.split(lengths))
 
     def reference(self, piece: Piece, pool: KvPool, tables: Tensor, window: int = 0) -> Tensor:

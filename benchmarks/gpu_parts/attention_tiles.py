@@ -50,7 +50,7 @@ def disagreements(heads: int, kv_heads: int, head_dim: int, int8: bool) -> Itera
 
         def compare(got: list[Tensor], at: int = first, alone: Tensor = alone) -> tuple[int, int]:
             rows = torch.cat(got)
-            same = rows.view(torch.int16) == alone[at - first : at - first + len(rows)].view(torch.int16)
+            same = rows.view(torch.int32) == alone[at - first : at - first + len(rows)].view(torch.int32)
             return int((~same.all(dim=1)).sum()), len(rows)
 
         yield f"window {window}: in parts", *compare(case.run(every, pool, tables, sizes, window=window))

@@ -8,6 +8,8 @@ import torch
 
 from octavo.backends.base import StepBatch
 from octavo.backends.cuda.backend import CudaBackend
+from octavo.backends.cuda.weights import head_of, nbytes
+from octavo.model.registry import parameter_shapes
 from octavo.model.spec import DecoderSpec
 
 from .report import Report
@@ -23,21 +25,24 @@ def run(report: Report, options: argparse.Namespace) -> None:
     bandwidth, peak = copy_bandwidth(), matmul_peak()
     names = [name for name in MODELS if name in options.models]
     for name in sorted(names, key=lambda name: MODELS[name].hidden_size):
-        with report.attempt(name):
-            model(report, name, MODELS[name], bandwidth, peak)
-        torch.cuda.empty_cache()
+        for recipe in ("bf16", "8bit"):
+            with report.attempt(f"{name} {recipe}"):
+                model(report, name, MODELS[name], bandwidth, peak, recipe)
+            torch.cuda.empty_cache()
 
 
-def model(report: Report, name: str, spec: DecoderSpec, bandwidth: float, peak: float) -> None:
+def model(report: Report, model: str, spec: DecoderSpec, bandwidth: float, peak: float, recipe: str) -> None:
+    name, int8 = f"{model} {recipe}", recipe == "8bit"
     started = time.monotonic()
     pages = 256 * ((CONTEXT + STEPS + 8) // PAGE_SIZE + 1)
-    made = backend(spec, random_weights(spec), pages, batch_tokens=8192, batch_size=256, model_len=16384)
+    made = backend(spec, random_weights(spec, int8=int8), pages, batch_tokens=8192, batch_size=256, model_len=16384)
     torch.cuda.synchronize()
     held = torch.cuda.memory_allocated() / 2**30
     report.add(f"{name}: weights, kernels and graphs ready", f"{time.monotonic() - started:.1f} s, {held:.1f} GiB")
     made._kv.pool.values.normal_()
     torch.cuda.synchronize()
     for sequences, wanted in DECODE.items():
+        wanted = None if int8 else wanted
         with report.attempt(f"{name}, decode {sequences}"):
             decode(report, name, made, sequences, wanted if spec.hidden_size > 2048 else None, bandwidth)
     for tokens, wanted in PREFILL.items():
@@ -108,7 +113,8 @@ def overlapped_seconds(made: CudaBackend, batches: list[StepBatch]) -> float:
 def bytes_read(made: CudaBackend, sequences: int) -> float:
     """Return the bytes of weights, keys and values that a decode step has to read."""
     weights = made._model.weights
-    read = sum(weight.nbytes for name, weight in weights.items() if name != "embed" or made.spec.tied_embeddings)
+    embedding_is_head = made.spec.tied_embeddings and head_of("embed") not in weights
+    read = sum(nbytes(weight) for name, weight in weights.items() if name != "embed" or embedding_is_head)
     return read + sequences * CONTEXT * made.page_bytes / PAGE_SIZE
 
 
@@ -118,7 +124,12 @@ def prefill(report: Report, name: str, made: CudaBackend, tokens: int, wanted: f
     made.step(batch)
     times = [timed(made, batch) for _ in range(3 if tokens > 1000 else 8)]
     wall, host, device = (statistics.median(values) for values in zip(*times, strict=True))
-    matrices = sum(w.numel() for key, w in made._model.weights.items() if w.dim() == 2 and key not in ("embed", "head"))
+    shapes = parameter_shapes(spec)
+    matrices = sum(
+        sum(part[0] for part in parts) * parts[0][1]
+        for key, parts in shapes.items()
+        if len(parts[0]) == 2 and key not in ("embed", "head")
+    )
     work = 2 * matrices * tokens + 2 * tokens**2 * spec.q_size * spec.num_layers
     share = work / wall / peak
     report.add(

@@ -4,9 +4,9 @@ import argparse
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from octavo.backends.base import Backend
+from octavo.backends.cuda.weights import Weights
 from octavo.backends.torch.backend import TorchBackend
 from octavo.model.spec import DecoderSpec
 
@@ -30,18 +30,23 @@ def compare(report: Report, name: str, spec: DecoderSpec) -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
     expected = logits(oracle(spec, weights, torch.float32))
     plain = distance(logits(oracle(spec, weights, torch.bfloat16)), expected)
-    for int8 in (False, True):
-        kind = f"{name}, int8 KV" if int8 else name
+    rounded = random_weights(spec, int8=True)
+    for kind, recipe, int8_kv, margin in (
+        (name, weights, False, 2e-3),
+        (f"{name}, int8 KV", weights, True, 1e-2),
+        (f"{name}, 8bit", rounded, False, 4e-2),
+    ):
         with report.attempt(kind):
-            made = backend(spec, weights, 32, batch_tokens=700, batch_size=256, int8_kv=int8)
+            made = backend(spec, recipe, 32, batch_tokens=700, batch_size=256, int8_kv=int8_kv)
             error = distance(logits(made), expected)
             made.close()
-            limit = 2 * plain + 2e-3 + 1e-2 * int8
+            limit = 2 * plain + margin
             report.check(f"{kind}: relative error", error < limit, f"{error:.2e} (PyTorch in bfloat16: {plain:.2e})")
 
 
-def oracle(spec: DecoderSpec, weights: dict[str, Tensor], dtype: torch.dtype) -> Backend:
-    made = TorchBackend(spec, {name: weight.to(dtype) for name, weight in weights.items()}, dtype, PAGE_SIZE)
+def oracle(spec: DecoderSpec, weights: Weights, dtype: torch.dtype) -> Backend:
+    plain = {name: weight.to(dtype) for name, weight in weights.items() if isinstance(weight, torch.Tensor)}
+    made = TorchBackend(spec, plain, dtype, PAGE_SIZE)
     made.allocate_kv(32)
     return made
 

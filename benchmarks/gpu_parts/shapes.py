@@ -5,10 +5,10 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from octavo.backends.base import SamplingBatch, StepBatch
 from octavo.backends.cuda.backend import CudaBackend
+from octavo.backends.cuda.weights import Weights, round_weight
 from octavo.model.registry import parameter_shapes
 from octavo.model.spec import DecoderSpec, RopeSpec
 
@@ -52,10 +52,10 @@ def shortened(spec: DecoderSpec, layers: int) -> DecoderSpec:
     return replace(spec, num_layers=layers, windows=spec.windows[:layers])
 
 
-def random_weights(spec: DecoderSpec, device: str = "cuda") -> dict[str, Tensor]:
-    """Return bfloat16 weights by name, sized so that activations stay near 1."""
+def random_weights(spec: DecoderSpec, device: str = "cuda", int8: bool = False) -> Weights:
+    """Return weights by name, sized so that activations stay near 1: bfloat16, or int8 where `load` would round."""
     generator = torch.Generator(device).manual_seed(0)
-    weights = {}
+    weights = Weights()
     for name, parts in parameter_shapes(spec).items():
         shape = (sum(part[0] for part in parts), *parts[0][1:])
         weight = torch.empty(shape, dtype=torch.bfloat16, device=device)
@@ -64,12 +64,14 @@ def random_weights(spec: DecoderSpec, device: str = "cuda") -> dict[str, Tensor]
         else:
             weight.normal_(0.0, 1.0 if name == "embed" else shape[-1] ** -0.5, generator=generator)
         weights[name] = weight
+        if int8:
+            round_weight(weights, name, tied=spec.tied_embeddings)
     return weights
 
 
 def backend(
     spec: DecoderSpec,
-    weights: dict[str, Tensor],
+    weights: Weights,
     pages: int,
     *,
     batch_tokens: int = 512,
@@ -88,6 +90,7 @@ def backend(
         max_batch_size=batch_size,
         max_model_len=model_len,
         int8_kv=int8_kv,
+        capture_seconds=1.0,  # the others are captured when a step first needs them
     )
     torch.cuda.synchronize()  # the weights were made on another stream
     if not graphs:

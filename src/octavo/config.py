@@ -199,9 +199,10 @@ class EngineConfig(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         kind = self.backend_name
-        if kind != "cpu":
-            self.need(self.quantization in ("auto", "none"), "quantization", f"auto or none with the {kind} backend")
+        if kind == "cuda":
+            self.need(self.quantization != "4bit", "quantization", "none or 8bit with the cuda backend")
         if kind == "torch":
+            self.need(self.quantization in ("auto", "none"), "quantization", "auto or none with the torch backend")
             self.need(self.kv_cache_dtype != "int8", "kv_cache_dtype", "bf16 with the torch backend")
         else:
             self.need(DTYPES[self.dtype] != "float32", "dtype", "bfloat16 unless the backend is torch")

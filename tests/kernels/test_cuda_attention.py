@@ -56,7 +56,7 @@ else:
     OTHER_SIZES = (Tiling(64, 4, 2), Tiling(128, 4, 2))
 
     def bits(x: torch.Tensor) -> torch.Tensor:
-        return x.view(torch.int16)
+        return x.view(torch.int16 if x.dtype == torch.bfloat16 else torch.int32)
 
     @pytest.mark.parametrize(
         ("heads", "kv_heads", "head_dim", "page_size", "int8", "window"),
@@ -95,6 +95,13 @@ else:
         for page_size, seed in ((32, 1), (128, 0)):
             moved = case.pool(page_size, int8, seed=seed)
             assert same(case.run([(0, 510, 8)], *moved, SIZES, window=window)[0], 510)
+
+    def test_many_parts_are_merged_in_the_same_order_by_one_program_and_by_several():
+        case = Case.random([3 * PART + 10], 1, 1, 64)
+        pool, tables = case.pool(64, False)
+        row = [(0, 3 * PART + 9, 1)]
+        whole, parts = (case.run(row, pool, tables, SIZES, slots=slots)[0] for slots in (0, 4))
+        assert torch.equal(bits(whole), bits(parts))
 
     @pytest.mark.parametrize(("head_dim", "int8", "norm"), [(64, False, True), (80, True, False), (80, False, True)])
     def test_rope_and_cache(head_dim, int8, norm):

@@ -20,7 +20,7 @@ from octavo.backends.cuda.kernels import sampler  # noqa: E402
 from octavo.backends.cuda.staging import Staging  # noqa: E402
 from octavo.backends.torch.backend import load as load_torch  # noqa: E402
 from octavo.backends.torch.sampling import sample as plain_sample  # noqa: E402
-from octavo.errors import ConfigError  # noqa: E402
+from octavo.errors import ConfigError, UnsupportedModel  # noqa: E402
 from random_model import PLAIN, TOKENS, load  # noqa: E402
 from step_batches import run_chunks, step_batch  # noqa: E402
 
@@ -62,8 +62,8 @@ def test_without_a_gpu_it_says_what_to_do() -> None:
 def test_settings_it_cannot_serve() -> None:
     with pytest.raises(ConfigError, match="bfloat16"):
         load(SPEC, load_cuda, dtype="float32", device="cuda")
-    with pytest.raises(ConfigError, match="quantization none"):
-        load(SPEC, load_cuda, quantization="8bit", device="cuda")
+    with pytest.raises(ConfigError, match="quantization none or 8bit"):
+        load(SPEC, load_cuda, quantization="4bit", device="cuda")
 
 
 def test_shapes_of_graphs() -> None:
@@ -174,6 +174,23 @@ def test_int8_cache_stays_close(whole: np.ndarray) -> None:
     logits = run_chunks(made, PROMPT[:4], 3, PAGES)
     assert 1e-4 < np.linalg.norm(logits - whole[:4]) / np.linalg.norm(whole[:4]) < 0.03
     assert made.page_bytes == 2 * 2 * 8 * (16 + 4)  # layers, k and v, tokens, numbers and a scale
+
+
+@on_device
+def test_8_bits_stay_close_and_keep_their_bits_in_chunks() -> None:
+    spec = dataclasses.replace(SPEC, num_layers=1, windows=(0,), num_heads=4, hidden_size=64, intermediate_size=64)
+    made = load(spec, load_cuda, device="auto", page_size=8, quantization="8bit")
+    expected = run_chunks(load(spec, load_torch, dtype="float32", page_size=8), PROMPT[:5], 5, PAGES)
+    logits = run_chunks(made, PROMPT[:5], 5, PAGES)
+    assert 1e-3 < np.linalg.norm(logits - expected) / np.linalg.norm(expected) < 0.05
+    np.testing.assert_array_equal(run_chunks(made, PROMPT[:5], 3, [7]), logits)
+    assert "8bit" in made.arithmetic
+
+
+@on_device
+def test_8_bits_need_blocks_of_64_inputs() -> None:
+    with pytest.raises(UnsupportedModel, match="multiple of 64"):
+        cuda(quantization="8bit")
 
 
 BAD = {

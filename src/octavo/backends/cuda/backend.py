@@ -24,14 +24,13 @@ from .graph_shapes import GraphShape, GraphShapes
 from .graphs import Graphs, first_chunk, first_step
 from .inputs import Inputs, StepInputs
 from .kernels.rope_and_cache import rotary_table
+from .kernels.rotation import Int8Rows
 from .kernels.sampler import Sampled, sample
 from .ops import CudaOps, Model
 from .pages import Pages, bytes_of_page
 from .pooling import pooled_sums
 from .staging import fetch
-from .weights import load_weights
-
-_CAPTURE_SECONDS = 20.0  # for graphs, at start
+from .weights import Weights, load_weights, nbytes
 
 
 @dataclass(frozen=True)
@@ -62,19 +61,23 @@ class CudaBackend:
     def __init__(
         self,
         spec: DecoderSpec,
-        weights: dict[str, Tensor],
+        weights: Weights,
         *,
         page_size: int,
         max_batch_tokens: int,
         max_batch_size: int,
         max_model_len: int,
         int8_kv: bool = False,
+        capture_seconds: float = 20.0,
     ):
-        device = weights["embed"].device
+        """Make the backend of weights that are on a device; allocate_kv then captures graphs for `capture_seconds`."""
+        device = _tensor(weights["embed"]).device
         self.spec, self.page_size, self.page_bytes = spec, page_size, bytes_of_page(spec, page_size, int8_kv)
-        self.arithmetic = _arithmetic(device, int8_kv)
-        held = sum(weight.nbytes for weight in weights.values())
+        recipe = "8bit" if isinstance(weights["layers.0.qkv"], Int8Rows) else "bf16"
+        self.arithmetic = _arithmetic(device, recipe, "int8" if int8_kv else "bf16")
+        held = sum(nbytes(weight) for weight in weights.values())
         self.footprint = Footprint(f"Triton on {name_of(device)}", held, self.page_bytes)
+        self._capture_seconds = capture_seconds
         self._int8_kv, self._max_batch_tokens, self._max_batch_size = int8_kv, max_batch_tokens, max_batch_size
         self._pages: Pages | None = None
         self._shapes = GraphShapes(max_batch_size, max_batch_tokens)
@@ -91,7 +94,7 @@ class CudaBackend:
         with self._on_stream():
             self._pages = Pages(self.spec, self.page_size, num_pages, self._int8_kv, self._logits.device)
             if self._graphs is not None:
-                self._graphs.capture(self._shapes.first, self._first, _CAPTURE_SECONDS)
+                self._graphs.capture(self._shapes.first, self._first, self._capture_seconds)
         self.step(first_step(1))  # compiles the sampler
 
     def export_page(self, page: int) -> np.ndarray:
@@ -170,7 +173,7 @@ class CudaBackend:
             return Pending(batch, sampled, words, None, None)
         rows, tokens = (torch.from_numpy(ids.astype(np.int64)) for ids in _labels(batch))
         labels = logits[rows.to(logits.device), tokens.to(logits.device)]
-        weight = self._model.weights["norm"].float().cpu().numpy()
+        weight = _tensor(self._model.weights["norm"]).float().cpu().numpy()
         hidden = self.spec.hidden_size
         residual = fetch(pooled.view(torch.int32)) if pooled is not None else lambda: np.zeros((0, hidden), np.int32)
         pooling, eps = batch.pooling, self.spec.norm_eps
@@ -202,13 +205,13 @@ def load(
     Args:
         threads: not used.
         dtype: auto or bfloat16.
-        quantization: none or auto: weights in bfloat16.
+        quantization: none or auto: weights in bfloat16; 8bit: the matrices of linear layers in int8.
         device: auto, cuda or cuda:N.
         kv_cache_dtype: bf16; or int8, with a scale for each K and each V of a position and kv head.
 
     Raises:
         ConfigError: a setting is not one of the above, or there is no such GPU.
-        DamagedWeights, OutOfMemory
+        DamagedWeights, OutOfMemory, UnsupportedModel
     """
     _check_settings(dtype, quantization)
     found = find_device(device)
@@ -216,7 +219,7 @@ def load(
         torch.cuda.set_device(found)
     return CudaBackend(
         spec,
-        load_weights(parameters, found, progress),
+        load_weights(parameters, found, progress, int8=quantization == "8bit"),
         page_size=page_size,
         max_batch_tokens=max_batch_tokens,
         max_batch_size=max_batch_size,
@@ -238,9 +241,14 @@ def footprint(
 ) -> Footprint:
     """Return the footprint of the backend that `load` would return, without reading weights. Raises ConfigError."""
     _check_settings(dtype, quantization)
-    weights = sum(prod(parameter.shape) for parameter in parameters.values())
+    weights = 0
+    for name, parameter in parameters.items():
+        rounded = quantization == "8bit" and len(parameter.shape) == 2
+        both = name == "embed" and "head" not in parameters
+        each = (3 if both else 2 if name == "embed" else 1) if rounded else 2
+        weights += each * prod(parameter.shape) + 4 * parameter.shape[0] * (each != 2)
     page = bytes_of_page(spec, page_size, kv_cache_dtype == "int8")
-    return Footprint(f"Triton on {name_of(find_device(device))}", 2 * weights, page)
+    return Footprint(f"Triton on {name_of(find_device(device))}", weights, page)
 
 
 def check(
@@ -285,18 +293,17 @@ def _check_settings(dtype: str, quantization: str) -> None:
     """Raise ConfigError if the backend cannot serve a setting."""
     if dtype not in ("auto", "bfloat16"):
         raise ConfigError(f"the cuda backend computes in bfloat16, not {dtype}; use dtype auto or backend torch")
-    if quantization not in ("auto", "none"):
-        raise ConfigError(f"the cuda backend has no weights of {quantization} yet; use quantization none")
+    if quantization not in ("auto", "none", "8bit"):
+        raise ConfigError(f"the cuda backend has no weights of {quantization} yet; use quantization none or 8bit")
 
 
-def _arithmetic(device: torch.device, int8_kv: bool) -> str:
+def _arithmetic(device: torch.device, recipe: str, kv: str) -> str:
     """Return what determines a page's bits: Triton's version, the architecture, the kernels and their tiles."""
     kernels = blake2b(digest_size=8)
     for path in sorted(Path(__file__).with_name("kernels").iterdir()):
         if path.suffix in (".py", ".json"):
             kernels.update(path.read_bytes())
-    kv = "int8" if int8_kv else "bf16"
-    return f"cuda triton {triton.__version__} {architecture(device)} {kernels.hexdigest()} bf16 {kv}"
+    return f"cuda triton {triton.__version__} {architecture(device)} {kernels.hexdigest()} {recipe} {kv}"
 
 
 def _tensor(logits: object) -> Tensor:

@@ -1,6 +1,5 @@
 """The op vocabulary over the Triton kernels: launches the kernels of one step on the current stream."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,10 +12,13 @@ from .inputs import StepInputs
 from .kernels.attention import attention
 from .kernels.embed import embed
 from .kernels.gated import gated
+from .kernels.integer_linear import integer_gated, integer_linear
 from .kernels.linear import linear, merge, partial_sums
-from .kernels.norm import add_norm, norm
+from .kernels.norm import add_norm, norm, norm_int8
 from .kernels.rope_and_cache import KvPool, rope_and_cache
+from .kernels.rotation import Int8Rows, quantize_rows
 from .kernels.tree import MOST_SPANS
+from .weights import Weights, head_of
 
 
 @dataclass(frozen=True)
@@ -24,12 +26,12 @@ class Model:
     """A model on the device.
 
     Attributes:
-        weights: bfloat16, by the names of model/decoder.py.
+        weights: by the names of model/decoder.py: bfloat16, or int8 for the matrices of linear layers (see weights.py).
         rotary: float32 [positions, 2, head_dim / 2], cosines and sines.
     """
 
     spec: DecoderSpec
-    weights: Mapping[str, Tensor]
+    weights: Weights
     rotary: Tensor
 
 
@@ -63,19 +65,19 @@ class SampledRows:
 class GateUp:
     """A linear layer that `gated` computes together with its activation: its input, weight and bias."""
 
-    x: Tensor
-    weight: Tensor
+    x: Tensor | Int8Rows
+    weight: Tensor | Int8Rows
     bias: Tensor | None
 
 
-Handle = Tensor | Residual | SampledRows | GateUp
+Handle = Tensor | Int8Rows | Residual | SampledRows | GateUp
 
 
 class CudaOps:
     """The ops of one step (see model.ops.Ops).
 
     The residual stream, queries, keys and values before rotation, and the logits are float32; what linear layers and
-    attention read is bfloat16.
+    attention read is bfloat16, or for linear layers of int8 rows of int8.
     """
 
     def __init__(self, model: Model, pool: KvPool, inputs: StepInputs, logits: Tensor):
@@ -83,15 +85,19 @@ class CudaOps:
         self.model, self.spec, self.weights = model, model.spec, model.weights
         self.pool, self.inputs, self._logits = pool, inputs, logits
         self._spans = spans_of(model.spec)
+        self._int8 = isinstance(model.weights["layers.0.qkv"], Int8Rows)
         self.pooled: Tensor | None = None  # the residual stream that pool_rows was called with, [N, hidden]
 
     def embed(self, weight: str) -> Handle:
         out = self._new(len(self.inputs.tokens), self.spec.hidden_size, torch.float32)
-        embed(self.inputs.tokens, self.weights[weight], out)
+        embed(self.inputs.tokens, _tensor(self.weights[weight]), out)
         return Residual(out)
 
     def norm(self, x: Handle, weight: str) -> Handle:
-        scale, eps = self.weights[weight], self.spec.norm_eps
+        scale, eps = _tensor(self.weights[weight]), self.spec.norm_eps
+        if self._int8:
+            rows = self.inputs.sample_rows if isinstance(x, SampledRows) else None
+            return norm_int8(x.x if isinstance(x, SampledRows) else _stream(x), scale, eps, row_of=rows)
         if isinstance(x, SampledRows):
             out = self._new(len(self.inputs.sample_rows), self.spec.hidden_size, torch.bfloat16)
             norm(x.x, scale, eps, out, row_of=self.inputs.sample_rows)
@@ -106,25 +112,38 @@ class CudaOps:
         return out
 
     def linear(self, x: Handle, weight: str, bias: bool = False, residual: Handle | None = None) -> Handle:
-        x, matrix = _tensor(x), self.weights[weight]
-        vector = self.weights[weight + ".bias"] if bias else None
+        matrix = self.weights[weight]
+        vector = _tensor(self.weights[weight + ".bias"]) if bias else None
         kind = weight.rpartition(".")[2]
         if kind == "gate_up":
+            assert isinstance(x, Tensor | Int8Rows)
             return GateUp(x, matrix, vector)
         if residual is None:
-            out = self._new(len(x), len(matrix), torch.float32)
-            linear(x, matrix, out, bias=vector)
+            out = self._new(self._rows, _outputs(matrix), torch.float32)
+            self._multiply(x, matrix, out, vector, None)
             return out
-        assert isinstance(residual, Residual)
-        stream, spans = residual.merged(), self._spans[kind]
-        partials = partial_sums(x, matrix, spans)
+        stream = _stream(residual)
+        if isinstance(matrix, Int8Rows):
+            self._multiply(x, matrix, stream, vector, stream)
+            return Residual(stream)
+        spans = self._spans[kind]
+        partials = partial_sums(_tensor(x), matrix, spans)
         if partials is None:
-            linear(x, matrix, stream, bias=vector, residual=stream, spans=spans)
+            linear(_tensor(x), matrix, stream, bias=vector, residual=stream, spans=spans)
         return Residual(stream, partials, vector)
+
+    def _multiply(
+        self, x: Handle, matrix: Tensor | Int8Rows, out: Tensor, bias: Tensor | None, residual: Tensor | None
+    ) -> None:
+        """Compute out = x matrixᵀ + bias + residual."""
+        if isinstance(matrix, Int8Rows):
+            integer_linear(_int8(x), matrix, out, bias=bias, residual=residual)
+        else:
+            linear(_tensor(x), matrix, out, bias=bias, residual=residual)
 
     def rope_and_cache(self, qkv: Handle, layer: int, q_norm: str | None, k_norm: str | None) -> Handle:
         spec, qkv = self.spec, _tensor(qkv)
-        norms = [None if name is None else self.weights[name] for name in (q_norm, k_norm)]
+        norms = [None if name is None else _tensor(self.weights[name]) for name in (q_norm, k_norm)]
         queries = self._new(len(qkv), spec.q_size, torch.bfloat16).view(-1, spec.num_heads, spec.head_dim)
         rope_and_cache(qkv, *norms, spec.norm_eps, self.model.rotary, self.inputs.rows, self.pool, layer, queries)
         return queries
@@ -137,22 +156,28 @@ class CudaOps:
 
     def gated(self, gate_up: Handle, activation: Literal["silu", "gelu_tanh"]) -> Handle:
         assert isinstance(gate_up, GateUp), "gated follows the linear layer gate_up"
-        out = self._new(len(gate_up.x), len(gate_up.weight) // 2, torch.bfloat16)
-        gated(gate_up.x, gate_up.weight, out, activation, bias=gate_up.bias)
+        weight = gate_up.weight
+        out = self._new(self._rows, _outputs(weight) // 2, torch.bfloat16)
+        if isinstance(weight, Int8Rows):
+            integer_gated(_int8(gate_up.x), weight, out, activation, bias=gate_up.bias)
+        else:
+            gated(_tensor(gate_up.x), weight, out, activation, bias=gate_up.bias)
         return out
 
     def pool_rows(self, x: Handle, weight: str) -> None:
-        assert isinstance(x, Residual)
-        self.pooled = x.merged()
+        self.pooled = _stream(x)
 
     def sampled_rows(self, x: Handle) -> Handle:
-        assert isinstance(x, Residual)
-        return SampledRows(x.merged())
+        return SampledRows(_stream(x))
 
     def logits(self, x: Handle, weight: str) -> Handle:
-        x = _tensor(x)
-        linear(x, self.weights[weight], self._logits[: len(x)])
-        return self._logits[: len(x)]
+        out = self._logits[: len(self.inputs.sample_rows)]
+        self._multiply(x, self.weights.get(head_of(weight), self.weights[weight]), out, None, None)
+        return out
+
+    @property
+    def _rows(self) -> int:
+        return len(self.inputs.tokens)
 
     def _new(self, rows: int, width: int, dtype: torch.dtype) -> Tensor:
         return torch.empty((rows, width), dtype=dtype, device=self.inputs.tokens.device)
@@ -171,3 +196,17 @@ def _most_spans(parts: int) -> int:
 def _tensor(handle: Handle) -> Tensor:
     assert isinstance(handle, Tensor), "this op reads what a norm, a linear layer or attention returned"
     return handle
+
+
+def _stream(handle: Handle) -> Tensor:
+    """Return the residual stream with nothing waiting."""
+    assert isinstance(handle, Residual), "this op reads the residual stream"
+    return handle.merged()
+
+
+def _int8(x: Handle) -> Int8Rows:
+    return x if isinstance(x, Int8Rows) else quantize_rows(_tensor(x))
+
+
+def _outputs(matrix: Tensor | Int8Rows) -> int:
+    return len(matrix.values) if isinstance(matrix, Int8Rows) else len(matrix)

@@ -1,4 +1,4 @@
-"""Put a model's weights on the device, in bfloat16."""
+"""Put a model's weights on the device, in bfloat16, or the matrices of linear layers in int8."""
 
 from collections.abc import Mapping
 
@@ -7,17 +7,32 @@ import torch
 from torch import Tensor
 
 from octavo.backends.base import Progress
-from octavo.errors import OutOfMemory
+from octavo.errors import OutOfMemory, UnsupportedModel
 from octavo.weights.tensor import Parameter, not_finite
 from octavo.weights.tensor import Tensor as StoredTensor
 
+from .kernels.rotation import BLOCK, Int8Rows, quantize_rows
+
 _ROWS = 1 << 24  # values converted at a time
 
+Weights = dict[str, Tensor | Int8Rows]
+"""The parameters of model/decoder.py by name. Where the embedding is the head too, the head's int8 form is apart."""
 
-def load_weights(parameters: Mapping[str, Parameter], device: torch.device, progress: Progress) -> dict[str, Tensor]:
-    """Return the parameters by name, in bfloat16 on the device. Raises DamagedWeights, OutOfMemory."""
+
+def load_weights(
+    parameters: Mapping[str, Parameter], device: torch.device, progress: Progress, int8: bool = False
+) -> Weights:
+    """Return the parameters on the device.
+
+    Args:
+        int8: round the matrices of linear layers to int8, with a scale for each row (kernels/rotation.py).
+
+    Raises:
+        DamagedWeights, OutOfMemory
+        UnsupportedModel: int8, and the inputs of a layer are no multiple of 64.
+    """
     total = sum(part.nbytes for parameter in parameters.values() for part in parameter.parts)
-    done, weights = 0, {}
+    done, weights = 0, Weights()
     for name, parameter in parameters.items():
         try:
             weight = torch.empty(parameter.shape, dtype=torch.bfloat16, device=device)
@@ -31,7 +46,32 @@ def load_weights(parameters: Mapping[str, Parameter], device: torch.device, prog
             done += part.nbytes
             progress(done, total)
         weights[name] = weight
+        if int8:
+            round_weight(weights, name, tied="head" not in parameters)
     return weights
+
+
+def head_of(weight: str) -> str:
+    """Return the name of the int8 form that a weight has beside its own."""
+    return weight + ".int8"
+
+
+def nbytes(weight: Tensor | Int8Rows) -> int:
+    """Return the bytes of a weight."""
+    return weight.values.nbytes + weight.scales.nbytes if isinstance(weight, Int8Rows) else weight.nbytes
+
+
+def round_weight(weights: Weights, name: str, tied: bool) -> None:
+    """Replace a linear layer's matrix by its int8 form; add that of a tied embedding. Raises UnsupportedModel."""
+    weight = weights[name]
+    assert isinstance(weight, Tensor)
+    if weight.dim() != 2 or (name == "embed" and not tied):
+        return
+    if weight.shape[1] % BLOCK:
+        raise UnsupportedModel(
+            f"quantization 8bit needs layers whose inputs are a multiple of {BLOCK}; {name} has {weight.shape[1]}"
+        )
+    weights[head_of(name) if name == "embed" else name] = quantize_rows(weight, of_weight=True)
 
 
 def _copy(part: StoredTensor, weight: Tensor) -> None:

@@ -242,7 +242,11 @@ def attention_kernel(
                     DIMS,
                 )
         if complete:
-            tl.store(out + heads, to_bfloat16(values * tl.div_rn(1.0, weights)[:, None]), mask=there)
+            values *= tl.div_rn(1.0, weights)[:, None]
+            if out.dtype.element_ty == tl.bfloat16:
+                tl.store(out + heads, to_bfloat16(values), mask=there)
+            else:
+                tl.store(out + heads, values, mask=there)
 
 
 @dataclass(frozen=True)
@@ -295,7 +299,7 @@ def attention(
         work: tiles of a Plan, by size.
         parts: for at least the slots that the Plan may use.
         window: the number of latest positions to attend to, 0 for all.
-        out: bf16 [N, heads * head_dim].
+        out: bf16 [N, heads * head_dim]; or float32, for tests that compare more bits.
     """
     window, heads = window or _NO_WINDOW, queries.shape[1]
     for tiles in work:

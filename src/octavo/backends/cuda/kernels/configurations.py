@@ -193,7 +193,7 @@ def _spread(tile: Tile, spans: int) -> list[Tile]:
 
 def _divisions(tile: Tile, inputs: int) -> list[Tile]:
     """Return the ways to divide k between programs where sums are exact, the fewest programs first."""
-    return [replace(tile, groups=g) for g in (1, 2, 4, 8) if inputs % (128 * g) == 0 and (g == 1 or tile.rows <= 64)]
+    return [replace(tile, groups=g) for g in (1, 2, 4, 8) if g == 1 or (inputs % (128 * g) == 0 and tile.rows <= 64)]
 
 
 def _is_power(n: int) -> bool:

@@ -9,7 +9,7 @@ whose sums are exact in any order (2^44 times the largest vocabulary is below 2^
 the first token whose cumulative weight exceeds u times the total, where u is Philox4x32-10 of the row's seed and
 position.
 
-Truncation does not sort. A histogram of the logits in bins of 1/32 octave of weight tells which few bins top_k and
+Truncation does not sort. A histogram of the logits in bins of 1/16 octave of weight tells which few bins top_k and
 top_p can end in: the counts of bins are exact, and their weights are known within a bin's width. The logits in those
 bins are gathered, and bisection over floats among them finds the smallest logit that remains, as on the CPU
 (csrc/kernels/sampler.cpp).
@@ -28,8 +28,8 @@ from octavo.backends.base import SamplingBatch, StepResult
 
 _BLOCK = 4096  # logits of a chunk
 _SMALL = tl.constexpr(1024)  # gathered logits read at a time
-_BINS = 1024
-_PER_OCTAVE = tl.constexpr(32.0)  # bins
+_BINS = 512
+_PER_OCTAVE = tl.constexpr(16.0)  # bins
 _ONE = tl.constexpr(float(1 << 44))  # the largest weight
 _SEEN = tl.constexpr(1 << 30)  # a bit of a token's count: it is in the history; the bits below count it in the output
 _LOG2E = tl.constexpr(1.4426950408889634)
