@@ -13,7 +13,7 @@ if not INTERPRETED:
     def test_kernels_in_the_interpreter():
         run_interpreted(__file__)
 
-    @settings(max_examples=200, deadline=None)
+    @settings(max_examples=60, deadline=None)
     @given(
         pieces=st.lists(st.tuples(st.integers(0, 4 * PART), st.integers(0, 70)), min_size=1, max_size=12),
         group=st.sampled_from([1, 3, 4, 16]),
@@ -44,12 +44,14 @@ if not INTERPRETED:
 
 else:
     torch = pytest.importorskip("torch")
-    pytest.importorskip("triton")
+    triton = pytest.importorskip("triton")
 
+    import triton.language as tl
     from gpu_parts.attention_case import Case, halves
     from torch.nn import functional
 
     from octavo.backends.cuda.kernels.embed import embed
+    from octavo.backends.cuda.kernels.numbers import to_bfloat16
     from octavo.backends.cuda.kernels.rope_and_cache import KvPool, StepRows, rope_and_cache, rotary_table
 
     SIZES = (Tiling(16, 4, 2), Tiling(64, 4, 2))
@@ -95,6 +97,18 @@ else:
         for page_size, seed in ((32, 1), (128, 0)):
             moved = case.pool(page_size, int8, seed=seed)
             assert same(case.run([(0, 510, 8)], *moved, SIZES, window=window)[0], 510)
+
+    @triton.jit
+    def rounded_kernel(x, out, COUNT: tl.constexpr):
+        at = tl.arange(0, COUNT)
+        tl.store(out + at, to_bfloat16(tl.load(x + at)))
+
+    def test_bfloat16_is_rounded_as_by_pytorch():
+        x = torch.randn(64, generator=torch.Generator().manual_seed(0))
+        x[:6] = torch.tensor([torch.nan, torch.inf, -torch.inf, 3.4e38, 1 + 2**-8, 1 + 3 * 2**-8])
+        out = torch.empty(64, dtype=torch.bfloat16)
+        rounded_kernel[(1,)](x, out, 64)
+        torch.testing.assert_close(out, x.bfloat16(), rtol=0, atol=0, equal_nan=True)
 
     def test_many_parts_are_merged_in_the_same_order_by_one_program_and_by_several():
         case = Case.random([3 * PART + 10], 1, 1, 64)
