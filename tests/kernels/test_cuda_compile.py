@@ -17,7 +17,7 @@ if INTERPRETED:
     pytest.skip("kernels are interpreted here, not compiled", allow_module_level=True)
 
 from compiled_kernel import Compiled, compile_kernel
-from octavo.backends.cuda.kernels import gated, linear, norm
+from octavo.backends.cuda.kernels import gated, integer_linear, linear, norm
 from octavo.backends.cuda.kernels.configurations import Tile, candidates, choose
 
 TYPES = {"x": "*bf16", "weight": "*bf16", "bias": "*bf16", "residual": "*fp32", "waiting": "*fp32", "rows": "i32"}
@@ -87,6 +87,19 @@ def _check_chosen(family: str, rows: int, capability: int) -> None:
     check(compile_linear(plain, 1, capability), plain, capability)
     check(compile_linear(spanned, 8, capability), spanned, capability)
     check(compile_gated(gate, capability), gate, capability)
+
+
+@pytest.mark.parametrize("capability, instruction", [(80, "IMMA"), (90, "IGMMA")])
+def test_int8(capability: int, instruction: str) -> None:
+    tile = choose("int8", 4096, 4096, 1, 1)
+    types = (
+        TYPES | dict.fromkeys(("x", "weight"), "*i8") | {"x_scale": "*fp32", "weight_scale": "*fp32", "out": "*fp32"}
+    )
+    constants = {"K": 4096, "SPANS": 1, "SPANS_HERE": 1, "ONE_LOOP": False, "bias": None, "residual": None}
+    constants |= tile.constants | {"BLOCK_K": integer_linear.BLOCK_K}
+    made = compile_kernel(linear.linear_kernel, types, constants, tile.options, capability, ("outputs",))
+    assert made.count(instruction) > 0 and made.spills_in_loops() == 0
+    assert made.count("LDGSTS.E.BYPASS.128") == made.count("LDGSTS") > 0
 
 
 @pytest.mark.slow
