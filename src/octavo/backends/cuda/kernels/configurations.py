@@ -25,7 +25,7 @@ BLOCK_K = 64
 GROUP = 8  # blocks of rows that walk the weight together
 PROCESSORS = 132  # of an H100 or H200
 FEWEST_ROWS, MOST_ROWS = 16, 4096  # buckets of rows are the powers of two between
-_MOST_ROWS_IN_GROUPS = 512  # the partial sums of more take too much memory
+_MOST_ROWS_IN_GROUPS = 512  # with more, partial sums take much memory
 _MOST_SUMS, _MOST_IN_ONE_LOOP = 128, 192  # float32 sums per thread, the waiting ones included
 
 
@@ -137,7 +137,7 @@ def candidates(kind: Kind, inputs: int, spans: int, rows: int, family: Family = 
     for tile in _TILES[family]:
         if (rows <= 4 * tile.rows or 4 * tile.rows >= max(sizes)) and tile.rows < max(2 * rows, min(sizes) + 1):
             found += _divisions(tile, inputs) if kind == "int8" else _spread(tile, spans)
-    return [tile for tile in found if tile.groups == 1 or rows <= _MOST_ROWS_IN_GROUPS]
+    return [tile for tile in found if rows <= _MOST_ROWS_IN_GROUPS or tile.groups <= (2 if tile.one_loop else 1)]
 
 
 def write_tuned(table: dict[tuple[Kind, int, int, int, int], Tile]) -> str:
