@@ -33,6 +33,8 @@ else:
         "swapped": SMALL,
         "plain": replace(SMALL, swapped=False),
         "taller": replace(SMALL, rows=32, outputs=128),
+        "in one loop": replace(SMALL, one_loop=True),
+        "in one loop, plain": replace(SMALL, one_loop=True, swapped=False),
         "in memory": replace(SMALL, rows=32, waits_in_memory=True, programs=2),
         "in memory, plain": replace(SMALL, rows=32, waits_in_memory=True, programs=3, swapped=False),
         "two groups": replace(SMALL, groups=2),
@@ -88,9 +90,9 @@ else:
             linear(x, weight, out, bias=bias, residual=out, spans=spans, tile=tile_for(name, spans))
             assert torch.equal(out, wanted), name
 
-    @pytest.mark.parametrize("name", ["swapped", "plain", "in memory", "two groups"])
+    @pytest.mark.parametrize("name", ["swapped", "plain", "in one loop", "in memory", "two groups"])
     def test_a_row_alone_has_the_same_bits(name: str) -> None:
-        x, weight, tile = random(20, 256), random(64, 256), TILES[name]
+        x, weight, tile = random(20, 512), random(64, 512), TILES[name]
         together = torch.empty(20, 64)
         linear(x, weight, together, spans=8, tile=tile)
         for row in (0, 7, 19):

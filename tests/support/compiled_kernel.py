@@ -46,7 +46,8 @@ class Compiled:
                 loops.append((int(jump[1], 16), address))
         bodies = [[text for a, (_, text) in zip(at, code, strict=True) if first <= a <= last] for first, last in loops]
         products = [body for body in bodies if any("MMA" in text for text in body)]
-        assert products, "there is no loop with matrix products"
+        if not products:  # the loop is unrolled
+            products = [[text for _, text in code]]
         inner = [
             body
             for body in products

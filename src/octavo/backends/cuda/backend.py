@@ -32,8 +32,6 @@ from .pooling import pooled_sums
 from .staging import fetch
 from .weights import Weights, load_weights, nbytes
 
-_CAPTURE_SECONDS = 20.0  # for graphs, at start
-
 
 @dataclass(frozen=True)
 class Pending:
@@ -70,13 +68,16 @@ class CudaBackend:
         max_batch_size: int,
         max_model_len: int,
         int8_kv: bool = False,
+        capture_seconds: float = 20.0,
     ):
+        """Make the backend of weights that are on a device; allocate_kv then captures graphs for `capture_seconds`."""
         device = _tensor(weights["embed"]).device
         self.spec, self.page_size, self.page_bytes = spec, page_size, bytes_of_page(spec, page_size, int8_kv)
         recipe = "8bit" if isinstance(weights["layers.0.qkv"], Int8Rows) else "bf16"
         self.arithmetic = _arithmetic(device, recipe, "int8" if int8_kv else "bf16")
         held = sum(nbytes(weight) for weight in weights.values())
         self.footprint = Footprint(f"Triton on {name_of(device)}", held, self.page_bytes)
+        self._capture_seconds = capture_seconds
         self._int8_kv, self._max_batch_tokens, self._max_batch_size = int8_kv, max_batch_tokens, max_batch_size
         self._pages: Pages | None = None
         self._shapes = GraphShapes(max_batch_size, max_batch_tokens)
@@ -93,7 +94,7 @@ class CudaBackend:
         with self._on_stream():
             self._pages = Pages(self.spec, self.page_size, num_pages, self._int8_kv, self._logits.device)
             if self._graphs is not None:
-                self._graphs.capture(self._shapes.first, self._first, _CAPTURE_SECONDS)
+                self._graphs.capture(self._shapes.first, self._first, self._capture_seconds)
         self.step(first_step(1))  # compiles the sampler
 
     def export_page(self, page: int) -> np.ndarray:

@@ -25,8 +25,8 @@ BLOCK_K = 64
 GROUP = 8  # blocks of rows that walk the weight together
 PROCESSORS = 132  # of an H100 or H200
 FEWEST_ROWS, MOST_ROWS = 16, 4096  # buckets of rows are the powers of two between
-_MOST_ROWS_IN_GROUPS = 512  # the partial sums of more take too much memory
-_MOST_SUMS = 128  # float32 sums per thread, the waiting ones included
+_MOST_ROWS_IN_GROUPS = 512  # with more, partial sums take much memory
+_MOST_SUMS, _MOST_IN_ONE_LOOP = 128, 192  # float32 sums per thread, the waiting ones included
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,7 @@ class Tile:
         groups: programs that share the spans of a tile. Their sums are merged afterwards.
         waits_in_memory: sums of spans wait in memory for their partner in the tree, not in registers.
         held: spans whose sum is made in registers even so.
+        one_loop: sums of several spans are made in one loop over their blocks of k.
         programs: the most programs of a kernel whose sums wait in memory.
     """
 
@@ -53,6 +54,7 @@ class Tile:
     groups: int = 1
     waits_in_memory: bool = False
     held: int = 1
+    one_loop: bool = False
     programs: int = PROCESSORS
 
     def spans_here(self, spans: int) -> int:
@@ -123,7 +125,7 @@ def choose(kind: Kind, outputs: int, inputs: int, spans: int, rows: int, family:
 @lru_cache(maxsize=4096)
 def _chosen(kind: Kind, outputs: int, inputs: int, spans: int, rows: int, family: Family) -> Tile:
     tuned = _tuned().get(_key(kind, outputs, inputs, spans, rows)) if family == "swapped" else None
-    guesses = [tuned] if tuned else candidates(kind, inputs, spans, rows, family)
+    guesses = [tuned] if tuned else [t for t in candidates(kind, inputs, spans, rows, family) if not t.one_loop]
     best = min(guesses, key=lambda tile: estimate(tile, outputs, inputs, spans, rows))
     return replace(best, stages=min(best.stages, shared_bytes() // _stage_bytes(best)))
 
@@ -135,7 +137,7 @@ def candidates(kind: Kind, inputs: int, spans: int, rows: int, family: Family = 
     for tile in _TILES[family]:
         if (rows <= 4 * tile.rows or 4 * tile.rows >= max(sizes)) and tile.rows < max(2 * rows, min(sizes) + 1):
             found += _divisions(tile, inputs) if kind == "int8" else _spread(tile, spans)
-    return [tile for tile in found if tile.groups == 1 or rows <= _MOST_ROWS_IN_GROUPS]
+    return [tile for tile in found if rows <= _MOST_ROWS_IN_GROUPS or tile.groups <= (2 if tile.one_loop else 1)]
 
 
 def write_tuned(table: dict[tuple[Kind, int, int, int, int], Tile]) -> str:
@@ -161,7 +163,9 @@ def estimate(tile: Tile, outputs: int, inputs: int, spans: int, rows: int) -> fl
     multiplied, read = 2 * area * BLOCK_K / 5.6e6, _stage_bytes(tile) / 75e3  # by one processor, from the L2 cache
     block = max(multiplied, read, 1.3 / (tile.stages - 1) / together)
     here = spans if tile.waits_in_memory else spans // tile.groups
-    folded = 1.3 / together * here + (2.4e-4 * area * (spans // tile.held) if tile.waits_in_memory else 0)
+    folded = 1.3 / together * (1 if tile.one_loop else here) + (
+        2.4e-4 * area * (spans // tile.held) if tile.waits_in_memory else 0
+    )
     computed = each * (inputs / tile.groups / BLOCK_K * block + folded)
     merged = 2 + 8 * tile.groups * rows * outputs / 4.2e6 if tile.groups > 1 else 0
     return 2 + max(computed, 2 * outputs * inputs / 4.2e6) + merged
@@ -174,7 +178,10 @@ def _spread(tile: Tile, spans: int) -> list[Tile]:
     groups = [g for g in (1, 2, 4, 8) if spans % g == 0 and _is_power(spans // g) and (g == 1 or _is_power(g))]
     groups += [spans] if spans not in groups else []
     ways = [replace(tile, groups=g) for g in sorted({1, *groups})]
-    in_registers = [way for way in ways if way.sums_per_thread(spans) <= _MOST_SUMS]
+    ways += [replace(way, one_loop=True) for way in ways if way.groups < spans]
+    in_registers = [
+        way for way in ways if way.sums_per_thread(spans) <= (_MOST_IN_ONE_LOOP if way.one_loop else _MOST_SUMS)
+    ]
     if in_registers and in_registers[0].groups == 1:
         return in_registers
     programs = PROCESSORS * 8 // tile.warps

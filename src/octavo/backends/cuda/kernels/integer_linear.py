@@ -60,6 +60,7 @@ def integer_linear(
         K=inputs,
         SPANS=groups,
         SPANS_HERE=1,
+        ONE_LOOP=False,
         **tile.constants | {"BLOCK_K": BLOCK_K},
         **tile.options,
     )

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from . import numbers
-from .configurations import Tile, choose
+from .configurations import BLOCK_K, Tile, choose
 from .tree import carry, close, tree_sum
 
 _PART = 1024  # sums per warp that are added at a time to those that wait in memory: other registers are taken
@@ -117,15 +117,56 @@ def spans_sum(
         return product(x, weight, row, weight_row, rows, first_span * LENGTH, LENGTH, K, LENGTH, BLOCK_K, SWAPPED)
     else:
         if SWAPPED:
-            total = tl.zeros((weight_row.shape[0], row.shape[0]), tl.float32)
+            pending0 = tl.zeros((weight_row.shape[0], row.shape[0]), tl.float32)
         else:
-            total = tl.zeros((row.shape[0], weight_row.shape[0]), tl.float32)
-        pending0, pending1, pending2 = total, total, total
+            pending0 = tl.zeros((row.shape[0], weight_row.shape[0]), tl.float32)
+        pending1, pending2 = pending0, pending0
         for s in range(SPANS_HERE):
             start = (first_span + s) * LENGTH
-            total = product(x, weight, row, weight_row, rows, start, length, K, LENGTH, BLOCK_K, SWAPPED)
-            total, pending0, pending1, pending2 = carry(total, s, pending0, pending1, pending2, SPANS_HERE)
-        return close(total, pending1, pending2, SPANS_HERE)
+            part = product(x, weight, row, weight_row, rows, start, length, K, LENGTH, BLOCK_K, SWAPPED)
+            pending0, pending1, pending2 = carry(part, s, pending0, pending1, pending2, SPANS_HERE)
+        return close(pending0, pending1, pending2, SPANS_HERE)
+
+
+@triton.jit
+def spans_sum_in_one_loop(
+    x,
+    weight,
+    row,
+    weight_row,
+    rows,
+    first_span,
+    length,
+    K: tl.constexpr,
+    SPANS: tl.constexpr,
+    SPANS_HERE: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SWAPPED: tl.constexpr,
+):
+    """Do as spans_sum with SPANS_HERE > 1, in one loop over all blocks of k, whose loads don't pause between spans."""
+    LENGTH: tl.constexpr = K // SPANS
+    BLOCKS: tl.constexpr = LENGTH // BLOCK_K
+    k = tl.arange(0, BLOCK_K)
+    start = first_span * LENGTH
+    x_at = x + row.to(tl.int64)[:, None] * K + (start + k)[None, :]
+    w_at = weight + weight_row.to(tl.int64)[:, None] * K + (start + k)[None, :]
+    known = (row < rows)[:, None]
+    if SWAPPED:
+        zeros = tl.zeros((weight_row.shape[0], row.shape[0]), tl.float32)
+    else:
+        zeros = tl.zeros((row.shape[0], weight_row.shape[0]), tl.float32)
+    acc, pending0, pending1, pending2 = zeros, zeros, zeros, zeros
+    for i in numbers.steps(0, length * SPANS_HERE // BLOCK_K):
+        a = tl.load(x_at, mask=known, other=0)
+        b = tl.load(w_at)
+        acc = multiply(b, tl.trans(a), acc) if SWAPPED else multiply(a, tl.trans(b), acc)
+        x_at += BLOCK_K
+        w_at += BLOCK_K
+        if i % BLOCKS == BLOCKS - 1:
+            s = i // BLOCKS
+            pending0, pending1, pending2 = carry(acc, s, pending0, pending1, pending2, SPANS_HERE)
+            acc = zeros
+    return close(pending0, pending1, pending2, SPANS_HERE)
 
 
 @triton.jit
@@ -164,6 +205,7 @@ def linear_kernel(
     K: tl.constexpr,
     SPANS: tl.constexpr,
     SPANS_HERE: tl.constexpr,
+    ONE_LOOP: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_OUTPUTS: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -182,7 +224,12 @@ def linear_kernel(
     weight_row = tl.minimum(output, outputs - 1)
     group = tl.program_id(1)
     first = group * SPANS_HERE
-    total = spans_sum(x, weight, row, weight_row, rows, first, length, K, SPANS, SPANS_HERE, BLOCK_K, SWAPPED)
+    if ONE_LOOP:
+        total = spans_sum_in_one_loop(
+            x, weight, row, weight_row, rows, first, length, K, SPANS, SPANS_HERE, BLOCK_K, SWAPPED
+        )
+    else:
+        total = spans_sum(x, weight, row, weight_row, rows, first, length, K, SPANS, SPANS_HERE, BLOCK_K, SWAPPED)
     if SWAPPED:
         total = tl.trans(total)
     if SPANS_HERE < SPANS:
@@ -447,6 +494,7 @@ def _launch(
         K=inputs,
         SPANS=spans,
         SPANS_HERE=here,
+        ONE_LOOP=tile.one_loop and inputs // spans % BLOCK_K == 0,
         **tile.constants,
         **tile.options,
     )
