@@ -143,9 +143,9 @@ class CudaOps:
 
     def rope_and_cache(self, qkv: Handle, layer: int, q_norm: str | None, k_norm: str | None) -> Handle:
         spec, qkv = self.spec, _tensor(qkv)
-        norms = [None if name is None else _tensor(self.weights[name]) for name in (q_norm, k_norm)]
+        of_q, of_k = (None if name is None else _tensor(self.weights[name]) for name in (q_norm, k_norm))
         queries = self._new(len(qkv), spec.q_size, torch.bfloat16).view(-1, spec.num_heads, spec.head_dim)
-        rope_and_cache(qkv, *norms, spec.norm_eps, self.model.rotary, self.inputs.rows, self.pool, layer, queries)
+        rope_and_cache(qkv, of_q, of_k, spec.norm_eps, self.model.rotary, self.inputs.rows, self.pool, layer, queries)
         return queries
 
     def attention(self, q: Handle, layer: int, window: int) -> Handle:
