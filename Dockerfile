@@ -29,12 +29,14 @@ ENTRYPOINT ["octavo", "serve"]
 CMD ["smollm2"]
 
 # PyTorch's wheels bring the CUDA libraries with them, and the toolkit mounts the driver: no CUDA base image is needed.
+# Triton compiles kernels when a model is loaded, for which it needs a C compiler.
 FROM runtime AS cuda
 USER 0
-RUN pip install --no-cache-dir 'octavo[server,torch]'
+RUN apt-get update && apt-get install --yes --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
+RUN pip install --no-cache-dir 'octavo[server,cuda]'
 USER 10001
 ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
-ENV OCTAVO_BACKEND=torch OCTAVO_DEVICE=cuda
+ENV OCTAVO_DEVICE=cuda TRITON_CACHE_DIR=/data/triton
 
 # Last, so that it is what `docker build` makes.
 FROM runtime AS cpu

@@ -82,8 +82,12 @@ class EngineConfig(Settings):
         None, f"age identity that opens an encrypted model: {SOURCES} (docs/secrets.md)."
     )
     served_model_name: str | None = setting(None, "The model's name in the API; by default the value of model.")
-    backend: str = setting("auto", "cpu (native kernels) or torch; auto is cpu.", one_of("auto", "cpu", "torch"))
-    device: str = setting("auto", "Device of the torch backend: cpu or cuda.", _DEVICE)
+    backend: str = setting(
+        "auto",
+        "cpu (native kernels), cuda (Triton kernels) or torch (plain PyTorch, for comparisons); auto follows device.",
+        one_of("auto", "cpu", "cuda", "torch"),
+    )
+    device: str = setting("auto", "cpu (auto); or an NVIDIA GPU: cuda, or cuda:1 for the second one.", _DEVICE)
     dtype: str = setting(
         "auto", "Data type of the computation: bfloat16 (auto), or float32 (torch backend only).", _DTYPE
     )
@@ -129,7 +133,7 @@ class EngineConfig(Settings):
     )
     kv_cache_page_size: int = setting(32, "Tokens in a page of the KV cache: a multiple of 32.", _PAGE_SIZE)
     kv_cache_dtype: str = setting(
-        "bf16", "Keys and values in the cache: bf16, or int8 for half the memory (cpu backend only).", _KV_CACHE_DTYPE
+        "bf16", "Keys and values in the cache: bf16, or int8 for half the memory (not torch).", _KV_CACHE_DTYPE
     )
     kv_cache_memory: Size | None = setting(
         None, "Memory of the KV cache, such as 4GiB; by default enough for a full batch, up to half of the free memory."
@@ -152,7 +156,7 @@ class EngineConfig(Settings):
         f"Key that encrypts kv_disk, kv_store and saved KV states, 64 hexadecimal digits: {SOURCES} (docs/secrets.md).",
     )
     kv_host_memory: Size | None = setting(
-        None, "Host memory for KV pages evicted from the device, such as 8GiB (torch backend only)."
+        None, "Host memory for KV pages evicted from the device, such as 8GiB (GPUs only)."
     )
     kv_state_quota: int = setting(1_000_000, "Maximum number of tokens in all KV states of one tenant.", at_least(0))
     kv_state_ttl: float = setting(3600.0, "Seconds that a KV state is kept after its last use.", positive("seconds"))
@@ -223,13 +227,18 @@ class EngineConfig(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.backend == "torch":
+        kind = self.backend_name
+        if kind == "cuda":
+            self.need(self.quantization != "4bit", "quantization", "none or 8bit with the cuda backend")
+            self.need(self.tensor_parallel_size == 1, "tensor_parallel_size", "1 with the cuda backend")
+        if kind == "torch":
             self.need(self.quantization in ("auto", "none"), "quantization", "auto or none with the torch backend")
             self.need(self.kv_cache_dtype != "int8", "kv_cache_dtype", "bf16 with the torch backend")
             self.need(self.tensor_parallel_size == 1, "tensor_parallel_size", "1 with the torch backend")
         else:
             self.need(DTYPES[self.dtype] != "float32", "dtype", "bfloat16 unless the backend is torch")
-            self.need(self.kv_host_memory is None, "kv_host_memory", "unset unless the backend is torch")
+        if kind == "cpu":
+            self.need(self.kv_host_memory is None, "kv_host_memory", "unset unless the backend is cuda or torch")
         if self.engines is not None:
             self.need(bool(self.engine_addresses), "engines", f"addresses such as {EXAMPLE}, or unset")
             self.need(self.data_parallel_size == 1, "data_parallel_size", "1 with engines: each address is one engine")
@@ -239,6 +248,13 @@ class EngineConfig(Settings):
             "enable_prefix_caching",
             "on with kv_disk, kv_host_memory or kv_store",
         )
+
+    @property
+    def backend_name(self) -> str:
+        """Return the backend that runs the model: cpu, cuda or torch."""
+        if self.backend != "auto":
+            return self.backend
+        return "cuda" if self.device.startswith("cuda") else "cpu"
 
     @property
     def model_name(self) -> str:

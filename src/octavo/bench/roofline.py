@@ -116,8 +116,8 @@ def measure(config: EngineConfig, seed: int, for_plot: bool) -> tuple[Ceilings, 
     """
     # Prefix caching gives many sequences a context at once. It does not shorten the steps that are timed.
     config = dataclasses.replace(config, enable_prefix_caching=True)
-    if config.backend == "torch":
-        raise ConfigError("bench roofline measures the native kernels: leave out backend torch")
+    if config.backend_name != "cpu":
+        raise ConfigError(f"bench roofline measures the native kernels: leave out backend {config.backend_name}")
     if config.tensor_parallel_size > 1:
         raise ConfigError("bench roofline measures one process: leave out tensor_parallel_size")
     with loading_bar() as loaded:

@@ -159,6 +159,6 @@ def _simulate(
 
 def _quantizations(config: EngineConfig, fixed: set[str], may_quantize: bool) -> list[str]:
     """Return the formats of weights to try, the most exact first."""
-    if "quantization" in fixed or not may_quantize or config.backend == "torch":
+    if "quantization" in fixed or not may_quantize or config.backend_name != "cpu":
         return [config.quantization]
     return [name for name in QUANTIZATIONS if name != "auto"]

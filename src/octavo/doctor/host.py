@@ -142,13 +142,9 @@ def _gpu(config: EngineConfig) -> Finding:
         return ok("GPU", "none; the model runs on the processor")
     found = ", ".join(names)
     if wanted and importlib.util.find_spec("torch") is None:
-        return stop("GPU", f"{found}, but PyTorch is not installed: pip install 'octavo[torch]'")
-    use = (
-        "used by the torch backend"
-        if wanted
-        else "not used; --backend torch --device cuda uses it, without tuned kernels"
-    )
-    return ok("GPU", f"{found}: {use}")
+        return stop("GPU", f"{found}, but PyTorch is not installed: pip install 'octavo[{config.backend_name}]'")
+    used = f"used by the {config.backend_name} backend"
+    return ok("GPU", f"{found}: {used if wanted else 'not used; --device cuda uses it'}")
 
 
 def _gpu_names(folder: Path = NVIDIA) -> list[str]:

@@ -36,7 +36,7 @@ def _kv(config: EngineConfig, plan: EnginePlan, found: str) -> Finding:
     """Return whether the memory suffices for the weights, the KV cache and the processes of all engines."""
     engines = config.data_parallel_size
     kv = plan.num_pages * plan.page_bytes
-    all_needed = SERVER + engines * (plan.weight_bytes + kv + plan.ranks * ENGINE[config.backend])
+    all_needed = SERVER + engines * (plan.weight_bytes + kv + plan.ranks * ENGINE[config.backend_name])
     free = available_memory()
     if all_needed > free:
         spare = (free - all_needed) // engines + kv

@@ -73,12 +73,13 @@ def make_plan(
     max_model_len: int,
     threads: int,
     most: int,
+    share: str,
     whole_attention: bool = False,
 ) -> EnginePlan:
     """Return the decisions for an engine whose weights have their memory already.
 
     The KV pool is as large as kv_cache_memory says, or else large enough for a full batch of long sequences, but at
-    most `most` bytes.
+    most `most` bytes, which are the part `share` of the memory.
 
     Raises OutOfMemory if the pool is too small for one page, or for an explicit max_model_len.
     """
@@ -90,7 +91,7 @@ def make_plan(
     elif full_batch <= most // page_bytes:
         num_pages, bound = full_batch, "all that max_batch_size sequences can use"
     else:
-        num_pages, bound = most // page_bytes, "half of the free memory"
+        num_pages, bound = most // page_bytes, share
     needed = pages_per_sequence if config.max_model_len else 1
     if num_pages < needed:
         raise OutOfMemory(

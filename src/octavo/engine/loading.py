@@ -86,8 +86,8 @@ def load_engine(
         backend.footprint,
         max_model_len,
         settings["threads"],
-        available_memory() // 2 // engines,
-        not divides_heads(spec, config.tensor_parallel_size),
+        *_kv_share(config, engines, 0),
+        whole_attention=not divides_heads(spec, config.tensor_parallel_size),
     )
     backend.allocate_kv(plan.num_pages)
     slowest = self_test(backend, config.max_batch_tokens)
@@ -122,15 +122,35 @@ def plan_engine(config: EngineConfig, path: ModelPath) -> EnginePlan:
     check_size(spec, ranks)
     _, backend_footprint = _backend(config)
     footprint = backend_footprint(spec, parameters, **_backend_settings(config, max_model_len))
-    free = available_memory() - engines * footprint.weight_bytes
-    if free < 0:
+    share = _kv_share(config, engines, footprint.weight_bytes)
+    if share[0] < 0:
         raise OutOfMemory(
             f"the weights of {engines} engines need {size(engines * footprint.weight_bytes)} and "
-            f"{size(available_memory())} are free; use a smaller model, quantization 4bit or fewer engines"
+            f"{size(_free_memory(config))} are free; use a smaller model, quantization 4bit or fewer engines"
         )
     threads = config.threads or max(1, available_cores() // engines // ranks)
-    whole_attention = not divides_heads(spec, ranks)
-    return make_plan(config, footprint, max_model_len, threads, free // 2 // engines, whole_attention)
+    return make_plan(config, footprint, max_model_len, threads, *share, whole_attention=not divides_heads(spec, ranks))
+
+
+def _free_memory(config: EngineConfig) -> int:
+    """Return the free bytes where the model's weights and KV pool go."""
+    if config.backend_name != "cuda":
+        return available_memory()
+    from octavo.backends.cuda.pages import free_bytes_of
+
+    return free_bytes_of(config.device)
+
+
+def _kv_share(config: EngineConfig, engines: int, weight_bytes: int) -> tuple[int, str]:
+    """Return the bytes that the KV pool of one of `engines` may take, and which part of the memory that is.
+
+    Args:
+        weight_bytes: of each engine's weights that are not in memory yet.
+    """
+    free = _free_memory(config) - engines * weight_bytes
+    if config.backend_name == "cuda":
+        return free * 9 // 10 // engines, "nine tenths of the GPU's free memory"
+    return free // 2 // engines, "half of the free memory"
 
 
 def assemble(
@@ -258,9 +278,15 @@ def _max_model_len(config: EngineConfig, spec: "DecoderSpec") -> int:
 
 def _backend(config: EngineConfig) -> tuple[BackendFactory, Callable[..., Footprint]]:
     """Return the functions of the configured backend that load a model, and that return its footprint."""
-    if config.backend == "torch":
-        if importlib.util.find_spec("torch") is None:
-            raise ConfigError("the torch backend needs PyTorch: pip install 'octavo[torch]'")
+    name = config.backend_name
+    for module in {"torch": ("torch",), "cuda": ("torch", "triton")}.get(name, ()):
+        if importlib.util.find_spec(module) is None:
+            raise ConfigError(f"the {name} backend needs {module}: pip install 'octavo[{name}]'")
+    if name == "cuda":
+        from octavo.backends.cuda import backend as cuda
+
+        return cuda.load, cuda.footprint
+    if name == "torch":
         from octavo.backends import torch
 
         return torch.load, torch.footprint

@@ -12,7 +12,7 @@ from octavo.weights import open_checkpoint
 
 MEBI = 2**20
 SERVER = 256 * MEBI  # this process and the processes that render chat templates
-ENGINE = {"auto": 128 * MEBI, "cpu": 128 * MEBI, "torch": 640 * MEBI}  # a process without weights and KV cache
+ENGINE = {"cpu": 128 * MEBI, "torch": 640 * MEBI, "cuda": 1024 * MEBI}  # a process without weights and KV cache
 LEAST_KV = 64 * MEBI
 SCRATCH_PER_WEIGHT = {"4bit": 5.0}  # bytes for each weight of the largest tensor, while it is quantized
 NEVER_4BIT = ("embed", "head")  # parameters that take 8 bits at least
@@ -39,7 +39,7 @@ def needs(config: EngineConfig, path: ModelPath) -> Needs:
     checkpoint = open_checkpoint(path)
     spec, parameters = describe_model(checkpoint.config, checkpoint.tensors)
     sizes = [(math.prod(part.shape), part.nbytes) for each in parameters.values() for part in each.parts]
-    if config.backend == "torch":
+    if config.backend_name != "cpu":
         weights = sum(values * (4 if config.dtype in ("float32", "fp32") else 2) for values, _ in sizes)
     else:
         per_weight = BYTES_PER_WEIGHT[config.quantization]
@@ -56,7 +56,7 @@ def needs(config: EngineConfig, path: ModelPath) -> Needs:
         sum(math.prod(part.shape) for part in parameters[name].parts) for name in parameters if name not in NEVER_4BIT
     )
     scratch = int(SCRATCH_PER_WEIGHT.get(config.quantization, 0.0) * largest)
-    processes = config.tensor_parallel_size * ENGINE[config.backend]
+    processes = config.tensor_parallel_size * ENGINE[config.backend_name]
     engine = weights + weights // 50 + max(kv, scratch) + (config.kv_host_memory or 0) + processes
     return Needs(engine * config.data_parallel_size, dataclasses.replace(config, kv_cache_memory=kv))
 

@@ -1,0 +1,316 @@
+"""The CUDA backend: the decoder in Triton kernels, launched as a CUDA graph where each sequence has one row."""
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from hashlib import blake2b
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import triton
+from torch import Tensor
+
+from octavo.backends.base import Footprint, Progress, StepBatch, StepResult
+from octavo.errors import ConfigError, OutOfMemory
+from octavo.model.decoder import describe
+from octavo.model.spec import DecoderSpec
+from octavo.weights.tensor import Parameter
+
+from .device import architecture, find_device, name_of
+from .graph_shapes import GraphShape, GraphShapes
+from .graphs import Graphs, first_chunk, first_step
+from .inputs import Inputs, StepInputs
+from .kernels.rope_and_cache import rotary_table
+from .kernels.rotation import Int8Rows
+from .kernels.sampler import Sampled, sample
+from .ops import CudaOps, Model
+from .pages import Pages, bytes_of_page
+from .pooling import pooled_sums
+from .staging import fetch
+from .weights import Weights, load_weights, nbytes
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A step that was launched. `result` may be called once."""
+
+    batch: StepBatch
+    sampled: Sampled
+    words: Callable[[], np.ndarray]
+    sums: Callable[[], np.ndarray] | None
+    label_logits: Tensor | None
+
+    def result(self) -> StepResult:
+        """Wait for the step and return its result."""
+        result = self.sampled.result(self.words())
+        if self.sums is None:
+            return result
+        labels = None if self.label_logits is None else self.label_logits.cpu().numpy()
+        return replace(result, sums=self.sums(), label_logits=labels)
+
+
+class CudaBackend:
+    """A Backend (see backends.base) of Triton kernels.
+
+    Steps run in order on one stream. Pages move to and from the host on another.
+    """
+
+    def __init__(
+        self,
+        spec: DecoderSpec,
+        weights: Weights,
+        *,
+        page_size: int,
+        max_batch_tokens: int,
+        max_batch_size: int,
+        max_model_len: int,
+        int8_kv: bool = False,
+        capture_seconds: float = 20.0,
+    ):
+        """Make the backend of weights that are on a device; allocate_kv then captures graphs for `capture_seconds`."""
+        device = _tensor(weights["embed"]).device
+        self.spec, self.page_size, self.page_bytes = spec, page_size, bytes_of_page(spec, page_size, int8_kv)
+        recipe = "8bit" if isinstance(weights["layers.0.qkv"], Int8Rows) else "bf16"
+        self.arithmetic = _arithmetic(device, recipe, "int8" if int8_kv else "bf16")
+        held = sum(nbytes(weight) for weight in weights.values())
+        self.footprint = Footprint(f"Triton on {name_of(device)}", held, self.page_bytes)
+        self._capture_seconds = capture_seconds
+        self._int8_kv, self._max_batch_tokens, self._max_batch_size = int8_kv, max_batch_tokens, max_batch_size
+        self._pages: Pages | None = None
+        self._shapes = GraphShapes(max_batch_size, max_batch_tokens)
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._last = torch.cuda.Event() if device.type == "cuda" else None  # the end of the latest step
+        with self._on_stream():
+            rotary = torch.from_numpy(rotary_table(spec.rope.frequencies(spec.head_dim), max_model_len)).to(device)
+            self._logits = torch.empty((self._shapes.most_sampled, spec.vocab_size), dtype=torch.float32, device=device)
+            self._inputs = Inputs(spec, page_size, max_model_len, self._shapes, device, int8_kv)
+        self._model = Model(spec, weights, rotary)
+        self._graphs = None if self._stream is None else Graphs(self._forward)
+
+    def allocate_kv(self, num_pages: int) -> None:
+        with self._on_stream():
+            self._pages = Pages(self.spec, self.page_size, num_pages, self._int8_kv, self._logits.device)
+            if self._graphs is not None:
+                self._graphs.capture(self._shapes.first, self._first, self._capture_seconds)
+        self.step(first_step(1))  # compiles the sampler
+
+    def export_page(self, page: int) -> np.ndarray:
+        return self._kv.export(page, self._last)
+
+    def import_page(self, page: int, content: np.ndarray) -> None:
+        self._kv.write(page, content)
+
+    def copy_page(self, source: int, target: int) -> None:
+        with self._on_stream():
+            self._kv.copy(source, target)
+
+    def step(self, batch: StepBatch) -> StepResult:
+        return self.launch(batch).result()
+
+    @torch.inference_mode()
+    def launch(self, batch: StepBatch) -> Pending:
+        """Start a step: everything is in the order of the stream, and nothing waits for the device.
+
+        Raises ValueError if the batch reaches outside of the model or the pool, OutOfMemory.
+        """
+        with self._on_stream():
+            logits, pooled, inputs = self._run(batch)
+            sampled = sample(logits, inputs.sampling, batch.sampling)
+            pending = self._pending(batch, sampled, logits, pooled)
+            if self._last is not None:
+                self._last.record()
+        return pending
+
+    @torch.inference_mode()
+    def logits(self, batch: StepBatch) -> np.ndarray:
+        with self._on_stream():
+            logits: np.ndarray = self._run(batch)[0].cpu().numpy().copy()
+        return logits
+
+    def close(self) -> None:
+        if self._stream is not None:
+            self._stream.synchronize()
+        self._graphs, self._pages, self._model = None, None, replace(self._model, weights={})
+
+    @property
+    def _kv(self) -> Pages:
+        assert self._pages is not None, "allocate_kv comes first"
+        return self._pages
+
+    def _run(self, batch: StepBatch) -> tuple[Tensor, Tensor | None, StepInputs]:
+        """Launch the forward pass. Returns the logits of the sampled rows and, with a PoolingBatch, what it sums."""
+        check(batch, self.spec, self.page_size, self._kv.num_pages, self._max_batch_tokens, self._max_batch_size)
+        try:
+            inputs = self._inputs.send(batch, graph=self._graphs is not None and batch.pooling is None)
+            if self._graphs is not None and inputs.shape is not None:
+                return self._graphs.replay(inputs)[: len(batch.sample_rows)], None, inputs
+            if len(batch.tokens) == 0:
+                return self._logits[:0], None, inputs
+            ops = CudaOps(self._model, self._kv.pool, inputs, self._logits)
+            return _tensor(describe(self.spec, ops)), ops.pooled, inputs
+        except torch.OutOfMemoryError:
+            raise OutOfMemory(
+                f"a step of {len(batch.tokens)} tokens does not fit in the device's memory; use a smaller "
+                "max_batch_tokens or kv_cache_memory"
+            ) from None
+
+    @torch.inference_mode()
+    def _first(self, shape: GraphShape) -> StepInputs:
+        """Return the inputs of some step of a shape."""
+        step = first_chunk(shape.rows) if shape.chunks else first_step(shape.rows)
+        return self._inputs.send(step, graph=True)
+
+    @torch.inference_mode()
+    def _forward(self, inputs: StepInputs) -> Tensor:
+        return _tensor(describe(self.spec, CudaOps(self._model, self._kv.pool, inputs, self._logits)))
+
+    def _pending(self, batch: StepBatch, sampled: Sampled, logits: Tensor, pooled: Tensor | None) -> Pending:
+        words = fetch(sampled.words)
+        if batch.pooling is None:
+            return Pending(batch, sampled, words, None, None)
+        rows, tokens = (torch.from_numpy(ids.astype(np.int64)) for ids in _labels(batch))
+        labels = logits[rows.to(logits.device), tokens.to(logits.device)]
+        weight = _tensor(self._model.weights["norm"]).float().cpu().numpy()
+        hidden = self.spec.hidden_size
+        residual = fetch(pooled.view(torch.int32)) if pooled is not None else lambda: np.zeros((0, hidden), np.int32)
+        pooling, eps = batch.pooling, self.spec.norm_eps
+        return Pending(
+            batch, sampled, words, lambda: pooled_sums(residual().view(np.float32), weight, eps, pooling), labels
+        )
+
+    def _on_stream(self) -> AbstractContextManager[object]:
+        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+
+
+def load(
+    spec: DecoderSpec,
+    parameters: Mapping[str, Parameter],
+    *,
+    page_size: int,
+    max_batch_tokens: int,
+    max_batch_size: int,
+    max_model_len: int,
+    threads: int,
+    dtype: str,
+    quantization: str,
+    device: str,
+    progress: Progress,
+    kv_cache_dtype: str = "bf16",
+) -> CudaBackend:
+    """Put the weights on the device: a BackendFactory (see backends.base).
+
+    Args:
+        threads: not used.
+        dtype: auto or bfloat16.
+        quantization: none or auto: weights in bfloat16; 8bit: the matrices of linear layers in int8.
+        device: auto, cuda or cuda:N.
+        kv_cache_dtype: bf16; or int8, with a scale for each K and each V of a position and kv head.
+
+    Raises:
+        ConfigError: a setting is not one of the above, or there is no such GPU.
+        DamagedWeights, OutOfMemory, UnsupportedModel
+    """
+    _check_settings(dtype, quantization)
+    found = find_device(device)
+    if found.type == "cuda":
+        torch.cuda.set_device(found)
+    return CudaBackend(
+        spec,
+        load_weights(parameters, found, progress, int8=quantization == "8bit"),
+        page_size=page_size,
+        max_batch_tokens=max_batch_tokens,
+        max_batch_size=max_batch_size,
+        max_model_len=max_model_len,
+        int8_kv=kv_cache_dtype == "int8",
+    )
+
+
+def footprint(
+    spec: DecoderSpec,
+    parameters: Mapping[str, Parameter],
+    *,
+    page_size: int,
+    dtype: str,
+    quantization: str,
+    device: str,
+    kv_cache_dtype: str = "bf16",
+    **_: Any,
+) -> Footprint:
+    """Return the footprint of the backend that `load` would return, without reading weights. Raises ConfigError."""
+    _check_settings(dtype, quantization)
+    weights = 0
+    for name, parameter in parameters.items():
+        rounded = quantization == "8bit" and len(parameter.shape) == 2
+        both = name == "embed" and "head" not in parameters
+        each = (3 if both else 2 if name == "embed" else 1) if rounded else 2
+        weights += each * prod(parameter.shape) + 4 * parameter.shape[0] * (each != 2)
+    page = bytes_of_page(spec, page_size, kv_cache_dtype == "int8")
+    return Footprint(f"Triton on {name_of(find_device(device))}", weights, page)
+
+
+def check(
+    batch: StepBatch, spec: DecoderSpec, page_size: int, num_pages: int, max_batch_tokens: int, max_batch_size: int
+) -> None:
+    """Raise ValueError if a step reaches outside of the model, of its page tables or of the pool.
+
+    A kernel that did would end the process's use of the device.
+    """
+    rows, sequences = len(batch.tokens), len(batch.page_tables)
+    lengths = np.diff(batch.query_start)
+    if rows > max_batch_tokens or len(batch.sample_rows) > max_batch_size:
+        raise ValueError("a step has more tokens than max_batch_tokens, or more sampled rows than max_batch_size")
+    if len(batch.positions) != rows or len(batch.sampling.temperature) != len(batch.sample_rows):
+        raise ValueError("a step needs one entry per token, and the sampling one entry per sampled row")
+    if (
+        len(lengths) != sequences
+        or batch.query_start[0] != 0
+        or batch.query_start[-1] != rows
+        or lengths.min(initial=0) < 0
+    ):
+        raise ValueError("query_start must run from 0 to the number of tokens, with an entry per sequence")
+    if not rows:
+        return
+    if not 0 <= batch.tokens.min() <= batch.tokens.max() < spec.vocab_size:
+        raise ValueError("a token is not in the vocabulary")
+    if not 0 <= batch.sample_rows.min(initial=0) <= batch.sample_rows.max(initial=0) < rows:
+        raise ValueError("a sampled row is not in the step")
+    full = lengths > 0
+    last = batch.positions[batch.query_start[1:][full] - 1]
+    if batch.positions.min() < 0 or (last - batch.positions[batch.query_start[:-1][full]] != lengths[full] - 1).any():
+        raise ValueError("a sequence's rows must be in order of position, from 0")
+    pages = -(-(last + 1) // page_size)
+    if pages.max() > batch.page_tables.shape[1]:
+        raise ValueError("a position is past the end of its page table")
+    used = batch.page_tables[full][np.arange(batch.page_tables.shape[1]) < pages[:, None]]
+    if not 0 <= used.min() <= used.max() < num_pages:
+        raise ValueError("a page is not in the KV pool")
+
+
+def _check_settings(dtype: str, quantization: str) -> None:
+    """Raise ConfigError if the backend cannot serve a setting."""
+    if dtype not in ("auto", "bfloat16"):
+        raise ConfigError(f"the cuda backend computes in bfloat16, not {dtype}; use dtype auto or backend torch")
+    if quantization not in ("auto", "none", "8bit"):
+        raise ConfigError(f"the cuda backend has no weights of {quantization} yet; use quantization none or 8bit")
+
+
+def _arithmetic(device: torch.device, recipe: str, kv: str) -> str:
+    """Return what determines a page's bits: Triton's version, the architecture, the kernels and their tiles."""
+    kernels = blake2b(digest_size=8)
+    for path in sorted(Path(__file__).with_name("kernels").iterdir()):
+        if path.suffix in (".py", ".json"):
+            kernels.update(path.read_bytes())
+    return f"cuda triton {triton.__version__} {architecture(device)} {kernels.hexdigest()} {recipe} {kv}"
+
+
+def _tensor(logits: object) -> Tensor:
+    assert isinstance(logits, Tensor)
+    return logits
+
+
+def _labels(batch: StepBatch) -> tuple[np.ndarray, np.ndarray]:
+    assert batch.pooling is not None
+    return batch.pooling.label_rows, batch.pooling.label_tokens

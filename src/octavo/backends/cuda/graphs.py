@@ -1,0 +1,85 @@
+"""CUDA graphs: a step's kernels, recorded once for each size of a step, and launched in one call."""
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from octavo.backends.base import SamplingBatch, StepBatch
+
+from .graph_shapes import GraphShape
+from .inputs import StepInputs
+
+Forward = Callable[[StepInputs], Tensor]
+"""Launches the kernels of a step, and returns the logits."""
+
+
+@dataclass(frozen=True)
+class _Graph:
+    graph: "torch.cuda.CUDAGraph"
+    logits: Tensor  # what a replay writes
+
+
+class Graphs:
+    """The graphs captured so far. Memory of the graphs' tensors is shared among them.
+
+    As many as the time limit allows are captured at start; others when a step needs them. The inputs of steps of a
+    shape must always lie at the same addresses.
+    """
+
+    def __init__(self, forward: Forward):
+        self._forward = forward
+        self._graphs: dict[GraphShape, _Graph] = {}
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def capture(self, shapes: Iterable[GraphShape], inputs: Callable[[GraphShape], StepInputs], seconds: float) -> int:
+        """Capture graphs of these shapes, for about `seconds`. Returns how many there are.
+
+        Args:
+            inputs: returns the inputs of a step of a shape. None of its tensors may be empty: an empty tensor has no
+                address.
+        """
+        end = time.monotonic() + seconds
+        for shape in shapes:
+            if time.monotonic() > end:
+                break
+            self._graph(inputs(shape))
+        return len(self._graphs)
+
+    def replay(self, inputs: StepInputs) -> Tensor:
+        """Run a step that has a shape. Returns the logits."""
+        graph = self._graph(inputs)
+        graph.graph.replay()
+        return graph.logits
+
+    def _graph(self, inputs: StepInputs) -> _Graph:
+        assert inputs.shape is not None, "the step has no shape"
+        if inputs.shape not in self._graphs:
+            self._forward(inputs)  # compiles kernels, which a capture must not
+            stream = torch.cuda.current_stream()
+            stream.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, self._pool, stream, capture_error_mode="thread_local"):
+                logits = self._forward(inputs)
+            self._graphs[inputs.shape] = _Graph(graph, logits)
+        return self._graphs[inputs.shape]
+
+
+def first_step(rows: int) -> StepBatch:
+    """Return a greedy step of `rows` sequences of one token each, which all write to the first position of page 0."""
+    none = np.zeros(rows, np.int32)
+    one_each = np.arange(rows + 1, dtype=np.int32)
+    return StepBatch(none, none, one_each, none[:, None], one_each[:-1], SamplingBatch.greedy(rows))
+
+
+def first_chunk(rows: int) -> StepBatch:
+    """Return a step of one sequence of `rows` tokens on page 0, all of which have the positions of the page's first.
+
+    It is not a step that an engine would make; it is run only to record the kernels.
+    """
+    none = np.zeros(rows, np.int32)
+    ends = np.array([0, rows], np.int32)
+    return StepBatch(none, none, ends, none[:1, None], none[:1], SamplingBatch.greedy(1))

@@ -1,0 +1,533 @@
+"""Linear layers in bfloat16. With x [N, K], weight [M, K], bias [M] or none, residual [N, M] or none:
+
+    out[n, m] = sum over k of x[n, k] weight[m, k] + bias[m] + residual[n, m]
+
+Each sum is float32 and takes k in one order, whatever N is: matrix instructions of 16 k each, in ascending order. With
+S > 1 spans, K is cut into S equal spans, each is summed from zero, and the tree of tree.py adds them.
+
+Tiles differ by N (configurations.py). A tile is `swapped` if the weight is the matrix instruction's left operand, whose
+side has at least 64 rows on Hopper, so that a step of a few rows uses the same instruction as one of thousands.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from . import numbers
+from .configurations import BLOCK_K, Tile, choose
+from .tree import carry, close, tree_sum
+
+_PART = 1024  # sums per warp that are added at a time to those that wait in memory: other registers are taken
+
+
+@triton.jit
+def place(tile, row_blocks, output_blocks, GROUP: tl.constexpr):
+    """Return (row block, output block) of a tile. Tiles that run together share rows and weights in the L2 cache."""
+    group = tile // (GROUP * output_blocks)
+    first = group * GROUP
+    size = tl.minimum(row_blocks - first, GROUP)
+    within = tile % (GROUP * output_blocks)
+    return first + within % size, within // size
+
+
+@triton.jit
+def multiply(a, b, acc):
+    """Return acc + a b: in float32 of bfloat16, or in int32 of int8, which is exact."""
+    if a.dtype == tl.bfloat16:
+        return numbers.dot(a, b, acc)
+    elif numbers.INTERPRETING:
+        return acc + tl.dot(a.to(tl.float64), b.to(tl.float64), out_dtype=tl.float64).to(tl.int32)
+    else:
+        return tl.dot(a, b, acc, out_dtype=tl.int32)
+
+
+@triton.jit
+def scaled(total, x_scale, weight_scale, row, output, rows, outputs):
+    """Return total [R, C], int32, times x_scale[row] and weight_scale[output], rounded as on the CPU."""
+    of_row = tl.load(x_scale + row, mask=row < rows, other=0.0)
+    of_output = tl.load(weight_scale + output, mask=output < outputs, other=0.0)
+    return total.to(tl.float32) * (of_output[None, :] * of_row[:, None])
+
+
+@triton.jit
+def product(
+    x,
+    weight,
+    row,
+    weight_row,
+    rows,
+    start,
+    length,
+    K: tl.constexpr,
+    LENGTH: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SWAPPED: tl.constexpr,
+):
+    """Return the sums over `start` <= k < `start` + LENGTH of x[row, k] weight[weight_row, k].
+
+    Args:
+        row: int32 [R]; those not below `rows` count as zeros.
+        weight_row: int32 [C], all of them in the weight.
+        length: LENGTH. If the compiler does not know it, it does not unroll the loop.
+
+    Returns:
+        [R, C], or [C, R] if SWAPPED: float32, or int32 of int8.
+    """
+    k = tl.arange(0, BLOCK_K)
+    x_at = x + row.to(tl.int64)[:, None] * K + (start + k)[None, :]
+    w_at = weight + weight_row.to(tl.int64)[:, None] * K + (start + k)[None, :]
+    known = (row < rows)[:, None]
+    KIND: tl.constexpr = tl.int32 if x.dtype.element_ty == tl.int8 else tl.float32
+    if SWAPPED:
+        acc = tl.zeros((weight_row.shape[0], row.shape[0]), KIND)
+    else:
+        acc = tl.zeros((row.shape[0], weight_row.shape[0]), KIND)
+    for first in numbers.steps(0, length, BLOCK_K):
+        if LENGTH % BLOCK_K == 0:
+            a = tl.load(x_at, mask=known, other=0)
+            b = tl.load(w_at)
+        else:
+            inside = (first + k < LENGTH)[None, :]
+            a = tl.load(x_at, mask=known & inside, other=0)
+            b = tl.load(w_at, mask=inside, other=0)
+        acc = multiply(b, tl.trans(a), acc) if SWAPPED else multiply(a, tl.trans(b), acc)
+        x_at += BLOCK_K
+        w_at += BLOCK_K
+    return acc
+
+
+@triton.jit
+def spans_sum(
+    x,
+    weight,
+    row,
+    weight_row,
+    rows,
+    first_span,
+    length,
+    K: tl.constexpr,
+    SPANS: tl.constexpr,
+    SPANS_HERE: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SWAPPED: tl.constexpr,
+):
+    """Return the tree's sum of `product` over SPANS_HERE of the SPANS spans of K, in registers."""
+    LENGTH: tl.constexpr = K // SPANS
+    if SPANS_HERE == 1:
+        return product(x, weight, row, weight_row, rows, first_span * LENGTH, LENGTH, K, LENGTH, BLOCK_K, SWAPPED)
+    else:
+        if SWAPPED:
+            pending0 = tl.zeros((weight_row.shape[0], row.shape[0]), tl.float32)
+        else:
+            pending0 = tl.zeros((row.shape[0], weight_row.shape[0]), tl.float32)
+        pending1, pending2 = pending0, pending0
+        for s in range(SPANS_HERE):
+            start = (first_span + s) * LENGTH
+            part = product(x, weight, row, weight_row, rows, start, length, K, LENGTH, BLOCK_K, SWAPPED)
+            pending0, pending1, pending2 = carry(part, s, pending0, pending1, pending2, SPANS_HERE)
+        return close(pending0, pending1, pending2, SPANS_HERE)
+
+
+@triton.jit
+def spans_sum_in_one_loop(
+    x,
+    weight,
+    row,
+    weight_row,
+    rows,
+    first_span,
+    length,
+    K: tl.constexpr,
+    SPANS: tl.constexpr,
+    SPANS_HERE: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SWAPPED: tl.constexpr,
+):
+    """Do as spans_sum with SPANS_HERE > 1, in one loop over all blocks of k, whose loads don't pause between spans."""
+    LENGTH: tl.constexpr = K // SPANS
+    BLOCKS: tl.constexpr = LENGTH // BLOCK_K
+    k = tl.arange(0, BLOCK_K)
+    start = first_span * LENGTH
+    x_at = x + row.to(tl.int64)[:, None] * K + (start + k)[None, :]
+    w_at = weight + weight_row.to(tl.int64)[:, None] * K + (start + k)[None, :]
+    known = (row < rows)[:, None]
+    if SWAPPED:
+        zeros = tl.zeros((weight_row.shape[0], row.shape[0]), tl.float32)
+    else:
+        zeros = tl.zeros((row.shape[0], weight_row.shape[0]), tl.float32)
+    acc, pending0, pending1, pending2 = zeros, zeros, zeros, zeros
+    for i in numbers.steps(0, length * SPANS_HERE // BLOCK_K):
+        a = tl.load(x_at, mask=known, other=0)
+        b = tl.load(w_at)
+        acc = multiply(b, tl.trans(a), acc) if SWAPPED else multiply(a, tl.trans(b), acc)
+        x_at += BLOCK_K
+        w_at += BLOCK_K
+        if i % BLOCKS == BLOCKS - 1:
+            s = i // BLOCKS
+            pending0, pending1, pending2 = carry(acc, s, pending0, pending1, pending2, SPANS_HERE)
+            acc = zeros
+    return close(pending0, pending1, pending2, SPANS_HERE)
+
+
+@triton.jit
+def store(values, out, bias, residual, row, output, rows, outputs):
+    """out[row, output] = values + bias[output] + residual[row, output], rounded to the type of `out`.
+
+    Args:
+        values: float32 [R, C].
+        bias: [outputs] or None.
+        residual: float32 [rows, outputs] or None; may be `out`.
+    """
+    known = (row < rows)[:, None] & (output < outputs)[None, :]
+    at = row.to(tl.int64)[:, None] * outputs + output[None, :]
+    if bias is not None:
+        values += tl.load(bias + output, mask=output < outputs, other=0.0).to(tl.float32)[None, :]
+    if residual is not None:
+        values += tl.load(residual + at, mask=known, other=0.0)
+    if out.dtype.element_ty == tl.bfloat16:
+        tl.store(out + at, numbers.to_bfloat16(values), mask=known)
+    else:
+        tl.store(out + at, values, mask=known)
+
+
+@triton.jit(do_not_specialize=["rows", "length"])
+def linear_kernel(
+    x,
+    x_scale,
+    weight,
+    weight_scale,
+    out,
+    bias,
+    residual,
+    rows,
+    outputs,
+    length,
+    K: tl.constexpr,
+    SPANS: tl.constexpr,
+    SPANS_HERE: tl.constexpr,
+    ONE_LOOP: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_OUTPUTS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+    SWAPPED: tl.constexpr,
+):
+    """out[n, m] = x[n, :] . weight[m, :] + bias[m] + residual[n, m] of one tile: program (tile, 0).
+
+    With SPANS_HERE < SPANS, program (tile, g) writes the sum of spans g * SPANS_HERE on to out[g, n, m], float32, and
+    there are no bias and no residual. Int8 sums are scaled by x_scale[n] weight_scale[m], or written as int32.
+    """
+    row_blocks, output_blocks = tl.cdiv(rows, BLOCK_ROWS), tl.cdiv(outputs, BLOCK_OUTPUTS)
+    row_block, output_block = place(tl.program_id(0), row_blocks, output_blocks, GROUP)
+    row = row_block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    output = output_block * BLOCK_OUTPUTS + tl.arange(0, BLOCK_OUTPUTS)
+    weight_row = tl.minimum(output, outputs - 1)
+    group = tl.program_id(1)
+    first = group * SPANS_HERE
+    if ONE_LOOP:
+        total = spans_sum_in_one_loop(
+            x, weight, row, weight_row, rows, first, length, K, SPANS, SPANS_HERE, BLOCK_K, SWAPPED
+        )
+    else:
+        total = spans_sum(x, weight, row, weight_row, rows, first, length, K, SPANS, SPANS_HERE, BLOCK_K, SWAPPED)
+    if SWAPPED:
+        total = tl.trans(total)
+    if SPANS_HERE < SPANS:
+        out += group.to(tl.int64) * rows * outputs
+    elif x_scale is not None:
+        total = scaled(total, x_scale, weight_scale, row, output, rows, outputs)
+    store(total, out, bias, residual, row, output, rows, outputs)
+
+
+@triton.jit
+def held_sum(
+    x,
+    weight,
+    row,
+    weight_row,
+    rows,
+    start,
+    length,
+    K: tl.constexpr,
+    LENGTH: tl.constexpr,
+    COUNT: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SWAPPED: tl.constexpr,
+):
+    """Return the tree's sum of `product` over COUNT spans, a power of two, of `length` = LENGTH each."""
+    if COUNT == 1:
+        return product(x, weight, row, weight_row, rows, start, length, K, LENGTH, BLOCK_K, SWAPPED)
+    else:
+        HALF: tl.constexpr = COUNT // 2
+        left = held_sum(x, weight, row, weight_row, rows, start, length, K, LENGTH, HALF, BLOCK_K, SWAPPED)
+        start += HALF * LENGTH
+        return left + held_sum(x, weight, row, weight_row, rows, start, length, K, LENGTH, HALF, BLOCK_K, SWAPPED)
+
+
+@triton.jit
+def halves(acc):
+    """Return the left and the right half of acc [A, B]: [A, B / 2] each."""
+    A: tl.constexpr = acc.shape[0]
+    B: tl.constexpr = acc.shape[1]
+    return tl.split(tl.permute(tl.reshape(acc, (A, 2, B // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def fold(acc, s, waiting, SIZE: tl.constexpr, PART: tl.constexpr):
+    """Do as tree.carry for a span that is not the last, with the sums that wait in memory.
+
+    Args:
+        acc: The sums of span s, float32 [A, B].
+        waiting: Where the sums that wait are; level i is at `waiting + i * SIZE`.
+        PART: Sums that are added at a time.
+    """
+    A: tl.constexpr = acc.shape[0]
+    B: tl.constexpr = acc.shape[1]
+    if A * B > PART:
+        left, right = halves(acc)
+        fold(left, s, waiting, SIZE, PART)
+        fold(right, s, waiting + A * B // 2, SIZE, PART)
+    else:
+        tl.debug_barrier()  # another thread may have written what this one reads
+        at = waiting + (tl.arange(0, A)[:, None] * B + tl.arange(0, B)[None, :])
+        for level in tl.static_range(2):  # masked, not in branches: those would move the sums between threads
+            waits = s & (2 << level) - 1 == (2 << level) - 1
+            acc = tl.where(waits, tl.load(at + level * SIZE, mask=waits, other=0.0) + acc, acc)
+        level = tl.where(s & 1 == 0, 0, tl.where(s & 3 == 1, 1, 2))
+        tl.store(at + level * SIZE, acc)
+
+
+@triton.jit
+def fold_last(
+    acc,
+    waiting,
+    out,
+    bias,
+    residual,
+    first_row,
+    first_output,
+    rows,
+    outputs,
+    SPANS: tl.constexpr,
+    SIZE: tl.constexpr,
+    PART: tl.constexpr,
+    SWAPPED: tl.constexpr,
+):
+    """Add the sums that wait to those of the last span, and `store` a tile that begins at (first_row, first_output)."""
+    A: tl.constexpr = acc.shape[0]
+    B: tl.constexpr = acc.shape[1]
+    if A * B > PART:
+        left, right = halves(acc)
+        fold_last(
+            left, waiting, out, bias, residual, first_row, first_output, rows, outputs, SPANS, SIZE, PART, SWAPPED
+        )
+        second_row = first_row + (B // 2 if SWAPPED else 0)
+        second_output = first_output + (0 if SWAPPED else B // 2)
+        waiting += A * B // 2
+        fold_last(
+            right, waiting, out, bias, residual, second_row, second_output, rows, outputs, SPANS, SIZE, PART, SWAPPED
+        )
+    else:
+        tl.debug_barrier()
+        at = waiting + (tl.arange(0, A)[:, None] * B + tl.arange(0, B)[None, :])
+        for level in tl.static_range(3):
+            if (SPANS - 1) >> level & 1 == 1:
+                acc = tl.load(at + level * SIZE) + acc
+        if SWAPPED:
+            row, output = first_row + tl.arange(0, B), first_output + tl.arange(0, A)
+            store(tl.trans(acc), out, bias, residual, row, output, rows, outputs)
+        else:
+            row, output = first_row + tl.arange(0, A), first_output + tl.arange(0, B)
+            store(acc, out, bias, residual, row, output, rows, outputs)
+
+
+@triton.jit(do_not_specialize=["rows", "length"])
+def large_spanned_kernel(
+    x,
+    weight,
+    out,
+    bias,
+    residual,
+    waiting,
+    rows,
+    outputs,
+    length,
+    K: tl.constexpr,
+    SPANS: tl.constexpr,
+    SPANS_HELD: tl.constexpr,
+    PART: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_OUTPUTS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+    SWAPPED: tl.constexpr,
+):
+    """Do as linear_kernel with SPANS > 1, for tiles whose waiting sums don't fit in registers.
+
+    Program p computes tiles p, p + programs and so on. Its waiting sums are in waiting[p], float32 [3, tile],
+    apart from those of SPANS_HELD spans, a power of two that divides SPANS, which are in registers.
+    """
+    row_blocks, output_blocks = tl.cdiv(rows, BLOCK_ROWS), tl.cdiv(outputs, BLOCK_OUTPUTS)
+    COUNT: tl.constexpr = SPANS // SPANS_HELD
+    LENGTH: tl.constexpr = K // SPANS
+    SIZE: tl.constexpr = BLOCK_ROWS * BLOCK_OUTPUTS
+    waiting += tl.program_id(0).to(tl.int64) * 3 * SIZE
+    tile = tl.program_id(0)
+    while tile < row_blocks * output_blocks:
+        row_block, output_block = place(tile, row_blocks, output_blocks, GROUP)
+        first_row, first_output = row_block * BLOCK_ROWS, output_block * BLOCK_OUTPUTS
+        row = first_row + tl.arange(0, BLOCK_ROWS)
+        weight_row = tl.minimum(first_output + tl.arange(0, BLOCK_OUTPUTS), outputs - 1)
+        for s in range(COUNT - 1):
+            first = s * SPANS_HELD * LENGTH
+            acc = held_sum(x, weight, row, weight_row, rows, first, length, K, LENGTH, SPANS_HELD, BLOCK_K, SWAPPED)
+            fold(acc, s, waiting, SIZE, PART)
+        first = K - SPANS_HELD * LENGTH
+        acc = held_sum(x, weight, row, weight_row, rows, first, length, K, LENGTH, SPANS_HELD, BLOCK_K, SWAPPED)
+        fold_last(acc, waiting, out, bias, residual, first_row, first_output, rows, outputs, COUNT, SIZE, PART, SWAPPED)
+        tile += tl.num_programs(0)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def merge_kernel(
+    partials, x_scale, weight_scale, out, bias, residual, rows, outputs, COUNT: tl.constexpr, BLOCK: tl.constexpr
+):
+    """out[n, m] = tree over g of partials[g, n, m] + bias[m] + residual[n, m]. Program (block of m, n).
+
+    Partial sums in int32 are scaled as by linear_kernel.
+    """
+    row = tl.program_id(1) + tl.arange(0, 1)
+    output = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    known = (row < rows)[:, None] & (output < outputs)[None, :]
+    at = row.to(tl.int64)[:, None] * outputs + output[None, :]
+    total = tree_sum(partials + at, rows.to(tl.int64) * outputs, known, COUNT)
+    if x_scale is not None:
+        total = scaled(total, x_scale, weight_scale, row, output, rows, outputs)
+    store(total, out, bias, residual, row, output, rows, outputs)
+
+
+def linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    out: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    spans: int = 1,
+    rows: int | None = None,
+    tile: Tile | None = None,
+) -> None:
+    """Compute out = x weightᵀ + bias + residual (see the module).
+
+    Args:
+        x: bfloat16 [N, K], contiguous, as all of these.
+        weight: bfloat16 [M, K].
+        out: bfloat16 or float32 [N, M].
+        bias: bfloat16 or float32 [M].
+        residual: float32 [N, M]; may be `out`.
+        spans: K is summed in this many equal spans (tree.py), at most 8.
+        rows: Compute only this many rows, the first ones; None: all.
+        tile: How to compute it; None: as configurations.py says.
+    """
+    rows = len(x) if rows is None else rows
+    outputs, inputs = weight.shape
+    tile = tile or choose("linear", outputs, inputs, spans, rows)
+    if rows == 0:
+        return
+    if tile.waits_in_memory:
+        _large_spanned(x, weight, out, bias, residual, spans, rows, tile)
+    elif tile.spans_here(spans) == spans:
+        _launch(x, weight, out, bias, residual, spans, rows, tile)
+    else:
+        partials = x.new_empty((spans // tile.spans_here(spans), rows, outputs), dtype=torch.float32)
+        _launch(x, weight, partials, None, None, spans, rows, tile)
+        merge(partials, out, bias, residual)
+
+
+def partial_sums(
+    x: torch.Tensor, weight: torch.Tensor, spans: int, rows: int | None = None, tile: Tile | None = None
+) -> torch.Tensor | None:
+    """Return the sums that `merge` or `norm` still has to add, float32 [G, N, M], or None if `linear` leaves none."""
+    rows = len(x) if rows is None else rows
+    outputs, inputs = weight.shape
+    tile = tile or choose("linear", outputs, inputs, spans, rows)
+    if tile.waits_in_memory or tile.spans_here(spans) == spans or rows == 0:
+        return None
+    partials = x.new_empty((spans // tile.spans_here(spans), rows, outputs), dtype=torch.float32)
+    _launch(x, weight, partials, None, None, spans, rows, tile)
+    return partials
+
+
+def merge(partials: torch.Tensor, out: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor | None) -> None:
+    """Compute out[n, m] = tree over g of partials[g, n, m] + bias[m] + residual[n, m]."""
+    count, rows, outputs = partials.shape
+    block = 1024
+    grid = (triton.cdiv(outputs, block), rows)
+    merge_kernel[grid](
+        partials, None, None, out, bias, residual, rows, outputs, count, block, num_warps=4, enable_fp_fusion=False
+    )
+
+
+def _launch(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    out: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    spans: int,
+    rows: int,
+    tile: Tile,
+) -> None:
+    outputs, inputs = weight.shape
+    here = tile.spans_here(spans)
+    grid = (triton.cdiv(rows, tile.rows) * triton.cdiv(outputs, tile.outputs), spans // here)
+    linear_kernel[grid](
+        x,
+        None,
+        weight,
+        None,
+        out,
+        bias,
+        residual,
+        rows,
+        outputs,
+        inputs // spans,
+        K=inputs,
+        SPANS=spans,
+        SPANS_HERE=here,
+        ONE_LOOP=tile.one_loop and inputs // spans % BLOCK_K == 0,
+        **tile.constants,
+        **tile.options,
+    )
+
+
+def _large_spanned(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    out: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    spans: int,
+    rows: int,
+    tile: Tile,
+) -> None:
+    outputs, inputs = weight.shape
+    tiles = triton.cdiv(rows, tile.rows) * triton.cdiv(outputs, tile.outputs)
+    programs = min(tiles, tile.programs)
+    waiting = x.new_empty((programs, 3, tile.rows * tile.outputs), dtype=torch.float32)
+    large_spanned_kernel[(programs,)](
+        x,
+        weight,
+        out,
+        bias,
+        residual,
+        waiting,
+        rows,
+        outputs,
+        inputs // spans,
+        K=inputs,
+        SPANS=spans,
+        SPANS_HELD=tile.held,
+        PART=_PART * tile.warps,
+        **tile.constants,
+        **tile.options,
+    )

@@ -1,0 +1,212 @@
+"""The op vocabulary over the Triton kernels: launches the kernels of one step on the current stream."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from octavo.model.spec import DecoderSpec
+
+from .inputs import StepInputs
+from .kernels.attention import attention
+from .kernels.embed import embed
+from .kernels.gated import gated
+from .kernels.integer_linear import integer_gated, integer_linear
+from .kernels.linear import linear, merge, partial_sums
+from .kernels.norm import add_norm, norm, norm_int8
+from .kernels.rope_and_cache import KvPool, rope_and_cache
+from .kernels.rotation import Int8Rows, quantize_rows
+from .kernels.tree import MOST_SPANS
+from .weights import Weights, head_of
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model on the device.
+
+    Attributes:
+        weights: by the names of model/decoder.py: bfloat16, or int8 for the matrices of linear layers (see weights.py).
+        rotary: float32 [positions, 2, head_dim / 2], cosines and sines.
+    """
+
+    spec: DecoderSpec
+    weights: Weights
+    rotary: Tensor
+
+
+@dataclass
+class Residual:
+    """The residual stream, float32 [N, hidden]: `x`, plus the tree's sum of `partials` and `bias` if they still wait.
+
+    The norm that follows adds them on its way, which saves a kernel.
+    """
+
+    x: Tensor
+    partials: Tensor | None = None
+    bias: Tensor | None = None
+
+    def merged(self) -> Tensor:
+        """Return the stream with nothing waiting."""
+        if self.partials is not None:
+            merge(self.partials, self.x, self.bias, self.x)
+            self.partials = None
+        return self.x
+
+
+@dataclass(frozen=True)
+class SampledRows:
+    """The sampled rows of the residual stream `x`; the norm that follows reads no others."""
+
+    x: Tensor
+
+
+@dataclass(frozen=True)
+class GateUp:
+    """A linear layer that `gated` computes together with its activation: its input, weight and bias."""
+
+    x: Tensor | Int8Rows
+    weight: Tensor | Int8Rows
+    bias: Tensor | None
+
+
+Handle = Tensor | Int8Rows | Residual | SampledRows | GateUp
+
+
+class CudaOps:
+    """The ops of one step (see model.ops.Ops).
+
+    The residual stream, queries, keys and values before rotation, and the logits are float32; what linear layers and
+    attention read is bfloat16, or for linear layers of int8 rows of int8.
+    """
+
+    def __init__(self, model: Model, pool: KvPool, inputs: StepInputs, logits: Tensor):
+        """Prepare a step that writes its logits to the first rows of `logits`, float32 [R or more, vocab]."""
+        self.model, self.spec, self.weights = model, model.spec, model.weights
+        self.pool, self.inputs, self._logits = pool, inputs, logits
+        self._spans = spans_of(model.spec)
+        self._int8 = isinstance(model.weights["layers.0.qkv"], Int8Rows)
+        self.pooled: Tensor | None = None  # the residual stream that pool_rows was called with, [N, hidden]
+
+    def embed(self, weight: str) -> Handle:
+        out = self._new(len(self.inputs.tokens), self.spec.hidden_size, torch.float32)
+        embed(self.inputs.tokens, _tensor(self.weights[weight]), out)
+        return Residual(out)
+
+    def norm(self, x: Handle, weight: str) -> Handle:
+        scale, eps = _tensor(self.weights[weight]), self.spec.norm_eps
+        if self._int8:
+            rows = self.inputs.sample_rows if isinstance(x, SampledRows) else None
+            return norm_int8(x.x if isinstance(x, SampledRows) else _stream(x), scale, eps, row_of=rows)
+        if isinstance(x, SampledRows):
+            out = self._new(len(self.inputs.sample_rows), self.spec.hidden_size, torch.bfloat16)
+            norm(x.x, scale, eps, out, row_of=self.inputs.sample_rows)
+            return out
+        assert isinstance(x, Residual)
+        out = torch.empty_like(x.x, dtype=torch.bfloat16)
+        if x.partials is None:
+            norm(x.x, scale, eps, out)
+        else:
+            add_norm(x.partials, x.x, scale, eps, out, bias=x.bias)
+            x.partials = None
+        return out
+
+    def linear(self, x: Handle, weight: str, bias: bool = False, residual: Handle | None = None) -> Handle:
+        matrix = self.weights[weight]
+        vector = _tensor(self.weights[weight + ".bias"]) if bias else None
+        kind = weight.rpartition(".")[2]
+        if kind == "gate_up":
+            assert isinstance(x, Tensor | Int8Rows)
+            return GateUp(x, matrix, vector)
+        if residual is None:
+            out = self._new(self._rows, _outputs(matrix), torch.float32)
+            self._multiply(x, matrix, out, vector, None)
+            return out
+        stream = _stream(residual)
+        if isinstance(matrix, Int8Rows):
+            self._multiply(x, matrix, stream, vector, stream)
+            return Residual(stream)
+        spans = self._spans[kind]
+        partials = partial_sums(_tensor(x), matrix, spans)
+        if partials is None:
+            linear(_tensor(x), matrix, stream, bias=vector, residual=stream, spans=spans)
+        return Residual(stream, partials, vector)
+
+    def _multiply(
+        self, x: Handle, matrix: Tensor | Int8Rows, out: Tensor, bias: Tensor | None, residual: Tensor | None
+    ) -> None:
+        """Compute out = x matrixᵀ + bias + residual."""
+        if isinstance(matrix, Int8Rows):
+            integer_linear(_int8(x), matrix, out, bias=bias, residual=residual)
+        else:
+            linear(_tensor(x), matrix, out, bias=bias, residual=residual)
+
+    def rope_and_cache(self, qkv: Handle, layer: int, q_norm: str | None, k_norm: str | None) -> Handle:
+        spec, qkv = self.spec, _tensor(qkv)
+        of_q, of_k = (None if name is None else _tensor(self.weights[name]) for name in (q_norm, k_norm))
+        queries = self._new(len(qkv), spec.q_size, torch.bfloat16).view(-1, spec.num_heads, spec.head_dim)
+        rope_and_cache(qkv, of_q, of_k, spec.norm_eps, self.model.rotary, self.inputs.rows, self.pool, layer, queries)
+        return queries
+
+    def attention(self, q: Handle, layer: int, window: int) -> Handle:
+        queries, inputs = _tensor(q), self.inputs
+        out = self._new(len(queries), self.spec.q_size, torch.bfloat16)
+        attention(queries, self.pool, inputs.rows, inputs.work, inputs.parts, layer, window, out)
+        return out
+
+    def gated(self, gate_up: Handle, activation: Literal["silu", "gelu_tanh"]) -> Handle:
+        assert isinstance(gate_up, GateUp), "gated follows the linear layer gate_up"
+        weight = gate_up.weight
+        out = self._new(self._rows, _outputs(weight) // 2, torch.bfloat16)
+        if isinstance(weight, Int8Rows):
+            integer_gated(_int8(gate_up.x), weight, out, activation, bias=gate_up.bias)
+        else:
+            gated(_tensor(gate_up.x), weight, out, activation, bias=gate_up.bias)
+        return out
+
+    def pool_rows(self, x: Handle, weight: str) -> None:
+        self.pooled = _stream(x)
+
+    def sampled_rows(self, x: Handle) -> Handle:
+        return SampledRows(_stream(x))
+
+    def logits(self, x: Handle, weight: str) -> Handle:
+        out = self._logits[: len(self.inputs.sample_rows)]
+        self._multiply(x, self.weights.get(head_of(weight), self.weights[weight]), out, None, None)
+        return out
+
+    @property
+    def _rows(self) -> int:
+        return len(self.inputs.tokens)
+
+    def _new(self, rows: int, width: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty((rows, width), dtype=dtype, device=self.inputs.tokens.device)
+
+
+def spans_of(spec: DecoderSpec) -> dict[str, int]:
+    """Return the spans that `out` and `down` sum in (design.md, "Order of sums"): at most 8, whole heads in `out`."""
+    return {"out": _most_spans(spec.num_heads), "down": _most_spans(spec.intermediate_size)}
+
+
+def _most_spans(parts: int) -> int:
+    """Return the largest divisor of `parts` up to 8."""
+    return max(n for n in range(1, MOST_SPANS + 1) if parts % n == 0)
+
+
+def _tensor(handle: Handle) -> Tensor:
+    assert isinstance(handle, Tensor), "this op reads what a norm, a linear layer or attention returned"
+    return handle
+
+
+def _stream(handle: Handle) -> Tensor:
+    """Return the residual stream with nothing waiting."""
+    assert isinstance(handle, Residual), "this op reads the residual stream"
+    return handle.merged()
+
+
+def _int8(x: Handle) -> Int8Rows:
+    return x if isinstance(x, Int8Rows) else quantize_rows(_tensor(x))
+
+
+def _outputs(matrix: Tensor | Int8Rows) -> int:
+    return len(matrix.values) if isinstance(matrix, Int8Rows) else len(matrix)

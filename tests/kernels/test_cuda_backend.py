@@ -1,0 +1,275 @@
+"""The cuda backend on a tiny model, in Triton's interpreter; with -m gpu and a GPU, the same on the device."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pytest
+
+from triton_interpreter import INTERPRETED, run_interpreted
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("triton", reason="Triton is not installed; it comes with octavo[cuda]")
+
+from octavo.backends.base import PoolingBatch, SamplingBatch, StepResult  # noqa: E402
+from octavo.backends.cuda import graph_shapes  # noqa: E402
+from octavo.backends.cuda.backend import load as load_cuda  # noqa: E402
+from octavo.backends.cuda.graph_shapes import GraphShape, GraphShapes  # noqa: E402
+from octavo.backends.cuda.graphs import first_chunk, first_step  # noqa: E402
+from octavo.backends.cuda.kernels import sampler  # noqa: E402
+from octavo.backends.cuda.staging import Staging  # noqa: E402
+from octavo.backends.torch.backend import load as load_torch  # noqa: E402
+from octavo.backends.torch.sampling import sample as plain_sample  # noqa: E402
+from octavo.errors import ConfigError, UnsupportedModel  # noqa: E402
+from random_model import PLAIN, TOKENS, load  # noqa: E402
+from step_batches import run_chunks, step_batch  # noqa: E402
+
+SPEC = dataclasses.replace(
+    PLAIN,
+    num_layers=2,
+    num_heads=2,
+    num_kv_heads=1,
+    hidden_size=32,
+    intermediate_size=48,
+    windows=(0, 10),
+    qk_norm=True,
+    output_bias=True,
+    mlp_bias=True,
+)
+PROMPT, PAGES = TOKENS[:19], [5, 2, 9]  # three pages of 8
+DEVICE = "cpu" if INTERPRETED else "cuda"
+
+
+def on_device(test: Any) -> Any:
+    """Run a test in the interpreter's process, or with -m gpu on a device."""
+    if INTERPRETED:
+        return test
+    missing = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+    return pytest.mark.gpu(missing(test))
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is the interpreter's process")
+def test_in_the_interpreter() -> None:
+    run_interpreted(__file__)
+
+
+@pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="there is a device")
+def test_without_a_gpu_it_says_what_to_do() -> None:
+    with pytest.raises(ConfigError, match=r"PyTorch finds no GPU.*use device cpu"):
+        load(SPEC, load_cuda, device="cuda:1")
+
+
+def test_settings_it_cannot_serve() -> None:
+    with pytest.raises(ConfigError, match="bfloat16"):
+        load(SPEC, load_cuda, dtype="float32", device="cuda")
+    with pytest.raises(ConfigError, match="quantization none or 8bit"):
+        load(SPEC, load_cuda, quantization="4bit", device="cuda")
+
+
+def test_shapes_of_graphs() -> None:
+    shapes = GraphShapes(20, 100)
+    assert shapes.decode == [1, 2, 4, 8, 16, 24]
+    assert GraphShapes(1, 100).decode == [8]
+    assert shapes.choose(3, 2, 3, chunks=False) == GraphShape(4, 4, False)
+    assert shapes.choose(25, 3, 20, chunks=False) == GraphShape(64, 24, True)
+    assert shapes.choose(65, 3, 20, chunks=True) == GraphShape(128, 24, True)
+    assert shapes.choose(65, 25, 3, chunks=True) is None  # more sampled rows than logits
+    assert shapes.choose(2049, 1, 1, chunks=True) is None
+    assert shapes.choose(0, 0, 0, chunks=False) is None
+    assert shapes.first[-2:] == [GraphShape(64, 24, True), GraphShape(128, 24, True)]
+
+
+def cuda(**settings: Any) -> Any:
+    return load(SPEC, load_cuda, device="auto", page_size=8, **settings)
+
+
+@pytest.fixture(scope="module")
+def backend() -> Any:
+    return cuda()
+
+
+@pytest.fixture(scope="module")
+def whole(backend: Any) -> np.ndarray:
+    """The logits of the prompt, computed at once."""
+    return run_chunks(backend, PROMPT, len(PROMPT), PAGES)
+
+
+@on_device
+def test_logits_agree_with_float32(whole: np.ndarray) -> None:
+    expected = run_chunks(load(SPEC, load_torch, dtype="float32", page_size=8), PROMPT, 19, PAGES)
+    assert np.linalg.norm(whole - expected) < 0.012 * np.linalg.norm(expected)
+
+
+@on_device
+def test_same_bits_in_chunks_beside_others_and_from_other_pages(backend: Any, whole: np.ndarray) -> None:
+    np.testing.assert_array_equal(run_chunks(backend, PROMPT, 11, [1, 3, 4]), whole)
+    for page, target in zip([1, 3, 4], [8, 5, 6], strict=True):
+        backend.import_page(target, backend.export_page(page))
+    backend.copy_page(6, 7)
+    mixed = [(PROMPT[:3], 0, [0]), (PROMPT[18:], 18, [8, 5, 7]), (PROMPT[13:18], 13, [1, 3, 4])]
+    expected = np.concatenate([whole[:3], whole[18:], whole[13:18]])
+    np.testing.assert_array_equal(backend.logits(step_batch(mixed)), expected)
+
+
+@on_device
+def test_padded_rows_change_nothing(backend: Any, whole: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What graphs of four rows, and of 24 with a chunk, would compute."""
+    monkeypatch.setattr(graph_shapes, "_CHUNKS", (24,))
+    run_chunks(backend, PROMPT, 19, PAGES)
+    rows = [(PROMPT[at : at + 1], at, PAGES) for at in (18, 12, 5)]
+    mixed = step_batch([(PROMPT[:12], 0, [1, 3]), rows[0]], [11, 12])
+    for batch, expected in ((step_batch(rows), whole[[18, 12, 5]]), (mixed, whole[[11, 18]])):
+        before = [backend.export_page(page) for page in (0, 4, 5, 6)]
+        with backend._on_stream():
+            inputs = backend._inputs.send(batch, graph=True)
+            logits = backend._forward(inputs).cpu().numpy()
+        assert inputs.shape is not None and len(inputs.tokens) > len(batch.tokens)
+        np.testing.assert_array_equal(logits[: len(expected)], expected)
+        for page, content in zip((0, 4, 5, 6), before, strict=True):
+            np.testing.assert_array_equal(backend.export_page(page), content)
+
+
+@on_device
+def test_steps_that_record_kernels_have_their_shapes(backend: Any) -> None:
+    """And no empty array, which would have no address."""
+    for shape in backend._shapes.first[::9]:
+        step = first_chunk(shape.rows) if shape.chunks else first_step(shape.rows)
+        with backend._on_stream():
+            inputs = backend._inputs.send(step, graph=True)
+        assert inputs.shape == shape
+        assert all(len(tiles.tiles) for tiles in inputs.work) and len(inputs.work) == 1 + shape.chunks
+
+
+@on_device
+def test_step_samples_from_the_logits(backend: Any) -> None:
+    batch = step_batch([(PROMPT[:5], 0, [0]), (PROMPT[:2], 0, [1])], [4, 6])
+    logits = backend.logits(batch)
+    np.testing.assert_array_equal(backend.step(batch).tokens, logits.argmax(axis=1))
+    first, second = backend.launch(batch), backend.launch(first_step(2))
+    np.testing.assert_array_equal(first.result().tokens, logits.argmax(axis=1))
+    assert second.result().tokens.shape == (2,)
+    assert backend.step(step_batch([], [])).tokens.shape == (0,)
+
+
+@on_device
+def test_sums_of_hidden_states_do_not_depend_on_chunks(backend: Any) -> None:
+    def pooled(first: int, end: int, sums: np.ndarray) -> StepResult:
+        batch = step_batch([(PROMPT[first:end], first, [4])], [end - first - 1])
+        rows = np.array([0], np.int32), np.array([end - first], np.int32)
+        labels = np.zeros(1, np.int32), np.array([7], np.int32)
+        return backend.step(dataclasses.replace(batch, pooling=PoolingBatch(*rows, sums, *labels)))
+
+    none = np.zeros((1, SPEC.hidden_size))
+    at_once, first = pooled(0, 4, none), pooled(0, 3, none)
+    second = pooled(3, 4, first.sums)
+    np.testing.assert_array_equal(second.sums, at_once.sums)
+    np.testing.assert_array_equal(second.label_logits, at_once.label_logits)
+    rms = np.sqrt((at_once.sums**2).mean())
+    assert 1 < rms < 4  # the sum of four rows of about 1
+
+
+@on_device
+def test_int8_cache_stays_close(whole: np.ndarray) -> None:
+    made = cuda(kv_cache_dtype="int8")
+    logits = run_chunks(made, PROMPT[:4], 3, PAGES)
+    assert 1e-4 < np.linalg.norm(logits - whole[:4]) / np.linalg.norm(whole[:4]) < 0.03
+    assert made.page_bytes == 2 * 2 * 8 * (16 + 4)  # layers, k and v, tokens, numbers and a scale
+
+
+@on_device
+def test_8_bits_stay_close_and_keep_their_bits_in_chunks() -> None:
+    spec = dataclasses.replace(SPEC, num_layers=1, windows=(0,), num_heads=4, hidden_size=64, intermediate_size=64)
+    made = load(spec, load_cuda, device="auto", page_size=8, quantization="8bit")
+    expected = run_chunks(load(spec, load_torch, dtype="float32", page_size=8), PROMPT[:5], 5, PAGES)
+    logits = run_chunks(made, PROMPT[:5], 5, PAGES)
+    assert 1e-3 < np.linalg.norm(logits - expected) / np.linalg.norm(expected) < 0.05
+    np.testing.assert_array_equal(run_chunks(made, PROMPT[:5], 3, [7]), logits)
+    assert "8bit" in made.arithmetic
+
+
+@on_device
+def test_8_bits_need_blocks_of_64_inputs() -> None:
+    with pytest.raises(UnsupportedModel, match="multiple of 64"):
+        cuda(quantization="8bit")
+
+
+BAD = {
+    "vocabulary": {"tokens": np.array([1, 203, 2], np.int32)},
+    "order of position": {"positions": np.array([0, 2, 3], np.int32)},
+    "end of its page table": {"positions": np.array([6, 7, 8], np.int32)},
+    "KV pool": {"page_tables": np.array([[10]], np.int32)},
+    "sampled row": {"sample_rows": np.array([3], np.int32)},
+    "run from 0": {"query_start": np.array([0, 2], np.int32)},
+    "one entry per token": {"positions": np.array([1, 2], np.int32)},
+}
+
+
+@on_device
+@pytest.mark.parametrize("message", BAD)
+def test_a_batch_that_reaches_outside_is_refused(message: str, backend: Any) -> None:
+    good = step_batch([([1, 2, 3], 0, [0])], [2])
+    with pytest.raises(ValueError, match=message):
+        backend.step(dataclasses.replace(good, **BAD[message]))
+
+
+def ragged(rows: list[Any], dtype: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of different lengths in one array, and where each starts."""
+    starts = np.array([0, *np.cumsum([len(row) for row in rows])], np.int32)
+    return np.concatenate([np.asarray(row, dtype) for row in rows]), starts
+
+
+def every_option(rng: np.random.Generator, rows: int, vocab: int) -> SamplingBatch:
+    """Rows with all options of sampling, at random."""
+    histories = [rng.integers(0, vocab, rng.integers(0, 40)) if r % 3 == 0 else [] for r in range(rows)]
+    bias_tokens, bias_start = ragged([rng.permutation(vocab)[:5] if r % 4 == 0 else [] for r in range(rows)], np.int32)
+    masks = [rng.integers(0, 2**32, rng.integers(1, 8), np.uint32) if r % 5 == 0 else [] for r in range(rows)]
+    history, history_start = ragged(histories, np.int32)
+    mask_words, mask_start = ragged(masks, np.uint32)
+    bias = rng.normal(0, 3, len(bias_tokens))
+    bias[::6] = -np.inf
+    return SamplingBatch(
+        temperature=rng.choice([0, 0.5, 1, 2], rows).astype(np.float32),
+        top_k=rng.choice([0, 1, 5, 50, 500], rows).astype(np.int32),
+        top_p=rng.choice([1, 0.9, 0.5, 0.01], rows).astype(np.float32),
+        min_p=rng.choice([0, 0.1, 0.5], rows).astype(np.float32),
+        seeds=rng.integers(0, 2**63, rows).astype(np.uint64),
+        positions=rng.integers(0, 2**40, rows),
+        num_logprobs=rng.choice([-1, 0, 3, 20], rows).astype(np.int32),
+        repetition=np.full(rows, 1.3, np.float32),
+        presence=np.full(rows, 0.4, np.float32),
+        frequency=np.full(rows, 0.2, np.float32),
+        history=history,
+        history_start=history_start,
+        history_outputs=np.array([len(row) // 2 for row in histories], np.int32),
+        bias_tokens=bias_tokens,
+        bias_values=bias.astype(np.float32),
+        bias_start=bias_start,
+        masks=mask_words,
+        mask_start=mask_start,
+    )
+
+
+def sample(logits: np.ndarray, batch: SamplingBatch) -> StepResult:
+    """Sample on the device."""
+    names = [field.name for field in dataclasses.fields(SamplingBatch)]
+    device = torch.device(DEVICE)
+    sent = Staging(1 << 14, device).send({name: getattr(batch, name) for name in names})
+    sampled = sampler.sample(torch.from_numpy(logits).to(device), sampler.DeviceSampling(**sent), batch)
+    return sampled.result(sampled.words.cpu().numpy())
+
+
+@on_device
+@pytest.mark.parametrize("block", [1024, 128])
+def test_sampling_agrees_with_numpy(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampler, "_BLOCK", block)
+    rng = np.random.default_rng(block)
+    logits = rng.normal(0, 2, (12, 203)).astype(np.float32)
+    logits[3, 5], logits[7, 9] = np.nan, np.inf
+    logits[4], logits[5] = 1.0, np.round(logits[5])  # ties
+    batch = every_option(rng, *logits.shape)
+    result, expected = sample(logits, batch), plain_sample(logits, batch)
+    np.testing.assert_array_equal(result.tokens, expected.tokens)
+    np.testing.assert_array_equal(result.ranks, expected.ranks)
+    np.testing.assert_array_equal(result.top_tokens, expected.top_tokens)
+    np.testing.assert_allclose(result.logprobs, expected.logprobs, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(result.top_logprobs, expected.top_logprobs, rtol=0, atol=1e-5)

@@ -1,0 +1,138 @@
+"""The kernels of linear layers and norms, compiled for A100 and H100 without either.
+
+What cannot be seen without a GPU is how fast they are; what can: that every configuration compiles, which matrix
+instruction it uses, that nothing is spilled from registers, and that loads are of 16 bytes.
+"""
+
+import re
+from dataclasses import replace
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is not installed; it comes with octavo[cuda]")
+
+from triton_interpreter import INTERPRETED
+
+if INTERPRETED:
+    pytest.skip("kernels are interpreted here, not compiled", allow_module_level=True)
+
+from compiled_kernel import Compiled, compile_kernel
+from octavo.backends.cuda.kernels import gated, integer_linear, linear, norm
+from octavo.backends.cuda.kernels.configurations import Tile, candidates, choose
+
+TYPES = {"x": "*bf16", "weight": "*bf16", "bias": "*bf16", "residual": "*fp32", "waiting": "*fp32", "rows": "i32"}
+TYPES |= {"length": "i32", "outputs": "i32", "features": "i32", "partials": "*fp32", "eps": "fp32", "row_of": "*i32"}
+SHARED_BYTES = {80: 163 << 10, 90: 227 << 10}  # of a program, at most
+FAMILIES = ("swapped", "plain", "hmma")
+ROWS = (1, 32, 64, 128, 2048)
+
+
+def compile_linear(tile: Tile, spans: int, capability: int) -> Compiled:
+    types = TYPES | {"out": "*fp32" if spans > 1 else "*bf16"}
+    here = tile.spans_here(spans)
+    constants = {"K": 14336 if spans > 1 else 4096, "SPANS": spans, "bias": None, **tile.constants}
+    if spans == 1 or here < spans:
+        constants["residual"] = None
+    if tile.waits_in_memory:
+        constants |= {"SPANS_HELD": tile.held, "PART": 1024 * tile.warps}
+        kernel = linear.large_spanned_kernel
+    else:
+        constants |= {"SPANS_HERE": here, "ONE_LOOP": tile.one_loop, "x_scale": None, "weight_scale": None}
+        kernel = linear.linear_kernel
+    return compile_kernel(kernel, types, constants, tile.options, capability, ("outputs",))
+
+
+def compile_gated(tile: Tile, capability: int) -> Compiled:
+    constants = {"K": 4096, "ACTIVATION": "silu", "bias": None, "x_scale": None, "weight_scale": None, **tile.constants}
+    return compile_kernel(
+        gated.gated_kernel, TYPES | {"out": "*bf16"}, constants, tile.options, capability, ("features",)
+    )
+
+
+def check(made: Compiled, tile: Tile, capability: int) -> None:
+    left = tile.outputs if tile.swapped else tile.rows
+    hopper = capability == 90 and left >= 64
+    assert made.count("HGMMA") > 0 if hopper else (made.count("HMMA") > 0 and made.count("HGMMA") == 0), tile
+    assert made.spills_in_loops() <= (0 if capability == 90 else 4), tile
+    assert capability < 90 or made.stack_bytes <= 128, f"{made.stack_bytes} bytes are spilled outside of loops: {tile}"
+    assert made.count("LDGSTS.E.BYPASS.128") == made.count("LDGSTS") > 0, f"copies of less than 16 bytes: {tile}"
+    assert made.shared_bytes <= SHARED_BYTES[capability], tile
+    assert made.registers * 32 * tile.warps <= 65536, tile
+
+
+def for_chip(tile: Tile, capability: int) -> Tile:
+    """Return the tile with as many stages as the chip has shared memory for."""
+    stage = (tile.rows + tile.outputs) * 128
+    return replace(tile, stages=min(tile.stages, SHARED_BYTES[capability] // stage))
+
+
+@pytest.mark.parametrize("family, rows, capability", [("swapped", 1, 90), ("swapped", 2048, 90), ("hmma", 1, 80)])
+def test_chosen_tiles(family: str, rows: int, capability: int) -> None:
+    _check_chosen(family, rows, capability)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_all_chosen_tiles(family: str, rows: int, capability: int) -> None:
+    _check_chosen(family, rows, capability)
+
+
+def _check_chosen(family: str, rows: int, capability: int) -> None:
+    plain, spanned, gate = (
+        for_chip(choose(*shape, rows, family), capability)
+        for shape in (("linear", 6144, 4096, 1), ("linear", 4096, 14336, 8), ("gated", 28672, 4096, 1))
+    )
+    check(compile_linear(plain, 1, capability), plain, capability)
+    check(compile_linear(spanned, 8, capability), spanned, capability)
+    check(compile_gated(gate, capability), gate, capability)
+
+
+@pytest.mark.parametrize("capability, instruction", [(80, "IMMA"), (90, "IGMMA")])
+def test_int8(capability: int, instruction: str) -> None:
+    tile = choose("int8", 4096, 4096, 1, 1)
+    types = (
+        TYPES | dict.fromkeys(("x", "weight"), "*i8") | {"x_scale": "*fp32", "weight_scale": "*fp32", "out": "*fp32"}
+    )
+    constants = {"K": 4096, "SPANS": 1, "SPANS_HERE": 1, "ONE_LOOP": False, "bias": None, "residual": None}
+    constants |= tile.constants | {"BLOCK_K": integer_linear.BLOCK_K}
+    made = compile_kernel(linear.linear_kernel, types, constants, tile.options, capability, ("outputs",))
+    assert made.count(instruction) > 0 and made.spills_in_loops() == 0
+    assert made.count("LDGSTS.E.BYPASS.128") == made.count("LDGSTS") > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rows", [1, 64, 2048])
+def test_candidates_for_tuning(rows: int) -> None:
+    for tile in candidates("linear", 14336, 8, rows):
+        check(compile_linear(tile, 8, 90), tile, 90)
+    for tile in candidates("gated", 4096, 1, rows):
+        check(compile_gated(tile, 90), tile, 90)
+
+
+@pytest.mark.parametrize("width, capability", [(4096, 90), (576, 80)])
+def test_norms_sum_alike(width: int, capability: int) -> None:
+    """norm and add_norm share a row's squares between threads in the same way, so that they add them in one order."""
+    block = 1 << (width - 1).bit_length()
+    options = {"num_warps": norm.warps(width), "enable_fp_fusion": False}
+    types = TYPES | {"x": "*fp32", "out": "*bf16"}
+    constants = {"H": width, "BLOCK": block}
+    alone = compile_kernel(norm.norm_kernel, types, constants | {"row_of": None}, options, capability)
+    some = compile_kernel(norm.norm_kernel, types, constants, options, capability)
+    added = [
+        compile_kernel(norm.add_norm_kernel, types, constants | {"COUNT": count, "bias": None}, options, capability)
+        for count in (2, 8)
+    ]
+    assert len({_reduced_layout(made.layouts) for made in (alone, some, *added)}) == 1
+    for made in (alone, some, *added):
+        assert made.stack_bytes == 0 and made.count("LDG.E.128") > 0
+
+
+def _reduced_layout(code: str) -> str:
+    """Return the layout of the block that the kernel's one sum reduces."""
+    reduced = re.search(r'"tt\.reduce"\(.*?\}\) : \(tensor<(\S+), #(\w+)>\)', code, re.DOTALL)
+    assert reduced is not None and code.count('"tt.reduce"') == 1, code
+    layout = re.search(rf"^#{reduced[2]} = (.*)$", code, re.MULTILINE)
+    assert layout is not None
+    return f"{reduced[1]} {layout[1]}"
