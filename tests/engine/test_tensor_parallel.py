@@ -99,7 +99,7 @@ def test_same_answers(
         assert all(map(has_ended, processes))
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_same_answers_of_eight_ranks(tiny_model: Callable[[str], Path]) -> None:
     test_same_answers(tiny_model, "llama-ranks", {"quantization": "8bit"}, [8], Path())
     test_same_answers(tiny_model, "llama-odd-heads", {}, [4, 8], Path())

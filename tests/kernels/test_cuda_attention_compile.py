@@ -54,7 +54,7 @@ def check(made: Compiled, tiling: Tiling, capability: int, int8: bool) -> None:
         (LLAMA_8B, 64, True, 90),
         (SMOLLM2, 32, False, 80),
         *(
-            pytest.param(shape, page_size, int8, capability, marks=pytest.mark.slow)
+            pytest.param(shape, page_size, int8, capability, marks=pytest.mark.exhaustive)
             for shape in (LLAMA_8B, SMOLLM2, GEMMA, (32, 32, 80), (8, 2, 96))
             for page_size in (32, 64)
             for int8 in (False, True)

@@ -71,7 +71,7 @@ def test_chosen_tiles(family: str, rows: int, capability: int) -> None:
     _check_chosen(family, rows, capability)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("family", FAMILIES)
@@ -102,7 +102,7 @@ def test_int8(capability: int, instruction: str) -> None:
     assert made.count("LDGSTS.E.BYPASS.128") == made.count("LDGSTS") > 0
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("rows", [1, 64, 2048])
 def test_candidates_for_tuning(rows: int) -> None:
     for tile in candidates("linear", 14336, 8, rows):

@@ -47,9 +47,9 @@ def tilings(head_dim: int, group: int, int8: bool = False, hopper: bool = True) 
     """
     least = max(16, 1 << (group - 1).bit_length())
     small = Tiling(least, warps=8 if int8 else 4, stages=3)  # more stages are more code, which is read from memory too
-    if head_dim > 128 or (int8 and not hopper):
-        rows = 32
-    elif int8 or not hopper or head_dim not in (64, 128):
+    if head_dim > 128 or int8:
+        rows = 32  # with int8, warp-group products differ in the last bits from those of small tiles (seen on an H200)
+    elif not hopper or head_dim not in (64, 128):
         rows = 64
     else:
         rows = 128
