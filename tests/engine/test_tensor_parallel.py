@@ -270,7 +270,8 @@ def test_torchrun_starts_one_server(tiny_model: Callable[[str], Path]) -> None:
             wait_until(lambda: all(map(has_ended, (server, engine, rank))))
             torchrun.wait(30)
         finally:
-            torchrun.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(torchrun.pid, signal.SIGKILL)
 
 
 def test_a_rank_takes_no_more_memory_than_its_part(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
