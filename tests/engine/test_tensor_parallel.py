@@ -258,7 +258,7 @@ def test_torchrun_starts_one_server(tiny_model: Callable[[str], Path]) -> None:
     command = ["-m", "torch.distributed.run", "--nproc_per_node=2", "-m", "octavo.entrypoints.openai.api_server"]
     flags = ["--model", str(tiny_model("llama-ranks")), "--tensor-parallel-size", "2", "--port", str(port)]
     with subprocess.Popen(
-        [sys.executable, *command, *flags], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        [sys.executable, *command, *flags], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     ) as torchrun:
         try:
             wait_for_port(port)
@@ -266,12 +266,11 @@ def test_torchrun_starts_one_server(tiny_model: Callable[[str], Path]) -> None:
             [server] = children(torchrun.pid, b"api_server")
             [engine] = children(server, b"engine_main")
             [rank] = ranks_of(engine)
-            os.killpg(torchrun.pid, signal.SIGINT)
+            torchrun.send_signal(signal.SIGINT)
             wait_until(lambda: all(map(has_ended, (server, engine, rank))))
             torchrun.wait(30)
         finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(torchrun.pid, signal.SIGKILL)
+            torchrun.terminate()  # it ends what it has started, after a failure of this test too
 
 
 def test_a_rank_takes_no_more_memory_than_its_part(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
