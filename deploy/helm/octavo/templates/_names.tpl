@@ -32,6 +32,11 @@ app.kubernetes.io/instance: {{ .Release.Name }}
 {{ .Values.engines.existingSecret | default (include "octavo.engines" .) }}
 {{- end }}
 
+{{- define "octavo.engines.query" -}}
+{{- $of := printf "{namespace=%q,service=%q}" .Release.Namespace (include "octavo.name" .) -}}
+max(sum by (pod) (vllm:num_requests_running{{ $of }} + vllm:num_requests_waiting{{ $of }}))
+{{- end }}
+
 {{- define "octavo.redis" -}}
 {{ include "octavo.name" . | trunc 44 | trimSuffix "-" }}-redis
 {{- end }}
