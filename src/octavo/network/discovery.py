@@ -8,10 +8,10 @@ from typing import Any
 import zmq
 from zmq.utils.monitor import parse_monitor_message
 
+from octavo.address import Address
 from octavo.errors import ConfigError
 
 from . import protocol
-from octavo.address import Address
 from .curve import Curve
 from .link import HANDSHAKE_FAILED, open_socket
 from .model_files import ModelFiles

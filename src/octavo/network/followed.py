@@ -9,11 +9,12 @@ from typing import Any
 
 import zmq
 
+from octavo.address import Address
 from octavo.engine.messages import EngineInfo
 from octavo.frontend.frontend import Frontend
 from octavo.frontend.replica import Replica
+from octavo.frontend.router import Load
 
-from octavo.address import Address
 from .curve import Curve
 from .link import RemoteLink
 
@@ -61,6 +62,10 @@ class FollowedEngines:
         self._addresses = list(addresses)
         self._missed = dict.fromkeys(self._replicas, MISSES)
         self._changed.set()
+
+    def loads(self) -> dict[str, Load]:
+        """Return what the router knows about each engine, by address."""
+        return {str(address): replica.load for address, replica in self._replicas.items()}
 
     async def close(self) -> None:
         """Stop following. The replicas are the frontend's to end."""

@@ -9,11 +9,11 @@ import msgspec
 import zmq
 from zmq.utils.monitor import parse_monitor_message
 
+from octavo.address import Address
 from octavo.frontend.links.link import Exit
 from octavo.frontend.links.messages import Failed, FromEngine, Submit, ToEngine, decode_from_engine, encode
 
 from . import protocol
-from octavo.address import Address
 from .curve import Curve
 from .protocol import BEAT, NO_TERM, Beat, Ended, Goodbye, Hello, Malformed, Refused, Welcome
 from .wire import Wire

@@ -15,6 +15,7 @@ import uvloop
 import zmq
 from zmq.utils.monitor import parse_monitor_message
 
+from octavo.address import Address
 from octavo.config import EngineConfig
 from octavo.engine.messages import EngineInfo
 from octavo.errors import ConfigError
@@ -26,7 +27,6 @@ from octavo.terminal import printable
 from octavo.version import __version__
 from octavo.weights import resolve
 
-from octavo.address import Address
 from .curve import Curve, Doorkeeper
 from .host import EngineHost
 from .link import HANDSHAKE_FAILED
@@ -86,12 +86,16 @@ async def _run(config: EngineConfig, address: Address, curve: Curve | None) -> N
         if signal.getsignal(number) is not signal.SIG_IGN:
             loop.add_signal_handler(number, on_signal)
     with contextlib.suppress(asyncio.CancelledError):
-        await _serve(config, address, curve, serving, stop)
+        await serve_engine(config, address, curve, serving, stop)
 
 
-async def _serve(
+async def serve_engine(
     config: EngineConfig, address: Address, curve: Curve | None, serving: asyncio.Event, stop: asyncio.Event
 ) -> None:
+    """Listen, load the model, set `serving`, and serve frontends until `stop` is set; then drain.
+
+    Raises ConfigError, and any error from loading the model.
+    """
     context: zmq.Context[Any] = zmq.Context()
     process = None
     host = None
