@@ -61,6 +61,7 @@ def app(
             max_ongoing_requests=MANY,
             health_check_period_s=HEALTH_PERIOD,
             graceful_shutdown_timeout_s=DRAIN,
+            logging_config={"enable_access_log": False},  # of calls between frontends and engines
         )
         .bind(own | {"served_model_name": name}, secret)
         for (name, config), own in zip(configs.items(), settings, strict=True)

@@ -1,8 +1,8 @@
 """Autoscaling: how many engines a model needs for the work that waits."""
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
 
 QUEUED_TOKENS, QUEUED_SECONDS, REQUESTS = "queued_tokens", "queued_seconds", "requests"  # what engines report
@@ -51,14 +51,23 @@ class Autoscaling:
             "initial_replicas": max(1, self.min_engines),
             "upscale_delay_s": self.up_delay,
             "downscale_delay_s": self.down_delay,
+            "metrics_interval_s": 1.0,
             "look_back_period_s": 2.0,
-            "policy": {"policy_function": self._policy()},
+            "policy": {"policy_function": NeededEngines, "policy_kwargs": {"autoscaling": asdict(self)}},
         }
 
-    def _policy(self) -> Callable[[Any], tuple[int, dict[str, Any]]]:
-        def engines(context: Any) -> tuple[int, dict[str, Any]]:
-            """Add up what the engines report; see ray.serve.config.AutoscalingContext."""
-            reported = context.aggregated_metrics or {}
-            return self.engines({name: sum(values.values()) for name, values in reported.items()}), {}
 
-        return engines
+class NeededEngines:
+    """The policy of Ray Serve's autoscaler: the engines that the reported work needs.
+
+    Args:
+        autoscaling: the fields of an Autoscaling.
+    """
+
+    def __init__(self, autoscaling: Mapping[str, Any]):
+        self._autoscaling = Autoscaling(**autoscaling)
+
+    def __call__(self, context: Any) -> tuple[int, dict[str, Any]]:
+        """Add up what the engines report; see ray.serve.config.AutoscalingContext."""
+        reported = context.aggregated_metrics or {}
+        return self._autoscaling.engines({name: sum(values.values()) for name, values in reported.items()}), {}
