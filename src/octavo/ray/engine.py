@@ -19,7 +19,7 @@ from octavo.network.run import serve_engine
 from .autoscaling import QUEUED_SECONDS, QUEUED_TOKENS, REQUESTS
 
 SECRET = "OCTAVO_SECRET_RAY"  # the environment variable with what engines and frontends of an application share
-FRESH = 5.0  # seconds for which a frontend's report counts
+FRESH = 30.0  # seconds for which a frontend's latest report counts: while it is too busy to send one, so are engines
 
 log = logging.getLogger("octavo")
 
