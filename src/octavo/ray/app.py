@@ -1,7 +1,6 @@
 """app: engines and frontends as one application of Ray Serve."""
 
 import dataclasses
-import secrets
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -51,7 +50,6 @@ def app(
     scaling = autoscaling if isinstance(autoscaling, Mapping) else dict.fromkeys(configs, autoscaling or Autoscaling())
     if unknown := scaling.keys() - configs.keys():
         raise ConfigError(f"autoscaling names no model of the application: {', '.join(sorted(unknown))}")
-    secret = secrets.token_hex(32)
     engines = {
         name: serve.deployment(Engine)
         .options(
@@ -63,7 +61,7 @@ def app(
             graceful_shutdown_timeout_s=DRAIN,
             logging_config={"enable_access_log": False},  # of calls between frontends and engines
         )
-        .bind(own | {"served_model_name": name}, secret)
+        .bind(own | {"served_model_name": name})
         for (name, config), own in zip(configs.items(), settings, strict=True)
     }
     frontend = serve.deployment(serve.ingress()(Frontend)).options(
@@ -75,7 +73,7 @@ def app(
     )
     shared = {name: _of_frontend(config) for name, config in configs.items()}
     handles = {f"engines_{number}": engine for number, engine in enumerate(engines.values())}
-    return frontend.bind(shared, dict(server or {}), secret, **handles)
+    return frontend.bind(shared, dict(server or {}), **handles)
 
 
 def _of_frontend(config: EngineConfig) -> dict[str, Any]:

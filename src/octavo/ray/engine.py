@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import os
 import socket
 import time
 from collections.abc import Mapping
@@ -17,8 +16,8 @@ from octavo.network.curve import Curve
 from octavo.network.run import serve_engine
 
 from .autoscaling import QUEUED_SECONDS, QUEUED_TOKENS, REQUESTS
+from .cluster_secret import secret_source
 
-SECRET = "OCTAVO_SECRET_RAY"  # the environment variable with what engines and frontends of an application share
 FRESH = 30.0  # seconds for which a frontend's latest report counts: while it is too busy to send one, so are engines
 
 log = logging.getLogger("octavo")
@@ -46,12 +45,10 @@ class Engine:
 
     Args:
         settings: of the EngineConfig.
-        secret: 64 hexadecimal digits, shared with the frontends.
     """
 
-    async def __init__(self, settings: Mapping[str, Any], secret: str):
-        os.environ[SECRET] = secret
-        config = EngineConfig.from_keywords(**settings, secret_file=f"env:{SECRET}")
+    async def __init__(self, settings: Mapping[str, Any]):
+        config = EngineConfig.from_keywords(**settings, secret_file=secret_source())
         host = ray.util.get_node_ip_address()
         self.address = Address(host, _free_port(host))
         self._reports: dict[str, tuple[float, Work]] = {}  # by frontend

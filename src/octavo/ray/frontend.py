@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import logging
-import os
 import uuid
 from collections.abc import Mapping
 from typing import Any
@@ -18,7 +17,8 @@ from octavo.fleet.specs import FleetSpec, ModelSpec
 from octavo.server.app import create_app
 from octavo.server.config import ServerConfig
 
-from .engine import SECRET, Work
+from .cluster_secret import secret_source
+from .engine import Work
 
 LOOK = 0.5  # seconds between questions to Ray for the engines
 PATIENCE = 5.0  # seconds for an engine to say its address
@@ -33,17 +33,14 @@ class Frontend:
         engines: by the model's name, the deployment of its engines.
         settings: by the model's name, those of the EngineConfig that concern a frontend.
         server: settings of the ServerConfig.
-        secret: see Engine.
     """
 
     def __init__(
         self,
         settings: Mapping[str, Mapping[str, Any]],
         server: Mapping[str, Any],
-        secret: str,
         **engines: DeploymentHandle,
     ):
-        os.environ[SECRET] = secret
         handles = dict(zip(settings, engines.values(), strict=True))
         self._service = Service(settings, server, handles)
 
@@ -86,8 +83,9 @@ class Service:
 
     async def _start(self) -> None:
         found = await asyncio.gather(*(self._first(name) for name in self._engines))
+        secret = secret_source()
         configs = [
-            EngineConfig.from_keywords(**self._settings[name], engines=addresses, secret_file=f"env:{SECRET}")
+            EngineConfig.from_keywords(**self._settings[name], engines=addresses, secret_file=secret)
             for name, addresses in zip(self._engines, found, strict=True)
         ]
         self._fleet = Fleet.begin(FleetSpec([ModelSpec(config=config) for config in configs]))
