@@ -12,8 +12,8 @@ _VARIABLE = "OCTAVO_SECRET_RAY"
 def secret_source() -> str:
     """Return what `secret_file` may name in a process of the cluster.
 
-    The secret is made once, by whoever asks first, and is kept by Ray's head node (GCS), as long as the cluster lives. So
-    engines and frontends of an earlier version of an application can use each other while it is updated.
+    The secret is made once, by whoever asks first, and is kept by Ray's head node, in its GCS, as long as the cluster
+    lives. So the engines and frontends of two versions of an application can use each other while it is updated.
     """
     made = secrets.token_hex(32).encode()
     internal_kv._internal_kv_put(_KEY, made, overwrite=False, namespace=_NAMESPACE)

@@ -7,6 +7,7 @@ import uuid
 from collections.abc import Mapping
 from typing import Any
 
+from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -130,7 +131,10 @@ class Service:
     async def _meet(self, name: str, work: Mapping[str, Work]) -> list[str]:
         """Tell all engines of a model what work there is for them. Returns the addresses of those that answer."""
         response = self._engines[name].broadcast("meet", self._id, work)
-        answers = await response.results_async(timeout_s=PATIENCE, return_exceptions=True)
+        try:
+            answers = await response.results_async(timeout_s=PATIENCE, return_exceptions=True)
+        except DeploymentUnavailableError:  # there is no engine now
+            return []
         return sorted(answer for answer in answers if isinstance(answer, str))
 
 
