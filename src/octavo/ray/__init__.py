@@ -2,10 +2,25 @@
 
 engine.py: one engine of a model; Ray places it, replaces it, and adds and removes others. frontend.py: the HTTP
 server, which uses the engines over the network as `octavo serve --engines` does. autoscaling.py: how many engines a
-model needs. app.py: both as one application for `serve run`.
+model needs. app.py: both as one application for `serve run`. cluster_secret.py: what keeps others out.
+
+enrich.py: batch enrichment of Ray Datasets.
 """
+
+from typing import TYPE_CHECKING, Any
 
 from .app import app
 from .autoscaling import Autoscaling
 
-__all__ = ["Autoscaling", "app"]
+if TYPE_CHECKING:
+    from .enrich import enrich
+
+__all__ = ["Autoscaling", "app", "enrich"]
+
+
+def __getattr__(name: str) -> Any:
+    if name != "enrich":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from .enrich import enrich  # imported late: Ray Data needs pandas and PyArrow, which serving does not
+
+    return enrich
