@@ -4,7 +4,7 @@ engine.py: one engine of a model; Ray places it, replaces it, and adds and remov
 server, which uses the engines over the network as `octavo serve --engines` does. autoscaling.py: how many engines a
 model needs. app.py: both as one application for `serve run`. cluster_secret.py: what keeps others out.
 
-enrich.py: batch enrichment of Ray Datasets.
+datasets.py: batch enrichment of Ray Datasets.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ from .app import app
 from .autoscaling import Autoscaling
 
 if TYPE_CHECKING:
-    from .enrich import enrich
+    from .datasets import enrich
 
 __all__ = ["Autoscaling", "app", "enrich"]
 
@@ -21,6 +21,6 @@ __all__ = ["Autoscaling", "app", "enrich"]
 def __getattr__(name: str) -> Any:
     if name != "enrich":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from .enrich import enrich  # imported late: Ray Data needs pandas and PyArrow, which serving does not
+    from .datasets import enrich  # imported late: Ray Data needs pandas and PyArrow, which serving does not
 
     return enrich

@@ -35,8 +35,8 @@ def enrich(
 ) -> None:
     """Write the dataset with the answers in new columns, as Parquet files. Each row is written once.
 
-    If this is interrupted, the same call goes on: rows that were written are not computed again. The rows of a lost node
-    are computed on another one.
+    If this is interrupted, the same call goes on: rows that were written are not computed again. The rows of a lost
+    node are computed on another one.
 
     Args:
         dataset: as read from files, such as by ray.data.read_parquet.
