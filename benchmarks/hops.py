@@ -153,7 +153,7 @@ class Hops:
                 with contextlib.suppress(ProcessLookupError):  # it was replaced meanwhile
                     os.kill(pid, signal.SIGCONT)
             case "delay":
-                line.delay = 0.2
+                line.delay(0.2)
             case "drop":
                 line.cut()
             case "drop to it":

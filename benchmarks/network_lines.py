@@ -1,18 +1,21 @@
-"""Machines joined by lines that can be cut: network namespaces, and tunnels whose packets this process passes on."""
+"""Machines joined by lines that can be cut: network namespaces, and tunnels whose packets a process passes on."""
 
 import contextlib
 import ctypes
 import fcntl
 import heapq
+import multiprocessing
 import os
 import select
+import signal
 import struct
 import subprocess
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 _TUNSETIFF, _TUN_WITHOUT_HEADER = 0x400454CA, 0x1001
 _CLONE_NEWNET = 0x40000000
@@ -42,16 +45,15 @@ class Line:
 
     Attributes:
         address: the machine's.
-        up, down: whether packets from the machine, and to it, arrive.
-        delay: seconds that a packet takes.
+        state: shared with the process that passes packets on: whether those from the machine, and to it, arrive (1 or
+            0), and the seconds that each takes.
+        ends: tunnels: the center's end, and the machine's.
     """
 
     name: str
     address: str
-    up: bool = True
-    down: bool = True
-    delay: float = 0.0
-    ends: tuple[int, int] = (-1, -1)  # tunnels: the center's end, and the machine's
+    state: Any = field(default_factory=lambda: multiprocessing.RawArray("d", (1, 1, 0)))
+    ends: tuple[int, int] = (-1, -1)
 
     def command(self, *words: str) -> list[str]:
         """A command that runs on the machine."""
@@ -65,11 +67,13 @@ class Line:
 
     def cut(self, up: bool = True, down: bool = True) -> None:
         """Drop packets from the machine, to it, or both."""
-        self.up, self.down = not up, not down
+        self.state[:] = (not up, not down, 0)
+
+    def delay(self, seconds: float) -> None:
+        self.state[:] = (1, 1, seconds)
 
     def mend(self) -> None:
-        self.up = self.down = True
-        self.delay = 0.0
+        self.state[:] = (1, 1, 0)
 
 
 @contextlib.contextmanager
@@ -78,8 +82,7 @@ def machines(count: int) -> Iterator[tuple[Line, list[Line]]]:
     prefix = f"octavo-{os.getpid()}"
     center = Line(f"{prefix}-c", "")
     lines = [Line(f"{prefix}-{i}", f"10.213.{i}.2") for i in range(count)]
-    stop = threading.Event()
-    relay = threading.Thread(target=_relay, args=(lines, stop), daemon=True)
+    relay = multiprocessing.get_context("fork").Process(target=_relay, args=(lines,), daemon=True)
     try:
         for namespace in (center.name, *(line.name for line in lines)):
             _ip("netns", "add", namespace)
@@ -96,8 +99,8 @@ def machines(count: int) -> Iterator[tuple[Line, list[Line]]]:
         relay.start()
         yield center, lines
     finally:
-        stop.set()
-        if relay.ident is not None:
+        if relay.pid is not None:
+            relay.terminate()
             relay.join()
         for line in lines:
             for end in line.ends:
@@ -127,8 +130,9 @@ def _tunnel(machine: Line, device: str) -> int:
     return made[0]
 
 
-def _relay(lines: list[Line], stop: threading.Event) -> None:
-    """Pass packets on until `stop` is set."""
+def _relay(lines: list[Line]) -> None:
+    """Pass packets on until this process is ended."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     poll = select.poll()
     owners: dict[int, tuple[Line, bool]] = {}
     number = 0
@@ -137,24 +141,25 @@ def _relay(lines: list[Line], stop: threading.Event) -> None:
             poll.register(end, select.POLLIN)
             owners[end] = line, is_up
     waiting: list[tuple[float, int, int, bytes]] = []  # time, number, to, packet
-    while not stop.is_set():
+    while True:
         now = time.monotonic()
         while waiting and waiting[0][0] <= now:
             _, _, to, packet = heapq.heappop(waiting)
             _write(to, packet)
-        pause = min(0.05, waiting[0][0] - now) if waiting else 0.05
+        pause = waiting[0][0] - now if waiting else 1.0
         for end, _ in poll.poll(max(0, pause * 1000)):
             line, is_up = owners[end]
             try:
                 packet = os.read(end, _PACKET)
             except OSError:
                 continue
-            if not (line.up if is_up else line.down):
+            up, down, delay = line.state
+            if not (up if is_up else down):
                 continue
             to = line.ends[0] if is_up else line.ends[1]
-            if line.delay:
+            if delay:
                 number += 1
-                heapq.heappush(waiting, (time.monotonic() + line.delay, number, to, packet))
+                heapq.heappush(waiting, (time.monotonic() + delay, number, to, packet))
             else:
                 _write(to, packet)
 

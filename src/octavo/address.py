@@ -44,11 +44,10 @@ class Address:
         family = min(entry[0] for entry in found)
         return sorted({Address(str(entry[4][0]), self.port) for entry in found if entry[0] == family}, key=str)
 
+    @property
     def is_local(self) -> bool:
-        """Return whether only this machine can connect to it. Raises OSError if the name is unknown."""
-        return not self.is_any and all(
-            each.host == "::1" or each.host.startswith("127.") for each in self.resolved()
-        )
+        """Return whether it is a number to which only this machine can connect."""
+        return self.host == "::1" or self.host.startswith("127.")
 
 
 def addresses(urls: Iterable[str]) -> list[Address]:

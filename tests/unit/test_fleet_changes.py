@@ -53,7 +53,7 @@ class Engines:
         self.machine.begin(self)
 
     @classmethod
-    def from_config(cls, config: EngineConfig, process: EngineProcess | None = None) -> "Engines":
+    def from_config(cls, config: EngineConfig, process: EngineProcess | None = None, found: object = None) -> "Engines":
         return cls(config)
 
     async def pause(self, most: float = 0.004) -> None:

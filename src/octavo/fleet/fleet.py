@@ -239,8 +239,9 @@ class Fleet:
             if not is_ready:
                 return False, f"{model.name}: {text}"
         for model in self._at_start():
-            if model.state == "loading" and model.waits_for:
-                return False, f"{model.name}: waits for an engine: {model.waits_for}"
+            if model.is_remote and model.state == "loading":
+                reason = model.waits_for or "none is ready yet"
+                return False, f"{model.name}: waits for an engine: {reason}"
             if model.state == "failed":
                 return False, f"{model.name}: the model cannot be loaded: {model.error}"
         return True, f"{len(status)} of {len(self._models)} models are loaded"

@@ -492,8 +492,8 @@ class Frontend:
             raise EngineDead(self._other_model(replica))
         elif info.max_model_len < self.info.max_model_len:
             raise EngineDead(
-                f"its max_model_len is {info.max_model_len}, and that of the others {self.info.max_model_len}: give all "
-                "the same --max-model-len"
+                f"its max_model_len is {info.max_model_len}, and that of the others {self.info.max_model_len}: give "
+                "all the same --max-model-len"
             )
         await self._open_state_files(replica)
         if replica.ended.is_set():

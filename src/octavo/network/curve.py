@@ -28,7 +28,7 @@ class Curve:
 
     @classmethod
     def read(cls, source: str | None) -> "Curve | None":
-        """Return the keys that follow from the secret that `secret_file` names; None without one. Raises ConfigError."""
+        """Return the keys of the secret that `secret_file` names; None without one. Raises ConfigError."""
         secret = read_key("secret_file", source)
         return None if secret is None else cls.of(bytes.fromhex(secret))
 
@@ -47,7 +47,6 @@ class Curve:
         """Make a socket of a frontend connect only to engines."""
         socket.curve_serverkey = self.engine[0]
         socket.curve_publickey, socket.curve_secretkey = self.frontend
-
 
 
 class Doorkeeper:

@@ -1,7 +1,7 @@
 """Discovery: get the model's small files from the first engine that answers."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,13 +13,13 @@ from octavo.errors import ConfigError
 
 from . import protocol
 from .curve import Curve
-from .link import HANDSHAKE_FAILED, open_socket
+from .link import HANDSHAKE_FAILED, open_socket, refusal
 from .model_files import ModelFiles
 from .protocol import NO_TERM, AskFiles, Files, Malformed, Refused, encode
 
-ROUND = 1.0  # seconds to wait for each engine before the next one is asked too
-FIRST_ROUND = 0.2
-LOOK = 0.02  # seconds between looks at the sockets
+PATIENCE = 1.0  # seconds for an engine to accept a connection
+FILES_PATIENCE = 60.0  # seconds for its files to arrive then: they may be large, and the line slow
+LOOK = 20  # milliseconds between looks whether the answer is still wanted
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,14 @@ class FoundModel:
     name: str
     files: ModelFiles
     batch: dict[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class _NoAnswer:
+    """Why an address gave no description, and whether it has refused to."""
+
+    reason: str
+    is_refusal: bool = False
 
 
 def find_model(
@@ -55,102 +63,80 @@ def find_model(
     last = ""
     try:
         while True:
-            reasons: list[str] = []
-            refused = 0
+            failures: list[_NoAnswer] = []
             for address in addresses:
-                answer = _ask(context, address, curve, is_wanted)
+                answer = _ask_all(context, address, curve, is_wanted)
                 if isinstance(answer, FoundModel):
                     return answer
-                reasons.append(answer.reason)
-                refused += answer.is_refusal
-                if not is_wanted():
-                    raise TimeoutError
-            if refused == len(addresses):
-                raise ConfigError("; ".join(reasons))
-            if (text := "; ".join(reasons)) != last:
-                report(text)
-                last = text
+                failures.append(answer)
+            if not is_wanted():
+                raise TimeoutError
+            reasons = "; ".join(failure.reason for failure in failures)
+            if all(failure.is_refusal for failure in failures):
+                raise ConfigError(reasons)
+            if reasons != last:
+                report(reasons)
+                last = reasons
     finally:
         context.destroy(linger=0)
 
 
-@dataclass(frozen=True, slots=True)
-class _NoAnswer:
-    reason: str
-    is_refusal: bool = False
+def _ask_all(
+    context: "zmq.Context[Any]", address: Address, curve: Curve | None, is_wanted: Callable[[], bool]
+) -> FoundModel | _NoAnswer:
+    """Ask the engines behind an address for the model's files; return the first description, or refusal."""
+    try:
+        engines = address.resolved()
+    except OSError as error:
+        deadline = time.monotonic() + PATIENCE
+        while time.monotonic() < deadline and is_wanted():
+            time.sleep(LOOK / 1000)
+        return _NoAnswer(f"{address}: the host is unknown ({error.strerror or error})")
+    failure = _NoAnswer(f"{address} does not answer")
+    for engine in engines:
+        answer = _ask(context, engine, curve, is_wanted)
+        if isinstance(answer, FoundModel):
+            return answer
+        failure = answer if answer.is_refusal else failure
+    return failure
 
 
 def _ask(
-    context: "zmq.Context[Any]", address: Address, curve: Curve | None, is_wanted: Callable[[], bool]
+    context: "zmq.Context[Any]", engine: Address, curve: Curve | None, is_wanted: Callable[[], bool]
 ) -> FoundModel | _NoAnswer:
-    """Ask the engines at an address for the model's files; return the first answer."""
+    """Ask one engine for the model's files."""
+    socket = open_socket(context, curve)
+    monitor = socket.get_monitor_socket()
+    poller = zmq.Poller()
+    for each in (socket, monitor):
+        poller.register(each, zmq.POLLIN)
+    deadline = time.monotonic() + PATIENCE
     try:
-        found = address.resolved()
-    except OSError as error:
-        _sleep(ROUND, is_wanted)
-        return _NoAnswer(f"{address}: the host is unknown ({error.strerror or error})")
-    refusal = None
-    for number in found:
-        socket = open_socket(context, curve)
-        monitor = socket.get_monitor_socket()
-        try:
-            socket.connect(str(number))
-            for event, frames in _events(socket, monitor, ROUND, is_wanted):
+        socket.connect(str(engine))
+        while time.monotonic() < deadline and is_wanted():
+            ready = dict(poller.poll(LOOK))
+            if monitor in ready:
+                event = parse_monitor_message(monitor.recv_multipart())["event"]
+                if event in HANDSHAKE_FAILED:
+                    return _NoAnswer(refusal(engine, curve), is_refusal=True)
                 if event == zmq.Event.HANDSHAKE_SUCCEEDED:
                     socket.send_multipart((NO_TERM, encode(AskFiles())))
-                elif event in HANDSHAKE_FAILED:
-                    wants = "has another secret" if curve is not None else "wants a secret"
-                    reason = f"it {wants} (--secret-file), or it is no engine of Octavo"
-                    refusal = _NoAnswer(f"{address} refuses the connection: {reason}", True)
-                    break
-                elif frames is not None:
-                    answer = _answer(address, frames)
-                    if isinstance(answer, FoundModel):
-                        return answer
-                    refusal = answer
-                    break
-        finally:
-            socket.disable_monitor()
-            monitor.close()
-            socket.close()
-    return refusal or _NoAnswer(f"{address} does not answer")
+                    deadline = time.monotonic() + FILES_PATIENCE
+            if socket in ready:
+                return _answer(engine, socket.recv_multipart())
+        return _NoAnswer(f"{engine} does not answer")
+    finally:
+        socket.disable_monitor()
+        monitor.close()
+        socket.close()
 
 
-def _answer(address: Address, frames: list[bytes]) -> FoundModel | _NoAnswer:
+def _answer(engine: Address, frames: list[bytes]) -> FoundModel | _NoAnswer:
     try:
-        _, payload = protocol.split(frames)
-        message = protocol.from_host(payload)
+        message = protocol.from_host(protocol.split(frames)[1])
     except Malformed:
-        return _NoAnswer(f"{address} is no engine of Octavo, or of another version", True)
-    match message:
-        case Files():
-            return FoundModel(message.name, ModelFiles(message.files), message.batch)
-        case Refused():
-            return _NoAnswer(f"{address}: {message.reason}", True)
-        case _:
-            return _NoAnswer(f"{address} gave another answer than was asked for", True)
-
-
-def _events(
-    socket: "zmq.Socket[bytes]", monitor: "zmq.Socket[bytes]", seconds: float, is_wanted: Callable[[], bool]
-) -> Iterator[tuple[int | None, list[bytes] | None]]:
-    """Yield what happens to a connection, and the messages that arrive, for so many seconds, and longer once it is up."""
-    deadline = time.monotonic() + seconds
-    poller = zmq.Poller()
-    poller.register(socket, zmq.POLLIN)
-    poller.register(monitor, zmq.POLLIN)
-    while time.monotonic() < deadline and is_wanted():
-        ready = dict(poller.poll(100))
-        if monitor in ready:
-            event = parse_monitor_message(monitor.recv_multipart())["event"]
-            if event == zmq.Event.HANDSHAKE_SUCCEEDED:
-                deadline += 60 * seconds  # the files may be large, and the line slow
-            yield event, None
-        if socket in ready:
-            yield None, socket.recv_multipart()
-
-
-def _sleep(seconds: float, is_wanted: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline and is_wanted():
-        time.sleep(LOOK)
+        return _NoAnswer(f"{engine} is no engine of Octavo, or of another version", is_refusal=True)
+    if isinstance(message, Files):
+        return FoundModel(message.name, ModelFiles(message.files), message.batch)
+    reason = message.reason if isinstance(message, Refused) else "it gave another answer than was asked for"
+    return _NoAnswer(f"{engine}: {reason}", is_refusal=True)

@@ -114,9 +114,7 @@ class FollowedEngines:
 
     def _join(self, address: Address) -> None:
         def connect(replica: Replica) -> RemoteLink:
-            return RemoteLink(
-                self._context, address, self._curve, self._digest, lambda: replica.readmission.is_open
-            )
+            return RemoteLink(self._context, address, self._curve, self._digest, lambda: replica.readmission.is_open)
 
         name = f"engine {address.host}:{address.port}"
         self._replicas[address] = self._frontend.add_remote(connect, name, MAX_PAUSE)

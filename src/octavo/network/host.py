@@ -237,7 +237,9 @@ class EngineHost:
         fresh = [request for request in requests if request.id not in self._owners]
         if len(fresh) < len(requests):
             message = "another request has the same id"
-            taken = [TokenOutput(request.id, -1, "error", message=message) for request in requests if request not in fresh]
+            taken = [
+                TokenOutput(request.id, -1, "error", message=message) for request in requests if request not in fresh
+            ]
             session.send(Tokens(taken))
         for request in fresh:
             session.ids.add(request.id)
@@ -278,7 +280,9 @@ class EngineHost:
                     log.warning("a frontend is silent: its %d requests are aborted", len(session.ids))
                     self._end(session, Ended(f"it had no message from this frontend for {SILENT_BEATS * BEAT:g} s"))
                 elif session.is_lost:
-                    log.warning("a frontend is gone, or reads too slowly: its %d requests are aborted", len(session.ids))
+                    log.warning(
+                        "a frontend is gone, or reads too slowly: its %d requests are aborted", len(session.ids)
+                    )
                     self._end(session, Ended("this frontend read too slowly"))
                 else:
                     session.pass_on(payload)

@@ -22,7 +22,11 @@ PATIENCE = 3.0  # seconds until an engine must answer the hello
 RETRY = 250  # milliseconds between attempts to connect until then
 LINGER = 200  # milliseconds in which the goodbye may be sent
 
-HANDSHAKE_FAILED = (zmq.Event.HANDSHAKE_FAILED_NO_DETAIL, zmq.Event.HANDSHAKE_FAILED_PROTOCOL, zmq.Event.HANDSHAKE_FAILED_AUTH)
+HANDSHAKE_FAILED = (
+    zmq.Event.HANDSHAKE_FAILED_NO_DETAIL,
+    zmq.Event.HANDSHAKE_FAILED_PROTOCOL,
+    zmq.Event.HANDSHAKE_FAILED_AUTH,
+)
 
 log = logging.getLogger("octavo")
 
@@ -36,6 +40,12 @@ def open_socket(context: "zmq.Context[Any]", curve: Curve | None) -> "zmq.Socket
     if curve is not None:
         curve.connect(socket)
     return socket
+
+
+def refusal(address: Address, curve: Curve | None) -> str:
+    """Return why a handshake has failed, as far as this side can know."""
+    secret = "has another secret" if curve is not None else "wants a secret"
+    return f"{address} refuses the connection: it {secret} (--secret-file), or it is no engine of Octavo"
 
 
 class RemoteLink:
@@ -135,8 +145,7 @@ class RemoteLink:
             self._said_hello = True
             self._send(NO_TERM, encode(Hello(digest=self._digest)))
         elif event in HANDSHAKE_FAILED:
-            secret = "has another secret (--secret-file)" if self._curve is not None else "wants a secret (--secret-file)"
-            self._fail(f"{self._address} refuses the connection: it {secret}, or it is no engine of Octavo")
+            self._fail(refusal(self._address, self._curve))
         elif event == zmq.Event.DISCONNECTED and self._said_hello:
             self._end(Exit("the connection was closed", is_fault=False))
 

@@ -7,6 +7,7 @@ from functools import partial
 
 from octavo.config import EngineConfig
 from octavo.frontend.frontend import Frontend
+from octavo.process_guard import hide_memory
 
 from .curve import Curve
 from .discovery import FoundModel, find_model
@@ -27,12 +28,17 @@ def open_engines(
     Raises ConfigError if all engines refuse.
     """
     addresses, curve = config.engine_addresses, Curve.read(config.secret_file)
+    if curve is not None:
+        hide_memory()
     found = found or find_model(addresses, curve, partial(log.warning, "waiting for an engine: %s"))
     digest, name, batch = found.files.digest, config.served_model_name or found.name, found.batch
 
     def follow(frontend: Frontend) -> FollowedEngines:
         return FollowedEngines(frontend, addresses, curve, digest)
 
-    size, tokens = batch.get("max_batch_size", config.max_batch_size), batch.get("max_batch_tokens", config.max_batch_tokens)
+    size, tokens = (
+        batch.get("max_batch_size", config.max_batch_size),
+        batch.get("max_batch_tokens", config.max_batch_tokens),
+    )
     config = dataclasses.replace(config, served_model_name=name, max_batch_size=size, max_batch_tokens=tokens)
     return config, found.files, follow

@@ -54,18 +54,17 @@ def run_engine(config: EngineConfig, listen: str) -> None:
     address, curve = Address.of(listen), Curve.read(config.secret_file)
     if config.engines is not None:
         raise ConfigError("engines is for octavo serve; an engine of its own has none")
+    if config.kv_events is not None or config.kv_events_replay is not None:
+        raise ConfigError("kv_events is for octavo serve: the frontend publishes the pages of its engines")
     if config.data_parallel_size > 1:
         raise ConfigError("data_parallel_size must be 1 with octavo engine: start one octavo engine for each")
-    if curve is None and not _is_local(address):
-        raise ConfigError(f"{address} can be reached from other machines: give the shared secret, --secret-file FILE")
-    uvloop.run(_run(config, address, curve))
-
-
-def _is_local(address: Address) -> bool:
     try:
-        return address.is_local()
+        address = address if address.is_any else address.resolved()[0]
     except OSError as error:
         raise ConfigError(f"cannot listen on {address}: {error.strerror or error}") from None
+    if curve is None and not address.is_local:
+        raise ConfigError(f"{address} can be reached from other machines: give the shared secret, --secret-file FILE")
+    uvloop.run(_run(config, address, curve))
 
 
 async def _run(config: EngineConfig, address: Address, curve: Curve | None) -> None:
@@ -100,7 +99,7 @@ async def serve_engine(
     process = None
     host = None
     with contextlib.ExitStack() as stack:
-        stack.callback(context.term)
+        stack.callback(context.destroy)
         try:
             socket = _listening(context, address, curve)
             if curve is not None:
@@ -168,7 +167,7 @@ def _listening(context: "zmq.Context[Any]", address: Address, curve: Curve | Non
             raise ConfigError(
                 f"port {address.port} on {address.host} is in use: stop the program that uses it, or choose another one"
             ) from None
-        raise ConfigError(f"cannot listen on {address}: {error.strerror or error}") from None
+        raise ConfigError(f"cannot listen on {address}: {zmq.strerror(error.errno or 0)}") from None
     return socket
 
 
