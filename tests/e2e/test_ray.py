@@ -1,4 +1,4 @@
-"""Octavo on a real Ray cluster: three nodes in network namespaces, the application of docs/ray.md, a node that is lost."""
+"""Octavo on a real Ray cluster: three nodes in network namespaces, the application of docs/ray.md, a lost node."""
 
 import json
 import subprocess
@@ -26,7 +26,8 @@ from octavo.ray import Autoscaling, app
 ray.init(logging_level="ERROR")
 serve.start(http_options={"host": "0.0.0.0", "port": 8000})
 settings = {"model": sys.argv[1], "served_model_name": "tiny", "threads": 1, "kv_cache_memory": "100MiB"}
-serve.run(app(settings, eval(sys.argv[2])), name="octavo", route_prefix="/")
+service = app(settings, eval(sys.argv[2]), frontend_actor={"resources": {"head": 1}})
+serve.run(service, name="octavo", route_prefix="/")
 """
 ENGINES = """
 import ray
@@ -40,7 +41,7 @@ LOAD = Path(__file__).parents[1] / "support" / "steady_streams.py"
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayCluster]:
-    """A head without CPUs, so that it has the frontend only, and two nodes for engines."""
+    """A head without CPUs, which has the frontend, and two nodes for engines."""
     with ray_cluster(tmp_path_factory.mktemp("ray"), [0, 2, 2]) as cluster:
         yield cluster
 

@@ -52,7 +52,13 @@ class RayCluster:
         return done.stdout
 
     def start(self, node: int, cpus: int) -> None:
-        where = ["--head", "--port=6379", "--include-dashboard=false", f"--temp-dir={self.folder}"]
+        where = [
+            "--head",
+            "--port=6379",
+            "--include-dashboard=false",
+            f"--temp-dir={self.folder}",
+            '--resources={"head": 1}',
+        ]
         words = where if node == 0 else [f"--address={self.ip(0)}:6379"]
         words += [f"--node-ip-address={self.ip(node)}", f"--num-cpus={cpus}", f"--object-store-memory={OBJECTS}"]
         command = self.command(node, *RAY, "start", *words, "--disable-usage-stats")

@@ -1,7 +1,7 @@
 """Clients that stream one answer after the other: python steady_streams.py URL CLIENTS SECONDS
 
-Prints, as JSON, how many streams were "whole" and, if there were such, how many had "other tokens" than an earlier stream
-of the same prompt, were "cut" or failed.
+Prints, as JSON, how many streams were "whole" and, if there were such, how many had "other tokens" than an earlier
+stream of the same prompt, were "cut" or failed.
 """
 
 import asyncio

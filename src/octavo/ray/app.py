@@ -27,6 +27,7 @@ def app(
     frontends: int = 1,
     server: Mapping[str, Any] | None = None,
     engine_actor: Mapping[str, Any] | None = None,
+    frontend_actor: Mapping[str, Any] | None = None,
 ) -> serve.Application:
     """Return an application for `serve run` or `ray.serve.run`, with all routes of `octavo serve`.
 
@@ -37,6 +38,7 @@ def app(
         server: settings of the HTTP server, named as the flags of `octavo serve`.
         engine_actor: ray_actor_options of engines, such as {"resources": {"big": 1}}. By default, an engine asks for as
             many CPUs as it has `threads`, or one.
+        frontend_actor: the same for frontends, which ask for no CPU by default.
 
     Raises:
         ConfigError: A setting is wrong.
@@ -69,7 +71,7 @@ def app(
         num_replicas=frontends,
         max_ongoing_requests=MANY,
         health_check_period_s=HEALTH_PERIOD,
-        ray_actor_options={"num_cpus": 0},
+        ray_actor_options={"num_cpus": 0} | dict(frontend_actor or {}),
     )
     shared = {name: _of_frontend(config) for name, config in configs.items()}
     handles = {f"engines_{number}": engine for number, engine in enumerate(engines.values())}
