@@ -18,7 +18,7 @@ pytestmark = [
     pytest.mark.timeout(400),
 ]
 
-DEPLOY = """
+SERVE = """
 import sys
 import ray
 from ray import serve
@@ -28,13 +28,10 @@ serve.start(http_options={"host": "0.0.0.0", "port": 8000})
 settings = {"model": sys.argv[1], "served_model_name": "tiny", "threads": 1, "kv_cache_memory": "100MiB"}
 service = app(settings, eval(sys.argv[2]), frontend_actor={"resources": {"head": 1}})
 serve.run(service, name="octavo", route_prefix="/")
-"""
-ENGINES = """
-import ray
-from ray import serve
-ray.init(logging_level="ERROR")
-states = serve.status().applications["octavo"].deployments["engines of tiny"].replica_states
-print("engines", states.get("RUNNING", 0))
+print("serving", flush=True)
+for question in sys.stdin:
+    states = serve.status().applications["octavo"].deployments["engines of tiny"].replica_states
+    print("engines", states.get("RUNNING", 0), flush=True)
 """
 LOAD = Path(__file__).parents[1] / "support" / "steady_streams.py"
 
@@ -46,20 +43,40 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayCluster]:
         yield cluster
 
 
-def num_engines(cluster: RayCluster) -> int:
-    [line] = [line for line in cluster.run(ENGINES).splitlines() if line.startswith("engines")]
-    return int(line.split()[1])
+class Service:
+    """The application, and a user of the cluster who deployed it and watches it."""
+
+    def __init__(self, cluster: RayCluster, model: Path, scaling: str):
+        self._cluster, self._user = cluster, cluster.popen(SERVE, str(model), scaling)
+        read_until(self._user, "serving")
+
+    def num_engines(self) -> int:
+        assert self._user.stdin is not None
+        self._user.stdin.write("?\n")
+        self._user.stdin.flush()
+        return int(read_until(self._user, "engines").split()[1])
+
+    def until_engines(self, count: int) -> None:
+        deadline = time.monotonic() + 90
+        while (found := self.num_engines()) != count:
+            assert time.monotonic() < deadline, f"{found} engines, not {count}"
+            time.sleep(0.2)
+
+    def streams(self, count: int, seconds: float) -> subprocess.Popen[str]:
+        """Begin to send requests. Returns when all clients have had tokens."""
+        words = (f"http://{self._cluster.ip(0)}:8000", str(count), str(seconds))
+        command = self._cluster.command(0, sys.executable, str(LOAD), *words)
+        load = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        read_until(load, "streaming")
+        return load
 
 
-def until_engines(cluster: RayCluster, count: int) -> None:
-    deadline = time.monotonic() + 90
-    while (found := num_engines(cluster)) != count:
-        assert time.monotonic() < deadline, f"{found} engines, not {count}"
-
-
-def streams(cluster: RayCluster, count: int, seconds: float) -> subprocess.Popen[str]:
-    words = (f"http://{cluster.ip(0)}:8000", str(count), str(seconds))
-    return subprocess.Popen(cluster.command(0, sys.executable, str(LOAD), *words), stdout=subprocess.PIPE, text=True)
+def read_until(process: subprocess.Popen[str], word: str) -> str:
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith(word):
+            return line
+    raise AssertionError(f"the process ended with {process.wait()} before it said {word!r}")
 
 
 def ended(load: subprocess.Popen[str]) -> dict[str, int]:
@@ -68,26 +85,26 @@ def ended(load: subprocess.Popen[str]) -> dict[str, int]:
 
 
 def test_a_lost_node_loses_no_stream(cluster: RayCluster, tiny_llama: Path) -> None:
-    cluster.run(DEPLOY, str(tiny_llama), "Autoscaling(min_engines=2, max_engines=2)")
-    load = streams(cluster, 8, 25)
-    time.sleep(8)  # of the streams' 25 seconds
+    service = Service(cluster, tiny_llama, "Autoscaling(min_engines=2, max_engines=2)")
+    load = service.streams(8, 8)
     cluster.kill(2)
     result = ended(load)
-    assert result["whole"] > 8
+    assert result["whole"] >= 8
     assert result == {"whole": result["whole"]}
-    until_engines(cluster, 2)
+    service.until_engines(2)
 
 
 @pytest.mark.slow
 def test_engines_follow_the_load(cluster: RayCluster, tiny_llama: Path) -> None:
     scaling = "Autoscaling(min_engines=0, max_engines=2, requests=4, up_delay=1, down_delay=4)"
-    cluster.run(DEPLOY, str(tiny_llama), scaling)
-    load = streams(cluster, 8, 40)
+    service = Service(cluster, tiny_llama, scaling)
+    load = service.streams(8, 40)
     seen = set()
     while load.poll() is None:
-        seen.add(num_engines(cluster))
+        seen.add(service.num_engines())
+        time.sleep(0.2)
     result = ended(load)
     assert result == {"whole": result["whole"]}
     assert 2 in seen
-    until_engines(cluster, 0)
-    assert ended(streams(cluster, 1, 1))["whole"] >= 1  # an engine is started for it
+    service.until_engines(0)
+    assert ended(service.streams(1, 1))["whole"] >= 1  # an engine is started for it

@@ -4,8 +4,10 @@ import contextlib
 import os
 import subprocess
 import sys
+import time
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,14 +44,11 @@ class RayCluster:
         """A command that runs on a node."""
         return ["ip", "netns", "exec", self.names[node], *words]
 
-    def run(self, script: str, *words: str, timeout: float = 120) -> str:
-        """Run a Python script on the head, as a user of the cluster. Returns what it prints."""
-        done = subprocess.run(
-            self.command(0, sys.executable, "-c", script, *words),
-            env=self._environment(), capture_output=True, text=True, timeout=timeout,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-        return done.stdout
+    def popen(self, script: str, *words: str) -> subprocess.Popen[str]:
+        """Start a Python script on the head, as a user of the cluster, with pipes to it and from it."""
+        command = self.command(0, sys.executable, "-c", script, *words)
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        return subprocess.Popen(command, env=self._environment(), text=True, **pipes)
 
     def start(self, node: int, cpus: int) -> None:
         where = [
@@ -67,10 +66,14 @@ class RayCluster:
 
     def kill(self, node: int) -> None:
         """End all processes of a node at once, as a power cut would."""
-        pids = subprocess.run(["ip", "netns", "pids", self.names[node]], capture_output=True, text=True).stdout.split()
-        for pid in map(int, pids):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, 9)
+        for _ in range(10):  # a process may start another meanwhile
+            listed = subprocess.run(["ip", "netns", "pids", self.names[node]], capture_output=True, text=True).stdout
+            for pid in map(int, listed.split()):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, 9)
+            if not listed:
+                return
+            time.sleep(0.05)
 
     def _environment(self) -> dict[str, str]:
         own = {"RAY_ADDRESS": f"{self.ip(0)}:6379", "RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS": "0"}
@@ -99,7 +102,9 @@ def ray_cluster(folder: Path, cpus: list[int]) -> Iterator[RayCluster]:
             ip("-n", hub, "link", "set", f"port{node}", "master", "br0", "up")
             ip("-n", name, "addr", "add", f"{cluster.ip(node)}/24", "dev", "eth0")
             ip("-n", name, "link", "set", "eth0", "up")
-        for node, count in enumerate(cpus):
+        for node in range(len(cpus)):
             stack.callback(cluster.kill, node)
-            cluster.start(node, count)
+        cluster.start(0, cpus[0])
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(cluster.start, range(1, len(cpus)), cpus[1:]))
         yield cluster

@@ -1,7 +1,7 @@
 """Clients that stream one answer after the other: python steady_streams.py URL CLIENTS SECONDS
 
-Prints, as JSON, how many streams were "whole" and, if there were such, how many had "other tokens" than an earlier
-stream of the same prompt, were "cut" or failed.
+Prints "streaming" when all clients have had tokens. At the end, prints as JSON how many streams were "whole" and, if
+there were such, how many had "other tokens" than an earlier stream of the same prompt, were "cut" or failed.
 """
 
 import asyncio
@@ -15,7 +15,9 @@ import httpx
 TOKENS = 200
 
 
-async def client(http: httpx.AsyncClient, number: int, end: float, known: dict[str, list[int]]) -> Counter[str]:
+async def client(
+    http: httpx.AsyncClient, number: int, end: float, known: dict[str, list[int]], idle: set[int]
+) -> Counter[str]:
     results: Counter[str] = Counter()
     while time.monotonic() < end:
         prompt = f"The module number {number % 3} defines"
@@ -30,6 +32,9 @@ async def client(http: httpx.AsyncClient, number: int, end: float, known: dict[s
                     if line.startswith("data: {"):
                         for choice in json.loads(line[6:]).get("choices", []):
                             tokens += choice.get("token_ids") or []
+                            if idle == {number}:
+                                print("streaming", flush=True)
+                            idle.discard(number)
         except httpx.HTTPError as error:
             results[repr(error)] += 1
             continue
@@ -43,8 +48,9 @@ async def client(http: httpx.AsyncClient, number: int, end: float, known: dict[s
 async def main(url: str, count: int, seconds: float) -> None:
     end = time.monotonic() + seconds
     known: dict[str, list[int]] = {}
+    idle = set(range(count))
     async with httpx.AsyncClient(base_url=url, timeout=90) as http:
-        results = await asyncio.gather(*(client(http, number, end, known) for number in range(count)))
+        results = await asyncio.gather(*(client(http, number, end, known, idle) for number in range(count)))
     print(json.dumps(sum(results, Counter())))
 
 
