@@ -37,9 +37,9 @@ LOAD = Path(__file__).parents[1] / "support" / "steady_streams.py"
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayCluster]:
+def cluster() -> Iterator[RayCluster]:
     """A head without CPUs, which has the frontend, and two nodes for engines."""
-    with ray_cluster(tmp_path_factory.mktemp("ray"), [0, 2, 2]) as cluster:
+    with ray_cluster([0, 2, 2]) as cluster:
         yield cluster
 
 

@@ -40,8 +40,8 @@ print("rows", rows, flush=True)
 
 
 @pytest.fixture
-def cluster(tmp_path: Path) -> Iterator[RayCluster]:
-    with ray_cluster(tmp_path / "ray", [1, 1, 1]) as cluster:
+def cluster() -> Iterator[RayCluster]:
+    with ray_cluster([1, 1, 1]) as cluster:
         yield cluster
 
 

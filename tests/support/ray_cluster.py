@@ -4,6 +4,7 @@ import contextlib
 import os
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
 from collections.abc import Iterator
@@ -81,23 +82,25 @@ class RayCluster:
 
 
 @contextlib.contextmanager
-def ray_cluster(folder: Path, cpus: list[int]) -> Iterator[RayCluster]:
+def ray_cluster(cpus: list[int]) -> Iterator[RayCluster]:
     """Start a cluster with a node of so many CPUs each."""
     tag = uuid.uuid4().hex[:6]
     hub = f"ray-{tag}-hub"
-    cluster = RayCluster([f"ray-{tag}-{node}" for node in range(len(cpus))], folder)
+    names = [f"ray-{tag}-{node}" for node in range(len(cpus))]
 
     def ip(*words: str) -> None:
         subprocess.run(["ip", *words], check=True)
 
     with contextlib.ExitStack() as stack:
-        for name in (hub, *cluster.names):
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True))
+        cluster = RayCluster(names, Path(folder))
+        for name in (hub, *names):
             ip("netns", "add", name)
             stack.callback(ip, "netns", "del", name)
             ip("-n", name, "link", "set", "lo", "up")
         ip("-n", hub, "link", "add", "br0", "type", "bridge")
         ip("-n", hub, "link", "set", "br0", "up")
-        for node, name in enumerate(cluster.names):
+        for node, name in enumerate(names):
             ip("link", "add", "eth0", "netns", name, "type", "veth", "peer", "name", f"port{node}", "netns", hub)
             ip("-n", hub, "link", "set", f"port{node}", "master", "br0", "up")
             ip("-n", name, "addr", "add", f"{cluster.ip(node)}/24", "dev", "eth0")
