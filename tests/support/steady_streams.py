@@ -1,5 +1,6 @@
-"""Clients that stream one answer after the other: python steady_streams.py URL CLIENTS SECONDS
+"""Clients that stream one answer after the other: python steady_streams.py URL CLIENTS
 
+They end when their standard input does, after the answers that they are reading.
 Prints "streaming" when all clients have had tokens. At the end, prints as JSON how many streams were "whole" and, if
 there were such, how many had "other tokens" than an earlier stream of the same prompt, were "cut" or failed.
 """
@@ -7,7 +8,6 @@ there were such, how many had "other tokens" than an earlier stream of the same 
 import asyncio
 import json
 import sys
-import time
 from collections import Counter
 
 import httpx
@@ -16,10 +16,10 @@ TOKENS = 200
 
 
 async def client(
-    http: httpx.AsyncClient, number: int, end: float, known: dict[str, list[int]], idle: set[int]
+    http: httpx.AsyncClient, number: int, ending: asyncio.Event, known: dict[str, list[int]], idle: set[int]
 ) -> Counter[str]:
     results: Counter[str] = Counter()
-    while time.monotonic() < end:
+    while not ending.is_set():
         prompt = f"The module number {number % 3} defines"
         tokens: list[int] = []
         body = {
@@ -45,14 +45,21 @@ async def client(
     return results
 
 
-async def main(url: str, count: int, seconds: float) -> None:
-    end = time.monotonic() + seconds
+async def end_with_input(ending: asyncio.Event) -> None:
+    await asyncio.to_thread(sys.stdin.read)
+    ending.set()
+
+
+async def main(url: str, count: int) -> None:
+    ending = asyncio.Event()
+    until_ending = asyncio.create_task(end_with_input(ending))
     known: dict[str, list[int]] = {}
     idle = set(range(count))
     async with httpx.AsyncClient(base_url=url, timeout=90) as http:
-        results = await asyncio.gather(*(client(http, number, end, known, idle) for number in range(count)))
+        results = await asyncio.gather(*(client(http, number, ending, known, idle) for number in range(count)))
+    await until_ending
     print(json.dumps(sum(results, Counter())))
 
 
 if __name__ == "__main__":
-    asyncio.run(main(sys.argv[1], int(sys.argv[2]), float(sys.argv[3])))
+    asyncio.run(main(sys.argv[1], int(sys.argv[2])))
