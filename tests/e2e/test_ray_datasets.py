@@ -26,10 +26,12 @@ pytestmark = [
 ROWS = int(os.environ.get("OCTAVO_TEST_RAY_ROWS", "400"))
 PROMPT = "What is {text}?"
 ENRICH = """
-import sys
+import sys, time
 import ray.data
 from octavo.ray import enrich
 ray.init(logging_level="ERROR")
+while sum(node["Alive"] for node in ray.nodes()) != int(sys.argv[5]):
+    time.sleep(0.1)
 ray.data.DataContext.get_current().enable_progress_bars = False
 model = {"model": sys.argv[3], "threads": 1, "kv_cache_memory": "50MiB"}
 table = ray.data.read_parquet(sys.argv[1])
@@ -58,7 +60,7 @@ def test_every_row_is_written_once(cluster: RayCluster, tiny_llama: Path, tmp_pa
     pq.write_table(pa.table({"id": range(ROWS), "text": [f"number {i}" for i in range(ROWS)]}), source)
     words = (str(source), str(result), str(tiny_llama), PROMPT)
 
-    driver = cluster.popen(ENRICH, *words)
+    driver = cluster.popen(ENRICH, *words, "3")
     until_files(result, 2, driver)
     cluster.kill(2)
     until_files(result, len(list(result.glob("*.parquet"))) + 2, driver)
@@ -67,7 +69,7 @@ def test_every_row_is_written_once(cluster: RayCluster, tiny_llama: Path, tmp_pa
     before = pq.read_table(result).num_rows
     assert 0 < before < ROWS
 
-    said, _ = cluster.popen(ENRICH, *words).communicate(timeout=240)
+    said, _ = cluster.popen(ENRICH, *words, "2").communicate(timeout=240)
     answered = int(said.split("rows")[-1])
     assert 0 < answered <= ROWS - before
 

@@ -77,7 +77,11 @@ class RayCluster:
             time.sleep(0.05)
 
     def _environment(self) -> dict[str, str]:
-        own = {"RAY_ADDRESS": f"{self.ip(0)}:6379", "RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS": "0"}
+        own = {
+            "RAY_ADDRESS": f"{self.ip(0)}:6379",
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_raylet_start_wait_time_s": "100",
+        }
         return os.environ | own
 
 
