@@ -8,7 +8,6 @@ import tempfile
 import time
 import uuid
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -111,7 +110,6 @@ def ray_cluster(cpus: list[int]) -> Iterator[RayCluster]:
             ip("-n", name, "link", "set", "eth0", "up")
         for node in range(len(cpus)):
             stack.callback(cluster.kill, node)
-        cluster.start(0, cpus[0])
-        with ThreadPoolExecutor() as pool:
-            list(pool.map(cluster.start, range(1, len(cpus)), cpus[1:]))
+        for node, count in enumerate(cpus):  # two at once would take the same names for their sockets
+            cluster.start(node, count)
         yield cluster
