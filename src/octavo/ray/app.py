@@ -53,8 +53,7 @@ def app(
     if unknown := scaling.keys() - configs.keys():
         raise ConfigError(f"autoscaling names no model of the application: {', '.join(sorted(unknown))}")
     engines = {
-        name: serve.deployment(Engine)
-        .options(
+        name: serve.deployment(
             name=f"engines of {name}".replace("/", "-"),
             autoscaling_config=scaling.get(name, Autoscaling()).for_serve(),
             ray_actor_options={"num_cpus": config.threads or 1} | dict(engine_actor or {}),
@@ -62,17 +61,16 @@ def app(
             health_check_period_s=HEALTH_PERIOD,
             graceful_shutdown_timeout_s=DRAIN,
             logging_config={"enable_access_log": False},  # of calls between frontends and engines
-        )
-        .bind(own | {"served_model_name": name})
+        )(Engine).bind(own | {"served_model_name": name})
         for (name, config), own in zip(configs.items(), settings, strict=True)
     }
-    frontend = serve.deployment(serve.ingress()(Frontend)).options(
+    frontend = serve.deployment(
         name="frontends",
         num_replicas=frontends,
         max_ongoing_requests=MANY,
         health_check_period_s=HEALTH_PERIOD,
         ray_actor_options={"num_cpus": 0} | dict(frontend_actor or {}),
-    )
+    )(serve.ingress()(Frontend))
     shared = {name: _of_frontend(config) for name, config in configs.items()}
     handles = {f"engines_{number}": engine for number, engine in enumerate(engines.values())}
     return frontend.bind(shared, dict(server or {}), **handles)

@@ -3,6 +3,7 @@
 import hashlib
 import uuid
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,7 @@ def enrich(
     Raises:
         ConfigError: A setting is wrong, or the folder has files of another table.
     """
-    settings = {"model": model} if isinstance(model, str) else dict(model)
+    settings: dict[str, Any] = {"model": model} if isinstance(model, str) else dict(model)
     names = dataset.schema().names
     template = Template(prompt, names)
     columns = text_column(column, error_column) if schema is None else columns_of("schema", dict(schema), error_column)
@@ -75,7 +76,8 @@ def enrich(
     params = {"temperature": 0.0, "max_tokens": 256} | dict(sampling or {})
     written = _written_ids(output, id_column, [*names, *(field.name for field in columns.all_fields)])
     if len(written):
-        dataset = dataset.map_batches(_without, fn_args=(id_column, written), batch_size=None, batch_format="pyarrow")
+        without = partial(_without, id_column=id_column, written=written)
+        dataset = dataset.map_batches(without, batch_size=None, batch_format="pyarrow")
     least, most = (engines, engines) if isinstance(engines, int) else engines
     counts = dataset.repartition(target_num_rows_per_block=batch_rows).map_batches(
         _Enricher,
@@ -83,9 +85,9 @@ def enrich(
         batch_size=batch_rows,
         batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(min_size=least, max_size=most),
-        num_cpus=settings.get("threads") or 1,
+        num_cpus=float(settings.get("threads") or 1),
     )
-    rows = sum(count["rows"] for count in counts.iter_rows())
+    rows: int = sum(count["rows"] for count in counts.iter_rows())
     _remove_unfinished(output)
     return rows
 

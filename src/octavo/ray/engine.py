@@ -47,9 +47,9 @@ class Engine:
         settings: of the EngineConfig.
     """
 
-    async def __init__(self, settings: Mapping[str, Any]):
+    async def __init__(self, settings: Mapping[str, Any]):  # type: ignore[misc]  # Ray Serve awaits it
         config = EngineConfig.from_keywords(**settings, secret_file=secret_source())
-        host = ray.util.get_node_ip_address()
+        host = str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
         self.address = Address(host, _free_port(host))
         self._reports: dict[str, tuple[float, Work]] = {}  # by frontend
         self._stop, serving = asyncio.Event(), asyncio.Event()

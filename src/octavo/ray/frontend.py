@@ -40,7 +40,7 @@ class Frontend:
         self,
         settings: Mapping[str, Mapping[str, Any]],
         server: Mapping[str, Any],
-        **engines: DeploymentHandle,
+        **engines: DeploymentHandle[Any],
     ):
         handles = dict(zip(settings, engines.values(), strict=True))
         self._service = Service(settings, server, handles)
@@ -56,7 +56,7 @@ class Service:
         self,
         settings: Mapping[str, Mapping[str, Any]],
         server: Mapping[str, Any],
-        engines: Mapping[str, DeploymentHandle],
+        engines: Mapping[str, DeploymentHandle[Any]],
     ):
         self._settings, self._engines = settings, engines
         self._server = ServerConfig(**server)
