@@ -1,6 +1,5 @@
 """Batch enrichment on a real Ray cluster whose nodes and drivers are lost, compared with `octavo enrich`."""
 
-import os
 import signal
 import subprocess
 import time
@@ -23,7 +22,7 @@ pytestmark = [
     pytest.mark.slow,
 ]
 
-ROWS = int(os.environ.get("OCTAVO_TEST_RAY_ROWS", "400"))
+ROWS = 2000
 PROMPT = "What is {text}?"
 ENRICH = """
 import sys, time

@@ -80,6 +80,7 @@ class RayCluster:
             "RAY_ADDRESS": f"{self.ip(0)}:6379",
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_raylet_start_wait_time_s": "100",
+            "RAY_health_check_period_ms": "1000",
         }
         return os.environ | own
 
