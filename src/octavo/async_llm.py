@@ -31,6 +31,7 @@ from .frontend.requests import (
     max_output,
     tokenize_all,
 )
+from .frontend.router import Load
 from .frontend.scoring import ScoringParams, pairs_of, score_requests, scoring_output, share_prefix
 from .frontend.stats import FrontendStats, ReplicaStats
 from .frontend.tally import Tally
@@ -183,6 +184,10 @@ class AsyncLLM:
             raise ConfigError("set_engines is for a model of engines that others run; see the setting engines")
         self.config = dataclasses.replace(self.config, engines=list(urls))
         self._engines.set(self.config.engine_addresses)
+
+    def engine_loads(self) -> dict[str, Load]:
+        """Return what the router knows about each engine that others run, by address."""
+        return self._engines.loads() if self._engines is not None else {}
 
     async def scale(self, replicas: int) -> None:
         """Start engines, or drain some, until there are `replicas`. Requests of a drained engine move to the others.

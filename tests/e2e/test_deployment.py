@@ -66,7 +66,6 @@ def test_all_settings_in_deploy_exist() -> None:
     octavo = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]["octavo"]
     assert {name for name in octavo["environment"] if name.startswith("OCTAVO_")} <= SETTINGS
     documented = variables((ROOT / "docs" / "deploy.md").read_text()) - {"OCTAVO_ADDRESS", "OCTAVO_CONTAINER_MEMORY"}
-    documented -= {"OCTAVO_KV_STORE"}  # a setting that this version may not have yet
     assert documented <= SETTINGS, "the two are of deploy/compose.yaml alone"
 
 
@@ -179,7 +178,6 @@ ENGINES = {
     "kvDisk": {"enabled": True},
     "imagePullSecrets": [{"name": "pull"}],
 }
-COMING = {"--kv-store"}  # flags of octavo engine that this version may not have yet
 KEDA = {  # fields of KEDA's ScaledObject, and of its trigger for Prometheus
     "spec": {"scaleTargetRef", "minReplicaCount", "maxReplicaCount", "triggers"},
     "trigger": {"type", "metadata"},
@@ -224,7 +222,7 @@ def test_octavo_knows_the_flags_of_the_chart(values: dict[str, Any]) -> None:
             _, container = pod_of(workload)
             command = container.get("command", ["octavo", "serve"])[1]
             usage = text_of(Path(sys.executable).with_name("octavo"), command, "--help")
-            known = set(re.findall(r"--[a-z-]+", usage)) | COMING
+            known = set(re.findall(r"--[a-z-]+", usage))
             flags = {each.partition("=")[0] for each in container["args"] if each.startswith("--")}
             assert flags <= known, command
 

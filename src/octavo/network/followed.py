@@ -13,6 +13,7 @@ from octavo.address import Address
 from octavo.engine.messages import EngineInfo
 from octavo.frontend.frontend import Frontend
 from octavo.frontend.replica import Replica
+from octavo.frontend.router import Load
 
 from .curve import Curve
 from .link import RemoteLink
@@ -63,6 +64,10 @@ class FollowedEngines:
         self._addresses = list(addresses)
         self._missed = dict.fromkeys(self._replicas, MISSES)
         self._changed.set()
+
+    def loads(self) -> dict[str, Load]:
+        """Return what the router knows about each engine, by address."""
+        return {str(address): replica.load for address, replica in self._replicas.items()}
 
     async def close(self) -> None:
         """Stop following. The replicas are the frontend's to end."""

@@ -86,12 +86,16 @@ async def _run(config: EngineConfig, address: Address, curve: Curve | None) -> N
         if signal.getsignal(number) is not signal.SIG_IGN:
             loop.add_signal_handler(number, on_signal)
     with contextlib.suppress(asyncio.CancelledError):
-        await _serve(config, address, curve, serving, stop)
+        await serve_engine(config, address, curve, serving, stop)
 
 
-async def _serve(
+async def serve_engine(
     config: EngineConfig, address: Address, curve: Curve | None, serving: asyncio.Event, stop: asyncio.Event
 ) -> None:
+    """Listen, load the model, set `serving`, and serve frontends until `stop` is set; then drain.
+
+    Raises ConfigError, and any error from loading the model.
+    """
     context: zmq.Context[Any] = zmq.Context()
     process = None
     host = None

@@ -72,20 +72,31 @@ def text_column(name: str, error: str) -> Columns:
 
 
 def read_schema(path: Path, error: str) -> Columns:
-    """Return the columns of answers that match the JSON schema in a file: one for each property. Raises ConfigError.
-
-    All properties are required unless the schema lists those that are. Answers have no others unless it allows them.
-    """
+    """Return `columns_of` the JSON schema in a file. Raises ConfigError."""
     try:
         schema = msgspec.json.decode(path.read_bytes())
     except OSError as failure:
         raise ConfigError(f"cannot read {path}: {failure.strerror}") from None
     except (msgspec.DecodeError, UnicodeDecodeError) as failure:
         raise ConfigError(f"{path} is not JSON: {failure}") from None
+    return columns_of(str(path), schema, error)
+
+
+def columns_of(name: str, schema: Any, error: str) -> Columns:
+    """Return the columns of answers that match a JSON schema: one for each property.
+
+    All properties are required unless the schema lists those that are. Answers have no others unless it allows them.
+
+    Args:
+        name: of the schema, for errors.
+        error: the name of the column for errors.
+
+    Raises ConfigError.
+    """
     properties = schema.get("properties") if isinstance(schema, dict) else None
     if not isinstance(properties, dict) or not properties or schema.get("type", "object") != "object":
         raise ConfigError(
-            f'{path} must be the JSON schema of an object, {{"type": "object", "properties": {{...}}}}: each property '
+            f'{name} must be the JSON schema of an object, {{"type": "object", "properties": {{...}}}}: each property '
             "becomes a column"
         )
     defaults = {"type": "object", "required": list(properties), "additionalProperties": False}

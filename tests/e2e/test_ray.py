@@ -1,0 +1,108 @@
+"""Octavo on a real Ray cluster: three nodes in network namespaces, the application of docs/ray.md, a lost node."""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("ray.serve", reason="Ray is not installed: pip install 'octavo[ray]'")
+
+from ray_cluster import RayCluster, missing, ray_cluster
+
+pytestmark = [
+    pytest.mark.skipif(missing() is not None, reason=str(missing())),
+    pytest.mark.timeout(400),
+]
+
+SERVE = """
+import sys
+import ray
+from ray import serve
+from octavo.ray import Autoscaling, app
+ray.init(logging_level="ERROR")
+serve.start(http_options={"host": "0.0.0.0", "port": 8000})
+settings = {"model": sys.argv[1], "served_model_name": "tiny", "threads": 1, "kv_cache_memory": "100MiB"}
+service = app(settings, eval(sys.argv[2]), frontend_actor={"resources": {"head": 1}})
+serve.run(service, name="octavo", route_prefix="/")
+print("serving", flush=True)
+for question in sys.stdin:
+    states = serve.status().applications["octavo"].deployments["engines of tiny"].replica_states
+    print("engines", states.get("RUNNING", 0), flush=True)
+"""
+LOAD = Path(__file__).parents[1] / "support" / "steady_streams.py"
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[RayCluster]:
+    """A head without CPUs, which has the frontend, and two nodes for engines."""
+    with ray_cluster([0, 2, 2]) as cluster:
+        yield cluster
+
+
+class Service:
+    """The application, and a user of the cluster who deployed it and watches it."""
+
+    def __init__(self, cluster: RayCluster, model: Path, scaling: str):
+        self._cluster, self._user = cluster, cluster.popen(SERVE, str(model), scaling)
+        read_until(self._user, "serving")
+
+    def num_engines(self) -> int:
+        assert self._user.stdin is not None
+        self._user.stdin.write("?\n")
+        self._user.stdin.flush()
+        return int(read_until(self._user, "engines").split()[1])
+
+    def until_engines(self, count: int) -> None:
+        deadline = time.monotonic() + 90
+        while (found := self.num_engines()) != count:
+            assert time.monotonic() < deadline, f"{found} engines, not {count}"
+            time.sleep(0.2)
+
+    def streams(self, count: int) -> subprocess.Popen[str]:
+        """Begin to send requests. Returns when all clients have had tokens."""
+        words = (f"http://{self._cluster.ip(0)}:8000", str(count))
+        command = self._cluster.command(0, sys.executable, str(LOAD), *words)
+        load = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        read_until(load, "streaming")
+        return load
+
+
+def read_until(process: subprocess.Popen[str], word: str) -> str:
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith(word):
+            return line
+    raise AssertionError(f"the process ended with {process.wait()} before it said {word!r}")
+
+
+def ended(load: subprocess.Popen[str]) -> dict[str, int]:
+    """Let the clients end. Returns how their streams ended."""
+    result: dict[str, int] = json.loads(load.communicate(timeout=200)[0])
+    return result
+
+
+def test_a_lost_node_loses_no_stream(cluster: RayCluster, tiny_llama: Path) -> None:
+    service = Service(cluster, tiny_llama, "Autoscaling(min_engines=2, max_engines=2)")
+    load = service.streams(8)
+    cluster.kill(2)
+    service.until_engines(1)
+    service.until_engines(2)
+    result = ended(load)
+    assert result["whole"] >= 8
+    assert result == {"whole": result["whole"]}
+
+
+@pytest.mark.slow
+def test_engines_follow_the_load(cluster: RayCluster, tiny_llama: Path) -> None:
+    scaling = "Autoscaling(min_engines=0, max_engines=2, requests=2, up_delay=1, down_delay=8)"
+    service = Service(cluster, tiny_llama, scaling)
+    load = service.streams(8)
+    service.until_engines(2)
+    result = ended(load)
+    assert result == {"whole": result["whole"]}
+    service.until_engines(0)
+    assert ended(service.streams(1))["whole"] >= 1  # an engine is started for it
