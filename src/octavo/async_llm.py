@@ -194,6 +194,8 @@ class AsyncLLM:
 
         The cores are shared anew only by engines that start later. Raises any error from loading, and ConfigError.
         """
+        if self._engines is not None:
+            raise ConfigError("others run this model's engines: change their number where they are started")
         before, self.config = self.config, dataclasses.replace(self.config, data_parallel_size=replicas)
         try:
             await self._frontend.scale(replicas)
@@ -589,7 +591,7 @@ class AsyncLLM:
         await self._frontend.close()
         self.discard()
         if self._engines is not None:
-            self._engines.destroy()
+            await asyncio.to_thread(self._engines.destroy)  # waits shortly for what is queued to be sent
 
     async def shutdown(self) -> None:
         """Do what `close` does, under the name of LLM's method."""

@@ -221,7 +221,7 @@ class EngineConfig(Settings):
     )
     tensor_parallel_size: int = setting(
         1,
-        "Processes over which the model is divided: 1, 2, 4 or 8; each has its share of the cores and of the weights.",
+        "Processes over which the model is divided (cpu only): 1, 2, 4 or 8; each has its share of cores and weights.",
         Rule("1, 2, 4 or 8", RANKS.__contains__),
     )
 

@@ -78,7 +78,7 @@ def read_key(setting: str, source: str | None) -> str | None:
 
 def hide_password(url: str) -> str:
     """Return a URL with *** instead of its password."""
-    return re.sub(r"(?<=://)[^/@]*:[^/]*@|(?<=://)[^/@]*@", "***@", url)
+    return re.sub(r"(?<=://).*@", "***@", url)  # up to the last @: a password may contain / and @
 
 
 def without_secrets(variables: Mapping[str, str] = os.environ) -> dict[str, str]:

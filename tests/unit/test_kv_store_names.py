@@ -37,6 +37,7 @@ def test_addresses(url: str, expected: RedisAddress) -> None:
         *[("http://h", "kv_store must be a URL"), ("cache:6379", "kv_store must be"), ("redis://", "kv_store must be")],
         *[("redis://h:port", "Port"), ("redis://h:99999", "Port"), ("redis://h/x", "must be a number")],
         *[("redis://u:secret@h?what=1", "unknown option what"), ("rediss://h?ssl_cert_reqs=no", "ssl_cert_reqs")],
+        *[("redis://:a/secret@h:6379", "write / in a password as %2F")],
         *[("redis://u:secret@:1", "kv_store must be"), ("nothing.here:Store", "cannot import nothing.here")],
         *[("json:Nothing", "json has no Nothing"), ("json:JSONDecoder", "not a subclass of Store")],
         *[("broken_store:Abstract", "its constructor raised TypeError"), ("broken_store:Failing", "ValueError: no")],

@@ -50,7 +50,7 @@ def test_top_shows_names_as_text() -> None:
     from octavo.server.stats import ServerStats
 
     lists = {name: list[int]() for name in ("step_tokens", "preempted", "accepted")}
-    numbers = dict.fromkeys(set(EngineStats.__struct_fields__) - {"page_map", *lists}, 0)
+    numbers = dict.fromkeys(set(EngineStats.__struct_fields__) - {"page_map", "tiers", *lists}, 0)
     limits = dict.fromkeys(("max_batch_size", "max_batch_tokens", "max_queue", "max_model_len", "page_size"), 1)
     names = {
         "name": "\x1b]0;x\x07[red]m",
@@ -61,7 +61,12 @@ def test_top_shows_names_as_text() -> None:
         "memory": 0,
     }
     frontend = dict.fromkeys(("live", "limit", "refused", "timed_out"), 0)
-    model = {**names, "limits": limits, "frontend": frontend, "engine": {**numbers, **lists, "page_map": ""}}
+    model = {
+        **names,
+        "limits": limits,
+        "frontend": frontend,
+        "engine": {**numbers, **lists, "tiers": {}, "page_map": ""},
+    }
     stats = {"time": 1.0, "version": "\x9b0m", "models": [model]}
     console = Console(width=100, file=io.StringIO(), force_terminal=True, color_system=None)
     with console.capture() as capture:

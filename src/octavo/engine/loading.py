@@ -80,17 +80,21 @@ def load_engine(
     if config.tensor_parallel_size > 1:
         load_backend = _load_ranks(config, path, secrets, on_rank_end)
     backend = load_backend(spec, parameters, **settings, progress=progress or _silent)
-    checkpoint.verify()
-    plan = make_plan(
-        config,
-        backend.footprint,
-        max_model_len,
-        settings["threads"],
-        *_kv_share(config, engines, 0),
-        whole_attention=not divides_heads(spec, config.tensor_parallel_size),
-    )
-    backend.allocate_kv(plan.num_pages)
-    slowest = self_test(backend, config.max_batch_tokens)
+    try:
+        checkpoint.verify()
+        plan = make_plan(
+            config,
+            backend.footprint,
+            max_model_len,
+            settings["threads"],
+            *_kv_share(config, engines, 0),
+            whole_attention=not divides_heads(spec, config.tensor_parallel_size),
+        )
+        backend.allocate_kv(plan.num_pages)
+        slowest = self_test(backend, config.max_batch_tokens)
+    except BaseException:
+        backend.close()
+        raise
     trace = EngineTrace(_sampling_clock(backend)) if config.trace is not None else None
     engine = assemble(
         config,

@@ -118,10 +118,10 @@ class Fleet:
 
     async def _connect(self, model: Model) -> None:
         """Load a model of engines that others run, as often as it takes. While the fleet starts, raise any error."""
-        while model.state != "loaded" and not model.is_off:
+        while model.state != "loaded" and not model.is_off and self._models.get(model.name) is model:
             try:
                 await self._load_once(model)
-            except OctavoError as error:
+            except Exception as error:
                 if not self._has_started:
                     raise
                 log.error("%s cannot be used: %s", model.name, error)

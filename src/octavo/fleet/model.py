@@ -225,9 +225,12 @@ class Model:
             self.waits_for = reason
             log.warning("%s waits for an engine: %s", self.name, reason)
 
+        def find() -> "FoundModel":
+            curve = Curve.read(self.config.secret_file)
+            return find_model(self.config.engine_addresses, curve, report, lambda: is_wanted)
+
         try:
-            addresses, curve = self.config.engine_addresses, Curve.read(self.config.secret_file)
-            return await in_daemon_thread(lambda: find_model(addresses, curve, report, lambda: is_wanted))
+            return await in_daemon_thread(find)
         finally:
             is_wanted, self.waits_for = False, ""
 

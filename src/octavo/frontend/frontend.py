@@ -156,7 +156,7 @@ class Frontend:
         number = next(number for number in range(len(taken) + 1) if number not in taken)
         replica = Replica(lambda: connect(replica), self, self.placement.router.new_replica(), number, name, max_pause)
         self.replicas.append(replica)
-        for other in self.replicas if len(self.replicas) > 1 else ():
+        for other in self.replicas if len(self.replicas) == 2 else ():  # later ones are asked when they are ready
             other.send(WatchPages(with_content=self._events is not None))
         self._resize()
         replica.begin()
@@ -184,6 +184,7 @@ class Frontend:
         while replica in self.replicas and (self._lives_of(replica) or self.placement.place_interrupted(replica)):
             if not replica.is_ready and replica.link is not None and replica.link.is_remote:
                 self._take_all_back(replica)
+                self.placement.place_waiting()
                 break
             if not replica.ended.is_set() and self.placement.has_open_replica:
                 for live in self._lives_of(replica):
@@ -471,6 +472,8 @@ class Frontend:
 
     async def replica_ready(self, replica: Replica, info: EngineInfo) -> None:
         if self._ledger is None:
+            if self._config.kv_events is not None:  # first: it may fail, and is tried again with the next engine
+                self._events = KVEvents(self._config.kv_events, self._config.kv_events_replay, info.page_size)
             self.info = self.placement.info = info
             self.states = StateBook(
                 self, self._state_owner, info.fingerprint, self._config.kv_state_quota, self._config.kv_state_ttl
@@ -486,8 +489,6 @@ class Frontend:
                 is_alone=config.engines is None,
             )
             self._ledger.tenant_weights = self._tenant_weights
-            if self._config.kv_events is not None:
-                self._events = KVEvents(self._config.kv_events, self._config.kv_events_replay, info.page_size)
         elif info.fingerprint != self.info.fingerprint:
             raise EngineDead(self._other_model(replica))
         elif info.max_model_len < self.info.max_model_len:

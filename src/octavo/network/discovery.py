@@ -1,5 +1,6 @@
 """Discovery: get the model's small files from the first engine that answers."""
 
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from .protocol import NO_TERM, AskFiles, Files, Malformed, Refused, encode
 
 PATIENCE = 1.0  # seconds for an engine to accept a connection
 FILES_PATIENCE = 60.0  # seconds for its files to arrive then: they may be large, and the line slow
+NAMED = 3  # engines behind a name whose answers are reported
 LOOK = 20  # milliseconds between looks whether the answer is still wanted
 
 
@@ -92,13 +94,14 @@ def _ask_all(
         while time.monotonic() < deadline and is_wanted():
             time.sleep(LOOK / 1000)
         return _NoAnswer(f"{address}: the host is unknown ({error.strerror or error})")
-    failure = _NoAnswer(f"{address} does not answer")
+    failures: list[_NoAnswer] = []
     for engine in engines:
         answer = _ask(context, engine, curve, is_wanted)
         if isinstance(answer, FoundModel):
             return answer
-        failure = answer if answer.is_refusal else failure
-    return failure
+        failures.append(answer)
+    reasons = "; ".join(dict.fromkeys(failure.reason for failure in failures[:NAMED]))
+    return _NoAnswer(reasons, is_refusal=all(failure.is_refusal for failure in failures))
 
 
 def _ask(
@@ -106,6 +109,7 @@ def _ask(
 ) -> FoundModel | _NoAnswer:
     """Ask one engine for the model's files."""
     socket = open_socket(context, curve)
+    socket.sndtimeo = LOOK
     monitor = socket.get_monitor_socket()
     poller = zmq.Poller()
     for each in (socket, monitor):
@@ -120,8 +124,11 @@ def _ask(
                 if handshakes.is_refused(event):
                     return _NoAnswer(refusal(engine, curve), is_refusal=True)
                 if handshakes.is_done(event):
-                    socket.send_multipart((NO_TERM, encode(AskFiles())))
+                    with contextlib.suppress(zmq.Again):
+                        socket.send_multipart((NO_TERM, encode(AskFiles())))
                     deadline = time.monotonic() + FILES_PATIENCE
+                if event == zmq.Event.DISCONNECTED:
+                    return _NoAnswer(f"{engine} has closed the connection")
             if socket in ready:
                 return _answer(engine, socket.recv_multipart())
         return _NoAnswer(f"{engine} does not answer")

@@ -56,7 +56,7 @@ from .protocol import (
 from .session import Session
 from .turns import Turns
 
-QUIET = 10.0  # seconds without a crash after which frontends need no turns
+QUIET = 10.0  # seconds that an engine must have been ready after a crash until frontends need no turns
 FILES_REFUSED = "an engine over the network reads and writes no files for its frontends"
 
 log = logging.getLogger("octavo")
@@ -91,7 +91,7 @@ class EngineHost:
         self._questions: dict[int, tuple[Session, int]] = {}  # the engine's id: who asked, and the frontend's id
         self._question_ids = itertools.count()
         self._turns = Turns(self._admit, self._release)
-        self._crashed_at = float("-inf")
+        self._turns_until = float("-inf")  # infinity from a crash until the next engine is ready
         self._is_leaving = False
         self._beating: asyncio.Task[None] | None = None
 
@@ -177,7 +177,7 @@ class EngineHost:
         self._put((identity, NO_TERM, protocol.encode(Refused(reason))))
 
     def _enter(self, session: Session) -> None:
-        self._turns.enter(session, alone=time.monotonic() - self._crashed_at < QUIET)
+        self._turns.enter(session, alone=time.monotonic() < self._turns_until)
 
     def _admit(self, session: Session) -> None:
         assert self._info is not None
@@ -293,6 +293,7 @@ class EngineHost:
 
     async def replica_ready(self, replica: Replica, info: EngineInfo) -> None:
         self._info = info
+        self._turns_until = min(self._turns_until, time.monotonic() + QUIET)
         replica.readmission.engine_ready()
         for session in self.sessions:
             self._enter(session)
@@ -300,7 +301,7 @@ class EngineHost:
     def replica_lost(self, replica: Replica, exit: Exit) -> None:
         self._info = None
         if exit.is_fault or exit.work.alone is not None:
-            self._crashed_at = time.monotonic()
+            self._turns_until = float("inf")
         for session in self.sessions:
             session.tell(Ended.of(exit))
         self._sessions.clear()
@@ -350,7 +351,13 @@ class EngineHost:
                 self._replace_large(session, part)
 
     def _replace_large(self, session: Session, message: Tokens) -> None:
-        """End the requests of a message that is too long to be sent."""
+        """Send a message that is too long in parts, and end the requests whose part is too long by itself."""
+        if len(message.outputs) > 1:
+            session.send(Tokens([], b"", message.events))
+            for part in (Tokens([output]) for output in message.outputs):
+                if not session.send(part):
+                    self._replace_large(session, part)
+            return
         limit = f"the answer of a step takes more than {protocol.MAX_MESSAGE >> 20} MiB; ask for fewer logprobs"
         self._abort(session, [output.id for output in message.outputs if output.id in session.ids])
         session.send(Tokens([TokenOutput(output.id, -1, "error", message=limit) for output in message.outputs]))

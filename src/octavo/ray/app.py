@@ -45,6 +45,9 @@ def app(
     """
     given = [models] if isinstance(models, str | Mapping) else list(models)
     settings = [{"model": each} if isinstance(each, str) else dict(each) for each in given]
+    for name in ("engines", "secret_file", "data_parallel_size"):
+        if any(name in each for each in settings):
+            raise ConfigError(f"{name} must not be set with octavo.ray, which decides it")
     configs = {config.model_name: config for config in (EngineConfig.from_keywords(**each) for each in settings)}
     if len(configs) != len(settings) or not settings:
         raise ConfigError("models must be one or more models with different names; see served_model_name")
@@ -78,7 +81,7 @@ def app(
 
 def _of_frontend(config: EngineConfig) -> dict[str, Any]:
     """Return the settings that concern a frontend: all but those of the engine's place."""
-    placed = ("engines", "secret_file", "threads", "data_parallel_size", "kv_disk")
+    placed = ("engines", "secret_file", "threads", "data_parallel_size", "kv_disk", "trace")
     defaults = EngineConfig(model=config.model)
     return {
         field.name: value

@@ -33,7 +33,7 @@ class Autoscaling:
     def __post_init__(self) -> None:
         if not 0 <= self.min_engines <= self.max_engines or self.max_engines < 1:
             raise ValueError("max_engines must be at least 1, and min_engines from 0 to max_engines")
-        if min(self.queued_tokens, self.requests, self.ttft or 1) <= 0:
+        if min(self.queued_tokens, self.requests, 1 if self.ttft is None else self.ttft) <= 0:
             raise ValueError("queued_tokens, requests and ttft must be greater than 0")
 
     def engines(self, work: Mapping[str, float]) -> int:

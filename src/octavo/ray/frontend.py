@@ -31,9 +31,9 @@ class Frontend:
     """A replica of the ingress deployment.
 
     Args:
-        engines: by the model's name, the deployment of its engines.
         settings: by the model's name, those of the EngineConfig that concern a frontend.
         server: settings of the ServerConfig.
+        engines: the deployment of each model's engines, in the order of `settings`; the keywords' names do not matter.
     """
 
     def __init__(

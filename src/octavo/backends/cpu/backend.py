@@ -216,7 +216,7 @@ def _compile(
     if dtype not in ("auto", "bfloat16"):
         raise ConfigError(f"the cpu backend computes in bfloat16, not {dtype}; use dtype auto or backend torch")
     if device not in ("auto", "cpu"):
-        raise ConfigError(f"the cpu backend runs on device cpu, not {device}; use device auto or backend torch")
+        raise ConfigError(f"the cpu backend runs on device cpu, not {device}; use device auto or backend cuda")
     isa = choose_isa()
     program = new_program(
         shard,

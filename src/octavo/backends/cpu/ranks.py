@@ -100,9 +100,10 @@ class RankedBackend:
     def close(self) -> None:
         self._others.end()
         self._own.close()
+        self._pools = []
 
     def _check(self, page: int) -> None:
-        if not 0 <= page < len(self._pools[0]):
+        if not self._pools or not 0 <= page < len(self._pools[0]):
             raise ValueError("a page is not in the KV pool")
 
     def _parts(self, content: np.ndarray) -> list[np.ndarray]:

@@ -1,4 +1,4 @@
-"""The CUDA backend: the decoder in Triton kernels, launched as a CUDA graph where each sequence has one row."""
+"""The CUDA backend: the decoder in Triton kernels, launched as CUDA graphs for all but the largest steps."""
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext

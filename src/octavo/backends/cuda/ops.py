@@ -184,7 +184,7 @@ class CudaOps:
 
 
 def spans_of(spec: DecoderSpec) -> dict[str, int]:
-    """Return the spans that `out` and `down` sum in (design.md, "Order of sums"): at most 8, whole heads in `out`."""
+    """Return the spans that `out` and `down` sum in (docs/gpu.md): at most 8, whole heads in `out`."""
     return {"out": _most_spans(spec.num_heads), "down": _most_spans(spec.intermediate_size)}
 
 

@@ -44,7 +44,9 @@ class RedisAddress:
             options = parse_qs(parts.query, strict_parsing=bool(parts.query))
             port = parts.port
         except ValueError as error:
-            raise ConfigError(f"kv_store must be {_FORM}, not {shown} ({error})") from None
+            # The error's text may have a part of the password.
+            reason = f" ({error})" if shown == url else "; write / in a password as %2F"
+            raise ConfigError(f"kv_store must be {_FORM}, not {shown}{reason}") from None
         if unknown := set(options) - _OPTIONS.get(parts.scheme, set()):
             raise ConfigError(f"kv_store: {shown} has the unknown option {unknown.pop()}")
         is_unix = parts.scheme == "unix"

@@ -51,6 +51,7 @@ class Health:
         if not self._is_known:
             self._failures = max(self._failures, 1)
             self._fail(reason)
+            self.on_failure()  # the thread that probes may be idle
 
     def probe_failed(self, reason: str) -> None:
         """Note that a probe failed, or was answered late."""

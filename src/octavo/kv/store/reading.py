@@ -252,10 +252,9 @@ class Reading:
             self._latency += _SMOOTHING * (seconds - self._latency)
             if seconds > _LATE:
                 self._health.failed(f"it answers after {seconds:.2f} s")
-            missing = lookup.keys[len(found) :]
-            self._on_loss(missing)
+            self._on_loss([key for key, is_there in zip(lookup.keys, answers, strict=False) if not is_there])
             with self._lock:
-                self._counts.misses += len(missing)
+                self._counts.misses += len(lookup.keys) - len(found)
         except Exception as error:
             self._failed(error)
         lookup.found, lookup.is_answered = frozenset(found), True  # for a sequence that is being computed, too

@@ -17,9 +17,10 @@ class Store(ABC):
     """A store of values by name. It may lose any value at any time, since pages can be computed again.
 
     An engine makes one instance, `ClassName(config)`, and calls it from three threads at once, of which none computes
-    steps. Each of `has`, `get` and (`renew` or `set`) is called by one thread at a time. A method may block, raise
-    anything, or return what was never stored: every value carries a checksum, or is encrypted. A request waits for the
-    store for less than 0.1 s in all. After an error or a late answer, the store is left alone for a while.
+    steps. One calls `has`, one `get`, and one `renew` and `set`. The default `renew` calls `has`, so `has` is then
+    called by two threads at a time. A method may block, raise anything, or return what was never stored: every value
+    carries a checksum, or is encrypted. A request waits for the store for less than 0.1 s in all. After an error or a
+    late answer, the store is left alone for a while.
 
     Names are short ASCII texts. Equal names mean equal pages, whichever engine stores them. They are hashes of all
     tokens up to the end of the page, the model, the tenant and the salt, and are not worth sorting or parsing.

@@ -1,4 +1,4 @@
-"""Rows of int8 with one scale, rotated first (QuaRot: Ashkboos et al., 2024): the CPU's integers, to the bit.
+"""Rows of int8 with one scale, rotated first (QuaRot: Ashkboos et al., 2024): the CPU's integers of one span.
 
     y = H x;   scale[n] = max |y[n]| / 127;   q[n] = round(y[n] / scale[n])
 

@@ -1,4 +1,4 @@
-"""The fixed tree in which sums over spans of k are added (design.md, "Order of sums").
+"""The fixed tree in which sums over spans of k are added (docs/gpu.md).
 
 Spans are added in pairs, then pairs of spans, and so on; what is left without a partner waits for the next level:
 
