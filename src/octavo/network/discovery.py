@@ -114,7 +114,7 @@ def _ask(
     poller = zmq.Poller()
     for each in (socket, monitor):
         poller.register(each, zmq.POLLIN)
-    deadline, handshakes = time.monotonic() + PATIENCE, Handshakes()
+    deadline, handshakes, is_connected = time.monotonic() + PATIENCE, Handshakes(), False
     try:
         socket.connect(str(engine))
         while time.monotonic() < deadline and is_wanted():
@@ -126,8 +126,8 @@ def _ask(
                 if handshakes.is_done(event):
                     with contextlib.suppress(zmq.Again):
                         socket.send_multipart((NO_TERM, encode(AskFiles())))
-                    deadline = time.monotonic() + FILES_PATIENCE
-                if event == zmq.Event.DISCONNECTED:
+                    deadline, is_connected = time.monotonic() + FILES_PATIENCE, True
+                elif event == zmq.Event.DISCONNECTED and is_connected:
                     return _NoAnswer(f"{engine} has closed the connection")
             if socket in ready:
                 return _answer(engine, socket.recv_multipart())
