@@ -96,7 +96,7 @@ def test_a_lost_node_loses_no_stream(cluster: RayCluster, tiny_llama: Path) -> N
     assert result == {"whole": result["whole"]}
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_engines_follow_the_load(cluster: RayCluster, tiny_llama: Path) -> None:
     scaling = "Autoscaling(min_engines=0, max_engines=2, requests=2, up_delay=1, down_delay=8)"
     service = Service(cluster, tiny_llama, scaling)
