@@ -69,20 +69,17 @@ class Allocated(msgspec.Struct, frozen=True, tag=True):
 
 
 class Failed(msgspec.Struct, frozen=True, tag=True):
-    """Loading failed with an error of errors.py, or with another one."""
+    """Loading failed (see errors.to_line)."""
 
     name: str
     text: str
 
     @classmethod
     def of(cls, error: Exception) -> "Failed":
-        known = isinstance(error, errors.OctavoError)
-        text = " ".join(str(error).split())
-        return cls(type(error).__name__, text) if known else cls("EngineDead", f"{type(error).__name__}: {text}")
+        return cls(*errors.to_line(error))
 
     def exception(self, rank: int) -> Exception:
-        error: Exception = getattr(errors, self.name, errors.EngineDead)(f"{self.text} (rank {rank})")
-        return error
+        return errors.from_line(self.name, f"{self.text} (rank {rank})")
 
 
 ToRank = Load | Allocate
