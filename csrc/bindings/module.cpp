@@ -266,6 +266,8 @@ NB_MODULE(_native, module) {
     module.def("available_isas", &available_isas);
     module.def("sum_partials", &sum_partials, "isa"_a, "partials"_a, "bias"_a = nb::none(), "residual"_a = nb::none());
 
+    module.def("stop_ranks", [](int group) { RankGroup(0, 1, group).stop(); }, "group"_a);
+
     nb::enum_<Activation>(module, "Activation")
         .value("silu", Activation::silu)
         .value("gelu_tanh", Activation::gelu_tanh);
@@ -273,16 +275,16 @@ NB_MODULE(_native, module) {
     nb::class_<Program>(module, "Program")
         .def(
             "__init__",
-            [](Program* self, const std::string& isa, std::vector<int> cores, int64_t vocab, int64_t heads,
+            [](Program* self, const std::string& isa, std::vector<std::vector<int>> processors, int64_t vocab, int64_t heads,
                int64_t kv_heads, int64_t head_dim, int64_t layers, double norm_eps, int64_t page_size, int64_t max_rows,
                int64_t max_sampled, std::vector<double> frequencies, bool int8_kv, int rank, int ranks, int group,
                int kv) {
                 const Sizes sizes{vocab,    heads,     kv_heads, head_dim,    layers,
                                   norm_eps, page_size, max_rows, max_sampled, int8_kv};
                 auto others = ranks > 1 ? std::make_unique<RankGroup>(rank, ranks, group) : nullptr;
-                new (self) Program(isa, std::move(cores), sizes, std::move(frequencies), std::move(others), kv);
+                new (self) Program(isa, std::move(processors), sizes, std::move(frequencies), std::move(others), kv);
             },
-            nb::kw_only(), "isa"_a, "cores"_a, "vocab"_a, "heads"_a, "kv_heads"_a, "head_dim"_a, "layers"_a,
+            nb::kw_only(), "isa"_a, "processors"_a, "vocab"_a, "heads"_a, "kv_heads"_a, "head_dim"_a, "layers"_a,
             "norm_eps"_a, "page_size"_a, "max_rows"_a, "max_sampled"_a, "frequencies"_a, "int8_kv"_a = false,
             "rank"_a = 0, "ranks"_a = 1, "group"_a = -1, "kv"_a = -1)
         .def("vector", [](Program& p, Array<float> values) { return p.vector(values.data(), values.shape(0)); })
@@ -310,7 +312,6 @@ NB_MODULE(_native, module) {
         .def("copy_page", &copy_page, "source"_a, "target"_a)
         .def("gather_rows", &Program::gather_rows)
         .def("follow", &Program::follow, nb::call_guard<nb::gil_scoped_release>())
-        .def("stop_ranks", &Program::stop_ranks)
         .def("step", &step)
         .def("logits", &logits)
         .def_prop_ro("layers", [](Program& p) { return linears(p.linears(false)); })

@@ -51,9 +51,9 @@ const char* name_of(const Instruction& instruction) {
 
 }  // namespace
 
-Program::Program(const std::string& isa, std::vector<int> cores, const Sizes& sizes, std::vector<double> frequencies,
-                 std::unique_ptr<RankGroup> ranks, int kv)
-    : kernels_(kernels_for(isa)), pool_(std::move(cores)), ranks_(std::move(ranks)), kv_file_(kv), sizes_(sizes),
+Program::Program(const std::string& isa, std::vector<std::vector<int>> processors, const Sizes& sizes,
+                 std::vector<double> frequencies, std::unique_ptr<RankGroup> ranks, int kv)
+    : kernels_(kernels_for(isa)), pool_(std::move(processors)), ranks_(std::move(ranks)), kv_file_(kv), sizes_(sizes),
       shape_{sizes.heads, sizes.kv_heads, sizes.head_dim, sizes.page_size, float(sizes.norm_eps), sizes.int8_kv},
       frequencies_(std::move(frequencies)) {
     require(pool_.size() > 0, "there must be at least one thread");
@@ -350,8 +350,8 @@ bool Program::run(const Batch& batch, const Pooling& pooling, const Work& finish
     const std::unique_lock one_at_a_time(running_, std::try_to_lock);
     require(one_at_a_time.owns_lock(), "another thread is running a step");
     validate(batch, pooling);
-    if (followed_ && ranks_->rank() == 0) publish(batch);
     prepare(batch, pooling);
+    if (followed_ && ranks_->rank() == 0) publish(batch);  // last: what fails before concerns no other rank
     finish_row_ = &finish_row;
     const bool profiled = !seconds_.empty();
     const int sampling = int(instructions_.size()) - 1;
@@ -409,10 +409,6 @@ void Program::follow() {
     const Work none = [](int64_t, int) {};
     while (ranks_->wait_for_step() && run(published(), {}, none)) {
     }
-}
-
-void Program::stop_ranks() {
-    if (ranks_) ranks_->stop();
 }
 
 LinearWeights Program::linears(bool head) const {

@@ -63,10 +63,10 @@ struct LinearWeights {
 
 class Program {
 public:
-    // `ranks`: null, or the processes that run this program together, each with its part of the weights. kv: a memfd for
+    // `processors`: as for ThreadPool. `ranks`: null, or the processes that run this program together, each with its part of the weights. kv: a memfd for
     // the KV pool, which other processes may map; -1: memory of this process.
-    Program(const std::string& isa, std::vector<int> cores, const Sizes& sizes, std::vector<double> frequencies,
-            std::unique_ptr<RankGroup> ranks = nullptr, int kv = -1);
+    Program(const std::string& isa, std::vector<std::vector<int>> processors, const Sizes& sizes,
+            std::vector<double> frequencies, std::unique_ptr<RankGroup> ranks = nullptr, int kv = -1);
 
     // Recording. Ints are handles: of vectors (norm weights and biases), of weights, and of buffers of activations.
     // Each op returns the buffer that it writes. src/octavo/model/ops.py and the kernels describe what an op computes.
@@ -105,7 +105,6 @@ public:
 
     // Ranks other than 0: run their part of every step that rank 0 runs, until the group is stopped.
     void follow();
-    void stop_ranks();  // from any thread: end all steps, in all ranks
 
     int64_t logits_width() const { return logits_width_; }
     int64_t pooled_width() const { return pooled_width_; }  // of the sums of pool_rows; 0 without it

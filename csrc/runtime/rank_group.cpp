@@ -4,17 +4,14 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#include <chrono>
 #include <climits>
 
-#include "relax.h"
+#include "waiting.h"
 
 namespace octavo {
 
 namespace {
 
-// How long a rank spins before it sleeps. Barriers are a few microseconds apart, steps a few hundred.
-constexpr int64_t kBarrierPatience = 50, kStepPatience = 100;
 constexpr size_t kCounterBytes = 4096;
 
 uint32_t* word_of(std::atomic<uint32_t>& value) { return reinterpret_cast<uint32_t*>(&value); }
@@ -48,7 +45,7 @@ void RankGroup::advance(Signal& signal) {
 }
 
 // Wait until the signal has reached `wanted`, which may have wrapped around.
-bool RankGroup::wait_for(Signal& signal, uint32_t wanted, int64_t patience_us) {
+bool RankGroup::wait_for(Signal& signal, uint32_t wanted, std::chrono::microseconds patience) {
     using Clock = std::chrono::steady_clock;
     const auto reached = [&](uint32_t value) { return int32_t(value - wanted) >= 0; };
     const auto start = Clock::now();
@@ -58,7 +55,7 @@ bool RankGroup::wait_for(Signal& signal, uint32_t wanted, int64_t patience_us) {
             relax();
         }
         if (stopped()) return false;
-    } while (Clock::now() - start < std::chrono::microseconds(patience_us));
+    } while (Clock::now() - start < patience);
     signal.sleepers.fetch_add(1);
     uint32_t value;
     while (!reached(value = signal.value.load()) && !counters().stopped.load()) sleep_while(signal.value, value);

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <atomic>
+#include <chrono>
 #include <cstddef>
 #include <cstdint>
 
@@ -21,7 +22,8 @@ public:
     int rank() const { return rank_; }
     int size() const { return size_; }
 
-    // Map memory of this size, which is zeroed and the same for all ranks. Each rank calls it once, with the same size.
+    // Map memory of this size, the same for all ranks: zeroed, or as an earlier group with the same memfd left it. Each
+    // rank calls it once, with the same size.
     std::byte* map(size_t bytes);
 
     // Wait until every rank has called barrier(). What they wrote before it is visible to all after it. Return false,
@@ -32,7 +34,7 @@ public:
     void start_step();
     bool wait_for_step();
 
-    // End all waiting, in all ranks: one of them has ended, or rank 0 is done. From any thread.
+    // End all waiting, in all ranks and for good: one of them has ended, or rank 0 is done. From any thread.
     void stop();
     bool stopped() const { return counters().stopped.load(std::memory_order_relaxed) != 0; }
 
@@ -49,7 +51,7 @@ private:
 
     Counters& counters() const { return *reinterpret_cast<Counters*>(counters_.data()); }
     void advance(Signal& signal);
-    bool wait_for(Signal& signal, uint32_t wanted, int64_t patience_us);
+    bool wait_for(Signal& signal, uint32_t wanted, std::chrono::microseconds patience);
 
     const int rank_, size_, fd_;
     Memory counters_, memory_;

@@ -10,7 +10,7 @@
 #include <mutex>
 #include <thread>
 
-#include "relax.h"
+#include "waiting.h"
 
 namespace octavo {
 
@@ -18,19 +18,15 @@ namespace {
 
 using std::chrono::microseconds;
 
-// How long a thread spins before it sleeps. Barriers within a step are a few microseconds apart, steps a few hundred.
-constexpr microseconds kBarrierPatience{50}, kStepPatience{100};
-
-void pin_to(int core) {
-    if (core == ThreadPool::kAnyCore) return;
+void confine_to(const std::vector<int>& processors) {
+    if (processors.empty()) return;
     cpu_set_t set;
     CPU_ZERO(&set);
-    CPU_SET(core, &set);
-    pthread_setaffinity_np(pthread_self(), sizeof set, &set);  // if it fails, the scheduler chooses the core
+    for (int processor : processors) CPU_SET(processor, &set);
+    pthread_setaffinity_np(pthread_self(), sizeof set, &set);  // if it fails, the scheduler chooses
 }
 
-// A counter that threads can wait on: first by spinning, which notices a change within a cache miss, then asleep, which
-// leaves the core to other programs. (std::atomic::wait of GCC 12 can miss a notification.)
+// A counter that threads can wait on. (std::atomic::wait of GCC 12 can miss a notification.)
 class Signal {
 public:
     uint32_t value() const { return value_.load(std::memory_order_acquire); }
@@ -73,8 +69,8 @@ private:
 // The threads of one process, other than the caller of run().
 class ThreadPool::Team {
 public:
-    explicit Team(const std::vector<int>& cores) : size(cores.size()) {
-        for (size_t i = 1; i < size; i++) threads.emplace_back([this, i, core = cores[i]] { loop(int(i), core); });
+    explicit Team(const std::vector<std::vector<int>>& processors) : size(processors.size()) {
+        for (size_t i = 1; i < size; i++) threads.emplace_back([this, i, own = processors[i]] { loop(int(i), own); });
     }
 
     ~Team() {
@@ -103,8 +99,8 @@ public:
     std::vector<std::thread> threads;
 
 private:
-    void loop(int thread, int core) {
-        pin_to(core);
+    void loop(int thread, const std::vector<int>& processors) {
+        confine_to(processors);
         for (uint32_t seen = 0;; seen++) {
             calls.wait_past(seen, kStepPatience);
             if (!work) return;
@@ -114,7 +110,7 @@ private:
     }
 };
 
-ThreadPool::ThreadPool(std::vector<int> cores) : cores_(std::move(cores)) {}
+ThreadPool::ThreadPool(std::vector<std::vector<int>> processors) : processors_(std::move(processors)) {}
 
 ThreadPool::~ThreadPool() {
     if (team_ && team_->process != getpid()) (void)team_.release();
@@ -123,16 +119,16 @@ ThreadPool::~ThreadPool() {
 void ThreadPool::run(const std::function<void(int)>& work) {
     // Threads do not survive a fork: in a child, the team's threads are gone and its locks may be held. Leak it.
     if (team_ && team_->process != getpid()) (void)team_.release();
-    if (!team_) team_ = std::make_unique<Team>(cores_);
+    if (!team_) team_ = std::make_unique<Team>(processors_);
 
     cpu_set_t before;
-    const bool pinned = cores_[0] != kAnyCore && pthread_getaffinity_np(pthread_self(), sizeof before, &before) == 0;
-    if (pinned) pin_to(cores_[0]);
+    const bool confined = !processors_[0].empty() && pthread_getaffinity_np(pthread_self(), sizeof before, &before) == 0;
+    if (confined) confine_to(processors_[0]);
     team_->work = &work;
     team_->calls.advance();
     work(0);
     barrier();
-    if (pinned) pthread_setaffinity_np(pthread_self(), sizeof before, &before);
+    if (confined) pthread_setaffinity_np(pthread_self(), sizeof before, &before);
 }
 
 void ThreadPool::barrier() { team_->barrier(); }

@@ -1,4 +1,5 @@
-// A pool of threads and the barrier between the instructions of a program. Each thread may be pinned to a core.
+// A pool of threads and the barrier between the instructions of a program. Each thread may be confined to some
+// processors.
 #pragma once
 
 #include <functional>
@@ -9,15 +10,14 @@ namespace octavo {
 
 class ThreadPool {
 public:
-    static constexpr int kAnyCore = -1;  // in `cores`: a thread that is not pinned
-
-    // One thread per entry of `cores`. The thread that calls run() is thread 0, pinned to cores[0] for that time.
-    explicit ThreadPool(std::vector<int> cores);
+    // One thread per entry, the processors that it may run on; empty: any. The thread that calls run() is thread 0,
+    // and is confined to those of the first entry for that time.
+    explicit ThreadPool(std::vector<std::vector<int>> processors);
     ~ThreadPool();
     ThreadPool(const ThreadPool&) = delete;
     ThreadPool& operator=(const ThreadPool&) = delete;
 
-    int size() const { return int(cores_.size()); }
+    int size() const { return int(processors_.size()); }
 
     // Call work(thread) on every thread at the same time; return when all calls have returned. `work` must not throw.
     void run(const std::function<void(int)>& work);
@@ -31,7 +31,7 @@ public:
 private:
     class Team;
 
-    std::vector<int> cores_;
+    std::vector<std::vector<int>> processors_;
     std::unique_ptr<Team> team_;
 };
 

@@ -98,3 +98,21 @@ def shortened(value: object, limit: int = 200) -> str:
     text = " ".join(str(value).split())
     half = limit // 2
     return text if len(text) <= limit else f"{text[:half]} ... {text[-half:]}"
+
+
+def to_line(error: BaseException) -> tuple[str, str]:
+    """Return the name of an error's class and its message in one line, for another process.
+
+    An error of another module becomes EngineDead, with its name in the message.
+    """
+    name, text = type(error).__name__, " ".join(str(error).split())
+    if isinstance(error, OctavoError) and name in globals():
+        return name, text
+    return EngineDead.__name__, f"{name}: {text}" if text else name
+
+
+def from_line(name: str, text: str) -> Exception:
+    """Return the error that `to_line` has described."""
+    error = globals().get(name, EngineDead)(text)
+    assert isinstance(error, Exception)
+    return error

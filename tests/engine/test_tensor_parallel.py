@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import dataclasses
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,11 +17,14 @@ from typing import Any
 
 import httpx
 import pytest
+from safetensors.torch import load_file, save_file
 
 from octavo import LLM, AsyncLLM, RequestOutput, SamplingParams
+from octavo.backends.cpu import calibration
 from octavo.backends.cpu.rank_process import Load, Loaded, RankProcess, share_memory
 from octavo.errors import ConfigError, EngineDead
 from octavo.weights import open_checkpoint
+from command_line import OCTAVO, complaint
 from server_process import ServerProcess, free_port
 
 PROMPTS = [[(7 * i + 11 * k) % 500 + 3 for i in range(length)] for k, length in enumerate((3, 40, 150, 97, 1, 64))]
@@ -236,6 +240,47 @@ def test_an_error_of_a_rank_is_the_error_of_the_load(
     with pytest.raises(FileNotFoundError, match=r"missing.*\(rank 1\)"):
         LLM(str(tiny_model("llama-ranks")), tensor_parallel_size=2)
     assert not ranks_of(os.getpid())
+
+
+def test_a_rank_that_dies_while_importances_are_measured(
+    tiny_model: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank 0 waits for it within a layer then."""
+
+    def kill_and_run(*arguments: Any) -> Any:
+        for rank in ranks_of(os.getpid()):
+            os.kill(rank, signal.SIGKILL)
+        return run_layer(*arguments)
+
+    run_layer = calibration._run_layer
+    monkeypatch.setattr(calibration, "_run_layer", kill_and_run)
+    with pytest.raises(EngineDead, match="rank 1 has ended while it loaded: killed by SIGKILL"):
+        LLM(str(tiny_model("llama-ranks")), tensor_parallel_size=2, quantization="4bit")
+    assert not ranks_of(os.getpid())
+
+
+@pytest.mark.parametrize("quantization", ["none", "4bit"])
+def test_a_part_with_damaged_weights(tiny_model: Callable[[str], Path], quantization: str, tmp_path: Path) -> None:
+    """One line and exit code 2, as with one process; no process is left."""
+    shutil.copytree(tiny_model("llama-ranks"), tmp_path, dirs_exist_ok=True)
+    name = "model.layers.0.mlp.down_proj.weight"
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors[name][:, -1] = float("nan")
+    save_file(tensors, tmp_path / "model.safetensors")
+    alone = complaint("serve", tmp_path, "--quantization", quantization)
+    command = [*OCTAVO, "serve", str(tmp_path), "--quantization", quantization, "-tp", "2"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as server:
+        _, lines = server.communicate(timeout=60)
+    assert (server.returncode, lines) == (2, alone.replace("\n", " (rank 1)\n"))
+    assert name in lines
+    with pytest.raises(ProcessLookupError):  # as nothing is left of its group
+        os.killpg(server.pid, 0)
+
+
+def test_torchrun_with_another_number_of_processes(tiny_model: Callable[[str], Path]) -> None:
+    environment = {"TORCHELASTIC_RUN_ID": "none", "RANK": "0", "WORLD_SIZE": "2"}
+    line = complaint("serve", tiny_model("llama-ranks"), **environment)
+    assert "torchrun has started 2 processes" in line and "tensor_parallel_size is 1" in line
 
 
 @pytest.mark.parametrize(

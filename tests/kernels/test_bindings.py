@@ -81,7 +81,7 @@ def test_vectors_are_copied_from_any_layout(layers: Layers) -> None:
     expected = layers.run(TOKENS)
     for change in (strided, lambda x: x.astype(np.float64), lambda x: x[::-1].copy()[::-1]):
         program = native.Program(
-            isa=ISAS[0], cores=[0], vocab=VOCAB, heads=1, kv_heads=1, head_dim=16, layers=1, norm_eps=0.1,
+            isa=ISAS[0], processors=[[0]], vocab=VOCAB, heads=1, kv_heads=1, head_dim=16, layers=1, norm_eps=0.1,
             page_size=32, max_rows=32, max_sampled=32, frequencies=[1.0] * 8,
         )  # fmt: skip
         table, weight = program.weight(VOCAB, COLUMNS), program.weight(WIDTH, COLUMNS)

@@ -68,7 +68,7 @@ class Linear:
 def linear(isa: str, parts: Parts, rows: int, columns: int, encoding: "native.Encoding | None" = None) -> Linear:
     """The embedding's rows have a mean square of 1, so that the norm, but for the last bit, changes nothing."""
     program = native.Program(
-        isa=isa, cores=[0, 1], vocab=VOCAB, heads=1, kv_heads=1, head_dim=16, layers=1, norm_eps=0.0,
+        isa=isa, processors=[[0], [1]], vocab=VOCAB, heads=1, kv_heads=1, head_dim=16, layers=1, norm_eps=0.0,
         page_size=32, max_rows=160, max_sampled=160, frequencies=[1.0] * 8,
     )  # fmt: skip
     signs = np.random.default_rng(columns).choice(np.float32([-1, 1]), (VOCAB, columns))

@@ -56,7 +56,7 @@ def build(
 ) -> Layers:  # fmt: skip
     """`describe(program, x)` appends ops to x, the normed embedding; it returns the result and weights to pack."""
     program = native.Program(
-        isa=isa, cores=list(range(threads)), vocab=VOCAB, heads=1, kv_heads=1,
+        isa=isa, processors=[[core] for core in range(threads)], vocab=VOCAB, heads=1, kv_heads=1,
         head_dim=16, layers=1, norm_eps=EPS, page_size=32, max_rows=160, max_sampled=160, frequencies=[1.0] * 8,
     )  # fmt: skip
     embed = random(VOCAB, columns, seed=1)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from octavo.backends.cpu import _native
 from octavo.model import describe_model
 from octavo.model.shard import Shard, divides_heads, sizes_for
 from octavo.model.spec import DecoderSpec
@@ -48,12 +49,14 @@ def share_memory() -> int:
 
 
 @contextlib.contextmanager
-def ranks(spec: DecoderSpec, size: int, follow: bool = True, **settings: Any) -> Iterator[Any]:
-    """Rank 0 of a random model; the others follow it in threads, which end with the block."""
+def ranks(
+    spec: DecoderSpec, size: int, follow: bool = True, steps: int | None = None, **settings: Any
+) -> Iterator[Any]:
+    """Rank 0 of a random model; the others follow it in threads, which end with the block. `steps`: see Place."""
     from octavo.backends.cpu.backend import load_shard
     from octavo.backends.cpu.program import Place
 
-    files = [share_memory() for _ in range(2 + size)]
+    files = [share_memory() if steps is None else steps, *(share_memory() for _ in range(1 + size))]
     parameters = settings.pop("parameters", None) or random_parameters(spec)
     backends: list[Any] = [None] * size
 
@@ -77,7 +80,7 @@ def ranks(spec: DecoderSpec, size: int, follow: bool = True, **settings: Any) ->
     try:
         yield backends[0]
     finally:
-        backends[0].stop_ranks()
+        _native.stop_ranks(files[0])
         for thread in following:
             thread.join(10)
             assert not thread.is_alive()
@@ -138,8 +141,9 @@ def test_a_batch_that_is_refused_reaches_no_rank() -> None:
 
 
 def test_a_step_that_waits_for_a_missing_rank_can_be_stopped() -> None:
-    with ranks(WIDE, 2, follow=False) as backend:
-        stop = threading.Timer(0.2, backend.stop_ranks)
+    steps = share_memory()
+    with ranks(WIDE, 2, follow=False, steps=steps) as backend:
+        stop = threading.Timer(0.2, _native.stop_ranks, [steps])
         stop.start()
         with pytest.raises(RuntimeError, match="stopped"):
             backend.step(step_batch([(TOKENS[:5], 0, [0])]))

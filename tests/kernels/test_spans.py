@@ -62,7 +62,7 @@ def products(
     """The linear's sums for these tokens: float32 [tokens, rows]. Rows of signs have a mean square of 1: norm = x."""
     rows, columns = len(x.stored), x.signs.shape[1]
     program = native.Program(
-        isa=isa, cores=[-1] * threads, vocab=VOCAB, heads=1, kv_heads=1, head_dim=16, layers=1, norm_eps=0.0,
+        isa=isa, processors=[[]] * threads, vocab=VOCAB, heads=1, kv_heads=1, head_dim=16, layers=1, norm_eps=0.0,
         page_size=32, max_rows=160, max_sampled=160, frequencies=[1.0] * 8,
     )  # fmt: skip
     table, weight = program.weight(VOCAB, columns), program.weight(rows, columns, encoding, ends)

@@ -55,10 +55,20 @@ def serve(
     if len(names) == 1:
         settings.values["model"] = names[0]
     engine = settings.build(EngineConfig)
+    _check_torchrun(engine.tensor_parallel_size)
     from octavo.server.run import serve as run
 
     is_fleet = len(names) > 1 or server.models is not None or server.memory is not None
     run((lambda: _fleet(settings, server, names or [engine.model])) if is_fleet else engine, server)
+
+
+def _check_torchrun(ranks: int) -> None:
+    """Raise ConfigError if torchrun has started this process as one of another number than `ranks`."""
+    if "TORCHELASTIC_RUN_ID" in os.environ and (world := os.environ.get("WORLD_SIZE", "1")) != str(ranks):
+        raise ConfigError(
+            f"torchrun has started {world} processes (--nproc_per_node) and tensor_parallel_size is {ranks}; give "
+            "both the same number"
+        )
 
 
 def _fleet(settings: Resolved, server: ServerConfig, names: Sequence[str]) -> "FleetSpec":

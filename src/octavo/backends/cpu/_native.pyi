@@ -28,13 +28,16 @@ class Program:
 
     Ints are handles of vectors, weights and buffers of activations; -1 means none. Record ops up to `finish`, then
     `pack` each weight, then `allocate_kv`, then call `step` or `logits`.
+
+    Args:
+        processors: those that each thread may run on; empty: any.
     """
 
     def __init__(
         self,
         *,
         isa: str,
-        cores: Sequence[int],
+        processors: Sequence[Sequence[int]],
         vocab: int,
         heads: int,
         kv_heads: int,
@@ -84,7 +87,6 @@ class Program:
     def import_page(self, page: int, content: np.ndarray) -> None: ...
     def copy_page(self, source: int, target: int) -> None: ...
     def follow(self) -> None: ...
-    def stop_ranks(self) -> None: ...
     def step(
         self, batch: StepBatch
     ) -> tuple[
@@ -107,6 +109,7 @@ class Program:
     def sampling_seconds(self) -> float: ...
 
 def available_isas() -> list[str]: ...
+def stop_ranks(group: int) -> None: ...
 def sum_partials(
     isa: str, partials: Sequence[np.ndarray], bias: np.ndarray | None = None, residual: np.ndarray | None = None
 ) -> np.ndarray: ...

@@ -69,11 +69,6 @@ class CpuBackend:
         """Run this rank's part of every step of rank 0, until the ranks are stopped."""
         self._running.follow()
 
-    def stop_ranks(self) -> None:
-        """Make all ranks return from their steps. From any thread."""
-        if (program := self._program) is not None:
-            program.stop_ranks()
-
     def ceilings(self) -> tuple[float, float, float]:
         """Measure the machine's roofline with these threads and kernels. Takes half a second.
 
@@ -221,7 +216,7 @@ def _compile(
     program = new_program(
         shard,
         isa,
-        place.cores(threads),
+        place.of_threads(threads),
         page_size=page_size,
         max_rows=max_batch_tokens,
         max_sampled=max_batch_size,

@@ -53,9 +53,9 @@ def measure_importances(
     require_finite(embed.name, x)
     # The input of each layer is an embedding in which token r is row r.
     shard = Shard(dataclasses.replace(spec, vocab_size=len(x)), rank, ranks)
-    cores = place.cores(threads)
+    processors = place.of_threads(threads)
     for i in range(spec.num_layers - 1):  # the last one keeps 8 bits
-        squares, x = _run_layer(shard, i, parameters, x, tokens.shape[1], cores, place.calibration)
+        squares, x = _run_layer(shard, i, parameters, x, tokens.shape[1], processors, place.calibration)
         if not np.isfinite(x).all():
             raise DamagedWeights(f"layer {i} computes values that are NaN or infinite; download the model again")
         for name, sums in squares.items():
@@ -94,7 +94,7 @@ def _run_layer(
     parameters: Mapping[str, Parameter],
     x: np.ndarray,
     length: int,
-    cores: Sequence[int],
+    processors: Sequence[Sequence[int]],
     group: int,
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Run layer `i` on `x`, the residual stream of sequences of `length` tokens each: float32 [rows, hidden].
@@ -103,7 +103,7 @@ def _run_layer(
     """
     own = shard.parameters({**parameters, "embed": Parameter((bfloat16_tensor("embed", x),))})
     program = new_program(
-        shard, choose_isa(), cores, page_size=_PAGE_SIZE, max_rows=length, max_sampled=length, group=group
+        shard, choose_isa(), processors, page_size=_PAGE_SIZE, max_rows=length, max_sampled=length, group=group
     )
     recorder = _Observer(shard, program, own, "none")
     program.finish(recorder.sampled_rows(describe_layer(shard.spec, i, recorder, recorder.embed("embed"))))

@@ -12,8 +12,6 @@ from octavo.weights.tensor import Parameter, not_finite
 
 from ._native import Program, available_isas
 
-ANY_CORE = -1  # in a list of processors: the thread is not pinned
-
 
 @dataclass(frozen=True)
 class Place:
@@ -24,7 +22,7 @@ class Place:
             process.
         calibration: the same, for what they exchange while they measure importances (calibration.py).
         kv: the same, for the KV pool of this rank.
-        processors: those of its threads; by default, all that this process may use.
+        processors: those of its threads; empty: all that this process may use.
     """
 
     steps: int = -1
@@ -32,20 +30,22 @@ class Place:
     kv: int = -1
     processors: frozenset[int] = frozenset()
 
-    def cores(self, threads: int) -> list[int]:
-        """Return the processor of each thread, or ANY_CORE for all of them.
+    def of_threads(self, threads: int) -> list[list[int]]:
+        """Return the processors that each thread may run on; [] for any.
 
-        Threads are pinned only if there is one for every processor. With fewer threads, two engines would choose the
-        same processors.
+        A thread has a single one only if there is a thread for every processor. With fewer threads, two engines would
+        choose the same processors.
         """
         processors = sorted(self.processors or os.sched_getaffinity(0))
-        return processors if threads >= len(processors) else [ANY_CORE] * threads
+        if threads >= len(processors):
+            return [[processor] for processor in processors]
+        return [sorted(self.processors)] * threads
 
 
 def new_program(
     shard: Shard,
     isa: str,
-    cores: Sequence[int],
+    processors: Sequence[Sequence[int]],
     *,
     page_size: int,
     max_rows: int,
@@ -57,7 +57,7 @@ def new_program(
     """Return an empty program, ready for recording. Raises UnsupportedModel.
 
     Args:
-        cores: the processor of each thread, as Place.cores returns them.
+        processors: those of each thread, as Place.of_threads returns them.
         group, kv: file descriptors of memory that ranks share (see Place).
     """
     spec = shard.spec
@@ -65,7 +65,7 @@ def new_program(
         raise UnsupportedModel(f"the cpu backend needs a head_dim that is a multiple of 16, not {spec.head_dim}")
     return Program(
         isa=isa,
-        cores=cores,
+        processors=processors,
         vocab=spec.vocab_size,
         heads=spec.num_heads,
         kv_heads=spec.num_kv_heads,

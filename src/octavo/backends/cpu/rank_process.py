@@ -69,20 +69,17 @@ class Allocated(msgspec.Struct, frozen=True, tag=True):
 
 
 class Failed(msgspec.Struct, frozen=True, tag=True):
-    """Loading failed with an error of errors.py, or with another one."""
+    """Loading failed (see errors.to_line)."""
 
     name: str
     text: str
 
     @classmethod
     def of(cls, error: Exception) -> "Failed":
-        known = isinstance(error, errors.OctavoError)
-        text = " ".join(str(error).split())
-        return cls(type(error).__name__, text) if known else cls("EngineDead", f"{type(error).__name__}: {text}")
+        return cls(*errors.to_line(error))
 
     def exception(self, rank: int) -> Exception:
-        error: Exception = getattr(errors, self.name, errors.EngineDead)(f"{self.text} (rank {rank})")
-        return error
+        return errors.from_line(self.name, f"{self.text} (rank {rank})")
 
 
 ToRank = Load | Allocate
@@ -106,11 +103,13 @@ class RankProcess:
 
     Attributes:
         messages: those that have arrived; None when the process has ended.
+        failed: why loading has failed, if the process has said so.
     """
 
     def __init__(self, rank: int, memory: Sequence[int]):
         self.rank = rank
         self.messages: SimpleQueue[FromRank | None] = SimpleQueue()
+        self.failed: Failed | None = None
         self.connection, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             self._popen = subprocess.Popen(
@@ -130,13 +129,16 @@ class RankProcess:
     def take_in(self) -> bool:
         """Receive a message into `messages`. Return False if the process has ended."""
         message = receive(self.connection, FromRank)
+        if isinstance(message, Failed):
+            self.failed = message
         self.messages.put(message)
         return message is not None
 
     def next(self) -> Loaded | Allocated:
-        """Wait for the next message, but Loading. Raises the error of a Failed message.
+        """Wait for the next message, but Loading.
 
-        Raises EngineDead if the process has ended, or has been silent for too long.
+        Raises what `error` returns if loading has failed or the process has ended, and EngineDead if it is silent for
+        too long.
         """
         message: FromRank | None = Loading()
         while isinstance(message, Loading):
@@ -144,11 +146,15 @@ class RankProcess:
                 message = self.messages.get(timeout=SILENCE)
             except Empty:
                 raise errors.EngineDead(f"rank {self.rank} has not answered for {SILENCE:g} seconds") from None
-        if message is None:
-            raise errors.EngineDead(f"rank {self.rank} has ended while it loaded: {self.wait()[1]}")
-        if isinstance(message, Failed):
-            raise message.exception(self.rank)
+        if message is None or isinstance(message, Failed):
+            raise self.error()
         return message
+
+    def error(self) -> Exception:
+        """Return why the process has ended while it loaded."""
+        if self.failed is not None:
+            return self.failed.exception(self.rank)
+        return errors.EngineDead(f"rank {self.rank} has ended while it loaded: {self.wait()[1]}")
 
     def wait(self) -> tuple[int, str]:
         """Return how the process ended: its exit code, negative for a signal; and in words. Kill it if it has not."""

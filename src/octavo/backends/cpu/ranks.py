@@ -22,6 +22,7 @@ from octavo.model.shard import Shard, check_size
 from octavo.model.spec import DecoderSpec
 from octavo.weights.tensor import Parameter
 
+from ._native import stop_ranks
 from .backend import CpuBackend, footprint, load_shard
 from .program import Place
 from .rank_process import Allocate, Load, Loaded, RankProcess, share_memory
@@ -116,18 +117,20 @@ class Ranks:
     """The processes of ranks 1 to size - 1, and the memory that all ranks share. Raises OSError.
 
     Args:
-        on_end: called, in another thread, when a rank has ended by itself, before the steps of the others fail.
+        on_end: called, in another thread, when a rank has ended by itself, before the steps of the others fail. Not if
+            it has said that loading failed: then `wait` and `check` raise its error.
 
     Attributes:
         pools: file descriptors of the KV pools of all ranks.
-        stop: makes all ranks return from their steps.
+        processes: those of ranks 1 to size - 1.
+        ended: the first of these that has ended by itself.
     """
 
     def __init__(self, size: int, on_end: OnEnd | None):
         files = self._files = [share_memory(name) for name in ("steps", "calibration")]
         self.pools = [share_memory(f"kv-{rank}") for rank in range(size)]
         self.processes = [RankProcess(rank, (*files, self.pools[rank])) for rank in range(1, size)]
-        self.stop: Callable[[], None] = lambda: None
+        self.ended: RankProcess | None = None
         self._on_end, self._ending = on_end, False
         self._thread = threading.Thread(target=self._watch, name="octavo-ranks", daemon=True)
         self._thread.start()
@@ -145,10 +148,15 @@ class Ranks:
         """Wait for a message of every rank. Raises OctavoError if one has failed or ended."""
         return [process.next() for process in self.processes]
 
+    def check(self) -> None:
+        """Raise the error of a rank that has ended while it loaded."""
+        if self.ended is not None:
+            raise self.ended.error()
+
     def end(self) -> None:
         """End all processes and free the memory, but for what is still mapped."""
         self._ending = True
-        self.stop()
+        self._stop()
         for process in self.processes:
             process.hang_up()
         self._thread.join()
@@ -172,9 +180,15 @@ class Ranks:
         if self._ending:
             return
         code, how = process.wait()
-        if self._on_end is not None and not self._ending:
+        self.ended = self.ended or process
+        if process.failed is None and self._on_end is not None and not self._ending:
             self._on_end(code, f"rank {process.rank} has ended: {how}")
-        self.stop()
+        self._stop()
+
+    def _stop(self) -> None:
+        """Make all ranks return from their steps."""
+        for file in self._files:
+            stop_ranks(file)
 
 
 def load_ranks(
@@ -195,13 +209,18 @@ def load_ranks(
         path: the model's directory or .gguf file, which the other ranks open.
         identity: the age identity that opens it, if it is encrypted.
         hide: whether the other ranks hide their memory, as there are secrets in it.
-        on_end: called, in another thread, when a rank has ended by itself. The steps of the others fail then.
+        on_end: see Ranks.
         settings: the other arguments of a BackendFactory; `threads` are those of each rank.
 
     Raises:
         ConfigError, DamagedWeights, OutOfMemory, UnsupportedModel: as load does, of any rank.
         EngineDead: A rank has ended.
     """
+
+    def checked_progress(done: int, total: int) -> None:
+        ranks.check()
+        progress(done, total)
+
     check_size(spec, size)
     shards = [Shard(spec, rank, size) for rank in range(size)]
     ranks = Ranks(size, on_end)
@@ -210,11 +229,13 @@ def load_ranks(
         for shard, process in zip(shards[1:], ranks.processes, strict=True):
             process.send(Load(str(path), identity, hide, shard.rank, size, cores[shard.rank], settings))
         _check_memory(footprint(spec, parameters, size, **settings).weight_bytes)
-        own = load_shard(shards[0], parameters, ranks.place(cores[0]), progress=progress, **settings)
-        ranks.stop = own.stop_ranks
+        own = load_shard(shards[0], parameters, ranks.place(cores[0]), progress=checked_progress, **settings)
         loaded = [Loaded(own.weight_bytes, own.page_bytes), *ranks.wait()]
-    except BaseException:
+    except BaseException as error:
+        ended = ranks.ended
         ranks.end()
+        if ended is not None and isinstance(error, Exception):
+            raise ended.error() from None  # the first cause: the others fail because one has ended
         raise
     weights, pages = sum(each.weight_bytes for each in loaded), sum(each.page_bytes for each in loaded)
     return RankedBackend(shards, own, ranks, Footprint(own.isa, weights, pages))

@@ -128,16 +128,11 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
 
     @classmethod
     def of(cls, error: BaseException) -> "Failed":
-        """Return the message for an error. An error that is not in errors.py becomes EngineDead with its name."""
-        name, text = type(error).__name__, " ".join(str(error).split())
-        if isinstance(error, errors.OctavoError) and hasattr(errors, name):
-            return cls(name, text)
-        return cls("EngineDead", f"{name}: {text}" if text else name)
+        """Return the message for an error (see errors.to_line)."""
+        return cls(*errors.to_line(error))
 
     def exception(self) -> Exception:
-        error = getattr(errors, self.error, errors.EngineDead)(self.message)
-        assert isinstance(error, Exception)
-        return error
+        return errors.from_line(self.error, self.message)
 
 
 class Leaving(msgspec.Struct, frozen=True, tag=True):
