@@ -11,7 +11,7 @@ from octavo.backends.base import Backend
 from octavo.kv.tiers.counts import TierCounts
 from octavo.kv.transfers import Finished
 
-from .health import Health
+from .health import Health, reason_of
 from .page_values import PageValues
 from .store import Store
 
@@ -269,7 +269,7 @@ class Reading:
         except Exception as error:
             with self._lock:
                 self._counts.errors += 1
-            self._health.probe_failed(_reason(error))
+            self._health.probe_failed(reason_of(error))
             return
         if self._seconds_owed > _LATE or seconds > _LATE:
             self._health.probe_failed(f"it answers after {max(seconds, self._seconds_owed):.2f} s")
@@ -370,10 +370,4 @@ class Reading:
             return
         with self._lock:
             self._counts.errors += 1
-        self._health.failed(_reason(error))
-
-
-def _reason(error: Exception) -> str:
-    """Return one line about an error."""
-    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return (text or type(error).__name__).splitlines()[0]
+        self._health.failed(reason_of(error))
