@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from command_line import OCTAVO
 from octavo.config import POLICIES, EngineConfig
 from octavo.errors import ConfigError
-from octavo.simulation import CostModel
 from octavo.simulation.conversations import Conversations
 from octavo.simulation.fleet.autoscaling import CALM, PERIOD, Autoscaling
 from octavo.simulation.fleet.cell import Cell, Event
@@ -28,22 +27,8 @@ from octavo.simulation.fleet.record import Done
 from octavo.simulation.fleet.report import summarize
 from octavo.simulation.replay import simulate
 from octavo.simulation.trace import TraceRequest, poisson_trace, write_trace
+from simulated_costs import COSTS
 
-COSTS = CostModel(
-    settings={},
-    machine={},
-    page_size=32,
-    page_bytes=1000,
-    num_pages=100,
-    max_model_len=1024,
-    rows_ms=[(1, 5.0), (16, 6.0), (64, 12.0), (512, 96.0)],
-    sampled_ms=[(1, 1.0), (64, 4.0)],
-    kv_token_us=0.5,
-    pair_us=0.25,
-    step_ms=0.2,
-    sequence_us=3.0,
-    row_us=0.5,
-)
 CONFIG = EngineConfig(max_batch_size=8, max_batch_tokens=128)
 CONVERSATIONS = Conversations(
     requests=200, rate=10, turns=4, think_time=1.0, input_len=48, output_len=24, system_prompts=6, system_len=128,
