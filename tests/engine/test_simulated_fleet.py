@@ -4,15 +4,17 @@ import dataclasses
 import heapq
 import itertools
 import math
-import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from command_line import OCTAVO
+from octavo.cli import main
 from octavo.config import POLICIES, EngineConfig
 from octavo.errors import ConfigError
 from octavo.simulation.conversations import Conversations
@@ -309,25 +311,34 @@ def test_faults_are_random_at_their_rates() -> None:
 # The command
 
 
-def octavo(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*OCTAVO, "simulate", *arguments], capture_output=True, text=True, timeout=60, check=False)
+@pytest.fixture
+def octavo(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Run the command in this process; test_simulate.py runs real ones."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["octavo", "simulate", *arguments])
+        with pytest.raises(SystemExit) as exit:
+            main()
+        return cast(int, exit.value.code), *capsys.readouterr()
+
+    return run
 
 
-def test_the_command_simulates_a_fleet_and_plans_one(tmp_path: Path) -> None:
+def test_the_command_simulates_a_fleet_and_plans_one(octavo: Callable[..., Any], tmp_path: Path) -> None:
     costs, trace = tmp_path / "costs.json", tmp_path / "trace.jsonl"
     COSTS.save(costs)
     write_trace(trace, dataclasses.replace(CONVERSATIONS, rate=4).trace())
-    done = octavo("--engines", "4", "--frontends", "2", "--trace", str(trace), "--cost-model", str(costs),
-                  "--price", "2", "--faults", "kill=1/day", "--output-json", str(tmp_path / "out.json"))  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "What saturates first: " in done.stdout and "2 of 2" in done.stdout and "Cost" in done.stdout
+    replay = ("--engines", "4", "--frontends", "2", "--trace", str(trace), "--cost-model", str(costs), "--price", "2")
+    code, out, err = octavo(*replay, "--faults", "kill=1/day", "--output-json", str(tmp_path / "out.json"))
+    assert code == 0, err
+    assert "What saturates first: " in out and "2 of 2" in out and "Cost" in out
     assert '"cost_per_million_output_tokens"' in (tmp_path / "out.json").read_text()
     load = ("--rate", "120/min", "--minutes", "0.5", "--cost-model", str(costs), "--faults", "kill=20/hour")
-    plan = octavo(*load, "--ttft-ms", "1000")
-    assert plan.returncode == 0 and "engines meet the goal: first token within 1,000 ms" in plan.stdout, plan
-    assert "Spare engines for these faults: " in plan.stdout
-    missed = octavo(*load, "--engines", "1", "--ttft-ms", "1")
-    assert missed.returncode == 1 and "do not meet the goal" in missed.stdout
+    code, out, err = octavo(*load, "--ttft-ms", "1000")
+    assert code == 0 and "engines meet the goal: first token within 1,000 ms" in out, err
+    assert "Spare engines for these faults: " in out
+    code, out, _ = octavo(*load, "--engines", "1", "--ttft-ms", "1")
+    assert code == 1 and "do not meet the goal" in out
 
 
 @pytest.mark.parametrize(
@@ -340,10 +351,13 @@ def test_the_command_simulates_a_fleet_and_plans_one(tmp_path: Path) -> None:
         (["--engines", "2", "--trace", "/nowhere"], "cannot read /nowhere"),
         (["a.jsonl", "--trace", "b.jsonl"], "two traces are given"),
         (["--engines", "2", "--data-parallel-size", "2"], "do not go with a fleet"),
+        (["--engines", "2", "--kv-store", "redis://h"], "leave out kv_store"),
     ],
 )
-def test_mistakes_are_told_in_one_line(tmp_path: Path, arguments: list[str], complaint: str) -> None:
+def test_mistakes_are_told_in_one_line(
+    octavo: Callable[..., Any], tmp_path: Path, arguments: list[str], complaint: str
+) -> None:
     costs = tmp_path / "costs.json"
     COSTS.save(costs)
-    failed = octavo(*arguments, "--cost-model", str(costs))
-    assert failed.returncode == 2 and complaint in failed.stderr and len(failed.stderr.splitlines()) == 1, failed
+    code, _, err = octavo(*arguments, "--cost-model", str(costs))
+    assert code == 2 and complaint in err and len(err.splitlines()) == 1, err
