@@ -140,7 +140,7 @@ def client(url: str) -> Table:
             volume = size * len(names) / 1e6
             speeds = f"{volume / written:,.0f} MB/s", f"{volume / fetched:,.0f} MB/s"
             table.add_row(f"{size / 1e6:.2f} MB", name, *speeds, f"{1000 * processor / volume:.2f} s/GB")
-    package.flushdb()
+        package.delete(*names)
     return table
 
 

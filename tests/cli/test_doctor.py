@@ -18,6 +18,7 @@ from octavo import EngineConfig
 from octavo.doctor import host, installation, places
 from octavo.doctor.finding import Finding
 from octavo.server.config import ServerConfig
+from redis_process import redis_server
 
 GIB = 2**30
 LINE = re.compile(r"(?:✓ fine  |! change|✗ stops ) {2}(\S[\w ]{10,}?)  (\S.*)")
@@ -226,6 +227,19 @@ def test_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert level(places._folder("f", "--f", tmp_path)) == "stop"
     cache = {each.subject: each for each in places.check_places(EngineConfig(), server)}["model cache"]
     assert level(cache) == "change" and "cannot be downloaded" in cache.text
+
+
+def test_a_shared_store_is_asked() -> None:
+    def found(url: str) -> Finding:
+        return places._kv_store(EngineConfig(kv_store=url))
+
+    with redis_server("--requirepass", "right") as server:
+        address = f"127.0.0.1:{server.port}"
+        assert found(f"redis://:right@{address}").text == f"redis://***@{address} answers"
+        assert level(found(f"redis://:wrong@{address}")) == "change"
+    lost = found(f"redis://:right@{address}")
+    assert level(lost) == "change" and "Connection refused" in lost.text and "right" not in lost.text
+    assert level(found("no.such:Store")) == "stop"
 
 
 def test_the_start_of_a_server_says_what_was_decided(folder: Path) -> None:

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import simulated_costs
 from command_line import OCTAVO
 from octavo.backends.base import Backend, StepBatch, StepResult
 from octavo.bench.report import RequestTimes, Run
@@ -32,21 +33,7 @@ from octavo.simulation.trace import TraceRequest, parse_rate, poisson_trace, rea
 from step_batches import step_batch
 
 COMMAND = [*OCTAVO, "simulate"]
-COSTS = CostModel(
-    settings={"model": "smollm2", "quantization": "8bit"},
-    machine={},
-    page_size=32,
-    page_bytes=1000,
-    num_pages=100,
-    max_model_len=1024,
-    rows_ms=[(1, 5.0), (16, 6.0), (64, 12.0), (512, 96.0)],
-    sampled_ms=[(1, 1.0), (64, 4.0)],
-    kv_token_us=0.5,
-    pair_us=0.25,
-    step_ms=0.2,
-    sequence_us=3.0,
-    row_us=0.5,
-)
+COSTS = msgspec.structs.replace(simulated_costs.COSTS, settings={"model": "smollm2", "quantization": "8bit"})
 FREE = msgspec.structs.replace(
     COSTS, rows_ms=[(1, 0.0)], sampled_ms=[(1, 0.0)], kv_token_us=0, pair_us=0, step_ms=0, sequence_us=0, row_us=0
 )

@@ -12,6 +12,7 @@ import msgspec
 import pytest
 import yaml
 
+import simulated_costs
 from command_line import OCTAVO, complaint, octavo
 from octavo.config import EngineConfig
 from octavo.simulation import CostModel
@@ -21,20 +22,13 @@ from octavo.tuning.search import Proposal, best_of, chosen, propose, trials
 from octavo.tuning.trial import Trial, try_out
 from server_process import ServerProcess
 
-COSTS = CostModel(
-    settings={},
-    machine={},
-    page_size=32,
+COSTS = msgspec.structs.replace(
+    simulated_costs.COSTS,
     page_bytes=2**20,
     num_pages=1000,
     max_model_len=2048,
-    rows_ms=[(1, 5.0), (16, 6.0), (64, 12.0), (1024, 192.0)],
-    sampled_ms=[(1, 1.0), (64, 4.0)],
-    kv_token_us=0.5,
+    rows_ms=[*simulated_costs.COSTS.rows_ms[:-1], (1024, 192.0)],
     pair_us=0.01,
-    step_ms=0.2,
-    sequence_us=3.0,
-    row_us=0.5,
 )
 SLOW = msgspec.structs.replace(COSTS, rows_ms=[(count, 3 * ms) for count, ms in COSTS.rows_ms])
 CONFIG = EngineConfig(quantization="none")

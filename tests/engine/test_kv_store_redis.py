@@ -15,7 +15,7 @@ import redis
 
 from octavo import LLM, SamplingParams
 from octavo.config import EngineConfig
-from octavo.kv.store.redis import RedisStore
+from octavo.kv.store.redis import TIMEOUT, RedisStore
 from redis_process import RedisServer, redis_server
 from server_process import free_port
 from slow_proxy import SlowProxy, slow_proxy
@@ -213,6 +213,21 @@ def test_addresses_and_passwords(scheme: str, tmp_path: Path, caplog: pytest.Log
             distrusting.close()
         for client in (first, second, stranger):
             client.close()
+
+
+def test_a_page_over_a_slow_line_is_written_while_it_makes_progress() -> None:
+    with redis_server() as server, slow_proxy(server.port) as proxy:
+        store = RedisStore(EngineConfig(kv_store=f"redis://127.0.0.1:{proxy.port}"))
+        proxy.rate = 2e6
+        value = random.Random(3).randbytes(4_000_000)
+        began = time.monotonic()
+        store.set("page", memoryview(value), 60)
+        assert time.monotonic() - began > 1.5 * TIMEOUT
+        assert redis.Redis(port=server.port).get("page") == value
+        proxy.rate = 1.0
+        with pytest.raises(TimeoutError):
+            store.set("page", memoryview(value), 60)
+        store.close()
 
 
 def test_something_else_listens_there(caplog: pytest.LogCaptureFixture) -> None:

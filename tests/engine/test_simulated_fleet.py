@@ -4,46 +4,36 @@ import dataclasses
 import heapq
 import itertools
 import math
-import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from command_line import OCTAVO
+from octavo.cli import main
 from octavo.config import POLICIES, EngineConfig
 from octavo.errors import ConfigError
-from octavo.simulation import CostModel
+from octavo.frontend.live import LiveRequest
+from octavo.frontend.router import Load
 from octavo.simulation.conversations import Conversations
 from octavo.simulation.fleet.autoscaling import CALM, PERIOD, Autoscaling
-from octavo.simulation.fleet.cell import Cell, Event
+from octavo.simulation.fleet.cell import Cell, CellReplica, Event
 from octavo.simulation.fleet.engine import Stretch
 from octavo.simulation.fleet.faults import SILENCE, Fault, Faults, parse_faults
 from octavo.simulation.fleet.fleet import Fleet, Scaling
 from octavo.simulation.fleet.load import GeneratedLoad, RecordedLoad
 from octavo.simulation.fleet.plan import Goal, best, capacity, fewest_engines, guess
-from octavo.simulation.fleet.record import Done
+from octavo.simulation.fleet.record import Done, Requests, Use
 from octavo.simulation.fleet.report import summarize
 from octavo.simulation.replay import simulate
 from octavo.simulation.trace import TraceRequest, poisson_trace, write_trace
+from simulated_costs import COSTS
 
-COSTS = CostModel(
-    settings={},
-    machine={},
-    page_size=32,
-    page_bytes=1000,
-    num_pages=100,
-    max_model_len=1024,
-    rows_ms=[(1, 5.0), (16, 6.0), (64, 12.0), (512, 96.0)],
-    sampled_ms=[(1, 1.0), (64, 4.0)],
-    kv_token_us=0.5,
-    pair_us=0.25,
-    step_ms=0.2,
-    sequence_us=3.0,
-    row_us=0.5,
-)
 CONFIG = EngineConfig(max_batch_size=8, max_batch_tokens=128)
 CONVERSATIONS = Conversations(
     requests=200, rate=10, turns=4, think_time=1.0, input_len=48, output_len=24, system_prompts=6, system_len=128,
@@ -61,8 +51,34 @@ REQUEST = st.builds(
 )
 
 
+def run(cell: Cell) -> tuple[Requests, Use]:
+    """Run a cell, and count beside it what it must report: requests sent, engines that come and go, and their time."""
+    sent, ended = Counter[str](), dict[Load, float]()
+    send, remove = cell.send, cell.placement.router.remove
+
+    def count_send(replica: CellReplica, live: LiveRequest) -> None:
+        sent[live.id] += 1
+        send(replica, live)
+
+    def count_remove(load: Load) -> None:
+        assert load not in ended
+        ended[load] = cell.now
+        remove(load)
+
+    cell.send, cell.placement.router.remove = count_send, count_remove  # type: ignore[method-assign]
+    engines = cell.use.engines
+    requests, use = cell.run()
+    again = sum(sent.values()) - len(sent) - use.moves - use.resumed
+    assert again == 0 or (again > 0 and cell._faults.rates)  # readmission sends suspects again
+    assert use.scale_outs == len(cell._all) - engines
+    assert use.scale_ins == sum(replica.is_leaving for replica in cell._all)
+    seconds = sum(ended.get(replica.load, cell.now) - replica.added for replica in cell._all)
+    assert use.engine_seconds == pytest.approx(seconds)
+    return requests, use
+
+
 def times(trace: list[TraceRequest], cell: Cell) -> np.ndarray:
-    requests, _ = cell.run()
+    requests, _ = run(cell)
     assert list(requests.ends) == [1] * len(trace) and not requests.problems
     return np.array([requests.first, requests.last, requests.cached])
 
@@ -81,23 +97,29 @@ def test_one_engine_is_as_in_the_simulation_of_one_engine(
     trace.sort(key=lambda request: request.at)
     config = EngineConfig(max_batch_size=max_batch_size, max_batch_tokens=max_batch_tokens, scheduling_policy=policy)
     cell = Cell(trace, config, COSTS, pages, engines=1)
-    run = simulate(trace, config, COSTS, pages)
-    expected = np.array([(served.first, served.last, served.cached_tokens) for served in run.served]).T
+    single = simulate(trace, config, COSTS, pages)
+    expected = np.array([(served.first, served.last, served.cached_tokens) for served in single.served]).T
     assert times(trace, cell) == pytest.approx(expected, abs=1e-9)
-    assert (cell.use.steps, cell.use.preemptions) == (run.steps, run.preemptions)
+    assert (cell.use.steps, cell.use.preemptions) == (single.steps, single.preemptions)
 
 
-@pytest.mark.parametrize("pages, rate", [(60, 10), (200, 40)])
-def test_several_engines_are_as_in_the_simulation_of_single_steps(pages: int, rate: float) -> None:
-    """With a router, moves to idle engines, evictions and preemptions."""
+@pytest.mark.parametrize("pages, rate, caches", [(60, 10, True), (200, 100, True), (30, 60, False)])
+def test_several_engines_are_as_in_the_simulation_of_single_steps(pages: int, rate: float, caches: bool) -> None:
+    """With a router and, under the higher rates, moves to idle engines; preemptions where pages are few.
+
+    Those without caches, since the router learns of evicted pages at the end of a stretch only.
+    """
+    config = dataclasses.replace(CONFIG, enable_prefix_caching=caches)
     trace = dataclasses.replace(CONVERSATIONS, rate=rate).trace()
-    run = simulate(trace, dataclasses.replace(CONFIG, data_parallel_size=3), COSTS, pages)
+    single = simulate(trace, dataclasses.replace(config, data_parallel_size=3), COSTS, pages)
     index = {id(request): i for i, request in enumerate(trace)}
-    served = sorted(run.served, key=lambda each: index[id(each.request)])
+    served = sorted(single.served, key=lambda each: index[id(each.request)])
     expected = np.array([(each.first, each.last, each.cached_tokens) for each in served]).T
-    cell = Cell(trace, CONFIG, COSTS, pages, engines=3)
+    cell = Cell(trace, config, COSTS, pages, engines=3)
     assert times(trace, cell) == pytest.approx(expected, abs=1e-9)
-    assert (cell.use.steps, cell.use.moves) == (run.steps, run.moves)
+    assert (cell.use.steps, cell.use.moves) == (single.steps, single.moves)
+    assert cell.use.preemptions == single.preemptions
+    assert (single.moves > 0, single.preemptions > 0) == (rate > 50, pages < 50)
 
 
 @settings(max_examples=25, deadline=None)
@@ -122,7 +144,7 @@ def test_whatever_fails_every_request_ends_once_with_all_its_tokens(
     for _ in range(2):
         scaling = Autoscaling(engines, engines + more, 50.0)
         cell = Cell(trace, CONFIG, COSTS, 60, engines, start_seconds, Faults(rates, seed), scaling)
-        requests, use = cell.run()
+        requests, use = run(cell)
         assert list(requests.ends) == [1] * len(trace)
         assert set(requests.problems.values()) <= {"its engines were lost too often"}
         for i, request in enumerate(trace):
@@ -153,7 +175,7 @@ def test_a_killed_engine_s_request_goes_on_where_it_stopped() -> None:
     trace = [TraceRequest(at=0.0, prompt_tokens=64, output_tokens=100)]
     undisturbed = times(trace, Cell(trace, CONFIG, COSTS, 60, engines=2))
     cell = Cell(trace, CONFIG, COSTS, 60, engines=2, start_seconds=1000.0, faults=on_the_first(Fault.KILL))
-    requests, use = cell.run()
+    requests, use = run(cell)
     assert use.resumed == 1 and use.faults == {"kill": 1}
     assert requests.first[0] == undisturbed[0][0]
     lost = requests.last[0] - undisturbed[1][0]
@@ -165,7 +187,7 @@ def test_a_silent_engine_is_noticed_after_a_while() -> None:
     last = {}
     for fault in (Fault.KILL, Fault.SUSPEND, Fault.PARTITION):
         faults = on_the_first(fault)
-        requests, use = Cell(trace, CONFIG, COSTS, 60, engines=2, start_seconds=1000.0, faults=faults).run()
+        requests, use = run(Cell(trace, CONFIG, COSTS, 60, engines=2, start_seconds=1000.0, faults=faults))
         assert use.resumed == 1
         last[fault] = requests.last[0]
     assert last[Fault.SUSPEND] == pytest.approx(last[Fault.KILL] + SILENCE, abs=0.1)
@@ -179,6 +201,19 @@ def test_slow_engines_get_less() -> None:
         for faults in (None, Faults({Fault.SLOW: 1 / 20}, seed=2))
     )
     assert np.mean(slow.last) > np.mean(usual.last)
+
+
+def test_every_fault_of_every_cell_counts() -> None:
+    """Slow spells, which no other fault can prevent."""
+    faults = Faults({Fault.SLOW: 1 / 5}, seed=1)
+    whole = fleet(frontends=2, faults=faults)
+    load = RecordedLoad(poisson_trace(20.0, 600, 100, 20, seed=0))
+    cells = [whole._cell(load.cell(number, 2), number).run()[1] for number in range(2)]
+    for number, use in enumerate(cells):
+        times = (at for engine in range(2) for at, _ in itertools.islice(faults.of_engine(engine, number), 100))
+        assert use.faults == {"slow": sum(at <= use.seconds for at in times)}
+    assert whole.simulate(load).use.faults == cells[0].faults + cells[1].faults
+    assert cells[0].faults != cells[1].faults
 
 
 def test_a_stretch_ends_with_the_step_that_runs() -> None:
@@ -291,13 +326,16 @@ def test_failed_requests_do_not_meet_a_goal() -> None:
 
 def test_engines_are_added_while_there_is_a_queue_and_drained_when_it_is_gone() -> None:
     early = poisson_trace(30.0, 1500, 100, 20, seed=0)
-    late = [TraceRequest(at=60.0 + 2 * i, prompt_tokens=50, output_tokens=5) for i in range(400)]
-    scaled = fleet(engines=1, start_seconds=10.0, scaling=Scaling(most=5, target=200.0))
-    done = scaled.simulate(RecordedLoad([*early, *late]))
-    alone = fleet(engines=1).simulate(RecordedLoad([*early, *late]))
-    assert done.use.scale_outs >= 2 and done.use.scale_ins >= 1 and done.use.most_engines <= 5
-    assert np.percentile(done.time_to_first_token, 95) < np.percentile(alone.time_to_first_token, 95) / 2
-    assert done.use.seconds < done.use.engine_seconds < 5 * done.use.seconds
+    late = [TraceRequest(at=60.0 + 2 * i, prompt_tokens=50, output_tokens=200) for i in range(400)]
+    trace = [*early, *late]
+    requests, use = run(Cell(trace, CONFIG, COSTS, 100, 1, start_seconds=10.0, autoscaling=Autoscaling(1, 5, 200.0)))
+    alone, _ = run(Cell(trace, CONFIG, COSTS, 100, 1))
+    assert use.scale_outs >= 2 and use.scale_ins >= 1 and use.most_engines <= 5
+    assert use.resumed >= 1, "drained engines had requests"
+    assert list(requests.ends) == [1] * len(trace) and not requests.problems
+    waits = [np.percentile(np.array(each.first) - np.array(each.arrival), 95) for each in (requests, alone)]
+    assert waits[0] < waits[1] / 2
+    assert use.seconds < use.engine_seconds < 5 * use.seconds
 
 
 def test_an_autoscaler_waits_before_it_drains() -> None:
@@ -324,25 +362,34 @@ def test_faults_are_random_at_their_rates() -> None:
 # The command
 
 
-def octavo(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*OCTAVO, "simulate", *arguments], capture_output=True, text=True, timeout=60, check=False)
+@pytest.fixture
+def octavo(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Run the command in this process; test_simulate.py runs real ones."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["octavo", "simulate", *arguments])
+        with pytest.raises(SystemExit) as exit:
+            main()
+        return cast(int, exit.value.code), *capsys.readouterr()
+
+    return run
 
 
-def test_the_command_simulates_a_fleet_and_plans_one(tmp_path: Path) -> None:
+def test_the_command_simulates_a_fleet_and_plans_one(octavo: Callable[..., Any], tmp_path: Path) -> None:
     costs, trace = tmp_path / "costs.json", tmp_path / "trace.jsonl"
     COSTS.save(costs)
     write_trace(trace, dataclasses.replace(CONVERSATIONS, rate=4).trace())
-    done = octavo("--engines", "4", "--frontends", "2", "--trace", str(trace), "--cost-model", str(costs),
-                  "--price", "2", "--faults", "kill=1/day", "--output-json", str(tmp_path / "out.json"))  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "What saturates first: " in done.stdout and "2 of 2" in done.stdout and "Cost" in done.stdout
+    replay = ("--engines", "4", "--frontends", "2", "--trace", str(trace), "--cost-model", str(costs), "--price", "2")
+    code, out, err = octavo(*replay, "--faults", "kill=1/day", "--output-json", str(tmp_path / "out.json"))
+    assert code == 0, err
+    assert "What saturates first: " in out and "2 of 2" in out and "Cost" in out
     assert '"cost_per_million_output_tokens"' in (tmp_path / "out.json").read_text()
     load = ("--rate", "120/min", "--minutes", "0.5", "--cost-model", str(costs), "--faults", "kill=20/hour")
-    plan = octavo(*load, "--ttft-ms", "1000")
-    assert plan.returncode == 0 and "engines meet the goal: first token within 1,000 ms" in plan.stdout, plan
-    assert "Spare engines for these faults: " in plan.stdout
-    missed = octavo(*load, "--engines", "1", "--ttft-ms", "1")
-    assert missed.returncode == 1 and "do not meet the goal" in missed.stdout
+    code, out, err = octavo(*load, "--ttft-ms", "1000")
+    assert code == 0 and "engines meet the goal: first token within 1,000 ms" in out, err
+    assert "Spare engines for these faults: " in out
+    code, out, _ = octavo(*load, "--engines", "1", "--ttft-ms", "1")
+    assert code == 1 and "do not meet the goal" in out
 
 
 @pytest.mark.parametrize(
@@ -355,10 +402,13 @@ def test_the_command_simulates_a_fleet_and_plans_one(tmp_path: Path) -> None:
         (["--engines", "2", "--trace", "/nowhere"], "cannot read /nowhere"),
         (["a.jsonl", "--trace", "b.jsonl"], "two traces are given"),
         (["--engines", "2", "--data-parallel-size", "2"], "do not go with a fleet"),
+        (["--engines", "2", "--kv-store", "redis://h"], "leave out kv_store"),
     ],
 )
-def test_mistakes_are_told_in_one_line(tmp_path: Path, arguments: list[str], complaint: str) -> None:
+def test_mistakes_are_told_in_one_line(
+    octavo: Callable[..., Any], tmp_path: Path, arguments: list[str], complaint: str
+) -> None:
     costs = tmp_path / "costs.json"
     COSTS.save(costs)
-    failed = octavo(*arguments, "--cost-model", str(costs))
-    assert failed.returncode == 2 and complaint in failed.stderr and len(failed.stderr.splitlines()) == 1, failed
+    code, _, err = octavo(*arguments, "--cost-model", str(costs))
+    assert code == 2 and complaint in err and len(err.splitlines()) == 1, err

@@ -1,6 +1,7 @@
-"""A TCP proxy that delays what the server answers."""
+"""A TCP proxy that slows down what the client sends, or delays what the server answers."""
 
 import contextlib
+import math
 import socket
 import threading
 import time
@@ -8,17 +9,21 @@ from collections.abc import Iterator
 
 from server_process import free_port
 
+_PART = 65536  # bytes that are passed on at a time
+
 
 class SlowProxy:
     """Passes on connections to a port of this machine.
 
     Attributes:
         delay: seconds before each part of an answer is passed on.
+        rate: bytes per second that are taken from a client.
     """
 
     def __init__(self, target: int):
-        self.delay, self.port, self._target = 0.0, free_port(), target
+        self.delay, self.rate, self.port, self._target = 0.0, math.inf, free_port(), target
         self._listener = socket.create_server(("127.0.0.1", self.port))
+        self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _PART)  # so that little waits in the kernel
         self._open = [self._listener]
         threading.Thread(target=self._accept, daemon=True).start()
 
@@ -38,14 +43,13 @@ class SlowProxy:
                     client.close()
                     continue
                 self._open += [client, server]
-                for source, sink, delays in ((client, server, False), (server, client, True)):
-                    threading.Thread(target=self._pass_on, args=(source, sink, delays), daemon=True).start()
+                for source, sink, is_answer in ((client, server, False), (server, client, True)):
+                    threading.Thread(target=self._pass_on, args=(source, sink, is_answer), daemon=True).start()
 
-    def _pass_on(self, source: socket.socket, sink: socket.socket, delays: bool) -> None:
+    def _pass_on(self, source: socket.socket, sink: socket.socket, is_answer: bool) -> None:
         with contextlib.suppress(OSError):
-            while data := source.recv(65536):
-                if delays:
-                    time.sleep(self.delay)
+            while data := source.recv(_PART):
+                time.sleep(self.delay if is_answer else len(data) / self.rate)
                 sink.sendall(data)
         for each in (source, sink):
             with contextlib.suppress(OSError):

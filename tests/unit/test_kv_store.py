@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from hostile_store import HostileStore
+from octavo.kv.store import reading
 from store_client import FULL, PAGE, PROMPT, STALL, StoreClient
 
 KEY = "0f" * 32
@@ -84,6 +85,38 @@ def test_a_store_that_hangs_or_raises(clients: Any, method: str, fault: str, cap
     assert [call for call in store.calls if call[0] == method]
     assert client.longest < STALL
     assert len(warnings(caplog)) <= 1
+
+
+def test_a_store_whose_read_hung_once_is_used_again(
+    clients: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody asks in the meantime, so that only a probe can find out that it is back."""
+    monkeypatch.setattr(reading, "_STUCK", 0.2)
+    store = HostileStore(fill(clients, {}))
+    client = clients(store)
+    store.faults["get"] = store.wait
+    deadline = time.monotonic() + 10
+    while not warnings(caplog) and time.monotonic() < deadline:
+        client.ask()
+    assert not client.sharing.is_available
+    store.faults.clear()
+    store.gate.set()
+    while not client.sharing.is_available and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert [line.split(": ", 1)[1] for line in warnings(caplog)] == [
+        "a hostile store cannot be used (it has not answered for 0.2 s); pages are computed until it can",
+        "a hostile store can be used again",
+    ]
+
+
+def test_only_the_pages_that_the_store_has_evicted_are_written_again(clients: Any) -> None:
+    pages = fill(clients, {})
+    first = next(iter(pages))
+    del pages[first]
+    client = clients(HostileStore(pages))
+    assert client.ask() == 0
+    client.settle()
+    assert [call for call in client.store.calls if call[0] == "set"] == [("set", first)]
 
 
 def test_it_is_used_again_when_it_is_back(clients: Any, caplog: pytest.LogCaptureFixture) -> None:

@@ -1,4 +1,4 @@
-"""Checks of what a server uses outside itself: its port, and its folders with their disk space."""
+"""Checks of what a server uses outside itself: its port, its folders with their disk space, and its KV store."""
 
 import os
 import shutil
@@ -19,7 +19,7 @@ LITTLE = 2**30  # bytes of free disk space below which a warning is due
 
 
 def check_places(config: EngineConfig, server: ServerConfig) -> Iterator[Finding]:
-    """Yield the findings about the port and the folders of a server with these settings. Creates nothing."""
+    """Yield the findings about the port, the folders and the KV store of a server. Creates nothing."""
     yield _port(server) if server.uds is None else _unix_socket(server.uds)
     yield from _tls(server)
     yield _clients(server)
@@ -31,6 +31,8 @@ def check_places(config: EngineConfig, server: ServerConfig) -> Iterator[Finding
         yield _folder(
             "KV folder", "--kv-disk", Path(config.kv_disk).expanduser(), config.kv_disk_size, "--kv-disk-size"
         )
+    if config.kv_store is not None:
+        yield _kv_store(config)
     if config.model_identity is not None:
         yield _memory_lock()
     yield _model_cache()
@@ -110,6 +112,27 @@ def _folder(subject: str, flag: str, folder: Path, wanted: int = LITTLE, setting
         )
         return change(subject, f"{found}, less than {size(wanted)}: {advice}")
     return ok(subject, found)
+
+
+def _kv_store(config: EngineConfig) -> Finding:
+    """Return whether the shared store answers."""
+    from octavo.kv.store.health import reason_of
+    from octavo.kv.store.loading import load_store
+    from octavo.kv.store.reading import PROBE
+
+    try:
+        store = load_store(config)
+    except ConfigError as error:
+        return stop("KV store", str(error))
+    try:
+        store.has([PROBE])
+    except Exception as error:  # a user's store may raise anything
+        return change(
+            "KV store", f"{store} cannot be used ({reason_of(error)}): correct --kv-store, or start the store"
+        )
+    finally:
+        store.close()
+    return ok("KV store", f"{store} answers")
 
 
 def _model_cache() -> Finding:

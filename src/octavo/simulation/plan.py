@@ -109,6 +109,8 @@ def check(config: EngineConfig, costs: CostModel) -> None:
         raise ConfigError(
             "the cost model was measured without a lower tier of the KV cache; measure again with --kv-disk FOLDER"
         )
+    if config.kv_store:
+        raise ConfigError("a simulation has no shared store; leave out kv_store")
     if config.speculative_tokens:
         raise ConfigError("a simulation has no text from which to draft tokens; leave out speculative_tokens")
 

@@ -95,7 +95,7 @@ def print_report(summary: dict[str, Any]) -> None:
     if summary["targets_met"] is not None:
         figures.add_row("First tokens in time", f"{summary['targets_met']:.1%}")
     console = plain_console()
-    console.print(figures, _spreads_table(summary))
+    console.print(figures, spreads_table(summary))
     if count > 1:
         console.print(_replicas_table(summary["replicas"]))
     if len(summary["tenants"]) > 1:
@@ -187,10 +187,11 @@ def _spreads(done: Sequence[Served]) -> dict[str, dict[str, float] | None]:
         [(s.last - s.first) / (s.output_tokens - 1) for s in done if s.first is not None and s.output_tokens > 1],
         [s.last - s.arrival for s in done],
     )
-    return {key: _spread(1000 * np.array(values)) for key, values in zip(SPREADS, seconds, strict=True)}
+    return {key: spread_of(1000 * np.array(values)) for key, values in zip(SPREADS, seconds, strict=True)}
 
 
-def _spread(values: np.ndarray) -> dict[str, float] | None:
+def spread_of(values: np.ndarray) -> dict[str, float] | None:
+    """Return the mean and the percentiles of some values; None if there are none."""
     if not len(values):
         return None
     return dict(zip(PERCENTILES, [float(values.mean()), *np.percentile(values, [50, 95, 99]).tolist()], strict=True))
@@ -216,7 +217,8 @@ def _offered(replay: Replay) -> float | None:
     return (len(replay.served) - 1) / span if span else None
 
 
-def _spreads_table(summary: dict[str, Any]) -> Table:
+def spreads_table(summary: dict[str, Any]) -> Table:
+    """Return the times of a summary as a table, in ms."""
     table = Table("", *PERCENTILES)
     for column in table.columns[1:]:
         column.justify = "right"

@@ -10,6 +10,12 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 0.25, 10.0  # seconds
 _log = logging.getLogger("octavo")
 
 
+def reason_of(error: Exception) -> str:
+    """Return one line about an error."""
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return (text or type(error).__name__).splitlines()[0]
+
+
 class Health:
     """Whether a store answers in time. Thread-safe.
 
@@ -47,11 +53,10 @@ class Health:
             self.on_failure()
 
     def hangs(self, reason: str) -> None:
-        """Note that a call does not return, so that the thread that probes the store may be held too."""
+        """Note that a call does not return. This is logged at once, as the thread that probes may be held by it too."""
         if not self._is_known:
-            self._failures = max(self._failures, 1)
-            self._fail(reason)
-            self.on_failure()  # the thread that probes may be idle
+            self._fail(reason, is_certain=True)
+            self.on_failure()
 
     def probe_failed(self, reason: str) -> None:
         """Note that a probe failed, or was answered late."""
@@ -64,11 +69,11 @@ class Health:
         if was_known:
             _log.warning("kv_store: %s can be used again", self._store)
 
-    def _fail(self, reason: str) -> None:
+    def _fail(self, reason: str, is_certain: bool = False) -> None:
         with self._lock:
             self._failures += 1
             self._probe_at = time.monotonic() + min(_FIRST_PAUSE * 2 ** min(self._failures - 1, 10), _LONGEST_PAUSE)
-            is_new = self._failures > 1 and not self._is_known
+            is_new = (is_certain or self._failures > 1) and not self._is_known
             self._is_known |= is_new
         if is_new:
             _log.warning("kv_store: %s cannot be used (%s); pages are computed until it can", self._store, reason)

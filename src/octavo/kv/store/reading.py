@@ -11,18 +11,18 @@ from octavo.backends.base import Backend
 from octavo.kv.tiers.counts import TierCounts
 from octavo.kv.transfers import Finished
 
-from .health import Health
+from .health import Health, reason_of
 from .page_values import PageValues
 from .store import Store
 
-PATIENCE = 0.08  # seconds that a sequence waits for a look-up and the first page together, and then for each page
+PATIENCE = 0.08  # seconds that a sequence waits for a look-up and the next page from the store together
 _LATE = 0.25  # seconds after which an answer makes the store count as down
 _STUCK = 2.0  # the same for no answer at all; then the call does not even end with an error
 _BATCH_BYTES = 2**23  # asked for at a time
 _INITIAL_SPEED = 1e9  # bytes per second, until pages have been fetched
 _SMOOTHING = 0.3  # weight of the latest measurement
 _VALID = 10.0  # seconds for which a measured speed counts; then the store may show again how fast it is
-_PROBE = "octavo:kv1:probe"  # a name without a value
+PROBE = "octavo:kv1:probe"  # a name without a value
 
 
 @dataclass(slots=True, eq=False)
@@ -68,8 +68,9 @@ class Fetch:
 class Reading:
     """Asks a store for pages. The engine's thread begins look-ups and fetches, and calls `finished` before each step.
 
-    A sequence waits for PATIENCE seconds for a look-up, and for each page, and no longer than its pages would take to
-    be computed. Then it is computed, but the call goes on: pages that come before they are computed are still used.
+    A sequence waits until the store has sent nothing for PATIENCE seconds, of this sequence or of others, whose pages
+    may come first; and, once it has waited for so long in all, only while its pages come faster than they would be
+    computed. Then it is computed, but the call goes on: pages that come before they are computed are still used.
 
     A page must stay referenced until `finished` returns it. A page that the store has not begun to send is returned as
     soon as it is given up, so a store that hangs holds no pages.
@@ -180,7 +181,7 @@ class Reading:
             for fetch in late:
                 fetch.is_late = True
         if self._seconds_owed > _STUCK:
-            self._health.hangs(f"it has not answered for {_STUCK:.0f} s")
+            self._health.hangs(f"it has not answered for {_STUCK:g} s")
         return late
 
     def close(self) -> None:
@@ -203,7 +204,7 @@ class Reading:
         return time.monotonic() - min(since) if since else 0.0
 
     def _is_too_slow(self, fetch: Fetch, now: float) -> bool:
-        """Return whether pages do not come, or come slower than they would be computed."""
+        """Return whether no pages come, of any fetch, or those of this one come slower than they would be computed."""
         patience = PATIENCE if fetch.num_arrived else PATIENCE - fetch.waited
         if now - max(fetch.began, self._last_page) > patience:
             return True
@@ -269,7 +270,7 @@ class Reading:
         except Exception as error:
             with self._lock:
                 self._counts.errors += 1
-            self._health.probe_failed(_reason(error))
+            self._health.probe_failed(reason_of(error))
             return
         if self._seconds_owed > _LATE or seconds > _LATE:
             self._health.probe_failed(f"it answers after {max(seconds, self._seconds_owed):.2f} s")
@@ -283,7 +284,7 @@ class Reading:
         """Return which pages the store has, and how long it took to answer. Without keys, ask for the probe."""
         self._asking_since = began = time.monotonic()
         try:
-            answers = self._store.has([self._values.name(key) for key in keys] or [_PROBE])
+            answers = self._store.has([self._values.name(key) for key in keys] or [PROBE])
         finally:
             self._asking_since = None
         return answers, time.monotonic() - began
@@ -370,10 +371,4 @@ class Reading:
             return
         with self._lock:
             self._counts.errors += 1
-        self._health.failed(_reason(error))
-
-
-def _reason(error: Exception) -> str:
-    """Return one line about an error."""
-    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return (text or type(error).__name__).splitlines()[0]
+        self._health.failed(reason_of(error))

@@ -11,7 +11,8 @@ from contextlib import suppress
 
 from .address import RedisAddress
 
-_CHUNK = 65536  # bytes that are read at a time where no value is expected
+_CHUNK = 65536  # bytes that are sent at a time, and read where no value is expected
+_UNSENT = 2 * _CHUNK  # bytes that the kernel may hold before it sends them
 _LONGEST_LINE = 4096
 
 Reply = int | bytes | memoryview | None
@@ -29,7 +30,7 @@ class RespConnection:
     """A connection on which commands are sent and replies are read. Not thread-safe.
 
     Args:
-        timeout: seconds in which the server must connect, take a command, or continue to answer.
+        timeout: seconds in which the server must connect, continue to take a command, or continue to answer.
         largest: maximum size of a value in bytes.
 
     Raises:
@@ -67,14 +68,14 @@ class RespConnection:
 
     def send(self, *commands: Sequence[bytes]) -> None:
         """Send commands, each a list of words. Their replies must be read in the same order."""
-        self._socket.sendall(b"".join(map(_encoded, commands)))
+        self._send(b"".join(map(_encoded, commands)))
 
     def send_value(self, before: Sequence[bytes], value: memoryview, after: Sequence[bytes]) -> None:
         """Send one command with a long value between its other words, without copying the value."""
         head = b"*%d\r\n" % (len(before) + 1 + len(after)) + b"".join(map(_word, before))
-        self._socket.sendall(head + b"$%d\r\n" % value.nbytes)
-        self._socket.sendall(value)
-        self._socket.sendall(b"\r\n" + b"".join(map(_word, after)))
+        self._send(head + b"$%d\r\n" % value.nbytes)
+        self._send(value)
+        self._send(b"\r\n" + b"".join(map(_word, after)))
 
     def reply(self) -> Reply:
         """Return the next reply; a value is valid until the next call. Raises RespError, or OSError."""
@@ -113,6 +114,12 @@ class RespConnection:
         if address.database:
             self.send([b"SELECT", b"%d" % address.database])
             self.reply()
+
+    def _send(self, data: bytes | memoryview) -> None:
+        """Send bytes, each part within the timeout; `sendall` would have to send all of them in it."""
+        left = memoryview(data).cast("B")
+        while left:
+            left = left[self._socket.send(left[:_CHUNK]) :]
 
     def _line(self) -> bytes:
         while (end := self._buffer.find(b"\r\n", self._start, self._end)) < 0:
@@ -158,6 +165,8 @@ def _connect(address: RedisAddress, timeout: float) -> socket.socket:
         return connection
     connection = socket.create_connection((address.host, address.port), timeout)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    # Little waits in the kernel, so that over a slow line `send` returns often, and a reply soon after the last part.
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _UNSENT)
     if not address.uses_tls:
         return connection
     context = ssl.create_default_context(cafile=address.ca_certs)

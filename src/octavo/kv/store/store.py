@@ -19,8 +19,8 @@ class Store(ABC):
     An engine makes one instance, `ClassName(config)`, and calls it from three threads at once, of which none computes
     steps. One calls `has`, one `get`, and one `renew` and `set`. The default `renew` calls `has`, so `has` is then
     called by two threads at a time. A method may block, raise anything, or return what was never stored: every value
-    carries a checksum, or is encrypted. A request waits for the store for less than 0.1 s in all. After an error or a
-    late answer, the store is left alone for a while.
+    carries a checksum, or is encrypted. A request waits for at most 0.08 s from one page to the next. After an error or
+    a late answer, the store is left alone for a while.
 
     Names are short ASCII texts. Equal names mean equal pages, whichever engine stores them. They are hashes of all
     tokens up to the end of the page, the model, the tenant and the salt, and are not worth sorting or parsing.
@@ -28,6 +28,10 @@ class Store(ABC):
 
     def __init__(self, config: EngineConfig):
         self.config = config
+
+    def __str__(self) -> str:
+        """Return what the log calls the store. By default, the name of its class."""
+        return f"{type(self).__module__}:{type(self).__qualname__}"
 
     @abstractmethod
     def has(self, names: Sequence[str]) -> Sequence[bool]:

@@ -12,7 +12,7 @@ from octavo.kv.page_pool import PagePool
 from octavo.kv.tiers.counts import TierCounts
 from octavo.kv.transfers import Finished
 
-from .health import Health
+from .health import Health, reason_of
 from .page_values import PageValues
 from .store import Store, StoreRefused
 
@@ -54,7 +54,7 @@ class Writing:
         self._store, self._values, self._backend, self._health = store, values, backend, health
         self._counts, self._ttl, self._on_change = counts, ttl, on_change
         self._renewed = min(_RENEWED, ttl / 4)
-        self.pages_written = self.pages_dropped = 0
+        self.pages_written = 0
         self._backlog: OrderedDict[bytes, None] = OrderedDict()  # keys, in order of arrival
         self._there: OrderedDict[bytes, float] = OrderedDict()  # keys of pages in the store, and when it said so
         self._lacking: OrderedDict[bytes, None] = OrderedDict()  # keys of pages that the store lacks, or has damaged
@@ -86,12 +86,8 @@ class Writing:
         """Have the full pages with these keys, which are in the pool, written or kept longer."""
         oldest = time.monotonic() - self._renewed
         for key in keys:
-            if self._there.get(key, 0.0) > oldest or key in self._backlog:
-                continue
-            if len(self._backlog) < MAX_BACKLOG:
+            if self._there.get(key, 0.0) <= oldest and len(self._backlog) < MAX_BACKLOG:
                 self._backlog[key] = None
-            else:
-                self.pages_dropped += 1
 
     def begin(self, pool: PagePool, max_pages: int) -> list[int]:
         """Give the thread its next work, if it has none: pages of the pool, at most `max_pages`.
@@ -219,7 +215,7 @@ class Writing:
             return
         self._counts.errors += 1
         if not isinstance(error, StoreRefused):
-            self._health.failed(str(error) or type(error).__name__)
+            self._health.failed(reason_of(error))
             return
         self._paused_until = time.monotonic() + _PAUSE
         if not self._is_refused:

@@ -4,10 +4,9 @@ import dataclasses
 import math
 from typing import Any
 
-import numpy as np
 from rich.table import Table
 
-from octavo.simulation.report import PERCENTILES, SPREADS
+from octavo.simulation.report import SPREADS, spread_of, spreads_table
 from octavo.terminal import console as plain_console
 from octavo.terminal import printable
 
@@ -33,6 +32,7 @@ def summarize(done: Done, fleet: Fleet, price: float | None) -> dict[str, Any]:
     tokens_per_second = rate * output_tokens / max(1, len(steady.arrival))
     sustained = capacity(done, fleet)
     hours = scale * use.engine_seconds / HOUR
+    times = (steady.time_to_first_token, steady.time_per_token, steady.last - steady.arrival)
     resources = {
         "engines": rate / engines / sustained if sustained else 0.0,
         "kv pages": use.page_seconds / max(use.busy_seconds, 1e-9) / max(1, use.num_pages),
@@ -53,13 +53,7 @@ def summarize(done: Done, fleet: Fleet, price: float | None) -> dict[str, Any]:
         "output_tokens_per_second": tokens_per_second,
         "warm_up_seconds": done.begin,
         "sustained_per_engine": sustained,
-        **dict(
-            zip(
-                SPREADS,
-                map(_spread, (steady.time_to_first_token, steady.time_per_token, steady.last - steady.arrival)),
-                strict=True,
-            )
-        ),
+        **{key: spread_of(1000 * seconds) for key, seconds in zip(SPREADS, times, strict=True)},
         "prefix_hit_rate": float(steady.cached.sum()) / input_tokens if input_tokens else 0.0,
         "resources": resources,
         "saturates_first": max(resources, key=resources.__getitem__),
@@ -104,7 +98,7 @@ def print_report(summary: dict[str, Any]) -> None:
         rows.append(("Cost per million output tokens", f"{summary['cost_per_million_output_tokens'] or 0:,.3f}"))
     for heading, text in rows:
         figures.add_row(heading, text)
-    console.print(figures, _times(summary))
+    console.print(figures, spreads_table(summary))
     for problem, count in summary["failed"].items():
         console.print(f"{count:,} failed: {printable(problem, lines=False)}")
     console.print(saturation(summary), soft_wrap=True)
@@ -115,23 +109,6 @@ def saturation(summary: dict[str, Any]) -> str:
     first = summary["saturates_first"]
     parts = ", ".join(f"{name} {share:.0%}" for name, share in summary["resources"].items())
     return f"In use: {parts}. What saturates first: {first}."
-
-
-def _times(summary: dict[str, Any]) -> Table:
-    table = Table("", *PERCENTILES)
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for key, heading in SPREADS.items():
-        if spread := summary[key]:
-            table.add_row(heading, *(f"{spread[name]:,.1f}" for name in PERCENTILES))
-    return table
-
-
-def _spread(seconds: np.ndarray) -> dict[str, float] | None:
-    if not len(seconds):
-        return None
-    values = 1000 * seconds
-    return dict(zip(PERCENTILES, [float(values.mean()), *np.percentile(values, [50, 95, 99]).tolist()], strict=True))
 
 
 def _per_million(price: float | None, hours: float, tokens: float) -> float | None:
