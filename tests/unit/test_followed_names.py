@@ -140,7 +140,7 @@ def test_engines_join_and_leave_beside_a_name_that_hangs(server: Server) -> None
 
 
 def test_addresses_that_change_during_a_look(server: Server) -> None:
-    """The new ones are looked up before engines leave, so that requests have a place to go; removed ones do not join."""
+    """The new ones are looked up before engines leave, so requests have a place to go; removed ones do not join."""
     server.answers = {"slow.test": threading.Event()}
 
     async def scenario(frontend: Joined, engines: FollowedEngines) -> None:
