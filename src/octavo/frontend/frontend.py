@@ -136,7 +136,6 @@ class Frontend:
             for result in results:
                 if isinstance(result, BaseException):
                     raise result
-            self._tokenizer.check_vocabulary(self.info.vocab_size)
         except BaseException:  # also if this is cancelled while some engines are ready
             await self.stop()
             raise
@@ -404,21 +403,7 @@ class Frontend:
 
     async def replica_ready(self, replica: Replica, info: EngineInfo) -> None:
         if self._ledger is None:
-            if self._config.kv_events is not None:  # first: it may fail, and is tried again with the next engine
-                self._events = KVEvents(self._config.kv_events, self._config.kv_events_replay, info.page_size)
-            self.info = self.placement.info = info
-            self.kv_states.begin(self._config)
-            config = self._config
-            self._ledger = Ledger(
-                self._tokenizer,
-                info,
-                config.request_timeout,
-                config.reasoning_parser,
-                config.max_new_tokens,
-                is_traced=bool(self._watchers),
-                is_alone=config.engines is None,
-            )
-            self._ledger.tenant_weights = self._tenant_weights
+            self._ledger = self._begin(info)
         elif info.fingerprint != self.info.fingerprint:
             raise EngineDead(self._other_model(replica))
         elif info.max_model_len < self.info.max_model_len:
@@ -437,6 +422,26 @@ class Frontend:
             log.warning("a new engine continues %d requests", interrupted)
         self.was_ready.set()
         replica.readmission.engine_ready()
+
+    def _begin(self, info: EngineInfo) -> Ledger:
+        """Take over what the first engine determines. If this raises, it is tried again with the next engine."""
+        config = self._config
+        self._tokenizer.check_vocabulary(info.vocab_size)
+        if config.kv_events is not None:
+            self._events = KVEvents(config.kv_events, config.kv_events_replay, info.page_size)
+        self.info = self.placement.info = info
+        self.kv_states.begin(config)
+        ledger = Ledger(
+            self._tokenizer,
+            info,
+            config.request_timeout,
+            config.reasoning_parser,
+            config.max_new_tokens,
+            is_traced=bool(self._watchers),
+            is_alone=config.engines is None,
+        )
+        ledger.tenant_weights = self._tenant_weights
+        return ledger
 
     def _other_model(self, replica: Replica) -> str:
         if replica.link is None or replica.link.is_remote:
