@@ -42,10 +42,19 @@ class Address:
         """
         try:
             found = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)
-        except UnicodeError:
+        except ValueError:  # too long, or with characters that no name has
             raise OSError(0, "no valid name of a host") from None
         family = min(entry[0] for entry in found)
         return sorted({Address(str(entry[4][0]), self.port) for entry in found if entry[0] == family}, key=str)
+
+    @property
+    def is_number(self) -> bool:
+        """Return whether the host is a number, which always stands for the same engine."""
+        try:
+            socket.inet_pton(socket.AF_INET6 if ":" in self.host else socket.AF_INET, self.host)
+        except (OSError, ValueError):
+            return False
+        return True
 
     @property
     def is_local(self) -> bool:

@@ -500,13 +500,13 @@ class AsyncLLM:
 
     async def get_kv_cache_state(self, request_id: str, index: int = 0) -> KVState:
         """Do what LLM.get_kv_cache_state does. The returned state's `save` is a coroutine function."""
-        return self._frontend.keep_state(request_id, index)
+        return self._frontend.kv_states.keep(request_id, index)
 
     async def load_kv_cache_state(
         self, path: str | Path, *, tenant: str = "", cache_salt: str | None = None
     ) -> KVState:
         """Do what LLM.load_kv_cache_state does."""
-        return await self._frontend.load_state(Path(path).absolute(), tenant, cache_salt or "")
+        return await self._frontend.kv_states.load(Path(path).absolute(), tenant, cache_salt or "")
 
     @property
     def kv_cache_states(self) -> StateBook:

@@ -391,7 +391,7 @@ class LLM:
         The state is kept until kv_state_ttl seconds after its last use. Raises InvalidRequest if the request is
         unknown, still runs, or ended too long ago; QuotaExceeded; EngineDead.
         """
-        return self._thread.call(self._frontend.keep_state, request_id, index)
+        return self._thread.call(self._frontend.kv_states.keep, request_id, index)
 
     def load_kv_cache_state(self, path: str | Path, *, tenant: str = "", cache_salt: str | None = None) -> KVState:
         """Load a state from a file that `KVState.save` wrote, on the same type of machine with the same model.
@@ -400,7 +400,7 @@ class LLM:
         Raises InvalidKVState if the file is damaged or belongs to another model, recipe, machine type or tenant;
         QuotaExceeded; EngineDead.
         """
-        return self._thread.run(self._frontend.load_state(Path(path).absolute(), tenant, cache_salt or ""))
+        return self._thread.run(self._frontend.kv_states.load(Path(path).absolute(), tenant, cache_salt or ""))
 
     def stats(self) -> EngineStats:
         """Return the engine's statistics, measured between two steps. Raises EngineDead."""
@@ -488,10 +488,10 @@ class _StateOwner:
         self._thread = thread
 
     def drop_state(self, state: KVState) -> None:
-        self._thread.post(self.frontend.drop_state, state)  # nothing to do if the engine is gone
+        self._thread.post(self.frontend.kv_states.drop_state, state)  # nothing to do if the engine is gone
 
     def save_state(self, state: KVState, path: Path) -> None:
-        self._thread.run(self.frontend.save_state(state, path))
+        self._thread.run(self.frontend.kv_states.save_state(state, path))
 
 
 def _shut_down(thread: LoopThread, frontend: Frontend, wait: bool = False) -> None:

@@ -518,7 +518,7 @@ def test_a_state_is_kept_while_no_engine_is_ready(run: Run) -> None:
         await toys.finish()
         toys.engine(0).die()
         await until(lambda: not toys.frontend.replicas[0].is_ready)
-        state = toys.frontend.keep_state(client.live.id, 0)
+        state = toys.frontend.kv_states.keep(client.live.id, 0)
         assert state.num_tokens == 3 + len(client.tokens)
         await toys.frontend.close()
 

@@ -13,6 +13,7 @@ from engine_process import RemoteEngine
 from fleet_server import ADMIN, FleetServer, until
 from octavo import AsyncLLM, SamplingParams
 from octavo.network import followed
+from octavo.network.names import MISSES
 from server_process import free_port
 
 LONG = SamplingParams(seed=1, max_tokens=300, ignore_eos=True)
@@ -30,13 +31,15 @@ async def until_names(llm: AsyncLLM, *hosts: str) -> None:
 def test_a_host_name_is_followed(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What it stands for joins and leaves; while nobody knows it, nothing changes. Other addresses work the same."""
     monkeypatch.setattr(followed, "LOOK", 0.05)
-    port, numbers = free_port(), ["127.0.0.1"]
+    port, numbers, failures = free_port(), ["127.0.0.1"], 0
     look_up = socket.getaddrinfo
 
     def answer(host: str, *rest: Any, **options: Any) -> list[Any]:
+        nonlocal failures
         if host != "engines.test":
             return look_up(host, *rest, **options)
         if not numbers:
+            failures += 1
             raise socket.gaierror("nobody knows")
         return [entry for number in numbers for entry in look_up(number, *rest, **options)]
 
@@ -48,12 +51,14 @@ def test_a_host_name_is_followed(tiny_llama: Path, monkeypatch: pytest.MonkeyPat
         numbers.append("127.0.0.2")
         await until_names(llm, "127.0.0.1", "127.0.0.2")
         running = asyncio.ensure_future(llm.agenerate(["Once"] * 8, LONG))
-        await asyncio.sleep(0.1)
+        while not any(load.completions for address, load in llm.engine_loads().items() if "127.0.0.1" in address):
+            await asyncio.sleep(0.01)
         numbers.remove("127.0.0.1")
         await until_names(llm, "127.0.0.2")
         assert {tuple(output.outputs[0].token_ids) for output in await running} == {tuple(alone.outputs[0].token_ids)}
         numbers.clear()
-        await asyncio.sleep(0.4)
+        while failures < 2 * MISSES:
+            await asyncio.sleep(0.01)
         await until_names(llm, "127.0.0.2")
         llm.set_engines([f"tcp://127.0.0.1:{port}"])
         await until_names(llm, "127.0.0.1")
@@ -90,7 +95,9 @@ def test_a_model_of_a_fleet_may_have_such_engines(tiny_llama: Path, tmp_path: Pa
             swapped = server.change("swap", "far", model="far", settings={"engines": [two.url]})
             assert swapped.status_code == 200, swapped.text
             assert server.complete("alias").json()["choices"][0]["text"] == text
-            assert server.change("scale", "far", replicas=2).status_code == 400
+            for replicas in (1, 2):
+                scaled = server.change("scale", "far", replicas=replicas)
+                assert scaled.status_code == 400 and "engine" in scaled.text
             models = {
                 entry["name"]: entry for entry in httpx.get(f"{server.url}/stats", headers=ADMIN).json()["models"]
             }

@@ -3,17 +3,31 @@
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from hashlib import sha1
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 from urllib.parse import urlsplit
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
+@dataclass
+class Stall:
+    """Makes a mirror hang as soon as files are asked for.
+
+    Attributes:
+        begun: set when a request hangs.
+        ended: set when such requests may go on.
+    """
+
+    begun: Event = field(default_factory=Event)
+    ended: Event = field(default_factory=Event)
+
+
 @contextmanager
-def hub_mirror(repositories: dict[str, Path]) -> Iterator[str]:
+def hub_mirror(repositories: dict[str, Path], stall: Stall | None = None) -> Iterator[str]:
     """Serves each directory as the repository of that name; gives the URL for HF_ENDPOINT."""
 
     class Handler(BaseHTTPRequestHandler):
@@ -28,6 +42,9 @@ def hub_mirror(repositories: dict[str, Path]) -> Iterator[str]:
                     tree = [{"type": "file", "path": p, "size": size, "oid": oid(p)} for p, size in sizes.items()]
                     return self.answer(json.dumps(tree).encode())
                 if path.startswith(f"/{name}/resolve/"):
+                    if stall is not None:
+                        stall.begun.set()
+                        stall.ended.wait()
                     file = folder / path.rpartition("/")[2]
                     if file.exists():
                         return self.answer(file.read_bytes(), ETag=f'"{oid(file.name)}"')
@@ -53,6 +70,8 @@ def hub_mirror(repositories: dict[str, Path]) -> Iterator[str]:
     try:
         yield f"http://127.0.0.1:{server.server_port}"
     finally:
+        if stall is not None:
+            stall.ended.set()
         server.shutdown()
         server.server_close()
         thread.join()

@@ -362,6 +362,36 @@ def test_a_failed_load_is_not_tried_again_at_once(machine: Machine) -> None:
     asyncio.run(main())
 
 
+def test_a_remote_model_that_was_swapped_out_is_not_loaded_again(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its engines had not been found yet when others took its place."""
+    monkeypatch.setattr(fleet_module, "ENGINE_PATIENCE", 0.01)
+    asked: list[str] = []
+
+    async def find(model: Model) -> None:
+        [address] = model.config.engine_addresses
+        asked.append(address.host)
+        if address.host == "absent":
+            await asyncio.Event().wait()
+
+    monkeypatch.setattr(Model, "_find", find)
+
+    def remote(host: str) -> ModelSpec:
+        return model_spec("far", {"engines": [f"tcp://{host}:7"]})
+
+    async def main() -> None:
+        fleet = await begun([remote("absent")])
+        await fleet.swap(remote("there"))
+        async with asyncio.timeout(10):
+            await asyncio.wait(fleet._tasks - {asyncio.current_task()})  # those that retire the model, and connect it
+        assert asked == ["absent", "there"] and len(machine.engines) == 1
+        assert fleet.all_models() == fleet.models and states(fleet) == ["loaded"]
+        await fleet.close()
+
+    asyncio.run(main())
+
+
 def test_names_that_two_changes_want(machine: Machine) -> None:
     """Both were free when the changes began."""
 

@@ -3,12 +3,16 @@
 import asyncio
 import re
 import socket
-from collections.abc import Sequence
+import threading
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
 import pytest
+import zmq
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -34,9 +38,9 @@ from octavo.frontend.links.messages import (
     WatchPages,
     decode_from_engine,
 )
-from octavo.network import protocol
+from octavo.network import discovery, protocol
 from octavo.network.curve import Curve
-from octavo.network.host import EngineHost
+from octavo.network.host import QUIET, EngineHost
 from octavo.network.model_files import ModelFiles
 from octavo.network.protocol import NO_TERM, AskFiles, Beat, Ended, Files, Goodbye, Hello, Refused, Welcome, encode
 from octavo.params import SamplingParams
@@ -47,15 +51,17 @@ INFO = EngineInfo(512, 100, 8, 32, "print")
 
 
 class Recorder:
-    """A Link that keeps what it is sent."""
+    """A Link that keeps what it is sent. Its engine is ready as soon as `loads` returns."""
 
     pid, heartbeats, is_remote = None, False, False
 
-    def __init__(self) -> None:
+    def __init__(self, loads: Callable[[], Awaitable[object]]) -> None:
         self.sent: list[ToEngine] = []
+        self._loads = loads
 
     async def connect(self, on_message: Any, on_end: Any) -> None:
         self.on_message, self.on_end = on_message, on_end
+        await self._loads()
         on_message(Ready(INFO))
 
     def send(self, message: ToEngine) -> None:
@@ -76,11 +82,12 @@ class Peers:
 
     def __init__(self) -> None:
         self.links: list[Recorder] = []
+        self.loads: Callable[[], Awaitable[object]] = partial(asyncio.sleep, 0)
         self.got: dict[bytes, list[tuple[bytes, bytes]]] = {}
         self.host = EngineHost(self.connect, Files("tiny", {}, {}), "digest", self.put)
 
     def connect(self) -> Recorder:
-        self.links.append(Recorder())
+        self.links.append(Recorder(self.loads))
         return self.links[-1]
 
     def put(self, frames: Sequence[bytes]) -> bool:
@@ -89,6 +96,14 @@ class Peers:
 
     async def start(self) -> None:
         await self.host.start(self.connect())
+
+    async def until(self, condition: Callable[[], object]) -> None:
+        async with asyncio.timeout(10):
+            while not condition():
+                await asyncio.sleep(0.001)
+
+    async def until_ready(self) -> None:
+        await self.until(lambda: self.host._info is not None)
 
     def say(self, who: bytes, message: Any, term: bytes = NO_TERM) -> None:
         self.host.receive([who, term, encode(message)])
@@ -104,6 +119,10 @@ class Peers:
 
     def answers(self, who: bytes) -> list[FromEngine]:
         return [decode_from_engine(payload) for term, payload in self.got.get(who, []) if term != NO_TERM]
+
+    def is_in(self, who: bytes) -> bool:
+        """Whether a frontend was told that the engine is ready."""
+        return any(isinstance(message, Ready) for message in self.answers(who))
 
 
 def request(id: str) -> EngineRequest:
@@ -246,25 +265,21 @@ def test_after_a_crash_frontends_take_turns() -> None:
         for who in (b"a", b"b"):
             peers.hello(who)
         peers.links[0].on_end()
-        while len(peers.links) < 2 or not hasattr(peers.links[1], "on_message"):
-            await asyncio.sleep(0.01)
-        await asyncio.sleep(0.05)
+        await peers.until(lambda: len(peers.links) == 2)
+        await peers.until_ready()
         assert [message.is_fault for message in peers.about(b"a") if isinstance(message, Ended)] == [True]
         peers.got.clear()
         a, b = peers.hello(b"a"), peers.hello(b"b")
 
-        def is_in(who: bytes) -> bool:
-            return any(isinstance(message, Ready) for message in peers.answers(who))
-
         def sent() -> list[str]:
             return [r.id for m in peers.links[1].sent if isinstance(m, Submit) for r in m.requests]
 
-        assert is_in(b"a") and not is_in(b"b")
+        assert peers.is_in(b"a") and not peers.is_in(b"b")
         peers.say(b"a", Beat(is_open=False))
         peers.say(b"a", Submit([request("suspect")]), a)
-        assert sent() == ["suspect"] and not is_in(b"b")
+        assert sent() == ["suspect"] and not peers.is_in(b"b")
         peers.say(b"a", Beat(is_open=True))
-        assert is_in(b"b")
+        assert peers.is_in(b"b")
         peers.say(b"a", Submit([request("new")]), a)
         assert sent() == ["suspect"]
         peers.say(b"b", Submit([request("other")]), b)
@@ -274,15 +289,94 @@ def test_after_a_crash_frontends_take_turns() -> None:
     with_host(scenario)
 
 
+def test_turns_after_a_crash_last_however_long_the_next_engine_loads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until it has been ready for QUIET seconds."""
+    clock = SimpleNamespace(now=0.0, monotonic=lambda: clock.now)
+    monkeypatch.setattr("octavo.network.host.time", clock)
+
+    async def scenario(peers: Peers) -> None:
+        loaded = asyncio.Event()
+        peers.loads = loaded.wait
+        peers.links[0].on_end()
+        await peers.until(lambda: len(peers.links) == 2)
+        clock.now += 2 * QUIET
+        loaded.set()
+        await peers.until_ready()
+        for who in (b"a", b"b"):
+            peers.hello(who)
+        assert [peers.is_in(who) for who in (b"a", b"b")] == [True, False]
+        clock.now += QUIET
+        peers.say(b"a", Goodbye())
+        peers.say(b"b", Goodbye())
+        for who in (b"c", b"d"):
+            peers.hello(who)
+        assert [peers.is_in(who) for who in (b"c", b"d")] == [True, True]
+
+    with_host(scenario)
+
+
+def test_an_answer_that_is_too_long_is_sent_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a request ends whose own part is too long; the others of its frontend go on."""
+    monkeypatch.setattr("octavo.network.session.MAX_MESSAGE", 400)
+
+    def scenario(peers: Peers) -> None:
+        [engine] = peers.links
+        term = peers.hello(b"a")
+        peers.say(b"a", Submit([request(id) for id in ("1", "2", "3")]), term)
+        texts = {"1": "x" * 150, "2": "x" * 500, "3": "x" * 150}
+        engine.on_message(Tokens([TokenOutput(id, 7, message=text) for id, text in texts.items()]))
+        outputs = [output for each in peers.answers(b"a") if isinstance(each, Tokens) for output in each.outputs]
+        assert [(each.id, each.token, each.finish_reason) for each in outputs] == [
+            ("1", 7, None),
+            ("2", -1, "error"),
+            ("3", 7, None),
+        ]
+        assert "ask for fewer logprobs" in (outputs[1].message or "")
+        assert engine.sent[-1] == Abort(["2"]) and peers.host.num_requests == 2
+
+    with_host(scenario)
+
+
+def test_one_refusal_is_not_that_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two engines behind a name, one refuses, and the other may still be starting."""
+    monkeypatch.setattr(discovery, "PATIENCE", 0.2)
+    context = zmq.Context()
+    router = context.socket(zmq.ROUTER)
+    port = router.bind_to_random_port("tcp://127.0.0.1")
+    numbers = ["127.0.0.1", "127.0.0.2"]
+
+    def look_up(host: str, port: int, **_: Any) -> list[Any]:
+        return [(socket.AF_INET, 1, 6, "", (number, port)) for number in numbers]
+
+    def refuse() -> None:
+        for _ in range(2):
+            identity, *_ = router.recv_multipart()
+            router.send_multipart([identity, NO_TERM, encode(Refused("no"))])
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    refusing = threading.Thread(target=refuse, daemon=True)
+    refusing.start()
+    reasons: list[str] = []
+    engines = [Address("engines.test", port)]
+    try:
+        with pytest.raises(TimeoutError):
+            discovery.find_model(engines, None, reasons.append, is_wanted=lambda: not reasons)
+        assert reasons == [f"tcp://127.0.0.1:{port}: no; tcp://127.0.0.2:{port} does not answer"]
+        numbers.remove("127.0.0.2")
+        with pytest.raises(ConfigError, match=f"^tcp://127.0.0.1:{port}: no$"):
+            discovery.find_model(engines, None)
+        refusing.join(10)
+    finally:
+        context.destroy(linger=0)
+
+
 def test_a_silent_frontend_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("octavo.network.host.BEAT", 0.001)
 
     async def scenario(peers: Peers) -> None:
         term = peers.hello(b"a")
         peers.say(b"a", Submit([request("1")]), term)
-        async with asyncio.timeout(10):
-            while peers.host.sessions:
-                await asyncio.sleep(0.001)
+        await peers.until(lambda: not peers.host.sessions)
         assert peers.links[0].sent[-1] == Abort(["1"])
         assert isinstance(peers.about(b"a")[-1], Ended)
 

@@ -4,13 +4,13 @@ import asyncio
 import contextlib
 import dataclasses
 import logging
-import threading
 import time
-from collections.abc import Callable, Coroutine, Generator
+from collections.abc import Coroutine, Generator
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from octavo.async_llm import AsyncLLM
+from octavo.daemon_thread import in_daemon_thread
 from octavo.frontend.links.process import EngineProcess
 from octavo.frontend.meter import Meter
 from octavo.params import SamplingParams
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 log = logging.getLogger("octavo")
 
 State = Literal["unloaded", "loading", "loaded", "draining", "failed"]
-
-
 Result = TypeVar("Result")
 
 
@@ -273,29 +271,3 @@ async def to_the_end(work: Coroutine[Any, Any, Result]) -> Result:
     except asyncio.CancelledError:
         await asyncio.wait((task,))
         raise
-
-
-async def in_daemon_thread(work: Callable[[], Result]) -> Result:
-    """Return what `work` returns, called in a thread for which the process does not wait when it ends."""
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[Result] = loop.create_future()
-
-    def settle(result: Result | None, error: BaseException | None) -> None:
-        if future.done():  # the caller was cancelled
-            return
-        if error is None:
-            future.set_result(result)  # type: ignore[arg-type]
-        else:
-            future.set_exception(error)
-
-    def run() -> None:
-        result, error = None, None
-        try:
-            result = work()
-        except BaseException as raised:
-            error = raised
-        with contextlib.suppress(RuntimeError):  # the loop is closed
-            loop.call_soon_threadsafe(settle, result, error)
-
-    threading.Thread(target=run, name="octavo-model", daemon=True).start()
-    return await future

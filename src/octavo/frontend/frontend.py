@@ -4,22 +4,20 @@ import asyncio
 import logging
 import os
 import time
-import uuid
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 
 from octavo.config import EngineConfig
 from octavo.engine.messages import EngineInfo, EngineStats, TokenOutput
 from octavo.errors import EngineDead, InvalidRequest, OctavoError, QueueFull, RequestFailed, RequestTimeout
 from octavo.outputs import FinishReason, RequestOutput
-from octavo.states import KVState, StateBook
-from octavo.states.file import page_cipher, read_saved_tokens
+from octavo.states import StateBook
 from octavo.states.handle import StateOwner
 from octavo.text import Tokenizer
 
 from .admission import Admission
 from .calls import Calls
 from .kv_events import KVEvents
+from .kv_states import KVStates
 from .ledger import Ledger
 from .links.link import Exit, Link
 from .links.messages import (
@@ -27,16 +25,12 @@ from .links.messages import (
     CacheReset,
     FromEngine,
     Leaving,
-    LoadState,
     Pages,
     PageStates,
-    Pin,
-    SaveState,
     StateDone,
     Stats,
     Submit,
     Tokens,
-    Unpin,
     WatchPages,
 )
 from .live import LiveRequest, Sink
@@ -46,10 +40,9 @@ from .readmission import TRIAL_TOKENS
 from .replica import Replica
 from .request_trace import RequestTrace
 from .request_watcher import RequestWatcher
-from .requests import Request, check_length
+from .requests import Request
 from .stats import MAX_TENANTS, FrontendStats, ReplicaStats, total
 
-FILE_PATIENCE = 5.0  # seconds for a new engine to open the files of KV states
 NAMED = 3  # engines whose state `readiness` explains
 DRAIN_LOOK = 0.02  # seconds between checks of a replica that is drained
 FAILURES: dict[str, type[OctavoError]] = {
@@ -72,10 +65,10 @@ class Frontend:
         connect: starts an engine, which begins to load the model; called with the replica's number, from 0.
         has_queue_limit: whether `submit` raises QueueFull beyond the completions that replicas run at once plus
             max_queue.
-        state_owner: the object that the methods of KV states call; this frontend by default.
-        kv_key: the key of saved KV states; None if they are not encrypted.
+        state_owner, kv_key: see KVStates.
 
     Attributes:
+        kv_states: makes, saves and loads KV states.
         meter: measures the requests, if it is set.
         was_ready: set when the first engine is ready, which determines `info`.
         on_leaving: called with a replica whose engine will be ended by others.
@@ -84,7 +77,6 @@ class Frontend:
     """
 
     info: EngineInfo  # set by `start`
-    states: StateBook
 
     def __init__(
         self,
@@ -95,9 +87,7 @@ class Frontend:
         state_owner: StateOwner | None = None,
         kv_key: str | None = None,
     ):
-        self._cipher = page_cipher(kv_key)
         self._config, self._tokenizer, self._connect = config, tokenizer, connect
-        self._state_owner = state_owner or self
         self._watchers: list[RequestWatcher] = []
         if config.trace is not None:
             self._watchers.append(RequestTrace(config.trace, config.model_name))
@@ -106,6 +96,9 @@ class Frontend:
         self._ledger: Ledger | None = None
         self.placement = Placement(config.max_batch_tokens)
         self._calls = Calls()
+        self.kv_states = KVStates(
+            self.placement, self._calls, self._living, lambda: self.readiness()[1], state_owner, kv_key
+        )
         self._events: KVEvents | None = None
         self._deadline: asyncio.TimerHandle | None = None
         self._deadline_at: float | None = None  # time.monotonic()
@@ -117,6 +110,11 @@ class Frontend:
         self._loop: asyncio.AbstractEventLoop | None = None
         self.was_ready = asyncio.Event()
         self.on_leaving: Callable[[Replica], None] = lambda replica: None
+
+    @property
+    def states(self) -> StateBook:
+        """Return all KV states, in which they can be found by handle. Available after `start`."""
+        return self.kv_states.book
 
     @property
     def replicas(self) -> list[Replica]:
@@ -138,7 +136,6 @@ class Frontend:
             for result in results:
                 if isinstance(result, BaseException):
                     raise result
-            self._tokenizer.check_vocabulary(self.info.vocab_size)
         except BaseException:  # also if this is cancelled while some engines are ready
             await self.stop()
             raise
@@ -276,7 +273,7 @@ class Frontend:
         ledger, lives = self._living(), list[LiveRequest]()
         try:
             for request, prompt in zip(requests, tokens, strict=True):
-                lives.append(ledger.open(request, self._with_state(request, prompt), sink, request_id))
+                lives.append(ledger.open(request, self.kv_states.continued(request, prompt), sink, request_id))
         except BaseException:
             for live in lives:
                 ledger.close(live)
@@ -380,72 +377,6 @@ class Frontend:
                     live.prompt_metered = True
                     completion.num_metered, completion.metered_at = len(completion.token_ids), now
 
-    # KV states
-
-    def keep_state(self, request_id: str, index: int) -> KVState:
-        """Make a state of a finished request. Raises InvalidRequest, QuotaExceeded, EngineDead."""
-        if request_id in self._living():
-            raise InvalidRequest(f"the request {request_id!r} still runs; it has a state after its end", "request_id")
-        return self.states.keep(request_id, index)
-
-    async def load_state(self, path: Path, tenant: str, salt: str) -> KVState:
-        """Make a state of a saved file. Raises InvalidKVState, QuotaExceeded, EngineDead."""
-        self._living()
-        info = self.info
-        tokens = await asyncio.to_thread(
-            read_saved_tokens, path, info.fingerprint, info.vocab_size, tenant, salt, self._cipher
-        )
-        state = self.states.adopt(path, tokens, tenant, salt)
-        try:
-            await self._open_in_all(state)
-        except BaseException:
-            state.drop()
-            raise
-        return state
-
-    async def _open_in_all(self, state: KVState) -> None:
-        """Make all ready engines open a state's file. Raises the error of one if none of them can, EngineDead."""
-        replicas = [replica for replica in self.replicas if replica.is_ready]
-        message = LoadState(state.id, str(state.file))
-        results = await asyncio.gather(
-            *(self._calls.run(replica, message) for replica in replicas), return_exceptions=True
-        )
-        if None not in results:
-            raise next(iter(results), None) or EngineDead(self.readiness()[1])
-
-    async def save_state(self, state: KVState, path: Path) -> None:
-        """Write a state to a file. Raises InvalidKVState, RequestFailed, EngineDead."""
-        self._living()
-        tokens = self.states.use(state, state.tenant, state.salt)
-        job = f"save-{uuid.uuid4().hex}"
-        message = SaveState(job, str(path.absolute()), tokens, state.tenant, state.salt, state.origin)
-        while True:
-            replica = self._replica_for(state)
-            try:
-                return await self._calls.run(replica, message)
-            except EngineDead:
-                if replica.is_ready or not any(other.is_ready for other in self.replicas):
-                    raise
-
-    def drop_state(self, state: KVState) -> None:
-        self.states.drop(state)
-
-    def pin_state(self, state: KVState) -> None:
-        if any(replica.is_ready for replica in self.replicas):
-            message = Pin(state.id, state.token_ids, state.tenant, state.salt, state.origin)
-            self._replica_for(state).send(message)
-
-    def unpin_state(self, state: KVState) -> None:
-        for replica in self.replicas:
-            replica.send(Unpin(state.id))
-
-    def _replica_for(self, state: KVState) -> Replica:
-        """Return the ready replica that has most pages of a state. Raises EngineDead if there is none."""
-        ready = [replica for replica in self.replicas if replica.is_ready]
-        if not ready:
-            raise EngineDead(self.readiness()[1])
-        return self.placement.holder(ready, state.token_ids, state.tenant, state.salt, state.origin)
-
     # The end
 
     async def close(self) -> None:
@@ -472,23 +403,7 @@ class Frontend:
 
     async def replica_ready(self, replica: Replica, info: EngineInfo) -> None:
         if self._ledger is None:
-            if self._config.kv_events is not None:  # first: it may fail, and is tried again with the next engine
-                self._events = KVEvents(self._config.kv_events, self._config.kv_events_replay, info.page_size)
-            self.info = self.placement.info = info
-            self.states = StateBook(
-                self, self._state_owner, info.fingerprint, self._config.kv_state_quota, self._config.kv_state_ttl
-            )
-            config = self._config
-            self._ledger = Ledger(
-                self._tokenizer,
-                info,
-                config.request_timeout,
-                config.reasoning_parser,
-                config.max_new_tokens,
-                is_traced=bool(self._watchers),
-                is_alone=config.engines is None,
-            )
-            self._ledger.tenant_weights = self._tenant_weights
+            self._ledger = self._begin(info)
         elif info.fingerprint != self.info.fingerprint:
             raise EngineDead(self._other_model(replica))
         elif info.max_model_len < self.info.max_model_len:
@@ -496,7 +411,7 @@ class Frontend:
                 f"its max_model_len is {info.max_model_len}, and that of the others {self.info.max_model_len}: give "
                 "all the same --max-model-len"
             )
-        await self._open_state_files(replica)
+        await self.kv_states.open_files(replica)
         if replica.ended.is_set():
             raise EngineDead("the engine ended before it served requests")
         for watcher in self._watchers:
@@ -507,6 +422,26 @@ class Frontend:
             log.warning("a new engine continues %d requests", interrupted)
         self.was_ready.set()
         replica.readmission.engine_ready()
+
+    def _begin(self, info: EngineInfo) -> Ledger:
+        """Take over what the first engine determines. If this raises, it is tried again with the next engine."""
+        config = self._config
+        self._tokenizer.check_vocabulary(info.vocab_size)
+        if config.kv_events is not None:
+            self._events = KVEvents(config.kv_events, config.kv_events_replay, info.page_size)
+        self.info = self.placement.info = info
+        self.kv_states.begin(config)
+        ledger = Ledger(
+            self._tokenizer,
+            info,
+            config.request_timeout,
+            config.reasoning_parser,
+            config.max_new_tokens,
+            is_traced=bool(self._watchers),
+            is_alone=config.engines is None,
+        )
+        ledger.tenant_weights = self._tenant_weights
+        return ledger
 
     def _other_model(self, replica: Replica) -> str:
         if replica.link is None or replica.link.is_remote:
@@ -618,7 +553,7 @@ class Frontend:
                 for watcher in self._watchers:
                     watcher.first_token(live)
             if live.finished:
-                self._remember(live)
+                self.kv_states.remember(live)
                 replica.readmission.ended(live)
                 for watcher in self._watchers:
                     watcher.ended(live)
@@ -642,15 +577,6 @@ class Frontend:
         if self._closed or self._ledger is None:
             raise EngineDead("the engine was shut down" if self._closed else "call start() first")
         return self._ledger
-
-    def _with_state(self, request: Request, tokens: list[int]) -> list[int]:
-        if request.state is None:
-            return tokens
-        if request.params.prompt_logprobs is not None:
-            raise InvalidRequest("prompt_logprobs does not go with kv_cache_state", "prompt_logprobs")
-        whole = self.states.use(request.state, request.terms.tenant, request.terms.cache_salt or "") + tokens
-        check_length(len(whole), self.info)
-        return whole
 
     def _new_replica(self, number: int, of: int) -> Replica:
         name = f"engine {number}" if of > 1 else "the engine"
@@ -700,13 +626,6 @@ class Frontend:
         if self._admission is not None:
             self._admission.left(live_before - self._ledger.num_completions, live_before)
 
-    def _remember(self, live: LiveRequest) -> None:
-        engine_request = live.completions[0].request
-        outputs = [completion.token_ids for completion in live.completions]
-        self.states.remember(
-            live.id, engine_request.tenant, engine_request.salt, live.prompt_token_ids, outputs, live.state
-        )
-
     def _watch_deadlines(self) -> None:
         """Schedule `_time_out` for the next deadline."""
         assert self._ledger is not None
@@ -727,22 +646,3 @@ class Frontend:
             message = f"the request did not end within its timeout of {live.timeout:g} seconds"
             self._fail(live, RequestTimeout(message))
         self._watch_deadlines()
-
-    async def _open_state_files(self, replica: Replica) -> None:
-        """Open the files of loaded states in a new engine, before it gets requests that would recompute their pages."""
-        if not (loaded := self.states.loaded()):
-            return
-        jobs = [
-            asyncio.ensure_future(self._calls.run(replica, LoadState(state.id, str(state.file)))) for state in loaded
-        ]
-        opened, ended = asyncio.ensure_future(asyncio.wait(jobs)), asyncio.ensure_future(replica.ended.wait())
-        try:
-            await asyncio.wait((opened, ended), timeout=FILE_PATIENCE, return_when=asyncio.FIRST_COMPLETED)
-            for state, job in zip(loaded, jobs, strict=True):
-                if job.done():
-                    job.exception()  # marked as retrieved: if a file is gone, its tokens are recomputed
-                elif replica.is_ready:
-                    state.file = None  # the file may make engines fail or hang, so the next engine does not open it
-        finally:
-            for task in (opened, ended, *jobs):
-                task.cancel()

@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from .protocol import NO_TERM, AskFiles, Files, Malformed, Refused, encode
 
 PATIENCE = 1.0  # seconds for an engine to accept a connection
 FILES_PATIENCE = 60.0  # seconds for its files to arrive then: they may be large, and the line slow
-NAMED = 3  # engines behind a name whose answers are reported
+NAMED = 3  # engines whose answers are reported
 LOOK = 20  # milliseconds between looks whether the answer is still wanted
 
 
@@ -65,20 +65,16 @@ def find_model(
     last = ""
     try:
         while True:
-            failures: list[_NoAnswer] = []
-            for address in addresses:
-                answer = _ask_all(context, address, curve, is_wanted)
-                if isinstance(answer, FoundModel):
-                    return answer
-                failures.append(answer)
+            answer = _first(_ask_all(context, address, curve, is_wanted) for address in addresses)
+            if isinstance(answer, FoundModel):
+                return answer
             if not is_wanted():
                 raise TimeoutError
-            reasons = "; ".join(failure.reason for failure in failures)
-            if all(failure.is_refusal for failure in failures):
-                raise ConfigError(reasons)
-            if reasons != last:
-                report(reasons)
-                last = reasons
+            if answer.is_refusal:
+                raise ConfigError(answer.reason)
+            if answer.reason != last:
+                report(answer.reason)
+                last = answer.reason
     finally:
         context.destroy(linger=0)
 
@@ -86,7 +82,7 @@ def find_model(
 def _ask_all(
     context: "zmq.Context[Any]", address: Address, curve: Curve | None, is_wanted: Callable[[], bool]
 ) -> FoundModel | _NoAnswer:
-    """Ask the engines behind an address for the model's files; return the first description, or refusal."""
+    """Ask the engines behind an address for the model's files, one after the other."""
     try:
         engines = address.resolved()
     except OSError as error:
@@ -94,9 +90,13 @@ def _ask_all(
         while time.monotonic() < deadline and is_wanted():
             time.sleep(LOOK / 1000)
         return _NoAnswer(f"{address}: the host is unknown ({error.strerror or error})")
+    return _first(_ask(context, engine, curve, is_wanted) for engine in engines)
+
+
+def _first(answers: Iterable[FoundModel | _NoAnswer]) -> FoundModel | _NoAnswer:
+    """Return the first description. Without one, sum up why: it is a refusal if all have refused."""
     failures: list[_NoAnswer] = []
-    for engine in engines:
-        answer = _ask(context, engine, curve, is_wanted)
+    for answer in answers:
         if isinstance(answer, FoundModel):
             return answer
         failures.append(answer)

@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import zmq
@@ -17,10 +16,9 @@ from octavo.frontend.router import Load
 
 from .curve import Curve
 from .link import RemoteLink
+from .names import Names
 
 LOOK = 1.0  # seconds between looks at the addresses
-LOOKUPS = 4  # names that are looked up at the same time
-MISSES = 3  # looks in a row without an address after which its engine leaves
 MAX_SOCKETS = 16_384  # each engine has three
 MAX_PAUSE = 2.0  # seconds between attempts to reach an engine
 
@@ -30,8 +28,8 @@ log = logging.getLogger("octavo")
 class FollowedEngines:
     """Keeps the replicas of a frontend equal to the engines behind some addresses.
 
-    A host name is looked up every LOOK seconds: the engine of each number that it stands for joins, and one whose
-    number is missing in MISSES answers in a row is drained. While a name cannot be looked up, nothing changes.
+    The addresses are looked up every LOOK seconds: the engine of each number that they stand for joins, and one for
+    which they do not stand any more is drained; see Names.
 
     Args:
         digest: of the model that the engines must serve, see ModelFiles.
@@ -39,18 +37,13 @@ class FollowedEngines:
 
     def __init__(self, frontend: Frontend, addresses: Sequence[Address], curve: Curve | None, digest: str):
         self._frontend, self._curve, self._digest = frontend, curve, digest
-        self._addresses = list(addresses)
+        self._names = Names(addresses)
         self._context: zmq.Context[Any] = zmq.Context()
         self._context.set(zmq.MAX_SOCKETS, MAX_SOCKETS)
         self._replicas: dict[Address, Replica] = {}
-        self._missed: dict[Address, int] = {}
-        self._known: dict[Address, list[Address]] = {}  # the latest answer for each of the addresses
-        self._problems: dict[Address, str] = {}
         self._leaving: set[asyncio.Task[None]] = set()
         self._changed = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
-        # Threads of its own: a server of names that does not answer must not keep others' work waiting.
-        self._threads = ThreadPoolExecutor(LOOKUPS, "octavo-names")
         frontend.on_leaving = self._engine_leaves
 
     async def start(self) -> EngineInfo:
@@ -61,8 +54,7 @@ class FollowedEngines:
 
     def set(self, addresses: Sequence[Address]) -> None:
         """Follow other addresses from now on: engines of those that are not among them are drained at once."""
-        self._addresses = list(addresses)
-        self._missed = dict.fromkeys(self._replicas, MISSES)
+        self._names.set(addresses)
         self._changed.set()
 
     def loads(self) -> dict[str, Load]:
@@ -75,44 +67,29 @@ class FollowedEngines:
             task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await task
+        self._names.forget()
         self._replicas.clear()
 
     def destroy(self) -> None:
         """Free the connections, which the frontend must have closed."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
         self._context.destroy()
 
     async def _follow(self) -> None:
         while True:
             self._changed.clear()
-            wanted = await self._wanted()
+            wanted = await self._names.look()
+            if self._changed.is_set():  # they are not wanted any more
+                continue
             for address in wanted:
-                self._missed.pop(address, None)
                 if address not in self._replicas:
                     self._join(address)
-            for address in [each for each in self._replicas if each not in wanted]:
-                self._missed[address] = self._missed.get(address, 0) + 1
-                if self._missed[address] >= MISSES and not self._replicas[address].is_leaving:
+            for address in self._replicas.keys() - wanted:
+                if not self._replicas[address].is_leaving:
                     log.warning("the engine at %s is no longer among those to use", address)
                     self._let_go(self._replicas[address])
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(LOOK):
                     await self._changed.wait()
-
-    async def _wanted(self) -> list[Address]:
-        """Return the numbers of all engines to use."""
-        addresses = list(self._addresses)
-        loop = asyncio.get_running_loop()
-        asked = (loop.run_in_executor(self._threads, each.resolved) for each in addresses)
-        answers = await asyncio.gather(*asked, return_exceptions=True)
-        for address, answer in zip(addresses, answers, strict=True):
-            if isinstance(answer, list):
-                self._known[address] = answer
-                self._problems.pop(address, None)
-            elif (problem := str(getattr(answer, "strerror", None) or answer)) != self._problems.get(address):
-                self._problems[address] = problem
-                log.error("%s cannot be looked up: %s", address, problem)
-        return list(dict.fromkeys(each for address in addresses for each in self._known.get(address, ())))
 
     def _join(self, address: Address) -> None:
         def connect(replica: Replica) -> RemoteLink:

@@ -4,10 +4,12 @@ import asyncio
 import contextlib
 import errno
 import logging
+import os
 import signal
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -17,12 +19,14 @@ from zmq.utils.monitor import parse_monitor_message
 
 from octavo.address import Address
 from octavo.config import EngineConfig
+from octavo.daemon_thread import in_daemon_thread
 from octavo.engine.messages import EngineInfo
 from octavo.errors import ConfigError
 from octavo.formats.files import unlock
 from octavo.frontend.links.process import EngineProcess, ProcessLink
 from octavo.frontend.request_trace import RequestTrace
 from octavo.process_guard import hide_memory
+from octavo.secret import Secrets
 from octavo.terminal import printable
 from octavo.version import __version__
 from octavo.weights import resolve
@@ -47,6 +51,8 @@ log = logging.getLogger("octavo")
 def run_engine(config: EngineConfig, listen: str) -> None:
     """Serve frontends until SIGTERM, SIGHUP or Ctrl-C, then let them move their requests elsewhere, and return.
 
+    If such a signal comes while the model is found and loaded, this ends the process.
+
     Args:
         listen: address to listen on, such as tcp://0.0.0.0:7000.
 
@@ -65,11 +71,15 @@ def run_engine(config: EngineConfig, listen: str) -> None:
         raise ConfigError(f"cannot listen on {address}: {error.strerror or error}") from None
     if curve is None and not address.is_local:
         raise ConfigError(f"{address} can be reached from other machines: give the shared secret, --secret-file FILE")
-    uvloop.run(_run(config, address, curve))
+    if not uvloop.run(_run(config, address, curve)):
+        os._exit(0)  # otherwise Python would wait for the threads of a download, which may hang
 
 
-async def _run(config: EngineConfig, address: Address, curve: Curve | None) -> None:
-    """Listen, load and serve. The first signal while it serves begins to drain; any other one cancels."""
+async def _run(config: EngineConfig, address: Address, curve: Curve | None) -> bool:
+    """Listen, load and serve. The first signal while it serves begins to drain; any other one cancels.
+
+    Returns whether it has served.
+    """
     task = asyncio.current_task()
     assert task is not None
     stop = asyncio.Event()
@@ -87,6 +97,7 @@ async def _run(config: EngineConfig, address: Address, curve: Curve | None) -> N
             loop.add_signal_handler(number, on_signal)
     with contextlib.suppress(asyncio.CancelledError):
         await serve_engine(config, address, curve, serving, stop)
+    return serving.is_set()
 
 
 async def serve_engine(
@@ -107,8 +118,8 @@ async def serve_engine(
                 stack.callback(Doorkeeper(context, curve).close)  # before anybody can connect
             socket = _listening(context, address, curve)
             process = EngineProcess()  # imports its modules while this process reads the files
-            path, secrets = resolve(config.model, config.revision), config.read_secrets()
-            files = ModelFiles.read(unlock(path, secrets.model_identity))
+            # In a thread that nothing waits for: a download may take long, or hang, and signals must end it.
+            path, secrets, files = await in_daemon_thread(partial(_read_model, config))
             description = Files(
                 config.model_name,
                 dict(files.content),
@@ -142,6 +153,12 @@ async def serve_engine(
                 await host.close()
             elif process is not None:
                 process.end()
+
+
+def _read_model(config: EngineConfig) -> tuple[Path, Secrets, ModelFiles]:
+    """Return the model's place, which is downloaded if need be, its secrets and its small files."""
+    path, secrets = resolve(config.model, config.revision), config.read_secrets()
+    return path, secrets, ModelFiles.read(unlock(path, secrets.model_identity))
 
 
 async def _drain(host: EngineHost) -> None:
