@@ -16,7 +16,8 @@ from octavo.backends.cuda import graph_shapes  # noqa: E402
 from octavo.backends.cuda.backend import load as load_cuda  # noqa: E402
 from octavo.backends.cuda.graph_shapes import GraphShape, GraphShapes  # noqa: E402
 from octavo.backends.cuda.graphs import first_chunk, first_step  # noqa: E402
-from octavo.backends.cuda.kernels import sampler  # noqa: E402
+from octavo.backends.cuda.kernels import sampler, selection  # noqa: E402
+from octavo.backends.cuda.kernels.sampling_arrays import DeviceSampling  # noqa: E402
 from octavo.backends.cuda.staging import Staging  # noqa: E402
 from octavo.backends.torch.backend import load as load_torch  # noqa: E402
 from octavo.backends.torch.sampling import sample as plain_sample  # noqa: E402
@@ -254,14 +255,14 @@ def sample(logits: np.ndarray, batch: SamplingBatch) -> StepResult:
     names = [field.name for field in dataclasses.fields(SamplingBatch)]
     device = torch.device(DEVICE)
     sent = Staging(1 << 14, device).send({name: getattr(batch, name) for name in names})
-    sampled = sampler.sample(torch.from_numpy(logits).to(device), sampler.DeviceSampling(**sent), batch)
+    sampled = sampler.sample(torch.from_numpy(logits).to(device), DeviceSampling(**sent), batch)
     return sampled.result(sampled.words.cpu().numpy())
 
 
 @on_device
 @pytest.mark.parametrize("block", [1024, 128])
 def test_sampling_agrees_with_numpy(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sampler, "_BLOCK", block)
+    monkeypatch.setattr(selection, "_BLOCK", block)
     rng = np.random.default_rng(block)
     logits = rng.normal(0, 2, (12, 203)).astype(np.float32)
     logits[3, 5], logits[7, 9] = np.nan, np.inf

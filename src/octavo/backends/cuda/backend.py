@@ -25,7 +25,8 @@ from .graphs import Graphs, first_chunk, first_step
 from .inputs import Inputs, StepInputs
 from .kernels.rope_and_cache import rotary_table
 from .kernels.rotation import Int8Rows
-from .kernels.sampler import Sampled, sample
+from .kernels.sampler import sample
+from .kernels.sampling_arrays import Sampled
 from .ops import CudaOps, Model
 from .pages import Pages, bytes_of_page
 from .pooling import pooled_sums

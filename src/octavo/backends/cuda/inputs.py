@@ -13,7 +13,7 @@ from .graph_shapes import GraphShape, GraphShapes
 from .kernels.attention import Parts, Tiles
 from .kernels.attention_plan import TILE_FIELDS, plan, tilings
 from .kernels.rope_and_cache import StepRows
-from .kernels.sampler import DeviceSampling
+from .kernels.sampling_arrays import DeviceSampling
 from .staging import Staging
 
 _SLOTS = 4096  # sums of a row over a part of its context that can wait to be merged
