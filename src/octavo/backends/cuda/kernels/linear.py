@@ -340,7 +340,7 @@ def fold_last(
         tl.debug_barrier()
         at = waiting + (tl.arange(0, A)[:, None] * B + tl.arange(0, B)[None, :])
         for level in tl.static_range(3):
-            if SPANS > 1 << level:
+            if 1 << level < SPANS:
                 acc = tl.load(at + level * SIZE) + acc
         if SWAPPED:
             row, output = first_row + tl.arange(0, B), first_output + tl.arange(0, A)
