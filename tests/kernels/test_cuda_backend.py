@@ -21,7 +21,7 @@ from octavo.backends.cuda.backend import load as load_cuda  # noqa: E402
 from octavo.backends.cuda.first_steps import chunk, decode  # noqa: E402
 from octavo.backends.cuda.graph_shapes import GraphShape, GraphShapes  # noqa: E402
 from octavo.backends.cuda.inputs import Inputs  # noqa: E402
-from octavo.backends.cuda.kernels import sampler, selection  # noqa: E402
+from octavo.backends.cuda.kernels import adjustment, draw, logprobs, sampler, selection  # noqa: E402
 from octavo.backends.cuda.kernels.rope_and_cache import KvPool  # noqa: E402
 from octavo.backends.cuda.kernels.sampling_arrays import DeviceSampling  # noqa: E402
 from octavo.backends.cuda.ops import spans_of  # noqa: E402
@@ -272,13 +272,46 @@ def test_full_memory_is_an_error_with_advice(backend: Any, monkeypatch: pytest.M
 @on_device
 def test_a_closed_backend_keeps_no_memory() -> None:
     made = cuda()
-    large = [
-        weakref.ref(x) for x in (made._logits, made._kv.pool.memory, made._model.rotary, made._inputs._page_tables)
-    ]
+    kept = (made._logits, made._kv.pool.memory, made._model.rotary, made._inputs._page_tables)
+    large = [weakref.ref(tensor) for tensor in kept]
+    del kept
     made.close()
     made.close()
     gc.collect()
     assert [ref() for ref in large] == [None] * 4
+
+
+class Recorded:
+    """A kernel whose launches are noted."""
+
+    def __init__(self, name: str, kernel: Any, launched: set[str]):
+        self._name, self._kernel, self._launched = name, kernel, launched
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        self._launched.add(self._name)
+        return self._kernel[grid]
+
+
+SAMPLING_KERNELS = {
+    adjustment: ("_add_biases", "_count_history", "_penalize", "_mask"),
+    selection: ("_survey", "_weigh", "_bound", "_gather"),
+    draw: ("draw_kernel",),
+    logprobs: ("_logprobs", "_count_likelier"),
+}
+
+
+@on_device
+def test_every_kernel_is_compiled_before_the_first_request(backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    launched: set[str] = set()
+    for module, names in SAMPLING_KERNELS.items():
+        for name in names:
+            monkeypatch.setattr(module, name, Recorded(name, getattr(module, name), launched))
+    backend.allocate_kv(10)
+    assert launched == {name for names in SAMPLING_KERNELS.values() for name in names}
+    rows: list[int] = []
+    monkeypatch.setattr(backend, "_forward", lambda inputs: rows.append(len(inputs.tokens)))
+    backend._compile()
+    assert {max(4, (n - 1).bit_length()) for n in rows} == {4, 5, 6, 7, 8}  # of 16 to 256, as tiles are chosen
 
 
 def ragged(rows: list[Any], dtype: Any) -> tuple[np.ndarray, np.ndarray]:
