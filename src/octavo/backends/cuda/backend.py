@@ -76,7 +76,12 @@ class CudaBackend:
         int8_kv: bool = False,
         capture_seconds: float = 20.0,
     ):
-        """Make the backend of weights that are on a device; allocate_kv then captures graphs for `capture_seconds`."""
+        """Make the backend of weights that are on a device.
+
+        Args:
+            capture_seconds: how long allocate_kv captures graphs, after it has compiled the kernels. With 0 it does
+                neither, and each step compiles and captures what it is the first to need.
+        """
         device = _tensor(weights["embed"]).device
         self.spec, self.page_size, self.page_bytes = spec, page_size, bytes_of_page(spec, page_size, int8_kv)
         recipe = "8bit" if isinstance(weights["layers.0.qkv"], Int8Rows) else "bf16"
@@ -103,7 +108,7 @@ class CudaBackend:
         with self._on_stream(), or_out_of_memory(f"{num_pages} KV pages and CUDA graphs do not fit", _SMALLER):
             self._pages = Pages(self.spec, self.page_size, num_pages, self._int8_kv, device)
             self._limits = replace(self._limits, num_pages=num_pages)
-            if self._graphs is not None:
+            if self._graphs is not None and self._capture_seconds > 0:
                 self._compile()
                 self._graphs.capture(self._shapes.first, self._first, self._capture_seconds)
         self.step(step_of_every_kind())
