@@ -105,7 +105,9 @@ def gated(
     """
     rows = len(x) if rows is None else rows
     if rows:
-        launch(x, None, weight, None, out, activation, bias, rows, tile or choose("gated", *weight.shape, 1, rows))
+        outputs, inputs = weight.shape
+        tile = tile or choose("gated", outputs, inputs, 1, rows)
+        launch(x, None, weight, None, out, activation, bias, rows, tile)
 
 
 def launch(

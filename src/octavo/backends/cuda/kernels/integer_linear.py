@@ -91,5 +91,6 @@ def integer_gated(
     """
     rows = len(x.values)
     if rows:
-        tile = tile or choose("int8 gated", *weight.values.shape, 1, rows)
+        outputs, inputs = weight.values.shape
+        tile = tile or choose("int8 gated", outputs, inputs, 1, rows)
         launch_gated(x.values, x.scales, weight.values, weight.scales, out, activation, bias, rows, tile, BLOCK_K)
