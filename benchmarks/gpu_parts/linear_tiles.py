@@ -29,7 +29,10 @@ from octavo.backends.cuda.kernels.gated import gated
 from octavo.backends.cuda.kernels.integer_linear import integer_gated, integer_linear
 from octavo.backends.cuda.kernels.linear import linear
 from octavo.backends.cuda.kernels.rotation import Int8Rows, quantize_rows
+from octavo.backends.cuda.ops import spans_of
+from octavo.model.spec import DecoderSpec
 
+from . import shapes
 from .timing import device_seconds
 
 FAMILIES: tuple[Family, ...] = ("swapped", "plain", "hmma")
@@ -57,22 +60,19 @@ class Layer:
         return (1 if self.integer else 2) * self.outputs * self.inputs
 
 
-LLAMA_8B = (
-    Layer("qkv", "linear", 6144, 4096),
-    Layer("out", "linear", 4096, 4096, 8),
-    Layer("gate_up", "gated", 28672, 4096),
-    Layer("down", "linear", 4096, 14336, 8),
-    Layer("head", "linear", 128256, 4096),
-)
-QWEN3_06B = (
-    Layer("qkv", "linear", 4096, 1024),
-    Layer("out", "linear", 1024, 2048, 8),
-    Layer("gate_up", "gated", 6144, 1024),
-    Layer("down", "linear", 1024, 3072, 8),
-    Layer("head", "linear", 151936, 1024),
-)
+def layers_of(spec: DecoderSpec) -> tuple[Layer, ...]:
+    """Return the linear layers of a model: one of each kind."""
+    hidden, spans = spec.hidden_size, spans_of(spec)
+    return (
+        Layer("qkv", "linear", spec.qkv_size, hidden),
+        Layer("out", "linear", hidden, spec.q_size, spans["out"]),
+        Layer("gate_up", "gated", 2 * spec.intermediate_size, hidden),
+        Layer("down", "linear", hidden, spec.intermediate_size, spans["down"]),
+        Layer("head", "linear", spec.vocab_size, hidden),
+    )
 
 
+LLAMA_8B, QWEN3_06B = layers_of(shapes.LLAMA_8B), layers_of(shapes.QWEN3_06B)
 INT8 = tuple(
     Layer(f"{layer.name} int8", "int8 gated" if layer.kind == "gated" else "int8", layer.outputs, layer.inputs)
     for layer in LLAMA_8B

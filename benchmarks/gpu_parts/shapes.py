@@ -90,7 +90,7 @@ def backend(
         max_batch_size=batch_size,
         max_model_len=model_len,
         int8_kv=int8_kv,
-        capture_seconds=1.0,  # the others are captured when a step first needs them
+        capture_seconds=0.0,
     )
     torch.cuda.synchronize()  # the weights were made on another stream
     if not graphs:

@@ -136,7 +136,9 @@ class EngineConfig(Settings):
         "bf16", "Keys and values in the cache: bf16, or int8 for half the memory (not torch).", _KV_CACHE_DTYPE
     )
     kv_cache_memory: Size | None = setting(
-        None, "Memory of the KV cache, such as 4GiB; by default enough for a full batch, up to half of the free memory."
+        None,
+        "Memory of the KV cache, such as 4GiB; by default enough for a full batch, up to half of the free memory, or "
+        "nine tenths of a GPU's.",
     )
     kv_disk: str | None = setting(None, "Folder for KV pages evicted from memory; they are kept across restarts.")
     kv_disk_size: Size = setting(

@@ -1,6 +1,8 @@
 """The cuda backend on a tiny model, in Triton's interpreter; with -m gpu and a GPU, the same on the device."""
 
 import dataclasses
+import gc
+import weakref
 from typing import Any
 
 import numpy as np
@@ -12,15 +14,21 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("triton", reason="Triton is not installed; it comes with octavo[cuda]")
 
 from octavo.backends.base import PoolingBatch, SamplingBatch, StepResult  # noqa: E402
+from octavo.backends.cuda import backend as cuda_backend  # noqa: E402
 from octavo.backends.cuda import graph_shapes  # noqa: E402
+from octavo.backends.cuda import weights as cuda_weights  # noqa: E402
 from octavo.backends.cuda.backend import load as load_cuda  # noqa: E402
+from octavo.backends.cuda.first_steps import chunk, decode  # noqa: E402
 from octavo.backends.cuda.graph_shapes import GraphShape, GraphShapes  # noqa: E402
-from octavo.backends.cuda.graphs import first_chunk, first_step  # noqa: E402
-from octavo.backends.cuda.kernels import sampler  # noqa: E402
+from octavo.backends.cuda.inputs import Inputs  # noqa: E402
+from octavo.backends.cuda.kernels import adjustment, draw, logprobs, sampler, selection  # noqa: E402
+from octavo.backends.cuda.kernels.rope_and_cache import KvPool  # noqa: E402
+from octavo.backends.cuda.kernels.sampling_arrays import DeviceSampling  # noqa: E402
+from octavo.backends.cuda.ops import spans_of  # noqa: E402
 from octavo.backends.cuda.staging import Staging  # noqa: E402
 from octavo.backends.torch.backend import load as load_torch  # noqa: E402
 from octavo.backends.torch.sampling import sample as plain_sample  # noqa: E402
-from octavo.errors import ConfigError, UnsupportedModel  # noqa: E402
+from octavo.errors import ConfigError, OutOfMemory, UnsupportedModel  # noqa: E402
 from random_model import PLAIN, TOKENS, load  # noqa: E402
 from step_batches import run_chunks, step_batch  # noqa: E402
 
@@ -30,7 +38,7 @@ SPEC = dataclasses.replace(
     num_heads=2,
     num_kv_heads=1,
     hidden_size=32,
-    intermediate_size=48,
+    intermediate_size=128,
     windows=(0, 10),
     qk_norm=True,
     output_bias=True,
@@ -76,6 +84,9 @@ def test_shapes_of_graphs() -> None:
     assert shapes.choose(65, 25, 3, chunks=True) is None  # more sampled rows than logits
     assert shapes.choose(2049, 1, 1, chunks=True) is None
     assert shapes.choose(0, 0, 0, chunks=False) is None
+    large = GraphShapes(256, 8192).of_each_power
+    assert [shape.rows.bit_length() for shape in large if not shape.chunks] == [1, 2, 3, 4, 5, 6, 7, 8, 9]
+    assert [(shape.rows - 1).bit_length() for shape in large if shape.chunks] == [6, 7, 8, 9, 10, 11]
     assert shapes.first[-2:] == [GraphShape(64, 24, True), GraphShape(128, 24, True)]
 
 
@@ -133,7 +144,7 @@ def test_padded_rows_change_nothing(backend: Any, whole: np.ndarray, monkeypatch
 def test_steps_that_record_kernels_have_their_shapes(backend: Any) -> None:
     """And no empty array, which would have no address."""
     for shape in backend._shapes.first[::9]:
-        step = first_chunk(shape.rows) if shape.chunks else first_step(shape.rows)
+        step = chunk(shape.rows) if shape.chunks else decode(shape.rows)
         with backend._on_stream():
             inputs = backend._inputs.send(step, graph=True)
         assert inputs.shape == shape
@@ -145,7 +156,7 @@ def test_step_samples_from_the_logits(backend: Any) -> None:
     batch = step_batch([(PROMPT[:5], 0, [0]), (PROMPT[:2], 0, [1])], [4, 6])
     logits = backend.logits(batch)
     np.testing.assert_array_equal(backend.step(batch).tokens, logits.argmax(axis=1))
-    first, second = backend.launch(batch), backend.launch(first_step(2))
+    first, second = backend.launch(batch), backend.launch(decode(2))
     np.testing.assert_array_equal(first.result().tokens, logits.argmax(axis=1))
     assert second.result().tokens.shape == (2,)
     assert backend.step(step_batch([], [])).tokens.shape == (0,)
@@ -193,9 +204,18 @@ def test_8_bits_need_blocks_of_64_inputs() -> None:
         cuda(quantization="8bit")
 
 
+def pooling_of_label(row: int, token: int) -> PoolingBatch:
+    none = np.zeros(0, np.int32)
+    return PoolingBatch(none, none, np.zeros((0, 32)), np.array([row], np.int32), np.array([token], np.int32))
+
+
 BAD = {
     "vocabulary": {"tokens": np.array([1, 203, 2], np.int32)},
-    "order of position": {"positions": np.array([0, 2, 3], np.int32)},
+    "order of position": {"positions": np.array([0, 10**6, 2], np.int32)},
+    "from 0 to 511": {"positions": np.array([510, 511, 512], np.int32), "page_tables": np.zeros((1, 65), np.int32)},
+    "from 0": {"positions": np.array([-1, 0, 1], np.int32)},
+    "a label": {"pooling": pooling_of_label(row=0, token=203)},
+    "not sampled": {"pooling": pooling_of_label(row=1, token=0)},
     "end of its page table": {"positions": np.array([6, 7, 8], np.int32)},
     "KV pool": {"page_tables": np.array([[10]], np.int32)},
     "sampled row": {"sample_rows": np.array([3], np.int32)},
@@ -210,6 +230,88 @@ def test_a_batch_that_reaches_outside_is_refused(message: str, backend: Any) -> 
     good = step_batch([([1, 2, 3], 0, [0])], [2])
     with pytest.raises(ValueError, match=message):
         backend.step(dataclasses.replace(good, **BAD[message]))
+
+
+def test_spans_are_those_of_the_other_backends_where_they_are_equal() -> None:
+    def spans(heads: int, head_dim: int, intermediate: int) -> tuple[int, ...]:
+        spec = dataclasses.replace(
+            SPEC, num_heads=heads, num_kv_heads=1, head_dim=head_dim, intermediate_size=intermediate
+        )
+        return tuple(spans_of(spec).values())
+
+    assert spans(32, 128, 14336) == (8, 8)
+    assert spans(9, 64, 1536) == (1, 8)
+    assert spans(14, 64, 4864) == (2, 4)
+    assert spans(12, 64, 448) == (4, 1)  # the cpu backend has 4 spans of 64 or 128 columns
+    assert spans(2, 16, 48) == (1, 1)
+
+
+@on_device
+def test_arithmetic_names_the_spans(backend: Any) -> None:
+    assert backend.arithmetic.endswith("out 1 down 2")
+
+
+def no_memory(*_: Any, **__: Any) -> Any:
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+@on_device
+def test_full_memory_is_an_error_with_advice(backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = step_batch([([1, 2, 3], 0, [0])], [2])
+    for place, name, advice, call in (
+        (cuda_weights, "_copy", "use a smaller model or quantization 8bit", cuda),
+        (Inputs, "__init__", "smaller kv_cache_memory, max_batch_size", cuda),
+        (KvPool, "allocate", "10 KV pages and CUDA graphs do not fit", cuda),
+        (cuda_backend, "sample", "a step of 3 tokens does not fit", lambda: backend.step(step)),
+    ):
+        with monkeypatch.context() as patch, pytest.raises(OutOfMemory, match=advice):
+            patch.setattr(place, name, no_memory)
+            call()
+
+
+@on_device
+def test_a_closed_backend_keeps_no_memory() -> None:
+    made = cuda()
+    kept = (made._logits, made._kv.pool.memory, made._model.rotary, made._inputs._page_tables)
+    large = [weakref.ref(tensor) for tensor in kept]
+    del kept
+    made.close()
+    made.close()
+    gc.collect()
+    assert [ref() for ref in large] == [None] * 4
+
+
+class Recorded:
+    """A kernel whose launches are noted."""
+
+    def __init__(self, name: str, kernel: Any, launched: set[str]):
+        self._name, self._kernel, self._launched = name, kernel, launched
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        self._launched.add(self._name)
+        return self._kernel[grid]
+
+
+SAMPLING_KERNELS = {
+    adjustment: ("_add_biases", "_count_history", "_penalize", "_mask"),
+    selection: ("_survey", "_weigh", "_bound", "_gather"),
+    draw: ("draw_kernel",),
+    logprobs: ("_logprobs", "_count_likelier"),
+}
+
+
+@on_device
+def test_every_kernel_is_compiled_before_the_first_request(backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    launched: set[str] = set()
+    for module, names in SAMPLING_KERNELS.items():
+        for name in names:
+            monkeypatch.setattr(module, name, Recorded(name, getattr(module, name), launched))
+    backend.allocate_kv(10)
+    assert launched == {name for names in SAMPLING_KERNELS.values() for name in names}
+    rows: list[int] = []
+    monkeypatch.setattr(backend, "_forward", lambda inputs: rows.append(len(inputs.tokens)))
+    backend._compile()
+    assert {max(4, (n - 1).bit_length()) for n in rows} == {4, 5, 6, 7, 8}  # of 16 to 256, as tiles are chosen
 
 
 def ragged(rows: list[Any], dtype: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -254,14 +356,14 @@ def sample(logits: np.ndarray, batch: SamplingBatch) -> StepResult:
     names = [field.name for field in dataclasses.fields(SamplingBatch)]
     device = torch.device(DEVICE)
     sent = Staging(1 << 14, device).send({name: getattr(batch, name) for name in names})
-    sampled = sampler.sample(torch.from_numpy(logits).to(device), sampler.DeviceSampling(**sent), batch)
+    sampled = sampler.sample(torch.from_numpy(logits).to(device), DeviceSampling(**sent), batch)
     return sampled.result(sampled.words.cpu().numpy())
 
 
 @on_device
 @pytest.mark.parametrize("block", [1024, 128])
 def test_sampling_agrees_with_numpy(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sampler, "_BLOCK", block)
+    monkeypatch.setattr(selection, "_BLOCK", block)
     rng = np.random.default_rng(block)
     logits = rng.normal(0, 2, (12, 203)).astype(np.float32)
     logits[3, 5], logits[7, 9] = np.nan, np.inf

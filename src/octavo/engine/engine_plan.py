@@ -3,7 +3,7 @@
 import msgspec
 
 from octavo.backends.base import Footprint
-from octavo.config import EngineConfig
+from octavo.config import DTYPES, EngineConfig
 from octavo.errors import OutOfMemory
 from octavo.kv import pages_for
 
@@ -15,7 +15,7 @@ class EnginePlan(msgspec.Struct, frozen=True):
 
     Attributes:
         kernels, weight_bytes, page_bytes: see Footprint.
-        threads: compute threads, of each rank, and whether a setting says so.
+        threads: compute threads, of each rank, and whether a setting says so; 0 on a GPU.
         ranks: processes over which the model is divided.
         whole_attention: whether each of them has all heads.
         weights: format of the weights, in words.
@@ -58,8 +58,9 @@ class EnginePlan(msgspec.Struct, frozen=True):
         ranks = f"{self.ranks} processes, each with its part of the weights"
         if self.whole_attention:
             ranks += "; the heads cannot be divided, so each has the KV cache of all of them"
+        by = f", {threads}{' in each rank' if self.ranks > 1 else ''} ({why})" if self.threads else ""
         return {
-            "kernels": f"{self.kernels}, {threads}{' in each rank' if self.ranks > 1 else ''} ({why})",
+            "kernels": f"{self.kernels}{by}",
             **({"ranks": ranks} if self.ranks > 1 else {}),
             "weights": f"{size(self.weight_bytes)}, {self.weights}",
             "KV cache": f"{kv} ({self.bound})",
@@ -100,9 +101,9 @@ def make_plan(
         )
     return EnginePlan(
         kernels=footprint.kernels,
-        threads=threads,
+        threads=0 if config.backend_name == "cuda" else threads,
         threads_are_set=config.threads is not None,
-        weights=_WEIGHTS[config.quantization],
+        weights=_weights(config),
         weight_bytes=footprint.weight_bytes,
         page_bytes=page_bytes,
         page_size=page_size,
@@ -113,6 +114,13 @@ def make_plan(
         ranks=config.tensor_parallel_size,
         whole_attention=whole_attention,
     )
+
+
+def _weights(config: EngineConfig) -> str:
+    """Return the format of the weights, in words. Only the cpu backend keeps that of the files."""
+    if config.backend_name != "cpu" and config.quantization in ("auto", "none"):
+        return "float32" if DTYPES[config.dtype] == "float32" else "bfloat16"
+    return _WEIGHTS[config.quantization]
 
 
 def size(bytes: int) -> str:

@@ -129,8 +129,9 @@ def plan_engine(config: EngineConfig, path: ModelPath) -> EnginePlan:
     share = _kv_share(config, engines, footprint.weight_bytes)
     if share[0] < 0:
         raise OutOfMemory(
-            f"the weights of {engines} engines need {size(engines * footprint.weight_bytes)} and "
-            f"{size(_free_memory(config))} are free; use a smaller model, quantization 4bit or fewer engines"
+            f"the weights{f' of {engines} engines' if engines > 1 else ''} need "
+            f"{size(engines * footprint.weight_bytes)} and {size(_free_memory(config))} are free; use a smaller model"
+            f"{_fewer_bits(config)}{', or fewer engines' if engines > 1 else ''}"
         )
     threads = config.threads or max(1, available_cores() // engines // ranks)
     return make_plan(config, footprint, max_model_len, threads, *share, whole_attention=not divides_heads(spec, ranks))
@@ -143,6 +144,12 @@ def _free_memory(config: EngineConfig) -> int:
     from octavo.backends.cuda.pages import free_bytes_of
 
     return free_bytes_of(config.device)
+
+
+def _fewer_bits(config: EngineConfig) -> str:
+    """Return the advice to quantize the weights, unless the backend or the setting has no fewer bits."""
+    fewest = {"cpu": "4bit", "cuda": "8bit"}.get(config.backend_name, config.quantization)
+    return "" if config.quantization == fewest else f", or quantization {fewest}"
 
 
 def _kv_share(config: EngineConfig, engines: int, weight_bytes: int) -> tuple[int, str]:

@@ -14,23 +14,29 @@ import triton
 from torch import Tensor
 
 from octavo.backends.base import Footprint, Progress, StepBatch, StepResult
-from octavo.errors import ConfigError, OutOfMemory
+from octavo.errors import ConfigError
 from octavo.model.decoder import describe
+from octavo.model.spans import ORDER
 from octavo.model.spec import DecoderSpec
 from octavo.weights.tensor import Parameter
 
-from .device import architecture, find_device, name_of
-from .graph_shapes import GraphShape, GraphShapes
-from .graphs import Graphs, first_chunk, first_step
-from .inputs import Inputs, StepInputs
+from .check import Limits
+from .device import architecture, find_device, name_of, or_out_of_memory
+from .first_steps import chunk, decode, step_of_every_kind
+from .graph_shapes import MOST_ROWS, GraphShape, GraphShapes
+from .graphs import Graphs
+from .inputs import Inputs, Labels, StepInputs
 from .kernels.rope_and_cache import rotary_table
 from .kernels.rotation import Int8Rows
-from .kernels.sampler import Sampled, sample
-from .ops import CudaOps, Model
+from .kernels.sampler import sample
+from .kernels.sampling_arrays import Sampled
+from .ops import CudaOps, Model, spans_of
 from .pages import Pages, bytes_of_page
 from .pooling import pooled_sums
 from .staging import fetch
 from .weights import Weights, load_weights, nbytes
+
+_SMALLER = "use a smaller kv_cache_memory, max_batch_size, max_batch_tokens or max_model_len"
 
 
 @dataclass(frozen=True)
@@ -41,14 +47,14 @@ class Pending:
     sampled: Sampled
     words: Callable[[], np.ndarray]
     sums: Callable[[], np.ndarray] | None
-    label_logits: Tensor | None
+    label_logits: Callable[[], np.ndarray] | None
 
     def result(self) -> StepResult:
         """Wait for the step and return its result."""
         result = self.sampled.result(self.words())
         if self.sums is None:
             return result
-        labels = None if self.label_logits is None else self.label_logits.cpu().numpy()
+        labels = None if self.label_logits is None else self.label_logits().view(np.float32)
         return replace(result, sums=self.sums(), label_logits=labels)
 
 
@@ -70,32 +76,42 @@ class CudaBackend:
         int8_kv: bool = False,
         capture_seconds: float = 20.0,
     ):
-        """Make the backend of weights that are on a device; allocate_kv then captures graphs for `capture_seconds`."""
+        """Make the backend of weights that are on a device.
+
+        Args:
+            capture_seconds: how long allocate_kv captures graphs, after it has compiled the kernels. With 0 it does
+                neither, and each step compiles and captures what it is the first to need.
+        """
         device = _tensor(weights["embed"]).device
         self.spec, self.page_size, self.page_bytes = spec, page_size, bytes_of_page(spec, page_size, int8_kv)
         recipe = "8bit" if isinstance(weights["layers.0.qkv"], Int8Rows) else "bf16"
-        self.arithmetic = _arithmetic(device, recipe, "int8" if int8_kv else "bf16")
+        self.arithmetic = _arithmetic(device, spans_of(spec), recipe, "int8" if int8_kv else "bf16")
         held = sum(nbytes(weight) for weight in weights.values())
         self.footprint = Footprint(f"Triton on {name_of(device)}", held, self.page_bytes)
         self._capture_seconds = capture_seconds
-        self._int8_kv, self._max_batch_tokens, self._max_batch_size = int8_kv, max_batch_tokens, max_batch_size
+        self._int8_kv = int8_kv
+        self._limits = Limits(spec.vocab_size, page_size, 0, max_batch_tokens, max_batch_size, max_model_len)
         self._pages: Pages | None = None
         self._shapes = GraphShapes(max_batch_size, max_batch_tokens)
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._last = torch.cuda.Event() if device.type == "cuda" else None  # the end of the latest step
-        with self._on_stream():
+        with self._on_stream(), or_out_of_memory("the steps' arrays do not fit beside the weights", _SMALLER):
             rotary = torch.from_numpy(rotary_table(spec.rope.frequencies(spec.head_dim), max_model_len)).to(device)
             self._logits = torch.empty((self._shapes.most_sampled, spec.vocab_size), dtype=torch.float32, device=device)
             self._inputs = Inputs(spec, page_size, max_model_len, self._shapes, device, int8_kv)
+            self._norm = _tensor(weights["norm"]).float().cpu().numpy()
         self._model = Model(spec, weights, rotary)
         self._graphs = None if self._stream is None else Graphs(self._forward)
 
     def allocate_kv(self, num_pages: int) -> None:
-        with self._on_stream():
-            self._pages = Pages(self.spec, self.page_size, num_pages, self._int8_kv, self._logits.device)
-            if self._graphs is not None:
+        device = self._logits.device
+        with self._on_stream(), or_out_of_memory(f"{num_pages} KV pages and CUDA graphs do not fit", _SMALLER):
+            self._pages = Pages(self.spec, self.page_size, num_pages, self._int8_kv, device)
+            self._limits = replace(self._limits, num_pages=num_pages)
+            if self._graphs is not None and self._capture_seconds > 0:
+                self._compile()
                 self._graphs.capture(self._shapes.first, self._first, self._capture_seconds)
-        self.step(first_step(1))  # compiles the sampler
+        self.step(step_of_every_kind())
 
     def export_page(self, page: int) -> np.ndarray:
         return self._kv.export(page, self._last)
@@ -116,24 +132,28 @@ class CudaBackend:
 
         Raises ValueError if the batch reaches outside of the model or the pool, OutOfMemory.
         """
-        with self._on_stream():
+        with self._on_stream(), _step_fits(batch):
             logits, pooled, inputs = self._run(batch)
             sampled = sample(logits, inputs.sampling, batch.sampling)
-            pending = self._pending(batch, sampled, logits, pooled)
+            pending = self._pending(batch, sampled, logits, pooled, inputs.labels)
             if self._last is not None:
                 self._last.record()
         return pending
 
     @torch.inference_mode()
     def logits(self, batch: StepBatch) -> np.ndarray:
-        with self._on_stream():
+        with self._on_stream(), _step_fits(batch):
             logits: np.ndarray = self._run(batch)[0].cpu().numpy().copy()
         return logits
 
     def close(self) -> None:
         if self._stream is not None:
             self._stream.synchronize()
-        self._graphs, self._pages, self._model = None, None, replace(self._model, weights={})
+        self._graphs = self._pages = None
+        for name in ("_model", "_inputs", "_logits"):
+            vars(self).pop(name, None)
+        if self._stream is not None:
+            torch.cuda.empty_cache()
 
     @property
     def _kv(self) -> Pages:
@@ -142,43 +162,47 @@ class CudaBackend:
 
     def _run(self, batch: StepBatch) -> tuple[Tensor, Tensor | None, StepInputs]:
         """Launch the forward pass. Returns the logits of the sampled rows and, with a PoolingBatch, what it sums."""
-        check(batch, self.spec, self.page_size, self._kv.num_pages, self._max_batch_tokens, self._max_batch_size)
-        try:
-            inputs = self._inputs.send(batch, graph=self._graphs is not None and batch.pooling is None)
-            if self._graphs is not None and inputs.shape is not None:
-                return self._graphs.replay(inputs)[: len(batch.sample_rows)], None, inputs
-            if len(batch.tokens) == 0:
-                return self._logits[:0], None, inputs
-            ops = CudaOps(self._model, self._kv.pool, inputs, self._logits)
-            return _tensor(describe(self.spec, ops)), ops.pooled, inputs
-        except torch.OutOfMemoryError:
-            raise OutOfMemory(
-                f"a step of {len(batch.tokens)} tokens does not fit in the device's memory; use a smaller "
-                "max_batch_tokens or kv_cache_memory"
-            ) from None
+        self._limits.check(batch)
+        inputs = self._inputs.send(batch, graph=self._graphs is not None and batch.pooling is None)
+        if self._graphs is not None and inputs.shape is not None:
+            return self._graphs.replay(inputs)[: len(batch.sample_rows)], None, inputs
+        if len(batch.tokens) == 0:
+            return self._logits[:0], None, inputs
+        ops = CudaOps(self._model, self._kv.pool, inputs, self._logits)
+        return _tensor(describe(self.spec, ops)), ops.pooled, inputs
+
+    @torch.inference_mode()
+    def _compile(self) -> None:
+        """Compile the kernels of steps of all sizes. Those of sampling are compiled by step_of_every_kind."""
+        for shape in self._shapes.of_each_power:
+            self._forward(self._first(shape))
+        if self._limits.max_batch_tokens > MOST_ROWS:
+            self._forward(self._inputs.send(chunk(MOST_ROWS + 1)))
 
     @torch.inference_mode()
     def _first(self, shape: GraphShape) -> StepInputs:
         """Return the inputs of some step of a shape."""
-        step = first_chunk(shape.rows) if shape.chunks else first_step(shape.rows)
+        step = chunk(shape.rows) if shape.chunks else decode(shape.rows)
         return self._inputs.send(step, graph=True)
 
     @torch.inference_mode()
     def _forward(self, inputs: StepInputs) -> Tensor:
         return _tensor(describe(self.spec, CudaOps(self._model, self._kv.pool, inputs, self._logits)))
 
-    def _pending(self, batch: StepBatch, sampled: Sampled, logits: Tensor, pooled: Tensor | None) -> Pending:
-        words = fetch(sampled.words)
-        if batch.pooling is None:
+    def _pending(
+        self, batch: StepBatch, sampled: Sampled, logits: Tensor, pooled: Tensor | None, labels: Labels | None
+    ) -> Pending:
+        words, pooling = fetch(sampled.words), batch.pooling
+        if pooling is None or labels is None:
             return Pending(batch, sampled, words, None, None)
-        rows, tokens = (torch.from_numpy(ids.astype(np.int64)) for ids in _labels(batch))
-        labels = logits[rows.to(logits.device), tokens.to(logits.device)]
-        weight = _tensor(self._model.weights["norm"]).float().cpu().numpy()
-        hidden = self.spec.hidden_size
+        hidden, eps, norm = self.spec.hidden_size, self.spec.norm_eps, self._norm
         residual = fetch(pooled.view(torch.int32)) if pooled is not None else lambda: np.zeros((0, hidden), np.int32)
-        pooling, eps = batch.pooling, self.spec.norm_eps
         return Pending(
-            batch, sampled, words, lambda: pooled_sums(residual().view(np.float32), weight, eps, pooling), labels
+            batch,
+            sampled,
+            words,
+            lambda: pooled_sums(residual().view(np.float32), norm, eps, pooling),
+            fetch(logits[labels.rows, labels.tokens].view(torch.int32)),
         )
 
     def _on_stream(self) -> AbstractContextManager[object]:
@@ -251,42 +275,9 @@ def footprint(
     return Footprint(f"Triton on {name_of(find_device(device))}", weights, page)
 
 
-def check(
-    batch: StepBatch, spec: DecoderSpec, page_size: int, num_pages: int, max_batch_tokens: int, max_batch_size: int
-) -> None:
-    """Raise ValueError if a step reaches outside of the model, of its page tables or of the pool.
-
-    A kernel that did would end the process's use of the device.
-    """
-    rows, sequences = len(batch.tokens), len(batch.page_tables)
-    lengths = np.diff(batch.query_start)
-    if rows > max_batch_tokens or len(batch.sample_rows) > max_batch_size:
-        raise ValueError("a step has more tokens than max_batch_tokens, or more sampled rows than max_batch_size")
-    if len(batch.positions) != rows or len(batch.sampling.temperature) != len(batch.sample_rows):
-        raise ValueError("a step needs one entry per token, and the sampling one entry per sampled row")
-    if (
-        len(lengths) != sequences
-        or batch.query_start[0] != 0
-        or batch.query_start[-1] != rows
-        or lengths.min(initial=0) < 0
-    ):
-        raise ValueError("query_start must run from 0 to the number of tokens, with an entry per sequence")
-    if not rows:
-        return
-    if not 0 <= batch.tokens.min() <= batch.tokens.max() < spec.vocab_size:
-        raise ValueError("a token is not in the vocabulary")
-    if not 0 <= batch.sample_rows.min(initial=0) <= batch.sample_rows.max(initial=0) < rows:
-        raise ValueError("a sampled row is not in the step")
-    full = lengths > 0
-    last = batch.positions[batch.query_start[1:][full] - 1]
-    if batch.positions.min() < 0 or (last - batch.positions[batch.query_start[:-1][full]] != lengths[full] - 1).any():
-        raise ValueError("a sequence's rows must be in order of position, from 0")
-    pages = -(-(last + 1) // page_size)
-    if pages.max() > batch.page_tables.shape[1]:
-        raise ValueError("a position is past the end of its page table")
-    used = batch.page_tables[full][np.arange(batch.page_tables.shape[1]) < pages[:, None]]
-    if not 0 <= used.min() <= used.max() < num_pages:
-        raise ValueError("a page is not in the KV pool")
+def _step_fits(batch: StepBatch) -> AbstractContextManager[None]:
+    advice = "use a smaller max_batch_tokens or kv_cache_memory"
+    return or_out_of_memory(f"a step of {len(batch.tokens)} tokens does not fit", advice)
 
 
 def _check_settings(dtype: str, quantization: str) -> None:
@@ -297,20 +288,16 @@ def _check_settings(dtype: str, quantization: str) -> None:
         raise ConfigError(f"the cuda backend has no weights of {quantization} yet; use quantization none or 8bit")
 
 
-def _arithmetic(device: torch.device, recipe: str, kv: str) -> str:
-    """Return what determines a page's bits: Triton's version, the architecture, the kernels and their tiles."""
+def _arithmetic(device: torch.device, spans: Mapping[str, int], recipe: str, kv: str) -> str:
+    """Return what determines a page's bits: Triton's version, architecture, kernels and tiles, spans, data types."""
     kernels = blake2b(digest_size=8)
     for path in sorted(Path(__file__).with_name("kernels").iterdir()):
         if path.suffix in (".py", ".json"):
             kernels.update(path.read_bytes())
-    return f"cuda triton {triton.__version__} {architecture(device)} {kernels.hexdigest()} {recipe} {kv}"
+    sums = " ".join(f"{name} {count}" for name, count in spans.items())
+    return f"cuda triton {triton.__version__} {architecture(device)} {kernels.hexdigest()} {recipe} {kv} {ORDER} {sums}"
 
 
 def _tensor(logits: object) -> Tensor:
     assert isinstance(logits, Tensor)
     return logits
-
-
-def _labels(batch: StepBatch) -> tuple[np.ndarray, np.ndarray]:
-    assert batch.pooling is not None
-    return batch.pooling.label_rows, batch.pooling.label_tokens

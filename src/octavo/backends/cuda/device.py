@@ -1,9 +1,12 @@
-"""Find the device that a setting names."""
+"""The device that a setting names, and what it says when its memory is full."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import triton
 
-from octavo.errors import ConfigError
+from octavo.errors import ConfigError, OutOfMemory
 
 
 def interpreting() -> bool:
@@ -35,3 +38,12 @@ def name_of(device: torch.device) -> str:
 def architecture(device: torch.device) -> str:
     """Return the architecture that kernels are compiled for, such as sm90."""
     return "sm{}{}".format(*torch.cuda.get_device_capability(device)) if device.type == "cuda" else "interpreter"
+
+
+@contextmanager
+def or_out_of_memory(what: str, advice: str) -> Iterator[None]:
+    """Raise OutOfMemory, which says what did not fit and what to do, if PyTorch finds no memory on the device."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise OutOfMemory(f"{what} in the device's memory; {advice}") from None

@@ -6,6 +6,7 @@ from functools import cached_property
 
 _CHUNKS = (*range(64, 1024, 64), *range(1024, 2049, 128))  # rows of steps with chunks: later ones hide their launches
 _SAMPLED = 64
+MOST_ROWS = _CHUNKS[-1]
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,11 @@ class GraphShapes:
         chunks = [size for size in _CHUNKS if size < self.max_batch_tokens + 64]
         sampled = min(_SAMPLED, self.most_sampled)
         return [GraphShape(n, n, False) for n in self.decode] + [GraphShape(n, sampled, True) for n in chunks]
+
+    @cached_property
+    def of_each_power(self) -> list[GraphShape]:
+        """Return one of `first` for each power of two of rows, at which the tiles of linear layers change."""
+        return list({(shape.chunks, (shape.rows - 1).bit_length()): shape for shape in self.first}.values())
 
     def choose(self, rows: int, sampled: int, sequences: int, chunks: bool) -> GraphShape | None:
         """Return the shape for a step, or None if it has too many rows or sequences, or none."""

@@ -4,11 +4,8 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
-
-from octavo.backends.base import SamplingBatch, StepBatch
 
 from .graph_shapes import GraphShape
 from .inputs import StepInputs
@@ -24,10 +21,10 @@ class _Graph:
 
 
 class Graphs:
-    """The graphs captured so far. Memory of the graphs' tensors is shared among them.
+    """The graphs captured so far. Their tensors share one pool of memory.
 
-    As many as the time limit allows are captured at start; others when a step needs them. The inputs of steps of a
-    shape must always lie at the same addresses.
+    As many as the time limit allows are captured at start; others when a step needs them. The inputs of all steps of a
+    shape must lie at the same addresses.
     """
 
     def __init__(self, forward: Forward):
@@ -66,20 +63,3 @@ class Graphs:
                 logits = self._forward(inputs)
             self._graphs[inputs.shape] = _Graph(graph, logits)
         return self._graphs[inputs.shape]
-
-
-def first_step(rows: int) -> StepBatch:
-    """Return a greedy step of `rows` sequences of one token each, which all write to the first position of page 0."""
-    none = np.zeros(rows, np.int32)
-    one_each = np.arange(rows + 1, dtype=np.int32)
-    return StepBatch(none, none, one_each, none[:, None], one_each[:-1], SamplingBatch.greedy(rows))
-
-
-def first_chunk(rows: int) -> StepBatch:
-    """Return a step of one sequence of `rows` tokens on page 0, all of which have the positions of the page's first.
-
-    It is not a step that an engine would make; it is run only to record the kernels.
-    """
-    none = np.zeros(rows, np.int32)
-    ends = np.array([0, rows], np.int32)
-    return StepBatch(none, none, ends, none[:1, None], none[:1], SamplingBatch.greedy(1))

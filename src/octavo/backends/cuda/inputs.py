@@ -13,12 +13,20 @@ from .graph_shapes import GraphShape, GraphShapes
 from .kernels.attention import Parts, Tiles
 from .kernels.attention_plan import TILE_FIELDS, plan, tilings
 from .kernels.rope_and_cache import StepRows
-from .kernels.sampler import DeviceSampling
+from .kernels.sampling_arrays import DeviceSampling
 from .staging import Staging
 
 _SLOTS = 4096  # sums of a row over a part of its context that can wait to be merged
 _EXTRA_WORDS = 1 << 21  # of histories, biases and masks that travel with a step's other arrays
 _SAMPLING = [field.name for field in fields(SamplingBatch)]
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Logits that pooled requests want: tokens of sampled rows, int32 [L] each."""
+
+    rows: Tensor
+    tokens: Tensor
 
 
 @dataclass(frozen=True)
@@ -33,6 +41,7 @@ class StepInputs:
         parts: where attention merges.
         sampling: of the rows that the StepBatch samples.
         shape: the size that the step was padded to, for a CUDA graph.
+        labels: of the PoolingBatch, if there is one.
     """
 
     tokens: Tensor
@@ -42,6 +51,7 @@ class StepInputs:
     parts: Parts
     sampling: DeviceSampling
     shape: GraphShape | None
+    labels: Labels | None
 
 
 class Inputs:
@@ -108,6 +118,8 @@ class Inputs:
             "large": _padded(cut.large, more_large, 0),
         }
         arrays |= {f"sampling {name}": getattr(batch.sampling, name) for name in _SAMPLING}
+        if batch.pooling is not None:
+            arrays |= {"label rows": batch.pooling.label_rows, "label tokens": batch.pooling.label_tokens}
         sent = self._staging.send(arrays | {"page_tables": batch.page_tables})
         return StepInputs(
             sent["tokens"],
@@ -121,6 +133,7 @@ class Inputs:
             self._parts,
             DeviceSampling(**{name: sent[f"sampling {name}"] for name in _SAMPLING}),
             shape,
+            None if batch.pooling is None else Labels(sent["label rows"], sent["label tokens"]),
         )
 
     def _work(self, sent: dict[str, Tensor], shape: GraphShape | None) -> list[Tiles]:

@@ -1,11 +1,13 @@
 """The op vocabulary over the Triton kernels: launches the kernels of one step on the current stream."""
 
 from dataclasses import dataclass
+from math import gcd
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from octavo.model.spans import UNIT, span_ends
 from octavo.model.spec import DecoderSpec
 
 from .inputs import StepInputs
@@ -17,7 +19,6 @@ from .kernels.linear import linear, merge, partial_sums
 from .kernels.norm import add_norm, norm, norm_int8
 from .kernels.rope_and_cache import KvPool, rope_and_cache
 from .kernels.rotation import Int8Rows, quantize_rows
-from .kernels.tree import MOST_SPANS
 from .weights import Weights, head_of
 
 
@@ -184,13 +185,13 @@ class CudaOps:
 
 
 def spans_of(spec: DecoderSpec) -> dict[str, int]:
-    """Return the spans that `out` and `down` sum in (docs/gpu.md): at most 8, whole heads in `out`."""
-    return {"out": _most_spans(spec.num_heads), "down": _most_spans(spec.intermediate_size)}
-
-
-def _most_spans(parts: int) -> int:
-    """Return the largest divisor of `parts` up to 8."""
-    return max(n for n in range(1, MOST_SPANS + 1) if parts % n == 0)
+    """Return how many equal spans `out` and `down` sum in: those of model/spans.py, or half, a quarter or an eighth as
+    many where those are not of equal length."""
+    found = {}
+    for name in ("out", "down"):
+        ends = span_ends(spec, f".{name}")
+        found[name] = 1 if ends[-1] % UNIT else gcd(ends[-1] // UNIT, len(ends))
+    return found
 
 
 def _tensor(handle: Handle) -> Tensor:

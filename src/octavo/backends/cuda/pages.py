@@ -36,6 +36,7 @@ class Pages:
         self.pool = KvPool.allocate(num_pages, *shape, int8, device)
         on_device = device.type == "cuda"
         self._stream = torch.cuda.Stream(device) if on_device else None
+        self._copied = torch.cuda.Event() if on_device else None  # the end of the latest `copy`
         self._staged = torch.empty(self.page_bytes, dtype=torch.uint8, pin_memory=on_device)
         self._moving = threading.Lock()  # the stream and the staged page serve one thread at a time
 
@@ -43,8 +44,8 @@ class Pages:
         """Return a copy of a page's bytes, as they are after the event `after`. Raises ValueError."""
         stored = self._page(page)
         with self._moving, self._beside_steps():
-            if self._stream is not None and after is not None:
-                self._stream.wait_event(after)
+            self._await(after)
+            self._await(self._copied)
             self._staged.copy_(stored, non_blocking=True)
             self._wait()
             content: np.ndarray = self._staged.numpy().copy()
@@ -52,11 +53,12 @@ class Pages:
         return content
 
     def write(self, page: int, content: np.ndarray) -> None:
-        """Write a page's bytes. Raises ValueError."""
+        """Write a page's bytes, after all copies. Raises ValueError."""
         stored = self._page(page)
         if content.shape != (self.page_bytes,):
             raise ValueError("content must have page_bytes bytes")
         with self._moving, self._beside_steps():
+            self._await(self._copied)
             self._staged.numpy()[:] = content
             stored.copy_(self._staged, non_blocking=True)
             self._wait()
@@ -64,6 +66,8 @@ class Pages:
     def copy(self, source: int, target: int) -> None:
         """Copy a page in the order of the current stream. Raises ValueError."""
         self._page(target).copy_(self._page(source))
+        if self._copied is not None:
+            self._copied.record()
 
     def _page(self, page: int) -> Tensor:
         """Return a view of a page's bytes. Raises ValueError."""
@@ -73,6 +77,11 @@ class Pages:
 
     def _beside_steps(self) -> AbstractContextManager[object]:
         return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+
+    def _await(self, event: "torch.cuda.Event | None") -> None:
+        """Let what follows on the pages' stream wait for an event on another; one that is not recorded is over."""
+        if self._stream is not None and event is not None:
+            self._stream.wait_event(event)
 
     def _wait(self) -> None:
         if self._stream is not None:

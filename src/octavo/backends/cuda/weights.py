@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from octavo.backends.base import Progress
-from octavo.errors import OutOfMemory, UnsupportedModel
+from octavo.errors import UnsupportedModel
 from octavo.weights.tensor import Parameter, not_finite
 from octavo.weights.tensor import Tensor as StoredTensor
 
+from .device import or_out_of_memory
 from .kernels.rotation import BLOCK, Int8Rows, quantize_rows
 
 _ROWS = 1 << 24  # values converted at a time
@@ -31,13 +32,15 @@ def load_weights(
         DamagedWeights, OutOfMemory
         UnsupportedModel: int8, and the inputs of a layer are no multiple of 64.
     """
+    with or_out_of_memory("the weights do not fit", f"use a smaller model{'' if int8 else ' or quantization 8bit'}"):
+        return _load_weights(parameters, device, progress, int8)
+
+
+def _load_weights(parameters: Mapping[str, Parameter], device: torch.device, progress: Progress, int8: bool) -> Weights:
     total = sum(part.nbytes for parameter in parameters.values() for part in parameter.parts)
     done, weights = 0, Weights()
     for name, parameter in parameters.items():
-        try:
-            weight = torch.empty(parameter.shape, dtype=torch.bfloat16, device=device)
-        except torch.OutOfMemoryError:
-            raise OutOfMemory(f"the weights do not fit in the memory of {device}; use a smaller model") from None
+        weight = torch.empty(parameter.shape, dtype=torch.bfloat16, device=device)
         start = 0
         for part in parameter.parts:
             _copy(part, weight[start : start + part.shape[0]])

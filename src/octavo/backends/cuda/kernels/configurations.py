@@ -175,9 +175,7 @@ def _spread(tile: Tile, spans: int) -> list[Tile]:
     """Return the ways to divide the spans of a tile between programs, the fewest programs first."""
     if spans == 1:
         return [tile]
-    groups = [g for g in (1, 2, 4, 8) if spans % g == 0 and _is_power(spans // g) and (g == 1 or _is_power(g))]
-    groups += [spans] if spans not in groups else []
-    ways = [replace(tile, groups=g) for g in sorted({1, *groups})]
+    ways = [replace(tile, groups=g) for g in (1, 2, 4, 8) if g <= spans]
     ways += [replace(way, one_loop=True) for way in ways if way.groups < spans]
     in_registers = [
         way for way in ways if way.sums_per_thread(spans) <= (_MOST_IN_ONE_LOOP if way.one_loop else _MOST_SUMS)
@@ -194,10 +192,6 @@ def _spread(tile: Tile, spans: int) -> list[Tile]:
 def _divisions(tile: Tile, inputs: int) -> list[Tile]:
     """Return the ways to divide k between programs where sums are exact, the fewest programs first."""
     return [replace(tile, groups=g) for g in (1, 2, 4, 8) if g == 1 or (inputs % (128 * g) == 0 and tile.rows <= 64)]
-
-
-def _is_power(n: int) -> bool:
-    return n & (n - 1) == 0
 
 
 def _stage_bytes(tile: Tile) -> int:

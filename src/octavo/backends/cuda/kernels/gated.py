@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from . import numbers
-from .configurations import Tile, choose
+from .configurations import BLOCK_K, Tile, choose
 from .linear import place, product, scaled
 
 
@@ -104,22 +104,37 @@ def gated(
         tile: How to compute it; None: as configurations.py says.
     """
     rows = len(x) if rows is None else rows
+    if rows:
+        outputs, inputs = weight.shape
+        tile = tile or choose("gated", outputs, inputs, 1, rows)
+        launch(x, None, weight, None, out, activation, bias, rows, tile)
+
+
+def launch(
+    x: torch.Tensor,
+    x_scale: torch.Tensor | None,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor | None,
+    out: torch.Tensor,
+    activation: Literal["silu", "gelu_tanh"],
+    bias: torch.Tensor | None,
+    rows: int,
+    tile: Tile,
+    block_k: int = BLOCK_K,
+) -> None:
+    """Launch gated_kernel for the first `rows` rows, at least one."""
     outputs, inputs = weight.shape
-    tile = tile or choose("gated", outputs, inputs, 1, rows)
-    if rows == 0:
-        return
-    grid = (triton.cdiv(rows, tile.rows) * triton.cdiv(outputs, tile.outputs),)
-    gated_kernel[grid](
+    gated_kernel[(triton.cdiv(rows, tile.rows) * triton.cdiv(outputs, tile.outputs),)](
         x,
-        None,
+        x_scale,
         weight,
-        None,
+        weight_scale,
         out,
         bias,
         rows,
         outputs // 2,
         K=inputs,
         ACTIVATION=activation,
-        **tile.constants,
+        **tile.constants | {"BLOCK_K": block_k},
         **tile.options,
     )

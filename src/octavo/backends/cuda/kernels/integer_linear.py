@@ -12,7 +12,7 @@ import torch
 import triton
 
 from .configurations import Tile, choose
-from .gated import gated_kernel
+from .gated import launch as launch_gated
 from .linear import linear_kernel, merge_kernel
 from .rotation import Int8Rows
 
@@ -89,22 +89,8 @@ def integer_gated(
         bias: bfloat16 or float32 [2 F].
         tile: How to compute it; None: as configurations.py says.
     """
-    rows, inputs = x.values.shape
-    outputs = len(weight.values)
-    if rows == 0:
-        return
-    tile = tile or choose("int8 gated", outputs, inputs, 1, rows)
-    gated_kernel[(triton.cdiv(rows, tile.rows) * triton.cdiv(outputs, tile.outputs),)](
-        x.values,
-        x.scales,
-        weight.values,
-        weight.scales,
-        out,
-        bias,
-        rows,
-        outputs // 2,
-        K=inputs,
-        ACTIVATION=activation,
-        **tile.constants | {"BLOCK_K": BLOCK_K},
-        **tile.options,
-    )
+    rows = len(x.values)
+    if rows:
+        outputs, inputs = weight.values.shape
+        tile = tile or choose("int8 gated", outputs, inputs, 1, rows)
+        launch_gated(x.values, x.scales, weight.values, weight.scales, out, activation, bias, rows, tile, BLOCK_K)

@@ -15,7 +15,7 @@ import triton.language as tl
 
 from . import numbers
 from .configurations import BLOCK_K, Tile, choose
-from .tree import carry, close, tree_sum
+from .tree import carry, tree_sum
 
 _PART = 1024  # sums per warp that are added at a time to those that wait in memory: other registers are taken
 
@@ -28,6 +28,29 @@ def place(tile, row_blocks, output_blocks, GROUP: tl.constexpr):
     size = tl.minimum(row_blocks - first, GROUP)
     within = tile % (GROUP * output_blocks)
     return first + within % size, within // size
+
+
+@triton.jit
+def no_sums(row, weight_row, KIND: tl.constexpr, SWAPPED: tl.constexpr):
+    """Return zeros [R, C], or [C, R] if SWAPPED."""
+    if SWAPPED:
+        return tl.zeros((weight_row.shape[0], row.shape[0]), KIND)
+    else:
+        return tl.zeros((row.shape[0], weight_row.shape[0]), KIND)
+
+
+@triton.jit
+def blocks_at(x, weight, row, weight_row, start, K: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Return pointers to x[row, k] and weight[weight_row, k] of the BLOCK_K k from `start` on."""
+    k = start + tl.arange(0, BLOCK_K)
+    x_at = x + row.to(tl.int64)[:, None] * K + k[None, :]
+    return x_at, weight + weight_row.to(tl.int64)[:, None] * K + k[None, :]
+
+
+@triton.jit
+def multiply_block(a, b, acc, SWAPPED: tl.constexpr):
+    """Return acc + a bᵀ, or acc + b aᵀ if SWAPPED."""
+    return multiply(b, tl.trans(a), acc) if SWAPPED else multiply(a, tl.trans(b), acc)
 
 
 @triton.jit
@@ -74,14 +97,9 @@ def product(
         [R, C], or [C, R] if SWAPPED: float32, or int32 of int8.
     """
     k = tl.arange(0, BLOCK_K)
-    x_at = x + row.to(tl.int64)[:, None] * K + (start + k)[None, :]
-    w_at = weight + weight_row.to(tl.int64)[:, None] * K + (start + k)[None, :]
+    x_at, w_at = blocks_at(x, weight, row, weight_row, start, K, BLOCK_K)
     known = (row < rows)[:, None]
-    KIND: tl.constexpr = tl.int32 if x.dtype.element_ty == tl.int8 else tl.float32
-    if SWAPPED:
-        acc = tl.zeros((weight_row.shape[0], row.shape[0]), KIND)
-    else:
-        acc = tl.zeros((row.shape[0], weight_row.shape[0]), KIND)
+    acc = no_sums(row, weight_row, tl.int32 if x.dtype.element_ty == tl.int8 else tl.float32, SWAPPED)
     for first in numbers.steps(0, length, BLOCK_K):
         if LENGTH % BLOCK_K == 0:
             a = tl.load(x_at, mask=known, other=0)
@@ -90,7 +108,7 @@ def product(
             inside = (first + k < LENGTH)[None, :]
             a = tl.load(x_at, mask=known & inside, other=0)
             b = tl.load(w_at, mask=inside, other=0)
-        acc = multiply(b, tl.trans(a), acc) if SWAPPED else multiply(a, tl.trans(b), acc)
+        acc = multiply_block(a, b, acc, SWAPPED)
         x_at += BLOCK_K
         w_at += BLOCK_K
     return acc
@@ -116,16 +134,13 @@ def spans_sum(
     if SPANS_HERE == 1:
         return product(x, weight, row, weight_row, rows, first_span * LENGTH, LENGTH, K, LENGTH, BLOCK_K, SWAPPED)
     else:
-        if SWAPPED:
-            pending0 = tl.zeros((weight_row.shape[0], row.shape[0]), tl.float32)
-        else:
-            pending0 = tl.zeros((row.shape[0], weight_row.shape[0]), tl.float32)
+        pending0 = no_sums(row, weight_row, tl.float32, SWAPPED)
         pending1, pending2 = pending0, pending0
         for s in range(SPANS_HERE):
             start = (first_span + s) * LENGTH
             part = product(x, weight, row, weight_row, rows, start, length, K, LENGTH, BLOCK_K, SWAPPED)
             pending0, pending1, pending2 = carry(part, s, pending0, pending1, pending2, SPANS_HERE)
-        return close(pending0, pending1, pending2, SPANS_HERE)
+        return pending0
 
 
 @triton.jit
@@ -146,27 +161,21 @@ def spans_sum_in_one_loop(
     """Do as spans_sum with SPANS_HERE > 1, in one loop over all blocks of k, whose loads don't pause between spans."""
     LENGTH: tl.constexpr = K // SPANS
     BLOCKS: tl.constexpr = LENGTH // BLOCK_K
-    k = tl.arange(0, BLOCK_K)
-    start = first_span * LENGTH
-    x_at = x + row.to(tl.int64)[:, None] * K + (start + k)[None, :]
-    w_at = weight + weight_row.to(tl.int64)[:, None] * K + (start + k)[None, :]
+    x_at, w_at = blocks_at(x, weight, row, weight_row, first_span * LENGTH, K, BLOCK_K)
     known = (row < rows)[:, None]
-    if SWAPPED:
-        zeros = tl.zeros((weight_row.shape[0], row.shape[0]), tl.float32)
-    else:
-        zeros = tl.zeros((row.shape[0], weight_row.shape[0]), tl.float32)
+    zeros = no_sums(row, weight_row, tl.float32, SWAPPED)
     acc, pending0, pending1, pending2 = zeros, zeros, zeros, zeros
     for i in numbers.steps(0, length * SPANS_HERE // BLOCK_K):
         a = tl.load(x_at, mask=known, other=0)
         b = tl.load(w_at)
-        acc = multiply(b, tl.trans(a), acc) if SWAPPED else multiply(a, tl.trans(b), acc)
+        acc = multiply_block(a, b, acc, SWAPPED)
         x_at += BLOCK_K
         w_at += BLOCK_K
         if i % BLOCKS == BLOCKS - 1:
             s = i // BLOCKS
             pending0, pending1, pending2 = carry(acc, s, pending0, pending1, pending2, SPANS_HERE)
             acc = zeros
-    return close(pending0, pending1, pending2, SPANS_HERE)
+    return pending0
 
 
 @triton.jit
@@ -331,7 +340,7 @@ def fold_last(
         tl.debug_barrier()
         at = waiting + (tl.arange(0, A)[:, None] * B + tl.arange(0, B)[None, :])
         for level in tl.static_range(3):
-            if (SPANS - 1) >> level & 1 == 1:
+            if 1 << level < SPANS:
                 acc = tl.load(at + level * SIZE) + acc
         if SWAPPED:
             row, output = first_row + tl.arange(0, B), first_output + tl.arange(0, A)
@@ -424,7 +433,7 @@ def linear(
         out: bfloat16 or float32 [N, M].
         bias: bfloat16 or float32 [M].
         residual: float32 [N, M]; may be `out`.
-        spans: K is summed in this many equal spans (tree.py), at most 8.
+        spans: K is summed in this many equal spans (tree.py): 1, 2, 4 or 8.
         rows: Compute only this many rows, the first ones; None: all.
         tile: How to compute it; None: as configurations.py says.
     """

@@ -1,16 +1,10 @@
-"""The fixed tree in which sums over spans of k are added (docs/gpu.md).
-
-Spans are added in pairs, then pairs of spans, and so on; what is left without a partner waits for the next level:
-
-    three spans: (0 + 1) + 2        eight spans: ((0 + 1) + (2 + 3)) + ((4 + 5) + (6 + 7))
+"""The fixed tree in which sums over 1, 2, 4 or 8 spans of k are added (model/spans.py).
 
 Spans come in order, so the sums that wait for a partner are those of a binary counter: at most one per level.
 """
 
 import triton
 import triton.language as tl
-
-MOST_SPANS = 8
 
 
 @triton.jit
@@ -24,7 +18,7 @@ def carry(part, s, pending0, pending1, pending2, COUNT: tl.constexpr):
         pending1, pending2: The waiting sums of 2 and 4 spans.
 
     Returns:
-        (sum of the 1, 2, 4 or 8 spans that end with s, the new pending1, the new pending2)
+        (sum of the 1, 2, 4 or 8 spans that end with s: of all after the last; the new pending1; the new pending2)
     """
     if COUNT > 1:
         part = tl.where(s & 1 == 1, pending0 + part, part)
@@ -38,16 +32,6 @@ def carry(part, s, pending0, pending1, pending2, COUNT: tl.constexpr):
 
 
 @triton.jit
-def close(pending0, pending1, pending2, COUNT: tl.constexpr):
-    """Return the sum of all COUNT spans from what `carry` returned for the last one."""
-    if COUNT & 3 == 3:
-        pending0 = pending1 + pending0
-    if COUNT > 4 and COUNT < 8:
-        pending0 = pending2 + pending0
-    return pending0
-
-
-@triton.jit
 def tree_sum(parts, stride, mask, COUNT: tl.constexpr):
     """Return the sum in tree order of COUNT blocks: part i is at pointers `parts + i * stride`."""
     pending0 = tl.load(parts, mask=mask, other=0)
@@ -55,4 +39,4 @@ def tree_sum(parts, stride, mask, COUNT: tl.constexpr):
     for i in tl.static_range(1, COUNT):
         part = tl.load(parts + i * stride, mask=mask, other=0)
         pending0, pending1, pending2 = carry(part, i, pending0, pending1, pending2, COUNT)
-    return close(pending0, pending1, pending2, COUNT)
+    return pending0
