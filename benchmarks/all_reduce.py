@@ -24,8 +24,8 @@ LAYERS, NARROW, TOKENS = 4, 32, 64
 def make_program(rank: int, ranks: int, file: int, rows: int, columns: int, reduces: bool) -> Program:
     """Return a program of LAYERS narrow layers; with `reduces`, one of several ranks, else one of its own."""
     program = Program(
-        isa=available_isas()[0], processors=[sorted(os.sched_getaffinity(0))], vocab=TOKENS, heads=1, kv_heads=1, head_dim=32,
-        layers=1, norm_eps=1e-5, page_size=32, max_rows=rows, max_sampled=1, frequencies=[1.0] * 16,
+        isa=available_isas()[0], processors=[sorted(os.sched_getaffinity(0))], vocab=TOKENS, heads=1, kv_heads=1,
+        head_dim=32, layers=1, norm_eps=1e-5, page_size=32, max_rows=rows, max_sampled=1, frequencies=[1.0] * 16,
         rank=rank, ranks=ranks if reduces else 1, group=file,
     )  # fmt: skip
     wide, narrow = (program.vector(np.ones(width, np.float32)) for width in (columns, NARROW))

@@ -275,10 +275,10 @@ NB_MODULE(_native, module) {
     nb::class_<Program>(module, "Program")
         .def(
             "__init__",
-            [](Program* self, const std::string& isa, std::vector<std::vector<int>> processors, int64_t vocab, int64_t heads,
-               int64_t kv_heads, int64_t head_dim, int64_t layers, double norm_eps, int64_t page_size, int64_t max_rows,
-               int64_t max_sampled, std::vector<double> frequencies, bool int8_kv, int rank, int ranks, int group,
-               int kv) {
+            [](Program* self, const std::string& isa, std::vector<std::vector<int>> processors, int64_t vocab,
+               int64_t heads, int64_t kv_heads, int64_t head_dim, int64_t layers, double norm_eps, int64_t page_size,
+               int64_t max_rows, int64_t max_sampled, std::vector<double> frequencies, bool int8_kv, int rank,
+               int ranks, int group, int kv) {
                 const Sizes sizes{vocab,    heads,     kv_heads, head_dim,    layers,
                                   norm_eps, page_size, max_rows, max_sampled, int8_kv};
                 auto others = ranks > 1 ? std::make_unique<RankGroup>(rank, ranks, group) : nullptr;

@@ -63,8 +63,8 @@ struct LinearWeights {
 
 class Program {
 public:
-    // `processors`: as for ThreadPool. `ranks`: null, or the processes that run this program together, each with its part of the weights. kv: a memfd for
-    // the KV pool, which other processes may map; -1: memory of this process.
+    // `processors`: as for ThreadPool. `ranks`: null, or the processes that run this program together, each with its part
+    // of the weights. kv: a memfd for the KV pool, which other processes may map; -1: memory of this process.
     Program(const std::string& isa, std::vector<std::vector<int>> processors, const Sizes& sizes,
             std::vector<double> frequencies, std::unique_ptr<RankGroup> ranks = nullptr, int kv = -1);
 

@@ -122,7 +122,8 @@ void ThreadPool::run(const std::function<void(int)>& work) {
     if (!team_) team_ = std::make_unique<Team>(processors_);
 
     cpu_set_t before;
-    const bool confined = !processors_[0].empty() && pthread_getaffinity_np(pthread_self(), sizeof before, &before) == 0;
+    const bool confined =
+        !processors_[0].empty() && pthread_getaffinity_np(pthread_self(), sizeof before, &before) == 0;
     if (confined) confine_to(processors_[0]);
     team_->work = &work;
     team_->calls.advance();

@@ -19,12 +19,12 @@ import httpx
 import pytest
 from safetensors.torch import load_file, save_file
 
+from command_line import OCTAVO, complaint
 from octavo import LLM, AsyncLLM, RequestOutput, SamplingParams
 from octavo.backends.cpu import calibration
 from octavo.backends.cpu.rank_process import Load, Loaded, RankProcess, share_memory
 from octavo.errors import ConfigError, EngineDead
 from octavo.weights import open_checkpoint
-from command_line import OCTAVO, complaint
 from server_process import ServerProcess, free_port
 
 PROMPTS = [[(7 * i + 11 * k) % 500 + 3 for i in range(length)] for k, length in enumerate((3, 40, 150, 97, 1, 64))]

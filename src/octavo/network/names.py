@@ -38,10 +38,9 @@ class Names:
 
     def set(self, addresses: Iterable[Address]) -> None:
         """Look up these addresses from now on, and forget all others."""
-        before, self._names = self._names, {}
-        for address in addresses:
-            self._names[address] = before.pop(address, None) or _Name()
-        _stop(before.values())
+        before = self._names
+        self._names = {address: before.get(address) or _Name() for address in addresses}
+        _stop(name for address, name in before.items() if address not in self._names)
 
     async def look(self) -> list[Address]:
         """Look all addresses up, and return the number of each engine that they stand for.
