@@ -164,7 +164,7 @@ private:
     void run_tiles(int instruction, int thread);
     void add_squares(const Instruction& instruction, int64_t tile);
     void compute_rotary(int64_t begin, int64_t end);
-    std::pair<int64_t, int64_t> rows_to_reduce() const;
+    std::pair<int64_t, int64_t> own_rows(const Instruction& instruction) const;
     void sum_ranks(const Instruction& instruction, int64_t begin, int64_t end);
     void publish(const Batch& batch);
     Batch published() const;
