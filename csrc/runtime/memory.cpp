@@ -11,33 +11,47 @@ namespace octavo {
 
 namespace {
 constexpr size_t kHugePage = size_t{2} << 20;
+
+constexpr size_t round_up(size_t bytes) { return (bytes + kHugePage - 1) / kHugePage * kHugePage; }
+
+// Put shared memory into huge pages, which the system does for shared memory only when told to. The memory keeps its
+// content. Where the system cannot (Linux before 6.1), pages stay small.
+void collapse(std::byte* memory, size_t bytes) {
+    constexpr int kCollapse = 25;  // MADV_COLLAPSE, which C libraries before 2.37 do not define
+    for (size_t i = 0; i < bytes; i += kHugePage) {
+        if (madvise(memory + i, kHugePage, kCollapse) == 0) continue;
+        __atomic_fetch_or(reinterpret_cast<char*>(memory + i), 0, __ATOMIC_RELAXED);  // a range must have some memory
+        if (madvise(memory + i, kHugePage, kCollapse) != 0) return;
+    }
 }
 
+}  // namespace
+
 Memory::Memory(size_t bytes) : size_(bytes) {
-    mapped_ = (bytes + kHugePage - 1) / kHugePage * kHugePage + kHugePage;  // one more, to align within
+    mapped_ = round_up(bytes) + kHugePage;  // one more, to align within
     mapping_ = mmap(nullptr, mapped_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (mapping_ == MAP_FAILED) {
         mapping_ = nullptr;
         throw std::bad_alloc();
     }
-    const auto address = (reinterpret_cast<uintptr_t>(mapping_) + kHugePage - 1) / kHugePage * kHugePage;
-    data_ = reinterpret_cast<std::byte*>(address);
+    data_ = reinterpret_cast<std::byte*>(round_up(reinterpret_cast<uintptr_t>(mapping_)));
 #ifdef MADV_HUGEPAGE
     madvise(data_, mapped_ - kHugePage, MADV_HUGEPAGE);  // fewer TLB misses; may fail, which does no harm
 #endif
 }
 
-Memory Memory::shared(int fd, size_t offset, size_t bytes) {
+Memory Memory::shared(int fd, size_t offset, size_t bytes, size_t at_once) {
     if (fd < 0) return Memory(bytes);
     Memory memory;
-    bytes = std::max<size_t>(bytes, 1);
-    void* mapping = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, fd, off_t(offset));
-    if (mapping == MAP_FAILED) throw std::bad_alloc();
-    memory.mapping_ = mapping, memory.mapped_ = memory.size_ = bytes;
-    memory.data_ = static_cast<std::byte*>(mapping);
-#ifdef MADV_HUGEPAGE
-    madvise(mapping, bytes, MADV_HUGEPAGE);
-#endif
+    memory.size_ = bytes, memory.mapped_ = round_up(bytes) + kHugePage;
+    memory.mapping_ = mmap(nullptr, memory.mapped_, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (memory.mapping_ == MAP_FAILED) memory.mapping_ = nullptr;
+    void* at = reinterpret_cast<void*>(round_up(reinterpret_cast<uintptr_t>(memory.mapping_)));
+    constexpr int kFlags = MAP_SHARED | MAP_NORESERVE | MAP_FIXED;
+    if (!at || mmap(at, round_up(bytes), PROT_READ | PROT_WRITE, kFlags, fd, off_t(offset)) == MAP_FAILED)
+        throw std::bad_alloc();
+    memory.data_ = static_cast<std::byte*>(at);
+    collapse(memory.data_, round_up(at_once));
     return memory;
 }
 

@@ -11,8 +11,9 @@ public:
     // Memory of this process, aligned to 2 MiB. Throws std::bad_alloc; a page takes physical memory once it is written.
     explicit Memory(size_t bytes);
 
-    // Bytes of a memfd from `offset` on, a multiple of 4096, which other processes may map too. fd -1: as above.
-    static Memory shared(int fd, size_t offset, size_t bytes);
+    // Bytes of a memfd from `offset` on, a multiple of 2 MiB, which other processes may map too. The first `at_once` bytes
+    // take physical memory now, in huge pages where the system has them. fd -1: as above.
+    static Memory shared(int fd, size_t offset, size_t bytes, size_t at_once);
 
     Memory(Memory&& other) noexcept;
     Memory& operator=(Memory&& other) noexcept;

@@ -96,7 +96,8 @@ void Program::allocate_kv(int64_t pages) {
     const std::lock_guard not_in_a_step(running_);
     pages_ = 0;
     kv_ = nullptr;  // free the old pool first: the memory may not suffice for both
-    kv_ = std::make_shared<const Memory>(Memory::shared(kv_file_, 0, pages * page_bytes()));
+    const size_t bytes = pages * page_bytes();
+    kv_ = std::make_shared<const Memory>(Memory::shared(kv_file_, 0, bytes, bytes));
     pages_ = pages;
 }
 

@@ -12,7 +12,7 @@ namespace octavo {
 
 namespace {
 
-constexpr size_t kCounterBytes = 4096;
+constexpr size_t kCounterBytes = 4096, kMemoryOffset = size_t{2} << 20;  // of the memfd
 
 uint32_t* word_of(std::atomic<uint32_t>& value) { return reinterpret_cast<uint32_t*>(&value); }
 
@@ -28,13 +28,13 @@ void wake_all(std::atomic<uint32_t>& value) {
 }  // namespace
 
 RankGroup::RankGroup(int rank, int size, int fd)
-    : rank_(rank), size_(size), fd_(fd), counters_(Memory::shared(fd, 0, kCounterBytes)) {
+    : rank_(rank), size_(size), fd_(fd), counters_(Memory::shared(fd, 0, kCounterBytes, 0)) {
     static_assert(sizeof(Counters) <= kCounterBytes);
     barriers_ = counters().arrived[rank].value;  // of an earlier group with the same memory
 }
 
-std::byte* RankGroup::map(size_t bytes) {
-    memory_ = Memory::shared(fd_, kCounterBytes, bytes);
+std::byte* RankGroup::map(size_t bytes, size_t at_once) {
+    memory_ = Memory::shared(fd_, kMemoryOffset, bytes, at_once);
     return memory_.data();
 }
 

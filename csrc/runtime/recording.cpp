@@ -249,7 +249,7 @@ void Program::lay_out_arena() {
     }
     arena_ = Memory(own + sizes_.max_rows * sizes_.head_dim * sizeof(float));
     rotary_ = reinterpret_cast<float*>(arena_.data() + own);
-    std::byte* memory = ranks_ ? ranks_->map(shared + kBatchBytes) : nullptr;
+    std::byte* memory = ranks_ ? ranks_->map(shared + kBatchBytes, shared) : nullptr;
     published_ = reinterpret_cast<int32_t*>(memory + shared);
 
     const auto matrix = [&](int buffer, int rank) -> Matrix {
