@@ -3,6 +3,7 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <cerrno>
 #include <cstdint>
 #include <new>
 #include <utility>
@@ -13,17 +14,6 @@ namespace {
 constexpr size_t kHugePage = size_t{2} << 20;
 
 constexpr size_t round_up(size_t bytes) { return (bytes + kHugePage - 1) / kHugePage * kHugePage; }
-
-// Put shared memory into huge pages, which the system does for shared memory only when told to. The memory keeps its
-// content. Where the system cannot (Linux before 6.1), pages stay small.
-void collapse(std::byte* memory, size_t bytes) {
-    constexpr int kCollapse = 25;  // MADV_COLLAPSE, which C libraries before 2.37 do not define
-    for (size_t i = 0; i < bytes; i += kHugePage) {
-        if (madvise(memory + i, kHugePage, kCollapse) == 0) continue;
-        __atomic_fetch_or(reinterpret_cast<char*>(memory + i), 0, __ATOMIC_RELAXED);  // a range must have some memory
-        if (madvise(memory + i, kHugePage, kCollapse) != 0) return;
-    }
-}
 
 }  // namespace
 
@@ -40,7 +30,7 @@ Memory::Memory(size_t bytes) : size_(bytes) {
 #endif
 }
 
-Memory Memory::shared(int fd, size_t offset, size_t bytes, size_t at_once) {
+Memory Memory::shared(int fd, size_t offset, size_t bytes) {
     if (fd < 0) return Memory(bytes);
     Memory memory;
     memory.size_ = bytes, memory.mapped_ = round_up(bytes) + kHugePage;
@@ -51,8 +41,16 @@ Memory Memory::shared(int fd, size_t offset, size_t bytes, size_t at_once) {
     if (!at || mmap(at, round_up(bytes), PROT_READ | PROT_WRITE, kFlags, fd, off_t(offset)) == MAP_FAILED)
         throw std::bad_alloc();
     memory.data_ = static_cast<std::byte*>(at);
-    collapse(memory.data_, round_up(at_once));
     return memory;
+}
+
+void Memory::take(size_t bytes) const {
+    constexpr int kCollapse = 25;  // MADV_COLLAPSE of Linux 6.1, which C libraries before 2.37 do not define
+    for (std::byte* at = data_; at < data_ + bytes; at += kHugePage) {
+        if (madvise(at, kHugePage, kCollapse) == 0) continue;
+        __atomic_fetch_or(reinterpret_cast<char*>(at), 0, __ATOMIC_RELAXED);  // it must have some physical memory
+        if (madvise(at, kHugePage, kCollapse) != 0 && errno == EINVAL) return;
+    }
 }
 
 Memory::Memory(Memory&& other) noexcept { *this = std::move(other); }

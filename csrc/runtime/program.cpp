@@ -97,7 +97,9 @@ void Program::allocate_kv(int64_t pages) {
     pages_ = 0;
     kv_ = nullptr;  // free the old pool first: the memory may not suffice for both
     const size_t bytes = pages * page_bytes();
-    kv_ = std::make_shared<const Memory>(Memory::shared(kv_file_, 0, bytes, bytes));
+    kv_ = std::make_shared<const Memory>(Memory::shared(kv_file_, 0, bytes));
+    if (kv_file_ >= 0) kv_->take(bytes);
+    if (ranks_) ranks_->take(shared_bytes_);
     pages_ = pages;
 }
 

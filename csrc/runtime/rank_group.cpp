@@ -28,13 +28,13 @@ void wake_all(std::atomic<uint32_t>& value) {
 }  // namespace
 
 RankGroup::RankGroup(int rank, int size, int fd)
-    : rank_(rank), size_(size), fd_(fd), counters_(Memory::shared(fd, 0, kCounterBytes, 0)) {
+    : rank_(rank), size_(size), fd_(fd), counters_(Memory::shared(fd, 0, kCounterBytes)) {
     static_assert(sizeof(Counters) <= kCounterBytes);
     barriers_ = counters().arrived[rank].value;  // of an earlier group with the same memory
 }
 
-std::byte* RankGroup::map(size_t bytes, size_t at_once) {
-    memory_ = Memory::shared(fd_, kMemoryOffset, bytes, at_once);
+std::byte* RankGroup::map(size_t bytes) {
+    memory_ = Memory::shared(fd_, kMemoryOffset, bytes);
     return memory_.data();
 }
 

@@ -23,8 +23,13 @@ public:
     int size() const { return size_; }
 
     // Map memory of this size, the same for all ranks: zeroed, or as an earlier group with the same memfd left it. Each
-    // rank calls it once, with the same size. The first `at_once` bytes take physical memory now, the others when written.
-    std::byte* map(size_t bytes, size_t at_once);
+    // rank calls it once, with the same size.
+    std::byte* map(size_t bytes);
+
+    // Take physical memory for the first bytes of it (see Memory::take).
+    void take(size_t bytes) const {
+        if (fd_ >= 0) memory_.take(bytes);
+    }
 
     // Wait until every rank has called barrier(). What they wrote before it is visible to all after it. Return false,
     // without waiting, once the group is stopped. One thread of a rank at a time.

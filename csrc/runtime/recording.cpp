@@ -249,7 +249,8 @@ void Program::lay_out_arena() {
     }
     arena_ = Memory(own + sizes_.max_rows * sizes_.head_dim * sizeof(float));
     rotary_ = reinterpret_cast<float*>(arena_.data() + own);
-    std::byte* memory = ranks_ ? ranks_->map(shared + kBatchBytes, shared) : nullptr;
+    std::byte* memory = ranks_ ? ranks_->map(shared + kBatchBytes) : nullptr;
+    shared_bytes_ = shared;
     published_ = reinterpret_cast<int32_t*>(memory + shared);
 
     const auto matrix = [&](int buffer, int rank) -> Matrix {
