@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from hashlib import blake2b
 from math import prod
 from pathlib import Path
@@ -21,6 +22,7 @@ from octavo.model.spec import DecoderSpec
 from octavo.weights.tensor import Parameter
 
 from .check import Limits
+from .compiling import compile_kernels
 from .device import architecture, find_device, name_of, or_out_of_memory
 from .first_steps import chunk, decode, step_of_every_kind
 from .graph_shapes import MOST_ROWS, GraphShape, GraphShapes
@@ -30,13 +32,14 @@ from .kernels.rope_and_cache import rotary_table
 from .kernels.rotation import Int8Rows
 from .kernels.sampler import sample
 from .kernels.sampling_arrays import Sampled
+from .memory import estimated_step_bytes, measure_steps
 from .ops import CudaOps, Model, spans_of
 from .pages import Pages, bytes_of_page
 from .pooling import pooled_sums
 from .staging import fetch
 from .weights import Weights, load_weights, nbytes
 
-_SMALLER = "use a smaller kv_cache_memory, max_batch_size, max_batch_tokens or max_model_len"
+_SMALLER = "use a smaller kv_cache_memory, gpu_memory_utilization, max_batch_size, max_batch_tokens or max_model_len"
 
 
 @dataclass(frozen=True)
@@ -79,8 +82,8 @@ class CudaBackend:
         """Make the backend of weights that are on a device.
 
         Args:
-            capture_seconds: how long allocate_kv captures graphs, after it has compiled the kernels. With 0 it does
-                neither, and each step compiles and captures what it is the first to need.
+            capture_seconds: how long allocate_kv captures graphs. With 0 each step captures what it is the first to
+                need.
         """
         device = _tensor(weights["embed"]).device
         self.spec, self.page_size, self.page_bytes = spec, page_size, bytes_of_page(spec, page_size, int8_kv)
@@ -109,7 +112,6 @@ class CudaBackend:
             self._pages = Pages(self.spec, self.page_size, num_pages, self._int8_kv, device)
             self._limits = replace(self._limits, num_pages=num_pages)
             if self._graphs is not None and self._capture_seconds > 0:
-                self._compile()
                 self._graphs.capture(self._shapes.first, self._first, self._capture_seconds)
         self.step(step_of_every_kind())
 
@@ -172,12 +174,38 @@ class CudaBackend:
         return _tensor(describe(self.spec, ops)), ops.pooled, inputs
 
     @torch.inference_mode()
-    def _compile(self) -> None:
-        """Compile the kernels of steps of all sizes. Those of sampling are compiled by step_of_every_kind."""
-        for shape in self._shapes.of_each_power:
-            self._forward(self._first(shape))
-        if self._limits.max_batch_tokens > MOST_ROWS:
-            self._forward(self._inputs.send(chunk(MOST_ROWS + 1)))
+    def warm_up(self, alive: Callable[[], None]) -> None:
+        """Compile the kernels of all steps, and measure the memory that steps take. Called before allocate_kv.
+
+        Args:
+            alive: called after each kernel.
+
+        Raises OutOfMemory.
+        """
+        device, most = self._logits.device, self._limits.max_batch_tokens
+        with self._on_stream(), or_out_of_memory(f"a step of {most} tokens does not fit beside the weights", _SMALLER):
+            self._pages = Pages(self.spec, self.page_size, 1, self._int8_kv, device)
+            graphs = [partial(self._first_step, shape) for shape in self._shapes.of_each_power]
+            eager: list[Callable[[], object]] = [self._sample_in_all_ways]
+            if most > MOST_ROWS:
+                graphs.append(partial(self._forward_eagerly, MOST_ROWS + 1))
+            compile_kernels([*graphs, *eager], device, alive)
+            if device.type == "cuda":
+                eager.append(partial(self._forward_eagerly, most))
+                self.footprint = replace(self.footprint, step_bytes=measure_steps(eager, graphs, device))
+            self._pages = None
+
+    def _forward_eagerly(self, rows: int) -> None:
+        self._forward(self._inputs.send(chunk(rows)))
+
+    def _first_step(self, shape: GraphShape) -> None:
+        self._forward(self._first(shape))
+
+    def _sample_in_all_ways(self) -> None:
+        """Sample as many rows as a step may have."""
+        step = step_of_every_kind(self._shapes.most_sampled)
+        rows = len(step.sample_rows)
+        sample(self._logits[:rows], self._inputs.send(step).sampling, step.sampling)
 
     @torch.inference_mode()
     def _first(self, shape: GraphShape) -> StepInputs:
@@ -241,7 +269,7 @@ def load(
     found = find_device(device)
     if found.type == "cuda":
         torch.cuda.set_device(found)
-    return CudaBackend(
+    made = CudaBackend(
         spec,
         load_weights(parameters, found, progress, int8=quantization == "8bit"),
         page_size=page_size,
@@ -250,6 +278,10 @@ def load(
         max_model_len=max_model_len,
         int8_kv=kv_cache_dtype == "int8",
     )
+    if found.type == "cuda":
+        read = sum(parameter.nbytes for parameter in parameters.values())
+        made.warm_up(partial(progress, read, read))
+    return made
 
 
 def footprint(
@@ -257,6 +289,8 @@ def footprint(
     parameters: Mapping[str, Parameter],
     *,
     page_size: int,
+    max_batch_tokens: int,
+    max_batch_size: int,
     dtype: str,
     quantization: str,
     device: str,
@@ -272,7 +306,8 @@ def footprint(
         each = (3 if both else 2 if name == "embed" else 1) if rounded else 2
         weights += each * prod(parameter.shape) + 4 * parameter.shape[0] * (each != 2)
     page = bytes_of_page(spec, page_size, kv_cache_dtype == "int8")
-    return Footprint(f"Triton on {name_of(find_device(device))}", weights, page)
+    steps = estimated_step_bytes(spec, max_batch_tokens, max_batch_size)
+    return Footprint(f"Triton on {name_of(find_device(device))}", weights, page, steps)
 
 
 def _step_fits(batch: StepBatch) -> AbstractContextManager[None]:
