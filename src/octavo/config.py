@@ -139,8 +139,8 @@ class EngineConfig(Settings):
     )
     kv_cache_memory: Size | None = setting(
         None,
-        "Memory of the KV cache, such as 4GiB; by default enough for a full batch, up to half of the free memory, or on "
-        "a GPU up to what gpu_memory_utilization leaves.",
+        "Memory of the KV cache, such as 4GiB; by default enough for a full batch, up to half of the free memory, or "
+        "up to what gpu_memory_utilization leaves of a GPU's.",
     )
     gpu_memory_utilization: float = setting(
         0.9,
@@ -239,7 +239,6 @@ class EngineConfig(Settings):
         super().__post_init__()
         kind = self.backend_name
         if kind == "cuda":
-            self.need(self.quantization != "4bit", "quantization", "none or 8bit with the cuda backend")
             self.need(self.tensor_parallel_size == 1, "tensor_parallel_size", "1 with the cuda backend")
         if kind == "torch":
             self.need(self.quantization in ("auto", "none"), "quantization", "auto or none with the torch backend")

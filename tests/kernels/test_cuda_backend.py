@@ -70,8 +70,6 @@ def test_without_a_gpu_it_says_what_to_do() -> None:
 def test_settings_it_cannot_serve() -> None:
     with pytest.raises(ConfigError, match="bfloat16"):
         load(SPEC, load_cuda, dtype="float32", device="cuda")
-    with pytest.raises(ConfigError, match="quantization none or 8bit"):
-        load(SPEC, load_cuda, quantization="4bit", device="cuda")
 
 
 def test_shapes_of_graphs() -> None:

@@ -5,7 +5,6 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import blake2b
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,6 @@ from .graph_shapes import MOST_ROWS, GraphShape, GraphShapes
 from .graphs import Graphs
 from .inputs import Inputs, Labels, StepInputs
 from .kernels.rope_and_cache import rotary_table
-from .kernels.rotation import Int8Rows
 from .kernels.sampler import sample
 from .kernels.sampling_arrays import Sampled
 from .memory import estimated_step_bytes, measure_steps
@@ -37,7 +35,7 @@ from .ops import CudaOps, Model, spans_of
 from .pages import Pages, bytes_of_page
 from .pooling import pooled_sums
 from .staging import fetch
-from .weights import Weights, load_weights, nbytes
+from .weights import Weights, bytes_of_weights, check_stored, load_weights, nbytes, recipe_of
 
 _SMALLER = "use a smaller kv_cache_memory, gpu_memory_utilization, max_batch_size, max_batch_tokens or max_model_len"
 
@@ -87,8 +85,7 @@ class CudaBackend:
         """
         device = _tensor(weights["embed"]).device
         self.spec, self.page_size, self.page_bytes = spec, page_size, bytes_of_page(spec, page_size, int8_kv)
-        recipe = "8bit" if isinstance(weights["layers.0.qkv"], Int8Rows) else "bf16"
-        self.arithmetic = _arithmetic(device, spans_of(spec), recipe, "int8" if int8_kv else "bf16")
+        self.arithmetic = _arithmetic(device, spans_of(spec), recipe_of(weights), "int8" if int8_kv else "bf16")
         held = sum(nbytes(weight) for weight in weights.values())
         self.footprint = Footprint(f"Triton on {name_of(device)}", held, self.page_bytes)
         self._capture_seconds = capture_seconds
@@ -257,7 +254,8 @@ def load(
     Args:
         threads: not used.
         dtype: auto or bfloat16.
-        quantization: none or auto: weights in bfloat16; 8bit: the matrices of linear layers in int8.
+        quantization: none: weights in bfloat16; 8bit: the matrices of linear layers in int8; auto: in 4 bits where the
+            file has 4; 4bit: the same, and it must have some.
         device: auto, cuda or cuda:N.
         kv_cache_dtype: bf16; or int8, with a scale for each K and each V of a position and kv head.
 
@@ -265,13 +263,13 @@ def load(
         ConfigError: a setting is not one of the above, or there is no such GPU.
         DamagedWeights, OutOfMemory, UnsupportedModel
     """
-    _check_settings(dtype, quantization)
+    _check_settings(dtype)
     found = find_device(device)
     if found.type == "cuda":
         torch.cuda.set_device(found)
     made = CudaBackend(
         spec,
-        load_weights(parameters, found, progress, int8=quantization == "8bit"),
+        load_weights(parameters, found, progress, quantization),
         page_size=page_size,
         max_batch_tokens=max_batch_tokens,
         max_batch_size=max_batch_size,
@@ -298,13 +296,9 @@ def footprint(
     **_: Any,
 ) -> Footprint:
     """Return the footprint of the backend that `load` would return, without reading weights. Raises ConfigError."""
-    _check_settings(dtype, quantization)
-    weights = 0
-    for name, parameter in parameters.items():
-        rounded = quantization == "8bit" and len(parameter.shape) == 2
-        both = name == "embed" and "head" not in parameters
-        each = (3 if both else 2 if name == "embed" else 1) if rounded else 2
-        weights += each * prod(parameter.shape) + 4 * parameter.shape[0] * (each != 2)
+    _check_settings(dtype)
+    check_stored(parameters, quantization)
+    weights = bytes_of_weights(parameters, quantization)
     page = bytes_of_page(spec, page_size, kv_cache_dtype == "int8")
     steps = estimated_step_bytes(spec, max_batch_tokens, max_batch_size)
     return Footprint(f"Triton on {name_of(find_device(device))}", weights, page, steps)
@@ -315,12 +309,10 @@ def _step_fits(batch: StepBatch) -> AbstractContextManager[None]:
     return or_out_of_memory(f"a step of {len(batch.tokens)} tokens does not fit", advice)
 
 
-def _check_settings(dtype: str, quantization: str) -> None:
+def _check_settings(dtype: str) -> None:
     """Raise ConfigError if the backend cannot serve a setting."""
     if dtype not in ("auto", "bfloat16"):
         raise ConfigError(f"the cuda backend computes in bfloat16, not {dtype}; use dtype auto or backend torch")
-    if quantization not in ("auto", "none", "8bit"):
-        raise ConfigError(f"the cuda backend has no weights of {quantization} yet; use quantization none or 8bit")
 
 
 def _arithmetic(device: torch.device, spans: Mapping[str, int], recipe: str, kv: str) -> str:

@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 from triton.runtime import driver
 
-Kind = Literal["linear", "gated", "int8", "int8 gated"]
+Kind = Literal["linear", "gated", "int8", "int8 gated", "4 bits", "4 bits gated"]
 Family = Literal["swapped", "plain", "hmma"]
 
 BLOCK_K = 64
@@ -137,6 +137,8 @@ def candidates(kind: Kind, inputs: int, spans: int, rows: int, family: Family = 
     for tile in _TILES[family]:
         if (rows <= 4 * tile.rows or 4 * tile.rows >= max(sizes)) and tile.rows < max(2 * rows, min(sizes) + 1):
             found += _divisions(tile, inputs) if kind == "int8" else _spread(tile, spans)
+    if kind.startswith("4 bits"):  # steps of many rows unpack the matrix first
+        found = [tile for tile in found if not (tile.waits_in_memory or tile.one_loop or tile.rows > 128)]
     return [tile for tile in found if rows <= _MOST_ROWS_IN_GROUPS or tile.groups <= (2 if tile.one_loop else 1)]
 
 
