@@ -1,6 +1,7 @@
 """Matrices of 4-bit integers on the cuda backend, in Triton's interpreter: the bits of their bfloat16 values."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,11 +24,16 @@ else:
     from octavo.backends.cuda.kernels.configurations import Tile
     from octavo.backends.cuda.kernels.four_bits import FourBits, pack
     from octavo.backends.cuda.stored_integers import four_bit_bytes, has_four_bits, read_four_bits
+    from octavo.backends.cuda.weights import bytes_of_weights, load_weights, nbytes
     from octavo.errors import DamagedWeights, UnsupportedModel
+    from octavo.model import describe_model
+    from octavo.weights import open_checkpoint
     from octavo.weights.tensor import W4G32, Parameter
     from octavo.weights.tensor import Tensor as StoredTensor
+    from packed_layers import Format, save_quantized
     from random_model import PLAIN, TOKENS, load, random_parameters
     from step_batches import run_chunks
+    from tiny_gguf import write_gguf
 
     CPU = torch.device("cpu")
     SMALL = Tile(16, 64, 4, 3)
@@ -44,6 +50,13 @@ else:
             scales, minima = scales.half().float(), minima.half().float()
         each = group // 32
         return pack(q, scales.repeat_interleave(each, 1), minima.repeat_interleave(each, 1), mixed)
+
+    def meaning(bits: FourBits) -> torch.Tensor:
+        """The values of a matrix whose bytes are in order."""
+        q = torch.stack([bits.values & 15, bits.values >> 4], dim=-1).flatten(1)
+        kind = torch.float16 if bits.pairs.dtype == torch.int32 else torch.float32
+        pairs = bits.pairs.T.contiguous().view(kind).float().view(len(q), -1, 2).repeat_interleave(bits.group, dim=1)
+        return (pairs[..., 0] * q + pairs[..., 1]).bfloat16()
 
     def stored(values: np.ndarray, format: str) -> StoredTensor:
         """Values in a format of GGUF files, or in that of AWQ and GPTQ layers."""
@@ -75,6 +88,7 @@ else:
         bits = read_four_bits(parameter, CPU, mixed)
         wanted = torch.from_numpy(np.concatenate([part.float32() for part in parameter.parts])).bfloat16()
         torch.testing.assert_close(four_bit_linear.unpack(bits), wanted, rtol=0, atol=0)
+        assert mixed or torch.equal(meaning(bits), wanted)
         assert bits.nbytes <= four_bit_bytes(parameter)
         assert bits.pairs.dtype == (torch.int32 if format in ("Q4_0", "Q4_1") else torch.int64)
 
@@ -132,6 +146,27 @@ else:
         four_bit_linear.linear(x, bits, many, spans=2)
         four_bit_linear.gated(x, bits, halves[1], "silu")
         assert torch.equal(few, many) and torch.equal(*halves)
+
+    @pytest.mark.parametrize("kind", ["awq", "gptq", "Q4_0"])
+    def test_files_of_each_kind(kind: str, tiny_model: Any, tmp_path: Path) -> None:
+        """Every weight has the values that `none` would read; those of AWQ and GPTQ in groups of 64."""
+        source, folder = tiny_model("llama-256"), tmp_path / "packed"
+        if kind == "Q4_0":
+            write_gguf(source, folder := tmp_path / "model.gguf", kind)
+        else:
+            save_quantized(source, Format(kind, 4, 64), folder, tmp_path / "plain")
+        checkpoint = open_checkpoint(folder)
+        _, parameters = describe_model(checkpoint.config, checkpoint.tensors)
+        packed, plain = (load_weights(parameters, CPU, lambda *_: None, each) for each in ("auto", "none"))
+        kept = {name: weight for name, weight in packed.items() if isinstance(weight, FourBits)}
+        assert {name.rpartition(".")[2] for name in kept} >= {"qkv", "gate_up", "out"}
+        for name, weight in packed.items():
+            wanted = plain[name.removesuffix(".integers")]
+            found = meaning(weight) if isinstance(weight, FourBits) else weight
+            torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+        assert all(weight.group == (32 if kind == "Q4_0" else 64) for weight in kept.values())
+        assert sum(map(nbytes, packed.values())) <= bytes_of_weights(parameters, "auto")
+        assert sum(map(nbytes, plain.values())) == bytes_of_weights(parameters, "none")
 
     SPEC = replace(PLAIN, num_layers=1, windows=(0,), num_heads=4, num_kv_heads=2, intermediate_size=128)
 
