@@ -34,6 +34,7 @@ from .memory import estimated_step_bytes, measure_steps
 from .ops import CudaOps, Model, spans_of
 from .pages import Pages, bytes_of_page
 from .pooling import pooled_sums
+from .roofline import Meter
 from .staging import fetch
 from .weights import Weights, bytes_of_weights, check_stored, load_weights, nbytes, recipe_of
 
@@ -101,6 +102,7 @@ class CudaBackend:
             self._inputs = Inputs(spec, page_size, max_model_len, self._shapes, device, int8_kv)
             self._norm = _tensor(weights["norm"]).float().cpu().numpy()
         self._model = Model(spec, weights, rotary)
+        self.meter = Meter(spec, weights, page_size, self.page_bytes, name_of(device))
         self._graphs = None if self._stream is None else Graphs(self._forward)
 
     def allocate_kv(self, num_pages: int) -> None:
@@ -131,7 +133,7 @@ class CudaBackend:
 
         Raises ValueError if the batch reaches outside of the model or the pool, OutOfMemory.
         """
-        with self._on_stream(), _step_fits(batch):
+        with self._on_stream(), _step_fits(batch), self.meter.clock.step():
             logits, pooled, inputs = self._run(batch)
             sampled = sample(logits, inputs.sampling, batch.sampling)
             pending = self._pending(batch, sampled, logits, pooled, inputs.labels)

@@ -203,7 +203,7 @@ def spans_of(spec: DecoderSpec) -> dict[str, int]:
     return found
 
 
-def _tensor(handle: Handle) -> Tensor:
+def _tensor(handle: Handle | FourBits) -> Tensor:
     assert isinstance(handle, Tensor), "this op reads what a norm, a linear layer or attention returned"
     return handle
 
