@@ -203,8 +203,8 @@ class CudaBackend:
     def _sample_in_all_ways(self) -> None:
         """Sample as many rows as a step may have."""
         step = step_of_every_kind(self._shapes.most_sampled)
-        rows = len(step.sample_rows)
-        sample(self._logits[:rows], self._inputs.send(step).sampling, step.sampling)
+        logits = self._logits[: len(step.sample_rows)].zero_()
+        sample(logits, self._inputs.send(step).sampling, step.sampling)
 
     @torch.inference_mode()
     def _first(self, shape: GraphShape) -> StepInputs:
