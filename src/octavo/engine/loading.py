@@ -87,7 +87,7 @@ def load_engine(
             backend.footprint,
             max_model_len,
             settings["threads"],
-            *_kv_share(config, engines, 0),
+            *_kv_share(config, engines, backend.footprint, loaded=True),
             whole_attention=not divides_heads(spec, config.tensor_parallel_size),
         )
         backend.allocate_kv(plan.num_pages)
@@ -126,7 +126,7 @@ def plan_engine(config: EngineConfig, path: ModelPath) -> EnginePlan:
     check_size(spec, ranks)
     _, backend_footprint = _backend(config)
     footprint = backend_footprint(spec, parameters, **_backend_settings(config, max_model_len))
-    share = _kv_share(config, engines, footprint.weight_bytes)
+    share = _kv_share(config, engines, footprint, loaded=False)
     if share[0] < 0:
         raise OutOfMemory(
             f"the weights{f' of {engines} engines' if engines > 1 else ''} need "
@@ -141,9 +141,9 @@ def _free_memory(config: EngineConfig) -> int:
     """Return the free bytes where the model's weights and KV pool go."""
     if config.backend_name != "cuda":
         return available_memory()
-    from octavo.backends.cuda.pages import free_bytes_of
+    from octavo.backends.cuda.memory import memory_of_setting
 
-    return free_bytes_of(config.device)
+    return memory_of_setting(config.device).free
 
 
 def _fewer_bits(config: EngineConfig) -> str:
@@ -152,15 +152,22 @@ def _fewer_bits(config: EngineConfig) -> str:
     return "" if config.quantization == fewest else f", or quantization {fewest}"
 
 
-def _kv_share(config: EngineConfig, engines: int, weight_bytes: int) -> tuple[int, str]:
+def _kv_share(config: EngineConfig, engines: int, footprint: Footprint, loaded: bool) -> tuple[int, str]:
     """Return the bytes that the KV pool of one of `engines` may take, and which part of the memory that is.
 
     Args:
-        weight_bytes: of each engine's weights that are not in memory yet.
+        footprint: of each engine.
+        loaded: whether its weights are in memory.
+
+    Raises OutOfMemory if a GPU has none left.
     """
-    free = _free_memory(config) - engines * weight_bytes
-    if config.backend_name == "cuda":
-        return free * 9 // 10 // engines, "nine tenths of the GPU's free memory"
+    if config.backend_name == "cuda" and config.kv_cache_memory is None:
+        from octavo.backends.cuda.memory import kv_bytes, memory_of_setting
+
+        share, tokens = config.gpu_memory_utilization, config.max_batch_tokens
+        most = kv_bytes(memory_of_setting(config.device), share, engines, footprint, tokens, loaded)
+        return most, f"what weights and steps leave of gpu_memory_utilization, {share:.0%}"
+    free = _free_memory(config) - (0 if loaded else engines * footprint.weight_bytes)
     return free // 2 // engines, "half of the free memory"
 
 
