@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 
+from octavo.address import Address
 from octavo.config import EngineConfig
 from octavo.engine.messages import EngineInfo, EngineStats, TokenOutput
 from octavo.errors import EngineDead, InvalidRequest, OctavoError, QueueFull, RequestFailed, RequestTimeout
@@ -186,8 +187,7 @@ class Frontend:
             if not replica.ended.is_set() and self.placement.has_open_replica:
                 for live in self._lives_of(replica):
                     if live.sent and not replica.readmission.is_on_trial(live):
-                        self.placement.take_back(live)
-                        self.placement.place(live)
+                        self.placement.move(live)
             await asyncio.sleep(DRAIN_LOOK)
         log.warning("%s is drained: it has no request after %.2f s", replica.name, time.monotonic() - begun)
         await self._close_replica(replica)
@@ -499,7 +499,10 @@ class Frontend:
             case Pages():
                 if not replica.load.publish(message.number, message.gained, message.lost):
                     replica.send(WatchPages(with_content=self._events is not None))
-                elif self._events is not None:
+                    return
+                if message.port and replica.link is not None and replica.link.host:
+                    replica.load.address = str(Address(replica.link.host, message.port))
+                if self._events is not None:
                     self._events.changed(replica.number, message)
             case Stats() | PageStates() | StateDone() | CacheReset():
                 self._calls.answered(replica, message)

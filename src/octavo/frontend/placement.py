@@ -2,8 +2,9 @@
 
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from itertools import tee
 
-from octavo.engine.messages import EngineInfo
+from octavo.engine.messages import EngineInfo, PageSource
 from octavo.kv import page_keys, root_key
 
 from .links.messages import Abort
@@ -36,22 +37,54 @@ class Placement:
     def has_open_replica(self) -> bool:
         return any(replica.is_open for replica in self.replicas)
 
-    def place(self, live: LiveRequest) -> None:
-        """Send a request to the best open replica. Without an open one, it waits."""
+    def place(self, live: LiveRequest, computed_by: Replica | None = None) -> None:
+        """Send a request to the best open replica. Without an open one, it waits.
+
+        Args:
+            computed_by: the replica that has just computed all of its tokens.
+        """
         candidates = [replica for replica in self.replicas if replica.is_open]
         if not candidates:
             live.replica = None
             self.waiting[live] = None
             return
-        live.tokens_to_compute, best = live.num_sequence_tokens, 0
-        if len(candidates) > 1:
-            loads = [replica.load for replica in candidates]
+        live.tokens_to_compute, live.source, best, cached = live.num_sequence_tokens, None, 0, 0
+        if len(self.replicas) > 1:
             request = live.unfinished[0].request
             tokens = live.prompt_token_ids + live.unfinished[0].token_ids
-            keys = self._keys(tokens, request.tenant, request.salt, request.origin)
-            best, cached = self.router.choose(loads, len(tokens), keys, self.info.page_size)
-            live.tokens_to_compute -= cached
+            # Keys are computed as they are needed, and once for both looks at them.
+            keys, again = tee(self._keys(tokens, request.tenant, request.salt, request.origin))
+            if len(candidates) > 1:
+                loads = [replica.load for replica in candidates]
+                best, cached = self.router.choose(loads, len(tokens), keys, self.info.page_size)
+                live.tokens_to_compute -= cached
+            live.source = self._source(candidates[best], len(tokens), again, cached, computed_by)
         candidates[best].readmission.add(live)
+
+    def move(self, live: LiveRequest) -> None:
+        """Send a request that a replica has to another one, if one is open."""
+        computed_by = live.replica if live.progress else None
+        self.take_back(live)
+        self.place(live, computed_by)
+
+    def _source(
+        self, target: Replica, length: int, keys: Iterator[bytes], cached: int, computed_by: Replica | None
+    ) -> PageSource | None:
+        """Return the engine that has most pages of a sequence; None if the target has as many.
+
+        Args:
+            length: tokens of the sequence.
+            cached: those of them whose pages the target has.
+        """
+        page_size = self.info.page_size
+        if computed_by is not None and computed_by.load.address:  # its last pages are not published yet
+            return PageSource(computed_by.load.address, (length - 1) // page_size)
+        others = [each.load for each in self.replicas if each is not target and each.load.address]
+        if not others:
+            return None
+        pages = self.router.cached_pages(others, length, keys, page_size)
+        most = max(pages)
+        return PageSource(others[pages.index(most)].address, most) if most * page_size > cached else None
 
     def place_waiting(self) -> None:
         """Send the requests that wait, as long as a replica is open."""

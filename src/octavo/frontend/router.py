@@ -31,6 +31,7 @@ class Load:
         seconds_per_token: measured time to compute a token of a prompt; 0 if unknown.
         slowness: this time over that of the fastest replica; 1 if they are similar.
         recent: recent work (see Router), in tokens of the fastest replica.
+        address: where the engine serves its pages to other engines; "" if it does not.
     """
 
     holders: dict[bytes, int]
@@ -43,6 +44,7 @@ class Load:
     seconds_per_token: float = 0.0
     slowness: float = 1.0
     recent: float = 0.0
+    address: str = ""
 
     def add(self, request: Hashable, tokens: int, completions: int) -> None:
         """Count a request that was sent, with `tokens` to compute."""
@@ -62,7 +64,7 @@ class Load:
     def clear(self) -> None:
         """Note that the engine has ended: it has neither requests nor pages."""
         self._lose(self.pages)
-        self.pages, self.unstarted = set(), {}
+        self.pages, self.unstarted, self.address = set(), {}, ""
         self.queued_tokens = self.completions = self.number = 0
 
     def publish(self, number: int, gained: bytes, lost: bytes) -> bool:

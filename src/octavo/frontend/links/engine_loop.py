@@ -113,7 +113,8 @@ class EngineLoop:
                 load = engine.load_state(message.id, Path(message.path))
                 load.add_done_callback(partial(self._state_job_ended, message.id))
             case WatchPages():
-                self._send(Pages(0, b"".join(engine.kv.watch(message.with_content))))
+                port = engine.serve_pages()
+                self._send(Pages(0, b"".join(engine.kv.watch(message.with_content)), port=port))
                 self._pages_sent = 1
             case AskStats():
                 self._send(Stats(message.id, engine.stats()))

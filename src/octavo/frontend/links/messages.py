@@ -7,6 +7,7 @@ import msgspec
 
 from octavo import errors
 from octavo.engine.messages import EngineInfo, EngineRequest, EngineStats, TokenOutput
+from octavo.kv.peers.access import PeerAccess
 from octavo.secret import Secrets
 from octavo.tracing.request_events import RequestEvent
 
@@ -19,6 +20,7 @@ class Load(msgspec.Struct, frozen=True, tag=True):
         path: the model's directory or file.
         replica, replicas: this engine's number, and the number of engines that share the machine's cores and memory.
         secrets: what the frontend has read from the sources that the settings name.
+        access: for pages from engine to engine.
     """
 
     config: dict[str, Any]
@@ -26,6 +28,7 @@ class Load(msgspec.Struct, frozen=True, tag=True):
     replica: int = 0
     replicas: int = 1
     secrets: Secrets = Secrets()
+    access: PeerAccess | None = None
 
 
 class Submit(msgspec.Struct, frozen=True, tag=True):
@@ -93,7 +96,9 @@ class ResetCache(msgspec.Struct, frozen=True, tag=True):
 
 
 class WatchPages(msgspec.Struct, frozen=True, tag=True):
-    """Publish the pages of the cache from now on. Answered by Pages with all of them, then after each step.
+    """Publish the pages of the cache, and serve them to other engines, from now on.
+
+    Answered by Pages with all of them, then after each step.
 
     Attributes:
         with_content: whether to publish the content of pages that are gained from now on.
@@ -209,6 +214,7 @@ class Pages(msgspec.Struct, frozen=True, tag=True):
         parents, roots, tokens: if requested, for each gained page, or the first ones, the key of the page before it,
             the root of its sequence, and its token ids (int32). The key before a sequence's first page is zero, and so
             is the root of sequences without a tenant, salt and origin.
+        port: where the engine serves its pages to other engines, in the answer to WatchPages; 0 if it does not.
     """
 
     number: int
@@ -217,6 +223,7 @@ class Pages(msgspec.Struct, frozen=True, tag=True):
     parents: bytes = b""
     roots: bytes = b""
     tokens: bytes = b""
+    port: int = 0
 
 
 ToEngine = (
