@@ -40,6 +40,7 @@ KV_CACHE_DTYPES = {"auto": "bf16", "bf16": "bf16", "bfloat16": "bf16", "int8": "
 QUANTIZATIONS = ("auto", "none", "8bit", "4bit")
 POLICIES = ("fcfs", "priority", "fair", "deadline")
 MAX_REPLICAS = 256
+ROLES = ("prefill", "decode", "both")
 RANKS = (1, 2, 4, 8)  # numbers of processes over which a model can be divided
 TOOL_PARSERS = (
     *("hermes", "qwen3_xml", "qwen3_coder", "llama3_json", "llama4_json", "llama4_pythonic", "pythonic", "mistral"),
@@ -220,6 +221,12 @@ class EngineConfig(Settings):
     )
     secret_file: str | None = setting(
         None, f"Secret that engines and frontends over the network share, 64 hexadecimal digits: {SOURCES}."
+    )
+    role: str = setting(
+        "both",
+        "What octavo engine does in a fleet: prefill (prompts, which go on elsewhere after their first token), decode, "
+        "or both (docs/fleet.md).",
+        one_of(*ROLES),
     )
     tensor_parallel_size: int = setting(
         1,

@@ -136,6 +136,7 @@ class ToyEngine:
     pid: int | None = None
     heartbeats = True
     is_remote = False
+    host = ""
 
     def __init__(self, number: int, load_seconds: float = 0.5, refuses: bool = False, fingerprint: str = "toy"):
         self.number, self.load_seconds, self.refuses, self.fingerprint = number, load_seconds, refuses, fingerprint

@@ -53,7 +53,7 @@ INFO = EngineInfo(512, 100, 8, 32, "print")
 class Recorder:
     """A Link that keeps what it is sent. Its engine is ready as soon as `loads` returns."""
 
-    pid, heartbeats, is_remote = None, False, False
+    pid, heartbeats, is_remote, host = None, False, False, ""
 
     def __init__(self, loads: Callable[[], Awaitable[object]]) -> None:
         self.sent: list[ToEngine] = []

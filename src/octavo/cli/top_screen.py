@@ -116,7 +116,8 @@ def _overview(now: ServerStats, before: ServerStats | None) -> Table:
         for replica in model.replicas:
             engine, earlier = replica.engine, _earlier_replica(before, replica.pid)
             state = ("draining" if model.state == "draining" else "ready") if replica.is_ready else replica.status
-            cells = [Text(name), Text(replica.name), Text(printable(state, lines=False))]
+            role = "" if replica.role == "both" else f" ({replica.role})"
+            cells = [Text(name), Text(f"{replica.name}{role}"), Text(printable(state, lines=False))]
             if engine is not None:
                 rates = _Rates(now.time, engine, *earlier)
                 hits = f"{engine.cached_tokens / engine.prompt_tokens:.0%}" if engine.prompt_tokens else "–"

@@ -134,6 +134,7 @@ class Engine:
         self._speculative_tokens = speculative_tokens
         self.rows = 0  # tokens that the backend is computing now; may be read by any thread
         self.plan: EnginePlan | None = None  # what was decided when it was loaded, set by load_engine
+        self.role = "both"  # for the frontend, set by load_engine
         self.slowest_step = (0.0, 1)  # seconds and rows of the slowest step so far
         self._work = work or WorkRecord()
         self._num_added = 0
@@ -163,6 +164,7 @@ class Engine:
             fingerprint=self.fingerprint,
             hidden_size=self.backend.spec.hidden_size,
             plan=self.plan,
+            role=self.role,
         )
 
     @property

@@ -113,7 +113,7 @@ def load_engine(
         store=store,
         access=access,
     )
-    engine.slowest_step, engine.plan = slowest, plan
+    engine.slowest_step, engine.plan, engine.role = slowest, plan, config.role
     return engine
 
 

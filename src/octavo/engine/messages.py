@@ -157,6 +157,7 @@ class EngineInfo(msgspec.Struct, frozen=True):
         fingerprint: identifies everything that determines the bits of a page's K and V.
         hidden_size: elements of a hidden state.
         plan: what was decided when the engine was loaded.
+        role: one of config.ROLES.
     """
 
     max_model_len: int
@@ -166,6 +167,7 @@ class EngineInfo(msgspec.Struct, frozen=True):
     fingerprint: str = ""
     hidden_size: int = 0
     plan: EnginePlan | None = None
+    role: str = "both"
 
 
 class EngineStats(msgspec.Struct, frozen=True):

@@ -36,7 +36,7 @@ from .links.messages import (
 )
 from .live import LiveRequest, Sink
 from .meter import Meter
-from .placement import Placement
+from .placement import PREFILL, Placement
 from .readmission import TRIAL_TOKENS
 from .replica import Replica
 from .request_trace import RequestTrace
@@ -45,6 +45,7 @@ from .requests import Request
 from .stats import MAX_TENANTS, FrontendStats, ReplicaStats, total
 
 NAMED = 3  # engines whose state `readiness` explains
+PAGES_PATIENCE = 1.0  # seconds that a drained engine stays for those that fetch pages from it
 DRAIN_LOOK = 0.02  # seconds between checks of a replica that is drained
 FAILURES: dict[str, type[OctavoError]] = {
     "error": RequestFailed,
@@ -74,7 +75,7 @@ class Frontend:
         was_ready: set when the first engine is ready, which determines `info`.
         on_leaving: called with a replica whose engine will be ended by others.
 
-    Raises ConfigError if the trace file cannot be written.
+    Raises ConfigError if the trace file cannot be written, or there is a role.
     """
 
     info: EngineInfo  # set by `start`
@@ -88,6 +89,7 @@ class Frontend:
         state_owner: StateOwner | None = None,
         kv_key: str | None = None,
     ):
+        config.need(config.role == "both", "role", "both, but for octavo engine")
         self._config, self._tokenizer, self._connect = config, tokenizer, connect
         self._watchers: list[RequestWatcher] = []
         if config.trace is not None:
@@ -175,10 +177,12 @@ class Frontend:
     async def drain(self, replica: Replica) -> None:
         """Move a replica's requests to the other ones, then end it. Without an open one, wait until they have ended.
 
+        The engine stays until those that moved have fetched their pages from it, but not longer than PAGES_PATIENCE.
         Requests on trial stay until their trial ends; see Readmission. If the engine of others is gone meanwhile, its
         requests wait for another replica.
         """
         replica.is_leaving, begun = True, time.monotonic()
+        moved: list[LiveRequest] = []
         while replica in self.replicas and (self._lives_of(replica) or self.placement.place_interrupted(replica)):
             if not replica.is_ready and replica.link is not None and replica.link.is_remote:
                 self._take_all_back(replica)
@@ -188,6 +192,10 @@ class Frontend:
                 for live in self._lives_of(replica):
                     if live.sent and not replica.readmission.is_on_trial(live):
                         self.placement.move(live)
+                        moved.append(live)
+            await asyncio.sleep(DRAIN_LOOK)
+        deadline = time.monotonic() + PAGES_PATIENCE
+        while time.monotonic() < deadline and any(live.replica is not None and live.is_fetching_from(replica) for live in moved):
             await asyncio.sleep(DRAIN_LOOK)
         log.warning("%s is drained: it has no request after %.2f s", replica.name, time.monotonic() - begun)
         await self._close_replica(replica)
@@ -329,6 +337,7 @@ class Frontend:
                 status=str(answer) if isinstance(answer, EngineDead) else f"the engine {replica.status}",
                 completions=replica.load.completions,
                 queued_tokens=replica.load.queued_tokens,
+                role=replica.load.role,
                 engine=answer if isinstance(answer, EngineStats) else None,
             )
             for replica, answer in zip(replicas, answers, strict=True)
@@ -411,6 +420,7 @@ class Frontend:
                 f"its max_model_len is {info.max_model_len}, and that of the others {self.info.max_model_len}: give "
                 "all the same --max-model-len"
             )
+        replica.load.role = info.role
         await self.kv_states.open_files(replica)
         if replica.ended.is_set():
             raise EngineDead("the engine ended before it served requests")
@@ -562,6 +572,8 @@ class Frontend:
                     watcher.ended(live)
             if increment is not None:
                 self._deliver(live, increment)
+            if replica.load.role == PREFILL and not live.finished and all(each.token_ids for each in live.unfinished):
+                self.placement.hand_over(live)
         if stopped:
             replica.send(Abort(stopped))
         if self._admission is not None:

@@ -129,6 +129,10 @@ class LiveRequest:
         """Return the completions that have not ended."""
         return [completion for completion in self.completions if not completion.finish_reason]
 
+    def is_fetching_from(self, replica: "Replica") -> bool:
+        """Return whether the engine of `self.replica` may be fetching pages from that of another replica."""
+        return self.source is not None and self.source.address == replica.load.address and not self.progress
+
     def owed(self) -> list[EngineRequest]:
         """Return the messages with which an engine continues each unfinished completion after its last token."""
         age = time.monotonic() - self.arrival

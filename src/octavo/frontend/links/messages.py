@@ -152,6 +152,7 @@ class Alive(msgspec.Struct, frozen=True, tag=True):
         rows: number of tokens that the backend is computing; 0 while Python code runs, such as scheduling.
         slowest_seconds, slowest_rows: duration and number of tokens of the slowest computation so far.
         seconds_per_token: measured time to compute a token of a prompt; 0 if unknown.
+        seconds_per_fetched_token: expected time to fetch the pages of many tokens from another engine, by token.
     """
 
     step_seconds: float = 0.0
@@ -159,6 +160,7 @@ class Alive(msgspec.Struct, frozen=True, tag=True):
     slowest_seconds: float = 0.0
     slowest_rows: int = 1
     seconds_per_token: float = 0.0
+    seconds_per_fetched_token: float = 0.0
 
 
 class Tokens(msgspec.Struct, frozen=True, tag=True):
