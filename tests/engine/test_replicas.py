@@ -111,7 +111,7 @@ def test_a_state_survives_the_death_of_its_engine(tiny_llama: Path, tmp_path: Pa
         [output] = await llm.agenerate([list(range(70))], SHORT)
         state = await llm.get_kv_cache_state(output.request_id)
         expected = tokens_of(await llm.agenerate([[5]], SHORT, kv_cache_state=state))
-        home = llm._frontend._replica_for(state)
+        home = llm._frontend.kv_states._holder(state)
         os.kill(pid(home), signal.SIGKILL)
         assert tokens_of(await llm.agenerate([[5]], SHORT, kv_cache_state=state)) == expected
         await state.save(tmp_path / "state.kv")
