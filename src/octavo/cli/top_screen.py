@@ -231,8 +231,11 @@ def _pages(engine: EngineStats) -> Text:
 
 def _swapped(engine: EngineStats, rates: _Rates) -> Text:
     out, into = rates.per_second("pages_saved"), rates.per_second("pages_fetched")
-    store = engine.tiers.get("store")
-    shared = f" · store: {store.hits:,} hits, {store.misses:,} misses, {store.errors:,} errors" if store else ""
+    shared = "".join(
+        f" · {name}: {tier.hits:,} hits, {tier.misses:,} misses, {tier.errors:,} errors"
+        for name in ("store", "peers")
+        if (tier := engine.tiers.get(name))
+    )
     return Text(
         f"{out} pages/s out ({engine.pages_saved:,}; {engine.pending_saves:,} pending) · "
         f"{into} in ({engine.pages_fetched:,}; {engine.num_fetching:,} pending){shared}"

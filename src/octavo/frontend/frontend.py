@@ -157,7 +157,7 @@ class Frontend:
         replica = Replica(lambda: connect(replica), self, self.placement.router.new_replica(), number, name, max_pause)
         self.replicas.append(replica)
         for other in self.replicas if len(self.replicas) == 2 else ():  # later ones are asked when they are ready
-            other.send(WatchPages(with_content=self._events is not None))
+            other.send(self._watch_pages())
         self._resize()
         replica.begin()
         return replica
@@ -195,7 +195,7 @@ class Frontend:
                         moved.append(live)
             await asyncio.sleep(DRAIN_LOOK)
         deadline = time.monotonic() + PAGES_PATIENCE
-        while time.monotonic() < deadline and any(live.replica is not None and live.is_fetching_from(replica) for live in moved):
+        while time.monotonic() < deadline and any(live.is_fetching_from(replica) for live in moved):
             await asyncio.sleep(DRAIN_LOOK)
         log.warning("%s is drained: it has no request after %.2f s", replica.name, time.monotonic() - begun)
         await self._close_replica(replica)
@@ -218,7 +218,7 @@ class Frontend:
         self.placement.replicas += added
         for replica in self.replicas:
             replica.name = f"engine {replica.number}"
-            replica.send(WatchPages(with_content=self._events is not None))
+            replica.send(self._watch_pages())
 
         async def start(replica: Replica) -> None:
             await replica.start(self._connect(replica.number))
@@ -427,7 +427,7 @@ class Frontend:
         for watcher in self._watchers:
             watcher.engine_ready(replica)
         if len(self.replicas) > 1 or self._events is not None:
-            replica.send(WatchPages(with_content=self._events is not None))
+            replica.send(self._watch_pages())
         if interrupted := sum(live.was_sent and not live.sent for live in self._ledger):
             log.warning("a new engine continues %d requests", interrupted)
         self.was_ready.set()
@@ -508,7 +508,7 @@ class Frontend:
                 self._take_tokens(replica, message.outputs)
             case Pages():
                 if not replica.load.publish(message.number, message.gained, message.lost):
-                    replica.send(WatchPages(with_content=self._events is not None))
+                    replica.send(self._watch_pages())
                     return
                 if message.port and replica.link is not None and replica.link.host:
                     replica.load.address = str(Address(replica.link.host, message.port))
@@ -592,6 +592,10 @@ class Frontend:
         if self._closed or self._ledger is None:
             raise EngineDead("the engine was shut down" if self._closed else "call start() first")
         return self._ledger
+
+    def _watch_pages(self) -> WatchPages:
+        """Return the message by which an engine begins to publish its pages."""
+        return WatchPages(with_content=self._events is not None, with_serving=len(self.replicas) > 1)
 
     def _new_replica(self, number: int, of: int) -> Replica:
         name = f"engine {number}" if of > 1 else "the engine"

@@ -131,7 +131,8 @@ class LiveRequest:
 
     def is_fetching_from(self, replica: "Replica") -> bool:
         """Return whether the engine of `self.replica` may be fetching pages from that of another replica."""
-        return self.source is not None and self.source.address == replica.load.address and not self.progress
+        address = self.source.address if self.source is not None and self.replica is not None else ""
+        return bool(address) and address == replica.load.address and not self.progress
 
     def owed(self) -> list[EngineRequest]:
         """Return the messages with which an engine continues each unfinished completion after its last token."""

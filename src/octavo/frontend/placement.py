@@ -113,14 +113,15 @@ class Placement:
             cached: those of them whose pages the target has.
         """
         page_size = self.info.page_size
-        if computed_by is not None and computed_by.load.address:  # its last pages are not published yet
-            return PageSource(computed_by.load.address, (length - 1) // page_size)
-        others = [each.load for each in self.replicas if each is not target and each.load.address]
-        if not others:
+        if computed_by is not None:  # its last pages are not published yet
+            address, most = computed_by.load.address, (length - 1) // page_size
+        elif others := [each.load for each in self.replicas if each is not target and each.load.address]:
+            pages = self.router.cached_pages(others, length, keys, page_size)
+            most = max(pages)
+            address = others[pages.index(most)].address
+        else:
             return None
-        pages = self.router.cached_pages(others, length, keys, page_size)
-        most = max(pages)
-        return PageSource(others[pages.index(most)].address, most) if most * page_size > cached else None
+        return PageSource(address, most) if address and most * page_size > cached else None
 
     def place_waiting(self) -> None:
         """Send the requests that wait, as long as a replica is open."""

@@ -116,7 +116,7 @@ class EngineLoop:
                 load = engine.load_state(message.id, Path(message.path))
                 load.add_done_callback(partial(self._state_job_ended, message.id))
             case WatchPages():
-                port = engine.serve_pages()
+                port = engine.serve_pages() if message.with_serving else 0
                 self._send(Pages(0, b"".join(engine.kv.watch(message.with_content)), port=port))
                 self._pages_sent = 1
             case AskStats():

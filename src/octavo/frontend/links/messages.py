@@ -96,15 +96,15 @@ class ResetCache(msgspec.Struct, frozen=True, tag=True):
 
 
 class WatchPages(msgspec.Struct, frozen=True, tag=True):
-    """Publish the pages of the cache, and serve them to other engines, from now on.
-
-    Answered by Pages with all of them, then after each step.
+    """Publish the pages of the cache from now on. Answered by Pages with all of them, then after each step.
 
     Attributes:
         with_content: whether to publish the content of pages that are gained from now on.
+        with_serving: whether to serve the pages to other engines too.
     """
 
     with_content: bool = False
+    with_serving: bool = True
 
 
 class Loading(msgspec.Struct, frozen=True, tag=True):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from octavo.address import Address
 from octavo.errors import ConfigError
 
+from . import MAX_KEYS, NUMBER_BYTES
 from .access import PeerAccess
 
 if TYPE_CHECKING:
@@ -40,9 +41,10 @@ class Peers:
         self._sockets: OrderedDict[str, zmq.Socket[bytes]] = OrderedDict()  # the last used one last
 
     def expect(self, address: str, keys: Sequence[bytes]) -> None:
-        """Note that the engine at an address has the pages with these keys. What is no address is ignored."""
+        """Note that the engine at an address has the pages with these keys. What is no address by number is ignored."""
         try:
-            Address.of(address)
+            if not Address.of(address).is_number:  # a name would have to be looked up
+                return
         except ConfigError:
             return
         with self._lock:
@@ -66,13 +68,12 @@ class Peers:
 
         arrived = 0
         try:
-            socket, number = self._connected(address), next(self._numbers).to_bytes(8, "little")
-            if not socket.poll(PATIENCE * 1000, zmq.POLLOUT):
-                raise TimeoutError
-            socket.send_multipart((number, b"".join(keys)), zmq.NOBLOCK)
-            while arrived < len(keys) and len(value := self._next(socket, number)):
-                arrived += 1
-                yield value
+            for at in range(0, len(keys), MAX_KEYS):
+                for value in self._answers(self._connected(address), keys[at : at + MAX_KEYS]):
+                    arrived += 1
+                    yield value
+                if arrived < min(at + MAX_KEYS, len(keys)):
+                    break
         except (zmq.ZMQError, TimeoutError):
             self._lose(address)
         with self._lock:
@@ -87,6 +88,19 @@ class Peers:
         if self._context is not None:
             self._context.term()
             self._context = None
+
+    def _answers(self, socket: "zmq.Socket[bytes]", keys: Sequence[bytes]) -> Iterator[memoryview]:
+        """Yield the values of pages, up to the first that is missing. Raises TimeoutError, ZMQError."""
+        import zmq
+
+        if not socket.poll(PATIENCE * 1000, zmq.POLLOUT):
+            raise TimeoutError
+        number = next(self._numbers).to_bytes(NUMBER_BYTES, "little")
+        socket.send_multipart((number, b"".join(keys)), zmq.NOBLOCK)
+        for _ in keys:
+            if not len(value := self._next(socket, number)):
+                return
+            yield value
 
     def _next(self, socket: "zmq.Socket[bytes]", number: bytes) -> memoryview:
         """Return the next value that answers question `number`. Raises TimeoutError, ZMQError."""

@@ -3,7 +3,7 @@
 import logging
 import os
 from collections.abc import Sequence
-from threading import Thread
+from threading import Lock, Thread
 from typing import Any
 
 import zmq
@@ -15,11 +15,10 @@ from octavo.kv.prefix import KEY_BYTES
 from octavo.kv.store.page_values import PageValues
 from octavo.kv.tiers.counts import TierCounts
 
+from . import MAX_KEYS, NUMBER_BYTES
 from .access import PeerAccess
 
-NUMBER_BYTES = 8
-MAX_KEYS = 1024  # in a question
-MAX_QUEUED = 64  # pages that wait to be sent to one engine; one that reads no faster gets no more of them
+MAX_QUEUED = 3 * MAX_KEYS  # pages that wait to be sent to one engine; one that reads too slowly gets no more of them
 HANDSHAKE = 5_000  # milliseconds in which a connection must prove that it has the secret
 
 _log = logging.getLogger("octavo")
@@ -56,16 +55,17 @@ class PageServer:
             self._context.destroy(linger=0)
             raise OSError(error.errno, zmq.strerror(error.errno or 0)) from None
         self.port = int(self._socket.get_string(zmq.LAST_ENDPOINT).rpartition(":")[2])
-        self._ending = os.eventfd(0)
+        self._ending, self._is_closing, self._lock = os.eventfd(0), False, Lock()
         self._thread = Thread(target=self._serve, name="octavo-peers", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
-        """Stop serving. No page is read any more when this returns."""
-        if self._thread.is_alive():
-            os.eventfd_write(self._ending, 1)
-            self._thread.join()
-            os.close(self._ending)
+        """Stop serving. No page is read any more when this returns. From any thread."""
+        with self._lock:
+            if not self._is_closing:
+                self._is_closing = True
+                os.eventfd_write(self._ending, 1)
+        self._thread.join()
 
     def _listening(self, host: str) -> "zmq.Socket[bytes]":
         socket: zmq.Socket[bytes] = self._context.socket(zmq.ROUTER)
@@ -88,6 +88,7 @@ class PageServer:
             except Exception:
                 _log.exception("a page could not be sent to another engine")
         self._context.destroy(linger=0)
+        os.close(self._ending)
 
     def _answer(self, frames: Sequence[bytes]) -> None:
         """Send the pages that a question asks for, as far as the engine that asks takes them."""

@@ -52,7 +52,8 @@ class Sharing:
         on_change: Callable[[], None],
     ):
         self._store, self._backend, self._access = store, backend, access
-        self._values, health = PageValues(fingerprint, backend.page_bytes, cipher), Health(str(store))
+        self._values = PageValues(fingerprint, backend.page_bytes, cipher)
+        health = Health("fetching from other engines" if store is None else str(store))
         self._peers = None if access is None else Peers(access, backend.page_bytes + MAX_OVERHEAD)
         self._server: PageServer | None = None
         self._pages = SharedPages(self._values, store, self._peers)
