@@ -134,7 +134,6 @@ def test_prompts_are_computed_on_one_engine_and_go_on_on_another(
         prefill, decode = grown(after, before, "prefill"), grown(after, before, "decode")
         assert prefill["tokens_generated"] < STREAMS * TOKENS / 4 < decode["tokens_generated"]
         assert decode["fetched"] > 0 and prefill["fetched"] == 0
-        assert decode["tokens_computed"] < prefill["tokens_computed"]
 
 
 @pytest.mark.parametrize("role", ["prefill", "decode"])

@@ -492,6 +492,8 @@ class Frontend:
         for watcher in self._watchers:
             watcher.sent(live, replica)
         live.replica, live.was_sent = replica, True
+        if live.source is not None and live.source.address == replica.load.address:  # it was meant for another replica
+            live.source = None
         owed = live.owed()
         replica.load.add(live, live.tokens_to_compute, len(owed))
         try:
