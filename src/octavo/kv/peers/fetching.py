@@ -93,7 +93,7 @@ class Peers:
         """Yield the values of pages, up to the first that is missing. Raises TimeoutError, ZMQError."""
         import zmq
 
-        if not socket.poll(PATIENCE * 1000, zmq.POLLOUT):
+        if not socket.poll(round(PATIENCE * 1000), zmq.POLLOUT):
             raise TimeoutError
         number = next(self._numbers).to_bytes(NUMBER_BYTES, "little")
         socket.send_multipart((number, b"".join(keys)), zmq.NOBLOCK)
@@ -105,7 +105,7 @@ class Peers:
     def _next(self, socket: "zmq.Socket[bytes]", number: bytes) -> memoryview:
         """Return the next value that answers question `number`. Raises TimeoutError, ZMQError."""
         deadline = time.monotonic() + PATIENCE
-        while socket.poll(max(0.0, deadline - time.monotonic()) * 1000):
+        while socket.poll(round(1000 * max(0.0, deadline - time.monotonic()))):
             frames = socket.recv_multipart(copy=False)
             if len(frames) == 2 and frames[0].bytes == number:  # otherwise it answers a question that was given up
                 return frames[1].buffer
