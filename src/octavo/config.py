@@ -257,6 +257,7 @@ class EngineConfig(Settings):
             "enable_prefix_caching",
             "on with kv_disk, kv_host_memory or kv_store",
         )
+        self.need(self.enable_prefix_caching or self.role == "both", "enable_prefix_caching", "on with a role")
 
     @property
     def backend_name(self) -> str:

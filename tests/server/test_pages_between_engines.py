@@ -172,7 +172,9 @@ def test_requests_of_a_drained_engine_take_their_pages_along(
     ("command", "message"),
     [
         (["engine", "--role", "prefil"], "role must be prefill, decode or both, not 'prefil'"),
-        (["serve", "--role", "prefill"], "role must be both, but for octavo engine, not 'prefill'"),
+        (["engine", "--role", "decode"], "role needs the shared secret, with which engines fetch pages: give"),
+        (["engine", "--role", "decode", "--no-enable-prefix-caching"], "enable_prefix_caching must be on with a role"),
+        (["serve", "--role", "prefill"], "role is for octavo engine: each engine of octavo serve does both"),
     ],
 )
 def test_bad_input_is_one_line(tiny_llama: Path, command: list[str], message: str) -> None:

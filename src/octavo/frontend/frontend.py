@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from octavo.address import Address
 from octavo.config import EngineConfig
 from octavo.engine.messages import EngineInfo, EngineStats, TokenOutput
-from octavo.errors import EngineDead, InvalidRequest, OctavoError, QueueFull, RequestFailed, RequestTimeout
+from octavo.errors import ConfigError, EngineDead, InvalidRequest, OctavoError, QueueFull, RequestFailed, RequestTimeout
 from octavo.outputs import FinishReason, RequestOutput
 from octavo.states import StateBook
 from octavo.states.handle import StateOwner
@@ -36,7 +36,7 @@ from .links.messages import (
 )
 from .live import LiveRequest, Sink
 from .meter import Meter
-from .placement import PREFILL, Placement
+from .placement import Placement, is_for_prompts
 from .readmission import TRIAL_TOKENS
 from .replica import Replica
 from .request_trace import RequestTrace
@@ -89,7 +89,8 @@ class Frontend:
         state_owner: StateOwner | None = None,
         kv_key: str | None = None,
     ):
-        config.need(config.role == "both", "role", "both, but for octavo engine")
+        if config.role != "both":
+            raise ConfigError("role is for octavo engine: each engine of octavo serve does both")
         self._config, self._tokenizer, self._connect = config, tokenizer, connect
         self._watchers: list[RequestWatcher] = []
         if config.trace is not None:
@@ -574,7 +575,7 @@ class Frontend:
                     watcher.ended(live)
             if increment is not None:
                 self._deliver(live, increment)
-            if replica.load.role == PREFILL and not live.finished and all(each.token_ids for each in live.unfinished):
+            if is_for_prompts(replica) and not live.finished:
                 self.placement.hand_over(live)
         if stopped:
             replica.send(Abort(stopped))

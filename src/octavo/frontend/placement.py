@@ -69,11 +69,13 @@ class Placement:
         self.place(live, computed_by)
 
     def hand_over(self, live: LiveRequest) -> None:
-        """Move a request away from its replica of role prefill, whose part is done, if another one is open."""
+        """Move a request away from a replica for prompts if all completions have begun, and another one is open."""
         replica = live.replica
         if replica is None or not live.sent or replica.readmission.is_on_trial(live):
             return
-        if any(other.is_open and other.load.role != PREFILL for other in self.replicas):
+        if not all(completion.token_ids for completion in live.unfinished):
+            return
+        if any(other.is_open and not is_for_prompts(other) for other in self.replicas):
             self.move(live)
 
     def _candidates(self, live: LiveRequest, computed_by: Replica | None) -> list[Replica]:
@@ -83,7 +85,7 @@ class Placement:
         if that pays; what is computed goes on elsewhere. Otherwise, roles do not count.
         """
         candidates = [replica for replica in self.replicas if replica.is_open]
-        decoding = [replica for replica in candidates if replica.load.role != PREFILL]
+        decoding = [replica for replica in candidates if not is_for_prompts(replica)]
         if not decoding or len(decoding) == len(candidates):
             return candidates
         if computed_by is None and self._pays(live, candidates, decoding):
@@ -198,3 +200,8 @@ class Placement:
 
     def _keys(self, tokens: list[int], tenant: str, salt: str, origin: str) -> Iterator[bytes]:
         return page_keys(root_key(self.info.fingerprint, tenant, salt, origin), tokens, self.info.page_size)
+
+
+def is_for_prompts(replica: Replica) -> bool:
+    """Return whether requests leave a replica after their first token. Its pages must be there for others."""
+    return replica.load.role == PREFILL and bool(replica.load.address)

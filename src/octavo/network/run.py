@@ -71,6 +71,8 @@ def run_engine(config: EngineConfig, listen: str) -> None:
         address = address if address.is_any else address.resolved()[0]
     except OSError as error:
         raise ConfigError(f"cannot listen on {address}: {error.strerror or error}") from None
+    if curve is None and config.role != "both":
+        raise ConfigError("role needs the shared secret, with which engines fetch pages: give --secret-file FILE")
     if curve is None and not address.is_local:
         raise ConfigError(f"{address} can be reached from other machines: give the shared secret, --secret-file FILE")
     if not uvloop.run(_run(config, address, curve)):
