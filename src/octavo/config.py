@@ -41,6 +41,7 @@ KV_CACHE_DTYPES = {"auto": "bf16", "bf16": "bf16", "bfloat16": "bf16", "int8": "
 QUANTIZATIONS = ("auto", "none", "8bit", "4bit")
 POLICIES = ("fcfs", "priority", "fair", "deadline")
 MAX_REPLICAS = 256
+ROLES = ("prefill", "decode", "both")
 RANKS = (1, 2, 4, 8)  # numbers of processes over which a model can be divided
 TOOL_PARSERS = (
     *("hermes", "qwen3_xml", "qwen3_coder", "llama3_json", "llama4_json", "llama4_pythonic", "pythonic", "mistral"),
@@ -229,6 +230,12 @@ class EngineConfig(Settings):
     secret_file: str | None = setting(
         None, f"Secret that engines and frontends over the network share, 64 hexadecimal digits: {SOURCES}."
     )
+    role: str = setting(
+        "both",
+        "What octavo engine does in a fleet: prefill (prompts, which go on elsewhere after their first token), decode, "
+        "or both (docs/fleet.md).",
+        one_of(*ROLES),
+    )
     tensor_parallel_size: int = setting(
         1,
         "Processes over which the model is divided (cpu only): 1, 2, 4 or 8; each has its share of cores and weights.",
@@ -257,6 +264,7 @@ class EngineConfig(Settings):
             "enable_prefix_caching",
             "on with kv_disk, kv_host_memory or kv_store",
         )
+        self.need(self.enable_prefix_caching or self.role == "both", "enable_prefix_caching", "on with a role")
 
     @property
     def backend_name(self) -> str:

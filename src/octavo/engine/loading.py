@@ -40,6 +40,7 @@ from .work_record import WorkRecord
 
 if TYPE_CHECKING:
     from octavo.formats.page_cipher import PageCipher
+    from octavo.kv.peers.access import PeerAccess
     from octavo.kv.store.sharing import Sharing
     from octavo.kv.store.store import Store
     from octavo.model.spec import DecoderSpec
@@ -54,6 +55,7 @@ def load_engine(
     engines: int = 1,
     secrets: Secrets | None = None,
     on_rank_end: Callable[[int, str], None] | None = None,
+    access: "PeerAccess | None" = None,
 ) -> Engine:
     """Open the checkpoint at `path`, compile the model on the configured backend and allocate the KV pool.
 
@@ -64,6 +66,7 @@ def load_engine(
         secrets: what opens an encrypted model and encrypts pages on disk; by default, it is read as `config` says.
         on_rank_end: called, in another thread, when one of the processes over which the model is divided has ended by
             itself: its exit code, and a line about it. The engine's steps fail then.
+        access: for pages from engine to engine, if there are several.
 
     Raises:
         ConfigError, DamagedWeights, UnsupportedModel, OutOfMemory
@@ -108,8 +111,9 @@ def load_engine(
         trace=trace,
         cipher=cipher,
         store=store,
+        access=access,
     )
-    engine.slowest_step, engine.plan = slowest, plan
+    engine.slowest_step, engine.plan, engine.role = slowest, plan, config.role
     return engine
 
 
@@ -186,6 +190,7 @@ def assemble(
     trace: EngineTrace | None = None,
     cipher: "PageCipher | None" = None,
     store: "Store | None" = None,
+    access: "PeerAccess | None" = None,
 ) -> Engine:
     """Return an engine with the settings of `config`, on a backend whose pool of `num_pages` pages is allocated.
 
@@ -194,16 +199,18 @@ def assemble(
         fingerprint, work, clock, constraints, trace, cipher: see Engine.
         transfers: replaces the transfers to the tiers that `config` names.
         store: where pages are shared with other engines, if prefixes are cached.
+        access: for pages from engine to engine; see `Engine.serve_pages`.
 
     Raises:
         ConfigError: the policy, the folder of kv_disk or the URL of kv_store cannot be used.
     """
-    sharing = None
+    sharing = open_sharing = None
     if not config.enable_prefix_caching:
         transfers = None
     else:
         transfers = transfers or _transfers(config, backend, trace, cipher)
-        sharing = _sharing(store, config.kv_store_ttl, backend, fingerprint, transfers, cipher)
+        open_sharing = partial(_sharing, store, config.kv_store_ttl, backend, fingerprint, transfers, cipher, access)
+        sharing = None if store is None else open_sharing()
     return Engine(
         backend,
         num_pages=num_pages,
@@ -223,6 +230,7 @@ def assemble(
         trace=trace,
         cipher=cipher,
         sharing=sharing,
+        open_sharing=None if access is None else open_sharing,
     )
 
 
@@ -268,13 +276,14 @@ def _sharing(
     fingerprint: str,
     transfers: Transfers,
     cipher: "PageCipher | None",
-) -> "Sharing | None":
-    """Return what shares pages through a store, whose threads it starts; None without a store."""
-    if store is None:
-        return None
-    from octavo.kv.store.sharing import Sharing
+    access: "PeerAccess | None",
+) -> "Sharing":
+    """Return what shares pages with other engines. It starts threads."""
+    from octavo.kv.store.sharing import Sharing  # imported late, as most engines share no pages
 
-    return Sharing(store, backend, fingerprint=fingerprint, ttl=ttl, cipher=cipher, on_change=transfers.wake)
+    return Sharing(
+        store, backend, fingerprint=fingerprint, ttl=ttl, cipher=cipher, access=access, on_change=transfers.wake
+    )
 
 
 def _disk_tier(folder: Path, capacity: int, page_bytes: int, cipher: "PageCipher | None") -> Tier:
