@@ -137,7 +137,7 @@ def test_prompts_are_computed_on_one_engine_and_go_on_on_another(
 
 
 @pytest.mark.parametrize("role", ["prefill", "decode"])
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.exhaustive)])
 def test_an_engine_that_is_lost_while_pages_move(
     start: Any, fleet: dict[str, RemoteEngine], expected: list[str], role: str, number: signal.Signals
 ) -> None:
