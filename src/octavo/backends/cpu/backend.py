@@ -223,6 +223,7 @@ def _compile(
         int8_kv=kv_cache_dtype == "int8",
         group=place.steps,
         kv=place.kv,
+        lines=place.lines,
     )
     recorder = Recorder(shard, program, parameters, quantization)
     try:

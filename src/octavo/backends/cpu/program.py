@@ -22,12 +22,15 @@ class Place:
             process.
         calibration: the same, for what they exchange while they measure importances (calibration.py).
         kv: the same, for the KV pool of this rank.
+        lines: if the ranks are on several nodes (machines), a socket to each other node; -1 for the own one, and for all
+            in a rank that is not its node's first.
         processors: those of its threads; empty: all that this process may use.
     """
 
     steps: int = -1
     calibration: int = -1
     kv: int = -1
+    lines: tuple[int, ...] = ()
     processors: frozenset[int] = frozenset()
 
     def of_threads(self, threads: int) -> list[list[int]]:
@@ -53,12 +56,13 @@ def new_program(
     int8_kv: bool = False,
     group: int = -1,
     kv: int = -1,
+    lines: Sequence[int] = (),
 ) -> Program:
     """Return an empty program, ready for recording. Raises UnsupportedModel.
 
     Args:
         processors: those of each thread, as Place.of_threads returns them.
-        group, kv: file descriptors of memory that ranks share (see Place).
+        group, kv, lines: file descriptors of what ranks share (see Place).
     """
     spec = shard.spec
     if spec.head_dim % 16:
@@ -81,6 +85,7 @@ def new_program(
         ranks=shard.size,
         group=group,
         kv=kv,
+        lines=list(lines),
     )
 
 
