@@ -1,5 +1,4 @@
-"""Ranks of one model, here as threads: the same bits for any number of them, on any number of nodes (machines), in every
-recipe and shape."""
+"""Ranks of one model, here as threads: the same bits for any number of them and of nodes, in every recipe and shape."""
 
 import contextlib
 import dataclasses
