@@ -73,10 +73,9 @@ def serve(
 def _follow_torchrun(values: dict[str, Any]) -> None:
     """Set what is not set and follows from torchrun's variables, if it has started processes on several machines."""
     variables = os.environ
-    if "TORCHELASTIC_RUN_ID" not in variables:
+    if "TORCHELASTIC_RUN_ID" not in variables or "GROUP_WORLD_SIZE" not in variables:
         return
-    nodes = int(variables.get("WORLD_SIZE", "1")) // int(variables.get("LOCAL_WORLD_SIZE", "1"))
-    if nodes > 1:
+    if (nodes := int(variables["GROUP_WORLD_SIZE"])) > 1:
         values.setdefault("nnodes", nodes)
         values.setdefault("node_rank", int(variables["GROUP_RANK"]))
         values.setdefault("master_addr", variables["MASTER_ADDR"])
