@@ -123,8 +123,10 @@ def texts(answered: list[Any]) -> list[str]:
 
 @pytest.mark.parametrize(
     ("name", "count", "ranks", "quantization"),
-    [("llama-odd-heads", 2, 4, "8bit"), ("llama-ranks", 4, 4, "4bit")],
-    ids=["two machines of two ranks, heads not divided", "four machines"],
+    [
+        pytest.param("llama-odd-heads", 2, 4, "8bit", id="two machines of two ranks, heads not divided"),
+        pytest.param("llama-ranks", 4, 4, "4bit", id="four machines", marks=pytest.mark.exhaustive),
+    ],
 )
 def test_same_answers_on_several_machines(
     four_machines: Machines, tiny_model: Callable[[str], Path], alone: Callable[..., Any], tmp_path: Path,
@@ -211,7 +213,6 @@ def test_nobody_else_takes_part(four_machines: Machines, tiny_model: Callable[[s
         for flags, line in (
             (["--secret-file", str(tmp_path / "other")], "it has another secret, or none; give all nodes the same"),
             (["--model", str(tiny_model("llama-odd-heads"))], "it has another model than node 0"),
-            (["--max-model-len", "9", "-tp", "4"], "it was started with nnodes 2 and tensor_parallel_size 4"),
         ):
             words = [*OCTAVO, "serve", "--nnodes", "2", "--node-rank", "1", "--master-addr", "10.77.0.1"]
             words += ["--secret-file", str(tmp_path / "secret"), "-tp", "2", "--model", str(model), *flags]
@@ -242,13 +243,15 @@ def node(model: Path, port: int, *flags: str, number: int = 1, count: int = 2) -
 
 @pytest.mark.parametrize("name", ["llama-ranks", "llama-odd-heads"])
 def test_pages_of_other_machines(tiny_model: Callable[[str], Path], name: str, tmp_path: Path) -> None:
-    """They are saved to a folder and to a KV state, copied for forks, and fetched again, with grammars and penalties."""
+    """They are saved to a folder and to a KV state, copied for forks, and fetched again."""
     model, port, state_file = tiny_model(name), free_port(), tmp_path / "state.kv"
     several = SamplingParams(n=3, temperature=1.0, seed=5, max_tokens=9, ignore_eos=True, logprobs=1)
     two = {"nnodes": 2, "master_port": port, "tensor_parallel_size": 2}
     found: list[Any] = []
-    with node(model, port):
-        for settings in (two, {}, two):
+    for settings in (two, {}, two):
+        with contextlib.ExitStack() as stack:
+            if settings:
+                stack.enter_context(node(model, port))
             with LLM(str(model), threads=1, kv_disk=str(tmp_path / "pages"), speculative_tokens=2, **settings) as llm:
                 outputs = llm.generate(PROMPTS, PARAMS)
                 forks = [output.token_ids for output in llm.generate([[*PROMPTS[2], 9]], several)[0].outputs]
@@ -273,9 +276,10 @@ def test_a_part_that_cannot_be_loaded(tiny_model: Callable[[str], Path], monkeyp
     with node(model, port) as other:
         with pytest.raises(ConfigError, match=r"bfloat16, not float16.* \(rank 1\)") as raised:
             LLM(str(model), tensor_parallel_size=2, nnodes=2, master_port=port, threads=1)
+        ranks = ranks_of(other.pid)
         _, complaints = other.communicate(timeout=30)
         assert (other.returncode, complaints) == (2, f"octavo: {raised.value}\n")
-        assert not ranks_of(other.pid) and not ranks_of(os.getpid())
+        assert all(map(has_ended, ranks)) and not ranks_of(os.getpid())
 
 
 def test_a_node_that_never_comes(tiny_model: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -295,20 +299,27 @@ def test_an_engine_that_never_comes(tiny_model: Callable[[str], Path], monkeypat
 
 
 @pytest.mark.parametrize(
-    ("flags", "message"),
+    ("settings", "message"),
     [
-        (["--nnodes", "3"], "nnodes must be 1, 2, 4 or 8, not 3"),
-        (["--nnodes", "2"], "nnodes must be a divisor of tensor_parallel_size, not 2"),
-        (["--nnodes", "2", "-tp", "2", "--node-rank", "2"], "node_rank must be from 0 to 1 with nnodes 2, not 2"),
-        (["--nnodes", "2", "-tp", "2", "-dp", "2"], "data_parallel_size must be 1 with nnodes, not 2"),
-        (["--nnodes", "2", "-tp", "2", "--master-addr", "10.0.0.1"], "10.0.0.1 can be reached from other machines"),
-        (["--nnodes", "2", "-tp", "2", "--master-addr", "no.such.host.invalid", "--secret-file", "env:OCTAVO_SECRET_A"],
-         "master_addr no.such.host.invalid is unknown"),
-        (["--nnodes", "2", "-tp", "2", "llama"], "nnodes must be 1 with several models"),
+        ({"nnodes": 3}, "nnodes must be 1, 2, 4 or 8, not 3"),
+        ({"tensor_parallel_size": 1}, "nnodes must be a divisor of tensor_parallel_size, not 2"),
+        ({"node_rank": 2}, "node_rank must be from 0 to 1 with nnodes 2, not 2"),
+        ({"node_rank": 1}, "node_rank must be 0, unless with octavo serve or octavo engine, not 1"),
+        ({"master_addr": "10.0.0.1"}, "10.0.0.1 can be reached from other machines: give all nodes the same secret"),
+        ({"master_addr": "no.such.invalid", "secret_file": "env:OCTAVO_SECRET_A"}, "no.such.invalid is unknown"),
     ],
-)  # fmt: skip
-def test_settings_that_cannot_work(tiny_llama: Path, flags: list[str], message: str) -> None:
-    assert message in complaint("serve", tiny_llama, *flags, "--port", "0", OCTAVO_SECRET_A=SECRET)
+)
+def test_settings_that_cannot_work(
+    tiny_model: Callable[[str], Path], settings: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OCTAVO_SECRET_A", SECRET)
+    with pytest.raises(ConfigError, match=message):
+        LLM(str(tiny_model("llama-ranks")), **{"nnodes": 2, "tensor_parallel_size": 2, **settings})
+
+
+def test_several_models_on_several_machines(tiny_llama: Path) -> None:
+    line = complaint("serve", tiny_llama, tiny_llama, "--nnodes", "2", "-tp", "2")
+    assert "nnodes must be 1 with several models" in line
 
 
 OWN = Join("1.0", 0, 2, 4, "model", "build", "amx")

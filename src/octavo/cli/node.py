@@ -6,7 +6,7 @@ from octavo.config import EngineConfig
 
 
 def run_node(config: EngineConfig) -> None:
-    """Run this machine's ranks until Ctrl-C, or until no engine comes any more. Raises OctavoError."""
+    """Run this machine's ranks until the engine is closed, or until Ctrl-C. Raises OctavoError."""
     from octavo.backends.cpu.node_main import run_node as run
 
     typer.echo(f"A part of {config.model_name} for the server on {config.master_addr}; Ctrl-C ends it.")

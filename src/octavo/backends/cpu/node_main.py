@@ -1,6 +1,7 @@
 """The nodes (machines) other than node 0, over which a model is divided: each runs its ranks for node 0's engine.
 
-A node outlives engines. When one ends, for whatever reason, the node ends its ranks and joins the next one.
+A node outlives engines. When one dies, for whatever reason, the node ends its ranks and joins the next one. When one is
+closed, the node ends.
 """
 
 import contextlib
@@ -31,7 +32,6 @@ from .rank_process import HEARTBEAT, Allocate, Allocated, Failed, Load, Loaded, 
 from .ranks import Ranks, cores_of
 
 _PAUSE = 0.2  # seconds between attempts to reach node 0
-_GRACE = 5.0  # seconds for another engine to come after one that was closed
 
 Report = Callable[[str], None]
 
@@ -41,7 +41,7 @@ class _Stopped(Exception):
 
 
 def run_node(config: EngineConfig, report: Report) -> None:
-    """Run this node's ranks for one engine after the other, until Ctrl-C, or until no engine comes any more.
+    """Run this node's ranks for one engine after the other, until one is closed, or until Ctrl-C.
 
     Args:
         report: told in a line what the node does.
@@ -55,9 +55,8 @@ def run_node(config: EngineConfig, report: Report) -> None:
         hide_memory()
     with _signals():
         node = _Node(config, path, secrets, report)
-        patience = PATIENCE
-        while (joined := node.join(patience)) is not None:
-            patience = _GRACE if node.serve(*joined) else PATIENCE
+        while not node.serve(*node.join()):
+            pass
 
 
 class _Node:
@@ -71,15 +70,11 @@ class _Node:
         self._ranks = range(self._number * each, (self._number + 1) * each)
         self._group = Group.of(config, secrets, fingerprint(checkpoint))
 
-    def join(self, patience: float) -> tuple[Line, Form, Listener | None, "_Links"] | None:
-        """Wait until node 0's engine has all nodes. Return None if none comes after one that was closed.
-
-        Raises ConfigError if none comes otherwise, or if it refuses this node.
-        """
-        where, deadline = f"{self._group.host}:{self._group.port}", time.monotonic() + patience
+    def join(self) -> tuple[Line, Form, Listener | None, "_Links"]:
+        """Wait until node 0's engine has all nodes. Raises ConfigError if none comes, or if it refuses this node."""
+        where, deadline = f"{self._group.host}:{self._group.port}", time.monotonic() + PATIENCE
         ranks = f"rank {self._ranks[0]}" if len(self._ranks) == 1 else f"ranks {self._ranks[0]} to {self._ranks[-1]}"
-        if patience == PATIENCE:
-            self._report(f"node {self._number} of {self._group.nodes}, {ranks}: waiting for node 0 at {where}")
+        self._report(f"node {self._number} of {self._group.nodes}, {ranks}: waiting for node 0 at {where}")
         reason = "nobody listens there"
         while time.monotonic() < deadline:
             try:
@@ -106,11 +101,9 @@ class _Node:
             _close(line, listener)
             if isinstance(message, Refused):
                 raise ConfigError(f"node 0 at {where} refuses this node: {message.reason}")
-            reason, deadline = line.reason, time.monotonic() + patience
+            reason, deadline = line.reason, time.monotonic() + PATIENCE
             time.sleep(_PAUSE)
-        if patience == _GRACE:
-            return None
-        raise ConfigError(f"no engine has come for {patience:g} s: node 0 at {where} cannot be reached ({reason})")
+        raise ConfigError(f"no engine has come for {PATIENCE:g} s: node 0 at {where} cannot be reached ({reason})")
 
     def _listen(self, links: "_Links") -> Listener | None:
         """Return what accepts the connections of nodes with higher numbers; None if there are none."""
