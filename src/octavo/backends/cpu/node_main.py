@@ -123,6 +123,7 @@ class _Node:
                 sums = {node: self._open(form, node, "sums", opened) for node in range(self._number)}
                 sums |= links.wait(form.group, range(self._number + 1, self._group.nodes))
                 opened += sums.values()
+                _close(listener)  # nobody else is waited for
                 line.send(Formed())
                 load = line.receive(ToNode)
             except (OSError, HandshakeFailed) as error:
@@ -165,38 +166,44 @@ class _Node:
         is_over = threading.Event()
         arguments = (line, messages, ranks, is_over)
         threading.Thread(target=_listen_to, args=arguments, name="octavo-node-0", daemon=True).start()
-        with _heartbeat(line):
-            try:
-                settings = load.settings | {"threads": self._config.num_threads}
-                for process in ranks.processes:
-                    cores = sorted(cores_of(process.rank - self._ranks.start, len(self._ranks)))
-                    identity, hide = self._secrets.model_identity, bool(self._secrets)
-                    process.send(Load(str(self._path), identity, hide, process.rank, self._size, cores, settings))
-                loaded = ranks.wait()
-                weights, size = sum(each.weight_bytes for each in loaded), sum(each.page_bytes for each in loaded)
-                line.send(Loaded(weights, size))
-                allocate = messages.get()
-                if isinstance(allocate, Allocate):
-                    ranks.send(allocate)
-                    ranks.wait()
-                    pools = ranks.map_pools(allocate.pages, [each.page_bytes for each in loaded])
-                    threading.Thread(target=serve_pages, args=(pages, pools), name="octavo-pages", daemon=True).start()
-                    line.send(Allocated())
-            except Exception as error:
-                if is_over.is_set():
-                    self._report("the engine has ended while it loaded")
-                    return False
-                with contextlib.suppress(OSError):
-                    line.send(Failed.of(error))
-                if isinstance(error, EngineDead):  # a rank has ended; it may not the next time
-                    return False
-                raise
-        message = allocate
-        if isinstance(allocate, Allocate):
+        try:
+            with _heartbeat(line):
+                message = self._load(line, ranks, load, pages, messages)
+        except Exception as error:
+            if is_over.is_set():
+                self._report("the engine has ended while it loaded")
+                return False
+            with contextlib.suppress(OSError):
+                line.send(Failed.of(error))
+            if isinstance(error, EngineDead):  # a rank has ended; it may not the next time
+                return False
+            raise
+        if isinstance(message, Allocate):
             self._report("serving")
             message = messages.get()
         self._report("the engine was closed" if isinstance(message, ShutDown) else "the engine has ended")
         return isinstance(message, ShutDown)
+
+    def _load(
+        self, line: Line, ranks: Ranks, load: LoadNode, pages: Line, messages: "SimpleQueue[ToNode | None]"
+    ) -> ToNode | None:
+        """Load the parts of the ranks and allocate their KV pools. Return the last message of node 0."""
+        settings = load.settings | {"threads": self._config.num_threads}
+        for process in ranks.processes:
+            cores = sorted(cores_of(process.rank - self._ranks.start, len(self._ranks)))
+            identity, hide = self._secrets.model_identity, bool(self._secrets)
+            process.send(Load(str(self._path), identity, hide, process.rank, self._size, cores, settings))
+        loaded = ranks.wait()
+        weights, size = sum(each.weight_bytes for each in loaded), sum(each.page_bytes for each in loaded)
+        line.send(Loaded(weights, size))
+        message = messages.get()
+        if isinstance(message, Allocate):
+            ranks.send(message)
+            ranks.wait()
+            pools = ranks.map_pools(message.pages, [each.page_bytes for each in loaded])
+            threading.Thread(target=serve_pages, args=(pages, pools), name="octavo-pages", daemon=True).start()
+            line.send(Allocated())
+        return message
 
 
 class _Links:

@@ -51,7 +51,8 @@ class Group:
     @classmethod
     def of(cls, config: EngineConfig, secrets: Secrets, model: str) -> "Group":
         """Return what the settings say. Raises ConfigError if others could join for lack of a secret."""
-        if secrets.nodes_key is None and not Address(config.master_addr, config.master_port).is_local:
+        is_local = config.master_addr == "localhost" or Address(config.master_addr, config.master_port).is_local
+        if secrets.nodes_key is None and not is_local:
             raise ConfigError(
                 f"master_addr {config.master_addr} can be reached from other machines: give all nodes the same secret, "
                 "--secret-file FILE"
