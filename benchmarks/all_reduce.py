@@ -1,15 +1,30 @@
-"""Time of an all-reduce between the ranks of a model, processes on one machine (csrc/runtime/rank_group.h).
+"""Time of an all-reduce between the ranks of a model: processes on one machine, or with TCP between them.
 
 Runs a program of many small layers, once with an all-reduce in each and once with the residual alone, in as many
 processes at the same time. Prints the difference per layer, in microseconds, and the time of a program's barriers
 alone (one row, few columns). The machine must be idle.
 
     python benchmarks/all_reduce.py --ranks 2 --rows 64 --columns 2048
+
+With --tcp, two ranks are a machine each (csrc/runtime/node_lines.h), over the loopback device or between two network
+namespaces, such as a and b. Prints the time in which one byte, and as many as a rank sends, go there and back too: the
+floor of what is measured.
+
+    ip netns add a; ip netns add b; ip link add eth0 netns a type veth peer name eth0 netns b
+    ip -n a addr add 10.78.0.1/24 dev eth0; ip -n b addr add 10.78.0.2/24 dev eth0
+    ip -n a link set eth0 up; ip -n b link set eth0 up
+    python benchmarks/all_reduce.py --tcp --address 10.78.0.1 --namespaces a b
 """
 
 import argparse
+import contextlib
+import ctypes
 import os
+import socket
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 
@@ -21,17 +36,17 @@ from octavo.machine import share_of_cores
 LAYERS, NARROW, TOKENS = 4, 32, 64
 
 
-def make_program(rank: int, ranks: int, file: int, rows: int, columns: int, reduces: bool) -> Program:
+def make_program(rank: int, ranks: int, file: int, rows: int, columns: int, reduces: bool, lines: list[int]) -> Program:
     """Return a program of LAYERS narrow layers; with `reduces`, one of several ranks, else one of its own."""
     program = Program(
         isa=available_isas()[0], processors=[sorted(os.sched_getaffinity(0))], vocab=TOKENS, heads=1, kv_heads=1,
         head_dim=32, layers=1, norm_eps=1e-5, page_size=32, max_rows=rows, max_sampled=1, frequencies=[1.0] * 16,
-        rank=rank, ranks=ranks if reduces else 1, group=file,
+        rank=rank, ranks=ranks if reduces else 1, group=file, lines=lines if reduces else [],
     )  # fmt: skip
     wide, narrow = (program.vector(np.ones(width, np.float32)) for width in (columns, NARROW))
     table = program.weight(TOKENS, columns)
     inner, outer = program.weight(NARROW, columns), program.weight(columns, NARROW)
-    x = program.embed(table)
+    x = program.embed(table, 0, [0, TOKENS] if reduces and lines else [])
     for _ in range(LAYERS):
         y = program.norm(program.linear(program.norm(x, wide), inner, -1, -1), narrow)
         x = program.all_reduce(program.linear(y, outer, -1, -1), -1, x) if reduces else program.linear(y, outer, -1, x)
@@ -63,11 +78,11 @@ def seconds(program: Program, rows: int, steps: int) -> np.ndarray:
     return np.array(times)
 
 
-def run(rank: int, ranks: int, files: list[int], rows: int, columns: int, steps: int) -> None:
+def run(rank: int, ranks: int, files: list[int], rows: int, columns: int, steps: int, lines: list[int]) -> None:
     os.sched_setaffinity(0, share_of_cores(rank, ranks))
     for (some_rows, some_columns), file in zip(((rows, columns), (1, 64)), files, strict=True):
-        reduced = make_program(rank, ranks, file, some_rows, some_columns, reduces=True)
-        alone = make_program(rank, ranks, -1, some_rows, some_columns, reduces=False)
+        reduced = make_program(rank, ranks, file, some_rows, some_columns, True, lines)
+        alone = make_program(rank, ranks, -1, some_rows, some_columns, False, lines)
         for program in (reduced, alone):
             seconds(program, some_rows, 3)
         both = [[seconds(program, some_rows, 1)[0] for program in (reduced, alone)] for _ in range(steps)]
@@ -80,21 +95,82 @@ def run(rank: int, ranks: int, files: list[int], rows: int, columns: int, steps:
             )
 
 
+def connect(address: str, namespaces: list[str]) -> tuple[socket.socket, socket.socket]:
+    """Return both ends of a TCP connection, whose sides are in two namespaces if these are given."""
+
+    def inside(namespace: str | None, make: Callable[[], socket.socket]) -> socket.socket:
+        def enter_and_make() -> socket.socket:  # in a thread of its own, which alone enters the namespace
+            if namespace is not None:
+                with Path(f"/run/netns/{namespace}").open() as file:
+                    assert ctypes.CDLL(None).setns(file.fileno(), 0) == 0
+            return make()
+
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(enter_and_make).result()
+
+    here, there = namespaces or (None, None)
+    listener = inside(here, lambda: socket.create_server((address, 0)))
+    other = inside(there, lambda: socket.create_connection(listener.getsockname()[:2]))
+    one, _ = listener.accept()
+    for end in (one, other):
+        end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return one, other
+
+
+def there_and_back(rank: int, line: socket.socket, size: int, times: int = 2000) -> None:
+    """Print the time of an exchange of `size` bytes in both directions, one after the other."""
+    content, view = bytes(size), memoryview(bytearray(size))
+
+    def receive() -> None:
+        missing = size
+        while missing:
+            with contextlib.suppress(BlockingIOError):  # spins, as ranks do
+                missing -= line.recv_into(view[size - missing :], missing, socket.MSG_DONTWAIT)
+
+    seconds = []
+    for _ in range(times):
+        began = time.perf_counter()
+        if rank == 0:
+            line.sendall(content)
+            receive()
+        else:
+            receive()
+            line.sendall(content)
+        seconds.append(time.perf_counter() - began)
+    if rank == 0:
+        print(
+            f"{size} bytes there and back: median {np.median(seconds) * 1e6:.0f} us, best {min(seconds) * 1e6:.0f} us"
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--rows", type=int, default=64)
     parser.add_argument("--columns", type=int, default=2048)
     parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--tcp", action="store_true", help="two ranks, with TCP between them")
+    parser.add_argument("--address", default="127.0.0.1", help="of the first one")
+    parser.add_argument("--namespaces", nargs=2, default=[], help="of both, which exist")
     arguments = parser.parse_args()
+    ends = connect(arguments.address, arguments.namespaces) if arguments.tcp else ()
+    lines = [[-1, ends[0].fileno()], [ends[1].fileno(), -1]] if ends else [[]] * arguments.ranks
+    size = arguments.rows * arguments.columns * 4
     files = [share_memory(f"bench-{i}") for i in range(2)]
+
+    def work(rank: int) -> None:
+        own = files if not ends or rank == 0 else [share_memory(f"bench-{i}") for i in range(2)]
+        run(rank, arguments.ranks, own, arguments.rows, arguments.columns, arguments.steps, lines[rank])
+        for each in (1, size) if ends else ():
+            there_and_back(rank, ends[rank], each)
+
     children = []
     for rank in range(1, arguments.ranks):
         if (child := os.fork()) == 0:
-            run(rank, arguments.ranks, files, arguments.rows, arguments.columns, arguments.steps)
+            work(rank)
             os._exit(0)
         children.append(child)
-    run(0, arguments.ranks, files, arguments.rows, arguments.columns, arguments.steps)
+    work(0)
     for child in children:
         os.waitpid(child, 0)
 

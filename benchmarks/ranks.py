@@ -5,6 +5,8 @@ Prints tokens per second, by the median and by the fastest step, and their ratio
 for a processor delays the others, as a thread does; only the fastest steps are comparable then.
 
     python benchmarks/ranks.py --model smollm2 --ranks 2 --streams 1,8,64
+
+With --nnodes, ranks are on several machines: start the other ones first, with octavo serve --node-rank 1 and so on.
 """
 
 import argparse
@@ -15,9 +17,11 @@ import numpy as np
 
 from octavo.backends.base import Backend, SamplingBatch, StepBatch
 from octavo.backends.cpu import load
+from octavo.backends.cpu.nodes import Group
 from octavo.backends.cpu.ranks import load_ranks
+from octavo.config import EngineConfig
 from octavo.model import describe_model
-from octavo.weights import open_checkpoint, resolve
+from octavo.weights import fingerprint, open_checkpoint, resolve
 
 PAGE_SIZE, CONTEXT, PAGES = 32, 192, 512
 
@@ -48,6 +52,9 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--streams", default="1,8,64")
     parser.add_argument("--seconds", type=float, default=15, help="for each number of streams")
+    parser.add_argument("--nnodes", type=int, default=1)
+    parser.add_argument("--master-addr", default="127.0.0.1")
+    parser.add_argument("--secret-file")
     arguments = parser.parse_args()
     path = resolve(arguments.model)
     checkpoint = open_checkpoint(path)
@@ -57,10 +64,18 @@ def main() -> None:
         "dtype": "auto", "quantization": arguments.quantization, "device": "auto", "kv_cache_dtype": "bf16",
         "progress": lambda done, total: None,
     }  # fmt: skip
+    group = None
+    if arguments.nnodes > 1:
+        config = EngineConfig(
+            model=arguments.model, tensor_parallel_size=arguments.ranks, nnodes=arguments.nnodes,
+            master_addr=arguments.master_addr, secret_file=arguments.secret_file,
+        )  # fmt: skip
+        group = Group.of(config, config.read_secrets(), fingerprint(checkpoint))
     alone = load(spec, parameters, threads=arguments.ranks, **settings)
     ranks = load_ranks(
-        spec, parameters, size=arguments.ranks, path=path, identity=None, hide=False, on_end=None, threads=1, **settings
-    )
+        spec, parameters, size=arguments.ranks, path=path, identity=None, hide=False, on_end=None, threads=1,
+        group=group, **settings,
+    )  # fmt: skip
     for backend in (alone, ranks):
         backend.allocate_kv(PAGES)
         seconds(backend, step_batch(1))

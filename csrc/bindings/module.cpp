@@ -278,26 +278,28 @@ NB_MODULE(_native, module) {
             [](Program* self, const std::string& isa, std::vector<std::vector<int>> processors, int64_t vocab,
                int64_t heads, int64_t kv_heads, int64_t head_dim, int64_t layers, double norm_eps, int64_t page_size,
                int64_t max_rows, int64_t max_sampled, std::vector<double> frequencies, bool int8_kv, int rank,
-               int ranks, int group, int kv) {
+               int ranks, int group, int kv, std::vector<int> lines) {
                 const Sizes sizes{vocab,    heads,     kv_heads, head_dim,    layers,
                                   norm_eps, page_size, max_rows, max_sampled, int8_kv};
-                auto others = ranks > 1 ? std::make_unique<RankGroup>(rank, ranks, group) : nullptr;
+                auto others = ranks > 1 ? std::make_unique<RankGroup>(rank, ranks, group, std::move(lines)) : nullptr;
                 new (self) Program(isa, std::move(processors), sizes, std::move(frequencies), std::move(others), kv);
             },
             nb::kw_only(), "isa"_a, "processors"_a, "vocab"_a, "heads"_a, "kv_heads"_a, "head_dim"_a, "layers"_a,
             "norm_eps"_a, "page_size"_a, "max_rows"_a, "max_sampled"_a, "frequencies"_a, "int8_kv"_a = false,
-            "rank"_a = 0, "ranks"_a = 1, "group"_a = -1, "kv"_a = -1)
+            "rank"_a = 0, "ranks"_a = 1, "group"_a = -1, "kv"_a = -1, "lines"_a = std::vector<int>{})
         .def("vector", [](Program& p, Array<float> values) { return p.vector(values.data(), values.shape(0)); })
         .def("weight", &Program::weight, "rows"_a, "columns"_a, "encoding"_a = Encoding{},
              "spans"_a = std::vector<int64_t>{})
-        .def("embed", &Program::embed, "weight"_a, "first_token"_a = 0)
+        .def("embed", &Program::embed, "weight"_a, "first_token"_a = 0, "ends"_a = std::vector<int64_t>{})
         .def("norm", &Program::norm)
         .def("linear", &Program::linear, "x"_a, "weight"_a, "bias"_a, "residual"_a)
         .def("rope_and_cache", &Program::rope_and_cache, "qkv"_a, "layer"_a, "q_norm"_a, "k_norm"_a)
         .def("attention", &Program::attention, "q"_a, "layer"_a, "window"_a)
         .def("gated", &Program::gated)
         .def("all_reduce", &Program::all_reduce, "x"_a, "bias"_a, "residual"_a)
-        .def("all_gather", &Program::all_gather, "x"_a, "first_column"_a, "columns"_a, "residual"_a)
+        .def("all_gather", &Program::all_gather, "x"_a, "first_column"_a, "columns"_a, "residual"_a,
+             "ends"_a = std::vector<int64_t>{})
+        .def_prop_ro("nodes", &Program::nodes)
         .def("pool_rows", &Program::pool_rows, "x"_a, "vector"_a)
         .def("sampled_rows", &Program::sampled_rows)
         .def("observe", &Program::observe)

@@ -164,11 +164,12 @@ struct Instruction {
     int64_t width = 0;               // columns of x; embed: of out
     int64_t layer = 0, window = 0;
     int64_t first_token = 0;  // embed: the token of the weight's first row; tokens outside of it are other ranks'
-    int64_t rank_bytes = 0;   // all_reduce: x is rank 0's, and rank i's lies i * rank_bytes behind it
+    int64_t partials = 0;     // all_reduce: x is the first of so many partial sums,
+    int64_t rank_bytes = 0;   // and the i-th lies i * rank_bytes behind it
     Activation activation = Activation::none;
     bool sampled = false;  // runs on the sampled rows only
     bool shared = false;   // other ranks read what it writes
-    bool divided = false;  // of the rows, each rank computes its share: all_reduce, and a norm of its result
+    bool divided = false;  // of the rows, each rank of a node computes its share: all_reduce, and a norm of its result
 };
 
 // Consecutive rows of one sequence.

@@ -9,6 +9,7 @@
 #include <utility>
 
 #include "formats/quantize.h"
+#include "waiting.h"
 
 namespace octavo {
 
@@ -148,13 +149,18 @@ void Program::cut_attention(const Batch& batch) {
     std::vector<RowTile> tiles;
     int64_t work = 0;  // (row, visible position) pairs per kv head
     int64_t dealt = 0;
-    const auto is_own = [&] { return !divides_rows_ || dealt++ % ranks_->size() == ranks_->rank(); };
+    tiles_of_nodes_.assign(divides_rows_ ? ranks_->nodes() : 0, {});
     for (int64_t s = 0; s < batch.sequences; s++) {
         const int32_t end = batch.query_start[s + 1];
         for (int32_t row = batch.query_start[s], count; row < end; row += count) {
             count = int32_t(std::min<int64_t>(end - row, span));
-            if (!is_own()) continue;
-            tiles.push_back({int32_t(s), row, count});
+            const RowTile tile{int32_t(s), row, count};
+            if (divides_rows_) {
+                const int64_t rank = dealt++ % ranks_->size();
+                tiles_of_nodes_[rank / ranks_->ranks_per_node()].push_back(tile);
+                if (rank != ranks_->rank()) continue;
+            }
+            tiles.push_back(tile);
             work += count * seen(tiles.back());
         }
     }
@@ -220,16 +226,17 @@ int64_t Program::rows_of(const Instruction& instruction) const {
 std::pair<int64_t, int64_t> Program::own_rows(const Instruction& instruction) const {
     const int64_t rows = rows_of(instruction);
     if (!instruction.divided) return {0, rows};
-    return {rows * ranks_->rank() / ranks_->size(), rows * (ranks_->rank() + 1) / ranks_->size()};
+    const int64_t rank = ranks_->rank_in_node(), ranks = ranks_->ranks_per_node();
+    return {rows * rank / ranks, rows * (rank + 1) / ranks};
 }
 
-// out[r, :] = (sum over ranks of their x[r, :]) + bias + residual[r, :], for rows begin ... end - 1.
+// out[r, :] = (sum of the partial sums x[r, :], of ranks or of nodes) + bias + residual[r, :], for rows begin ... end - 1.
 void Program::sum_ranks(const Instruction& instruction, int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; r++) {
         const float* x[RankGroup::kMostRanks];
-        for (int rank = 0; rank < ranks_->size(); rank++)
-            x[rank] = reinterpret_cast<const float*>(instruction.x.row(r) + rank * instruction.rank_bytes);
-        kernels_.sum_partials(x, ranks_->size(), instruction.vector,
+        for (int64_t i = 0; i < instruction.partials; i++)
+            x[i] = reinterpret_cast<const float*>(instruction.x.row(r) + i * instruction.rank_bytes);
+        kernels_.sum_partials(x, instruction.partials, instruction.vector,
                               instruction.residual.data ? instruction.residual.f32(r) : nullptr, instruction.out.f32(r),
                               instruction.out.stride);
     }
@@ -340,10 +347,59 @@ void Program::run_tiles(int index, int thread) {
     }
 }
 
-// Wait until all threads, and if `exchanged` all ranks, are here.
-void Program::wait_for_all(bool exchanged) {
+// Wait until all threads, and if `exchanged` all ranks, are here, and have what instruction `written` has written.
+void Program::wait_for_all(bool exchanged, int written) {
     if (!exchanged) return pool_.barrier();
-    pool_.barrier([&] { stopped_ = stopped_ || !ranks_->barrier(); });
+    pool_.barrier([&] { stopped_ = stopped_ || !ranks_->barrier() || !cross(written); });
+}
+
+// Return what a node has written of the result of an instruction.
+Transfer Program::part_of(int node, int index) const {
+    const Recorded& recorded = recorded_[index];
+    const Instruction& instruction = instructions_[index];
+    const Matrix out = instruction.out.from_column(-recorded.first_column);
+    const int64_t rows = rows_of(instruction), own = ranks_->node();
+    const auto begin = [&] { return node ? recorded.ends[node - 1] : 0; };
+    Transfer part{node, false, {}};
+    switch (recorded.crossing) {
+        case Crossing::none: break;
+        case Crossing::slot:  // which the next instruction, an all_reduce, adds to the others
+            part.add(out.row(0) + (node - own) * instructions_[index + 1].rank_bytes, rows * out.row_bytes);
+            break;
+        case Crossing::columns:
+            for (int64_t r = 0; r < rows; r++)
+                part.add(out.row(r) + begin() * sizeof(float), (recorded.ends[node] - begin()) * sizeof(float));
+            break;
+        case Crossing::tokens:
+            for (int64_t r = 0; r < rows; r++)
+                if (step_.tokens[r] >= begin() && step_.tokens[r] < recorded.ends[node])
+                    part.add(out.row(r), out.row_bytes);
+            break;
+        case Crossing::attention:
+            for (const RowTile& tile : tiles_of_nodes_[node]) part.add(out.row(tile.first), tile.count * out.row_bytes);
+    }
+    return part;
+}
+
+// Send this node's part of the result of an instruction to the other nodes, and receive theirs. Return false if the
+// ranks have been stopped.
+bool Program::cross(int index) {
+    if (recorded_[index].crossing == Crossing::none) return true;
+    if (ranks_->rank_in_node() == 0) {
+        const bool to_first = followed_ && is_head(instructions_[index]);  // logits are for the node that samples
+        const int own = ranks_->node();
+        std::vector<Transfer> transfers;
+        for (int node = 0; node < ranks_->nodes(); node++) {
+            if (node == own) continue;
+            if (!to_first || own == 0) transfers.push_back(part_of(node, index));
+            if (!to_first || node == 0) {
+                transfers.push_back(part_of(own, index));
+                transfers.back().node = node, transfers.back().sends = true;
+            }
+        }
+        if (!ranks_->transfer(std::move(transfers), kBarrierPatience)) return false;
+    }
+    return ranks_->barrier();
 }
 
 // Return false if the ranks have been stopped.
@@ -365,13 +421,13 @@ bool Program::run(const Batch& batch, const Pooling& pooling, const Work& finish
         if (timing) since = Clock::now();
         bool exchanged = ranks_ && !followed_;  // whether the next barrier is one of all ranks
         for (int i = 0; i < int(instructions_.size()) && !stopped_; i++) {
-            if (i > 0 && (plans_[i].tiles || exchanged)) wait_for_all(std::exchange(exchanged, false));
+            if (i > 0 && (plans_[i].tiles || exchanged)) wait_for_all(std::exchange(exchanged, false), i - 1);
             if (timing && i > 0) seconds_[i - 1] += lap(since);
             if (thread == 0 && i == sampling) sampling_began = Clock::now();
             if (!stopped_) run_tiles(i, thread);
             exchanged |= instructions_[i].shared;
         }
-        if (exchanged && !stopped_) wait_for_all(true);
+        if (exchanged && !stopped_) wait_for_all(true, int(instructions_.size()) - 1);
         kernels_.stop_thread();
     });
     if (stopped_) return false;
@@ -393,7 +449,32 @@ void Program::publish(const Batch& batch) {
     write(batch.tokens, batch.rows), write(batch.positions, batch.rows);
     write(batch.query_start, batch.sequences + 1), write(batch.page_tables, tables);
     write(batch.sample_rows, batch.sampled);
+    if (ranks_->nodes() > 1) {
+        int64_t bytes = ints * int64_t(sizeof(int32_t));
+        std::vector<Transfer> transfers;
+        for (int node = 1; node < ranks_->nodes(); node++) {
+            Transfer& transfer = transfers.emplace_back(Transfer{node, true, {}});
+            transfer.add(reinterpret_cast<std::byte*>(&bytes), sizeof bytes);
+            transfer.add(reinterpret_cast<std::byte*>(published_), bytes);
+        }
+        if (!ranks_->transfer(std::move(transfers), kBarrierPatience)) return;  // the step finds the ranks stopped
+    }
     ranks_->start_step();
+}
+
+// Ranks other than 0: wait for the next batch. Return false if the ranks have been stopped.
+bool Program::wait_for_step() {
+    if (ranks_->rank_in_node() > 0) return ranks_->wait_for_step();
+    const auto receive = [&](void* to, int64_t bytes) {
+        std::vector<Transfer> transfers{{0, false, {}}};
+        transfers[0].add(static_cast<std::byte*>(to), bytes);
+        return ranks_->transfer(std::move(transfers), kStepPatience);
+    };
+    int64_t bytes = 0;
+    if (!receive(&bytes, sizeof bytes)) return false;
+    if (bytes < 0 || bytes > kBatchBytes || !receive(published_, bytes)) return false;
+    ranks_->start_step();
+    return true;
 }
 
 // Return the batch that rank 0 has written.
@@ -409,7 +490,7 @@ Batch Program::published() const {
 void Program::follow() {
     require(ranks_ && ranks_->rank() > 0, "rank 0 does not follow");
     const Work none = [](int64_t, int) {};
-    while (ranks_->wait_for_step() && run(published(), {}, none)) {
+    while (wait_for_step() && run(published(), {}, none)) {
     }
 }
 

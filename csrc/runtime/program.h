@@ -73,14 +73,15 @@ public:
     int vector(const float* values, int64_t length);
     // `spans`: the last column + 1 of each span (Spans in kernels.h); empty: one span.
     int weight(int64_t rows, int64_t columns, Encoding encoding, const std::vector<int64_t>& spans = {});
-    int embed(int weight, int64_t first_token = 0);  // of the weight's first row
+    // `ends`: for ranks on several nodes, the last token + 1, or column + 1, of each node's part of the result.
+    int embed(int weight, int64_t first_token = 0, std::vector<int64_t> ends = {});  // of the weight's first row
     int norm(int x, int vector);
     int linear(int x, int weight, int bias, int residual);  // -1: no bias, no residual
     int rope_and_cache(int qkv, int layer, int q_norm, int k_norm);
     int attention(int q, int layer, int64_t window);
-    int gated(int gate_up, Activation activation);                               // fused into the linear before it
-    int all_reduce(int x, int bias, int residual);                               // x: written by the linear before it
-    int all_gather(int x, int64_t first_column, int64_t columns, int residual);  // the same
+    int gated(int gate_up, Activation activation);  // fused into the linear before it
+    int all_reduce(int x, int bias, int residual);  // x: written by the linear before it
+    int all_gather(int x, int64_t first_column, int64_t columns, int residual, std::vector<int64_t> ends = {});  // too
     int gather_rows(int x);             // x: written by the attention before it, of which each rank does some rows
     void pool_rows(int x, int vector);  // at most once
     int sampled_rows(int x);
@@ -106,6 +107,7 @@ public:
     // Ranks other than 0: run their part of every step that rank 0 runs, until the group is stopped.
     void follow();
 
+    int nodes() const { return ranks_ ? ranks_->nodes() : 1; }
     int64_t logits_width() const { return logits_width_; }
     int64_t pooled_width() const { return pooled_width_; }  // of the sums of pool_rows; 0 without it
 
@@ -126,7 +128,11 @@ private:
         int64_t length;
         std::vector<float> values;  // padded with zeros
     };
-    enum class Home { own, each, common };  // memory of this rank; or of all ranks: a buffer for each, or one for all
+    // Memory of this rank; or of all ranks of a node: a buffer for each, for each node, or one for all.
+    enum class Home { own, each, nodes, common };
+    // What each node has written of a buffer, and sends to the others: its slot of Home::nodes; some columns of all rows;
+    // the rows of its tokens; or those of its attention.
+    enum class Crossing { none, slot, columns, tokens, attention };
     struct Buffer {
         int64_t width;
         Element element;
@@ -141,12 +147,14 @@ private:
         Instruction instruction;
         int x, out, residual;
         int64_t first_column = 0;  // of `out` that the instruction writes
+        Crossing crossing = Crossing::none;
+        std::vector<int64_t> ends = {};  // of each node's columns or tokens
     };
     using Work = std::function<void(int64_t row, int thread)>;
 
     int record(Instruction instruction, int x, int64_t width, Element element, int residual = -1);
     int quantized(int x, Element element, const Spans& spans);
-    void share(Home home);
+    void share(Home home, Crossing crossing = Crossing::none, std::vector<int64_t> ends = {});
     Recorded& linear_before(int x);
     const float* values_of(int vector, int64_t length) const;
     std::vector<Buffer> assign_storage();
@@ -166,9 +174,12 @@ private:
     void compute_rotary(int64_t begin, int64_t end);
     std::pair<int64_t, int64_t> own_rows(const Instruction& instruction) const;
     void sum_ranks(const Instruction& instruction, int64_t begin, int64_t end);
+    Transfer part_of(int node, int index) const;
+    bool cross(int index);
     void publish(const Batch& batch);
+    bool wait_for_step();
     Batch published() const;
-    void wait_for_all(bool exchanged);
+    void wait_for_all(bool exchanged, int written);
     bool run(const Batch& batch, const Pooling& pooling, const Work& finish_row);
 
     const Kernels& kernels_;
@@ -205,8 +216,9 @@ private:
     std::atomic<bool> stopped_ = false;  // the ranks have been stopped
     std::vector<RowTile> cache_tiles_;
     std::vector<AttentionTile> attention_tiles_;
-    Memory part_sums_;                 // Step::part_sums; grows to what a step needs
-    std::vector<int32_t> parts_done_;  // Step::parts_done; all 0 between instructions
+    std::vector<std::vector<RowTile>> tiles_of_nodes_;  // if divides_rows_: the attention of each node
+    Memory part_sums_;                                  // Step::part_sums; grows to what a step needs
+    std::vector<int32_t> parts_done_;                   // Step::parts_done; all 0 between instructions
     struct Plan {
         int64_t tiles;
         Cut cut;          // if it is a linear

@@ -5,6 +5,8 @@
 #include <unistd.h>
 
 #include <climits>
+#include <thread>
+#include <utility>
 
 #include "waiting.h"
 
@@ -13,6 +15,7 @@ namespace octavo {
 namespace {
 
 constexpr size_t kCounterBytes = 4096, kMemoryOffset = size_t{2} << 20;  // of the memfd
+constexpr std::chrono::seconds kCausePatience{10};
 
 uint32_t* word_of(std::atomic<uint32_t>& value) { return reinterpret_cast<uint32_t*>(&value); }
 
@@ -27,10 +30,10 @@ void wake_all(std::atomic<uint32_t>& value) {
 
 }  // namespace
 
-RankGroup::RankGroup(int rank, int size, int fd)
-    : rank_(rank), size_(size), fd_(fd), counters_(Memory::shared(fd, 0, kCounterBytes)) {
+RankGroup::RankGroup(int rank, int size, int fd, std::vector<int> lines)
+    : rank_(rank), size_(size), fd_(fd), lines_(std::move(lines)), counters_(Memory::shared(fd, 0, kCounterBytes)) {
     static_assert(sizeof(Counters) <= kCounterBytes);
-    barriers_ = counters().arrived[rank].value;  // of an earlier group with the same memory
+    barriers_ = counters().arrived[rank_in_node()].value;  // of an earlier group with the same memory
 }
 
 std::byte* RankGroup::map(size_t bytes) {
@@ -65,10 +68,21 @@ bool RankGroup::wait_for(Signal& signal, uint32_t wanted, std::chrono::microseco
 
 bool RankGroup::barrier() {
     barriers_++;
-    advance(counters().arrived[rank_]);
-    for (int rank = 0; rank < size_; rank++)
+    advance(counters().arrived[rank_in_node()]);
+    for (int rank = 0; rank < ranks_per_node(); rank++)
         if (!wait_for(counters().arrived[rank], barriers_, kBarrierPatience)) return false;
     return !stopped();
+}
+
+bool RankGroup::transfer(std::vector<Transfer> transfers, std::chrono::microseconds patience) {
+    if (stopped()) return false;
+    if (lines_.run(std::move(transfers), patience)) return true;
+    // Whoever watches the nodes learns of the cause too, and then stops the group or ends this process.
+    const auto start = std::chrono::steady_clock::now();
+    while (!stopped() && std::chrono::steady_clock::now() - start < kCausePatience)
+        std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    stop();
+    return false;
 }
 
 void RankGroup::start_step() { advance(counters().steps); }

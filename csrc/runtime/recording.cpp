@@ -60,13 +60,13 @@ int Program::record(Instruction instruction, int x, int64_t width, Element eleme
     return int(buffers_.size()) - 1;
 }
 
-int Program::embed(int weight, int64_t first_token) {
+int Program::embed(int weight, int64_t first_token, std::vector<int64_t> ends) {
     const Weight& w = weights_.at(weight);
     require(w.spans.count == 1, "an embedding has one span");
     require(ranks_ || w.rows >= sizes_.vocab, "an embedding must have a row per token of the vocabulary");
     const int out = record({.op = Op::embed, .weight = &w, .width = w.columns, .first_token = first_token}, -1,
                            w.columns, Element::f32);
-    if (ranks_) share(Home::common);
+    if (ranks_) share(Home::common, Crossing::tokens, std::move(ends));
     return out;
 }
 
@@ -139,10 +139,16 @@ int Program::gated(int gate_up, Activation activation) {
     return gate_up;
 }
 
-// Let the last instruction write to memory that other ranks read.
-void Program::share(Home home) {
+// Let the last instruction write to memory that other ranks read. Between nodes, its result crosses.
+void Program::share(Home home, Crossing crossing, std::vector<int64_t> ends) {
+    Recorded& last = recorded_.back();
     buffers_.back().home = home;
-    recorded_.back().instruction.shared = true;
+    last.instruction.shared = true;
+    if (ranks_->nodes() == 1) return;
+    require(ends.empty() || int64_t(ends.size()) == ranks_->nodes(), "there must be an end for each node");
+    require(ends.empty() == (crossing != Crossing::tokens && crossing != Crossing::columns),
+            "a node's part must have an end");
+    last.crossing = crossing, last.ends = std::move(ends);
 }
 
 // Return the last instruction, which must be the linear that writes buffer x.
@@ -156,14 +162,19 @@ Program::Recorded& Program::linear_before(int x) {
 
 int Program::all_reduce(int x, int bias, int residual) {
     const int64_t width = buffers_[linear_before(x).out].width;
-    share(Home::each);
+    const bool crosses = ranks_->nodes() > 1;
+    if (crosses && ranks_->ranks_per_node() > 1) {  // add up the partial sums of this node first
+        share(Home::each);
+        x = record({.op = Op::all_reduce, .divided = true}, x, width, Element::f32);
+    }
+    share(crosses ? Home::nodes : Home::each, Crossing::slot);
     const int out = record({.op = Op::all_reduce, .vector = values_of(bias, width), .divided = true}, x, width,
                            Element::f32, residual);
     share(Home::common);
     return out;
 }
 
-int Program::all_gather(int x, int64_t first_column, int64_t columns, int residual) {
+int Program::all_gather(int x, int64_t first_column, int64_t columns, int residual, std::vector<int64_t> ends) {
     Recorded& last = linear_before(x);
     Buffer& buffer = buffers_.back();
     require(first_column >= 0 && first_column % kBlock == 0 && first_column + buffer.width <= columns,
@@ -173,14 +184,14 @@ int Program::all_gather(int x, int64_t first_column, int64_t columns, int residu
     buffer.width = columns;
     last.first_column = first_column, last.residual = residual;
     if (residual >= 0) buffers_[residual].last_use = int64_t(recorded_.size()) - 1;
-    share(Home::common);
+    share(Home::common, Crossing::columns, std::move(ends));
     return x;
 }
 
 int Program::gather_rows(int x) {
     require(ranks_ && recorded_.back().instruction.op == Op::attention && recorded_.back().out == x,
             "ranks exchange the rows of the attention before");
-    share(Home::common);
+    share(Home::common, Crossing::attention);
     divides_rows_ = true;
     return x;
 }
@@ -223,7 +234,7 @@ std::vector<Program::Buffer> Program::assign_storage() {
         return place;
     };
     for (int64_t i = 0; i < int64_t(recorded_.size()); i++) {
-        const auto& [instruction, x, out, residual, _] = recorded_[i];
+        const auto& [instruction, x, out, residual, column, crossing, ends] = recorded_[i];
         const bool in_place = residual >= 0 && buffers_[residual].last_use == i;
         if (out >= 0) buffers_[out].storage = in_place ? buffers_[residual].storage : take(buffers_[out]);
         if (x >= 0 && buffers_[x].last_use == i) free.push_back(buffers_[x].storage);
@@ -240,12 +251,15 @@ void Program::lay_out_arena() {
         const int64_t rows = round_up(b.sampled ? sizes_.max_sampled : sizes_.max_rows, kPad);
         return round_up(rows * bytes_of_row(b.element, stride(b)), 4096);
     };
+    const auto copies = [&](const Buffer& b) -> int64_t {
+        return b.home == Home::each ? ranks_->ranks_per_node() : b.home == Home::nodes ? ranks_->nodes() : 1;
+    };
     std::vector<int64_t> offsets;
     int64_t own = 0, shared = 0;
     for (const Buffer& place : places) {
         int64_t& bytes = place.home == Home::own ? own : shared;
         offsets.push_back(bytes);
-        bytes += size(place) * (place.home == Home::each ? ranks_->size() : 1);
+        bytes += size(place) * copies(place);
     }
     arena_ = Memory(own + sizes_.max_rows * sizes_.head_dim * sizeof(float));
     rotary_ = reinterpret_cast<float*>(arena_.data() + own);
@@ -253,22 +267,25 @@ void Program::lay_out_arena() {
     shared_bytes_ = shared;
     published_ = reinterpret_cast<int32_t*>(memory + shared);
 
-    const auto matrix = [&](int buffer, int rank) -> Matrix {
+    const auto matrix = [&](int buffer, bool is_first = false) -> Matrix {
         if (buffer < 0) return {};
         const int index = buffers_[buffer].storage;
         const Buffer& place = places[index];
         std::byte* at = (place.home == Home::own ? arena_.data() : memory) + offsets[index];
-        if (place.home == Home::each) at += rank * size(place);
+        if (place.home == Home::each && !is_first) at += ranks_->rank_in_node() * size(place);
+        if (place.home == Home::nodes && !is_first) at += ranks_->node() * size(place);
         return {at, stride(place), place.element, bytes_of_row(place.element, stride(place)), buffers_[buffer].spans};
     };
-    const int rank = ranks_ ? ranks_->rank() : 0;
-    for (const auto& [recorded, x, out, residual, first_column] : recorded_) {
+    for (const auto& [recorded, x, out, residual, first_column, crossing, ends] : recorded_) {
         Instruction& instruction = instructions_.emplace_back(recorded);
         const bool reduces = instruction.op == Op::all_reduce;
-        instruction.x = matrix(x, reduces ? 0 : rank);
-        if (reduces) instruction.rank_bytes = size(places[buffers_[x].storage]);
-        instruction.out = matrix(out, rank).from_column(first_column);
-        instruction.residual = matrix(residual, rank).from_column(first_column);
+        instruction.x = matrix(x, reduces);
+        if (reduces) {
+            const Buffer& place = places[buffers_[x].storage];
+            instruction.rank_bytes = size(place), instruction.partials = copies(place);
+        }
+        instruction.out = matrix(out).from_column(first_column);
+        instruction.residual = matrix(residual).from_column(first_column);
     }
 }
 

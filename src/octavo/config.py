@@ -60,6 +60,7 @@ _POLICY = Rule(
     "fcfs, priority, fair, deadline, or package.module:ClassName",
     lambda value: value in POLICIES or re.fullmatch(NAME, value) is not None,
 )
+_HOST = Rule("a host name or number", lambda value: re.fullmatch(r"[\w.:%-]+", value) is not None)
 _STORE = Rule(
     "a URL such as redis://[user:password@]host:6379 (also rediss:// and unix://), or package.module:ClassName",
     lambda value: re.fullmatch(rf"(redis|rediss|unix)://\S+|{NAME}", value) is not None,
@@ -228,7 +229,9 @@ class EngineConfig(Settings):
         "commas. A host name stands for all its addresses, as they change (docs/network.md).",
     )
     secret_file: str | None = setting(
-        None, f"Secret that engines and frontends over the network share, 64 hexadecimal digits: {SOURCES}."
+        None,
+        f"Secret that engines and frontends over the network share, and the nodes of a model, 64 hexadecimal digits: "
+        f"{SOURCES}.",
     )
     role: str = setting(
         "both",
@@ -240,6 +243,16 @@ class EngineConfig(Settings):
         1,
         "Processes over which the model is divided (cpu only): 1, 2, 4 or 8; each has its share of cores and weights.",
         Rule("1, 2, 4 or 8", RANKS.__contains__),
+    )
+    nnodes: int = setting(
+        1,
+        "Machines (nodes) over which these processes are divided; start the same command on each (docs/parallel.md).",
+        Rule("1, 2, 4 or 8", RANKS.__contains__),
+    )
+    node_rank: int = setting(0, "Number of this machine among them; 0 serves, the others help it.", at_least(0))
+    master_addr: str = setting("127.0.0.1", "Host name or number of machine 0, which the other ones can reach.", _HOST)
+    master_port: int = setting(
+        29501, "Port on which machine 0 waits for the others.", Rule("from 1 to 65535", lambda value: 0 < value < 65536)
     )
 
     def __post_init__(self) -> None:
@@ -258,6 +271,11 @@ class EngineConfig(Settings):
         if self.engines is not None:
             self.need(bool(self.engine_addresses), "engines", f"addresses such as {EXAMPLE}, or unset")
             self.need(self.data_parallel_size == 1, "data_parallel_size", "1 with engines: each address is one engine")
+        if self.nnodes > 1:
+            self.need(self.data_parallel_size == 1, "data_parallel_size", "1 with nnodes")
+            self.need(self.engines is None, "engines", "unset with nnodes: give the engine this setting")
+        self.need(self.tensor_parallel_size % self.nnodes == 0, "nnodes", "a divisor of tensor_parallel_size")
+        self.need(self.node_rank < self.nnodes, "node_rank", f"from 0 to {self.nnodes - 1} with nnodes {self.nnodes}")
         tiers = (self.kv_disk, self.kv_host_memory, self.kv_store)
         self.need(
             self.enable_prefix_caching or tiers == (None, None, None),
@@ -277,15 +295,21 @@ class EngineConfig(Settings):
         return self.served_model_name or self.model
 
     @property
+    def ranks_here(self) -> int:
+        """Return the number of ranks on this machine."""
+        return self.tensor_parallel_size // self.nnodes
+
+    @property
     def num_threads(self) -> int:
         """Return the number of compute threads, of each rank if there are several."""
-        return self.threads or max(1, available_cores() // self.tensor_parallel_size)
+        return self.threads or max(1, available_cores() // self.ranks_here)
 
     def read_secrets(self) -> Secrets:
         """Return the secrets that the settings name. Raises ConfigError."""
         return Secrets(
             read_secret("model_identity", self.model_identity),
             read_key("kv_key", self.kv_key),
+            read_key("secret_file", self.secret_file) if self.nnodes > 1 else None,
         )
 
     @property

@@ -26,16 +26,18 @@ class Secrets(msgspec.Struct, frozen=True):
     Attributes:
         model_identity: An age identity.
         kv_key: 64 hexadecimal digits.
+        nodes_key: the same, shared by the nodes of a model.
     """
 
     model_identity: str | None = None
     kv_key: str | None = None
+    nodes_key: str | None = None
 
     def __repr__(self) -> str:
         return "Secrets(***)"
 
     def __bool__(self) -> bool:
-        return self.model_identity is not None or self.kv_key is not None
+        return any(secret is not None for secret in (self.model_identity, self.kv_key, self.nodes_key))
 
 
 def read_secret(setting: str, source: str | None) -> str | None:

@@ -185,6 +185,7 @@ _VALUES: dict[str, Alias] = {
 }
 
 _FLAGS: dict[str, Alias] = {
+    "headless": _ignored("node_rank says so", is_flag=True),
     "enforce_eager": _ignored("there are no CUDA graphs", is_flag=True),
     "trust_remote_code": _ignored("code that comes with a model is never run", is_flag=True),
     "enable_chunked_prefill": Alias(

@@ -289,6 +289,34 @@ def test_engines_drain_spread_and_are_sandboxed() -> None:
     assert container["envFrom"] == [{"secretRef": {"name": "hub"}}]
 
 
+def test_an_engine_over_several_pods() -> None:
+    """Each pod knows its number by variables that LeaderWorkerSet sets; servers find the first one of each engine."""
+    validate = pytest.importorskip("kubernetes_validate").validate
+    objects = rendered_all({**ENGINES, "engines": {**ENGINES["engines"], "podsPerEngine": 2}})
+    assert ("StatefulSet", "-engines") not in objects
+    group = objects["LeaderWorkerSet", "-engines"]
+    assert group["apiVersion"] == "leaderworkerset.x-k8s.io/v1"
+    assert set(group["spec"]) == {"leaderWorkerTemplate"}, "KEDA sets the replicas"
+    template = group["spec"]["leaderWorkerTemplate"]
+    assert set(template) == {"size", "restartPolicy", "workerTemplate"} and template["size"] == 2
+    [container] = template["workerTemplate"]["spec"]["containers"]
+    usage = text_of(Path(sys.executable).with_name("octavo"), "engine", "--help")
+    for flag, variable in (("nnodes", "GROUP_SIZE"), ("node-rank", "WORKER_INDEX"), ("master-addr", "LEADER_ADDRESS")):
+        assert f"--{flag}=$(LWS_{variable})" in container["args"] and f"--{flag} " in usage
+    service = objects["Service", "-engines"]["spec"]
+    assert service["selector"]["leaderworkerset.sigs.k8s.io/worker-index"] == "0"
+    labels = template["workerTemplate"]["metadata"]["labels"]
+    policy = objects["NetworkPolicy", "-engines"]["spec"]
+    assert policy["ingress"][1]["from"] == [{"podSelector": policy["podSelector"]}], "all ports, among engines"
+    assert policy["podSelector"]["matchLabels"].items() <= labels.items()
+    assert objects["ScaledObject", "-engines"]["spec"]["scaleTargetRef"]["kind"] == "LeaderWorkerSet"
+    one = rendered_all(ENGINES)["StatefulSet", "-engines"]
+    one["spec"]["template"] = template["workerTemplate"]  # the pod is one that Kubernetes accepts
+    validate(one, "1.33", strict=True)
+    fixed = rendered_all({"engines": {"enabled": True, "podsPerEngine": 4, "replicas": 3}})
+    assert fixed["LeaderWorkerSet", "-engines"]["spec"]["replicas"] == 3
+
+
 @pytest.mark.parametrize("redis", [{"enabled": True}, {"url": "redis://cache:6379"}])
 def test_engines_share_pages_and_servers_share_limits(redis: dict[str, Any]) -> None:
     objects = rendered_all({**ENGINES, "redis": redis})
@@ -324,6 +352,7 @@ def test_keda_scales_engines_by_metrics_that_exist() -> None:
     [
         ({"engines": {"enabled": True, "keda": {"enabled": True, "minReplicas": 0}}}, "minReplicas must be 1"),
         ({"redis": {"enabled": True, "url": "redis://cache:6379"}}, "not both"),
+        ({"engines": {"enabled": True, "podsPerEngine": 3}}, "podsPerEngine must be 1, 2, 4 or 8"),
     ],
 )
 def test_the_chart_refuses_what_does_not_work(values: dict[str, Any], reason: str) -> None:

@@ -65,7 +65,7 @@ class Service:
     def streams(self, count: int) -> subprocess.Popen[str]:
         """Begin to send requests. Returns when all clients have had tokens."""
         words = (f"http://{self._cluster.ip(0)}:8000", str(count))
-        command = self._cluster.command(0, sys.executable, str(LOAD), *words)
+        command = self._cluster.machines.command(0, sys.executable, str(LOAD), *words)
         load = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         read_until(load, "streaming")
         return load

@@ -1,8 +1,10 @@
-"""Ranks of one model, here as threads: the same bits for any number of them, in every recipe and shape."""
+"""Ranks of one model, here as threads: the same bits for any number of them and of nodes, in every recipe and shape."""
 
 import contextlib
 import dataclasses
+import itertools
 import os
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -48,21 +50,37 @@ def share_memory() -> int:
     return file
 
 
+def connect(nodes: int) -> list[dict[int, socket.socket]]:
+    """For each node, a socket to each other one."""
+    ends: list[dict[int, socket.socket]] = [{} for _ in range(nodes)]
+    for i, j in itertools.combinations(range(nodes), 2):
+        ends[i][j], ends[j][i] = socket.socketpair()
+    return ends
+
+
 @contextlib.contextmanager
 def ranks(
-    spec: DecoderSpec, size: int, follow: bool = True, steps: int | None = None, **settings: Any
+    spec: DecoderSpec, size: int, follow: bool = True, steps: int | None = None, nodes: int = 1, **settings: Any
 ) -> Iterator[Any]:
     """Rank 0 of a random model; the others follow it in threads, which end with the block. `steps`: see Place."""
     from octavo.backends.cpu.backend import load_shard
     from octavo.backends.cpu.program import Place
 
-    files = [share_memory() if steps is None else steps, *(share_memory() for _ in range(1 + size))]
+    files = [[share_memory() if steps is None else steps, share_memory()] for _ in range(nodes)]
+    pools = [share_memory() for _ in range(size)]
+    sockets = connect(nodes)
     parameters = settings.pop("parameters", None) or random_parameters(spec)
     backends: list[Any] = [None] * size
 
+    def lines_of(rank: int) -> tuple[int, ...]:
+        node, number = divmod(rank, size // nodes)
+        if nodes == 1:
+            return ()
+        return tuple(sockets[node][i].fileno() if i != node and number == 0 else -1 for i in range(nodes))
+
     def load_rank(rank: int) -> None:
         def factory(spec: DecoderSpec, parameters: Any, **settings: Any) -> Any:
-            place = Place(files[0], files[1], files[2 + rank])
+            place = Place(*files[rank * nodes // size], pools[rank], lines_of(rank))
             return load_shard(Shard(spec, rank, size), parameters, place, **settings)
 
         backends[rank] = load(
@@ -80,11 +98,16 @@ def ranks(
     try:
         yield backends[0]
     finally:
-        _native.stop_ranks(files[0])
+        for steps_of_node, _ in files:
+            _native.stop_ranks(steps_of_node)
+        for end in itertools.chain(*(ends.values() for ends in sockets)):
+            end.shutdown(socket.SHUT_RDWR)
         for thread in following:
             thread.join(10)
             assert not thread.is_alive()
-        for file in files:
+        for end in itertools.chain(*(ends.values() for ends in sockets)):
+            end.close()
+        for file in (*itertools.chain(*files), *pools):
             os.close(file)
 
 
@@ -105,6 +128,19 @@ def test_same_bits_for_any_number_of_ranks(name: str, recipe: str) -> None:
             np.testing.assert_array_equal(backend.logits(step_batch(mixed)), expected)
             one_row = step_batch([(TOKENS[40:41], 40, [3, 4])])
             np.testing.assert_array_equal(backend.logits(one_row), whole[40:41], "fewer rows than ranks")
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("name", SPECS)
+def test_same_bits_for_any_number_of_nodes(name: str, recipe: str) -> None:
+    spec, settings = SPECS[name], RECIPES[recipe]
+    whole = run_chunks(load(spec, **settings), TOKENS, 150, PAGES)
+    for size, nodes in ((2, 2), (4, 4), (8, 2)):
+        with ranks(spec, size, nodes=nodes, **settings) as backend:
+            np.testing.assert_array_equal(run_chunks(backend, TOKENS, 60, PAGES), whole)
+            backend.step(step_batch([]))
+            one_row = step_batch([(TOKENS[70:71], 70, PAGES)])
+            np.testing.assert_array_equal(backend.logits(one_row), whole[70:71], "fewer rows than ranks")
 
 
 def test_heads_are_divided_where_they_can_be() -> None:

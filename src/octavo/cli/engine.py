@@ -25,6 +25,11 @@ def engine(
 
     Beyond this machine, both sides need the same secret: openssl rand -hex 32 > secret, and --secret-file secret.
     """
+    if config.node_rank > 0:
+        from .node import run_node
+
+        run_node(config)
+        return
     from octavo.network.run import run_engine
 
     run_engine(config, listen)

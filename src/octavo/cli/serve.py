@@ -54,20 +54,40 @@ def serve(
         settings.values["model"] = urls if isinstance(urls, str) else ",".join(urls)
     if len(names) == 1:
         settings.values["model"] = names[0]
+    _follow_torchrun(settings.values)
     engine = settings.build(EngineConfig)
     _check_torchrun(engine.tensor_parallel_size)
+    is_fleet = len(names) > 1 or server.models is not None or server.memory is not None
+    if is_fleet and engine.nnodes > 1:
+        raise ConfigError("nnodes must be 1 with several models, --models or --memory; start a server for each model")
+    if engine.node_rank > 0:
+        from .node import run_node
+
+        run_node(engine)
+        return
     from octavo.server.run import serve as run
 
-    is_fleet = len(names) > 1 or server.models is not None or server.memory is not None
     run((lambda: _fleet(settings, server, names or [engine.model])) if is_fleet else engine, server)
+
+
+def _follow_torchrun(values: dict[str, Any]) -> None:
+    """Set what is not set and follows from torchrun's variables, if it has started processes on several machines."""
+    variables = os.environ
+    if "TORCHELASTIC_RUN_ID" not in variables or "GROUP_WORLD_SIZE" not in variables:
+        return
+    if (nodes := int(variables["GROUP_WORLD_SIZE"])) > 1:
+        values.setdefault("nnodes", nodes)
+        values.setdefault("node_rank", int(variables["GROUP_RANK"]))
+        values.setdefault("master_addr", variables["MASTER_ADDR"])
+        values.setdefault("master_port", int(variables["MASTER_PORT"]) + 1)  # torchrun itself listens on MASTER_PORT
 
 
 def _check_torchrun(ranks: int) -> None:
     """Raise ConfigError if torchrun has started this process as one of another number than `ranks`."""
     if "TORCHELASTIC_RUN_ID" in os.environ and (world := os.environ.get("WORLD_SIZE", "1")) != str(ranks):
         raise ConfigError(
-            f"torchrun has started {world} processes (--nproc_per_node) and tensor_parallel_size is {ranks}; give "
-            "both the same number"
+            f"torchrun has started {world} processes (--nnodes times --nproc_per_node) and tensor_parallel_size is "
+            f"{ranks}; give both the same number"
         )
 
 

@@ -74,7 +74,7 @@ def _cores(config: EngineConfig) -> Finding:
     found = f"{usable} of {machine} processors" if usable < machine else f"{machine} processors"
     if quota < affinity:
         found += f" (the control group allows {quota:g})"
-    ranks = config.tensor_parallel_size
+    ranks = config.ranks_here
     if (threads := config.num_threads * ranks) > usable:
         text = f"{found}, for {threads} threads, which would wait for each other"
         advice = f"--threads to {usable // ranks} or less" if usable >= ranks else "a smaller --tensor-parallel-size"

@@ -17,6 +17,7 @@ class EnginePlan(msgspec.Struct, frozen=True):
         kernels, weight_bytes, page_bytes: see Footprint.
         threads: compute threads, of each rank, and whether a setting says so; 0 on a GPU.
         ranks: processes over which the model is divided.
+        nodes: machines over which these are divided. Sizes, pages and threads are then those of this one.
         whole_attention: whether each of them has all heads.
         weights: format of the weights, in words.
         num_pages, page_size: pages of the KV pool, and tokens in a page.
@@ -37,6 +38,7 @@ class EnginePlan(msgspec.Struct, frozen=True):
     max_model_len: int
     max_batch_size: int
     ranks: int = 1
+    nodes: int = 1
     whole_attention: bool = False
 
     @property
@@ -55,7 +57,8 @@ class EnginePlan(msgspec.Struct, frozen=True):
             else f"none of {self.max_model_len:,} tokens fits: a request may have {tokens:,} tokens"
         )
         threads = f"{self.threads} {'thread' if self.threads == 1 else 'threads'}"
-        ranks = f"{self.ranks} processes, each with its part of the weights"
+        on = f" on {self.nodes} machines" if self.nodes > 1 else ""
+        ranks = f"{self.ranks} processes{on}, each with its part of the weights"
         if self.whole_attention:
             ranks += "; the heads cannot be divided, so each has the KV cache of all of them"
         by = f", {threads}{' in each rank' if self.ranks > 1 else ''} ({why})" if self.threads else ""
@@ -112,6 +115,7 @@ def make_plan(
         max_model_len=max_model_len,
         max_batch_size=config.max_batch_size,
         ranks=config.tensor_parallel_size,
+        nodes=config.nnodes,
         whole_attention=whole_attention,
     )
 

@@ -81,7 +81,7 @@ def load_engine(
     max_model_len = _max_model_len(config, spec)
     settings, load_backend = _backend_settings(config, max_model_len), _backend(config)[0]
     if config.tensor_parallel_size > 1:
-        load_backend = _load_ranks(config, path, secrets, on_rank_end)
+        load_backend = _load_ranks(config, path, secrets, on_rank_end, checkpoint)
     backend = load_backend(spec, parameters, **settings, progress=progress or _silent)
     try:
         checkpoint.verify()
@@ -137,7 +137,7 @@ def plan_engine(config: EngineConfig, path: ModelPath) -> EnginePlan:
             f"{size(engines * footprint.weight_bytes)} and {size(_free_memory(config))} are free; use a smaller model"
             f"{_fewer_bits(config)}{', or fewer engines' if engines > 1 else ''}"
         )
-    threads = config.threads or max(1, available_cores() // engines // ranks)
+    threads = config.threads or max(1, available_cores() // engines // config.ranks_here)
     return make_plan(config, footprint, max_model_len, threads, *share, whole_attention=not divides_heads(spec, ranks))
 
 
@@ -319,15 +319,25 @@ def _backend(config: EngineConfig) -> tuple[BackendFactory, Callable[..., Footpr
         return torch.load, torch.footprint
     from octavo.backends import cpu
 
-    return cpu.load, partial(cpu.footprint, ranks=config.tensor_parallel_size)
+    return cpu.load, partial(cpu.footprint, ranks=config.tensor_parallel_size, nodes=config.nnodes)
 
 
 def _load_ranks(
-    config: EngineConfig, path: Path, secrets: Secrets, on_end: Callable[[int, str], None] | None
+    config: EngineConfig,
+    path: Path,
+    secrets: Secrets,
+    on_end: Callable[[int, str], None] | None,
+    checkpoint: Checkpoint,
 ) -> BackendFactory:
-    """Return the function that loads a model into several processes."""
+    """Return the function that loads a model into several processes. Raises ConfigError."""
     from octavo.backends.cpu.ranks import load_ranks  # imported late, as most engines have one
 
+    group = None
+    if config.nnodes > 1:
+        from octavo.backends.cpu.nodes import Group
+
+        config.need(config.node_rank == 0, "node_rank", "0, unless with octavo serve or octavo engine")
+        group = Group.of(config, secrets, fingerprint(checkpoint))
     return partial(
         load_ranks,
         size=config.tensor_parallel_size,
@@ -335,6 +345,7 @@ def _load_ranks(
         identity=secrets.model_identity,
         hide=bool(secrets),
         on_end=on_end,
+        group=group,
     )
 
 

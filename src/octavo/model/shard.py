@@ -55,6 +55,11 @@ class Shard:
         kind = weight.rpartition(".")[2]
         return {"embed": self._vocab, "head": self._vocab, "qkv": self._qkv}.get(kind, self._hidden).start, rows
 
+    def ends(self, weight: str, nodes: int) -> list[int]:
+        """Return the end of each node's rows of a weight, if the ranks are on several nodes (machines); else []."""
+        starts = [replace(self, rank=node * self.size // nodes).outputs(weight) for node in range(1, nodes)]
+        return [*(start for start, _ in starts), starts[0][1]] if starts else []
+
     def spans(self, weight: str) -> tuple[int, ...]:
         """Return the ends of the spans of this rank's columns of a weight; () for a single span."""
         ends = span_ends(self.whole, weight)

@@ -49,6 +49,8 @@ def app(
         if any(name in each for each in settings):
             raise ConfigError(f"{name} must not be set with octavo.ray, which decides it")
     configs = {config.model_name: config for config in (EngineConfig.from_keywords(**each) for each in settings)}
+    if any(config.nnodes > 1 for config in configs.values()):
+        raise ConfigError("nnodes must be 1 with octavo.ray, which places each engine on one node")
     if len(configs) != len(settings) or not settings:
         raise ConfigError("models must be one or more models with different names; see served_model_name")
     ServerConfig(**(server or {}))

@@ -2,11 +2,9 @@
 
 from collections.abc import Iterable, Mapping
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from xxhash import xxh3_64_hexdigest
 
 from octavo.backends.base import Footprint, Progress, StepBatch, StepResult
 from octavo.errors import ConfigError, OutOfMemory
@@ -17,10 +15,9 @@ from octavo.model.spans import ORDER
 from octavo.model.spec import DecoderSpec
 from octavo.weights.tensor import Parameter
 
-from . import _native
 from ._native import Program
 from .calibration import measure_importances
-from .program import Place, choose_isa, new_program, pack
+from .program import Place, choose_isa, kernels_build, new_program, pack
 from .recorder import Recorder
 
 
@@ -164,22 +161,24 @@ def load_shard(
     if quantization == "4bit":
         importances = measure_importances(shard.whole, parameters, settings["threads"], shard.rank, shard.size, place)
     _pack_all(program, handles, own, importances, progress)
-    kernels = xxh3_64_hexdigest(Path(_native.__file__).read_bytes())  # kernels of another build may round differently
-    arithmetic = f"cpu {kernels} {isa} {quantization} {kv_cache_dtype} {ORDER}"
+    arithmetic = f"cpu {kernels_build()} {isa} {quantization} {kv_cache_dtype} {ORDER}"
     return CpuBackend(shard.whole, program, settings["page_size"], isa, arithmetic)
 
 
-def footprint(spec: DecoderSpec, parameters: Mapping[str, Parameter], ranks: int = 1, **settings: Any) -> Footprint:
+def footprint(
+    spec: DecoderSpec, parameters: Mapping[str, Parameter], ranks: int = 1, nodes: int = 1, **settings: Any
+) -> Footprint:
     """Return the footprint of the backend that `load` would return. Reads no weights and touches no memory for them.
 
     Args:
         ranks: the processes over which the model is divided.
+        nodes: the machines over which the ranks are divided; the footprint is that of the first one.
         settings: the other arguments of `load`, without `progress`.
 
     Raises ConfigError, OutOfMemory, UnsupportedModel.
     """
     weights = pages = 0
-    for rank in range(ranks):
+    for rank in range(ranks // nodes):
         shard = Shard(spec, rank, ranks)
         isa, program, _ = _compile(shard, shard.parameters(parameters), Place(), **settings)
         weights, pages = weights + program.weight_bytes, pages + program.page_bytes
@@ -223,6 +222,7 @@ def _compile(
         int8_kv=kv_cache_dtype == "int8",
         group=place.steps,
         kv=place.kv,
+        lines=place.lines,
     )
     recorder = Recorder(shard, program, parameters, quantization)
     try:

@@ -55,7 +55,7 @@ def measure_importances(
     shard = Shard(dataclasses.replace(spec, vocab_size=len(x)), rank, ranks)
     processors = place.of_threads(threads)
     for i in range(spec.num_layers - 1):  # the last one keeps 8 bits
-        squares, x = _run_layer(shard, i, parameters, x, tokens.shape[1], processors, place.calibration)
+        squares, x = _run_layer(shard, i, parameters, x, tokens.shape[1], processors, place)
         if not np.isfinite(x).all():
             raise DamagedWeights(f"layer {i} computes values that are NaN or infinite; download the model again")
         for name, sums in squares.items():
@@ -95,7 +95,7 @@ def _run_layer(
     x: np.ndarray,
     length: int,
     processors: Sequence[Sequence[int]],
-    group: int,
+    place: Place,
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Run layer `i` on `x`, the residual stream of sequences of `length` tokens each: float32 [rows, hidden].
 
@@ -103,8 +103,9 @@ def _run_layer(
     """
     own = shard.parameters({**parameters, "embed": Parameter((bfloat16_tensor("embed", x),))})
     program = new_program(
-        shard, choose_isa(), processors, page_size=_PAGE_SIZE, max_rows=length, max_sampled=length, group=group
-    )
+        shard, choose_isa(), processors, page_size=_PAGE_SIZE, max_rows=length, max_sampled=length,
+        group=place.calibration, lines=place.lines,
+    )  # fmt: skip
     recorder = _Observer(shard, program, own, "none")
     program.finish(recorder.sampled_rows(describe_layer(shard.spec, i, recorder, recorder.embed("embed"))))
     for name, handle in recorder.weights.items():

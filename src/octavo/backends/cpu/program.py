@@ -3,13 +3,16 @@
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
+from xxhash import xxh3_64_hexdigest
 
 from octavo.errors import ConfigError, UnsupportedModel
 from octavo.model.shard import Shard
 from octavo.weights.tensor import Parameter, not_finite
 
+from . import _native
 from ._native import Program, available_isas
 
 
@@ -22,12 +25,15 @@ class Place:
             process.
         calibration: the same, for what they exchange while they measure importances (calibration.py).
         kv: the same, for the KV pool of this rank.
+        lines: if the ranks are on several nodes (machines), a socket to each other node. -1 for the own one, and for
+            all in a rank that is not its node's first.
         processors: those of its threads; empty: all that this process may use.
     """
 
     steps: int = -1
     calibration: int = -1
     kv: int = -1
+    lines: tuple[int, ...] = ()
     processors: frozenset[int] = frozenset()
 
     def of_threads(self, threads: int) -> list[list[int]]:
@@ -53,12 +59,13 @@ def new_program(
     int8_kv: bool = False,
     group: int = -1,
     kv: int = -1,
+    lines: Sequence[int] = (),
 ) -> Program:
     """Return an empty program, ready for recording. Raises UnsupportedModel.
 
     Args:
         processors: those of each thread, as Place.of_threads returns them.
-        group, kv: file descriptors of memory that ranks share (see Place).
+        group, kv, lines: file descriptors of what ranks share (see Place).
     """
     spec = shard.spec
     if spec.head_dim % 16:
@@ -81,6 +88,7 @@ def new_program(
         ranks=shard.size,
         group=group,
         kv=kv,
+        lines=list(lines),
     )
 
 
@@ -107,3 +115,8 @@ def choose_isa() -> str:
     if wanted not in available:
         raise ConfigError(f"OCTAVO_ISA must be one of {', '.join(available)} on this machine, not {wanted!r}")
     return wanted
+
+
+def kernels_build() -> str:
+    """Return a hash of the native kernels: those of another build may round differently."""
+    return xxh3_64_hexdigest(Path(_native.__file__).read_bytes())

@@ -1,7 +1,7 @@
-"""The main program of ranks other than 0: `python -P -m octavo.backends.cpu.rank_main CONNECTION STEPS CALIBRATION KV`.
+"""The main program of a rank: `python -P -m octavo.backends.cpu.rank_main CONNECTION STEPS CALIBRATION KV LINE...`.
 
-RankProcess starts it. CONNECTION is one end of a socket pair, of which rank 0 has the other: when rank 0 ends for any
-reason, so does this process. The others are the file descriptors of Place.
+RankProcess starts it. CONNECTION is one end of a socket pair, of which its parent has the other: when the parent ends
+for any reason, so does this process. The others are the file descriptors of Place.
 """
 
 import contextlib
@@ -62,7 +62,7 @@ def main(connection_fd: int, place: Place) -> int:
         backend.allocate_kv(allocate.pages)
         send(Allocated())
     except Exception as error:
-        send(Failed.of(error))
+        send(Failed.of(error, f" (rank {load.rank})"))
         return 1
     loaded.set()
     backend.follow()
@@ -92,5 +92,5 @@ def _load(load: Load, place: Place) -> "CpuBackend":
 
 
 if __name__ == "__main__":
-    connection, steps, calibration, kv = map(int, sys.argv[1:])
-    sys.exit(main(connection, Place(steps, calibration, kv)))
+    connection, steps, calibration, kv, *lines = map(int, sys.argv[1:])
+    sys.exit(main(connection, Place(steps, calibration, kv, tuple(lines))))

@@ -1,4 +1,4 @@
-"""RankProcess: one of the processes over which a model is divided, as rank 0 sees it, and the messages between them.
+"""RankProcess: one of the processes over which a model is divided, as its parent sees it, and their messages.
 
 Messages are for loading only: steps go through shared memory. A socket pair carries them, so each side notices at once
 when the other ends.
@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from queue import Empty, SimpleQueue
 from typing import Any
@@ -75,11 +76,12 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
     text: str
 
     @classmethod
-    def of(cls, error: Exception) -> "Failed":
-        return cls(*errors.to_line(error))
+    def of(cls, error: Exception, where: str = "") -> "Failed":
+        name, text = errors.to_line(error)
+        return cls(name, text + where)
 
-    def exception(self, rank: int) -> Exception:
-        return errors.from_line(self.name, f"{self.text} (rank {rank})")
+    def exception(self) -> Exception:
+        return errors.from_line(self.name, self.text)
 
 
 ToRank = Load | Allocate
@@ -95,40 +97,49 @@ def receive(connection: socket.socket, kind: Any) -> Any:
     return msgspec.msgpack.decode(content, type=kind) if content else None
 
 
-class RankProcess:
-    """A new process that imports its modules, and then waits for Load. Raises OSError if it cannot be started.
+class Member(ABC):
+    """Whoever loads parts of the model for this process: another process, or another node (nodes.RemoteNode).
 
     Args:
-        memory: file descriptors of the memory that it shares: those of program.Place.
+        name: such as "rank 1", for errors.
 
     Attributes:
-        messages: those that have arrived; None when the process has ended.
-        failed: why loading has failed, if the process has said so.
+        messages: those that have arrived; None when the member has ended.
+        failed: why loading has failed, if the member has said so.
     """
 
-    def __init__(self, rank: int, memory: Sequence[int]):
-        self.rank = rank
+    def __init__(self, name: str):
+        self.name = name
         self.messages: SimpleQueue[FromRank | None] = SimpleQueue()
         self.failed: Failed | None = None
-        self.connection, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs:
-            self._popen = subprocess.Popen(
-                # -P: files in the current folder must not shadow modules.
-                [sys.executable, "-P", "-m", "octavo.backends.cpu.rank_main", *map(str, (theirs.fileno(), *memory))],
-                pass_fds=[theirs.fileno(), *memory],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                env=without_secrets(),
-            )
 
-    def send(self, message: ToRank) -> None:
-        """Send a message. One to a process that has ended is dropped: `messages` tells."""
-        with contextlib.suppress(OSError):
-            self.connection.send(msgspec.msgpack.encode(message))
+    @abstractmethod
+    def fileno(self) -> int:
+        """Return the file descriptor that is readable when a message has arrived."""
+
+    @abstractmethod
+    def send(self, message: Any) -> None:
+        """Send a message. One to a member that has ended is dropped: `messages` tells."""
+
+    @abstractmethod
+    def receive(self) -> Any:
+        """Return the next message, or None if the member has ended."""
+
+    @abstractmethod
+    def wait(self) -> tuple[int, str]:
+        """Return how the member ended: its exit code, negative for a signal; and in words."""
+
+    @abstractmethod
+    def hang_up(self) -> None:
+        """End the connection, for both sides. The member notices that and ends."""
+
+    @abstractmethod
+    def end(self) -> None:
+        """End the member, and wait for that if it is a process."""
 
     def take_in(self) -> bool:
-        """Receive a message into `messages`. Return False if the process has ended."""
-        message = receive(self.connection, FromRank)
+        """Receive a message into `messages`. Return False if the member has ended."""
+        message = self.receive()
         if isinstance(message, Failed):
             self.failed = message
         self.messages.put(message)
@@ -137,7 +148,7 @@ class RankProcess:
     def next(self) -> Loaded | Allocated:
         """Wait for the next message, but Loading.
 
-        Raises what `error` returns if loading has failed or the process has ended, and EngineDead if it is silent for
+        Raises what `error` returns if loading has failed or the member has ended, and EngineDead if it is silent for
         too long.
         """
         message: FromRank | None = Loading()
@@ -145,19 +156,55 @@ class RankProcess:
             try:
                 message = self.messages.get(timeout=SILENCE)
             except Empty:
-                raise errors.EngineDead(f"rank {self.rank} has not answered for {SILENCE:g} seconds") from None
+                raise errors.EngineDead(f"{self.name} has not answered for {SILENCE:g} seconds") from None
         if message is None or isinstance(message, Failed):
             raise self.error()
         return message
 
     def error(self) -> Exception:
-        """Return why the process has ended while it loaded."""
+        """Return why the member has ended while it loaded."""
         if self.failed is not None:
-            return self.failed.exception(self.rank)
-        return errors.EngineDead(f"rank {self.rank} has ended while it loaded: {self.wait()[1]}")
+            return self.failed.exception()
+        _, how = self.wait()  # which may change the name
+        return errors.EngineDead(f"{self.name} has ended while it loaded: {how}")
+
+
+class RankProcess(Member):
+    """A new process that imports its modules, and then waits for Load. Raises OSError if it cannot be started.
+
+    Args:
+        memory: file descriptors of the memory that it shares: those of program.Place.
+        lines: those of program.Place.
+    """
+
+    def __init__(self, rank: int, memory: Sequence[int], lines: Sequence[int] = ()):
+        super().__init__(f"rank {rank}")
+        self.rank = rank
+        self.connection, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            numbers = [theirs.fileno(), *memory, *lines]
+            self._popen = subprocess.Popen(
+                # -P: files in the current folder must not shadow modules.
+                [sys.executable, "-P", "-m", "octavo.backends.cpu.rank_main", *map(str, numbers)],
+                pass_fds=[number for number in numbers if number >= 0],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                env=without_secrets(),
+            )
+
+    def fileno(self) -> int:
+        return self.connection.fileno()
+
+    def send(self, message: ToRank) -> None:
+        with contextlib.suppress(OSError):
+            self.connection.send(msgspec.msgpack.encode(message))
+
+    def receive(self) -> FromRank | None:
+        message: FromRank | None = receive(self.connection, FromRank)
+        return message
 
     def wait(self) -> tuple[int, str]:
-        """Return how the process ended: its exit code, negative for a signal; and in words. Kill it if it has not."""
+        """Kill the process if it does not end by itself; see Member.wait."""
         try:
             code = self._popen.wait(_PATIENCE)
         except subprocess.TimeoutExpired:
@@ -167,12 +214,10 @@ class RankProcess:
         return code, f"killed by {signal.Signals(-code).name}" if named else f"exit code {code}"
 
     def hang_up(self) -> None:
-        """End the connection, for both sides. The process notices that and ends."""
         with contextlib.suppress(OSError):  # it has ended already
             self.connection.shutdown(socket.SHUT_RDWR)
 
     def end(self) -> None:
-        """End the process."""
         self.hang_up()
         self.wait()
         self.connection.close()

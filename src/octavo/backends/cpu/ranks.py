@@ -1,22 +1,26 @@
-"""A model divided over several processes of one machine (tensor parallelism): RankedBackend is rank 0, and leads.
+"""A model divided over several processes (tensor parallelism): RankedBackend is rank 0, and leads.
 
 Every rank is a CpuBackend of its own part of the model (model/shard.py). Rank 0 writes each step's batch into memory
 that all ranks share; the ranks then run their programs together, and rank 0 samples. The KV pools of all ranks are
 shared memory too, so rank 0 exports and imports whole pages without asking the others.
+
+Ranks may be on several nodes (machines): then this is so on each of them, and rank 0 sends batches and pages to the
+other nodes (nodes.py, node_main.py).
 """
 
+import contextlib
 import mmap
 import os
 import selectors
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from octavo.backends.base import Footprint, Progress, StepBatch, StepResult
-from octavo.errors import OutOfMemory
+from octavo.errors import EngineDead, OutOfMemory
 from octavo.machine import available_memory, share_of_cores
 from octavo.model.shard import Shard, check_size
 from octavo.model.spec import DecoderSpec
@@ -25,9 +29,14 @@ from octavo.weights.tensor import Parameter
 from ._native import stop_ranks
 from .backend import CpuBackend, footprint, load_shard
 from .program import Place
-from .rank_process import Allocate, Load, Loaded, RankProcess, share_memory
+from .rank_process import Allocate, Load, Loaded, Member, RankProcess, share_memory
+
+if TYPE_CHECKING:
+    from .node_pages import RemotePages
+    from .nodes import Group, RemoteNode
 
 OnEnd = Callable[[int, str], None]  # called when a rank has ended by itself: its exit code, and a line about it
+_CAUSE_PATIENCE = 10.0  # seconds until the cause of a broken connection is known
 
 
 class RankedBackend:
@@ -39,7 +48,7 @@ class RankedBackend:
         shards: the parts of all ranks.
         own: the backend of rank 0.
         others: the other ranks, which have loaded.
-        footprint: that of all ranks together.
+        footprint: that of all ranks of this machine together.
     """
 
     def __init__(self, shards: list[Shard], own: CpuBackend, others: "Ranks", footprint: Footprint):
@@ -47,7 +56,8 @@ class RankedBackend:
         self.footprint = footprint
         self.page_bytes = own.page_bytes // len(shards[0].kv_heads) * own.spec.num_kv_heads
         self._shards, self._own, self._others = shards, own, others
-        self._pools: list[np.ndarray] = []  # uint8 [pages, layers, bytes of the rank's heads]
+        self._pools: list[np.ndarray] = []  # of the ranks here: uint8 [pages, bytes of the rank's heads]
+        self._remote: list[RemotePages] = []  # of the other nodes
 
     def allocate_kv(self, num_pages: int) -> None:
         available = available_memory()
@@ -59,19 +69,24 @@ class RankedBackend:
         self._others.send(Allocate(num_pages))
         self._own.allocate_kv(num_pages)
         self._others.wait()
-        heads = self.page_bytes // self.spec.num_kv_heads
-        self._pools = [
-            _map(file, num_pages, heads * len(shard.kv_heads)).reshape(num_pages, self.spec.num_layers, -1)
-            for file, shard in zip(self._others.pools, self._shards, strict=True)
+        head = self.page_bytes // self.spec.num_kv_heads
+        sizes = [head * len(shard.kv_heads) for shard in self._shards]
+        here = len(self._others.pools)
+        self._pools = self._others.map_pools(num_pages, sizes[:here])
+        self._remote = [
+            node.pages_of(sizes[first : first + here])
+            for first, node in zip(range(here, len(sizes), here), self._others.nodes, strict=True)
         ]
 
     def export_page(self, page: int) -> np.ndarray:
         self._check(page)
-        content: np.ndarray = self._pools[0][page].reshape(-1)
+        content: np.ndarray = self._pools[0][page]
         if len(self._shards[0].kv_heads) < self.spec.num_kv_heads:  # rank 0 has not all of it
             content = np.empty(self.page_bytes, np.uint8)
-            for pool, part in zip(self._pools, self._parts(content), strict=True):
-                part[:] = pool[page].reshape(part.shape)
+            with self._others.connected():
+                own = [pool[page] for pool in self._pools] + [part for node in self._remote for part in node.read(page)]
+            for pages, part in zip(own, self._parts(content), strict=True):
+                part[:] = pages.reshape(part.shape)
         content.flags.writeable = False
         return content
 
@@ -79,14 +94,22 @@ class RankedBackend:
         self._check(page)
         if content.size != self.page_bytes:
             raise ValueError("content must have page_bytes bytes")
-        for pool, part in zip(self._pools, self._parts(content), strict=True):
-            pool[page] = part.reshape(pool[page].shape)
+        parts = [part.reshape(-1) for part in self._parts(content)]
+        here = len(self._pools)
+        for pool, part in zip(self._pools, parts, strict=False):
+            pool[page] = part
+        with self._others.connected():
+            for i, node in enumerate(self._remote, 1):
+                node.write(page, parts[i * here : (i + 1) * here])
 
     def copy_page(self, source: int, target: int) -> None:
         self._check(source)
         self._check(target)
         for pool in self._pools:
             pool[target] = pool[source]
+        with self._others.connected():
+            for node in self._remote:
+                node.copy(source, target)
 
     def step(self, batch: StepBatch) -> StepResult:
         return self._own.step(batch)
@@ -99,9 +122,9 @@ class RankedBackend:
         return self._own.sampling_seconds()
 
     def close(self) -> None:
-        self._others.end()
+        self._others.end(for_good=self._others.ended is None)
         self._own.close()
-        self._pools = []
+        self._pools, self._remote = [], []
 
     def _check(self, page: int) -> None:
         if not self._pools or not 0 <= page < len(self._pools[0]):
@@ -114,81 +137,142 @@ class RankedBackend:
 
 
 class Ranks:
-    """The processes of ranks 1 to size - 1, and the memory that all ranks share. Raises OSError.
+    """Ranks of this machine that are processes of their own, the memory that they share, and the other nodes.
+
+    Raises OSError.
 
     Args:
-        on_end: called, in another thread, when a rank has ended by itself, before the steps of the others fail. Not if
-            it has said that loading failed: then `wait` and `check` raise its error.
+        ranks: those of this machine.
+        processes: those of them for which processes are started. The first of `ranks` may be in this process.
+        lines: sockets to the other nodes, by number; see Place.
+        nodes: the other nodes, if they are to be watched here.
+        on_end: called, in another thread, when a rank or a node has ended by itself, before the steps of the others
+            fail. Not if it has said that loading failed: then `wait` and `check` raise its error.
 
     Attributes:
-        pools: file descriptors of the KV pools of all ranks.
-        processes: those of ranks 1 to size - 1.
-        ended: the first of these that has ended by itself.
+        pools: file descriptors of the KV pools of `ranks`.
+        processes: those that were started.
+        ended: the first process or node that has ended by itself.
     """
 
-    def __init__(self, size: int, on_end: OnEnd | None):
+    def __init__(
+        self,
+        ranks: range,
+        processes: range,
+        on_end: OnEnd | None,
+        lines: Sequence[int] = (),
+        nodes: "Sequence[RemoteNode]" = (),
+    ):
         files = self._files = [share_memory(name) for name in ("steps", "calibration")]
-        self.pools = [share_memory(f"kv-{rank}") for rank in range(size)]
-        self.processes = [RankProcess(rank, (*files, self.pools[rank])) for rank in range(1, size)]
-        self.ended: RankProcess | None = None
+        self.pools = [share_memory(f"kv-{rank}") for rank in ranks]
+        self._lines = tuple(lines)
+        self.processes = [
+            RankProcess(
+                rank, (*files, self.pools[rank - ranks.start]), lines if rank == ranks.start else [-1] * len(lines)
+            )
+            for rank in processes
+        ]
+        self.nodes = nodes
+        self.ended: Member | None = None
+        self._stopped, self._lock = threading.Event(), threading.Lock()
         self._on_end, self._ending = on_end, False
         self._thread = threading.Thread(target=self._watch, name="octavo-ranks", daemon=True)
         self._thread.start()
 
+    @property
+    def _members(self) -> list[Member]:
+        return [*self.processes, *self.nodes]
+
     def place(self, processors: Iterable[int]) -> Place:
-        """Return where rank 0 runs."""
+        """Return where the first rank runs, if it is in this process."""
         steps, calibration = self._files
-        return Place(steps, calibration, self.pools[0], frozenset(processors))
+        return Place(steps, calibration, self.pools[0], self._lines, frozenset(processors))
 
     def send(self, message: Allocate) -> None:
-        for process in self.processes:
-            process.send(message)
+        for member in self._members:
+            member.send(message)
 
     def wait(self) -> list[Any]:
-        """Wait for a message of every rank. Raises OctavoError if one has failed or ended."""
-        return [process.next() for process in self.processes]
+        """Wait for a message of every process and node; return those of the processes.
+
+        Raises OctavoError if one has failed or ended.
+        """
+        return [member.next() for member in self._members][: len(self.processes)]
 
     def check(self) -> None:
         """Raise the error of a rank that has ended while it loaded."""
         if self.ended is not None:
             raise self.ended.error()
 
-    def end(self) -> None:
-        """End all processes and free the memory, but for what is still mapped."""
+    def map_pools(self, pages: int, sizes: Iterable[int]) -> list[np.ndarray]:
+        """Return the KV pools of the ranks: uint8 [pages, bytes]. `sizes`: bytes of a page in each."""
+        return [_map(file, pages, size) for file, size in zip(self.pools, sizes, strict=True)]
+
+    @contextlib.contextmanager
+    def connected(self) -> Iterator[None]:
+        """Turn the end of a connection to a node into the end of all ranks, once it is known why."""
+        try:
+            yield
+        except OSError:
+            self._stopped.wait(_CAUSE_PATIENCE)
+            raise EngineDead("the ranks of the engine have been stopped") from None
+
+    def end(self, for_good: bool = False) -> None:
+        """End all processes and free the memory, but for what is still mapped; hang up on the other nodes.
+
+        Args:
+            for_good: whether the nodes need not wait for another engine.
+        """
+        self._ending = True
+        if for_good:
+            for node in self.nodes:
+                node.shut_down()
+        self._stop()
+        for member in self._members:
+            member.hang_up()
+        self._thread.join()
+        for member in self._members:
+            member.end()
+        with self._lock:
+            for file in (*self._files, *self.pools):
+                os.close(file)
+            self._files = []
+
+    def stop(self) -> None:
+        """Make all ranks return from their steps, and all processes end."""
         self._ending = True
         self._stop()
         for process in self.processes:
             process.hang_up()
-        self._thread.join()
-        for process in self.processes:
-            process.end()
-        for file in (*self._files, *self.pools):
-            os.close(file)
 
     def _watch(self) -> None:
-        """Take in messages, until all ranks have ended."""
+        """Take in messages, until all ranks and nodes have ended."""
         with selectors.DefaultSelector() as selector:
-            for process in self.processes:
-                selector.register(process.connection, selectors.EVENT_READ, process)
+            for member in self._members:
+                selector.register(member, selectors.EVENT_READ)
             while selector.get_map():
                 for key, _ in selector.select():
-                    if not key.data.take_in():
+                    if not key.fileobj.take_in():  # type: ignore[union-attr]
                         selector.unregister(key.fileobj)
-                        self._ended(key.data)
+                        self._ended(key.fileobj)  # type: ignore[arg-type]
 
-    def _ended(self, process: RankProcess) -> None:
+    def _ended(self, member: Member) -> None:
         if self._ending:
             return
-        code, how = process.wait()
-        self.ended = self.ended or process
-        if process.failed is None and self._on_end is not None and not self._ending:
-            self._on_end(code, f"rank {process.rank} has ended: {how}")
+        code, how = member.wait()
+        self.ended = self.ended or member
+        if member.failed is None and self._on_end is not None and not self._ending:
+            self._on_end(code, f"{member.name} has ended: {how}")
         self._stop()
 
     def _stop(self) -> None:
         """Make all ranks return from their steps."""
-        for file in self._files:
-            stop_ranks(file)
+        with self._lock:
+            for file in self._files:
+                stop_ranks(file)
+        for node in self.nodes:
+            node.sums.hang_up()
+        self._stopped.set()
 
 
 def load_ranks(
@@ -201,19 +285,22 @@ def load_ranks(
     hide: bool,
     on_end: OnEnd | None,
     progress: Progress,
+    group: "Group | None" = None,
     **settings: Any,
 ) -> RankedBackend:
-    """Start the other ranks, and load all parts of a model at the same time.
+    """Start the other ranks, or let the other nodes start theirs, and load all parts of a model at the same time.
 
     Args:
         path: the model's directory or .gguf file, which the other ranks open.
         identity: the age identity that opens it, if it is encrypted.
         hide: whether the other ranks hide their memory, as there are secrets in it.
         on_end: see Ranks.
+        group: the nodes, if there are several; see nodes.py.
         settings: the other arguments of a BackendFactory; `threads` are those of each rank.
 
     Raises:
-        ConfigError, DamagedWeights, OutOfMemory, UnsupportedModel: as load does, of any rank.
+        ConfigError, DamagedWeights, OutOfMemory, UnsupportedModel: as load does, of any rank. ConfigError: a node has
+            not come.
         EngineDead: A rank has ended.
     """
 
@@ -223,12 +310,20 @@ def load_ranks(
 
     check_size(spec, size)
     shards = [Shard(spec, rank, size) for rank in range(size)]
-    ranks = Ranks(size, on_end)
+    nodes: list[RemoteNode] = []
+    if group is not None:
+        from .nodes import form  # imported late, as most models are on one machine
+
+        nodes = form(group, size)
+    here = range(size // (1 + len(nodes)))
+    ranks = Ranks(here, here[1:], on_end, [-1, *(node.sums.fileno() for node in nodes)] if nodes else (), nodes)
     try:
-        cores = [sorted(_cores(rank, size)) for rank in range(size)]
-        for shard, process in zip(shards[1:], ranks.processes, strict=True):
-            process.send(Load(str(path), identity, hide, shard.rank, size, cores[shard.rank], settings))
-        _check_memory(footprint(spec, parameters, size, **settings).weight_bytes)
+        cores = [sorted(cores_of(rank, len(here))) for rank in here]
+        for node in nodes:
+            node.load(settings)
+        for rank, process in zip(here[1:], ranks.processes, strict=True):
+            process.send(Load(str(path), identity, hide, rank, size, cores[rank], settings))
+        _check_memory(footprint(spec, parameters, size, 1 + len(nodes), **settings).weight_bytes)
         own = load_shard(shards[0], parameters, ranks.place(cores[0]), progress=checked_progress, **settings)
         loaded = [Loaded(own.weight_bytes, own.page_bytes), *ranks.wait()]
     except BaseException as error:
@@ -242,7 +337,7 @@ def load_ranks(
 
 
 def _check_memory(needed: int) -> None:
-    """Raise OutOfMemory if the weights of all ranks do not fit. (Each rank checks its own, while others load.)"""
+    """Raise OutOfMemory if the weights of all ranks here do not fit. (Each rank checks its own, while others load.)"""
     if needed > (available := available_memory()):
         raise OutOfMemory(
             f"the weights of all ranks need {needed / 2**30:.1f} GiB and {available / 2**30:.1f} GiB are free; use a "
@@ -250,7 +345,7 @@ def _check_memory(needed: int) -> None:
         )
 
 
-def _cores(rank: int, size: int) -> set[int]:
+def cores_of(rank: int, size: int) -> set[int]:
     """Return the processors of a rank: its own, or all of them if there are fewer than ranks."""
     available = os.sched_getaffinity(0)
     return share_of_cores(rank, size) if size <= len(available) else available

@@ -28,7 +28,7 @@ class Recorder:
 
     def embed(self, weight: str) -> int:
         first_token, _ = self._shard.outputs(weight)
-        return self._program.embed(self._weight(weight), first_token)
+        return self._program.embed(self._weight(weight), first_token, self._ends(weight))
 
     def norm(self, x: int, weight: str) -> int:
         return self._program.norm(x, self._vector(weight))
@@ -51,7 +51,9 @@ class Recorder:
         return self._program.all_reduce(x, self._vector(weight + ".bias") if bias else -1, residual)
 
     def all_gather(self, x: int, weight: str, residual: int | None = None) -> int:
-        return self._program.all_gather(x, *self._shard.outputs(weight), -1 if residual is None else residual)
+        first_column, columns = self._shard.outputs(weight)
+        residual = -1 if residual is None else residual
+        return self._program.all_gather(x, first_column, columns, residual, self._ends(weight))
 
     def gather_rows(self, x: int) -> int:
         return self._program.gather_rows(x)
@@ -71,6 +73,9 @@ class Recorder:
             encoding, spans = self._encoding(name), self._shard.spans(name)
             self.weights[name] = self._program.weight(rows, columns, encoding, spans)
         return self.weights[name]
+
+    def _ends(self, weight: str) -> list[int]:
+        return self._shard.ends(weight, self._program.nodes)
 
     def _encoding(self, name: str) -> Encoding:
         """Return the encoding in which to store a weight.

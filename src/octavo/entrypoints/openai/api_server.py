@@ -1,7 +1,7 @@
 """`octavo serve` under vLLM's module name: `python -m octavo.entrypoints.openai.api_server --model NAME`.
 
 It may also be started by `torchrun --nproc_per_node=N -m octavo.entrypoints.openai.api_server`. As an engine starts its
-ranks itself, the first of torchrun's processes serves, and the others have nothing to do.
+ranks itself, the first of torchrun's processes on each machine does that, and the others have nothing to do.
 """
 
 import os
@@ -13,7 +13,7 @@ from octavo.entrypoints.command import main as octavo
 
 def main() -> NoReturn:
     """Run `octavo serve` with this process's arguments."""
-    if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("RANK", "0") != "0":
+    if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("LOCAL_RANK", "0") != "0":
         sys.exit()
     sys.argv = ["octavo", "serve", *sys.argv[1:]]
     octavo()

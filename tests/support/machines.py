@@ -1,0 +1,84 @@
+"""Machines: network namespaces on a bridge, each with an address of its own. Nothing listens outside of them."""
+
+import contextlib
+import os
+import subprocess
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+
+def missing() -> str | None:
+    """Why this machine cannot have such ones; None if it can."""
+    if os.geteuid() != 0:
+        return "network namespaces need root"
+    name = f"octavo-try-{os.getpid()}"
+    try:
+        made = subprocess.run(["ip", "netns", "add", name], capture_output=True, text=True)
+    except OSError:
+        return "there is no command ip (package iproute2)"
+    if made.returncode:
+        return f"network namespaces cannot be made: {made.stderr.strip()}"
+    subprocess.run(["ip", "netns", "del", name], check=True)
+    return None
+
+
+@dataclass(frozen=True)
+class Machines:
+    """Machines 0 to the last one, by the names of their namespaces, and the namespace of the bridge."""
+
+    names: list[str]
+    hub: str
+
+    def ip(self, machine: int) -> str:
+        return f"10.77.0.{machine + 1}"
+
+    def command(self, machine: int, *words: str) -> list[str]:
+        """A command that runs on a machine."""
+        return ["ip", "netns", "exec", self.names[machine], *words]
+
+    def cut(self, machine: int) -> None:
+        """Lose all that a machine sends and receives from now on."""
+        _ip("-n", self.hub, "link", "set", f"port{machine}", "down")
+
+    def join(self, machine: int) -> None:
+        """Undo `cut`."""
+        _ip("-n", self.hub, "link", "set", f"port{machine}", "up")
+
+    def kill(self, machine: int) -> None:
+        """End all processes of a machine at once, as a power cut would."""
+        for _ in range(10):  # a process may start another meanwhile
+            listed = subprocess.run(["ip", "netns", "pids", self.names[machine]], capture_output=True, text=True).stdout
+            for pid in map(int, listed.split()):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, 9)
+            if not listed:
+                return
+            time.sleep(0.05)
+
+
+@contextlib.contextmanager
+def machines(count: int) -> Iterator[Machines]:
+    """So many machines, whose processes are killed at the end."""
+    tag = uuid.uuid4().hex[:6]
+    made = Machines([f"octavo-{tag}-{machine}" for machine in range(count)], f"octavo-{tag}-hub")
+    with contextlib.ExitStack() as stack:
+        for name in (made.hub, *made.names):
+            _ip("netns", "add", name)
+            stack.callback(_ip, "netns", "del", name)
+            _ip("-n", name, "link", "set", "lo", "up")
+        _ip("-n", made.hub, "link", "add", "br0", "type", "bridge")
+        _ip("-n", made.hub, "link", "set", "br0", "up")
+        for machine, name in enumerate(made.names):
+            port = f"port{machine}"
+            _ip("link", "add", "eth0", "netns", name, "type", "veth", "peer", "name", port, "netns", made.hub)
+            _ip("-n", made.hub, "link", "set", port, "master", "br0", "up")
+            _ip("-n", name, "addr", "add", f"{made.ip(machine)}/24", "dev", "eth0")
+            _ip("-n", name, "link", "set", "eth0", "up")
+            stack.callback(made.kill, machine)
+        yield made
+
+
+def _ip(*words: str) -> None:
+    subprocess.run(["ip", *words], check=True)
