@@ -271,7 +271,8 @@ class Ranks:
             for file in self._files:
                 stop_ranks(file)
         for node in self.nodes:
-            node.sums.hang_up()
+            for line in (node.sums, node.pages):
+                line.hang_up()  # ends whoever waits for it
         self._stopped.set()
 
 
