@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from octavo.backends.base import StepBatch, StepResult
+from octavo.backends.base import ComputesAtOnce, StepBatch, StepResult
 
 VOCAB = 3
 
@@ -26,7 +26,7 @@ def complete(prompt: list[int], max_tokens: int) -> list[int]:
     return output
 
 
-class PrefixBackend:
+class PrefixBackend(ComputesAtOnce):
     """A Backend (see octavo.backends.base) of this model; pages hold an int64 for each token."""
 
     spec = SimpleNamespace(vocab_size=VOCAB, hidden_size=0)

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from octavo.backends.base import Footprint, Progress, StepBatch, StepResult
+from octavo.backends.base import ComputesAtOnce, Footprint, Progress, StepBatch, StepResult
 from octavo.errors import OutOfMemory
 from octavo.machine import available_memory, share_of_cores
 from octavo.model.shard import Shard, check_size
@@ -30,7 +30,7 @@ from .rank_process import Allocate, Load, Loaded, RankProcess, share_memory
 OnEnd = Callable[[int, str], None]  # called when a rank has ended by itself: its exit code, and a line about it
 
 
-class RankedBackend:
+class RankedBackend(ComputesAtOnce):
     """Rank 0 of a model that is divided over several processes: a Backend (see backends.base).
 
     A page has the same bytes for any number of ranks, 1 included.
