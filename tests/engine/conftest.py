@@ -1,6 +1,5 @@
 """Every test here of an engine in its own process runs twice: the second time, the engine's backend is late."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest

@@ -20,6 +20,8 @@ LATEST = 0.001  # seconds
 class LateBackend:
     """A Backend (see octavo.backends.base) over another: all that it does is done in order by one thread.
 
+    So it is for those who have got the other one already, and move its pages.
+
     Attributes:
         unread: the launched steps whose results have not been read.
         most_unread: the most that there have been at a time.
@@ -32,6 +34,8 @@ class LateBackend:
         self._backend, self._random = backend, random.Random(0)
         self._thread = ThreadPoolExecutor(1, "late backend")
         self._kept: dict[int, int] = {}
+        self._export, self._import = backend.export_page, backend.import_page
+        backend.export_page, backend.import_page = self.export_page, self.import_page
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._backend, name)
@@ -50,11 +54,11 @@ class LateBackend:
         return logits
 
     def export_page(self, page: int) -> np.ndarray:
-        content: np.ndarray = self._thread.submit(self._backend.export_page, page).result()
+        content: np.ndarray = self._thread.submit(self._export, page).result()
         return content
 
     def import_page(self, page: int, content: np.ndarray) -> None:
-        self._thread.submit(self._backend.import_page, page, content).result()
+        self._thread.submit(self._import, page, content).result()
 
     def copy_page(self, source: int, target: int) -> None:
         self._thread.submit(self._backend.copy_page, source, target)

@@ -64,6 +64,8 @@ class CudaBackend:
     Steps run in order on one stream. Pages move to and from the host on another.
     """
 
+    runs_ahead = True
+
     def __init__(
         self,
         spec: DecoderSpec,
@@ -117,7 +119,7 @@ class CudaBackend:
         return self._kv.export(page, self._last)
 
     def import_page(self, page: int, content: np.ndarray) -> None:
-        self._kv.write(page, content)
+        self._kv.write(page, content, self._last)
 
     def copy_page(self, source: int, target: int) -> None:
         with self._on_stream():
@@ -135,6 +137,7 @@ class CudaBackend:
         with self._on_stream(), _step_fits(batch):
             logits, pooled, inputs = self._run(batch)
             sampled = sample(logits, inputs.sampling, batch.sampling)
+            inputs.kept[inputs.places] = sampled.words[: len(inputs.places)]
             pending = self._pending(batch, sampled, logits, pooled, inputs.labels)
             if self._last is not None:
                 self._last.record()

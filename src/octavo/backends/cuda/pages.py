@@ -52,12 +52,13 @@ class Pages:
         content.flags.writeable = False
         return content
 
-    def write(self, page: int, content: np.ndarray) -> None:
-        """Write a page's bytes, after all copies. Raises ValueError."""
+    def write(self, page: int, content: np.ndarray, after: "torch.cuda.Event | None") -> None:
+        """Write a page's bytes, after the event `after` and all copies. Raises ValueError."""
         stored = self._page(page)
         if content.shape != (self.page_bytes,):
             raise ValueError("content must have page_bytes bytes")
         with self._moving, self._beside_steps():
+            self._await(after)
             self._await(self._copied)
             self._staged.numpy()[:] = content
             stored.copy_(self._staged, non_blocking=True)
