@@ -38,6 +38,10 @@ class PrefixBackend(ComputesAtOnce):
 
     def step(self, batch: StepBatch) -> StepResult:
         self.steps += 1
+        return StepResult(((self.write(batch)[batch.sample_rows] >> 32) % VOCAB).astype(np.int32))
+
+    def write(self, batch: StepBatch) -> np.ndarray:
+        """Write the K and V of a step's tokens, and return them."""
         states = np.zeros(len(batch.tokens), np.int64)
         for s in range(len(batch.query_start) - 1):
             for row in range(batch.query_start[s], batch.query_start[s + 1]):
@@ -46,7 +50,7 @@ class PrefixBackend(ComputesAtOnce):
                 states[row] = after(state, int(batch.tokens[row]))
                 page = batch.page_tables[s, position // self.page_size]
                 self.memory[page, position % self.page_size] = states[row]
-        return StepResult(((states[batch.sample_rows] >> 32) % VOCAB).astype(np.int32))
+        return states
 
     def _at(self, batch: StepBatch, sequence: int, position: int) -> int:
         page = batch.page_tables[sequence, position // self.page_size]
