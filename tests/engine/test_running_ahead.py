@@ -225,6 +225,16 @@ def test_each_call_brings_the_tokens_of_one_step() -> None:
     assert rows[True] == rows[False] + 1
 
 
+def test_the_cache_can_be_reset_while_a_wasted_step_is_computed() -> None:
+    with serving(late=True) as served:
+        served.add(request_of("plain", [1, 2, 3, 4, 5], 9, tuple(range(VOCAB))))
+        served.step()
+        assert served.engine.backend.unread == 1 and not served.engine.scheduler.running
+        assert served.engine.stats().cached_pages > 0
+        assert served.engine.reset_cache() and not served.engine.has_work
+        assert served.engine.stats().free_pages == 16
+
+
 def test_a_step_that_needs_a_preemption_waits_for_the_results() -> None:
     requests = [request_of("plain", [i] * 6, 20, ()) for i in range(4)]
     with serving(late=True, num_pages=9) as served:

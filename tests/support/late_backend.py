@@ -18,9 +18,10 @@ LATEST = 0.001  # seconds
 
 
 class LateBackend:
-    """A Backend (see octavo.backends.base) over another: all that it does is done in order by one thread.
+    """A Backend (see octavo.backends.base) over another: steps and copies are done in order by one thread.
 
-    So it is for those who have got the other one already, and move its pages.
+    Pages move at once, as the engine promises that no step needs them. Who has got the other backend already, and moves
+    its pages, waits for the copies too.
 
     Attributes:
         unread: the launched steps whose results have not been read.
@@ -34,6 +35,7 @@ class LateBackend:
         self._backend, self._random = backend, random.Random(0)
         self._thread = ThreadPoolExecutor(1, "late backend")
         self._kept: dict[int, int] = {}
+        self._copied: Future[Any] = self._thread.submit(int)
         self._export, self._import = backend.export_page, backend.import_page
         backend.export_page, backend.import_page = self.export_page, self.import_page
 
@@ -54,14 +56,16 @@ class LateBackend:
         return logits
 
     def export_page(self, page: int) -> np.ndarray:
-        content: np.ndarray = self._thread.submit(self._export, page).result()
+        self._copied.result()
+        content: np.ndarray = self._export(page)
         return content
 
     def import_page(self, page: int, content: np.ndarray) -> None:
-        self._thread.submit(self._import, page, content).result()
+        self._copied.result()
+        self._import(page, content)
 
     def copy_page(self, source: int, target: int) -> None:
-        self._thread.submit(self._backend.copy_page, source, target)
+        self._copied = self._thread.submit(self._backend.copy_page, source, target)
 
     def close(self) -> None:
         self._thread.shutdown()

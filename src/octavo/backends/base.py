@@ -149,8 +149,7 @@ class Footprint:
 class Backend(Protocol):
     """One model on one device. One thread at a time calls its methods, except export_page and import_page.
 
-    Only `launch`, `step` and `logits` may take long. Steps are computed in the order of their launches, and whatever is
-    called later with a page, by any thread, finds it as the steps launched before leave it.
+    Only `launch`, `step` and `logits` may take long. Steps and `copy_page` are done in the order of their calls.
 
     A row's result must be bitwise the same for any other rows in the batch, any division of its prompt into chunks, and
     any pages allocated for it. (The torch backend, an oracle for tests, is exempt.)
@@ -178,17 +177,24 @@ class Backend(Protocol):
     def export_page(self, page: int) -> np.ndarray:
         """Return a page's content, uint8 [page_bytes], read-only: a view of the pool if possible, otherwise a copy.
 
-        Any thread may call this while the page is referenced and no step writes to it. The backend chooses the layout
-        of the bytes; engines with the same fingerprint may import them. Raises ValueError if there is no such page.
+        Any thread may call this while the page is referenced and no launched step writes to it. The backend chooses the
+        layout of the bytes; engines with the same fingerprint may import them. Raises ValueError if there is no such
+        page.
         """
         ...
 
     def import_page(self, page: int, content: np.ndarray) -> None:
-        """Write content from `export_page` into a page that no step reads yet. From any thread. Raises ValueError."""
+        """Write content from `export_page` into a page that no launched step writes to or needs. From any thread.
+
+        Raises ValueError.
+        """
         ...
 
     def copy_page(self, source: int, target: int) -> None:
-        """Copy the content of one page into another, between two steps. Raises ValueError."""
+        """Copy the content of one page into another, between two steps, and before later exports and imports.
+
+        Raises ValueError.
+        """
         ...
 
     def launch(self, batch: StepBatch) -> Pending:

@@ -243,6 +243,13 @@ class Engine:
         """
         self.kv.pin(id, self._prefix(array("i", tokens), tenant, salt, origin))
 
+    def reset_cache(self) -> bool:
+        """Evict all cached pages; see KVCache.reset."""
+        now = time.monotonic()
+        while self._launched and not self.scheduler.running:  # what they compute is for sequences that have ended
+            self._finish(now, now, now)
+        return self.kv.reset()
+
     def unpin(self, id: str) -> None:
         """Release the pages of a KV state, and close the file that `load_state` opened."""
         self.kv.unpin(id)
@@ -295,7 +302,7 @@ class Engine:
         return outputs
 
     def _launch(self, plan: StepPlan) -> None:
-        """Launch a step. Count its tokens as computed for the sequences that run ahead; the others await its result."""
+        """Launch a step."""
         batch = self._builder.build(plan)
         prompts = plan.sequences[plan.num_decoding :]
         self._note_launched(prompts)
@@ -304,18 +311,27 @@ class Engine:
         for seq in prompts:
             if seq.started is None:
                 seq.started = clock
-        pending = self.backend.launch(batch)
-        self._launched.append(LaunchedStep(plan, len(batch.tokens), *rows_of(batch), pending, began, clock))
-        if self._most_launched == 1:
-            return
-        for i, (seq, chunk) in enumerate(zip(plan.sequences, plan.chunks, strict=True)):
+        step = LaunchedStep(plan, len(batch.tokens), *rows_of(batch), self.backend.launch(batch), began, clock)
+        self._launched.append(step)
+        if self._most_launched > 1:
+            self._run_ahead(step)
+
+    def _run_ahead(self, step: LaunchedStep) -> None:
+        """Let the next step go on after a launched one, with the sequences for which it can.
+
+        The pages that the step writes stay referenced until it has ended, whatever becomes of their sequences.
+        """
+        plan, page_size = step.plan, self.kv.page_size
+        for i, (seq, chunk, begin) in enumerate(zip(plan.sequences, plan.chunks, step.begins, strict=True)):
+            end = begin + chunk + len(plan.drafts.get(i, ()))
+            for page in seq.page_table.pages[begin // page_size : -(-end // page_size)]:
+                self.kv.pool.acquire(page)
+                step.pages.append(page)
             samples = plan.samples(i)
-            if not runs_ahead(seq, samples):
+            if runs_ahead(seq, samples):
+                seq.run_ahead(chunk, samples)
+            else:
                 seq.awaited = True
-                continue
-            seq.run_ahead(chunk, samples)
-            if i >= plan.num_decoding:  # all tokens are known
-                self.kv.commit(seq.page_table, seq.num_computed)
 
     def _finish(self, started: float, collecting: float, scheduling: float) -> list[TokenOutput]:
         """Wait for the first launched step, and return its outputs.
@@ -329,6 +345,8 @@ class Engine:
         emitting, clock = time.monotonic(), self.clock()
         self._launched.popleft()
         self._note_launched()
+        for page in step.pages:
+            self.kv.pool.release(page)
         self.rows -= step.rows
         seconds = emitting - step.began
         self._backend_seconds += seconds
@@ -489,9 +507,11 @@ class Engine:
                 if seq.unscored is not None:
                     row = self._score(seq, chunk, result, row)
                 seq.num_computed = computed
-            elif computed < len(seq.tokens) and seq.tokens[computed] < 0:
-                seq.num_computed = computed
-                del seq.tokens[computed:]
+            else:
+                seq.ahead_from = computed if launched > computed else None
+                if computed < len(seq.tokens) and seq.tokens[computed] < 0:
+                    seq.num_computed, seq.ahead_from = computed, None
+                    del seq.tokens[computed:]
             if before // page_size < computed // page_size:
                 self.kv.commit(seq.page_table, computed)
             if before < seq.num_prompt <= computed:

@@ -4,7 +4,7 @@ This is for backends that compute steps elsewhere while the engine goes on (`Bac
 that each slot has sampled, from which the next step takes its input.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -26,6 +26,7 @@ class LaunchedStep:
         pending: its result.
         began: when it was launched, or when the step before it ended if that was later, in seconds of time.monotonic().
         clock: the same on the engine's clock.
+        pages: those that it writes, which are referenced until it has ended.
     """
 
     plan: StepPlan
@@ -35,6 +36,7 @@ class LaunchedStep:
     pending: Pending
     began: float
     clock: float
+    pages: list[int] = field(default_factory=list)
 
     @property
     def prompts(self) -> list[Sequence]:

@@ -406,7 +406,7 @@ class Scheduler:
     def _stop(self, seq: Sequence) -> None:
         """Release the pages and the slot of a running sequence."""
         del self.running[seq]
-        self.kv.release(seq.page_table, seq.num_computed)
+        self.kv.release(seq.page_table, seq.num_computed if seq.ahead_from is None else seq.ahead_from)
         self._slots.append(seq.slot)
         seq.slot = -1
 

@@ -32,6 +32,7 @@ class Sequence:
         arrival: time of arrival on the engine's clock, in seconds.
         num_computed: number of `tokens` whose K and V are in the pages of `page_table`, or will be when the launched
             steps are computed.
+        ahead_from: the num_computed before the first of these steps; None if there is none.
         awaited: whether a launched step computes tokens of it, and its next step cannot be planned before the result.
         cached_tokens: tokens found in the prefix cache at the first admission.
         started: time of the first step with tokens of this sequence, on the engine's clock; None before it.
@@ -71,6 +72,7 @@ class Sequence:
     draft_limit: int = 0
     arrival: float = 0.0
     num_computed: int = 0
+    ahead_from: int | None = None
     awaited: bool = False
     cached_tokens: int = 0
     started: float | None = None
@@ -180,6 +182,8 @@ class Sequence:
 
         That is -1 - slot: the backend keeps the token in this place (StepBatch.places).
         """
+        if self.ahead_from is None:
+            self.ahead_from = self.num_computed
         self.num_computed += chunk
         if samples:
             self.tokens.append(-1 - self.slot)
