@@ -246,19 +246,28 @@ def test_a_step_that_needs_a_preemption_waits_for_the_results() -> None:
     assert all((served.tokens[request.id], served.ended[request.id]) == alone(request) for request in requests)
 
 
-def test_the_work_record_has_the_prompts_of_all_launched_steps() -> None:
-    work = WorkRecord()
-    made = LateBackend(TellTale(16, PAGE))
-    engine = Engine(made, num_pages=16, max_model_len=LONGEST, max_batch_size=4, max_batch_tokens=4, work=work)
-    engine.add(EngineRequest("a", [1] * 9, SamplingParams(max_tokens=3)))
+@pytest.mark.parametrize("late", [False, True])
+def test_the_work_record_has_the_prompts_of_all_steps_that_are_computed(late: bool) -> None:
+    work, computing = WorkRecord(), list[tuple[str, ...] | None]()
+
+    class Watching(TellTale):
+        def step(self, batch: StepBatch) -> StepResult:
+            computing.append(work.read().prompts)
+            return super().step(batch)
+
+    made: Any = Watching(16, PAGE)
+    terms = {"num_pages": 16, "max_model_len": LONGEST, "max_batch_size": 4, "max_batch_tokens": 4}
+    engine = Engine(LateBackend(made) if late else made, **terms, work=work)
+    engine.add(EngineRequest("a", [1] * 5, SamplingParams(max_tokens=4)))
     engine.step()
-    assert work.read().prompts == ("a",) and engine.rows == 4
-    engine.add(EngineRequest("b", [2] * 3, SamplingParams(max_tokens=3)))
-    assert work.read().prompts == ("a",)
-    engine.abort(["a"])
+    between = (work.read().prompts, engine.rows)
+    engine.add(EngineRequest("b", [2], SamplingParams(max_tokens=2)))
+    assert (work.read().prompts, engine.rows) == between == ((("a",), 1) if late else (None, 0))
     while engine.has_work:
         engine.step()
-    assert work.read().prompts is None and engine.rows == 0
+    assert (work.read().prompts, engine.rows) == (None, 0)
+    if not late:
+        assert computing == [("a",), ("a",), ("b",), (), ()]
     engine.close()
 
 

@@ -302,7 +302,7 @@ class Engine:
         return outputs
 
     def _launch(self, plan: StepPlan) -> None:
-        """Launch a step."""
+        """Build the batch of a step, and launch it."""
         batch = self._builder.build(plan)
         prompts = plan.sequences[plan.num_decoding :]
         self._note_launched(prompts)
@@ -349,7 +349,8 @@ class Engine:
             self.kv.pool.release(page)
         self.rows -= step.rows
         seconds = emitting - step.began
-        self._backend_seconds += seconds
+        computing = step.began if step.began > scheduling else waiting
+        self._backend_seconds += emitting - computing
         if seconds > self.slowest_step[0]:
             self.slowest_step = (seconds, step.rows)
         self.scheduler.recovery.record_step(step.rows, clock - step.clock)
@@ -367,16 +368,15 @@ class Engine:
         self._step_seconds += self._last_step
         if self.trace is not None:
             decode, drafts = plan.num_decoding, sum(map(len, plan.drafts.values())) if plan.drafts else 0
-            computing = step.began if step.began > scheduling else waiting
             counts = (sum(plan.chunks[decode:]), decode, drafts)
             self.trace.step(collecting, scheduling, computing, emitting, ended, counts)
         return outputs
 
-    def _note_launched(self, prompts: Iterable[Sequence] = ()) -> None:
-        """Record whose prompts the launched steps have, besides those of a step that is about to be launched."""
-        ids = [seq.id for step in self._launched for seq in step.prompts] + [seq.id for seq in prompts]
-        if self._launched or prompts:
-            self._work.computing(ids)
+    def _note_launched(self, *about_to_be: list[Sequence]) -> None:
+        """Record whose prompts the launched steps have, and a step that is about to be launched."""
+        steps = [step.prompts for step in self._launched] + [*about_to_be]
+        if steps:
+            self._work.computing([seq.id for prompts in steps for seq in prompts])
         else:
             self._work.nothing()
 
