@@ -82,7 +82,7 @@ def steps(policy: str, args: argparse.Namespace) -> list[tuple[float, float, flo
         built = time.perf_counter()
         result = engine.backend.step(batch)
         computed = time.perf_counter()
-        engine._advance(plan, *rows_of(batch), result)
+        engine._advance(plan, *rows_of(plan, batch), result)
         advanced = time.perf_counter()
         if i >= warming_up:
             taken.append((planned - started, built - planned, advanced - computed))

@@ -258,16 +258,16 @@ def test_the_work_record_has_the_prompts_of_all_steps_that_are_computed(late: bo
     made: Any = Watching(16, PAGE)
     terms = {"num_pages": 16, "max_model_len": LONGEST, "max_batch_size": 4, "max_batch_tokens": 4}
     engine = Engine(LateBackend(made) if late else made, **terms, work=work)
-    engine.add(EngineRequest("a", [1] * 5, SamplingParams(max_tokens=4)))
+    engine.add(EngineRequest("a", [1] * 6, SamplingParams(max_tokens=4)))
     engine.step()
     between = (work.read().prompts, engine.rows)
     engine.add(EngineRequest("b", [2], SamplingParams(max_tokens=2)))
-    assert (work.read().prompts, engine.rows) == between == ((("a",), 1) if late else (None, 0))
+    assert (work.read().prompts, engine.rows) == between == ((("a",), 2) if late else (None, 0))
     while engine.has_work:
         engine.step()
     assert (work.read().prompts, engine.rows) == (None, 0)
     if not late:
-        assert computing == [("a",), ("a",), ("b",), (), ()]
+        assert computing == [("a",), ("a", "b"), (), (), ()]
     engine.close()
 
 

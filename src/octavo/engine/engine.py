@@ -311,7 +311,7 @@ class Engine:
         for seq in prompts:
             if seq.started is None:
                 seq.started = clock
-        step = LaunchedStep(plan, len(batch.tokens), *rows_of(batch), self.backend.launch(batch), began, clock)
+        step = LaunchedStep(plan, len(batch.tokens), *rows_of(plan, batch), self.backend.launch(batch), began, clock)
         self._launched.append(step)
         if self._most_launched > 1:
             self._run_ahead(step)
@@ -484,7 +484,7 @@ class Engine:
         return None
 
     def _advance(
-        self, plan: StepPlan, begins: list[int], first_rows: list[int], result: StepResult
+        self, plan: StepPlan, begins: list[int], first_rows: list[int] | range, result: StepResult
     ) -> list[TokenOutput]:
         """Record what a step computed, append the sampled tokens, and end finished sequences.
 

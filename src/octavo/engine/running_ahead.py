@@ -32,7 +32,7 @@ class LaunchedStep:
     plan: StepPlan
     rows: int
     begins: list[int]
-    first_rows: list[int]
+    first_rows: list[int] | range
     pending: Pending
     began: float
     clock: float
@@ -69,7 +69,9 @@ def runs_ahead(seq: Sequence, samples: bool) -> bool:
     return not waits and len(seq.tokens) + 1 < seq.max_tokens
 
 
-def rows_of(batch: StepBatch) -> tuple[list[int], list[int]]:
+def rows_of(plan: StepPlan, batch: StepBatch) -> tuple[list[int], list[int] | range]:
     """Return the `begins` and the `first_rows` of a LaunchedStep."""
+    if len(batch.tokens) == plan.num_decoding:  # most steps: a row for each sequence
+        return batch.positions.tolist(), range(plan.num_decoding)
     first = np.searchsorted(batch.sample_rows, batch.query_start[:-1])
     return batch.positions[batch.query_start[:-1]].tolist(), first.tolist()
