@@ -225,6 +225,17 @@ def test_each_call_brings_the_tokens_of_one_step() -> None:
     assert rows[True] == rows[False] + 1
 
 
+def test_a_page_that_is_being_computed_is_given_to_nobody_and_not_found() -> None:
+    with serving(late=True, max_batch_tokens=PAGE) as served:
+        pool = served.engine.kv.pool
+        served.add(request_of("plain", [1] * 3 * PAGE, 9, ()))
+        served.step()  # the first page has been computed, the second is being computed
+        served.abort(0)
+        assert (len(pool.keys), pool.num_available) == (1, 15)
+        served.step()
+        assert (len(pool.keys), pool.num_available) == (1, 16)
+
+
 def test_the_cache_can_be_reset_while_a_wasted_step_is_computed() -> None:
     with serving(late=True) as served:
         served.add(request_of("plain", [1, 2, 3, 4, 5], 9, tuple(range(VOCAB))))
