@@ -30,7 +30,7 @@ class NoBackend(ComputesAtOnce):
     """A Backend that computes nothing: every token is 7."""
 
     page_size, page_bytes = PAGE_SIZE, 0
-    spec = SimpleNamespace(vocab_size=VOCAB)
+    spec = SimpleNamespace(vocab_size=VOCAB, hidden_size=0)
 
     def step(self, batch: StepBatch) -> StepResult:
         return StepResult(np.full(len(batch.sample_rows), 7, np.int32))
