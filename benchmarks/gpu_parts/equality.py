@@ -7,9 +7,11 @@ import numpy as np
 
 from octavo.backends.base import SamplingBatch, StepBatch
 from octavo.backends.cuda.backend import CudaBackend
+from octavo.backends.cuda.kernels.four_bit_linear import unpack
+from octavo.backends.cuda.kernels.four_bits import FourBits
 
 from . import attention_tiles, shapes
-from .linear_tiles import FAMILIES, LLAMA_8B, QWEN3_06B, Layer, disagreements, tiles_of
+from .linear_tiles import FAMILIES, FOUR_BITS, LLAMA_8B, QWEN3_06B, Layer, disagreements, tiles_of
 from .report import Report
 from .shapes import backend, random_weights, shortened, step
 
@@ -25,7 +27,9 @@ def run(report: Report, options: argparse.Namespace) -> None:
             for what, different, count in attention_tiles.disagreements(*shape):
                 value = f"{different} of {count} rows differ" if different else ""
                 report.check(f"attention {shape}: {what}", different == 0, value)
-    for layer in (LLAMA_8B[3], LLAMA_8B[2], LLAMA_8B[0], QWEN3_06B[1]):
+    with report.attempt("4 bits"):
+        four_bits(report)
+    for layer in (LLAMA_8B[3], FOUR_BITS[3], FOUR_BITS[2], LLAMA_8B[2], LLAMA_8B[0], QWEN3_06B[1]):
         with report.attempt(layer.name):
             tiles(report, layer)
 
@@ -64,6 +68,21 @@ def whole_model(report: Report) -> None:
         wide.close()
     with report.attempt("sampling"):
         sampling(report, made)
+
+
+def four_bits(report: Report) -> None:
+    """Compare two layers in Qwen3-0.6B's shapes, in 4 bits, with a model of the values that these stand for."""
+    spec = shortened(shapes.QWEN3_06B, 2)
+    weights = random_weights(spec, recipe="4bit")
+    unpacked = {name: unpack(weight) if isinstance(weight, FourBits) else weight for name, weight in weights.items()}
+    found = []
+    for each in (weights, unpacked):
+        made = backend(spec, each, 160, batch_tokens=1536, batch_size=256, model_len=2048)
+        found.append([chunked(made, chunk, PAGES, length) for chunk, length in ((1200, 1200), (37, 259), (1, 24))])
+        made.close()
+    for packed, plain, chunk in zip(*found, (1200, 37, 1), strict=True):
+        same(report, f"4 bits against their bfloat16 values, chunks of {chunk}", packed, plain)
+        same(report, f"4 bits, chunks of {chunk} against 1,200 at once", packed, found[0][0])
 
 
 def decode_logits(report: Report, made: CudaBackend, whole: np.ndarray) -> np.ndarray:

@@ -10,12 +10,13 @@ import argparse
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
+from octavo.backends.cuda.kernels import four_bit_linear
 from octavo.backends.cuda.kernels.configurations import (
     Family,
     Kind,
@@ -25,6 +26,7 @@ from octavo.backends.cuda.kernels.configurations import (
     estimate,
     write_tuned,
 )
+from octavo.backends.cuda.kernels.four_bits import FourBits
 from octavo.backends.cuda.kernels.gated import gated
 from octavo.backends.cuda.kernels.integer_linear import integer_gated, integer_linear
 from octavo.backends.cuda.kernels.linear import linear
@@ -56,8 +58,12 @@ class Layer:
         return self.kind.startswith("int8")
 
     @property
+    def four_bits(self) -> bool:
+        return self.kind.startswith("4 bits")
+
+    @property
     def weight_bytes(self) -> int:
-        return (1 if self.integer else 2) * self.outputs * self.inputs
+        return int((1 if self.integer else 0.625 if self.four_bits else 2) * self.outputs * self.inputs)
 
 
 def layers_of(spec: DecoderSpec) -> tuple[Layer, ...]:
@@ -77,7 +83,11 @@ INT8 = tuple(
     Layer(f"{layer.name} int8", "int8 gated" if layer.kind == "gated" else "int8", layer.outputs, layer.inputs)
     for layer in LLAMA_8B
 )
-Operand = Tensor | Int8Rows
+FOUR_BITS = tuple(
+    replace(layer, name=f"{layer.name} 4bit", kind="4 bits gated" if layer.kind == "gated" else "4 bits")
+    for layer in LLAMA_8B
+)
+Operand = Tensor | Int8Rows | FourBits
 
 
 def output(layer: Layer, rows: int) -> Tensor:
@@ -94,6 +104,12 @@ def compute(layer: Layer, x: Operand, weight: Operand, out: Tensor, tile: Tile |
             integer_gated(x, weight, out, "silu", tile=tile)
         else:
             integer_linear(x, weight, out, tile=tile)
+    elif isinstance(x, Tensor) and isinstance(weight, FourBits):
+        residual = out if layer.spans > 1 else None
+        if layer.kind == "4 bits gated":
+            four_bit_linear.gated(x, weight, out, "silu", tile=tile)
+        else:
+            four_bit_linear.linear(x, weight, out, residual=residual, spans=layer.spans, tile=tile)
     elif layer.kind == "gated":
         gated(x, weight, out, "silu", tile=tile)
     else:
@@ -102,15 +118,20 @@ def compute(layer: Layer, x: Operand, weight: Operand, out: Tensor, tile: Tile |
 
 def operand(layer: Layer, rows: int, scale: float = 1.0, of_weight: bool = False) -> Operand:
     """Return random rows in the form that the layer multiplies."""
+    if layer.four_bits and of_weight:
+        return shapes.random_four_bits(rows, layer.inputs, scale)
     values = (torch.randn(rows, layer.inputs, device="cuda") * scale).to(torch.bfloat16)
     return quantize_rows(values, of_weight=of_weight) if layer.integer else values
 
 
 def first(x: Operand, rows: int) -> Operand:
+    assert not isinstance(x, FourBits)
     return Int8Rows(x.values[:rows], x.scales[:rows]) if isinstance(x, Int8Rows) else x[:rows]
 
 
 def as_float64(x: Operand) -> Tensor:
+    if isinstance(x, FourBits):
+        return four_bit_linear.unpack(x).double()
     return x.values.double() * x.scales.double()[:, None] if isinstance(x, Int8Rows) else x.double()
 
 
@@ -143,14 +164,19 @@ def compile_all(calls: Iterable[Callable[[], object]]) -> None:
 def disagreements(layer: Layer, families: Iterable[Family] = FAMILIES) -> list[str]:
     """Compute 1, 5, 67 and 300 rows with every tile. Returns the tiles whose bits differ from the first one's.
 
-    The shorter batches are the first rows of the longest one, which the first tile computes.
+    The shorter batches are the first rows of the longest one, which the first tile computes. Weights of 4 bits are
+    compared with what their values in bfloat16 give.
     """
     torch.manual_seed(0)
     x, weight = operand(layer, 300), operand(layer, layer.outputs, layer.inputs**-0.5, of_weight=True)
     tiles = tiles_of(layer, families)
     compile_all(partial(compute, layer, x, weight, output(layer, 300), tile) for tile in tiles)
     wanted = output(layer, 300)
-    compute(layer, x, weight, wanted, tiles[0])
+    if isinstance(weight, FourBits):
+        plain = replace(layer, kind="gated" if layer.kind.endswith("gated") else "linear")
+        compute(plain, x, four_bit_linear.unpack(weight), wanted, None)
+    else:
+        compute(layer, x, weight, wanted, tiles[0])
     found = []
     for tile in tiles:
         for rows in (1, 5, 67, 300):
@@ -233,10 +259,10 @@ def main() -> None:
     parser.add_argument("--families", default=",".join(FAMILIES))
     options = parser.parse_args()
     families, end = options.families.split(","), time.monotonic() + options.seconds
-    layers = LLAMA_8B + QWEN3_06B + INT8
+    layers = LLAMA_8B + QWEN3_06B + INT8 + FOUR_BITS
     print(torch.cuda.get_device_name(), torch.__version__, flush=True)
     if "check" in options.what:
-        for layer in (*LLAMA_8B[:4], *QWEN3_06B[:4], *INT8[:4]):
+        for layer in (*LLAMA_8B[:4], *QWEN3_06B[:4], *INT8[:4], *FOUR_BITS[:4]):
             found = disagreements(layer, families)
             tiles, error = len(tiles_of(layer, families)), relative_error(layer)
             print(

@@ -1,4 +1,4 @@
-"""Part d: whole models of random weights: decode at several batch sizes, prefill, and the host's time per step."""
+"""Part d: whole models of random weights: decode, prefill, the host's time per step; and real text in 4 bits."""
 
 import argparse
 import statistics
@@ -25,24 +25,30 @@ def run(report: Report, options: argparse.Namespace) -> None:
     bandwidth, peak = copy_bandwidth(), matmul_peak()
     names = [name for name in MODELS if name in options.models]
     for name in sorted(names, key=lambda name: MODELS[name].hidden_size):
-        for recipe in ("bf16", "8bit"):
+        for recipe in ("bf16", "8bit", "4bit"):
             with report.attempt(f"{name} {recipe}"):
                 model(report, name, MODELS[name], bandwidth, peak, recipe)
             torch.cuda.empty_cache()
+    with report.attempt("real text in 4 bits"):
+        from . import text  # needs packages that the rest does not
+
+        text.run(report, options)
 
 
 def model(report: Report, model: str, spec: DecoderSpec, bandwidth: float, peak: float, recipe: str) -> None:
-    name, int8 = f"{model} {recipe}", recipe == "8bit"
+    name, plain = f"{model} {recipe}", recipe == "bf16"
     started = time.monotonic()
     pages = 256 * ((CONTEXT + STEPS + 8) // PAGE_SIZE + 1)
-    made = backend(spec, random_weights(spec, int8=int8), pages, batch_tokens=8192, batch_size=256, model_len=16384)
+    weights = random_weights(spec, recipe=recipe)
+    made = backend(spec, weights, pages, batch_tokens=8192, batch_size=256, model_len=16384, warm_up=True)
     torch.cuda.synchronize()
-    held = torch.cuda.memory_allocated() / 2**30
-    report.add(f"{name}: weights, kernels and graphs ready", f"{time.monotonic() - started:.1f} s, {held:.1f} GiB")
+    held, steps = torch.cuda.memory_allocated() / 2**30, made.footprint.step_bytes / 2**30
+    ready = f"{time.monotonic() - started:.1f} s, {held:.1f} GiB; steps take {steps:.1f} GiB"
+    report.add(f"{name}: weights and kernels ready", ready)
     made._kv.pool.values.normal_()
     torch.cuda.synchronize()
     for sequences, wanted in DECODE.items():
-        wanted = None if int8 else wanted
+        wanted = wanted if plain else None
         with report.attempt(f"{name}, decode {sequences}"):
             decode(report, name, made, sequences, wanted if spec.hidden_size > 2048 else None, bandwidth)
     for tokens, wanted in PREFILL.items():

@@ -30,7 +30,7 @@ def compare(report: Report, name: str, spec: DecoderSpec) -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
     expected = logits(oracle(spec, weights, torch.float32))
     plain = distance(logits(oracle(spec, weights, torch.bfloat16)), expected)
-    rounded = random_weights(spec, int8=True)
+    rounded = random_weights(spec, recipe="8bit")
     for kind, recipe, int8_kv, margin in (
         (name, weights, False, 2e-3),
         (f"{name}, int8 KV", weights, True, 1e-2),

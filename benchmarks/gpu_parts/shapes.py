@@ -8,7 +8,8 @@ import torch
 
 from octavo.backends.base import SamplingBatch, StepBatch
 from octavo.backends.cuda.backend import CudaBackend
-from octavo.backends.cuda.weights import Weights, round_weight
+from octavo.backends.cuda.kernels.four_bits import FourBits, pack
+from octavo.backends.cuda.weights import Weights, head_of, round_weight
 from octavo.model.registry import parameter_shapes
 from octavo.model.spec import DecoderSpec, RopeSpec
 
@@ -52,21 +53,39 @@ def shortened(spec: DecoderSpec, layers: int) -> DecoderSpec:
     return replace(spec, num_layers=layers, windows=spec.windows[:layers])
 
 
-def random_weights(spec: DecoderSpec, device: str = "cuda", int8: bool = False) -> Weights:
-    """Return weights by name, sized so that activations stay near 1: bfloat16, or int8 where `load` would round."""
+def random_weights(spec: DecoderSpec, device: str = "cuda", recipe: str = "bf16") -> Weights:
+    """Return weights by name, sized so that activations stay near 1.
+
+    Args:
+        recipe: bf16; 8bit: int8 where `load` would round; 4bit: integers of 4 bits for all matrices of linear layers.
+    """
     generator = torch.Generator(device).manual_seed(0)
     weights = Weights()
     for name, parts in parameter_shapes(spec).items():
         shape = (sum(part[0] for part in parts), *parts[0][1:])
+        if recipe == "4bit" and len(shape) == 2 and (name != "embed" or spec.tied_embeddings):
+            packed = random_four_bits(*shape, shape[-1] ** -0.5, device)
+            weights[head_of(name) if name == "embed" else name] = packed
+            if name != "embed":
+                continue
         weight = torch.empty(shape, dtype=torch.bfloat16, device=device)
         if name.endswith("norm"):
             weight.normal_(1.0, 0.1, generator=generator)
         else:
             weight.normal_(0.0, 1.0 if name == "embed" else shape[-1] ** -0.5, generator=generator)
         weights[name] = weight
-        if int8:
+        if recipe == "8bit":
             round_weight(weights, name, tied=spec.tied_embeddings)
     return weights
+
+
+def random_four_bits(rows: int, columns: int, scale: float, device: str = "cuda") -> FourBits:
+    """Return a matrix of random 4-bit integers in groups of 32, whose values are about `scale`."""
+    generator = torch.Generator(device).manual_seed(rows)
+    q = torch.randint(0, 16, (rows, columns), generator=generator, dtype=torch.uint8, device=device)
+    steps = torch.rand((rows, columns // 32), generator=generator, device=device).add_(0.5).mul_(scale / 4.6).half()
+    hopper = device == "cuda" and torch.cuda.get_device_capability()[0] == 9
+    return pack(q, steps.float(), (-7.5 * steps).float(), hopper)
 
 
 def backend(
@@ -80,8 +99,13 @@ def backend(
     page_size: int = PAGE_SIZE,
     int8_kv: bool = False,
     graphs: bool = True,
+    warm_up: bool = False,
 ) -> CudaBackend:
-    """Return the cuda backend of a model, with a KV pool."""
+    """Return the cuda backend of a model, with a KV pool.
+
+    Args:
+        warm_up: compile its kernels and measure its steps first, as `load` does.
+    """
     made = CudaBackend(
         spec,
         weights,
@@ -95,6 +119,8 @@ def backend(
     torch.cuda.synchronize()  # the weights were made on another stream
     if not graphs:
         made._graphs = None
+    if warm_up:
+        made.warm_up(lambda: None)
     try:
         made.allocate_kv(pages)
     except RuntimeError as error:  # of a capture: the rest can still be checked

@@ -168,6 +168,7 @@ struct Instruction {
     Activation activation = Activation::none;
     bool sampled = false;  // runs on the sampled rows only
     bool shared = false;   // other ranks read what it writes
+    bool divided = false;  // of the rows, each rank computes its share: all_reduce, and a norm of its result
 };
 
 // Consecutive rows of one sequence.

@@ -66,17 +66,28 @@ void pool_rows(const Instruction& op, const Step& step, int64_t begin, int64_t e
 
 // out = the sum of 1, 2, 4 or 8 vectors of `count` values, a multiple of 16, + bias + residual; these may be null. The
 // vectors are partial sums of neighboring spans of a linear, in order; they are added in the tree of Spans.
-void sum_partials(const float* const* partials, int64_t vectors, const float* bias, const float* residual, float* out,
-                  int64_t count) {
+template <int kVectors>
+void sum_vectors(const float* const* partials, const float* bias, const float* residual, float* out, int64_t count) {
+    const float* from[kVectors];
+    OCTAVO_UNROLL for (int p = 0; p < kVectors; p++) from[p] = partials[p];
     for (int64_t i = 0; i < count; i += kLanes) {
-        F32 sums[kMaxSpans];
-        for (int64_t p = 0; p < vectors; p++) sums[p] = load(partials[p] + i);
-        for (int64_t step = 1; step < vectors; step *= 2)
-            for (int64_t p = 0; p < vectors; p += 2 * step) sums[p] = sums[p] + sums[p + step];
+        F32 sums[kVectors];
+        OCTAVO_UNROLL for (int p = 0; p < kVectors; p++) sums[p] = load(from[p] + i);
+        OCTAVO_UNROLL for (int step = 1; step < kVectors; step *= 2)
+            OCTAVO_UNROLL for (int p = 0; p < kVectors; p += 2 * step) sums[p] = sums[p] + sums[p + step];
         if (bias) sums[0] = sums[0] + load(bias + i);
         if (residual) sums[0] = sums[0] + load(residual + i);
         store(out + i, sums[0]);
     }
+}
+
+void sum_partials(const float* const* partials, int64_t vectors, const float* bias, const float* residual, float* out,
+                  int64_t count) {
+    const auto sum = vectors == 8   ? sum_vectors<8>
+                     : vectors == 4 ? sum_vectors<4>
+                     : vectors == 2 ? sum_vectors<2>
+                                    : sum_vectors<1>;
+    sum(partials, bias, residual, out, count);
 }
 
 // out[r, :] = int8 of x[r, :], bf16 (see activations.h).

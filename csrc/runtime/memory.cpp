@@ -3,6 +3,7 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <cerrno>
 #include <cstdint>
 #include <new>
 #include <utility>
@@ -11,17 +12,19 @@ namespace octavo {
 
 namespace {
 constexpr size_t kHugePage = size_t{2} << 20;
-}
+
+constexpr size_t round_up(size_t bytes) { return (bytes + kHugePage - 1) / kHugePage * kHugePage; }
+
+}  // namespace
 
 Memory::Memory(size_t bytes) : size_(bytes) {
-    mapped_ = (bytes + kHugePage - 1) / kHugePage * kHugePage + kHugePage;  // one more, to align within
+    mapped_ = round_up(bytes) + kHugePage;  // one more, to align within
     mapping_ = mmap(nullptr, mapped_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (mapping_ == MAP_FAILED) {
         mapping_ = nullptr;
         throw std::bad_alloc();
     }
-    const auto address = (reinterpret_cast<uintptr_t>(mapping_) + kHugePage - 1) / kHugePage * kHugePage;
-    data_ = reinterpret_cast<std::byte*>(address);
+    data_ = reinterpret_cast<std::byte*>(round_up(reinterpret_cast<uintptr_t>(mapping_)));
 #ifdef MADV_HUGEPAGE
     madvise(data_, mapped_ - kHugePage, MADV_HUGEPAGE);  // fewer TLB misses; may fail, which does no harm
 #endif
@@ -30,15 +33,24 @@ Memory::Memory(size_t bytes) : size_(bytes) {
 Memory Memory::shared(int fd, size_t offset, size_t bytes) {
     if (fd < 0) return Memory(bytes);
     Memory memory;
-    bytes = std::max<size_t>(bytes, 1);
-    void* mapping = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, fd, off_t(offset));
-    if (mapping == MAP_FAILED) throw std::bad_alloc();
-    memory.mapping_ = mapping, memory.mapped_ = memory.size_ = bytes;
-    memory.data_ = static_cast<std::byte*>(mapping);
-#ifdef MADV_HUGEPAGE
-    madvise(mapping, bytes, MADV_HUGEPAGE);
-#endif
+    memory.size_ = bytes, memory.mapped_ = round_up(bytes) + kHugePage;
+    memory.mapping_ = mmap(nullptr, memory.mapped_, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (memory.mapping_ == MAP_FAILED) memory.mapping_ = nullptr;
+    void* at = reinterpret_cast<void*>(round_up(reinterpret_cast<uintptr_t>(memory.mapping_)));
+    constexpr int kFlags = MAP_SHARED | MAP_NORESERVE | MAP_FIXED;
+    if (!at || mmap(at, round_up(bytes), PROT_READ | PROT_WRITE, kFlags, fd, off_t(offset)) == MAP_FAILED)
+        throw std::bad_alloc();
+    memory.data_ = static_cast<std::byte*>(at);
     return memory;
+}
+
+void Memory::take(size_t bytes) const {
+    constexpr int kCollapse = 25;  // MADV_COLLAPSE of Linux 6.1, which C libraries before 2.37 do not define
+    for (std::byte* at = data_; at < data_ + bytes; at += kHugePage) {
+        if (madvise(at, kHugePage, kCollapse) == 0) continue;
+        __atomic_fetch_or(reinterpret_cast<char*>(at), 0, __ATOMIC_RELAXED);  // it must have some physical memory
+        if (madvise(at, kHugePage, kCollapse) != 0 && errno == EINVAL) return;
+    }
 }
 
 Memory::Memory(Memory&& other) noexcept { *this = std::move(other); }

@@ -11,8 +11,13 @@ public:
     // Memory of this process, aligned to 2 MiB. Throws std::bad_alloc; a page takes physical memory once it is written.
     explicit Memory(size_t bytes);
 
-    // Bytes of a memfd from `offset` on, a multiple of 4096, which other processes may map too. fd -1: as above.
+    // Bytes of a memfd from `offset` on, a multiple of 2 MiB, which other processes may map too. fd -1: as above.
     static Memory shared(int fd, size_t offset, size_t bytes);
+
+    // Put the first `bytes` of shared memory into huge pages, which the system does only when told to, and so take
+    // physical memory for all of them. They keep their content. Where the system cannot (Linux before 6.1), nothing
+    // changes.
+    void take(size_t bytes) const;
 
     Memory(Memory&& other) noexcept;
     Memory& operator=(Memory&& other) noexcept;

@@ -96,7 +96,10 @@ void Program::allocate_kv(int64_t pages) {
     const std::lock_guard not_in_a_step(running_);
     pages_ = 0;
     kv_ = nullptr;  // free the old pool first: the memory may not suffice for both
-    kv_ = std::make_shared<const Memory>(Memory::shared(kv_file_, 0, pages * page_bytes()));
+    const size_t bytes = pages * page_bytes();
+    kv_ = std::make_shared<const Memory>(Memory::shared(kv_file_, 0, bytes));
+    if (kv_file_ >= 0) kv_->take(bytes);
+    if (ranks_) ranks_->take(shared_bytes_);
     pages_ = pages;
 }
 
@@ -213,9 +216,11 @@ int64_t Program::rows_of(const Instruction& instruction) const {
     return instruction.sampled ? step_.sampled : step_.rows;
 }
 
-// Return the first and the end of the rows that this rank adds up for all ranks.
-std::pair<int64_t, int64_t> Program::rows_to_reduce() const {
-    return {step_.rows * ranks_->rank() / ranks_->size(), step_.rows * (ranks_->rank() + 1) / ranks_->size()};
+// Return the first and the end of the rows that this rank computes.
+std::pair<int64_t, int64_t> Program::own_rows(const Instruction& instruction) const {
+    const int64_t rows = rows_of(instruction);
+    if (!instruction.divided) return {0, rows};
+    return {rows * ranks_->rank() / ranks_->size(), rows * (ranks_->rank() + 1) / ranks_->size()};
 }
 
 // out[r, :] = (sum over ranks of their x[r, :]) + bias + residual[r, :], for rows begin ... end - 1.
@@ -248,13 +253,12 @@ int64_t Program::count_tiles(const Instruction& instruction, const Cut& cut) con
         case Op::rope_and_cache: return int64_t(cache_tiles_.size());
         case Op::attention: return int64_t(attention_tiles_.size()) * sizes_.kv_heads;
         case Op::sample: return followed_ && ranks_->rank() > 0 ? 0 : step_.sampled;
-        case Op::all_reduce: {
-            const auto [first, end] = rows_to_reduce();
-            return (end - first + step_.rows_per_tile - 1) / step_.rows_per_tile;
-        }
         case Op::pool_rows: return step_.pooling.ranges;
         case Op::observe: return (instruction.width + kObserved - 1) / kObserved;
-        default: return (rows_of(instruction) + step_.rows_per_tile - 1) / step_.rows_per_tile;
+        default: {
+            const auto [first, end] = own_rows(instruction);
+            return (end - first + step_.rows_per_tile - 1) / step_.rows_per_tile;
+        }
     }
 }
 
@@ -294,8 +298,9 @@ void Program::run_tile(int index, int64_t tile, bool more, int thread) {
     const Instruction& instruction = instructions_[index];
     const Plan& plan = plans_[index];
     Scratch& scratch = scratch_[thread];
-    const int64_t rows = rows_of(instruction);
-    const int64_t begin = tile * step_.rows_per_tile, end = std::min(rows, begin + step_.rows_per_tile);
+    const auto [first_row, end_row] = own_rows(instruction);
+    const int64_t begin = first_row + tile * step_.rows_per_tile;
+    const int64_t end = std::min(end_row, begin + step_.rows_per_tile);
     switch (instruction.op) {
         case Op::rotary: return compute_rotary(begin, end);
         case Op::embed: return kernels_.embed(instruction, step_, begin, end, scratch);
@@ -303,10 +308,7 @@ void Program::run_tile(int index, int64_t tile, bool more, int thread) {
         case Op::norm: return kernels_.norm(instruction, step_, begin, end, scratch);
         case Op::quantize: return kernels_.quantize(instruction, step_, begin, end, scratch);
         case Op::pool_rows: return kernels_.pool_rows(instruction, step_, tile, tile + 1, scratch);
-        case Op::all_reduce: {
-            const auto [first, last] = rows_to_reduce();
-            return sum_ranks(instruction, first + begin, std::min(last, first + begin + step_.rows_per_tile));
-        }
+        case Op::all_reduce: return sum_ranks(instruction, begin, end);
         case Op::sampled_rows: return kernels_.sampled_rows(instruction, step_, begin, end, scratch);
         case Op::rope_and_cache: return kernels_.rope_and_cache(instruction, step_, tile, scratch);
         case Op::attention: return kernels_.attention(instruction, step_, tile, more ? tile + 1 : -1, scratch);
@@ -317,7 +319,7 @@ void Program::run_tile(int index, int64_t tile, bool more, int thread) {
                 ahead = panel_memory(index, tile + 1);
             else if (const int next = plan.next_linear; next >= 0 && plans_[next].tiles)
                 ahead = panel_memory(next, plans_[next].tiles * thread / pool_.size());
-            return kernels_.linear(instruction, plan.cut, rows, tile, ahead, scratch);
+            return kernels_.linear(instruction, plan.cut, rows_of(instruction), tile, ahead, scratch);
         }
     }
 }

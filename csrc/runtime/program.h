@@ -164,7 +164,7 @@ private:
     void run_tiles(int instruction, int thread);
     void add_squares(const Instruction& instruction, int64_t tile);
     void compute_rotary(int64_t begin, int64_t end);
-    std::pair<int64_t, int64_t> rows_to_reduce() const;
+    std::pair<int64_t, int64_t> own_rows(const Instruction& instruction) const;
     void sum_ranks(const Instruction& instruction, int64_t begin, int64_t end);
     void publish(const Batch& batch);
     Batch published() const;
@@ -190,6 +190,7 @@ private:
     int64_t logits_width_ = 0, pooled_width_ = 0, weight_bytes_ = 0;
     Memory weight_memory_, arena_;
     int32_t* published_ = nullptr;      // the batch of the step, for other ranks
+    int64_t shared_bytes_ = 0;          // of the buffers that ranks share
     std::shared_ptr<const Memory> kv_;  // shared with the pages that Python has exported
     int64_t pages_ = 0;
     float* rotary_ = nullptr;

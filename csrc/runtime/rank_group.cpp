@@ -12,7 +12,7 @@ namespace octavo {
 
 namespace {
 
-constexpr size_t kCounterBytes = 4096;
+constexpr size_t kCounterBytes = 4096, kMemoryOffset = size_t{2} << 20;  // of the memfd
 
 uint32_t* word_of(std::atomic<uint32_t>& value) { return reinterpret_cast<uint32_t*>(&value); }
 
@@ -34,7 +34,7 @@ RankGroup::RankGroup(int rank, int size, int fd)
 }
 
 std::byte* RankGroup::map(size_t bytes) {
-    memory_ = Memory::shared(fd_, kCounterBytes, bytes);
+    memory_ = Memory::shared(fd_, kMemoryOffset, bytes);
     return memory_.data();
 }
 

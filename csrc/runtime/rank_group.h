@@ -26,6 +26,11 @@ public:
     // rank calls it once, with the same size.
     std::byte* map(size_t bytes);
 
+    // Take physical memory for the first bytes of it (see Memory::take).
+    void take(size_t bytes) const {
+        if (fd_ >= 0) memory_.take(bytes);
+    }
+
     // Wait until every rank has called barrier(). What they wrote before it is visible to all after it. Return false,
     // without waiting, once the group is stopped. One thread of a rank at a time.
     bool barrier();

@@ -72,9 +72,13 @@ int Program::embed(int weight, int64_t first_token) {
 
 int Program::norm(int x, int vector) {
     const int64_t width = buffers_.at(x).width;
-    const Instruction instruction{.op = Op::norm, .vector = values_of(vector, width), .width = width};
+    const bool divided = recorded_.back().instruction.op == Op::all_reduce && recorded_.back().out == x;
+    if (divided) recorded_.back().instruction.shared = false;  // each rank reads the rows that it has written
+    const Instruction instruction{
+        .op = Op::norm, .vector = values_of(vector, width), .width = width, .divided = divided};
     const int out = record(instruction, x, width, Element::bf16);
     buffers_[out].finest = Element::i8_rows;
+    if (divided) share(Home::common);
     return out;
 }
 
@@ -153,7 +157,8 @@ Program::Recorded& Program::linear_before(int x) {
 int Program::all_reduce(int x, int bias, int residual) {
     const int64_t width = buffers_[linear_before(x).out].width;
     share(Home::each);
-    const int out = record({.op = Op::all_reduce, .vector = values_of(bias, width)}, x, width, Element::f32, residual);
+    const int out = record({.op = Op::all_reduce, .vector = values_of(bias, width), .divided = true}, x, width,
+                           Element::f32, residual);
     share(Home::common);
     return out;
 }
@@ -245,6 +250,7 @@ void Program::lay_out_arena() {
     arena_ = Memory(own + sizes_.max_rows * sizes_.head_dim * sizeof(float));
     rotary_ = reinterpret_cast<float*>(arena_.data() + own);
     std::byte* memory = ranks_ ? ranks_->map(shared + kBatchBytes) : nullptr;
+    shared_bytes_ = shared;
     published_ = reinterpret_cast<int32_t*>(memory + shared);
 
     const auto matrix = [&](int buffer, int rank) -> Matrix {

@@ -2,6 +2,8 @@
 
 import asyncio
 import dataclasses
+import importlib.util
+import secrets
 from collections.abc import AsyncGenerator, Callable, Generator, Sequence
 from contextlib import aclosing
 from pathlib import Path
@@ -15,7 +17,7 @@ from .frontend.beam_search import BeamSearch, beam_search_output
 from .frontend.chat import ChatOptions, Conversation, chat_tokens, conversations
 from .frontend.frontend import Frontend
 from .frontend.inbox import Inbox
-from .frontend.links.process import EngineProcess, ProcessLink
+from .frontend.links.process import LOCAL, EngineProcess, ProcessLink
 from .frontend.live import LiveRequest, Sink
 from .frontend.meter import Meter
 from .frontend.metrics import Metric, metrics_of
@@ -35,6 +37,7 @@ from .frontend.router import Load
 from .frontend.scoring import ScoringParams, pairs_of, score_requests, scoring_output, share_prefix
 from .frontend.stats import FrontendStats, ReplicaStats
 from .frontend.tally import Tally
+from .kv.peers.access import PeerAccess
 from .outputs import (
     BeamSearchOutput,
     EmbeddingRequestOutput,
@@ -103,6 +106,7 @@ class AsyncLLM:
         self.config = config
         self._path = resolve(config.model, config.revision)
         self._secrets = config.read_secrets()
+        self._access = _new_access()
         self._links: list[ProcessLink] = []
         self._begin_loading(process)  # engines load while this process continues
         try:
@@ -146,7 +150,7 @@ class AsyncLLM:
             raise
 
     def _connect(self, replica: int, process: EngineProcess | None = None) -> ProcessLink:
-        return ProcessLink(self.config, self._path, process, replica, self._secrets)
+        return ProcessLink(self.config, self._path, process, replica, self._secrets, self._access)
 
     def discard(self) -> None:
         """End engines that the constructor has started. Needs no event loop. Does nothing after `start`."""
@@ -642,3 +646,8 @@ class Generation:
             async for increments in steps:
                 for _, increment in increments:
                     yield increment
+
+
+def _new_access() -> PeerAccess | None:
+    """Return what lets engines on this machine fetch pages from each other; None without ZeroMQ (octavo[server])."""
+    return PeerAccess(LOCAL, secrets.token_bytes(32)) if importlib.util.find_spec("zmq") is not None else None

@@ -22,6 +22,7 @@ from .settings import (
     Rule,
     Settings,
     Size,
+    Source,
     at_least,
     environment_source,
     file_source,
@@ -40,6 +41,7 @@ KV_CACHE_DTYPES = {"auto": "bf16", "bf16": "bf16", "bfloat16": "bf16", "int8": "
 QUANTIZATIONS = ("auto", "none", "8bit", "4bit")
 POLICIES = ("fcfs", "priority", "fair", "deadline")
 MAX_REPLICAS = 256
+ROLES = ("prefill", "decode", "both")
 RANKS = (1, 2, 4, 8)  # numbers of processes over which a model can be divided
 TOOL_PARSERS = (
     *("hermes", "qwen3_xml", "qwen3_coder", "llama3_json", "llama4_json", "llama4_pythonic", "pythonic", "mistral"),
@@ -52,6 +54,7 @@ _DEVICE = Rule("auto, cpu or cuda", lambda value: re.fullmatch(r"auto|cpu|cuda(:
 _DTYPE = Rule("auto, bfloat16 or float32", DTYPES.__contains__)
 _KV_CACHE_DTYPE = Rule("bf16 or int8", KV_CACHE_DTYPES.__contains__)
 _BATCH_TOKENS = Rule("from 1 to 1048576", lambda value: 1 <= value <= 2**20)
+_SHARE = Rule("above 0 and at most 1", lambda value: 0 < value <= 1)
 _PAGE_SIZE = Rule(f"a multiple of {PAGE_TOKENS}", lambda value: value > 0 and value % PAGE_TOKENS == 0)
 _POLICY = Rule(
     "fcfs, priority, fair, deadline, or package.module:ClassName",
@@ -138,7 +141,13 @@ class EngineConfig(Settings):
     kv_cache_memory: Size | None = setting(
         None,
         "Memory of the KV cache, such as 4GiB; by default enough for a full batch, up to half of the free memory, or "
-        "nine tenths of a GPU's.",
+        "up to what gpu_memory_utilization leaves of a GPU's.",
+    )
+    gpu_memory_utilization: float = setting(
+        0.9,
+        "Share of a GPU's memory that weights, steps and KV cache take together, up to 1; not used on a CPU, where "
+        "kv_cache_memory sets the KV cache.",
+        _SHARE,
     )
     kv_disk: str | None = setting(None, "Folder for KV pages evicted from memory; they are kept across restarts.")
     kv_disk_size: Size = setting(
@@ -221,6 +230,12 @@ class EngineConfig(Settings):
     secret_file: str | None = setting(
         None, f"Secret that engines and frontends over the network share, 64 hexadecimal digits: {SOURCES}."
     )
+    role: str = setting(
+        "both",
+        "What octavo engine does in a fleet: prefill (prompts, which go on elsewhere after their first token), decode, "
+        "or both (docs/fleet.md).",
+        one_of(*ROLES),
+    )
     tensor_parallel_size: int = setting(
         1,
         "Processes over which the model is divided (cpu only): 1, 2, 4 or 8; each has its share of cores and weights.",
@@ -231,7 +246,6 @@ class EngineConfig(Settings):
         super().__post_init__()
         kind = self.backend_name
         if kind == "cuda":
-            self.need(self.quantization != "4bit", "quantization", "none or 8bit with the cuda backend")
             self.need(self.tensor_parallel_size == 1, "tensor_parallel_size", "1 with the cuda backend")
         if kind == "torch":
             self.need(self.quantization in ("auto", "none"), "quantization", "auto or none with the torch backend")
@@ -250,13 +264,12 @@ class EngineConfig(Settings):
             "enable_prefix_caching",
             "on with kv_disk, kv_host_memory or kv_store",
         )
+        self.need(self.enable_prefix_caching or self.role == "both", "enable_prefix_caching", "on with a role")
 
     @property
     def backend_name(self) -> str:
         """Return the backend that runs the model: cpu, cuda or torch."""
-        if self.backend != "auto":
-            return self.backend
-        return "cuda" if self.device.startswith("cuda") else "cpu"
+        return _backend_name(self.backend, self.device)
 
     @property
     def model_name(self) -> str:
@@ -303,7 +316,7 @@ class EngineConfig(Settings):
 
         A keyword that is None counts as not given. Warns of ignored keywords. Raises ConfigError.
         """
-        resolved = resolve((cls,), VLLM, [environment_source(), keyword_source(keywords)], hint=False)
+        resolved = _resolve((cls,), [environment_source(), keyword_source(keywords)], hint=False)
         for warning in resolved.warnings:
             warnings.warn(warning, stacklevel=3)
         return resolved.build(cls)
@@ -323,4 +336,21 @@ def resolve_flags(classes: tuple[type, ...], flags: Mapping[str, Any], file: Pat
     A flag that is None counts as not given. Raises ConfigError.
     """
     files = [file_source(file)] if file else []
-    return resolve(classes, VLLM, [environment_source(), *files, flag_source(flags)])
+    return _resolve(classes, [environment_source(), *files, flag_source(flags)])
+
+
+def _resolve(classes: tuple[type, ...], sources: list[Source], hint: bool = True) -> Resolved:
+    """Merge sources of settings, and warn of one that has no effect on the device."""
+    resolved = resolve(classes, VLLM, sources, hint)
+    given, name = resolved.values, "gpu_memory_utilization"
+    if name in given and _backend_name(given.get("backend", "auto"), given.get("device", "auto")) != "cuda":
+        spelling = resolved.origins[name].partition(" ")[2]
+        resolved.warnings.append(f"ignored: {spelling} {given[name]} (kv_cache_memory sets the KV cache of a CPU)")
+    return resolved
+
+
+def _backend_name(backend: str, device: str) -> str:
+    """Return the backend that two settings choose: cpu, cuda or torch."""
+    if backend != "auto":
+        return backend
+    return "cuda" if device.startswith("cuda") else "cpu"

@@ -137,7 +137,6 @@ _VALUES: dict[str, Alias] = {
     "kv_events_config": Alias(_read_kv_events_config),
     "speculative_config": Alias(_read_speculative_config),
     "allowed_origins": Alias(_read_allowed_origins),
-    "gpu_memory_utilization": _ignored("kv_cache_memory sets the size of the KV cache"),
     "num_gpu_blocks_override": _ignored("kv_cache_memory sets the size of the KV cache"),
     "swap_space": _ignored("see kv_disk and kv_host_memory"),
     "cpu_offload_gb": _ignored("weights are not offloaded"),

@@ -265,8 +265,11 @@ def test_selectors_keep_servers_engines_and_redis_apart() -> None:
                 assert chosen(each["spec"]["selector"]["matchLabels"]) == [name]
             case "NetworkPolicy":
                 assert chosen(each["spec"]["podSelector"]["matchLabels"]) == [name]
-                [rule] = each["spec"]["ingress"]
+                rule, *others = each["spec"]["ingress"]
                 sources = [chosen(source["podSelector"]["matchLabels"]) for source in rule["from"]]
+                if name == "-engines":  # from each other, they fetch pages at ports that were free
+                    [[engines]] = [other["from"] for other in others]
+                    assert chosen(engines["podSelector"]["matchLabels"]) == ["-engines"]
                 _, container = pod_of(next(objects[key] for key in workloads if key[1] == name))
                 assert [each["port"] for each in rule["ports"]] == [container["ports"][0]["containerPort"]]
                 assert sources == ([[""]] if name == "-engines" else [[""], ["-engines"]])

@@ -22,6 +22,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from octavo.config import ROLES
 from octavo.errors import InvalidRequest, OctavoError, RequestFailed, RequestTimeout
 from octavo.frontend.live import LiveRequest
 from octavo.frontend.readmission import ENOUGH_FAULTS, ENOUGH_KILLS
@@ -37,6 +38,7 @@ MAX_LIVE = 16
 
 turns = st.integers(0, 4)  # iterations of the event loop after an action
 which = st.integers(0, 7)  # picks one of what there is
+roles = st.lists(st.sampled_from(ROLES), min_size=1, max_size=4)
 
 
 @dataclass(frozen=True)
@@ -156,10 +158,10 @@ class Fleet(RuleBasedStateMachine):
         self.loop_context = virtual_loop()
         self.loop = self.loop_context.__enter__()
 
-    @initialize(replicas=st.integers(1, 4), poisons=st.booleans())
-    def start(self, replicas: int, poisons: bool) -> None:
+    @initialize(replicas=st.integers(1, 4), poisons=st.booleans(), roles=roles)
+    def start(self, replicas: int, poisons: bool, roles: list[str]) -> None:
         self.may_poison = poisons
-        self.toys = Toys(replicas)
+        self.toys = Toys(replicas, roles)
         self.frontend = self.toys.frontend
         self.run(0, self.toys.start())
         self.is_started = True

@@ -1,6 +1,7 @@
 """Several engines of one model: the same tokens from all of them, whatever happens to some of them."""
 
 import asyncio
+import importlib.util
 import os
 import signal
 from collections.abc import Awaitable, Callable
@@ -111,7 +112,7 @@ def test_a_state_survives_the_death_of_its_engine(tiny_llama: Path, tmp_path: Pa
         [output] = await llm.agenerate([list(range(70))], SHORT)
         state = await llm.get_kv_cache_state(output.request_id)
         expected = tokens_of(await llm.agenerate([[5]], SHORT, kv_cache_state=state))
-        home = llm._frontend._replica_for(state)
+        home = llm._frontend.kv_states._holder(state)
         os.kill(pid(home), signal.SIGKILL)
         assert tokens_of(await llm.agenerate([[5]], SHORT, kv_cache_state=state)) == expected
         await state.save(tmp_path / "state.kv")
@@ -187,3 +188,43 @@ def test_shares_of_the_cores(of: int, monkeypatch: pytest.MonkeyPatch) -> None:
     assert set().union(*shares) == cores and all(shares)
     if of <= len(cores):
         assert sum(map(len, shares)) == len(cores)
+
+
+def test_engines_fetch_pages_from_each_other(tiny_llama: Path) -> None:
+    async def scenario(llm: AsyncLLM) -> None:
+        replicas = llm._frontend.replicas
+        while not all(replica.load.address for replica in replicas):
+            await asyncio.sleep(0.01)
+        fetched = 0
+        for first in range(20):  # pages that come later than they are computed are not used
+            prompt = [first, *range(100, 299)]
+            [output] = await llm.agenerate([prompt], SHORT)
+            home = next(replica for replica in replicas if replica.name == output.metrics.replica)
+            home.is_leaving = True  # so that the request goes to the other one
+            [again], [other] = (
+                await llm.agenerate([prompt], SHORT),
+                await llm.agenerate([prompt], SHORT, cache_salt="x"),
+            )
+            home.is_leaving = False
+            assert tokens_of([output]) == tokens_of([again]) == tokens_of([other])
+            assert again.metrics.replica == other.metrics.replica != output.metrics.replica
+            assert other.metrics.cached_tokens == 0
+            fetched += again.metrics.cached_tokens
+            if fetched:
+                break
+        stats = [each.engine for each in await llm.replica_stats() if each.engine is not None]
+        assert sum(engine.tiers["peers"].hits for engine in stats) >= fetched / 32 > 0
+
+    run(tiny_llama, scenario)
+
+
+def test_without_zeromq_engines_compute_everything(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is not among the packages that Octavo needs as a library."""
+    find = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *rest: None if name == "zmq" else find(name, *rest))
+
+    async def scenario(llm: AsyncLLM) -> None:
+        await llm.agenerate([[5] * 100, [6] * 100], SHORT)
+        assert all(replica.load.pages and not replica.load.address for replica in llm._frontend.replicas)
+
+    run(tiny_llama, scenario)

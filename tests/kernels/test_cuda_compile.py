@@ -17,7 +17,7 @@ if INTERPRETED:
     pytest.skip("kernels are interpreted here, not compiled", allow_module_level=True)
 
 from compiled_kernel import Compiled, compile_kernel
-from octavo.backends.cuda.kernels import embed, gated, integer_linear, linear, norm
+from octavo.backends.cuda.kernels import embed, four_bit_linear, gated, integer_linear, linear, norm
 from octavo.backends.cuda.kernels.configurations import Tile, candidates, choose
 
 TYPES = {"x": "*bf16", "weight": "*bf16", "bias": "*bf16", "residual": "*fp32", "waiting": "*fp32", "rows": "i32"}
@@ -49,13 +49,17 @@ def compile_gated(tile: Tile, capability: int) -> Compiled:
     )
 
 
-def check(made: Compiled, tile: Tile, capability: int) -> None:
+def check(made: Compiled, tile: Tile, capability: int, copies_of_pairs: bool = False) -> None:
     left = tile.outputs if tile.swapped else tile.rows
     hopper = capability == 90 and left >= 64
     assert made.count("HGMMA") > 0 if hopper else (made.count("HMMA") > 0 and made.count("HGMMA") == 0), tile
     assert made.spills_in_loops() <= (0 if capability == 90 else 4), tile
     assert capability < 90 or made.stack_bytes <= 128, f"{made.stack_bytes} bytes are spilled outside of loops: {tile}"
-    assert made.count("LDGSTS.E.BYPASS.128") == made.count("LDGSTS") > 0, f"copies of less than 16 bytes: {tile}"
+    copies, large = made.count("LDGSTS"), made.count("LDGSTS.E.BYPASS.128")
+    if copies_of_pairs:  # of 4 or 8 bytes, one for each output and group
+        copies -= made.sass.count("LDGSTS.E.64 ") + made.sass.count("LDGSTS.E ")
+        assert large >= tile.stages - 1
+    assert copies == large > 0, f"copies of less than 16 bytes: {tile}"
     assert made.shared_bytes <= SHARED_BYTES[capability], tile
     assert made.registers * 32 * tile.warps <= 65536, tile
 
@@ -100,6 +104,44 @@ def test_int8(capability: int, instruction: str) -> None:
     made = compile_kernel(linear.linear_kernel, types, constants, tile.options, capability, ("outputs",))
     assert made.count(instruction) > 0 and made.spills_in_loops() == 0
     assert made.count("LDGSTS.E.BYPASS.128") == made.count("LDGSTS") > 0
+
+
+FOUR_BITS = TYPES | {"values": "*u8", "blocks": "i32"}
+GROUPS = {32: "*i32", 128: "*i64"}  # values in a group, and the type of its scale and minimum
+
+
+def check_four_bits(tile: Tile, spans: int, group: int, capability: int, gate: bool) -> None:
+    constants = {"bias": None, "GROUP_OF_K": group, "MIXED": capability == 90, **tile.constants}
+    types = FOUR_BITS | {"pairs": GROUPS[group], "out": "*bf16" if gate else "*fp32"}
+    if gate:
+        kernel, constants = four_bit_linear.four_bit_gated_kernel, constants | {"K": 4096, "ACTIVATION": "silu"}
+    else:
+        here = tile.spans_here(spans)
+        kernel = four_bit_linear.four_bit_linear_kernel
+        constants |= {"K": 14336, "SPANS": spans, "SPANS_HERE": here}
+        constants |= {"residual": None} if here < spans else {}
+    made = compile_kernel(kernel, types, constants, tile.options, capability, ("outputs", "features"))
+    check(made, tile, capability, copies_of_pairs=True)
+    assert made.sass.count("LDS.U8") == 0, f"bytes are read one by one: {tile}"
+
+
+@pytest.mark.parametrize("rows, capability, group", [(1, 90, 128), (128, 90, 32), (16, 80, 32)])
+def test_four_bits(rows: int, capability: int, group: int) -> None:
+    _check_four_bits(rows, capability, group)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("rows", [1, 16, 32, 64, 128, 256, 512])
+@pytest.mark.parametrize("group", GROUPS)
+def test_all_four_bits(rows: int, capability: int, group: int) -> None:
+    _check_four_bits(rows, capability, group)
+
+
+def _check_four_bits(rows: int, capability: int, group: int) -> None:
+    check_four_bits(for_chip(choose("4 bits", 4096, 14336, 8, rows), capability), 8, group, capability, gate=False)
+    check_four_bits(for_chip(choose("4 bits", 6144, 14336, 1, rows), capability), 1, group, capability, gate=False)
+    check_four_bits(for_chip(choose("4 bits gated", 28672, 4096, 1, rows), capability), 1, group, capability, gate=True)
 
 
 @pytest.mark.exhaustive

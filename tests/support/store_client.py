@@ -1,4 +1,4 @@
-"""An engine with a shared store below it, whose model is arithmetic.
+"""An engine that shares pages through a store or directly, whose model is arithmetic.
 
 So a request takes as long as it waits for the store, but for the time in which the machine lets the process wait.
 """
@@ -12,9 +12,10 @@ from pathlib import Path
 
 from octavo.backends.base import StepBatch, StepResult
 from octavo.engine.engine import Engine
-from octavo.engine.messages import EngineRequest, TokenOutput
+from octavo.engine.messages import EngineRequest, PageSource, TokenOutput
 from octavo.formats.page_cipher import PageCipher
 from octavo.kv import Transfers
+from octavo.kv.peers.access import PeerAccess
 from octavo.kv.store import Store
 from octavo.kv.store.sharing import Sharing
 from octavo.params import SamplingParams
@@ -53,11 +54,12 @@ class StoreClient:
 
     def __init__(
         self,
-        store: Store,
+        store: Store | None,
         fingerprint: str = "model",
         key: str | None = None,
         num_pages: int = 32,
         slowness: float = 0.0,
+        access: PeerAccess | None = None,
     ):
         self.store = store
         backend = SlowBackend(num_pages, PAGE)
@@ -69,6 +71,7 @@ class StoreClient:
             fingerprint=fingerprint,
             ttl=100.0,
             cipher=PageCipher(key) if key else None,
+            access=access,
             on_change=transfers.wake,
         )
         self.engine = Engine(
@@ -84,10 +87,11 @@ class StoreClient:
         self.ids: Iterator[int] = count()
         self.longest = 0.0  # seconds that a request took; of a long one, those in which nothing ran or could run
 
-    def ask(self, prompt: list[int] = PROMPT, **terms: str) -> int:
+    def ask(self, prompt: list[int] = PROMPT, source: PageSource | None = None, **terms: str) -> int:
         """Return how many tokens of the prompt were not computed."""
         busy, began = seconds_not_idle(), time.monotonic()
-        self.engine.add(EngineRequest(str(next(self.ids)), prompt, SamplingParams(max_tokens=3), **terms))
+        params = SamplingParams(max_tokens=3)
+        self.engine.add(EngineRequest(str(next(self.ids)), prompt, params, source=source, **terms))
         outputs: list[TokenOutput] = []
         while not outputs or outputs[-1].finish_reason is None:
             outputs += self.engine.step()

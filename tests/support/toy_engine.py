@@ -121,6 +121,7 @@ class ToyEngine:
         load_seconds: time until it is ready.
         refuses: whether it fails to load.
         fingerprint: of its pages.
+        role: in the fleet.
 
     Attributes:
         hangs: whether it does nothing, not even send heartbeats.
@@ -137,8 +138,16 @@ class ToyEngine:
     heartbeats = True
     is_remote = False
 
-    def __init__(self, number: int, load_seconds: float = 0.5, refuses: bool = False, fingerprint: str = "toy"):
+    def __init__(
+        self,
+        number: int,
+        load_seconds: float = 0.5,
+        refuses: bool = False,
+        fingerprint: str = "toy",
+        role: str = "both",
+    ):
         self.number, self.load_seconds, self.refuses, self.fingerprint = number, load_seconds, refuses, fingerprint
+        self.role, self.host = role, f"10.0.0.{number}"
         self.sequences: dict[str, ToySequence] = {}
         self.inbox: deque[ToEngine] = deque()
         self.outbox: deque[FromEngine] = deque()
@@ -263,7 +272,8 @@ class ToyEngine:
             self._deliver(Failed.of(DamagedWeights("a toy model is damaged")))
             return
         self.is_ready = True
-        self._deliver(Ready(EngineInfo(MAX_MODEL_LEN, VOCAB_SIZE, NUM_PAGES, PAGE_SIZE, self.fingerprint)))
+        info = EngineInfo(MAX_MODEL_LEN, VOCAB_SIZE, NUM_PAGES, PAGE_SIZE, self.fingerprint, role=self.role)
+        self._deliver(Ready(info))
 
     def _beat(self) -> None:
         if self.is_ended or self._loop is None:
@@ -295,7 +305,7 @@ class ToyEngine:
                     self.sequences.pop(id, None)
             case WatchPages():
                 self._changes, self.has_gap = {}, False
-                self._deliver(Pages(0, b"".join(self.pages)))
+                self._deliver(Pages(0, b"".join(self.pages), port=7000 if message.with_serving else 0))
                 self._page_number = 1
             case AskStats():
                 self._deliver(Stats(message.id, toy_stats()))
@@ -310,6 +320,9 @@ class ToyEngine:
             self._die_of(request)
             return
         assert request.id not in self.sequences
+        if (source := request.source) is not None:
+            assert source.address != f"tcp://{self.host}:7000", "it is told to fetch pages from itself"
+            assert source.pages > 0
         root = root_key(self.fingerprint, request.tenant, request.salt, request.origin)
         self.sequences[request.id] = ToySequence(
             request, Prefix(root, array("i", request.prompt + request.output), PAGE_SIZE)
@@ -375,9 +388,11 @@ class Toys:
 
     Attributes:
         plans: keywords of the next engines to be connected, for each replica.
+        roles: of the engines, in turns.
     """
 
     replicas: int = 1
+    roles: Sequence[str] = ("both",)
     engines: list[ToyEngine] = field(default_factory=list)
     plans: dict[int, list[dict[str, object]]] = field(default_factory=dict)
 
@@ -388,7 +403,8 @@ class Toys:
 
     def connect(self, number: int) -> ToyEngine:
         plans = self.plans.get(number)
-        engine = ToyEngine(number, **(plans.pop(0) if plans else {}))  # type: ignore[arg-type]
+        role = self.roles[number % len(self.roles)]
+        engine = ToyEngine(number, role=role, **(plans.pop(0) if plans else {}))  # type: ignore[arg-type]
         self.engines.append(engine)
         return engine
 

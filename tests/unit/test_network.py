@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from octavo.address import Address, addresses
 from octavo.config import EngineConfig
+from octavo.curve import Curve
 from octavo.engine.messages import EngineInfo, EngineRequest, TokenOutput
 from octavo.errors import ConfigError
 from octavo.frontend.links.link import Exit
@@ -39,7 +40,6 @@ from octavo.frontend.links.messages import (
     decode_from_engine,
 )
 from octavo.network import discovery, protocol
-from octavo.network.curve import Curve
 from octavo.network.host import QUIET, EngineHost
 from octavo.network.model_files import ModelFiles
 from octavo.network.protocol import NO_TERM, AskFiles, Beat, Ended, Files, Goodbye, Hello, Refused, Welcome, encode
@@ -53,7 +53,7 @@ INFO = EngineInfo(512, 100, 8, 32, "print")
 class Recorder:
     """A Link that keeps what it is sent. Its engine is ready as soon as `loads` returns."""
 
-    pid, heartbeats, is_remote = None, False, False
+    pid, heartbeats, is_remote, host = None, False, False, ""
 
     def __init__(self, loads: Callable[[], Awaitable[object]]) -> None:
         self.sent: list[ToEngine] = []

@@ -139,11 +139,13 @@ class Footprint:
         kernels: name of the kernels, for people: an instruction set, or PyTorch's device.
         weight_bytes: bytes of the weights in memory.
         page_bytes: bytes of one KV page, all layers together.
+        step_bytes: bytes that steps take beside both, if the backend knows it.
     """
 
     kernels: str
     weight_bytes: int
     page_bytes: int
+    step_bytes: int = 0
 
 
 class Backend(Protocol):

@@ -10,7 +10,7 @@ import statistics
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from rich.table import Table
@@ -22,6 +22,7 @@ from octavo.engine.loading import load_engine
 from octavo.engine.messages import EngineRequest
 from octavo.errors import ConfigError, OctavoError
 from octavo.frontend.progress import loading_bar
+from octavo.model.spec import DecoderSpec
 from octavo.params import SamplingParams
 from octavo.terminal import console
 from octavo.weights import resolve
@@ -34,16 +35,47 @@ WARM_UP, STEPS = 2, 12  # decode steps for each figure
 PREFILL_RUNS = 3
 # Parts of a step's time -> ops of the native program. The other ops are "row_wise"; time outside the program is "host".
 PARTS = {"linear": ("linear",), "attention": ("attention",), "head": ("head",), "sampling": ("sample",)}
-SHARES = (*PARTS, "row_wise", "host")
+
+
+class Meter(Protocol):
+    """What is measured of a backend and its machine.
+
+    Attributes:
+        isa: instruction set of the kernels, or the GPU's name.
+        page_bytes: bytes of a KV page of `page_size` tokens.
+        layer_bytes, head_bytes: bytes of weights that a step reads, of all layers and of the head.
+        layer_integers, head_integers: the share of their operations that is in int8.
+    """
+
+    spec: DecoderSpec
+    isa: str
+    page_size: int
+    page_bytes: int
+    layer_bytes: int
+    head_bytes: int
+    layer_integers: float
+    head_integers: float
+
+    def ceilings(self) -> tuple[float, float, float]:
+        """Measure bytes of memory per second, and operations per second of bf16 and of int8 products."""
+        ...
+
+    def profile(self, on: bool) -> None:
+        """Start measuring where the time goes, from zero, or stop."""
+        ...
+
+    def times(self) -> dict[str, float]:
+        """Return seconds since profile(True): by op of the native program, or of a GPU in "device"."""
+        ...
 
 
 @dataclass(frozen=True)
 class Ceilings:
-    """Peak rates of this machine with `threads` threads and the kernels of instruction set `isa`."""
+    """Peak rates of this machine with `threads` threads and kernels of instruction set `isa`, or of the GPU `isa`."""
 
     isa: str
-    threads: int
-    bytes_per_second: float  # reading memory
+    threads: int  # 0: a GPU
+    bytes_per_second: float  # reading memory; of a GPU, copying it
     operations_per_second: float  # in bf16 dot products, where a multiplication and an addition count as two
     integer_operations_per_second: float  # in int8 dot products
 
@@ -116,16 +148,16 @@ def measure(config: EngineConfig, seed: int, for_plot: bool) -> tuple[Ceilings, 
     """
     # Prefix caching gives many sequences a context at once. It does not shorten the steps that are timed.
     config = dataclasses.replace(config, enable_prefix_caching=True)
-    if config.backend_name != "cpu":
-        raise ConfigError(f"bench roofline measures the native kernels: leave out backend {config.backend_name}")
+    if config.backend_name == "torch":
+        raise ConfigError("bench roofline measures the kernels of Octavo: leave out backend torch")
     if config.tensor_parallel_size > 1:
         raise ConfigError("bench roofline measures one process: leave out tensor_parallel_size")
     with loading_bar() as loaded:
         engine = load_engine(config, resolve(config.model, config.revision), loaded)
     try:
-        assert isinstance(engine.backend, CpuBackend)
-        before = engine.backend.ceilings()
-        bench = Bench(engine, engine.backend, np.random.default_rng(seed))
+        meter = _meter(engine)
+        before = meter.ceilings()
+        bench = Bench(engine, meter, np.random.default_rng(seed))
         decodes, prefills = list(_decodes(engine, for_plot)), _prefills(engine)
         measured = []
         with progress("Measuring", len(decodes) + len(prefills)) as advance:
@@ -136,11 +168,21 @@ def measure(config: EngineConfig, seed: int, for_plot: bool) -> tuple[Ceilings, 
                 measured.append(bench.prefill(length, config.max_batch_tokens))
                 advance(1)
         # Other programs may have slowed down one of the two measurements, so the faster one is nearer to the peak.
-        best = map(max, before, engine.backend.ceilings())
-        ceilings = Ceilings(engine.backend.isa, config.num_threads, *best)
+        best = map(max, before, meter.ceilings())
+        ceilings = Ceilings(meter.isa, 0 if config.backend_name == "cuda" else config.num_threads, *best)
         return ceilings, [each.report(ceilings) for each in measured]
     finally:
         engine.close()
+
+
+def _meter(engine: Engine) -> Meter:
+    """Return what measures the engine's backend: the cpu backend itself, or the meter of the cuda backend."""
+    if isinstance(engine.backend, CpuBackend):
+        return engine.backend
+    from octavo.backends.cuda.backend import CudaBackend
+
+    assert isinstance(engine.backend, CudaBackend)
+    return engine.backend.meter
 
 
 def _decodes(engine: Engine, for_plot: bool) -> Iterator[tuple[int, int]]:
@@ -171,7 +213,7 @@ class Bench:
     """Measures steps of an idle engine."""
 
     engine: Engine
-    backend: CpuBackend
+    backend: Meter
     random: np.random.Generator
 
     def decode(self, batch_size: int, context: int) -> Measured:
@@ -232,6 +274,9 @@ class Bench:
         """End the profile, and return the fractions of `seconds` by part."""
         times = self.backend.times()
         self.backend.profile(False)
+        if "device" in times:
+            device = min(1.0, times["device"] / seconds)  # a step that is launched ahead may end later
+            return {"device": device, "host": 1 - device}
         shares = {part: sum(times.pop(op) for op in ops) / seconds for part, ops in PARTS.items()}
         row_wise = sum(times.values()) / seconds
         return shares | {"row_wise": row_wise, "host": 1 - row_wise - sum(shares.values())}
@@ -260,15 +305,18 @@ class Bench:
 def print_tables(ceilings: Ceilings, steps: list[dict[str, Any]]) -> None:
     """Print the report as tables. Steps are named by phase, sequences × context."""
     machine = Table("", "", title="roofline", title_justify="left", show_header=False)
-    machine.add_row("Memory, read (GB/s)", f"{ceilings.bytes_per_second / 1e9:,.1f}")
+    kind = "read" if ceilings.threads else "read and written"
+    machine.add_row(f"Memory, {kind} (GB/s)", f"{ceilings.bytes_per_second / 1e9:,.1f}")
     machine.add_row(f"Products in bf16, {ceilings.isa} (GFLOP/s)", f"{ceilings.operations_per_second / 1e9:,.0f}")
     machine.add_row(f"Products in int8, {ceilings.isa} (GOP/s)", f"{ceilings.integer_operations_per_second / 1e9:,.0f}")
-    machine.add_row("Threads", str(ceilings.threads))
+    if ceilings.threads:
+        machine.add_row("Threads", str(ceilings.threads))
     work = Table("Step", "Weights MB", "KV MB", "Linear GFLOP", "Attention", "Head")
     work.title = "Least work of a step"
     possible = Table("Step", "ms", "Tokens/s", "Floor (ms)", "Limit", "Achieved")
     possible.title = "Time, and the least possible time"
-    spent = Table("Step", *(share.replace("_", "-").capitalize() for share in SHARES))
+    parts = list(steps[0]["shares"])
+    spent = Table("Step", *(part.replace("_", "-").capitalize() for part in parts))
     spent.title = "Where the time goes"
     for step in steps:
         name = f"{step['phase']} {step['batch_size']} × {step['context']:,}"
@@ -278,7 +326,7 @@ def print_tables(ceilings: Ceilings, steps: list[dict[str, Any]]) -> None:
         rate, achieved = f"{step['tokens_per_second']:,.0f}", f"{step['achieved']:.0%}"
         floor = f"{step['floor_milliseconds']:,.2f}"
         possible.add_row(name, f"{step['milliseconds']:,.2f}", rate, floor, step["limited_by"], achieved)
-        spent.add_row(name, *(f"{step['shares'][share]:.1%}" for share in SHARES))
+        spent.add_row(name, *(f"{step['shares'][part]:.1%}" for part in parts))
     for table in (machine, work, possible, spent):
         table.pad_edge, table.title_justify = False, "left"  # narrow, so that all of it fits into 80 columns
         table.columns[0].no_wrap = True

@@ -100,7 +100,8 @@ def roofline(
     settings = {"seed": seed, "engine": _engine_settings(config)}
     write_json("roofline", settings, {"ceilings": dataclasses.asdict(ceilings), "steps": steps}, output_json)
     if plot:
-        bench_plot.plot(f"{config.model_name}, {ceilings.threads} threads, {ceilings.isa}", steps, plot)
+        threads = f"{ceilings.threads} threads, " if ceilings.threads else ""
+        bench_plot.plot(f"{config.model_name}, {threads}{ceilings.isa}", steps, plot)
     bench_roofline.print_tables(ceilings, steps)
 
 

@@ -116,7 +116,8 @@ def _overview(now: ServerStats, before: ServerStats | None) -> Table:
         for replica in model.replicas:
             engine, earlier = replica.engine, _earlier_replica(before, replica.pid)
             state = ("draining" if model.state == "draining" else "ready") if replica.is_ready else replica.status
-            cells = [Text(name), Text(replica.name), Text(printable(state, lines=False))]
+            role = "" if replica.role == "both" else f" ({replica.role})"
+            cells = [Text(name), Text(f"{replica.name}{role}"), Text(printable(state, lines=False))]
             if engine is not None:
                 rates = _Rates(now.time, engine, *earlier)
                 hits = f"{engine.cached_tokens / engine.prompt_tokens:.0%}" if engine.prompt_tokens else "–"
@@ -230,8 +231,11 @@ def _pages(engine: EngineStats) -> Text:
 
 def _swapped(engine: EngineStats, rates: _Rates) -> Text:
     out, into = rates.per_second("pages_saved"), rates.per_second("pages_fetched")
-    store = engine.tiers.get("store")
-    shared = f" · store: {store.hits:,} hits, {store.misses:,} misses, {store.errors:,} errors" if store else ""
+    shared = "".join(
+        f" · {name}: {tier.hits:,} hits, {tier.misses:,} misses, {tier.errors:,} errors"
+        for name in ("store", "peers")
+        if (tier := engine.tiers.get(name))
+    )
     return Text(
         f"{out} pages/s out ({engine.pages_saved:,}; {engine.pending_saves:,} pending) · "
         f"{into} in ({engine.pages_fetched:,}; {engine.num_fetching:,} pending){shared}"

@@ -118,7 +118,7 @@ def _kv_store(config: EngineConfig) -> Finding:
     """Return whether the shared store answers."""
     from octavo.kv.store.health import reason_of
     from octavo.kv.store.loading import load_store
-    from octavo.kv.store.reading import PROBE
+    from octavo.kv.store.shared_pages import PROBE
 
     try:
         store = load_store(config)

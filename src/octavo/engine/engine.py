@@ -79,7 +79,9 @@ class Engine:
         constraints: follows the grammars of structured outputs; without it, such requests fail.
         trace: takes the times of steps (docs/tracing.md).
         cipher: encrypts saved KV states.
-        sharing: shares pages with other engines through a store.
+        sharing: shares pages with other engines, through a store at least.
+        open_sharing: makes what shares pages with other engines directly, if `sharing` is None; called when pages are
+            to be served. None: this engine serves none.
 
     Attributes:
         request_events: what has happened to the requests that are traced.
@@ -106,12 +108,14 @@ class Engine:
         trace: EngineTrace | None = None,
         cipher: "PageCipher | None" = None,
         sharing: "Sharing | None" = None,
+        open_sharing: Callable[[], "Sharing"] | None = None,
     ):
         self.backend, self.fingerprint, self.clock, self.trace = backend, fingerprint, clock, trace
         self.request_events = RequestEvents()
         self._transfers = transfers or Transfers(backend, ())
         copy_page = backend.copy_page if trace is None else trace.copying(backend.copy_page)
         self.kv = KVCache(num_pages, backend.page_size, prefix_caching, copy_page, self._transfers, sharing)
+        self._open_sharing = open_sharing if prefix_caching else None
         self._state_files = StateFiles(self.kv, backend, self._transfers, cipher)
         self.scheduler = Scheduler(
             self.kv,
@@ -133,6 +137,7 @@ class Engine:
         self._speculative_tokens = speculative_tokens
         self.rows = 0  # tokens that the backend is computing now; may be read by any thread
         self.plan: EnginePlan | None = None  # what was decided when it was loaded, set by load_engine
+        self.role = "both"  # for the frontend, set by load_engine
         self.slowest_step = (0.0, 1)  # seconds and rows of the slowest step so far
         self._work = work or WorkRecord()
         self._num_added = 0
@@ -165,6 +170,7 @@ class Engine:
             fingerprint=self.fingerprint,
             hidden_size=self.backend.spec.hidden_size,
             plan=self.plan,
+            role=self.role,
         )
 
     @property
@@ -196,6 +202,9 @@ class Engine:
             seq.thinking = ThinkingBudget(request.thinking, tokens, seq.num_prompt)
         self._num_added += 1
         self._live[request.id] = seq
+        if request.source is not None and self.kv.sharing is not None:
+            pages = min(request.source.pages, (len(tokens) - 1) // self.kv.page_size)
+            self.kv.sharing.expect(request.source.address, [seq.prefix.key(page) for page in range(pages)])
         if (timeout := self._timeout(request)) is not None:
             self._deadlines.set(request.id, seq.arrival + timeout)
         if params.structured_outputs is None or self._constraints is None or self._constraints.begin(seq):
@@ -254,6 +263,12 @@ class Engine:
         """Release the pages of a KV state, and close the file that `load_state` opened."""
         self.kv.unpin(id)
         self._state_files.close(id)
+
+    def serve_pages(self) -> int:
+        """Serve the pages of the cache to other engines from now on. Return the port; 0 if that is not possible."""
+        if self.kv.sharing is None and self._open_sharing is not None:
+            self.kv.sharing = self._open_sharing()
+        return 0 if self.kv.sharing is None else self.kv.sharing.serve(self.kv.pool)
 
     def save_state(self, path: Path, tokens: Iterable[int], tenant: str, salt: str, origin: str = "") -> "Future[None]":
         """Begin to write a KV state to a file, in a thread. Call `end_saves` when the returned future is done.

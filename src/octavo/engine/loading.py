@@ -40,6 +40,7 @@ from .work_record import WorkRecord
 
 if TYPE_CHECKING:
     from octavo.formats.page_cipher import PageCipher
+    from octavo.kv.peers.access import PeerAccess
     from octavo.kv.store.sharing import Sharing
     from octavo.kv.store.store import Store
     from octavo.model.spec import DecoderSpec
@@ -54,6 +55,7 @@ def load_engine(
     engines: int = 1,
     secrets: Secrets | None = None,
     on_rank_end: Callable[[int, str], None] | None = None,
+    access: "PeerAccess | None" = None,
 ) -> Engine:
     """Open the checkpoint at `path`, compile the model on the configured backend and allocate the KV pool.
 
@@ -64,6 +66,7 @@ def load_engine(
         secrets: what opens an encrypted model and encrypts pages on disk; by default, it is read as `config` says.
         on_rank_end: called, in another thread, when one of the processes over which the model is divided has ended by
             itself: its exit code, and a line about it. The engine's steps fail then.
+        access: for pages from engine to engine, if there are several.
 
     Raises:
         ConfigError, DamagedWeights, UnsupportedModel, OutOfMemory
@@ -87,7 +90,7 @@ def load_engine(
             backend.footprint,
             max_model_len,
             settings["threads"],
-            *_kv_share(config, engines, 0),
+            *_kv_share(config, engines, backend.footprint, loaded=True),
             whole_attention=not divides_heads(spec, config.tensor_parallel_size),
         )
         backend.allocate_kv(plan.num_pages)
@@ -108,8 +111,9 @@ def load_engine(
         trace=trace,
         cipher=cipher,
         store=store,
+        access=access,
     )
-    engine.slowest_step, engine.plan = slowest, plan
+    engine.slowest_step, engine.plan, engine.role = slowest, plan, config.role
     return engine
 
 
@@ -126,7 +130,7 @@ def plan_engine(config: EngineConfig, path: ModelPath) -> EnginePlan:
     check_size(spec, ranks)
     _, backend_footprint = _backend(config)
     footprint = backend_footprint(spec, parameters, **_backend_settings(config, max_model_len))
-    share = _kv_share(config, engines, footprint.weight_bytes)
+    share = _kv_share(config, engines, footprint, loaded=False)
     if share[0] < 0:
         raise OutOfMemory(
             f"the weights{f' of {engines} engines' if engines > 1 else ''} need "
@@ -141,9 +145,9 @@ def _free_memory(config: EngineConfig) -> int:
     """Return the free bytes where the model's weights and KV pool go."""
     if config.backend_name != "cuda":
         return available_memory()
-    from octavo.backends.cuda.pages import free_bytes_of
+    from octavo.backends.cuda.memory import memory_of_setting
 
-    return free_bytes_of(config.device)
+    return memory_of_setting(config.device).free
 
 
 def _fewer_bits(config: EngineConfig) -> str:
@@ -152,15 +156,22 @@ def _fewer_bits(config: EngineConfig) -> str:
     return "" if config.quantization == fewest else f", or quantization {fewest}"
 
 
-def _kv_share(config: EngineConfig, engines: int, weight_bytes: int) -> tuple[int, str]:
+def _kv_share(config: EngineConfig, engines: int, footprint: Footprint, loaded: bool) -> tuple[int, str]:
     """Return the bytes that the KV pool of one of `engines` may take, and which part of the memory that is.
 
     Args:
-        weight_bytes: of each engine's weights that are not in memory yet.
+        footprint: of each engine.
+        loaded: whether its weights are in memory.
+
+    Raises OutOfMemory if a GPU has none left.
     """
-    free = _free_memory(config) - engines * weight_bytes
-    if config.backend_name == "cuda":
-        return free * 9 // 10 // engines, "nine tenths of the GPU's free memory"
+    if config.backend_name == "cuda" and config.kv_cache_memory is None:
+        from octavo.backends.cuda.memory import kv_bytes, memory_of_setting
+
+        share, tokens = config.gpu_memory_utilization, config.max_batch_tokens
+        most = kv_bytes(memory_of_setting(config.device), share, engines, footprint, tokens, loaded)
+        return most, f"what weights and steps leave of gpu_memory_utilization, {share:.0%}"
+    free = _free_memory(config) - (0 if loaded else engines * footprint.weight_bytes)
     return free // 2 // engines, "half of the free memory"
 
 
@@ -179,6 +190,7 @@ def assemble(
     trace: EngineTrace | None = None,
     cipher: "PageCipher | None" = None,
     store: "Store | None" = None,
+    access: "PeerAccess | None" = None,
 ) -> Engine:
     """Return an engine with the settings of `config`, on a backend whose pool of `num_pages` pages is allocated.
 
@@ -187,16 +199,18 @@ def assemble(
         fingerprint, work, clock, constraints, trace, cipher: see Engine.
         transfers: replaces the transfers to the tiers that `config` names.
         store: where pages are shared with other engines, if prefixes are cached.
+        access: for pages from engine to engine; see `Engine.serve_pages`.
 
     Raises:
         ConfigError: the policy, the folder of kv_disk or the URL of kv_store cannot be used.
     """
-    sharing = None
+    sharing = open_sharing = None
     if not config.enable_prefix_caching:
         transfers = None
     else:
         transfers = transfers or _transfers(config, backend, trace, cipher)
-        sharing = _sharing(store, config.kv_store_ttl, backend, fingerprint, transfers, cipher)
+        open_sharing = partial(_sharing, store, config.kv_store_ttl, backend, fingerprint, transfers, cipher, access)
+        sharing = None if store is None else open_sharing()
     return Engine(
         backend,
         num_pages=num_pages,
@@ -216,6 +230,7 @@ def assemble(
         trace=trace,
         cipher=cipher,
         sharing=sharing,
+        open_sharing=None if access is None else open_sharing,
     )
 
 
@@ -261,13 +276,14 @@ def _sharing(
     fingerprint: str,
     transfers: Transfers,
     cipher: "PageCipher | None",
-) -> "Sharing | None":
-    """Return what shares pages through a store, whose threads it starts; None without a store."""
-    if store is None:
-        return None
-    from octavo.kv.store.sharing import Sharing
+    access: "PeerAccess | None",
+) -> "Sharing":
+    """Return what shares pages with other engines. It starts threads."""
+    from octavo.kv.store.sharing import Sharing  # imported late, as most engines share no pages
 
-    return Sharing(store, backend, fingerprint=fingerprint, ttl=ttl, cipher=cipher, on_change=transfers.wake)
+    return Sharing(
+        store, backend, fingerprint=fingerprint, ttl=ttl, cipher=cipher, access=access, on_change=transfers.wake
+    )
 
 
 def _disk_tier(folder: Path, capacity: int, page_bytes: int, cipher: "PageCipher | None") -> Tier:

@@ -36,6 +36,18 @@ class Thinking(msgspec.Struct, frozen=True, array_like=True):
     end: list[int]
 
 
+class PageSource(msgspec.Struct, frozen=True, array_like=True):
+    """Another engine that has the first pages of a sequence.
+
+    Attributes:
+        address: where it serves them, such as tcp://10.0.0.5:40123.
+        pages: how many full pages, from the first one on.
+    """
+
+    address: str
+    pages: int
+
+
 class EngineRequest(msgspec.Struct, frozen=True, array_like=True):
     """One sequence to generate, or to pool.
 
@@ -57,6 +69,7 @@ class EngineRequest(msgspec.Struct, frozen=True, array_like=True):
         timeout: limit on the seconds from arrival to the last token.
         is_traced: whether the frontend wants to know what happens to the request; see RequestEvents.
         weight: the tenant's share under the policy `fair`; None for that of the settings.
+        source: the engine that has most pages of prompt and output, if it is not the one that gets this message.
     """
 
     id: str
@@ -77,6 +90,7 @@ class EngineRequest(msgspec.Struct, frozen=True, array_like=True):
     thinking: Thinking | None = None
     is_traced: bool = False
     weight: float | None = None
+    source: PageSource | None = None
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
@@ -143,6 +157,7 @@ class EngineInfo(msgspec.Struct, frozen=True):
         fingerprint: identifies everything that determines the bits of a page's K and V.
         hidden_size: elements of a hidden state.
         plan: what was decided when the engine was loaded.
+        role: one of config.ROLES.
     """
 
     max_model_len: int
@@ -152,6 +167,7 @@ class EngineInfo(msgspec.Struct, frozen=True):
     fingerprint: str = ""
     hidden_size: int = 0
     plan: EnginePlan | None = None
+    role: str = "both"
 
 
 class EngineStats(msgspec.Struct, frozen=True):
@@ -179,7 +195,8 @@ class EngineStats(msgspec.Struct, frozen=True):
         preempted: number of ended sequences by their preemptions, in buckets of at most PREEMPTIONS, then of more.
         preemptions_of_ended: preemptions of these sequences.
         accepted: number of drafts by how many of their first tokens were accepted, from 0 on.
-        tiers: what was moved to and from the tiers, by name: host, disk, store, and state for loaded KV states.
+        tiers: what was moved to and from the tiers, by name: host, disk, store, peers (other
+            engines), and state for loaded KV states.
     """
 
     running: int

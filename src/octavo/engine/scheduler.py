@@ -1,5 +1,6 @@
 """Scheduler: plans each step as a list of (sequence, number of new tokens), without prefill and decode phases."""
 
+import math
 from array import array
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -290,16 +291,18 @@ class Scheduler:
         return None if first is not None and first.is_looked_up_now else first
 
     def _begin_to_wait(self, seq: Sequence) -> None:
-        """Queue a sequence, and ask the shared store for its pages if that may be faster than to compute them.
+        """Queue a sequence, and ask others for its pages if that may be faster than to compute them.
 
         It waits for the answer for reading.PATIENCE at most, so that no other sequence waits for longer behind it.
         """
         self._policy.add(seq)
         sharing = self.kv.sharing
-        if sharing is None or seq.aborted or seq.max_cached is not None or not sharing.is_available:
+        if sharing is None or seq.aborted or seq.max_cached is not None:
             return
         keys = self.kv.unknown_keys(seq.prefix)
-        if keys and self.recovery.should_fetch(seq, sharing.seconds_per_page(len(keys))):
+        if not keys or not sharing.may_have(keys[0]):
+            return
+        if self.recovery.should_fetch(seq, sharing.seconds_per_page(len(keys))):
             seq.lookup = sharing.look_up(keys)
 
     def _fetch_ahead(self) -> None:
@@ -307,7 +310,8 @@ class Scheduler:
         while len(self._fetching) < MAX_FETCHING and (seq := self._policy.peek()):
             if seq.max_cached is not None or seq.is_looked_up_now:
                 return
-            from_tiers = self.recovery.should_fetch(seq, self.kv.seconds_per_page)
+            per_page = self.kv.seconds_per_page
+            from_tiers = per_page < math.inf and self.recovery.should_fetch(seq, per_page)
             from_store = self._should_fetch_shared(seq)
             if not from_tiers and not from_store:
                 return

@@ -214,7 +214,7 @@ class Model:
 
     async def _find(self) -> "FoundModel":
         """Wait until an engine of others tells what it serves. Raises ConfigError if all of them refuse."""
-        from octavo.network.curve import Curve
+        from octavo.curve import Curve
         from octavo.network.discovery import find_model
 
         is_wanted = True

@@ -6,9 +6,10 @@ import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 
+from octavo.address import Address
 from octavo.config import EngineConfig
 from octavo.engine.messages import EngineInfo, EngineStats, TokenOutput
-from octavo.errors import EngineDead, InvalidRequest, OctavoError, QueueFull, RequestFailed, RequestTimeout
+from octavo.errors import ConfigError, EngineDead, InvalidRequest, OctavoError, QueueFull, RequestFailed, RequestTimeout
 from octavo.outputs import FinishReason, RequestOutput
 from octavo.states import StateBook
 from octavo.states.handle import StateOwner
@@ -35,7 +36,7 @@ from .links.messages import (
 )
 from .live import LiveRequest, Sink
 from .meter import Meter
-from .placement import Placement
+from .placement import Placement, is_for_prompts
 from .readmission import TRIAL_TOKENS
 from .replica import Replica
 from .request_trace import RequestTrace
@@ -44,6 +45,7 @@ from .requests import Request
 from .stats import MAX_TENANTS, FrontendStats, ReplicaStats, total
 
 NAMED = 3  # engines whose state `readiness` explains
+PAGES_PATIENCE = 1.0  # seconds that a drained engine stays for those that fetch pages from it
 DRAIN_LOOK = 0.02  # seconds between checks of a replica that is drained
 FAILURES: dict[str, type[OctavoError]] = {
     "error": RequestFailed,
@@ -73,7 +75,7 @@ class Frontend:
         was_ready: set when the first engine is ready, which determines `info`.
         on_leaving: called with a replica whose engine will be ended by others.
 
-    Raises ConfigError if the trace file cannot be written.
+    Raises ConfigError if the trace file cannot be written, or there is a role.
     """
 
     info: EngineInfo  # set by `start`
@@ -87,6 +89,8 @@ class Frontend:
         state_owner: StateOwner | None = None,
         kv_key: str | None = None,
     ):
+        if config.role != "both":
+            raise ConfigError("role is for octavo engine: each engine of octavo serve does both")
         self._config, self._tokenizer, self._connect = config, tokenizer, connect
         self._watchers: list[RequestWatcher] = []
         if config.trace is not None:
@@ -154,7 +158,7 @@ class Frontend:
         replica = Replica(lambda: connect(replica), self, self.placement.router.new_replica(), number, name, max_pause)
         self.replicas.append(replica)
         for other in self.replicas if len(self.replicas) == 2 else ():  # later ones are asked when they are ready
-            other.send(WatchPages(with_content=self._events is not None))
+            other.send(self._watch_pages())
         self._resize()
         replica.begin()
         return replica
@@ -174,10 +178,12 @@ class Frontend:
     async def drain(self, replica: Replica) -> None:
         """Move a replica's requests to the other ones, then end it. Without an open one, wait until they have ended.
 
+        The engine stays until those that moved have fetched their pages from it, but not longer than PAGES_PATIENCE.
         Requests on trial stay until their trial ends; see Readmission. If the engine of others is gone meanwhile, its
         requests wait for another replica.
         """
         replica.is_leaving, begun = True, time.monotonic()
+        moved: list[LiveRequest] = []
         while replica in self.replicas and (self._lives_of(replica) or self.placement.place_interrupted(replica)):
             if not replica.is_ready and replica.link is not None and replica.link.is_remote:
                 self._take_all_back(replica)
@@ -186,8 +192,11 @@ class Frontend:
             if not replica.ended.is_set() and self.placement.has_open_replica:
                 for live in self._lives_of(replica):
                     if live.sent and not replica.readmission.is_on_trial(live):
-                        self.placement.take_back(live)
-                        self.placement.place(live)
+                        self.placement.move(live)
+                        moved.append(live)
+            await asyncio.sleep(DRAIN_LOOK)
+        deadline = time.monotonic() + PAGES_PATIENCE
+        while time.monotonic() < deadline and any(live.is_fetching_from(replica) for live in moved):
             await asyncio.sleep(DRAIN_LOOK)
         log.warning("%s is drained: it has no request after %.2f s", replica.name, time.monotonic() - begun)
         await self._close_replica(replica)
@@ -210,7 +219,7 @@ class Frontend:
         self.placement.replicas += added
         for replica in self.replicas:
             replica.name = f"engine {replica.number}"
-            replica.send(WatchPages(with_content=self._events is not None))
+            replica.send(self._watch_pages())
 
         async def start(replica: Replica) -> None:
             await replica.start(self._connect(replica.number))
@@ -329,6 +338,7 @@ class Frontend:
                 status=str(answer) if isinstance(answer, EngineDead) else f"the engine {replica.status}",
                 completions=replica.load.completions,
                 queued_tokens=replica.load.queued_tokens,
+                role=replica.load.role,
                 engine=answer if isinstance(answer, EngineStats) else None,
             )
             for replica, answer in zip(replicas, answers, strict=True)
@@ -411,13 +421,14 @@ class Frontend:
                 f"its max_model_len is {info.max_model_len}, and that of the others {self.info.max_model_len}: give "
                 "all the same --max-model-len"
             )
+        replica.load.role = info.role
         await self.kv_states.open_files(replica)
         if replica.ended.is_set():
             raise EngineDead("the engine ended before it served requests")
         for watcher in self._watchers:
             watcher.engine_ready(replica)
         if len(self.replicas) > 1 or self._events is not None:
-            replica.send(WatchPages(with_content=self._events is not None))
+            replica.send(self._watch_pages())
         if interrupted := sum(live.was_sent and not live.sent for live in self._ledger):
             log.warning("a new engine continues %d requests", interrupted)
         self.was_ready.set()
@@ -482,6 +493,8 @@ class Frontend:
         for watcher in self._watchers:
             watcher.sent(live, replica)
         live.replica, live.was_sent = replica, True
+        if live.source is not None and live.source.address == replica.load.address:  # it was meant for another replica
+            live.source = None
         owed = live.owed()
         replica.load.add(live, live.tokens_to_compute, len(owed))
         try:
@@ -498,8 +511,11 @@ class Frontend:
                 self._take_tokens(replica, message.outputs)
             case Pages():
                 if not replica.load.publish(message.number, message.gained, message.lost):
-                    replica.send(WatchPages(with_content=self._events is not None))
-                elif self._events is not None:
+                    replica.send(self._watch_pages())
+                    return
+                if message.port and replica.link is not None and replica.link.host:
+                    replica.load.address = str(Address(replica.link.host, message.port))
+                if self._events is not None:
                     self._events.changed(replica.number, message)
             case Stats() | PageStates() | StateDone() | CacheReset():
                 self._calls.answered(replica, message)
@@ -559,6 +575,8 @@ class Frontend:
                     watcher.ended(live)
             if increment is not None:
                 self._deliver(live, increment)
+            if is_for_prompts(replica) and not live.finished:
+                self.placement.hand_over(live)
         if stopped:
             replica.send(Abort(stopped))
         if self._admission is not None:
@@ -577,6 +595,10 @@ class Frontend:
         if self._closed or self._ledger is None:
             raise EngineDead("the engine was shut down" if self._closed else "call start() first")
         return self._ledger
+
+    def _watch_pages(self) -> WatchPages:
+        """Return the message by which an engine begins to publish its pages."""
+        return WatchPages(with_content=self._events is not None, with_serving=len(self.replicas) > 1)
 
     def _new_replica(self, number: int, of: int) -> Replica:
         name = f"engine {number}" if of > 1 else "the engine"

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from octavo.engine.messages import EngineRequest, TokenOutput
+from octavo.engine.messages import EngineRequest, PageSource, TokenOutput
 from octavo.outputs import CompletionOutput, FinishReason, Logprob, RequestMetrics, RequestOutput
 from octavo.params import RequestOutputKind, SamplingParams
 from octavo.text import Detokenizer, Tokenizer
@@ -82,6 +82,7 @@ class LiveRequest:
         crashes: number of engines that failed while they served the request.
         prompt_logprobs, pooled: see RequestOutput.
         prompt_metered: whether the Meter has counted the prompt.
+        source: the engine from which that of `replica` may fetch pages.
     """
 
     id: str
@@ -106,6 +107,7 @@ class LiveRequest:
     prompt_logprobs: PromptLogprobs | None = None
     pooled: bytes | None = None
     prompt_metered: bool = False
+    source: PageSource | None = None
 
     @property
     def engine_ids(self) -> list[str]:
@@ -127,11 +129,16 @@ class LiveRequest:
         """Return the completions that have not ended."""
         return [completion for completion in self.completions if not completion.finish_reason]
 
+    def is_fetching_from(self, replica: "Replica") -> bool:
+        """Return whether the engine of `self.replica` may be fetching pages from that of another replica."""
+        address = self.source.address if self.source is not None and self.replica is not None else ""
+        return bool(address) and address == replica.load.address and not self.progress
+
     def owed(self) -> list[EngineRequest]:
         """Return the messages with which an engine continues each unfinished completion after its last token."""
         age = time.monotonic() - self.arrival
         return [
-            msgspec.structs.replace(completion.request, output=list(completion.token_ids), age=age)
+            msgspec.structs.replace(completion.request, output=list(completion.token_ids), age=age, source=self.source)
             for completion in self.unfinished
         ]
 

@@ -2,14 +2,19 @@
 
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from itertools import tee
 
-from octavo.engine.messages import EngineInfo
+from octavo.config import ROLES
+from octavo.engine.messages import EngineInfo, PageSource
 from octavo.kv import page_keys, root_key
 
 from .links.messages import Abort
 from .live import LiveRequest
 from .replica import Replica
 from .router import Router
+
+PREFILL, DECODE, _ = ROLES
+SECONDS_TO_MOVE = 0.02  # that a move takes besides its pages
 
 
 class Placement:
@@ -36,22 +41,89 @@ class Placement:
     def has_open_replica(self) -> bool:
         return any(replica.is_open for replica in self.replicas)
 
-    def place(self, live: LiveRequest) -> None:
-        """Send a request to the best open replica. Without an open one, it waits."""
-        candidates = [replica for replica in self.replicas if replica.is_open]
+    def place(self, live: LiveRequest, computed_by: Replica | None = None) -> None:
+        """Send a request to the best open replica. Without an open one, it waits.
+
+        Args:
+            computed_by: the replica that has just computed all of its tokens.
+        """
+        candidates = self._candidates(live, computed_by)
         if not candidates:
             live.replica = None
             self.waiting[live] = None
             return
-        live.tokens_to_compute, best = live.num_sequence_tokens, 0
-        if len(candidates) > 1:
-            loads = [replica.load for replica in candidates]
-            request = live.unfinished[0].request
-            tokens = live.prompt_token_ids + live.unfinished[0].token_ids
-            keys = self._keys(tokens, request.tenant, request.salt, request.origin)
-            best, cached = self.router.choose(loads, len(tokens), keys, self.info.page_size)
-            live.tokens_to_compute -= cached
+        live.tokens_to_compute, live.source, best, cached = live.num_sequence_tokens, None, 0, 0
+        if len(self.replicas) > 1:
+            keys, again = tee(self._keys_of(live))  # computed as they are needed, and once for both looks at them
+            if len(candidates) > 1:
+                loads = [replica.load for replica in candidates]
+                best, cached = self.router.choose(loads, live.num_sequence_tokens, keys, self.info.page_size)
+                live.tokens_to_compute -= cached
+            live.source = self._source(candidates[best], live.num_sequence_tokens, again, cached, computed_by)
         candidates[best].readmission.add(live)
+
+    def move(self, live: LiveRequest) -> None:
+        """Send a request that a replica has to another one, if one is open."""
+        computed_by = live.replica if live.progress else None
+        self.take_back(live)
+        self.place(live, computed_by)
+
+    def hand_over(self, live: LiveRequest) -> None:
+        """Move a request away from a replica for prompts if all completions have begun, and another one is open."""
+        replica = live.replica
+        if replica is None or not live.sent or replica.readmission.is_on_trial(live):
+            return
+        if not all(completion.token_ids for completion in live.unfinished):
+            return
+        if any(other.is_open and not is_for_prompts(other) for other in self.replicas):
+            self.move(live)
+
+    def _candidates(self, live: LiveRequest, computed_by: Replica | None) -> list[Replica]:
+        """Return the open replicas that may get a request.
+
+        As long as one of role prefill and another one are open, a prompt goes to the former, or to one that does both,
+        if that pays; what is computed goes on elsewhere. Otherwise, roles do not count.
+        """
+        candidates = [replica for replica in self.replicas if replica.is_open]
+        decoding = [replica for replica in candidates if not is_for_prompts(replica)]
+        if not decoding or len(decoding) == len(candidates):
+            return candidates
+        if computed_by is None and self._pays(live, candidates, decoding):
+            return [replica for replica in candidates if replica.load.role != DECODE]
+        return decoding
+
+    def _pays(self, live: LiveRequest, candidates: Sequence[Replica], decoding: Sequence[Replica]) -> bool:
+        """Return whether to compute a prompt elsewhere and fetch its pages is cheaper than to compute it in `decoding`.
+
+        The cost is the time that their steps lose. What they have cached is neither computed nor fetched. If no speed
+        is known yet, moving pays for prompts of more than a page.
+        """
+        length, page_size = live.num_sequence_tokens, self.info.page_size
+        loads = [replica.load for replica in decoding]
+        left = length - max(self.router.cached_pages(loads, length, self._keys_of(live), page_size)) * page_size
+        speeds = [replica.load.seconds_per_token for replica in candidates if replica.load.seconds_per_token]
+        fetched = max(load.seconds_per_fetched_token for load in loads)
+        return left > page_size if not speeds else left * min(speeds) > left * fetched + SECONDS_TO_MOVE
+
+    def _source(
+        self, target: Replica, length: int, keys: Iterator[bytes], cached: int, computed_by: Replica | None
+    ) -> PageSource | None:
+        """Return the engine that has most pages of a sequence; None if the target has as many.
+
+        Args:
+            length: tokens of the sequence.
+            cached: those of them whose pages the target has.
+        """
+        page_size = self.info.page_size
+        if computed_by is not None:  # its last pages are not published yet
+            address, most = computed_by.load.address, (length - 1) // page_size
+        elif others := [each.load for each in self.replicas if each is not target and each.load.address]:
+            pages = self.router.cached_pages(others, length, keys, page_size)
+            most = max(pages)
+            address = others[pages.index(most)].address
+        else:
+            return None
+        return PageSource(address, most) if address and most * page_size > cached else None
 
     def place_waiting(self) -> None:
         """Send the requests that wait, as long as a replica is open."""
@@ -97,7 +169,8 @@ class Placement:
         """Move a request here that another replica would begin later than in its next step, if that is sooner here."""
         if replica.load.unstarted or not replica.is_open:
             return
-        busiest = max(self.replicas, key=lambda other: other.load.queued_tokens).load
+        alike = [other for other in self.replicas if other.load.role == replica.load.role]
+        busiest = max(alike, key=lambda other: other.load.queued_tokens).load
         if len(busiest.unstarted) < 2:
             return
         live = next(reversed(busiest.unstarted))
@@ -118,5 +191,17 @@ class Placement:
         pages = self.router.cached_pages(loads, len(tokens), keys, self.info.page_size)
         return replicas[pages.index(max(pages))]
 
+    def _keys_of(self, live: LiveRequest) -> Iterator[bytes]:
+        """Return the keys of the pages with which an engine would continue the first unfinished completion."""
+        completion = live.unfinished[0]
+        request = completion.request
+        tokens = live.prompt_token_ids + completion.token_ids
+        return self._keys(tokens, request.tenant, request.salt, request.origin)
+
     def _keys(self, tokens: list[int], tenant: str, salt: str, origin: str) -> Iterator[bytes]:
         return page_keys(root_key(self.info.fingerprint, tenant, salt, origin), tokens, self.info.page_size)
+
+
+def is_for_prompts(replica: Replica) -> bool:
+    """Return whether requests leave a replica after their first token. Its pages must be there for others."""
+    return replica.load.role == PREFILL and bool(replica.load.address)

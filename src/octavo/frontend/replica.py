@@ -250,6 +250,7 @@ class Replica:
             case Alive():
                 self.alive = message
                 self.load.seconds_per_token = message.seconds_per_token or self.load.seconds_per_token
+                self.load.seconds_per_fetched_token = message.seconds_per_fetched_token
             case Loading():
                 self.status = f"is loading ({message.done / max(message.total, 1):.0%})"
             case Ready():

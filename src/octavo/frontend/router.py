@@ -29,8 +29,11 @@ class Load:
         completions: unfinished completions.
         number: number of the next message about pages.
         seconds_per_token: measured time to compute a token of a prompt; 0 if unknown.
+        seconds_per_fetched_token: expected time to fetch the pages of a token from another engine.
         slowness: this time over that of the fastest replica; 1 if they are similar.
         recent: recent work (see Router), in tokens of the fastest replica.
+        address: where the engine serves its pages to other engines; "" if it does not.
+        role: that of the engine, one of config.ROLES.
     """
 
     holders: dict[bytes, int]
@@ -41,8 +44,11 @@ class Load:
     completions: int = 0
     number: int = 0
     seconds_per_token: float = 0.0
+    seconds_per_fetched_token: float = 0.0
     slowness: float = 1.0
     recent: float = 0.0
+    address: str = ""
+    role: str = "both"
 
     def add(self, request: Hashable, tokens: int, completions: int) -> None:
         """Count a request that was sent, with `tokens` to compute."""
@@ -62,7 +68,7 @@ class Load:
     def clear(self) -> None:
         """Note that the engine has ended: it has neither requests nor pages."""
         self._lose(self.pages)
-        self.pages, self.unstarted = set(), {}
+        self.pages, self.unstarted, self.address = set(), {}, ""
         self.queued_tokens = self.completions = self.number = 0
 
     def publish(self, number: int, gained: bytes, lost: bytes) -> bool:

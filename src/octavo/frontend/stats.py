@@ -39,6 +39,7 @@ class ReplicaStats(msgspec.Struct, frozen=True):
         status: text such as "the engine is ready".
         completions: unfinished completions that it was sent.
         queued_tokens: tokens to compute for those of them that have no token yet.
+        role: prefill, decode or both.
         engine: its engine's statistics; None if it did not answer in time.
     """
 
@@ -49,6 +50,7 @@ class ReplicaStats(msgspec.Struct, frozen=True):
     completions: int
     queued_tokens: int
     engine: EngineStats | None
+    role: str = "both"
 
 
 def total(engines: Sequence[EngineStats]) -> EngineStats:

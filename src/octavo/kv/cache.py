@@ -70,7 +70,7 @@ class KVCache:
         copy_page: copies the content of one page into another on the device, as copy_page(source, target); if None,
             partial pages are not kept.
         transfers: moves pages to and from the tiers below the pool; None if there are no tiers.
-        sharing: shares pages with other engines through a store; None if there is no store.
+        sharing: shares pages with other engines, through a store or directly; None if neither is possible.
     """
 
     def __init__(
@@ -405,8 +405,8 @@ class KVCache:
 
     @property
     def seconds_per_page(self) -> float:
-        """Return the measured time to fetch a page from a lower tier, in seconds."""
-        return self.transfers.seconds_per_page if self.transfers is not None else math.inf
+        """Return the measured time to fetch a page from a lower tier, in seconds; infinity if there is none."""
+        return self.transfers.seconds_per_page if self.transfers is not None and self.transfers.has_tiers else math.inf
 
     @property
     def num_pending_saves(self) -> int:
@@ -422,15 +422,15 @@ class KVCache:
 
     @property
     def pages_fetched(self) -> int:
-        """Return the number of pages fetched from tiers and from the shared store so far."""
+        """Return the number of pages fetched from tiers, the shared store and other engines so far."""
         fetched = self.transfers.pages_fetched if self.transfers is not None else 0
-        return fetched + (self.sharing.counts.hits if self.sharing is not None else 0)
+        return fetched + sum(counts.hits for counts in self.sharing.counts.values()) if self.sharing else fetched
 
     def tier_counts(self) -> dict[str, TierCounts]:
         """Return what has been moved so far, by the name of the tier. From any thread."""
         counts = {} if self.transfers is None else self.transfers.counts.copy()
         if self.sharing is not None:
-            counts[self.sharing.name] = self.sharing.counts
+            counts |= self.sharing.counts
         return total_counts([counts])
 
     @property

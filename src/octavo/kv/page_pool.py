@@ -19,6 +19,7 @@ class PagePool:
         self.num_pages = num_pages
         self._references = [0] * num_pages
         self._has_key = bytearray(num_pages)
+        self._times_allocated = [0] * num_pages
         self._key: list[bytes | None] = [None] * num_pages
         self._free = [*reversed(range(num_pages))]  # the last is allocated first: its memory is warm
         # In order of last use. (A plain dict would skip over all deleted entries each time that its first is popped.)
@@ -58,11 +59,16 @@ class PagePool:
             page, _ = self._cached.popitem(last=False)
             self._forget_key(page)
         self._references[page] = 1
+        self._times_allocated[page] += 1
         return page
 
     def find(self, key: bytes) -> int | None:
-        """Return the page with the content of `key`, in use or cached; None if there is none."""
+        """Return the page with the content of `key`, in use or cached; None if there is none. From any thread."""
         return self._page_of.get(key)
+
+    def times_allocated(self, page: int) -> int:
+        """Return a number that grows before the content of a published page changes. From any thread."""
+        return self._times_allocated[page]
 
     def acquire(self, page: int) -> None:
         """Add a reference to a page that `find` returned."""

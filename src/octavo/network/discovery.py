@@ -10,10 +10,10 @@ import zmq
 from zmq.utils.monitor import parse_monitor_message
 
 from octavo.address import Address
+from octavo.curve import Curve
 from octavo.errors import ConfigError
 
 from . import protocol
-from .curve import Curve
 from .link import Handshakes, open_socket, refusal
 from .model_files import ModelFiles
 from .protocol import NO_TERM, AskFiles, Files, Malformed, Refused, encode

@@ -9,12 +9,12 @@ from typing import Any
 import zmq
 
 from octavo.address import Address
+from octavo.curve import Curve
 from octavo.engine.messages import EngineInfo
 from octavo.frontend.frontend import Frontend
 from octavo.frontend.replica import Replica
 from octavo.frontend.router import Load
 
-from .curve import Curve
 from .link import RemoteLink
 from .names import Names
 

@@ -10,11 +10,11 @@ import zmq
 from zmq.utils.monitor import parse_monitor_message
 
 from octavo.address import Address
+from octavo.curve import Curve
 from octavo.frontend.links.link import Exit
 from octavo.frontend.links.messages import Failed, FromEngine, Submit, ToEngine, decode_from_engine, encode
 
 from . import protocol
-from .curve import Curve
 from .protocol import BEAT, NO_TERM, Beat, Ended, Goodbye, Hello, Malformed, Refused, Welcome
 from .wire import Wire
 
@@ -85,7 +85,7 @@ class RemoteLink:
         is_open: Callable[[], bool],
     ):
         self._context, self._address, self._curve, self._digest = context, address, curve, digest
-        self._is_open = is_open
+        self._is_open, self.host = is_open, address.host
         self._wire: Wire | None = None
         self._monitor: Wire | None = None
         self._timer: asyncio.TimerHandle | None = None

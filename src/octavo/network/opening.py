@@ -6,10 +6,10 @@ from collections.abc import Callable
 from functools import partial
 
 from octavo.config import EngineConfig
+from octavo.curve import Curve
 from octavo.frontend.frontend import Frontend
 from octavo.process_guard import hide_memory
 
-from .curve import Curve
 from .discovery import FoundModel, find_model
 from .followed import FollowedEngines
 from .model_files import ModelFiles

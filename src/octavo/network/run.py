@@ -19,19 +19,21 @@ from zmq.utils.monitor import parse_monitor_message
 
 from octavo.address import Address
 from octavo.config import EngineConfig
+from octavo.curve import Curve
 from octavo.daemon_thread import in_daemon_thread
 from octavo.engine.messages import EngineInfo
 from octavo.errors import ConfigError
 from octavo.formats.files import unlock
 from octavo.frontend.links.process import EngineProcess, ProcessLink
 from octavo.frontend.request_trace import RequestTrace
+from octavo.kv.peers.access import PeerAccess
 from octavo.process_guard import hide_memory
 from octavo.secret import Secrets
 from octavo.terminal import printable
 from octavo.version import __version__
 from octavo.weights import resolve
 
-from .curve import Curve, Doorkeeper
+from .doorkeeper import Doorkeeper
 from .host import EngineHost
 from .model_files import ModelFiles
 from .protocol import MAX_MESSAGE, MAX_QUEUED, Files
@@ -69,6 +71,8 @@ def run_engine(config: EngineConfig, listen: str) -> None:
         address = address if address.is_any else address.resolved()[0]
     except OSError as error:
         raise ConfigError(f"cannot listen on {address}: {error.strerror or error}") from None
+    if curve is None and config.role != "both":
+        raise ConfigError("role needs the shared secret, with which engines fetch pages: give --secret-file FILE")
     if curve is None and not address.is_local:
         raise ConfigError(f"{address} can be reached from other machines: give the shared secret, --secret-file FILE")
     if not uvloop.run(_run(config, address, curve)):
@@ -120,6 +124,7 @@ async def serve_engine(
             process = EngineProcess()  # imports its modules while this process reads the files
             # In a thread that nothing waits for: a download may take long, or hang, and signals must end it.
             path, secrets, files = await in_daemon_thread(partial(_read_model, config))
+            access = None if curve is None else PeerAccess(address.host, curve.secret)
             description = Files(
                 config.model_name,
                 dict(files.content),
@@ -131,7 +136,7 @@ async def serve_engine(
                 stack.callback(trace.close)
             wire: Wire | None = None
             host = EngineHost(
-                partial(ProcessLink, config, path, None, 0, secrets),
+                partial(ProcessLink, config, path, None, 0, secrets, access),
                 description,
                 files.digest,
                 lambda frames: wire is not None and wire.send(frames),
@@ -142,7 +147,7 @@ async def serve_engine(
             wire = Wire(socket, host.receive)
             stack.callback(wire.close)
             stack.callback(socket.disable_monitor)
-            link = ProcessLink(config, path, process, 0, secrets)
+            link = ProcessLink(config, path, process, 0, secrets, access)
             info = await host.start(link)
             _announce(config, address, curve, info)
             serving.set()

@@ -12,7 +12,7 @@ import ray.util
 
 from octavo.address import Address
 from octavo.config import EngineConfig
-from octavo.network.curve import Curve
+from octavo.curve import Curve
 from octavo.network.run import serve_engine
 
 from .autoscaling import QUEUED_SECONDS, QUEUED_TOKENS, REQUESTS

@@ -3,8 +3,8 @@
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from hashlib import blake2b
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -21,22 +21,24 @@ from octavo.model.spec import DecoderSpec
 from octavo.weights.tensor import Parameter
 
 from .check import Limits
+from .compiling import compile_kernels
 from .device import architecture, find_device, name_of, or_out_of_memory
 from .first_steps import chunk, decode, step_of_every_kind
 from .graph_shapes import MOST_ROWS, GraphShape, GraphShapes
 from .graphs import Graphs
 from .inputs import Inputs, Labels, StepInputs
 from .kernels.rope_and_cache import rotary_table
-from .kernels.rotation import Int8Rows
 from .kernels.sampler import sample
 from .kernels.sampling_arrays import Sampled
+from .memory import estimated_step_bytes, measure_steps
 from .ops import CudaOps, Model, spans_of
 from .pages import Pages, bytes_of_page
 from .pooling import pooled_sums
+from .roofline import Meter
 from .staging import fetch
-from .weights import Weights, load_weights, nbytes
+from .weights import Weights, bytes_of_weights, check_stored, load_weights, nbytes, recipe_of
 
-_SMALLER = "use a smaller kv_cache_memory, max_batch_size, max_batch_tokens or max_model_len"
+_SMALLER = "use a smaller kv_cache_memory, gpu_memory_utilization, max_batch_size, max_batch_tokens or max_model_len"
 
 
 @dataclass(frozen=True)
@@ -81,13 +83,12 @@ class CudaBackend:
         """Make the backend of weights that are on a device.
 
         Args:
-            capture_seconds: how long allocate_kv captures graphs, after it has compiled the kernels. With 0 it does
-                neither, and each step compiles and captures what it is the first to need.
+            capture_seconds: how long allocate_kv captures graphs. With 0 each step captures what it is the first to
+                need.
         """
         device = _tensor(weights["embed"]).device
         self.spec, self.page_size, self.page_bytes = spec, page_size, bytes_of_page(spec, page_size, int8_kv)
-        recipe = "8bit" if isinstance(weights["layers.0.qkv"], Int8Rows) else "bf16"
-        self.arithmetic = _arithmetic(device, spans_of(spec), recipe, "int8" if int8_kv else "bf16")
+        self.arithmetic = _arithmetic(device, spans_of(spec), recipe_of(weights), "int8" if int8_kv else "bf16")
         held = sum(nbytes(weight) for weight in weights.values())
         self.footprint = Footprint(f"Triton on {name_of(device)}", held, self.page_bytes)
         self._capture_seconds = capture_seconds
@@ -102,6 +103,7 @@ class CudaBackend:
             self._inputs = Inputs(spec, page_size, max_model_len, self._shapes, device, int8_kv)
             self._norm = _tensor(weights["norm"]).float().cpu().numpy()
         self._model = Model(spec, weights, rotary)
+        self.meter = Meter(spec, weights, page_size, self.page_bytes, name_of(device))
         self._graphs = None if self._stream is None else Graphs(self._forward)
 
     def allocate_kv(self, num_pages: int) -> None:
@@ -110,7 +112,6 @@ class CudaBackend:
             self._pages = Pages(self.spec, self.page_size, num_pages, self._int8_kv, device)
             self._limits = replace(self._limits, num_pages=num_pages)
             if self._graphs is not None and self._capture_seconds > 0:
-                self._compile()
                 self._graphs.capture(self._shapes.first, self._first, self._capture_seconds)
         self.step(step_of_every_kind())
 
@@ -133,7 +134,7 @@ class CudaBackend:
 
         Raises ValueError if the batch reaches outside of the model or the pool, OutOfMemory.
         """
-        with self._on_stream(), _step_fits(batch):
+        with self._on_stream(), _step_fits(batch), self.meter.clock.step():
             logits, pooled, inputs = self._run(batch)
             sampled = sample(logits, inputs.sampling, batch.sampling)
             inputs.kept[inputs.places] = sampled.words[: len(inputs.places)]
@@ -172,12 +173,38 @@ class CudaBackend:
         return _tensor(describe(self.spec, ops)), ops.pooled, inputs
 
     @torch.inference_mode()
-    def _compile(self) -> None:
-        """Compile the kernels of steps of all sizes. Those of sampling are compiled by step_of_every_kind."""
-        for shape in self._shapes.of_each_power:
-            self._forward(self._first(shape))
-        if self._limits.max_batch_tokens > MOST_ROWS:
-            self._forward(self._inputs.send(chunk(MOST_ROWS + 1)))
+    def warm_up(self, alive: Callable[[], None]) -> None:
+        """Compile the kernels of all steps, and measure the memory that steps take. Called before allocate_kv.
+
+        Args:
+            alive: called after each kernel.
+
+        Raises OutOfMemory.
+        """
+        device, most = self._logits.device, self._limits.max_batch_tokens
+        with self._on_stream(), or_out_of_memory(f"a step of {most} tokens does not fit beside the weights", _SMALLER):
+            self._pages = Pages(self.spec, self.page_size, 1, self._int8_kv, device)
+            graphs = [partial(self._first_step, shape) for shape in self._shapes.of_each_power]
+            eager: list[Callable[[], object]] = [self._sample_in_all_ways]
+            if most > MOST_ROWS:
+                graphs.append(partial(self._forward_eagerly, MOST_ROWS + 1))
+            compile_kernels([*graphs, *eager], device, alive)
+            if device.type == "cuda":
+                eager.append(partial(self._forward_eagerly, most))
+                self.footprint = replace(self.footprint, step_bytes=measure_steps(eager, graphs, device))
+            self._pages = None
+
+    def _forward_eagerly(self, rows: int) -> None:
+        self._forward(self._inputs.send(chunk(rows)))
+
+    def _first_step(self, shape: GraphShape) -> None:
+        self._forward(self._first(shape))
+
+    def _sample_in_all_ways(self) -> None:
+        """Sample as many rows as a step may have."""
+        step = step_of_every_kind(self._shapes.most_sampled)
+        logits = self._logits[: len(step.sample_rows)].zero_()
+        sample(logits, self._inputs.send(step).sampling, step.sampling)
 
     @torch.inference_mode()
     def _first(self, shape: GraphShape) -> StepInputs:
@@ -229,7 +256,8 @@ def load(
     Args:
         threads: not used.
         dtype: auto or bfloat16.
-        quantization: none or auto: weights in bfloat16; 8bit: the matrices of linear layers in int8.
+        quantization: none: weights in bfloat16; 8bit: the matrices of linear layers in int8; auto: in 4 bits where the
+            file has 4; 4bit: the same, and it must have some.
         device: auto, cuda or cuda:N.
         kv_cache_dtype: bf16; or int8, with a scale for each K and each V of a position and kv head.
 
@@ -237,19 +265,23 @@ def load(
         ConfigError: a setting is not one of the above, or there is no such GPU.
         DamagedWeights, OutOfMemory, UnsupportedModel
     """
-    _check_settings(dtype, quantization)
+    _check_settings(dtype)
     found = find_device(device)
     if found.type == "cuda":
         torch.cuda.set_device(found)
-    return CudaBackend(
+    made = CudaBackend(
         spec,
-        load_weights(parameters, found, progress, int8=quantization == "8bit"),
+        load_weights(parameters, found, progress, quantization),
         page_size=page_size,
         max_batch_tokens=max_batch_tokens,
         max_batch_size=max_batch_size,
         max_model_len=max_model_len,
         int8_kv=kv_cache_dtype == "int8",
     )
+    if found.type == "cuda":
+        read = sum(parameter.nbytes for parameter in parameters.values())
+        made.warm_up(partial(progress, read, read))
+    return made
 
 
 def footprint(
@@ -257,6 +289,8 @@ def footprint(
     parameters: Mapping[str, Parameter],
     *,
     page_size: int,
+    max_batch_tokens: int,
+    max_batch_size: int,
     dtype: str,
     quantization: str,
     device: str,
@@ -264,15 +298,12 @@ def footprint(
     **_: Any,
 ) -> Footprint:
     """Return the footprint of the backend that `load` would return, without reading weights. Raises ConfigError."""
-    _check_settings(dtype, quantization)
-    weights = 0
-    for name, parameter in parameters.items():
-        rounded = quantization == "8bit" and len(parameter.shape) == 2
-        both = name == "embed" and "head" not in parameters
-        each = (3 if both else 2 if name == "embed" else 1) if rounded else 2
-        weights += each * prod(parameter.shape) + 4 * parameter.shape[0] * (each != 2)
+    _check_settings(dtype)
+    check_stored(parameters, quantization)
+    weights = bytes_of_weights(parameters, quantization)
     page = bytes_of_page(spec, page_size, kv_cache_dtype == "int8")
-    return Footprint(f"Triton on {name_of(find_device(device))}", weights, page)
+    steps = estimated_step_bytes(spec, max_batch_tokens, max_batch_size)
+    return Footprint(f"Triton on {name_of(find_device(device))}", weights, page, steps)
 
 
 def _step_fits(batch: StepBatch) -> AbstractContextManager[None]:
@@ -280,12 +311,10 @@ def _step_fits(batch: StepBatch) -> AbstractContextManager[None]:
     return or_out_of_memory(f"a step of {len(batch.tokens)} tokens does not fit", advice)
 
 
-def _check_settings(dtype: str, quantization: str) -> None:
+def _check_settings(dtype: str) -> None:
     """Raise ConfigError if the backend cannot serve a setting."""
     if dtype not in ("auto", "bfloat16"):
         raise ConfigError(f"the cuda backend computes in bfloat16, not {dtype}; use dtype auto or backend torch")
-    if quantization not in ("auto", "none", "8bit"):
-        raise ConfigError(f"the cuda backend has no weights of {quantization} yet; use quantization none or 8bit")
 
 
 def _arithmetic(device: torch.device, spans: Mapping[str, int], recipe: str, kv: str) -> str:

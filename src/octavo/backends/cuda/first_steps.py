@@ -25,28 +25,29 @@ def chunk(rows: int) -> StepBatch:
     return StepBatch(zeros, zeros, ends, zeros[None], zeros[:1], SamplingBatch.greedy(1))
 
 
-def step_of_every_kind() -> StepBatch:
-    """Return a step of one row that uses every option of sampling, and so each of its kernels."""
-    zero, ends, half = np.zeros(1, np.int32), np.array([0, 1], np.int32), np.full(1, 0.5, np.float32)
+def step_of_every_kind(rows: int = 1) -> StepBatch:
+    """Return a step of `rows` sequences that uses every option of sampling, and so each of its kernels."""
+    zeros, ones, half = np.zeros(rows, np.int32), np.ones(rows, np.int32), np.full(rows, 0.5, np.float32)
+    one_each = np.arange(rows + 1, dtype=np.int32)
     return replace(
-        decode(1),
+        decode(rows),
         sampling=replace(
-            SamplingBatch.greedy(1),
+            SamplingBatch.greedy(rows),
             temperature=half,
-            top_k=np.ones(1, np.int32),
+            top_k=ones,
             top_p=half,
             min_p=half,
-            num_logprobs=np.ones(1, np.int32),
+            num_logprobs=ones,
             repetition=half,
             presence=half,
             frequency=half,
-            history=zero,
-            history_start=ends,
-            history_outputs=np.ones(1, np.int32),
-            bias_tokens=zero,
+            history=zeros,
+            history_start=one_each,
+            history_outputs=ones,
+            bias_tokens=zeros,
             bias_values=half,
-            bias_start=ends,
-            masks=np.ones(1, np.uint32),
-            mask_start=ends,
+            bias_start=one_each,
+            masks=np.ones(rows, np.uint32),
+            mask_start=one_each,
         ),
     )

@@ -11,15 +11,17 @@ from octavo.model.spans import UNIT, span_ends
 from octavo.model.spec import DecoderSpec
 
 from .inputs import StepInputs
+from .kernels import four_bit_linear
 from .kernels.attention import attention
 from .kernels.embed import embed
+from .kernels.four_bits import FourBits
 from .kernels.gated import gated
 from .kernels.integer_linear import integer_gated, integer_linear
 from .kernels.linear import linear, merge, partial_sums
 from .kernels.norm import add_norm, norm, norm_int8
 from .kernels.rope_and_cache import KvPool, rope_and_cache
 from .kernels.rotation import Int8Rows, quantize_rows
-from .weights import Weights, head_of
+from .weights import Matrix, Weights, head_of
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class Model:
     """A model on the device.
 
     Attributes:
-        weights: by the names of model/decoder.py: bfloat16, or int8 for the matrices of linear layers (see weights.py).
+        weights: by the names of model/decoder.py: bfloat16, or integers for matrices of linear layers (weights.py).
         rotary: float32 [positions, 2, head_dim / 2], cosines and sines.
     """
 
@@ -67,7 +69,7 @@ class GateUp:
     """A linear layer that `gated` computes together with its activation: its input, weight and bias."""
 
     x: Tensor | Int8Rows
-    weight: Tensor | Int8Rows
+    weight: Matrix
     bias: Tensor | None
 
 
@@ -127,18 +129,23 @@ class CudaOps:
         if isinstance(matrix, Int8Rows):
             self._multiply(x, matrix, stream, vector, stream)
             return Residual(stream)
-        spans = self._spans[kind]
-        partials = partial_sums(_tensor(x), matrix, spans)
-        if partials is None:
-            linear(_tensor(x), matrix, stream, bias=vector, residual=stream, spans=spans)
+        spans, rows = self._spans[kind], _tensor(x)
+        if isinstance(matrix, FourBits):
+            partials = four_bit_linear.partial_sums(rows, matrix, spans)
+            if partials is None:
+                four_bit_linear.linear(rows, matrix, stream, bias=vector, residual=stream, spans=spans)
+        else:
+            partials = partial_sums(rows, matrix, spans)
+            if partials is None:
+                linear(rows, matrix, stream, bias=vector, residual=stream, spans=spans)
         return Residual(stream, partials, vector)
 
-    def _multiply(
-        self, x: Handle, matrix: Tensor | Int8Rows, out: Tensor, bias: Tensor | None, residual: Tensor | None
-    ) -> None:
+    def _multiply(self, x: Handle, matrix: Matrix, out: Tensor, bias: Tensor | None, residual: Tensor | None) -> None:
         """Compute out = x matrixᵀ + bias + residual."""
         if isinstance(matrix, Int8Rows):
             integer_linear(_int8(x), matrix, out, bias=bias, residual=residual)
+        elif isinstance(matrix, FourBits):
+            four_bit_linear.linear(_tensor(x), matrix, out, bias=bias, residual=residual)
         else:
             linear(_tensor(x), matrix, out, bias=bias, residual=residual)
 
@@ -161,6 +168,8 @@ class CudaOps:
         out = self._new(self._rows, _outputs(weight) // 2, torch.bfloat16)
         if isinstance(weight, Int8Rows):
             integer_gated(_int8(gate_up.x), weight, out, activation, bias=gate_up.bias)
+        elif isinstance(weight, FourBits):
+            four_bit_linear.gated(_tensor(gate_up.x), weight, out, activation, bias=gate_up.bias)
         else:
             gated(_tensor(gate_up.x), weight, out, activation, bias=gate_up.bias)
         return out
@@ -194,7 +203,7 @@ def spans_of(spec: DecoderSpec) -> dict[str, int]:
     return found
 
 
-def _tensor(handle: Handle) -> Tensor:
+def _tensor(handle: Handle | FourBits) -> Tensor:
     assert isinstance(handle, Tensor), "this op reads what a norm, a linear layer or attention returned"
     return handle
 
@@ -209,5 +218,5 @@ def _int8(x: Handle) -> Int8Rows:
     return x if isinstance(x, Int8Rows) else quantize_rows(_tensor(x))
 
 
-def _outputs(matrix: Tensor | Int8Rows) -> int:
-    return len(matrix.values) if isinstance(matrix, Int8Rows) else len(matrix)
+def _outputs(matrix: Matrix) -> int:
+    return len(matrix) if isinstance(matrix, Tensor) else len(matrix.values)

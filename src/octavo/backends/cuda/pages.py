@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 
 from octavo.errors import OutOfMemory
-from octavo.machine import available_memory
 from octavo.model.spec import DecoderSpec
 
-from .device import find_device
 from .kernels.rope_and_cache import KvPool
+from .memory import memory_of
 
 
 def bytes_of_page(spec: DecoderSpec, page_size: int, int8: bool) -> int:
@@ -26,11 +25,11 @@ class Pages:
     def __init__(self, spec: DecoderSpec, page_size: int, num_pages: int, int8: bool, device: torch.device):
         """Allocate the pool. Raises OutOfMemory, whose message says how many pages would fit."""
         self.page_bytes, self.num_pages = bytes_of_page(spec, page_size, int8), num_pages
-        needed, free = num_pages * self.page_bytes, free_bytes(device)
+        needed, free = num_pages * self.page_bytes, memory_of(device).free
         if needed > free:
             raise OutOfMemory(
                 f"{num_pages} KV pages need {needed / 2**30:.1f} GiB and {device} has {free / 2**30:.1f} GiB free: "
-                f"at most {free // self.page_bytes} pages fit; lower kv_cache_memory"
+                f"at most {free // self.page_bytes} pages fit; lower kv_cache_memory or gpu_memory_utilization"
             )
         shape = (spec.num_layers, spec.num_kv_heads, page_size, spec.head_dim)
         self.pool = KvPool.allocate(num_pages, *shape, int8, device)
@@ -85,13 +84,3 @@ class Pages:
     def _wait(self) -> None:
         if self._stream is not None:
             self._stream.synchronize()
-
-
-def free_bytes_of(name: str) -> int:
-    """Return the free bytes of the device that a setting names. Raises ConfigError if there is none."""
-    return free_bytes(find_device(name))
-
-
-def free_bytes(device: torch.device) -> int:
-    """Return the bytes of the device's memory, or of the host's, that can be allocated."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()

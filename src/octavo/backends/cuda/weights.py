@@ -1,6 +1,7 @@
-"""Put a model's weights on the device, in bfloat16, or the matrices of linear layers in int8."""
+"""Put a model's weights on the device: in bfloat16, or the matrices of linear layers in int8 or the file's 4 bits."""
 
 from collections.abc import Mapping
+from math import prod
 
 import numpy as np
 import torch
@@ -12,54 +13,106 @@ from octavo.weights.tensor import Parameter, not_finite
 from octavo.weights.tensor import Tensor as StoredTensor
 
 from .device import or_out_of_memory
+from .kernels.four_bits import FourBits
 from .kernels.rotation import BLOCK, Int8Rows, quantize_rows
+from .stored_integers import four_bit_bytes, has_four_bits, read_four_bits
 
 _ROWS = 1 << 24  # values converted at a time
 
-Weights = dict[str, Tensor | Int8Rows]
-"""The parameters of model/decoder.py by name. Where the embedding is the head too, the head's int8 form is apart."""
+Matrix = Tensor | Int8Rows | FourBits
+"""A weight on the device: bfloat16, or a matrix of a linear layer in integers."""
+
+Weights = dict[str, Matrix]
+"""The parameters of model/decoder.py by name. Where the embedding is the head too, the head's integers are apart."""
 
 
 def load_weights(
-    parameters: Mapping[str, Parameter], device: torch.device, progress: Progress, int8: bool = False
+    parameters: Mapping[str, Parameter], device: torch.device, progress: Progress, quantization: str
 ) -> Weights:
     """Return the parameters on the device.
 
     Args:
-        int8: round the matrices of linear layers to int8, with a scale for each row (kernels/rotation.py).
+        quantization: none: in bfloat16. 8bit: the matrices of linear layers are rounded to int8, with a scale for each
+            row (kernels/rotation.py). auto, 4bit: they stay in 4 bits where the file has 4 (stored_integers.py).
 
     Raises:
         DamagedWeights, OutOfMemory
-        UnsupportedModel: int8, and the inputs of a layer are no multiple of 64.
+        UnsupportedModel: 8bit, and the inputs of a layer are no multiple of 64; or 4bit, and the file has no 4 bits.
     """
-    with or_out_of_memory("the weights do not fit", f"use a smaller model{'' if int8 else ' or quantization 8bit'}"):
-        return _load_weights(parameters, device, progress, int8)
+    check_stored(parameters, quantization)
+    advice = f"use a smaller model{'' if quantization in ('8bit', '4bit') else ' or quantization 8bit'}"
+    with or_out_of_memory("the weights do not fit", advice):
+        return _load_weights(parameters, device, progress, quantization)
 
 
-def _load_weights(parameters: Mapping[str, Parameter], device: torch.device, progress: Progress, int8: bool) -> Weights:
-    total = sum(part.nbytes for parameter in parameters.values() for part in parameter.parts)
-    done, weights = 0, Weights()
+def check_stored(parameters: Mapping[str, Parameter], quantization: str) -> None:
+    """Raise UnsupportedModel if the weights should be in 4 bits and the file has none."""
+    if quantization == "4bit" and not any(map(has_four_bits, parameters.values())):
+        raise UnsupportedModel(
+            "quantization 4bit keeps the 4 bits of a file on a GPU (GGUF Q4_0, Q4_1 or Q4_K, AWQ, GPTQ), and this "
+            "model has none: use quantization 8bit, or make such a file with octavo quantize --bits 4"
+        )
+
+
+def bytes_of_weights(parameters: Mapping[str, Parameter], quantization: str) -> int:
+    """Return about how many bytes `load_weights` takes, without reading them."""
+    tied, total = "head" not in parameters, 0
     for name, parameter in parameters.items():
-        weight = torch.empty(parameter.shape, dtype=torch.bfloat16, device=device)
-        start = 0
+        values, matrix = prod(parameter.shape), len(parameter.shape) == 2
+        integers = matrix and (name != "embed" or tied)
+        if quantization == "8bit" and integers:
+            total += values + 4 * parameter.shape[0]
+        elif quantization in ("auto", "4bit") and integers and has_four_bits(parameter):
+            total += four_bit_bytes(parameter)
+        else:
+            integers = False
+        total += 2 * values if name == "embed" or not integers else 0
+    return total
+
+
+def _load_weights(
+    parameters: Mapping[str, Parameter], device: torch.device, progress: Progress, quantization: str
+) -> Weights:
+    total = sum(parameter.nbytes for parameter in parameters.values())
+    done, weights, tied = 0, Weights(), "head" not in parameters
+    mixed = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+    for name, parameter in parameters.items():
+        four_bits = quantization in ("auto", "4bit") and has_four_bits(parameter)
+        if four_bits and (name != "embed" or tied):
+            weights[head_of(name) if name == "embed" else name] = read_four_bits(parameter, device, mixed)
+        if name == "embed" or not four_bits:
+            weights[name] = _bfloat16(parameter, device)
+        if quantization == "8bit":
+            round_weight(weights, name, tied)
         for part in parameter.parts:
-            _copy(part, weight[start : start + part.shape[0]])
-            start += part.shape[0]
             part.release()
-            done += part.nbytes
-            progress(done, total)
-        weights[name] = weight
-        if int8:
-            round_weight(weights, name, tied="head" not in parameters)
+        done += parameter.nbytes
+        progress(done, total)
     return weights
 
 
+def _bfloat16(parameter: Parameter, device: torch.device) -> Tensor:
+    """Return a parameter on the device. Raises DamagedWeights."""
+    weight = torch.empty(parameter.shape, dtype=torch.bfloat16, device=device)
+    start = 0
+    for part in parameter.parts:
+        _copy(part, weight[start : start + part.shape[0]])
+        start += part.shape[0]
+    return weight
+
+
 def head_of(weight: str) -> str:
-    """Return the name of the int8 form that a weight has beside its own."""
-    return weight + ".int8"
+    """Return the name of the form in integers that a weight has beside its own."""
+    return weight + ".integers"
 
 
-def nbytes(weight: Tensor | Int8Rows) -> int:
+def recipe_of(weights: Weights) -> str:
+    """Return the arithmetic of the linear layers: 8bit, bf16, or 4bit if some have 4 bits."""
+    kinds = set(map(type, weights.values()))
+    return "8bit" if Int8Rows in kinds else "4bit" if FourBits in kinds else "bf16"
+
+
+def nbytes(weight: Matrix) -> int:
     """Return the bytes of a weight."""
     return weight.values.nbytes + weight.scales.nbytes if isinstance(weight, Int8Rows) else weight.nbytes
 

@@ -37,6 +37,7 @@ from .messages import (
 )
 
 ZERO = bytes(KEY_BYTES)
+MANY_PAGES = 64  # whose fetch is estimated for the frontend
 Receive = Callable[[bool], list[ToEngine] | None]
 
 
@@ -61,7 +62,9 @@ class EngineLoop:
         """Return a heartbeat with the progress of the current step. May be called by any thread."""
         started = self._step_started
         engine, seconds = self.engine, time.monotonic() - started if started else 0.0
-        return Alive(seconds, engine.rows, *engine.slowest_step, engine.scheduler.recovery.seconds_per_token or 0.0)
+        computed, sharing = engine.scheduler.recovery.seconds_per_token or 0.0, engine.kv.sharing
+        fetched = 0.0 if sharing is None else sharing.seconds_per_page(MANY_PAGES) / engine.kv.page_size
+        return Alive(seconds, engine.rows, *engine.slowest_step, computed, fetched)
 
     def run(self, receive: Receive) -> None:
         """Serve until `receive` returns None, then return.
@@ -113,7 +116,8 @@ class EngineLoop:
                 load = engine.load_state(message.id, Path(message.path))
                 load.add_done_callback(partial(self._state_job_ended, message.id))
             case WatchPages():
-                self._send(Pages(0, b"".join(engine.kv.watch(message.with_content))))
+                port = engine.serve_pages() if message.with_serving else 0
+                self._send(Pages(0, b"".join(engine.kv.watch(message.with_content)), port=port))
                 self._pages_sent = 1
             case AskStats():
                 self._send(Stats(message.id, engine.stats()))

@@ -155,7 +155,7 @@ def _serve(connection: Connection, heartbeat: Heartbeat, work: int) -> None:
         config = config.share(load.replica, load.replicas)
         os.sched_setaffinity(0, share_of_cores(load.replica, load.replicas))  # of this thread, and those that it starts
 
-    if load.secrets:
+    if load.secrets or config.secret_file is not None:
         _guard((Path(load.path) / MANIFEST).exists())
     with loading_bar() as show:
 
@@ -167,7 +167,14 @@ def _serve(connection: Connection, heartbeat: Heartbeat, work: int) -> None:
                 connection.send(Loading(done, total))
 
         engine = load_engine(
-            config, Path(load.path), progress, WorkRecord(work), load.replicas, load.secrets, _end_like_rank
+            config,
+            Path(load.path),
+            progress,
+            WorkRecord(work),
+            load.replicas,
+            load.secrets,
+            _end_like_rank,
+            load.access,
         )
     loop = EngineLoop(engine, connection.send, connection.wake)
     heartbeat.loop = loop

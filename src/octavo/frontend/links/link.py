@@ -16,6 +16,7 @@ class Link(Protocol):
         pid: the id of the engine's process, or None if the engine is a thread of this process.
         heartbeats: whether the engine sends `Alive` messages regularly.
         is_remote: whether others run the engine.
+        host: where other engines reach it; "" if they cannot.
     """
 
     @property
@@ -26,6 +27,9 @@ class Link(Protocol):
 
     @property
     def is_remote(self) -> bool: ...
+
+    @property
+    def host(self) -> str: ...
 
     async def connect(self, on_message: Callable[[FromEngine], None], on_end: Callable[[], None]) -> None:
         """Deliver messages to `on_message`, on the running event loop, until the engine ends; then call `on_end`."""

@@ -7,6 +7,7 @@ import msgspec
 
 from octavo import errors
 from octavo.engine.messages import EngineInfo, EngineRequest, EngineStats, TokenOutput
+from octavo.kv.peers.access import PeerAccess
 from octavo.secret import Secrets
 from octavo.tracing.request_events import RequestEvent
 
@@ -19,6 +20,7 @@ class Load(msgspec.Struct, frozen=True, tag=True):
         path: the model's directory or file.
         replica, replicas: this engine's number, and the number of engines that share the machine's cores and memory.
         secrets: what the frontend has read from the sources that the settings name.
+        access: for pages from engine to engine.
     """
 
     config: dict[str, Any]
@@ -26,6 +28,7 @@ class Load(msgspec.Struct, frozen=True, tag=True):
     replica: int = 0
     replicas: int = 1
     secrets: Secrets = Secrets()
+    access: PeerAccess | None = None
 
 
 class Submit(msgspec.Struct, frozen=True, tag=True):
@@ -97,9 +100,11 @@ class WatchPages(msgspec.Struct, frozen=True, tag=True):
 
     Attributes:
         with_content: whether to publish the content of pages that are gained from now on.
+        with_serving: whether to serve the pages to other engines too.
     """
 
     with_content: bool = False
+    with_serving: bool = True
 
 
 class Loading(msgspec.Struct, frozen=True, tag=True):
@@ -147,6 +152,7 @@ class Alive(msgspec.Struct, frozen=True, tag=True):
         rows: number of tokens that the backend is computing; 0 while Python code runs, such as scheduling.
         slowest_seconds, slowest_rows: duration and number of tokens of the slowest computation so far.
         seconds_per_token: measured time to compute a token of a prompt; 0 if unknown.
+        seconds_per_fetched_token: expected time to fetch the pages of many tokens from another engine, by token.
     """
 
     step_seconds: float = 0.0
@@ -154,6 +160,7 @@ class Alive(msgspec.Struct, frozen=True, tag=True):
     slowest_seconds: float = 0.0
     slowest_rows: int = 1
     seconds_per_token: float = 0.0
+    seconds_per_fetched_token: float = 0.0
 
 
 class Tokens(msgspec.Struct, frozen=True, tag=True):
@@ -209,6 +216,7 @@ class Pages(msgspec.Struct, frozen=True, tag=True):
         parents, roots, tokens: if requested, for each gained page, or the first ones, the key of the page before it,
             the root of its sequence, and its token ids (int32). The key before a sequence's first page is zero, and so
             is the root of sequences without a tenant, salt and origin.
+        port: where the engine serves its pages to other engines, in the answer to WatchPages; 0 if it does not.
     """
 
     number: int
@@ -217,6 +225,7 @@ class Pages(msgspec.Struct, frozen=True, tag=True):
     parents: bytes = b""
     roots: bytes = b""
     tokens: bytes = b""
+    port: int = 0
 
 
 ToEngine = (

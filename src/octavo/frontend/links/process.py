@@ -15,12 +15,14 @@ from pathlib import Path
 
 from octavo.config import EngineConfig
 from octavo.engine.work_record import WorkRecord
+from octavo.kv.peers.access import PeerAccess
 from octavo.machine import memory_kills
 from octavo.secret import Secrets, without_secrets
 
 from .link import Exit
 from .messages import FrameReader, FromEngine, Load, ToEngine, decode_from_engine, frame
 
+LOCAL = "127.0.0.1"
 CLOSE_PATIENCE = 5.0  # seconds for an engine to end cleanly
 LOOK = 0.01  # seconds between checks whether a process has ended
 KILL_PATIENCE = 2.0  # seconds for the kernel to end a killed process
@@ -74,10 +76,12 @@ class ProcessLink:
         process: the process to use; by default a new one.
         replica: the number of the replica among the data_parallel_size ones of the model.
         secrets: the secrets that `config` names. They are sent in the first message.
+        access: for pages from engine to engine.
     """
 
     heartbeats = True
     is_remote = False
+    host = LOCAL
 
     def __init__(
         self,
@@ -86,13 +90,14 @@ class ProcessLink:
         process: EngineProcess | None = None,
         replica: int = 0,
         secrets: Secrets = Secrets(),  # noqa: B008 (immutable)
+        access: PeerAccess | None = None,
     ):
         self._process = process or EngineProcess()
         self.pid: int = self._process.popen.pid
         self._transport: asyncio.Transport | None = None
         self._protocol: _Frames | None = None
         with contextlib.suppress(ConnectionError):  # the process has ended already, which `connect` reports
-            load = Load(dataclasses.asdict(config), str(path), replica, config.data_parallel_size, secrets)
+            load = Load(dataclasses.asdict(config), str(path), replica, config.data_parallel_size, secrets, access)
             self._process.socket.sendall(frame(load))
 
     async def connect(self, on_message: Callable[[FromEngine], None], on_end: Callable[[], None]) -> None:

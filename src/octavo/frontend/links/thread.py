@@ -28,6 +28,7 @@ class ThreadLink:
     pid: int | None = None
     heartbeats = False
     is_remote = False
+    host = ""
 
     def __init__(self, config: EngineConfig, path: Path, secrets: Secrets):
         self.engine: Engine | None = None

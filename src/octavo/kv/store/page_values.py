@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from octavo.formats.page_cipher import PageCipher
 
 CHECKSUM = 16  # bytes
+MAX_OVERHEAD = 256  # bytes that a value has beside the content of its page, at most
 _SHOWN = 8  # hexadecimal digits of the fingerprint in a name; the key depends on all of it
 
 

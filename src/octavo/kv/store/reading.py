@@ -1,4 +1,4 @@
-"""Reading: look up and fetch the pages of waiting sequences, in two threads."""
+"""Reading: look up and fetch the pages of waiting sequences from other engines and a store, in two threads."""
 
 import time
 from collections import deque
@@ -12,8 +12,7 @@ from octavo.kv.tiers.counts import TierCounts
 from octavo.kv.transfers import Finished
 
 from .health import Health, reason_of
-from .page_values import PageValues
-from .store import Store
+from .shared_pages import SharedPages, Value
 
 PATIENCE = 0.08  # seconds that a sequence waits for a look-up and the next page from the store together
 _LATE = 0.25  # seconds after which an answer makes the store count as down
@@ -22,7 +21,6 @@ _BATCH_BYTES = 2**23  # asked for at a time
 _INITIAL_SPEED = 1e9  # bytes per second, until pages have been fetched
 _SMOOTHING = 0.3  # weight of the latest measurement
 _VALID = 10.0  # seconds for which a measured speed counts; then the store may show again how fast it is
-PROBE = "octavo:kv1:probe"  # a name without a value
 
 
 @dataclass(slots=True, eq=False)
@@ -66,7 +64,9 @@ class Fetch:
 
 
 class Reading:
-    """Asks a store for pages. The engine's thread begins look-ups and fetches, and calls `finished` before each step.
+    """Asks a store, or other engines, for pages: what is said of the store here holds for them too.
+
+    The engine's thread begins look-ups and fetches, and calls `finished` before each step.
 
     A sequence waits until the store has sent nothing for PATIENCE seconds, of this sequence or of others, whose pages
     may come first; and, once it has waited for so long in all, only while its pages come faster than they would be
@@ -76,6 +76,7 @@ class Reading:
     soon as it is given up, so a store that hangs holds no pages.
 
     Args:
+        pages: what others have.
         on_change: called by the threads when there is something for `finished`, or a look-up is done.
         on_loss: called with the keys of pages that the store does not have, or that are damaged there.
         on_return: called when the store answers again after a failure.
@@ -83,18 +84,17 @@ class Reading:
 
     def __init__(
         self,
-        store: Store,
-        values: PageValues,
+        pages: SharedPages,
         backend: Backend,
         health: Health,
-        counts: TierCounts,
         *,
         on_change: Callable[[], None],
         on_loss: Callable[[Sequence[bytes]], None],
         on_return: Callable[[], None],
     ):
-        self._store, self._values, self._backend, self._health = store, values, backend, health
-        self._counts, self._on_change, self._on_loss, self._on_return = counts, on_change, on_loss, on_return
+        self._pages, self._backend, self._health = pages, backend, health
+        self._store_counts = pages.counts.get("store", TierCounts())
+        self._on_change, self._on_loss, self._on_return = on_change, on_loss, on_return
         self._lock = RLock()
         self._asked, self._ordered = Condition(self._lock), Condition(self._lock)
         self._lookups: deque[Lookup] = deque()
@@ -255,7 +255,7 @@ class Reading:
                 self._health.failed(f"it answers after {seconds:.2f} s")
             self._on_loss([key for key, is_there in zip(lookup.keys, answers, strict=False) if not is_there])
             with self._lock:
-                self._counts.misses += len(lookup.keys) - len(found)
+                self._store_counts.misses += len(lookup.keys) - len(found)
         except Exception as error:
             self._failed(error)
         lookup.found, lookup.is_answered = frozenset(found), True  # for a sequence that is being computed, too
@@ -269,7 +269,7 @@ class Reading:
             _, seconds = self._timed([])
         except Exception as error:
             with self._lock:
-                self._counts.errors += 1
+                self._store_counts.errors += 1
             self._health.probe_failed(reason_of(error))
             return
         if self._seconds_owed > _LATE or seconds > _LATE:
@@ -281,10 +281,10 @@ class Reading:
             self._on_return()
 
     def _timed(self, keys: Sequence[bytes]) -> tuple[Sequence[bool], float]:
-        """Return which pages the store has, and how long it took to answer. Without keys, ask for the probe."""
+        """Return which pages there are, and how long it took to answer; see `SharedPages.has`."""
         self._asking_since = began = time.monotonic()
         try:
-            answers = self._store.has([self._values.name(key) for key in keys] or [PROBE])
+            answers = self._pages.has(keys)
         finally:
             self._asking_since = None
         return answers, time.monotonic() - began
@@ -295,7 +295,7 @@ class Reading:
             with self._lock:
                 self._ordered.wait_for(lambda: self._orders or self._is_closed)
                 if self._is_closed:
-                    return
+                    break
                 fetch = self._orders.popleft()
                 self._reading_since = time.monotonic()
             try:
@@ -307,6 +307,7 @@ class Reading:
             with self._lock:
                 self._cancel(fetch)
             self._on_change()
+        self._pages.end_reading()
 
     def _read_batch(self, fetch: Fetch) -> bool:
         """Fetch the next pages. Return whether they were there, and more may be left."""
@@ -315,18 +316,18 @@ class Reading:
         if not batch:
             return False
         began, sent = time.monotonic(), 0
-        values = self._store.get([self._values.name(key) for key in batch])
+        counts = self._store_counts
         try:
-            for value, key in zip(values, batch, strict=False):
+            for key, (value, counts) in zip(batch, self._pages.get(batch), strict=False):
                 self._reading_since = self._last_page = time.monotonic()
                 sent += value is not None
-                if not self._take(fetch, key, value):
+                if not self._take(fetch, key, value, counts):
                     return False
         finally:
-            self._measure(sent * self._backend.page_bytes, time.monotonic() - began)
+            self._measure(sent * self._backend.page_bytes, time.monotonic() - began, counts)
         return sent == len(batch)
 
-    def _take(self, fetch: Fetch, key: bytes, value: bytes | bytearray | memoryview | None) -> bool:
+    def _take(self, fetch: Fetch, key: bytes, value: Value | None, counts: TierCounts) -> bool:
         """Fill the page of a key with its value. Return whether the pages that follow are needed, and may be there."""
         with self._lock:
             if not fetch.left:  # given up
@@ -335,7 +336,7 @@ class Reading:
                 return True
         ok = False
         try:
-            content = None if value is None else self._values.open(key, value)
+            content = None if value is None else self._pages.open(key, value)
             with self._importing:
                 if content is not None and not self._is_closed:
                     self._backend.import_page(page, content)
@@ -343,23 +344,22 @@ class Reading:
         finally:
             with self._lock:
                 self._finished.append(Finished("fetch", page, key, ok))
-                self._count(value is not None, ok)
+                self._count(counts, value is not None, ok)
         if ok:
             fetch.num_arrived += 1
-        else:
+        elif counts is self._store_counts:
             self._on_loss([key])
         return ok
 
-    def _count(self, is_there: bool, ok: bool) -> None:
-        counts = self._counts
+    def _count(self, counts: TierCounts, is_there: bool, ok: bool) -> None:
         counts.hits += ok
         counts.misses += not is_there
         counts.errors += is_there and not ok
         counts.bytes_read += self._backend.page_bytes if ok else 0
 
-    def _measure(self, size: int, seconds: float) -> None:
+    def _measure(self, size: int, seconds: float, counts: TierCounts) -> None:
         with self._lock:
-            self._counts.seconds += seconds
+            counts.seconds += seconds
         if size:
             latest, now = seconds / size, time.monotonic()
             weight = _SMOOTHING if now - self._measured < _VALID else 1.0
@@ -370,5 +370,5 @@ class Reading:
         if self._is_closed:
             return
         with self._lock:
-            self._counts.errors += 1
+            self._store_counts.errors += 1
         self._health.failed(reason_of(error))

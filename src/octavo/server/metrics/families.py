@@ -236,9 +236,10 @@ def _cache_values(engine: "EngineNow") -> tuple[str, ...]:
     assert stats is not None
     offloading = "disk" if config.kv_disk else "host" if config.kv_host_memory else "None"
     size = config.kv_disk_size if config.kv_disk else config.kv_host_memory
+    share = config.gpu_memory_utilization if config.backend_name == "cuda" else None
     values = (
         *(stats.num_pages, config.kv_cache_page_size, config.kv_cache_dtype, config.enable_prefix_caching, "blake2b"),
-        *(offloading, size, None, None),
+        *(offloading, size, None, share),
     )
     return tuple(map(str, values))
 

@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 from triton.runtime import driver
 
-Kind = Literal["linear", "gated", "int8", "int8 gated"]
+Kind = Literal["linear", "gated", "int8", "int8 gated", "4 bits", "4 bits gated"]
 Family = Literal["swapped", "plain", "hmma"]
 
 BLOCK_K = 64
@@ -27,6 +27,7 @@ PROCESSORS = 132  # of an H100 or H200
 FEWEST_ROWS, MOST_ROWS = 16, 4096  # buckets of rows are the powers of two between
 _MOST_ROWS_IN_GROUPS = 512  # with more, partial sums take much memory
 _MOST_SUMS, _MOST_IN_ONE_LOOP = 128, 192  # float32 sums per thread, the waiting ones included
+_MOST_SUMS_UNPACKING = 64  # those of one span, beside the registers for 4-bit weights
 
 
 @dataclass(frozen=True)
@@ -137,6 +138,9 @@ def candidates(kind: Kind, inputs: int, spans: int, rows: int, family: Family = 
     for tile in _TILES[family]:
         if (rows <= 4 * tile.rows or 4 * tile.rows >= max(sizes)) and tile.rows < max(2 * rows, min(sizes) + 1):
             found += _divisions(tile, inputs) if kind == "int8" else _spread(tile, spans)
+    if kind.startswith("4 bits"):
+        in_registers = [tile for tile in found if not (tile.waits_in_memory or tile.one_loop)]
+        found = [tile for tile in in_registers if tile.sums_per_thread(tile.groups) <= _MOST_SUMS_UNPACKING]
     return [tile for tile in found if rows <= _MOST_ROWS_IN_GROUPS or tile.groups <= (2 if tile.one_loop else 1)]
 
 

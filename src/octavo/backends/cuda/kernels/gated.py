@@ -41,6 +41,14 @@ def gate_and_up(acc, COLUMNS: tl.constexpr, ROWS: tl.constexpr):
     return tl.reshape(gate, (COLUMNS // 2, ROWS)), tl.reshape(up, (COLUMNS // 2, ROWS))
 
 
+@triton.jit
+def gate_and_up_rows(feature_block, features, BLOCK_OUTPUTS: tl.constexpr):
+    """Return the rows of the weight in a tile (see the module), int32 [BLOCK_OUTPUTS]."""
+    i = tl.arange(0, BLOCK_OUTPUTS)
+    of_tile = tl.minimum(feature_block * (BLOCK_OUTPUTS // 2) + i // 16 * 8 + i % 8, features - 1)
+    return of_tile + i // 8 % 2 * features
+
+
 @triton.jit(do_not_specialize=["rows"])
 def gated_kernel(
     x,
@@ -64,9 +72,8 @@ def gated_kernel(
     row_blocks, feature_blocks = tl.cdiv(rows, BLOCK_ROWS), tl.cdiv(features, BLOCK)
     row_block, feature_block = place(tl.program_id(0), row_blocks, feature_blocks, GROUP)
     row = row_block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    i = tl.arange(0, BLOCK_OUTPUTS)
-    of_tile = tl.minimum(feature_block * BLOCK + i // 16 * 8 + i % 8, features - 1)
-    acc = product(x, weight, row, of_tile + i // 8 % 2 * features, rows, 0, K, K, K, BLOCK_K, SWAPPED)
+    weight_row = gate_and_up_rows(feature_block, features, BLOCK_OUTPUTS)
+    acc = product(x, weight, row, weight_row, rows, 0, K, K, K, BLOCK_K, SWAPPED)
     if not SWAPPED:
         acc = tl.trans(acc)
     gate, up = gate_and_up(acc, BLOCK_OUTPUTS, BLOCK_ROWS)
@@ -76,6 +83,17 @@ def gated_kernel(
         gate = scaled(gate, x_scale, weight_scale, row, feature, rows, features)
         up = scaled(up, x_scale, weight_scale + features, row, feature, rows, features)
         gate, up = tl.trans(gate), tl.trans(up)
+    store_activated(gate, up, out, bias, row, feature, rows, features, ACTIVATION)
+
+
+@triton.jit
+def store_activated(gate, up, out, bias, row, feature, rows, features, ACTIVATION: tl.constexpr):
+    """out[row, feature] = activation(gate + bias[feature]) * (up + bias[features + feature]).
+
+    Args:
+        gate, up: float32 [F, R].
+        bias: [2 * features] or None.
+    """
     if bias is not None:
         gate += tl.load(bias + feature, mask=feature < features, other=0.0).to(tl.float32)[:, None]
         up += tl.load(bias + features + feature, mask=feature < features, other=0.0).to(tl.float32)[:, None]

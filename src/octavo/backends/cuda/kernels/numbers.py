@@ -44,6 +44,12 @@ def widened(x):
         return x.to(tl.bfloat16)
 
 
+@triton.jit
+def small_integer(q):
+    """Return q (int32, from 0 to 255) as float32, by two operations of full rate instead of a conversion."""
+    return (q | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0  # the bits of 2^23 + q
+
+
 def _interpreted_range(first, end=None, step=1, **_):
     """Return the range whose bounds are tensors of one element; numpy >= 2.4 fails on Triton's own (3.6)."""
     bounds = (0, first, step) if end is None else (first, end, step)
