@@ -14,22 +14,23 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from octavo.backends.base import StepBatch, StepResult
+from octavo.backends.base import ComputesAtOnce, StepBatch, StepResult
 from octavo.config import POLICIES, EngineConfig
 from octavo.engine.engine import Engine
 from octavo.engine.loading import load_policy
 from octavo.engine.messages import EngineRequest
+from octavo.engine.running_ahead import rows_of
 from octavo.params import SamplingParams
 
 PAGE_SIZE, VOCAB, MAX_TOKENS = 32, 50_000, 512
 PHASES = ("schedule", "build", "advance")
 
 
-class NoBackend:
+class NoBackend(ComputesAtOnce):
     """A Backend that computes nothing: every token is 7."""
 
     page_size, page_bytes = PAGE_SIZE, 0
-    spec = SimpleNamespace(vocab_size=VOCAB)
+    spec = SimpleNamespace(vocab_size=VOCAB, hidden_size=0)
 
     def step(self, batch: StepBatch) -> StepResult:
         return StepResult(np.full(len(batch.sample_rows), 7, np.int32))
@@ -81,7 +82,7 @@ def steps(policy: str, args: argparse.Namespace) -> list[tuple[float, float, flo
         built = time.perf_counter()
         result = engine.backend.step(batch)
         computed = time.perf_counter()
-        engine._advance(plan, result)
+        engine._advance(plan, *rows_of(plan, batch), result)
         advanced = time.perf_counter()
         if i >= warming_up:
             taken.append((planned - started, built - planned, advanced - computed))

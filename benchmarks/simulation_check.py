@@ -18,7 +18,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from octavo.backends.base import Backend, StepBatch, StepResult
+from octavo.backends.base import Backend, ComputesAtOnce, StepBatch, StepResult
 from octavo.config import EngineConfig
 from octavo.engine.loading import load_engine
 from octavo.simulation import Shape
@@ -33,7 +33,7 @@ INPUT, OUTPUT = (16, 400), (16, 160)  # tokens: minimum and maximum
 PROBE = 200  # requests at once, to find the sustained rate
 
 
-class Recorder:
+class Recorder(ComputesAtOnce):
     """A Backend that records the shapes of its steps."""
 
     def __init__(self, backend: Backend):

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import simulated_costs
 from command_line import OCTAVO
-from octavo.backends.base import Backend, StepBatch, StepResult
+from octavo.backends.base import Backend, ComputesAtOnce, StepBatch, StepResult
 from octavo.bench.report import RequestTimes, Run
 from octavo.config import POLICIES, EngineConfig
 from octavo.engine.engine import MAX_IDLE
@@ -396,7 +396,7 @@ def test_what_cannot_be_served_is_counted() -> None:
     assert [bool(served.problem) for served in run.served] == [False, True, True, True, True]
 
 
-class Timed:
+class Timed(ComputesAtOnce):
     """A real backend whose steps take virtual time, and which remembers what they were."""
 
     def __init__(self, backend: Backend, costs: CostModel, clock: VirtualClock):

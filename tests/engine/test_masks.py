@@ -109,12 +109,12 @@ def test_an_engine_without_other_work_waits(
     calls, many = 0, threading.Event()
     schedule = Scheduler.schedule
 
-    def counted(self: Scheduler) -> object:
+    def counted(self: Scheduler, **settings: bool) -> object:
         nonlocal calls
         calls += gate.reached.is_set()
         if calls == 50:
             many.set()
-        return schedule(self)
+        return schedule(self, **settings)
 
     monkeypatch.setattr(Scheduler, "schedule", counted)
     with Gate(monkeypatch, compiling=compiling) as gate, LLM(str(tiny_llama)) as llm:

@@ -13,7 +13,7 @@ from triton_interpreter import INTERPRETED, run_interpreted
 torch = pytest.importorskip("torch")
 pytest.importorskip("triton", reason="Triton is not installed; it comes with octavo[cuda]")
 
-from octavo.backends.base import PoolingBatch, SamplingBatch, StepResult  # noqa: E402
+from octavo.backends.base import ComputesAtOnce, PoolingBatch, SamplingBatch, StepBatch, StepResult  # noqa: E402
 from octavo.backends.cuda import backend as cuda_backend  # noqa: E402
 from octavo.backends.cuda import graph_shapes  # noqa: E402
 from octavo.backends.cuda import weights as cuda_weights  # noqa: E402
@@ -28,7 +28,10 @@ from octavo.backends.cuda.ops import spans_of  # noqa: E402
 from octavo.backends.cuda.staging import Staging  # noqa: E402
 from octavo.backends.torch.backend import load as load_torch  # noqa: E402
 from octavo.backends.torch.sampling import sample as plain_sample  # noqa: E402
+from octavo.engine.engine import Engine  # noqa: E402
+from octavo.engine.messages import EngineRequest  # noqa: E402
 from octavo.errors import ConfigError, OutOfMemory, UnsupportedModel  # noqa: E402
+from octavo.params import SamplingParams  # noqa: E402
 from random_model import PLAIN, TOKENS, load  # noqa: E402
 from step_batches import run_chunks, step_batch  # noqa: E402
 
@@ -161,6 +164,80 @@ def test_step_samples_from_the_logits(backend: Any) -> None:
 
 
 @on_device
+def test_a_step_takes_the_tokens_that_another_sampled(backend: Any) -> None:
+    """One that could not be sampled, as logits were NaN, reaches into nothing."""
+    first = dataclasses.replace(
+        step_batch([(PROMPT[:2], 0, [0]), (PROMPT[5:7], 0, [1])], [1, 3]), places=np.array([7, 3])
+    )
+    sampled = backend.step(first).tokens.tolist()
+    unknown = step_batch([([-1 - 3], 2, [1]), ([-1 - 7], 2, [0])])
+    known = step_batch([([sampled[1]], 2, [1]), ([sampled[0]], 2, [0])])
+    np.testing.assert_array_equal(backend.logits(unknown), backend.logits(known))
+    backend._inputs._sampled[3] = -1
+    assert np.isfinite(backend.logits(unknown)).all()
+
+
+class AtOnce(ComputesAtOnce):
+    """A backend that does not run ahead."""
+
+    def __init__(self, backend: Any):
+        self._backend = backend
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._backend, name)
+
+    def step(self, batch: StepBatch) -> StepResult:
+        assert batch.tokens.min() >= 0
+        result: StepResult = self._backend.step(batch)
+        return result
+
+
+REQUESTS = {
+    "greedy": (PROMPT[:5], SamplingParams(max_tokens=4, ignore_eos=True, logprobs=1)),
+    "stops": (PROMPT[1:3], SamplingParams(max_tokens=9, temperature=1.5, seed=4, stop_token_ids=[*range(0, 128, 2)])),
+    "penalized": (PROMPT[:4], SamplingParams(max_tokens=2, frequency_penalty=1.5, ignore_eos=True)),
+    "aborted": (PROMPT[:2], SamplingParams(max_tokens=12, ignore_eos=True)),
+    "waits": (PROMPT[:3], SamplingParams(max_tokens=2, ignore_eos=True)),
+}
+
+
+@on_device
+def test_an_engine_that_runs_ahead_gives_the_same_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Among requests that wait for a place, stop and are aborted."""
+    small = dataclasses.replace(SPEC, num_layers=1, windows=(0,), intermediate_size=32, vocab_size=128)
+    backend = load(small, load_cuda, device="auto", page_size=8)
+    unknown: list[int] = []  # tokens of each step that were not known when it was launched
+    send = backend._inputs.send
+
+    def watched(batch: StepBatch, **settings: Any) -> Any:
+        unknown.append(int((batch.tokens < 0).sum()))
+        return send(batch, **settings)
+
+    monkeypatch.setattr(backend._inputs, "send", watched)
+
+    def serve(made: Any) -> dict[str, list[tuple[int, str | None, Any]]]:
+        engine = Engine(made, num_pages=10, max_model_len=32, max_batch_size=4, max_batch_tokens=8)
+        served: dict[str, list[Any]] = {id: [] for id in REQUESTS}
+        for id, (prompt, params) in REQUESTS.items():
+            engine.add(EngineRequest(id, prompt, params))
+        while engine.has_work:
+            for output in engine.step():
+                served[output.id].append((output.token, output.finish_reason, output.logprobs))
+            if len(served["aborted"]) == 2:
+                engine.abort(["aborted"])
+                served["aborted"].append((-1, "aborted", None))
+        stats = engine.stats()
+        assert (stats.running, stats.waiting, stats.free_pages + stats.cached_pages) == (0, 0, 10)
+        return served
+
+    at_once = serve(AtOnce(backend))
+    assert not any(unknown)
+    assert [outputs[-1][1] for outputs in at_once.values()] == ["length", "stop", "length", "aborted", "length"]
+    assert serve(backend) == at_once
+    assert sum(unknown) > 3
+
+
+@on_device
 def test_sums_of_hidden_states_do_not_depend_on_chunks(backend: Any) -> None:
     def pooled(first: int, end: int, sums: np.ndarray) -> StepResult:
         batch = step_batch([(PROMPT[first:end], first, [4])], [end - first - 1])
@@ -217,6 +294,8 @@ BAD = {
     "end of its page table": {"positions": np.array([6, 7, 8], np.int32)},
     "KV pool": {"page_tables": np.array([[10]], np.int32)},
     "sampled row": {"sample_rows": np.array([3], np.int32)},
+    "stand for one in a place": {"tokens": np.array([1, -257, 2], np.int32)},
+    "places need": {"places": np.array([256])},
     "run from 0": {"query_start": np.array([0, 2], np.int32)},
     "one entry per token": {"positions": np.array([1, 2], np.int32)},
 }

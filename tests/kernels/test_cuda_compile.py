@@ -17,7 +17,7 @@ if INTERPRETED:
     pytest.skip("kernels are interpreted here, not compiled", allow_module_level=True)
 
 from compiled_kernel import Compiled, compile_kernel
-from octavo.backends.cuda.kernels import four_bit_linear, gated, integer_linear, linear, norm
+from octavo.backends.cuda.kernels import embed, four_bit_linear, gated, integer_linear, linear, norm
 from octavo.backends.cuda.kernels.configurations import Tile, candidates, choose
 
 TYPES = {"x": "*bf16", "weight": "*bf16", "bias": "*bf16", "residual": "*fp32", "waiting": "*fp32", "rows": "i32"}
@@ -178,3 +178,12 @@ def _reduced_layout(code: str) -> str:
     layout = re.search(rf"^#{reduced[2]} = (.*)$", code, re.MULTILINE)
     assert layout is not None
     return f"{reduced[1]} {layout[1]}"
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_embedding(capability: int) -> None:
+    """A token that is not known yet is read from where the step before has put it."""
+    types = {"tokens": "*i32", "kept": "*i32", "weight": "*bf16", "out": "*fp32"}
+    constants = {"scales": None, "WIDTH": 4096, "SCALED": False, "BLOCK": 1024}
+    made = compile_kernel(embed.embed_kernel, types, constants, {"num_warps": 4, "enable_fp_fusion": False}, capability)
+    assert made.stack_bytes == 0 and made.count("LDG.E.128") > 0

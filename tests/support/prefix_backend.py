@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from octavo.backends.base import StepBatch, StepResult
+from octavo.backends.base import ComputesAtOnce, StepBatch, StepResult
 
 VOCAB = 3
 
@@ -26,7 +26,7 @@ def complete(prompt: list[int], max_tokens: int) -> list[int]:
     return output
 
 
-class PrefixBackend:
+class PrefixBackend(ComputesAtOnce):
     """A Backend (see octavo.backends.base) of this model; pages hold an int64 for each token."""
 
     spec = SimpleNamespace(vocab_size=VOCAB, hidden_size=0)
@@ -38,6 +38,10 @@ class PrefixBackend:
 
     def step(self, batch: StepBatch) -> StepResult:
         self.steps += 1
+        return StepResult(((self.write(batch)[batch.sample_rows] >> 32) % VOCAB).astype(np.int32))
+
+    def write(self, batch: StepBatch) -> np.ndarray:
+        """Write the K and V of a step's tokens, and return them."""
         states = np.zeros(len(batch.tokens), np.int64)
         for s in range(len(batch.query_start) - 1):
             for row in range(batch.query_start[s], batch.query_start[s + 1]):
@@ -46,7 +50,7 @@ class PrefixBackend:
                 states[row] = after(state, int(batch.tokens[row]))
                 page = batch.page_tables[s, position // self.page_size]
                 self.memory[page, position % self.page_size] = states[row]
-        return StepResult(((states[batch.sample_rows] >> 32) % VOCAB).astype(np.int32))
+        return states
 
     def _at(self, batch: StepBatch, sequence: int, position: int) -> int:
         page = batch.page_tables[sequence, position // self.page_size]

@@ -86,6 +86,10 @@ class StepBatch:
 
     Sequence s has rows query_start[s]:query_start[s + 1]; the row at position p reads and writes the page
     page_tables[s, p // page_size] at slot p % page_size. Entries of a page table past a sequence's end are ignored.
+
+    A backend that `runs_ahead` keeps the sampled token of row r in place `places[r]` of its own memory, and the token
+    -1 - k stands for the one that an earlier step has put in place k. If that step has failed to sample it, the rows of
+    its sequence may have any result.
     """
 
     tokens: np.ndarray  # int32 [N]
@@ -95,6 +99,7 @@ class StepBatch:
     sample_rows: np.ndarray  # int32 [R], rows (indices into N) whose next token is wanted
     sampling: SamplingBatch
     pooling: PoolingBatch | None = None
+    places: np.ndarray | None = None  # integers [R], from 0 to max_batch_size - 1; None: no token is kept
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +117,18 @@ class StepResult:
     top_logprobs: np.ndarray | None = None  # float32 [R, K]
     sums: np.ndarray | None = None  # float64 [P, hidden]
     label_logits: np.ndarray | None = None  # float32 [L], raw logits
+
+    def result(self) -> "StepResult":
+        """Return itself: a result is what a launch returns that has computed the step at once (`Pending`)."""
+        return self
+
+
+class Pending(Protocol):
+    """A step that was launched."""
+
+    def result(self) -> StepResult:
+        """Wait until the step is computed, and return its result. To be called once."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -134,7 +151,7 @@ class Footprint:
 class Backend(Protocol):
     """One model on one device. One thread at a time calls its methods, except export_page and import_page.
 
-    Only `step` and `logits` may take long.
+    Only `launch`, `step` and `logits` may take long. Steps and `copy_page` are done in the order of their calls.
 
     A row's result must be bitwise the same for any other rows in the batch, any division of its prompt into chunks, and
     any pages allocated for it. (The torch backend, an oracle for tests, is exempt.)
@@ -145,6 +162,7 @@ class Backend(Protocol):
         arithmetic: identifies everything that determines a page's bits besides weights and page size: kernels,
             instruction set, recipe, dtypes.
         footprint: what runs, and the memory that it takes.
+        runs_ahead: whether `launch` returns before the step is computed, so that another one may be launched meanwhile.
     """
 
     spec: DecoderSpec
@@ -152,6 +170,7 @@ class Backend(Protocol):
     page_bytes: int
     arithmetic: str
     footprint: Footprint
+    runs_ahead: bool
 
     def allocate_kv(self, num_pages: int) -> None:
         """Allocate the KV pool. Raises OutOfMemory, whose message says how many pages would fit."""
@@ -160,21 +179,32 @@ class Backend(Protocol):
     def export_page(self, page: int) -> np.ndarray:
         """Return a page's content, uint8 [page_bytes], read-only: a view of the pool if possible, otherwise a copy.
 
-        Any thread may call this while the page is referenced and no step writes to it. The backend chooses the layout
-        of the bytes; engines with the same fingerprint may import them. Raises ValueError if there is no such page.
+        Any thread may call this while the page is referenced and no launched step writes to it. The backend chooses the
+        layout of the bytes; engines with the same fingerprint may import them. Raises ValueError if there is no such
+        page.
         """
         ...
 
     def import_page(self, page: int, content: np.ndarray) -> None:
-        """Write content from `export_page` into a page that no step reads yet. From any thread. Raises ValueError."""
+        """Write content from `export_page` into a page that no launched step writes to or needs. From any thread.
+
+        Raises ValueError.
+        """
         ...
 
     def copy_page(self, source: int, target: int) -> None:
-        """Copy the content of one page into another, between two steps. Raises ValueError."""
+        """Copy the content of one page into another, between two steps, and before later exports and imports.
+
+        Raises ValueError.
+        """
+        ...
+
+    def launch(self, batch: StepBatch) -> Pending:
+        """Begin to compute the forward pass and to sample. At most one earlier step may be without a result."""
         ...
 
     def step(self, batch: StepBatch) -> StepResult:
-        """Compute the forward pass and sample, in one call with the GIL released."""
+        """Compute the forward pass and sample, in one call with the GIL released: `launch` and `result`."""
         ...
 
     def logits(self, batch: StepBatch) -> np.ndarray:
@@ -182,8 +212,20 @@ class Backend(Protocol):
         ...
 
     def close(self) -> None:
-        """Free threads and memory. No method may be called afterwards."""
+        """Free threads and memory, after the steps that were launched. No method may be called afterwards."""
         ...
+
+
+class ComputesAtOnce:
+    """The part of a Backend whose steps are computed by `step`, on the processor that launches them."""
+
+    runs_ahead = False
+
+    def launch(self, batch: StepBatch) -> StepResult:
+        return self.step(batch)
+
+    def step(self, batch: StepBatch) -> StepResult:
+        raise NotImplementedError
 
 
 class BackendFactory(Protocol):

@@ -82,7 +82,7 @@ class BatchBuilder:
         for i in np.flatnonzero(num_pages > self._num_pages[slots]).tolist():
             self._extend_page_table(plan.sequences[i])
         owner, ahead = _sampled_rows(plan, num_drafts)
-        ends = computed + chunks
+        ends, places = computed + chunks, slots[owner]
         return StepBatch(
             tokens=_gather_tokens(plan),
             positions=np.arange(query_start[-1], dtype=np.int32) + np.repeat(computed - query_start[:-1], rows),
@@ -90,9 +90,10 @@ class BatchBuilder:
             page_tables=np.ascontiguousarray(self._page_tables[slots, : num_pages.max()]),
             sample_rows=((query_start[:-1] + chunks - 1)[owner] + ahead).astype(np.int32),
             sampling=self._sampling(
-                plan.sequences, owner, slots[owner], (ends - self._num_prompt[slots])[owner] + ahead, masks_of(plan)
+                plan.sequences, owner, places, (ends - self._num_prompt[slots])[owner] + ahead, masks_of(plan)
             ),
             pooling=pooling_batch(plan, query_start, owner, self._hidden_size),
+            places=places,
         )
 
     def _fill_columns(self, seq: Sequence) -> None:

@@ -1,8 +1,9 @@
-"""The engine: one synchronous `step()` that schedules, executes, samples and emits tokens."""
+"""The engine: one `step()` that schedules and launches what can be, and emits the tokens of a launched step."""
 
 import time
 from array import array
 from bisect import bisect_left
+from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from pathlib import Path
@@ -37,6 +38,7 @@ from .messages import (
 from .policies import Policy
 from .pooling import pooled_vector, take_pooled
 from .recovery import Recovery
+from .running_ahead import LaunchedStep, rows_of, runs_ahead
 from .scheduler import Scheduler, StepPlan
 from .sequence import Sequence
 from .speculation import FREE_ROWS
@@ -50,6 +52,7 @@ if TYPE_CHECKING:
 
 MAX_IDLE = 0.002  # seconds for which a step without work waits for threads; a new request may wait as long
 SECONDS_TO_CLOSE = 3.0  # the frontend kills an engine process that does not end in 5
+_NO_STEP = StepPlan([], [])
 _DAMAGED_LOGITS = "the model computed logits that are NaN or infinite"
 _NO_TOKEN = "no token is left to sample: all that are allowed are banned, or the model computed logits that are NaN"
 
@@ -138,7 +141,9 @@ class Engine:
         self.slowest_step = (0.0, 1)  # seconds and rows of the slowest step so far
         self._work = work or WorkRecord()
         self._num_added = 0
-        self._plan = StepPlan([], [])  # plan of the last step
+        self._plan = _NO_STEP  # plan of the last step
+        self._launched: deque[LaunchedStep] = deque()  # steps whose results have not been read, the first one first
+        self._most_launched = 2 if backend.runs_ahead else 1
         self._steps = self._tokens_computed = self._tokens_generated = 0
         self._prompt_tokens = self._cached_tokens = 0
         self._draft_tokens = self._accepted_tokens = self._damaged = 0
@@ -152,7 +157,8 @@ class Engine:
     def has_work(self) -> bool:
         """Return whether `step` has anything to do."""
         compiling = self._constraints is not None and self._constraints.is_compiling
-        return self.scheduler.has_work or compiling or bool(self._failures) or self.kv.is_moving
+        waiting = self.scheduler.has_work or compiling or self.kv.is_moving
+        return waiting or bool(self._launched or self._failures)
 
     @property
     def info(self) -> EngineInfo:
@@ -203,7 +209,7 @@ class Engine:
             self._deadlines.set(request.id, seq.arrival + timeout)
         if params.structured_outputs is None or self._constraints is None or self._constraints.begin(seq):
             self._queue(seq)
-        self._work.nothing()
+        self._note_launched()
 
     def _queue(self, seq: Sequence) -> None:
         self.scheduler.add(seq, self._live.get(seq.request.after or ""))
@@ -246,6 +252,13 @@ class Engine:
         """
         self.kv.pin(id, self._prefix(array("i", tokens), tenant, salt, origin))
 
+    def reset_cache(self) -> bool:
+        """Evict all cached pages; see KVCache.reset."""
+        now = time.monotonic()
+        while self._launched and not self.scheduler.running:  # what they compute is for sequences that have ended
+            self._finish(now, now, now)
+        return self.kv.reset()
+
     def unpin(self, id: str) -> None:
         """Release the pages of a KV state, and close the file that `load_state` opened."""
         self.kv.unpin(id)
@@ -278,9 +291,10 @@ class Engine:
         return self._state_files.load(id, path)
 
     def step(self) -> list[TokenOutput]:
-        """Compute one batch. Return its new tokens, and the outputs of requests that failed or timed out.
+        """Return the new tokens of one batch, and the outputs of requests that failed or timed out.
 
-        If there is no batch to compute, wait for transfers, grammars and masks, at most MAX_IDLE seconds.
+        If the backend runs ahead, launch the next batch before reading these tokens. If there is no batch to compute,
+        wait for transfers, grammars and masks, at most MAX_IDLE seconds.
         """
         started = time.monotonic()
         if self._constraints is not None:
@@ -289,41 +303,97 @@ class Engine:
         collecting = time.monotonic()
         self.kv.collect()
         scheduling = time.monotonic()
-        self._plan = plan = self.scheduler.schedule()
-        if plan.sequences:
-            batch = self._builder.build(plan)
-            prompts = plan.sequences[plan.num_decoding :]
-            self._work.computing([seq.id for seq in prompts])
-            self.rows = rows = len(batch.tokens)
-            computing, before = time.monotonic(), self.clock()
-            for seq in prompts:
-                if seq.started is None:
-                    seq.started = before
-            result = self.backend.step(batch)
-            emitting = time.monotonic()
-            seconds = emitting - computing
-            self.rows = 0
-            self._work.nothing()
-            self._backend_seconds += seconds
-            if seconds > self.slowest_step[0]:
-                self.slowest_step = (seconds, rows)
-            self.scheduler.recovery.record_step(rows, self.clock() - before)
-            for seq, chunk in zip(prompts, plan.chunks[plan.num_decoding :], strict=True):
-                if seq.request.is_traced:
-                    self.request_events.add(seq.id, CHUNK, chunk)
-            outputs += self._advance(plan, result)
-            self._steps += 1
-            self._step_tokens[bisect_left(STEP_TOKENS, rows)] += 1
-            ended = time.monotonic()
-            self._last_step = ended - started
-            self._step_seconds += self._last_step
-            if self.trace is not None:
-                decode, drafts = plan.num_decoding, sum(map(len, plan.drafts.values())) if plan.drafts else 0
-                counts = (sum(plan.chunks[decode:]), decode, drafts)
-                self.trace.step(collecting, scheduling, computing, emitting, ended, counts)
-        elif not outputs:
-            self._wait()
+        while len(self._launched) < self._most_launched:
+            plan = self.scheduler.schedule(may_preempt=not self._launched)
+            if not plan.sequences:
+                break
+            self._launch(plan)
+        if self._launched:
+            outputs += self._finish(started, collecting, scheduling)
+        else:
+            self._plan = _NO_STEP
+            if not outputs:
+                self._wait()
         return outputs
+
+    def _launch(self, plan: StepPlan) -> None:
+        """Build the batch of a step, and launch it."""
+        batch = self._builder.build(plan)
+        prompts = plan.sequences[plan.num_decoding :]
+        self._note_launched(prompts)
+        self.rows += len(batch.tokens)
+        began, clock = time.monotonic(), self.clock()
+        for seq in prompts:
+            if seq.started is None:
+                seq.started = clock
+        step = LaunchedStep(plan, len(batch.tokens), *rows_of(plan, batch), self.backend.launch(batch), began, clock)
+        self._launched.append(step)
+        if self._most_launched > 1:
+            self._run_ahead(step)
+
+    def _run_ahead(self, step: LaunchedStep) -> None:
+        """Let the next step go on after a launched one, with the sequences for which it can.
+
+        The pages that the step writes stay referenced until it has ended, whatever becomes of their sequences.
+        """
+        plan, page_size = step.plan, self.kv.page_size
+        for i, (seq, chunk, begin) in enumerate(zip(plan.sequences, plan.chunks, step.begins, strict=True)):
+            end = begin + chunk + len(plan.drafts.get(i, ()))
+            for page in seq.page_table.pages[begin // page_size : -(-end // page_size)]:
+                self.kv.pool.acquire(page)
+                step.pages.append(page)
+            samples = plan.samples(i)
+            if runs_ahead(seq, samples):
+                seq.run_ahead(chunk, samples)
+            else:
+                seq.awaited = True
+
+    def _finish(self, started: float, collecting: float, scheduling: float) -> list[TokenOutput]:
+        """Wait for the first launched step, and return its outputs.
+
+        Args:
+            started, collecting, scheduling: when this call of `step` and its stages began.
+        """
+        waiting = time.monotonic()
+        step = self._launched[0]
+        result = step.pending.result()
+        emitting, clock = time.monotonic(), self.clock()
+        self._launched.popleft()
+        self._note_launched()
+        for page in step.pages:
+            self.kv.pool.release(page)
+        self.rows -= step.rows
+        seconds = emitting - step.began
+        computing = step.began if step.began > scheduling else waiting
+        self._backend_seconds += emitting - computing
+        if seconds > self.slowest_step[0]:
+            self.slowest_step = (seconds, step.rows)
+        self.scheduler.recovery.record_step(step.rows, clock - step.clock)
+        for later in self._launched:
+            later.began, later.clock = emitting, clock
+        self._plan = plan = step.plan
+        for seq, chunk in zip(step.prompts, plan.chunks[plan.num_decoding :], strict=True):
+            if seq.request.is_traced:
+                self.request_events.add(seq.id, CHUNK, chunk)
+        outputs = self._advance(plan, step.begins, step.first_rows, result)
+        self._steps += 1
+        self._step_tokens[bisect_left(STEP_TOKENS, step.rows)] += 1
+        ended = time.monotonic()
+        self._last_step = ended - started
+        self._step_seconds += self._last_step
+        if self.trace is not None:
+            decode, drafts = plan.num_decoding, sum(map(len, plan.drafts.values())) if plan.drafts else 0
+            counts = (sum(plan.chunks[decode:]), decode, drafts)
+            self.trace.step(collecting, scheduling, computing, emitting, ended, counts)
+        return outputs
+
+    def _note_launched(self, *about_to_be: list[Sequence]) -> None:
+        """Record whose prompts the launched steps have, and a step that is about to be launched."""
+        steps = [step.prompts for step in self._launched] + [*about_to_be]
+        if steps:
+            self._work.computing([seq.id for prompts in steps for seq in prompts])
+        else:
+            self._work.nothing()
 
     def _wait(self) -> None:
         """Wait for the threads without which no sequence can continue, for at most MAX_IDLE seconds."""
@@ -338,7 +408,7 @@ class Engine:
     def stats(self) -> EngineStats:
         """Return statistics of the current state. From any thread."""
         pool, transfers = self.kv.pool, self.kv.transfers
-        plan = self._plan if self.has_work else StepPlan([], [])
+        plan = self._plan if self.has_work else _NO_STEP
         return EngineStats(
             running=len(self.scheduler.running),
             waiting=self.scheduler.num_waiting,
@@ -428,19 +498,35 @@ class Engine:
             return f"labels must be tokens from 0 to {self.backend.spec.vocab_size - 1}"
         return None
 
-    def _advance(self, plan: StepPlan, result: StepResult) -> list[TokenOutput]:
-        """Record what the step computed, append the sampled tokens, and end finished sequences."""
+    def _advance(
+        self, plan: StepPlan, begins: list[int], first_rows: list[int] | range, result: StepResult
+    ) -> list[TokenOutput]:
+        """Record what a step computed, append the sampled tokens, and end finished sequences.
+
+        Args:
+            begins, first_rows: see LaunchedStep.
+        """
         outputs: list[TokenOutput] = []
         constrained: list[Sequence] = []
         pooled: list[TokenOutput] = []
         tokens, page_size = result.tokens.tolist(), self.kv.page_size
         take_pooled(plan, result)
-        row = 0
-        for i, (seq, chunk) in enumerate(zip(plan.sequences, plan.chunks, strict=True)):
-            before = seq.num_computed
-            if seq.unscored is not None:
-                row = self._score(seq, chunk, result, row)
-            seq.num_computed = computed = before + chunk
+        for i, (seq, chunk, before, row) in enumerate(
+            zip(plan.sequences, plan.chunks, begins, first_rows, strict=True)
+        ):
+            if seq.slot < 0:  # it has ended since the step was launched
+                continue
+            computed, launched = before + chunk, seq.num_computed
+            if launched == before:  # it has awaited this result
+                seq.awaited = False
+                if seq.unscored is not None:
+                    row = self._score(seq, chunk, result, row)
+                seq.num_computed = computed
+            else:
+                seq.ahead_from = computed if launched > computed else None
+                if computed < len(seq.tokens) and seq.tokens[computed] < 0:
+                    seq.num_computed, seq.ahead_from = computed, None
+                    del seq.tokens[computed:]
             if before // page_size < computed // page_size:
                 self.kv.commit(seq.page_table, computed)
             if before < seq.num_prompt <= computed:
@@ -448,14 +534,13 @@ class Engine:
             if computed < len(seq.tokens):
                 continue
             if seq.pooling is not None:
-                row += not seq.pooling.hidden  # the logits of labels are those of a sampled row
                 pooled.append(self._end_pooled(seq))
                 continue
             outputs.append(self._append(seq, tokens[row], result, row))
-            row += 1
+            if launched > computed and seq.slot >= 0:  # the next step, launched already, computes this token
+                seq.run_ahead(1, samples=True)
             if i in plan.drafts:
-                outputs += self._append_accepted(seq, plan.drafts[i], result, row)
-                row += len(plan.drafts[i])
+                outputs += self._append_accepted(seq, plan.drafts[i], result, row + 1)
             if seq.matcher is not None and seq.slot >= 0:
                 constrained.append(seq)
         if constrained and self._constraints is not None:

@@ -43,13 +43,18 @@ class StepPlan:
         return self.completes(i) and (pooling is None or not pooling.hidden)
 
 
+class _MustNotPreempt(Exception):
+    """The step cannot be planned without a preemption."""
+
+
 class Scheduler:
     """Plans steps of at most `max_batch_tokens` tokens of at most `max_batch_size` sequences.
 
     Every running sequence gets a token in every step, unless it is not ready (`Sequence.ready`): then its last token is
     not computed. The remaining tokens go to prompts of running and waiting sequences, in the policy's order. If a
     sequence needs a page and none is available, the policy chooses a victim, which is preempted: it waits again and is
-    recomputed later. No sequence is admitted in such a step.
+    recomputed later. No sequence is admitted in such a step. A sequence whose next token depends on a result that is
+    awaited (`Sequence.awaited`) is left out of the step.
 
     The next few waiting sequences whose pages are in a lower tier leave the queue while their pages are fetched. They
     release the pages again if running sequences, or the first of the fetching ones, need them. docs/scheduling.md
@@ -86,6 +91,7 @@ class Scheduler:
         self._followers: dict[str, list[Sequence]] = {}  # by the id of the request whose prompt they wait for
         self._short_of_pages = False  # whether pages were too few to admit a sequence in the last step
         self._slots = list(range(self.max_running - 1, -1, -1))
+        self._may_preempt = True  # in the step that is planned
 
     @property
     def policy(self) -> Policy:
@@ -150,10 +156,19 @@ class Scheduler:
                 del self._followers[leader]
         self.end_prompt(seq)
 
-    def schedule(self) -> StepPlan:
-        """Plan the next step. Its sequences have pages for all tokens that it computes."""
-        self._preempt_for_waiting()
-        decoding, prompts, preempted = self._continue_running()
+    def schedule(self, may_preempt: bool = True) -> StepPlan:
+        """Plan the next step. Its sequences have pages for all tokens that it computes.
+
+        Args:
+            may_preempt: if False, and the step needs a preemption, the plan is empty. While results are awaited,
+                it is not known which sequences end and release their pages, nor all tokens of a victim.
+        """
+        self._may_preempt = may_preempt
+        try:
+            self._preempt_for_waiting()
+            decoding, prompts, preempted = self._continue_running()
+        except _MustNotPreempt:
+            return StepPlan([], [])
         if not self._policy.charge(decoding):
             decoding = [seq for seq in decoding if not seq.aborted]
         plan = StepPlan(decoding, [1] * len(decoding), len(decoding))
@@ -167,6 +182,8 @@ class Scheduler:
         waiting = self._next_waiting()
         if waiting and (self._short_of_pages or not self._slots) and len(self.running) > 1:
             victim = self._policy.preempt_for(waiting, self.running.keys())
+            if victim and not self._may_preempt:
+                raise _MustNotPreempt
             if victim:
                 self._preempt(victim)
 
@@ -181,6 +198,8 @@ class Scheduler:
         need_page: list[Sequence] = []
         page_size = self.kv.page_size
         for seq in self.running:
+            if seq.awaited:
+                continue
             length = len(seq.tokens)
             if length - seq.num_computed > 1 or seq.pooling is not None:
                 prompts.append(seq)
@@ -191,7 +210,11 @@ class Scheduler:
         running = len(self.running)
         for seq in need_page:
             while seq.slot >= 0 and not self.kv.extend(seq.page_table, len(seq.tokens)):
-                if not self._give_up_fetching() and (victim := self._policy.victim(self.running.keys())):
+                if self._give_up_fetching():
+                    continue
+                if not self._may_preempt:
+                    raise _MustNotPreempt
+                if victim := self._policy.victim(self.running.keys()):
                     self._preempt(victim)
         if len(self.running) == running:
             return decoding, prompts, False
@@ -377,6 +400,7 @@ class Scheduler:
     def _preempt(self, seq: Sequence) -> None:
         """Put a running sequence back into the queue, and release its pages."""
         self._stop(seq)
+        seq.num_computed = 0
         self.preemptions += 1
         seq.preemptions += 1
         if seq.request.is_traced:
@@ -386,8 +410,7 @@ class Scheduler:
     def _stop(self, seq: Sequence) -> None:
         """Release the pages and the slot of a running sequence."""
         del self.running[seq]
-        self.kv.release(seq.page_table, seq.num_computed)
-        seq.num_computed = 0
+        self.kv.release(seq.page_table, seq.num_computed if seq.ahead_from is None else seq.ahead_from)
         self._slots.append(seq.slot)
         seq.slot = -1
 

@@ -25,12 +25,15 @@ class Sequence:
     Attributes:
         order: number of the request in order of arrival at this engine, from 0.
         stop_tokens: tokens that end the sequence: end-of-sequence tokens and stop_token_ids.
-        tokens: prompt and output.
+        tokens: prompt and output; the last may be negative: not known yet (`run_ahead`).
         prefix: the page keys of `tokens`.
         max_tokens: maximum tokens of prompt and output together.
         draft_limit: maximum number of draft tokens in a step.
         arrival: time of arrival on the engine's clock, in seconds.
-        num_computed: number of `tokens` whose K and V are in the pages of `page_table`.
+        num_computed: number of `tokens` whose K and V are in the pages of `page_table`, or will be when the launched
+            steps are computed.
+        ahead_from: the num_computed before the first of these steps; None if there is none.
+        awaited: whether a launched step computes tokens of it, and its next step cannot be planned before the result.
         cached_tokens: tokens found in the prefix cache at the first admission.
         started: time of the first step with tokens of this sequence, on the engine's clock; None before it.
         time_in_queue: seconds from arrival to `started`, from the end of the prompt until the first output has them.
@@ -69,6 +72,8 @@ class Sequence:
     draft_limit: int = 0
     arrival: float = 0.0
     num_computed: int = 0
+    ahead_from: int | None = None
+    awaited: bool = False
     cached_tokens: int = 0
     started: float | None = None
     time_in_queue: float | None = None
@@ -171,6 +176,17 @@ class Sequence:
         """Return how many missing logprobs of the prompt the computation of the next `chunk` tokens gives."""
         first = self.unscored
         return 0 if first is None else max(0, min(self.num_computed + chunk, self.num_prompt - 1) - first)
+
+    def run_ahead(self, chunk: int, samples: bool) -> None:
+        """Count the `chunk` tokens of a launched step as computed; if it samples, append what stands for the token.
+
+        That is -1 - slot: the backend keeps the token in this place (StepBatch.places).
+        """
+        if self.ahead_from is None:
+            self.ahead_from = self.num_computed
+        self.num_computed += chunk
+        if samples:
+            self.tokens.append(-1 - self.slot)
 
     @property
     def num_draft_tokens(self) -> int:

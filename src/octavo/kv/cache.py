@@ -296,18 +296,20 @@ class KVCache:
         Returns the page table, another object if it has changed, and the number of tokens that are computed then. At
         least the last token is left.
         """
-        before = table.num_full
-        while (table.num_full + 1) * self.page_size < len(table.prefix.tokens):
-            page = self.pool.find(table.prefix.key(table.num_full))
+        first = found = num_computed // self.page_size
+        while (found + 1) * self.page_size < len(table.prefix.tokens):
+            page = self.pool.find(table.prefix.key(found))
             if page is None:
                 break
             self.pool.acquire(page)
-            self.pool.release(table.pages[table.num_full])
-            table.pages[table.num_full] = page
-            table.num_full += 1
-        if table.num_full == before:
+            self.pool.release(table.pages[found])
+            table.pages[found] = page
+            found += 1
+        if found == first:
             return table, num_computed
-        return replace(table), table.num_full * self.page_size
+        if table.num_full == first:  # otherwise `commit` comes to them after the pages that are being computed
+            table.num_full = found
+        return replace(table), found * self.page_size
 
     def fetch_behind(
         self, table: PageTable, num_tokens: int, lookup: "Lookup | None", reserve: int, seconds_to_compute: float | None

@@ -4,7 +4,7 @@ import functools
 
 import numpy as np
 
-from octavo.backends.base import Footprint, StepBatch, StepResult
+from octavo.backends.base import ComputesAtOnce, Footprint, StepBatch, StepResult
 from octavo.model.spec import DecoderSpec, RopeSpec
 
 from .costs import CostModel, Shape
@@ -69,7 +69,7 @@ class VirtualClock:
         self._now += seconds
 
 
-class SimulatedBackend:
+class SimulatedBackend(ComputesAtOnce):
     """A Backend (see backends.base) whose output continues a `text`. Requests must have no end-of-sequence tokens."""
 
     arithmetic = "simulated"

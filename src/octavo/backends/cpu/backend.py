@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from octavo.backends.base import Footprint, Progress, StepBatch, StepResult
+from octavo.backends.base import ComputesAtOnce, Footprint, Progress, StepBatch, StepResult
 from octavo.errors import ConfigError, OutOfMemory
 from octavo.machine import available_memory
 from octavo.model.decoder import describe
@@ -21,7 +21,7 @@ from .program import Place, choose_isa, kernels_build, new_program, pack
 from .recorder import Recorder
 
 
-class CpuBackend:
+class CpuBackend(ComputesAtOnce):
     """A Backend (see backends.base) that runs a native program."""
 
     def __init__(self, spec: DecoderSpec, program: Program, page_size: int, isa: str, arithmetic: str):

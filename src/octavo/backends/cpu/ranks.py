@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from octavo.backends.base import Footprint, Progress, StepBatch, StepResult
+from octavo.backends.base import ComputesAtOnce, Footprint, Progress, StepBatch, StepResult
 from octavo.errors import EngineDead, OutOfMemory
 from octavo.machine import available_memory, share_of_cores
 from octavo.model.shard import Shard, check_size
@@ -39,7 +39,7 @@ OnEnd = Callable[[int, str], None]  # called when a rank has ended by itself: it
 _CAUSE_PATIENCE = 10.0  # seconds until the cause of a broken connection is known
 
 
-class RankedBackend:
+class RankedBackend(ComputesAtOnce):
     """Rank 0 of a model that is divided over several processes: a Backend (see backends.base).
 
     A page has the same bytes for any number of ranks, 1 included.

@@ -66,6 +66,8 @@ class CudaBackend:
     Steps run in order on one stream. Pages move to and from the host on another.
     """
 
+    runs_ahead = True
+
     def __init__(
         self,
         spec: DecoderSpec,
@@ -95,7 +97,6 @@ class CudaBackend:
         self._pages: Pages | None = None
         self._shapes = GraphShapes(max_batch_size, max_batch_tokens)
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._last = torch.cuda.Event() if device.type == "cuda" else None  # the end of the latest step
         with self._on_stream(), or_out_of_memory("the steps' arrays do not fit beside the weights", _SMALLER):
             rotary = torch.from_numpy(rotary_table(spec.rope.frequencies(spec.head_dim), max_model_len)).to(device)
             self._logits = torch.empty((self._shapes.most_sampled, spec.vocab_size), dtype=torch.float32, device=device)
@@ -115,7 +116,7 @@ class CudaBackend:
         self.step(step_of_every_kind())
 
     def export_page(self, page: int) -> np.ndarray:
-        return self._kv.export(page, self._last)
+        return self._kv.export(page)
 
     def import_page(self, page: int, content: np.ndarray) -> None:
         self._kv.write(page, content)
@@ -136,9 +137,8 @@ class CudaBackend:
         with self._on_stream(), _step_fits(batch), self.meter.clock.step():
             logits, pooled, inputs = self._run(batch)
             sampled = sample(logits, inputs.sampling, batch.sampling)
+            inputs.kept[inputs.places] = sampled.words[: len(inputs.places)]
             pending = self._pending(batch, sampled, logits, pooled, inputs.labels)
-            if self._last is not None:
-                self._last.record()
         return pending
 
     @torch.inference_mode()

@@ -40,8 +40,12 @@ class Limits:
             self._check_labels(batch.pooling, sampled)
         if not rows:
             return
-        if not _are_below(batch.tokens, self.vocab_size):
-            raise ValueError("a token is not in the vocabulary")
+        if batch.places is not None and not (
+            len(batch.places) == sampled and _are_below(batch.places, self.max_batch_size)
+        ):
+            raise ValueError("places need one entry per sampled row, from 0 to max_batch_size - 1")
+        if not _are_below(batch.tokens, self.vocab_size, -self.max_batch_size):
+            raise ValueError("a token is not in the vocabulary, nor does it stand for one in a place")
         if not _are_below(batch.sample_rows, rows):
             raise ValueError("a sampled row is not in the step")
         self._check_positions(batch, lengths)
@@ -67,6 +71,6 @@ class Limits:
             raise ValueError("a page is not in the KV pool")
 
 
-def _are_below(numbers: np.ndarray, end: int) -> bool:
-    """Return whether all are from 0 to end - 1."""
-    return len(numbers) == 0 or bool(numbers.min() >= 0 and numbers.max() < end)
+def _are_below(numbers: np.ndarray, end: int, first: int = 0) -> bool:
+    """Return whether all are from `first` to end - 1."""
+    return len(numbers) == 0 or bool(numbers.min() >= first and numbers.max() < end)

@@ -18,6 +18,7 @@ from .staging import Staging
 
 _SLOTS = 4096  # sums of a row over a part of its context that can wait to be merged
 _EXTRA_WORDS = 1 << 21  # of histories, biases and masks that travel with a step's other arrays
+_NO_PLACES = np.zeros(0, np.int32)
 _SAMPLING = [field.name for field in fields(SamplingBatch)]
 
 
@@ -34,7 +35,9 @@ class StepInputs:
     """What the kernels of a step read, on the device. Arrays of integers are int32.
 
     Attributes:
-        tokens: [N].
+        tokens: [N], as in the StepBatch.
+        kept: the sampled tokens by place, those of earlier steps too: [max_batch_size or more].
+        places: [R], those of the sampled rows; none if the StepBatch names none.
         rows: where the N rows are.
         sample_rows: [R].
         work: the tiles of attention.
@@ -45,6 +48,8 @@ class StepInputs:
     """
 
     tokens: Tensor
+    kept: Tensor
+    places: Tensor
     rows: StepRows
     sample_rows: Tensor
     work: list[Tiles]
@@ -55,7 +60,10 @@ class StepInputs:
 
 
 class Inputs:
-    """Makes the inputs of steps. Each step overwrites those of the step before, in the order of the stream."""
+    """Makes the inputs of steps. Each step overwrites those of the step before, in the order of the stream.
+
+    The sampled tokens of earlier steps stay.
+    """
 
     def __init__(
         self,
@@ -77,6 +85,7 @@ class Inputs:
             2 * (8 + TILE_FIELDS) * shapes.max_batch_tokens + (width + 32) * rows + TILE_FIELDS * _SLOTS + _EXTRA_WORDS
         )
         self._staging = Staging(capacity, device)
+        self._sampled = torch.zeros(rows, dtype=torch.int32, device=device)
         self._page_tables = torch.zeros((rows, width), dtype=torch.int32, device=device)
         self._parts = Parts.allocate(_SLOTS, spec.num_heads, spec.num_kv_heads, spec.head_dim, device)
         processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
@@ -117,12 +126,15 @@ class Inputs:
             "small": _padded(cut.small, more_small, 0),
             "large": _padded(cut.large, more_large, 0),
         }
+        arrays["places"] = _NO_PLACES if batch.places is None else batch.places.astype(np.int32)
         arrays |= {f"sampling {name}": getattr(batch.sampling, name) for name in _SAMPLING}
         if batch.pooling is not None:
             arrays |= {"label rows": batch.pooling.label_rows, "label tokens": batch.pooling.label_tokens}
         sent = self._staging.send(arrays | {"page_tables": batch.page_tables})
         return StepInputs(
             sent["tokens"],
+            self._sampled,
+            sent["places"],
             StepRows(
                 sent["positions"],
                 sent["sequences"],

@@ -93,7 +93,7 @@ class CudaOps:
 
     def embed(self, weight: str) -> Handle:
         out = self._new(len(self.inputs.tokens), self.spec.hidden_size, torch.float32)
-        embed(self.inputs.tokens, _tensor(self.weights[weight]), out)
+        embed(self.inputs.tokens, self.inputs.kept, _tensor(self.weights[weight]), out)
         return Residual(out)
 
     def norm(self, x: Handle, weight: str) -> Handle:

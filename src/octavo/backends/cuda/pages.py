@@ -39,12 +39,11 @@ class Pages:
         self._staged = torch.empty(self.page_bytes, dtype=torch.uint8, pin_memory=on_device)
         self._moving = threading.Lock()  # the stream and the staged page serve one thread at a time
 
-    def export(self, page: int, after: "torch.cuda.Event | None") -> np.ndarray:
-        """Return a copy of a page's bytes, as they are after the event `after`. Raises ValueError."""
+    def export(self, page: int) -> np.ndarray:
+        """Return a copy of a page's bytes, after all copies. Raises ValueError."""
         stored = self._page(page)
         with self._moving, self._beside_steps():
-            self._await(after)
-            self._await(self._copied)
+            self._await_copies()
             self._staged.copy_(stored, non_blocking=True)
             self._wait()
             content: np.ndarray = self._staged.numpy().copy()
@@ -57,7 +56,7 @@ class Pages:
         if content.shape != (self.page_bytes,):
             raise ValueError("content must have page_bytes bytes")
         with self._moving, self._beside_steps():
-            self._await(self._copied)
+            self._await_copies()
             self._staged.numpy()[:] = content
             stored.copy_(self._staged, non_blocking=True)
             self._wait()
@@ -77,10 +76,10 @@ class Pages:
     def _beside_steps(self) -> AbstractContextManager[object]:
         return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
 
-    def _await(self, event: "torch.cuda.Event | None") -> None:
-        """Let what follows on the pages' stream wait for an event on another; one that is not recorded is over."""
-        if self._stream is not None and event is not None:
-            self._stream.wait_event(event)
+    def _await_copies(self) -> None:
+        """Let what follows on the pages' stream wait for the latest copy; if there was none, it is over."""
+        if self._stream is not None and self._copied is not None:
+            self._stream.wait_event(self._copied)
 
     def _wait(self) -> None:
         if self._stream is not None:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from octavo.backends.base import Footprint, Progress, StepBatch, StepResult
+from octavo.backends.base import ComputesAtOnce, Footprint, Progress, StepBatch, StepResult
 from octavo.errors import ConfigError, OutOfMemory
 from octavo.machine import available_memory
 from octavo.model.decoder import describe
@@ -21,7 +21,7 @@ from .sampling import sample
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-class TorchBackend:
+class TorchBackend(ComputesAtOnce):
     """A Backend (see backends.base) for tests: a row's result may differ in its last bits with the batch."""
 
     def __init__(self, spec: DecoderSpec, weights: dict[str, torch.Tensor], dtype: torch.dtype, page_size: int):

@@ -124,7 +124,7 @@ class EngineLoop:
             case AskPageStates():
                 self._send(PageStates(message.id, page_states(engine.kv)))
             case ResetCache():
-                self._send(CacheReset(message.id, engine.kv.reset()))
+                self._send(CacheReset(message.id, engine.reset_cache()))
 
     def _publish_pages(self) -> None:
         engine = self.engine

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 
@@ -227,7 +228,9 @@ class SimulatedEngine(Engine):
         prompts = StepPlan(plan.sequences[decoding:], plan.chunks[decoding:])
         self.prompts = tuple(seq.id for seq in prompts.sequences)
         samples = [next_token(seq.tokens[-1]) for i, seq in enumerate(prompts.sequences) if prompts.completes(i)]
-        self._outputs += self._advance(prompts, StepResult(np.array(samples, np.int32)))
+        begins = [seq.num_computed for seq in prompts.sequences]
+        first_rows = [0, *accumulate(map(prompts.completes, range(len(begins))))][: len(begins)]
+        self._outputs += self._advance(prompts, begins, first_rows, StepResult(np.array(samples, np.int32)))
 
     def _decode(self, sequences: list[Sequence], steps: int) -> None:
         """Append `steps` tokens to each sequence, with which it may end."""
