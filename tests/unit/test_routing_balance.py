@@ -29,7 +29,9 @@ def keys(tokens: Sequence[int]) -> list[bytes]:
 
 
 def choose(router: Router, loads: list[Load], tokens: list[int]) -> tuple[int, int]:
-    return router.choose(loads, len(tokens), page_keys(ROOT, tokens, PAGE), PAGE)
+    """Return the index of the best replica, and how many of the tokens are cached there."""
+    best, pages = router.choose(loads, len(tokens), page_keys(ROOT, tokens, PAGE), PAGE)
+    return best, pages[best] * PAGE
 
 
 def replicas_of(router: Router, count: int) -> list[Load]:

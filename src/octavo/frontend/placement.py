@@ -2,7 +2,6 @@
 
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from itertools import tee
 
 from octavo.config import ROLES
 from octavo.engine.messages import EngineInfo, PageSource
@@ -11,7 +10,7 @@ from octavo.kv import page_keys, root_key
 from .links.messages import Abort
 from .live import LiveRequest
 from .replica import Replica
-from .router import Router
+from .router import Load, Router
 
 PREFILL, DECODE, _ = ROLES
 SECONDS_TO_MOVE = 0.02  # that a move takes besides its pages
@@ -52,14 +51,19 @@ class Placement:
             live.replica = None
             self.waiting[live] = None
             return
-        live.tokens_to_compute, live.source, best, cached = live.num_sequence_tokens, None, 0, 0
-        if len(self.replicas) > 1:
-            keys, again = tee(self._keys_of(live))  # computed as they are needed, and once for both looks at them
-            if len(candidates) > 1:
-                loads = [replica.load for replica in candidates]
-                best, cached = self.router.choose(loads, live.num_sequence_tokens, keys, self.info.page_size)
-                live.tokens_to_compute -= cached
-            live.source = self._source(candidates[best], live.num_sequence_tokens, again, cached, computed_by)
+        loads, best, pages = [replica.load for replica in candidates], 0, [0]
+        length, page_size = live.num_sequence_tokens, self.info.page_size
+        live.tokens_to_compute, live.source = length, None
+        if len(candidates) > 1:
+            best, pages = self.router.choose(loads, length, self._keys_of(live), page_size)
+            live.tokens_to_compute -= pages[best] * page_size
+        if computed_by is not None:  # its last pages are not published yet
+            live.source = _source([computed_by.load], [(length - 1) // page_size], pages[best])
+        elif len(self.replicas) > 1:
+            known = {load.bit for load in loads}
+            if others := [each.load for each in self.replicas if each.load.bit not in known and each.load.address]:
+                pages += self.router.cached_pages(others, length, self._keys_of(live), page_size)
+            live.source = _source([*loads, *others], pages, pages[best])
         candidates[best].readmission.add(live)
 
     def move(self, live: LiveRequest) -> None:
@@ -104,26 +108,6 @@ class Placement:
         speeds = [replica.load.seconds_per_token for replica in candidates if replica.load.seconds_per_token]
         fetched = max(load.seconds_per_fetched_token for load in loads)
         return left > page_size if not speeds else left * min(speeds) > left * fetched + SECONDS_TO_MOVE
-
-    def _source(
-        self, target: Replica, length: int, keys: Iterator[bytes], cached: int, computed_by: Replica | None
-    ) -> PageSource | None:
-        """Return the engine that has most pages of a sequence; None if the target has as many.
-
-        Args:
-            length: tokens of the sequence.
-            cached: those of them whose pages the target has.
-        """
-        page_size = self.info.page_size
-        if computed_by is not None:  # its last pages are not published yet
-            address, most = computed_by.load.address, (length - 1) // page_size
-        elif others := [each.load for each in self.replicas if each is not target and each.load.address]:
-            pages = self.router.cached_pages(others, length, keys, page_size)
-            most = max(pages)
-            address = others[pages.index(most)].address
-        else:
-            return None
-        return PageSource(address, most) if address and most * page_size > cached else None
 
     def place_waiting(self) -> None:
         """Send the requests that wait, as long as a replica is open."""
@@ -205,3 +189,16 @@ class Placement:
 def is_for_prompts(replica: Replica) -> bool:
     """Return whether requests leave a replica after their first token. Its pages must be there for others."""
     return replica.load.role == PREFILL and bool(replica.load.address)
+
+
+def _source(loads: Sequence[Load], pages: Sequence[int], enough: int) -> PageSource | None:
+    """Return the engine that serves most pages of a sequence to others; None if it has no more than `enough`.
+
+    Args:
+        pages: how many each of `loads` has.
+    """
+    if max(pages) <= enough:
+        return None
+    served = [(count, load.address) for load, count in zip(loads, pages, strict=True) if load.address]
+    most, address = max(served, default=(0, ""))
+    return PageSource(address, most) if most > enough else None

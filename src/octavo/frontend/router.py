@@ -133,8 +133,10 @@ class Router:
         if self._loads.get(load.bit) is load:
             del self._loads[load.bit]
 
-    def choose(self, loads: Sequence[Load], length: int, keys: Iterable[bytes], page_size: int) -> tuple[int, int]:
-        """Return the index of the best of `loads` for a prompt, and the number of its tokens that are cached there.
+    def choose(
+        self, loads: Sequence[Load], length: int, keys: Iterable[bytes], page_size: int
+    ) -> tuple[int, list[int]]:
+        """Return the index of the best of `loads` for a prompt, and what `cached_pages` returns for them.
 
         Args:
             length: tokens of the prompt.
@@ -146,9 +148,8 @@ class Router:
         self._choices += 1
         pages = self.cached_pages(loads, length, keys, page_size)
         best = self._best(loads, length, pages, page_size)
-        cached = pages[best] * page_size
-        loads[best].recent += (length - cached + self.mean_output) * loads[best].slowness
-        return best, cached
+        loads[best].recent += (length - pages[best] * page_size + self.mean_output) * loads[best].slowness
+        return best, pages
 
     def _best(self, loads: Sequence[Load], length: int, pages: list[int], page_size: int) -> int:
         """Return the index of the replica with the least cost; of equal ones, that with the least recent work.

@@ -21,9 +21,11 @@ class RoundRobin(Router):
         super().__init__()
         self._turn = count()
 
-    def choose(self, loads: Sequence[Load], length: int, keys: Iterable[bytes], page_size: int) -> tuple[int, int]:
+    def choose(
+        self, loads: Sequence[Load], length: int, keys: Iterable[bytes], page_size: int
+    ) -> tuple[int, list[int]]:
         best = next(self._turn) % len(loads)
-        return best, self.cached_pages(loads, length, keys, page_size)[best] * page_size
+        return best, self.cached_pages(loads, length, keys, page_size)
 
     def work(self, load: Load) -> float:
         return 0.0  # so that no request is moved
@@ -32,10 +34,12 @@ class RoundRobin(Router):
 class LeastLoaded(RoundRobin):
     """Sends each request to a replica with the fewest unfinished ones, in turn among equals. For comparison only."""
 
-    def choose(self, loads: Sequence[Load], length: int, keys: Iterable[bytes], page_size: int) -> tuple[int, int]:
+    def choose(
+        self, loads: Sequence[Load], length: int, keys: Iterable[bytes], page_size: int
+    ) -> tuple[int, list[int]]:
         best = min(range(len(loads)), key=lambda i: (loads[i].completions, loads[i].recent))
         loads[best].recent = next(self._turn)
-        return best, self.cached_pages(loads, length, keys, page_size)[best] * page_size
+        return best, self.cached_pages(loads, length, keys, page_size)
 
 
 ROUTINGS: dict[str, Callable[[], Router]] = {EXACT: Router, ROUND_ROBIN: RoundRobin, LEAST_LOADED: LeastLoaded}
@@ -114,7 +118,8 @@ class Placement:
         if len(self.replicas) > 1:
             root = root_key(self.replicas[0].engine.fingerprint, request.tenant, request.salt)
             loads, keys = [replica.load for replica in self.replicas], page_keys(root, request.prompt, self._page_size)
-            best, cached = self._router.choose(loads, len(request.prompt), keys, self._page_size)
+            best, pages = self._router.choose(loads, len(request.prompt), keys, self._page_size)
+            cached = pages[best] * self._page_size
         self._send(live, self.replicas[best], len(request.prompt) - cached, live.arrival)
 
     def step_ended(self, replica: Replica) -> list[TokenOutput]:
