@@ -103,7 +103,7 @@ def wrong_arrays(array: np.ndarray) -> list[Any]:
 
 
 @pytest.mark.parametrize(
-    "field", [field.name for field in fields(StepBatch) if field.name not in ("sampling", "pooling")]
+    "field", [field.name for field in fields(StepBatch) if field.name not in ("sampling", "pooling", "places")]
 )
 def test_a_step_refuses_wrong_arrays(layers: Layers, field: str) -> None:
     batch = step_batch([(TOKENS, 0, [0, 1])])

@@ -185,8 +185,9 @@ else:
     def test_embed(dtype):
         weight = (20 * torch.randn(11, 1056, generator=torch.Generator().manual_seed(0))).to(dtype)
         scales = torch.rand(11) if dtype == torch.int8 else None
-        tokens = torch.tensor([3, 10, 3, 0], dtype=torch.int32)
+        kept = torch.tensor([-1, 10], dtype=torch.int32)  # an earlier step has failed to sample the first
         out = torch.empty(4, 1056)
-        embed(tokens, weight, out, scales)
-        expected = weight[tokens.long()].float()
-        assert torch.equal(out, expected if scales is None else expected * scales[tokens.long(), None])
+        embed(torch.tensor([3, -2, 3, -1], dtype=torch.int32), kept, weight, out, scales)
+        tokens = torch.tensor([3, 10, 3, 0])
+        expected = weight[tokens].float()
+        assert torch.equal(out, expected if scales is None else expected * scales[tokens, None])

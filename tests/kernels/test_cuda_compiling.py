@@ -56,7 +56,7 @@ def forget() -> None:
 def steps() -> list[Callable[[], None]]:
     tokens, weight = torch.zeros(3, dtype=torch.int32), torch.zeros((9, 64), dtype=torch.bfloat16)
     hidden, normed = torch.zeros((3, 64)), torch.full((3, 64), 7, dtype=torch.bfloat16)
-    first = lambda: embed.embed(tokens, weight, hidden)  # noqa: E731
+    first = lambda: embed.embed(tokens, tokens, weight, hidden)  # noqa: E731
     second = lambda: norm.norm(hidden, weight[0], 1e-5, normed)  # noqa: E731
     return [first, second, first]
 
