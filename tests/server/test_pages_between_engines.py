@@ -74,7 +74,7 @@ def frontend(start: Any, *engines: RemoteEngine) -> Iterator[httpx.Client]:
 
 
 def replicas(http: httpx.Client) -> dict[str, Any]:
-    """The statistics of each engine, by its role; of those of one role, the last one's."""
+    """The statistics of each engine that is ready, by its role; of those of one role, the last one's."""
     found = list[dict[str, Any]]()
 
     def all_answer() -> bool:
@@ -83,7 +83,7 @@ def replicas(http: httpx.Client) -> dict[str, Any]:
         return all(replica["engine"] is not None for replica in found if replica["is_ready"])
 
     until(all_answer)
-    return {replica["role"]: replica for replica in found}
+    return {replica["role"]: replica for replica in found if replica["is_ready"]}
 
 
 def body(i: int) -> dict[str, Any]:
