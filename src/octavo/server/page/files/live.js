@@ -19,8 +19,9 @@ class LiveView {
     this.before = []; // events of the last seconds
     this.maps = new Map(); // by engine
     this.model = null;
+    this.isChosen = false; // by the user
     this.state = h("span.state", { role: "status" });
-    this.models = h("select.model", { "aria-label": "Model", change: () => this.#chooseModel(this.models.value) });
+    this.models = h("select.model", { "aria-label": "Model", change: () => this.#userChooses() });
     this.tiles = {
       output: tile("Output", "tokens/s", lines("output"), number),
       requests: tile("Requests", "running", lines("running", "waiting"), number),
@@ -104,6 +105,11 @@ class LiveView {
     }
   }
 
+  #userChooses() {
+    this.isChosen = true;
+    this.#chooseModel(this.models.value);
+  }
+
   #chooseModel(model) {
     this.model = model;
     this.before = [];
@@ -167,10 +173,11 @@ class LiveView {
 
   #listModels(models) {
     const names = models.map(({ stats }) => stats.name);
-    if (this.model === null || !names.includes(this.model)) {
-      const model = (models.find(({ stats }) => stats.engine) ?? models[0]).stats.name;
-      if (model === names[0]) this.model = model;
-      else this.#chooseModel(model); // the pages that are sent are the first model's
+    const current = models.find(({ stats }) => stats.name === this.model);
+    if (!current || (!this.isChosen && current.stats.state === "unloaded")) {
+      const { name } = (models.find(({ stats }) => stats.engine) ?? current ?? models[0]).stats;
+      if (this.model === null && name === names[0]) this.model = name; // its pages are sent already
+      else if (name !== this.model) this.#chooseModel(name);
     }
     if ([...this.models.options].map((each) => each.value).join("\n") !== names.join("\n"))
       this.models.replaceChildren(...names.map((name) => h("option", { value: name }, name)));
