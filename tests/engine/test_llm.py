@@ -154,7 +154,7 @@ def test_the_limits_of_chat_templates_are_settings(tiny_llama, tmp_path):
     messages = [{"role": "user", "content": "Hello"}]
     loop = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
     for source, settings, problem in (
-        (loop, {"chat_template_timeout": 0.05}, r"took longer than 0\.(05|1) s"),
+        (loop, {"chat_template_timeout": 0.05}, "took longer than 0.05 s"),
         ("{{ 'x' * 30000000 }}", {"chat_template_memory": "10MiB"}, "too much memory"),
     ):
         (folder / "chat_template.jinja").write_text(source)

@@ -79,7 +79,7 @@ class ChatTemplate:
         request = _request(messages, add_generation_prompt, continue_final_message, variables)
         worker = self._workers.acquire()
         try:
-            answer = worker.ask(request, 2 * self._seconds)
+            answer = worker.ask(request, self._seconds)
         except BaseException:
             worker.close()
             raise
@@ -231,19 +231,23 @@ class _Worker:
         return self.close.alive and self._process.poll() is None
 
     def ask(self, request: bytes, seconds: float) -> bytearray:
-        """Return the answer to `request`. If it exceeds a limit, end the process and raise InvalidRequest."""
+        """Return the answer to `request`. If it exceeds a limit, end the process and raise InvalidRequest.
+
+        Args:
+            seconds: of processor time; it may take twice as long in all.
+        """
         try:
             if not self._ready:
                 self._exchange(self._setup, _START_SECONDS)
                 self._ready = True
-            answer = self._exchange(request, seconds)
+            answer = self._exchange(request, 2 * seconds)
         except TimeoutError:
             self.close()
             raise _too_slow(seconds) from None
         except OSError:
             self.close()
             if self._process.returncode == -signal.SIGPROF:
-                raise _too_slow(seconds / 2) from None
+                raise _too_slow(seconds) from None
             raise InvalidRequest("the chat template crashed while it rendered the messages", "messages") from None
         if answer == _OUT_OF_MEMORY:
             self.close()
