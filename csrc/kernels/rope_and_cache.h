@@ -92,14 +92,6 @@ OCTAVO_INLINE void write_position(const float* k_from, const float* v_from, int6
     }
 }
 
-// Prefetch the memory that write_position writes: few bytes of many cache lines.
-OCTAVO_INLINE void prefetch_position(const std::byte* k, int64_t slot, const Shape& shape) {
-    const int64_t dim = shape.head_dim, bytes = shape.int8_kv ? 1 : 2;
-    for (int64_t i = 0; i < dim; i += 2) __builtin_prefetch(k + (i * kSpan + slot * 2) * bytes, 1);
-    const std::byte* v = k + shape.kv_bytes() + slot / 2 * dim * 2 * bytes;
-    for (int64_t i = 0; i < dim * 2 * bytes; i += 64) __builtin_prefetch(v + i, 1);
-}
-
 // Compute one tile: the rows that fall into one block of the cache. So a block has one writer, in order of position.
 void rope_and_cache(const Instruction& op, const Step& step, int64_t tile, Scratch& scratch) {
     const Shape& shape = *step.shape;
@@ -107,8 +99,6 @@ void rope_and_cache(const Instruction& op, const Step& step, int64_t tile, Scrat
     const int64_t dim = shape.head_dim, block = step.positions[rows.first] / kSpan;
     const float q_scale = kLog2E / __builtin_sqrtf(float(dim));  // so that attention's weights are 2^(q K^T)
     float* head = scratch.part_sums;
-    for (int64_t h = 0; h < shape.kv_heads; h++)
-        prefetch_position(step.kv_block(rows.sequence, block, op.layer, h), step.positions[rows.first] % kSpan, shape);
     for (int64_t r = rows.first; r < rows.first + rows.count; r++) {
         const float* x = op.x.f32(r);
         if (r + 1 < rows.first + rows.count) prefetch(op.x.f32(r + 1), op.x.stride * sizeof(float));
