@@ -1,5 +1,6 @@
 """Batch enrichment on a real Ray cluster whose nodes and drivers are lost, compared with `octavo enrich`."""
 
+import re
 import signal
 import subprocess
 import time
@@ -69,7 +70,7 @@ def test_every_row_is_written_once(cluster: RayCluster, tiny_llama: Path, tmp_pa
     assert 0 < before < ROWS
 
     said, _ = cluster.popen(ENRICH, *words, "2").communicate(timeout=240)
-    answered = int(said.split("rows")[-1])
+    [answered] = map(int, re.findall(r"^rows (\d+)$", said, re.MULTILINE))
     assert 0 < answered <= ROWS - before
 
     done = octavo(

@@ -11,7 +11,7 @@ import pytest
 
 from octavo.backends.base import Backend
 from octavo.formats.page_file import page_file_bytes
-from octavo.kv import Prefix, root_key
+from octavo.kv import KVCache, Prefix, root_key
 from octavo.kv.tiers.disk import DiskTier
 from octavo.kv.tiers.host import HostTier
 from octavo.kv.transfers import Finished, Transfers
@@ -266,3 +266,23 @@ def test_the_time_a_page_takes_is_measured(backend: Backend) -> None:
         transfers.close()
     assert 0.019 < measured[0] < 0.2
     assert 0.004 < measured[1] < measured[0], "threads that wait side by side wait less for a page"
+
+
+def test_a_page_that_comes_to_have_the_same_content_again_is_saved_once(backend: Backend) -> None:
+    """It was evicted before its first save began, and computed again in the same place."""
+    tier = GatedTier()
+    transfers = Transfers(backend, [tier])
+    cache = KVCache(16, 4, transfers=transfers)
+    prefix = Prefix(root_key("model", "", ""), array("i", range(5)), 4)
+    for _ in range(2):
+        assert (found := cache.allocate(prefix)) is not None and found[1] == 0
+        cache.release(found[0], 4)
+        cache.pool.evict_all()
+    table, _ = cache.allocate(prefix) or pytest.fail("no room")
+    cache.release(table, 4)
+    cache.collect()
+    assert (transfers.pending_saves, cache.is_moving) == (1, True)
+    tier.gate.set()
+    cache.flush(30)
+    assert (cache.is_moving, transfers.pending_saves, cache.pool.num_available) == (False, 0, 16)
+    transfers.close()

@@ -356,7 +356,7 @@ class KVCache:
         most = min(self._max_saving, self.transfers.max_saves)
         while self._unsaved and len(self._saving) < most:
             page, key = self._unsaved.popleft()
-            if self.pool.find(key) == page:
+            if self.pool.find(key) == page and page not in self._saving:
                 self.pool.acquire(page)
                 if self.transfers.save(page, key):
                     self._saving.add(page)
