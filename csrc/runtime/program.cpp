@@ -230,7 +230,8 @@ std::pair<int64_t, int64_t> Program::own_rows(const Instruction& instruction) co
     return {rows * rank / ranks, rows * (rank + 1) / ranks};
 }
 
-// out[r, :] = (sum of the partial sums x[r, :], of ranks or of nodes) + bias + residual[r, :], for rows begin ... end - 1.
+// out[r, :] = (sum of the partial sums x[r, :], of ranks or of nodes) + bias + residual[r, :], for rows begin to
+// end - 1.
 void Program::sum_ranks(const Instruction& instruction, int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; r++) {
         const float* x[RankGroup::kMostRanks];

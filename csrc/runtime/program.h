@@ -63,8 +63,8 @@ struct LinearWeights {
 
 class Program {
 public:
-    // `processors`: as for ThreadPool. `ranks`: null, or the processes that run this program together, each with its part
-    // of the weights. kv: a memfd for the KV pool, which other processes may map; -1: memory of this process.
+    // `processors`: as for ThreadPool. `ranks`: null, or the processes that run this program together, each with its
+    // part of the weights. kv: a memfd for the KV pool, which other processes may map; -1: memory of this process.
     Program(const std::string& isa, std::vector<std::vector<int>> processors, const Sizes& sizes,
             std::vector<double> frequencies, std::unique_ptr<RankGroup> ranks = nullptr, int kv = -1);
 
@@ -130,8 +130,8 @@ private:
     };
     // Memory of this rank; or of all ranks of a node: a buffer for each, for each node, or one for all.
     enum class Home { own, each, nodes, common };
-    // What each node has written of a buffer, and sends to the others: its slot of Home::nodes; some columns of all rows;
-    // the rows of its tokens; or those of its attention.
+    // What each node has written of a buffer, and sends to the others: its slot of Home::nodes; some columns of all
+    // rows; the rows of its tokens; or those of its attention.
     enum class Crossing { none, slot, columns, tokens, attention };
     struct Buffer {
         int64_t width;

@@ -44,12 +44,12 @@ public:
     // Return false, without waiting, once the group is stopped. One thread of a rank at a time.
     bool barrier();
 
-    // The first rank of a node: send memory to other nodes and receive memory from them, at the same time. Return false,
-    // with the group stopped, if a connection has ended.
+    // The first rank of a node: send memory to other nodes and receive memory from them, at the same time. Return
+    // false, with the group stopped, if a connection has ended.
     bool transfer(std::vector<Transfer> transfers, std::chrono::microseconds patience);
 
-    // The first rank of a node: let its other ranks go on with the next step. These: wait for that; false once the group
-    // is stopped.
+    // The first rank of a node: let its other ranks go on with the next step. These: wait for that; false once the
+    // group is stopped.
     void start_step();
     bool wait_for_step();
 

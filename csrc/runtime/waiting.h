@@ -1,5 +1,5 @@
-// How threads and ranks wait for each other: for some time by spinning, which notices a change within a cache miss, then
-// asleep, which leaves the core to other programs.
+// How threads and ranks wait for each other: for some time by spinning, which notices a change within a cache miss,
+// then asleep, which leaves the core to other programs.
 #pragma once
 
 #include <chrono>
@@ -10,7 +10,6 @@ namespace octavo {
 constexpr std::chrono::microseconds kBarrierPatience{50}, kStepPatience{100};
 
 // What to do in each turn of a loop that spins.
-
 inline void relax() {
 #if defined(__x86_64__)
     __builtin_ia32_pause();

@@ -1,26 +1,32 @@
 """Ranks on several machines: the same answers as one process, whatever is lost; nobody else takes part."""
 
 import contextlib
+import errno
 import os
 import signal
 import socket
+import struct
 import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from hashlib import blake2b
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 
 from command_line import OCTAVO, complaint
 from machines import Machines, machines, missing
 from octavo import LLM, SamplingParams
-from octavo.backends.cpu import node_main, nodes
+from octavo.backends.cpu import node_line, node_main, nodes
 from octavo.backends.cpu.node_line import Line, Listener, connect
 from octavo.backends.cpu.node_messages import Join, Link, Refused
+from octavo.backends.cpu.node_pages import RemotePages, serve_pages
 from octavo.config import EngineConfig
 from octavo.errors import ConfigError
 from rank_requests import PARAMS, PROMPTS, answers, children, has_ended, ranks_of, wait_until
@@ -202,8 +208,9 @@ def test_a_machine_is_cut_off(two_nodes: Nodes, alone: Callable[..., Any]) -> No
 
 def test_nobody_else_takes_part(four_machines: Machines, tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
     """Not a stranger who is silent, or talks something else; nor a node with another secret or another model."""
-    model, silent = tiny_model("llama-ranks"), "import socket, time; socket.create_connection(('10.77.0.1', 29501)); "
-    noise = "socket.create_connection(('10.77.0.1', 29501)).sendall(b'GET / HTTP/1.1\\r\\n\\r\\n' * 9); "
+    model = tiny_model("llama-ranks")
+    silent = "import socket, time; a = socket.create_connection(('10.77.0.1', 29501)); "
+    noise = "b = socket.create_connection(('10.77.0.1', 29501)); b.sendall(b'GET / HTTP/1.1\\r\\n\\r\\n' * 9); "
     served = Nodes(four_machines, 2, tmp_path, model, "-tp", "2")
     served.start(0)
     wait_until(lambda: "waiting for node 1 of 2" in served.log(0), 60)
@@ -329,6 +336,7 @@ OWN = Join("1.0", 0, 2, 4, "model", "build", "amx")
     ("other", "message"),
     [
         (Join("1.1", 1, 2, 4, "model", "build", "amx"), "it runs Octavo 1.1, and node 0 runs 1.0"),
+        (Join("1.0", 2, 2, 4, "model", "build", "amx"), "it says that it is node 2, and there are nodes 1 to 1"),
         (Join("1.0", 1, 4, 4, "model", "build", "amx"), "nnodes 4 and tensor_parallel_size 4, and node 0 with 2 and 4"),
         (Join("1.0", 1, 2, 4, "model", "build", "avx2"), "set OCTAVO_ISA to an instruction set of both"),
         (Join("1.0", 1, 2, 4, "model", "other", "amx"), "install the same package"),
@@ -339,19 +347,222 @@ def test_nodes_that_differ_are_refused(other: Join, message: str) -> None:
     assert OWN.problem(Join("1.0", 1, 2, 4, "model", "build", "amx")) is None
 
 
-def test_a_handshake_takes_no_longer_than_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
+KEY, HERE = b"key", "127.0.0.1"
+
+
+@pytest.fixture
+def came() -> "SimpleQueue[Any]":
+    """The first messages of those who were let in."""
+    return SimpleQueue()
+
+
+@pytest.fixture
+def listener(came: "SimpleQueue[Any]", monkeypatch: pytest.MonkeyPatch) -> Iterator[Listener]:
+    monkeypatch.setattr(node_line, "HANDSHAKE", 1.0)
+    with contextlib.closing(Listener(HERE, 0, KEY, Link | Refused, lambda _, message, __: came.put(message))) as made:
+        yield made
+
+
+@pytest.fixture
+def stranger(listener: Listener) -> Iterator[Callable[[], socket.socket]]:
+    """() -> a connection of somebody without the secret."""
+    with contextlib.ExitStack() as stack:
+        yield lambda: stack.enter_context(socket.create_connection((HERE, listener.port), 5))
+
+
+def is_let_in(listener: Listener, came: "SimpleQueue[Any]") -> bool:
+    line = connect((HERE, listener.port), KEY)
+    line.send(Refused("x"))
+    message = came.get(timeout=5)
+    line.close()
+    return bool(message == Refused("x"))
+
+
+def is_cut_off(connection: socket.socket) -> bool:
+    """Wait until the other side ends the connection."""
+    connection.settimeout(10)
+    with contextlib.suppress(ConnectionError):
+        while connection.recv(4096):
+            pass
+    return True
+
+
+def test_a_handshake_takes_no_longer_than_it_may(
+    listener: Listener, came: "SimpleQueue[Any]", stranger: Callable[[], socket.socket]
+) -> None:
     """However slowly a stranger talks; meanwhile others are served."""
-    monkeypatch.setattr("octavo.backends.cpu.node_line.HANDSHAKE", 0.5)
-    came = threading.Event()
-    listener = Listener("127.0.0.1", 0, b"key", Link | Refused, lambda *_: came.set())
-    with contextlib.closing(listener), socket.create_connection(("127.0.0.1", listener.port)) as slow:
-        began = time.monotonic()
-        line: Line = connect(("127.0.0.1", listener.port), b"key")
-        line.send(Refused("x"))
-        assert came.wait(0.4)
-        with contextlib.suppress(OSError):
-            while time.monotonic() - began < 5:
-                slow.sendall(b"o")
-                time.sleep(0.1)
-        assert time.monotonic() - began < 2
-        line.close()
+    began, slow = time.monotonic(), stranger()
+    assert is_let_in(listener, came) and time.monotonic() - began < 1
+    with contextlib.suppress(OSError):
+        while time.monotonic() - began < 5:
+            slow.sendall(b"o")
+            time.sleep(0.1)
+    assert time.monotonic() - began < 4
+
+
+def test_a_first_message_takes_no_longer_than_it_may(listener: Listener) -> None:
+    """Not even of somebody who has the secret, or where there is none: a byte at a time of the largest message."""
+    began, line = time.monotonic(), connect((HERE, listener.port), KEY)
+    with contextlib.suppress(OSError):
+        line.socket.sendall(struct.pack("<I", 1 << 20))
+        while time.monotonic() - began < 5:
+            line.socket.sendall(b"o")
+            time.sleep(0.1)
+    assert time.monotonic() - began < 4
+
+
+def test_many_strangers_keep_nobody_out(
+    listener: Listener, came: "SimpleQueue[Any]", stranger: Callable[[], socket.socket], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are silent; each further one costs the oldest its place, and no more threads."""
+    monkeypatch.setattr(node_line, "HANDSHAKE", 60.0)
+    threads = threading.active_count()
+    silent = [stranger() for _ in range(200)]
+    assert is_let_in(listener, came)
+    assert threading.active_count() - threads <= 33
+    assert all(map(is_cut_off, silent[:160]))
+    listener.close()
+    assert all(map(is_cut_off, silent[160:]))
+
+
+def test_a_proof_of_the_secret_is_worth_nothing_again(
+    listener: Listener, came: "SimpleQueue[Any]", stranger: Callable[[], socket.socket]
+) -> None:
+    """Neither what a node has sent, nor what the listener has answered, when a stranger sends it again."""
+    known, mine = stranger(), os.urandom(32)
+    hello = b"octavo ranks 1\r\n" + mine
+    known.sendall(hello)
+    answer = Line(known).read(len(hello))
+    numbers = mine + answer[-32:]
+    proof = blake2b(numbers, key=KEY, person=b"connects", digest_size=32).digest()
+    known.sendall(proof)
+    proof_of_listener = Line(known).read(32)
+    assert proof_of_listener == blake2b(numbers, key=KEY, person=b"accepts", digest_size=32).digest()
+    for first in (hello, answer):
+        for second in (proof, proof_of_listener):
+            again = stranger()
+            again.sendall(first + second + b"\0" * 100)
+            assert is_cut_off(again)
+    assert came.empty() and is_let_in(listener, came)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        struct.pack("<I", 0xFFFFFFFF) + b"x" * 100,
+        struct.pack("<I", 3) + b"\xdd\xff\xff",
+        struct.pack("<I", 900_012) + b"\x82\xa4type\xa4Link\xa1x" + b"\x91" * 899_999,
+        struct.pack("<I", 20) + b"\x82\xa4type\xa4Link\xa5group\xa2\xff\xff",
+    ],
+    ids=["4 GiB long", "an array without an end", "too deep", "no text"],
+)
+def test_a_first_message_that_is_none(
+    listener: Listener, came: "SimpleQueue[Any]", caplog: pytest.LogCaptureFixture, content: bytes
+) -> None:
+    line = connect((HERE, listener.port), KEY)
+    with contextlib.suppress(OSError):  # it may be cut off before all is sent
+        line.socket.sendall(content)
+    assert is_cut_off(line.socket)
+    wait_until(lambda: caplog.messages)
+    assert "it has sent what is no message" in caplog.messages[0]
+    assert came.empty() and is_let_in(listener, came)
+
+
+@pytest.mark.parametrize(
+    ("sent", "line"),
+    [
+        (b"GET / HTTP/1.1\r\n\r\n" * 9, "it is no node of Octavo, or of another version"),
+        (b"octavo ranks 2\r\n" + b"x" * 32, "it is no node of Octavo, or of another version"),
+        (b"octavo", "it has hung up"),
+    ],
+    ids=["HTTP", "another version", "nothing"],
+)
+def test_why_a_stranger_was_refused(
+    stranger: Callable[[], socket.socket],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    sent: bytes,
+    line: str,
+) -> None:
+    """Also if it resets the connection before it is answered."""
+    monkeypatch.setattr(node_line, "_QUIET", 0.0)
+    for _ in range(20):
+        connection = stranger()
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        connection.sendall(sent)
+        connection.close()
+    wait_until(lambda: len(caplog.messages) == 20)
+    assert all(f"a connection from {HERE} was refused: {line}" in message for message in caplog.messages)
+
+
+def test_a_silent_stranger_is_told_of(stranger: Callable[[], socket.socket], caplog: pytest.LogCaptureFixture) -> None:
+    assert is_cut_off(stranger())
+    wait_until(lambda: caplog.messages)
+    assert caplog.messages == [f"a connection from {HERE} was refused: it is silent, or too slow"]
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda pages: pages.read(4),
+        lambda pages: pages.write(4, [np.zeros(8, np.uint8)] * 2),
+        lambda pages: pages.copy(0, 4),
+        lambda pages: pages.copy(4, 0),
+    ],
+    ids=["read", "write", "copy to", "copy from"],
+)
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_page_that_is_not_there(ask: Callable[[RemotePages], Any]) -> None:
+    """The connection ends; before, pages that are there are served."""
+    pools = [np.arange(32, dtype=np.uint8).reshape(4, 8), np.arange(32, 64, dtype=np.uint8).reshape(4, 8)]
+    with socket.create_server((HERE, 0)) as server:
+        asking = Line(socket.create_connection(server.getsockname()))
+        answering = Line(server.accept()[0])
+    thread = threading.Thread(target=serve_pages, args=(answering, pools))
+    thread.start()
+    pages = RemotePages(asking, [8, 8])
+    pages.copy(3, 0)
+    pages.write(1, pages.read(2))
+    expected = [pool[[3, 2, 2, 3]].tolist() for pool in pools]
+    with pytest.raises(OSError):
+        ask(pages)
+    thread.join(5)
+    assert not thread.is_alive() and [pool.tolist() for pool in pools] == expected
+    asking.close()
+    answering.close()
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The addresses on which a listener has tried to listen, on a machine that has no address ::1."""
+    tried: list[str] = []
+    create = socket.create_server
+
+    def create_server(address: Any, **options: Any) -> socket.socket:
+        tried.append(address[0])
+        if address[0] == "::1":
+            raise OSError(errno.EADDRNOTAVAIL, "Cannot assign requested address")
+        return create((HERE, 0), **options)
+
+    monkeypatch.setattr(socket, "create_server", create_server)
+    return tried
+
+
+def test_without_a_secret_nothing_listens_to_other_machines(made: list[str]) -> None:
+    """With one, an address that the machine does not have means all that it has."""
+    with pytest.raises(ConfigError, match="Cannot assign"):
+        Listener("::1", 29501, b"", Link, lambda *_: None)
+    assert made == ["::1"]
+    Listener("::1", 29501, KEY, Link, lambda *_: None).close()
+    assert made == ["::1", "::1", ""]
+
+
+def test_a_name_with_several_addresses(made: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first one that the machine has: localhost may stand for ::1 too where there is no IPv6."""
+    found = [
+        (family, socket.SOCK_STREAM, 0, "", (address, 29501))
+        for family, address in ((socket.AF_INET6, "::1"), (socket.AF_INET, HERE))
+    ]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
+    Listener("localhost", 29501, b"", Link, lambda *_: None).close()
+    assert made == ["::1", HERE]

@@ -13,8 +13,6 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Literal
 
-import msgspec
-
 from octavo.config import EngineConfig
 from octavo.errors import ConfigError, EngineDead
 from octavo.formats.files import unlock
@@ -86,7 +84,7 @@ class _Node:
                 time.sleep(_PAUSE)
                 continue
             links = _Links()
-            listener = self._listen(links)
+            listener = self._listen(line, links)
             try:
                 line.watch()
                 line.send(self._group.join(self._number, self._size, listener.port if listener else 0))
@@ -105,11 +103,14 @@ class _Node:
             time.sleep(_PAUSE)
         raise ConfigError(f"no engine has come for {PATIENCE:g} s: node 0 at {where} cannot be reached ({reason})")
 
-    def _listen(self, links: "_Links") -> Listener | None:
-        """Return what accepts the connections of nodes with higher numbers; None if there are none."""
+    def _listen(self, line: Line, links: "_Links") -> Listener | None:
+        """Return what accepts the connections of nodes with higher numbers; None if there are none.
+
+        It listens where this node is seen from node 0, and nowhere else.
+        """
         if self._number == self._group.nodes - 1:
             return None
-        return Listener("", 0, self._group.key, Link, links.take)
+        return Listener(line.socket.getsockname()[0], 0, self._group.key, Link, links.take)
 
     def serve(self, line: Line, form: Form, listener: Listener | None, links: "_Links") -> bool:
         """Run the ranks until the engine ends. Return whether it was closed, so that no other will replace it.
@@ -230,10 +231,7 @@ def _listen_to(line: Line, messages: "SimpleQueue[ToNode | None]", ranks: Ranks,
     """Take in messages of node 0. When it ends or closes the engine, end the ranks."""
     message: ToNode | None = Form("", [])
     while message is not None:
-        try:
-            message = line.receive(ToNode)
-        except msgspec.DecodeError:
-            message = None
+        message = line.receive(ToNode)
         if message is None or isinstance(message, ShutDown):
             is_over.set()
             ranks.stop()

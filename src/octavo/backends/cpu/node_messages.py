@@ -9,6 +9,8 @@ from typing import Literal
 
 import msgspec
 
+from octavo.errors import shortened
+
 from .rank_process import Allocate, Allocated, Failed, Loaded, Loading, Settings
 
 
@@ -36,18 +38,22 @@ class Join(msgspec.Struct, frozen=True, tag=True):
     def problem(self, other: "Join") -> str | None:
         """Return why a node cannot take part, or None. `self` is node 0's."""
         if other.version != self.version:
-            return f"it runs Octavo {other.version}, and node 0 runs {self.version}; install the same version"
+            return (
+                f"it runs Octavo {shortened(other.version)}, and node 0 runs {self.version}; install the same version"
+            )
         if (other.nodes, other.ranks) != (self.nodes, self.ranks):
             return (
                 f"it was started with nnodes {other.nodes} and tensor_parallel_size {other.ranks}, and node 0 with "
                 f"{self.nodes} and {self.ranks}; give all nodes the same"
             )
+        if not 0 < other.node < self.nodes:
+            return f"it says that it is node {other.node}, and there are nodes 1 to {self.nodes - 1}"
         if other.model != self.model:
             return "it has another model than node 0; give all nodes the same files"
         if other.isa != self.isa:
             return (
-                f"its kernels are for {other.isa}, and those of node 0 for {self.isa}, which round differently; set "
-                "OCTAVO_ISA to an instruction set of both on all nodes"
+                f"its kernels are for {shortened(other.isa)}, and those of node 0 for {self.isa}, which round "
+                "differently; set OCTAVO_ISA to an instruction set of both on all nodes"
             )
         if other.build != self.build:
             return "its kernels are another build than those of node 0; install the same package"

@@ -49,7 +49,7 @@ class RemotePages:
 
 
 def serve_pages(line: Line, pools: Sequence[np.ndarray]) -> None:
-    """Answer requests until the connection ends.
+    """Answer requests until the connection ends, or brings one for a page that is not there; then end it.
 
     Args:
         pools: those of the node's ranks: uint8 [pages, bytes of a page].
@@ -57,6 +57,8 @@ def serve_pages(line: Line, pools: Sequence[np.ndarray]) -> None:
     try:
         while True:
             what, page, target = _HEADER.unpack(line.read(_HEADER.size))
+            if max(page, target) >= len(pools[0]):
+                break
             if what == _READ:
                 line.socket.sendall(b"".join(pool[page].tobytes() for pool in pools))
                 continue
@@ -68,3 +70,5 @@ def serve_pages(line: Line, pools: Sequence[np.ndarray]) -> None:
             line.socket.sendall(_DONE)
     except OSError:
         pass
+    finally:
+        line.hang_up()

@@ -158,10 +158,8 @@ class _Forming:
         with self._changed:
             has_all = self._changed.wait_for(lambda: all(link in self._links for link in wanted), CONNECTING)
         for node in nodes:
-            node.line.socket.settimeout(max(deadline - time.monotonic(), 0.001))
-            if not has_all or not isinstance(node.line.receive(FromNode), Formed):
+            if not has_all or not isinstance(node.line.receive(FromNode, deadline), Formed):
                 raise ConfigError(f"{node.name} has joined, but cannot connect to all other nodes")
-            node.line.socket.settimeout(None)
             node.pages, node.sums = self._links[node.number, "pages"], self._links[node.number, "sums"]
         return nodes
 
@@ -198,7 +196,8 @@ class _Forming:
             elif problem := self._problem(message):
                 self._refusal = f" (node {message.node} at {address} was refused: {problem})"
                 log.warning("node %d at %s is refused: %s", message.node, address, problem)
-                line.send(Refused(problem))
+                with contextlib.suppress(OSError):  # it has hung up
+                    line.send(Refused(problem))
                 line.close()
             else:
                 line.watch()
