@@ -25,6 +25,8 @@ from octavo.backends.base import StepBatch, StepResult
 from octavo.engine.engine import Engine
 from octavo.engine.messages import EngineRequest, Thinking
 from octavo.engine.work_record import WorkRecord
+from octavo.kv import Transfers
+from octavo.kv.tiers.disk import DiskTier
 from prefix_backend import PrefixBackend
 
 PAGE, LONGEST, VOCAB = 4, 32, 7
@@ -93,11 +95,19 @@ class Served:
 
 
 @contextmanager
-def serving(late: bool, num_pages: int = 16, **limits: int) -> Iterator[Served]:
+def serving(late: bool, num_pages: int = 16, folder: Path | None = None, **limits: int) -> Iterator[Served]:
     made: Any = TellTale(num_pages, PAGE)
     backend = LateBackend(made) if late else made
+    transfers = Transfers(backend, [] if folder is None else [DiskTier(folder, 1 << 20, made.page_bytes)])
     terms = {"max_batch_size": 4, "max_batch_tokens": 12} | limits
-    engine = Engine(backend, num_pages=num_pages, max_model_len=LONGEST, clock=lambda: served.now, **terms)
+    engine = Engine(
+        backend,
+        num_pages=num_pages,
+        max_model_len=LONGEST,
+        transfers=transfers,
+        clock=lambda: served.now,
+        **terms,
+    )
     served = Served(engine)
     yield served
     engine.close()
@@ -304,20 +314,37 @@ def test_a_token_that_cannot_be_sampled_ends_its_request_alone() -> None:
     engine.close()
 
 
-def test_errors_in_flight(tiny_llama: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """A step that fails when its result is read ends the engine; the next one gives the same tokens."""
-    params = SamplingParams(temperature=0.8, seed=5, max_tokens=20, ignore_eos=True)
-    with LLM(str(tiny_llama)) as llm:
-        expected = [output.outputs[0].token_ids for output in llm.generate(["Say", "Do"], params)]
-    left, compute = count(), LateBackend._compute
+def test_an_engine_is_closed_while_steps_are_computed(tmp_path: Path) -> None:
+    """What it saves is what has been computed: the next engine finds that and nothing else."""
+    request = request_of("plain", [1, 2, 3, 4, 5] * 4, 9, ())
+    with serving(True, folder=tmp_path, max_batch_tokens=2 * PAGE) as served:
+        served.add(request)
+        served.step()  # the first two pages have been computed, the next two are being computed
+        assert served.engine.backend.unread == 1
+    with serving(True, folder=tmp_path) as served:
+        served.add(request)
+        served.finish()
+        assert served.engine.stats().pages_fetched == 2
+    assert (served.tokens[request.id], served.ended[request.id]) == alone(request)
 
-    def failing(self: LateBackend, batch: StepBatch) -> StepResult:
+
+@pytest.mark.parametrize("half", ["launch", "_compute"])
+def test_errors_in_flight(llm: LLM, tiny_llama: Path, caplog: pytest.LogCaptureFixture, half: str) -> None:
+    """A step that fails, at once or when its result is read, ends the engine; the next one gives the same tokens.
+
+    Another step is launched then: the one before it, or the one after it.
+    """
+    params = SamplingParams(temperature=0.8, seed=5, max_tokens=20, ignore_eos=True)
+    expected = [output.outputs[0].token_ids for output in llm.generate(["Say", "Do"], params)]
+    left, do = count(), getattr(LateBackend, half)
+
+    def failing(self: LateBackend, batch: StepBatch) -> Any:
         if next(left) == 7:
             raise RuntimeError("the device is gone")
-        return compute(self, batch)
+        return do(self, batch)
 
-    with late_engines(), patch.object(LateBackend, "_compute", failing), LLM(str(tiny_llama)) as llm:
-        assert [output.outputs[0].token_ids for output in llm.generate(["Say", "Do"], params)] == expected
-        stats = llm.stats()
+    with late_engines(), patch.object(LateBackend, half, failing), LLM(str(tiny_llama)) as late:
+        assert [output.outputs[0].token_ids for output in late.generate(["Say", "Do"], params)] == expected
+        stats = late.stats()
     assert next(left) > 8 and "the device is gone" in caplog.text
     assert (stats.running, stats.free_pages + stats.cached_pages) == (0, stats.num_pages)
