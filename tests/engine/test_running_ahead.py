@@ -3,7 +3,7 @@
 The rest of this folder's tests run late too (conftest.py).
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from hashlib import blake2b
@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from late_backend import LateBackend, late_engines
-from octavo import LLM, SamplingParams
+from octavo import LLM, PoolingParams, SamplingParams, ScoringParams, StructuredOutputs
 from octavo.backends.base import StepBatch, StepResult
 from octavo.engine.engine import Engine
 from octavo.engine.messages import EngineRequest, Thinking
@@ -196,11 +196,34 @@ def test_what_runs_ahead(kind: str) -> None:
     assert (served.tokens[request.id], served.ended[request.id]) == alone(request)
 
 
-def test_a_prompt_runs_ahead_of_its_own_chunks_and_the_last_token_of_nothing() -> None:
+@pytest.mark.parametrize("kind", ["plain", "penalized"])
+def test_a_prompt_runs_ahead_of_its_own_chunks_and_the_last_token_of_nothing(kind: str) -> None:
     with serving(late=True, max_batch_tokens=4) as served:
-        served.add(request_of("penalized", [1] * 12, 1, ()))
+        served.add(request_of(kind, [1] * 12, 1, ()))
         served.finish()
         assert (served.engine.backend.most_unread, served.engine.stats().steps) == (2, 3)
+
+
+GRAMMAR = SamplingParams(temperature=1.0, seed=1, structured_outputs=StructuredOutputs(regex="[ab]{9}"))
+SCORED = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=2)
+LONG = [43 * i % 500 for i in range(60)]
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        lambda llm: llm.generate("Say", GRAMMAR)[0].outputs[0].token_ids,
+        lambda llm: llm.generate([LONG], SCORED)[0].prompt_logprobs,
+        lambda llm: llm.embed([LONG], pooling_params=PoolingParams(pooling="mean"))[0].outputs.embedding,
+        lambda llm: llm.embed([LONG], pooling_params=PoolingParams(pooling="last"))[0].outputs.embedding,
+        lambda llm: llm.score("Say", "so", scoring_params=ScoringParams(labels=("a", "b")))[0].outputs.score,
+    ],
+    ids=["a grammar", "logprobs of the prompt", "mean", "last token", "labels"],
+)
+def test_what_waits_in_an_engine_with_a_model(llm: LLM, tiny_llama: Path, answer: Callable[[LLM], Any]) -> None:
+    with late_engines() as backends, LLM(str(tiny_llama), max_batch_tokens=16) as late:
+        assert answer(late) == answer(llm)
+    assert [backend.most_unread for backend in backends] == [1]
 
 
 def test_those_that_need_the_host_wait_alone() -> None:
