@@ -11,18 +11,17 @@ ahead and with steps that are not.
 import argparse
 import time
 from dataclasses import dataclass
-from types import SimpleNamespace
 
-import numpy as np
 from rich.console import Console
 from rich.table import Table
+from scheduling import PAGE_SIZE, NoBackend
 
 from octavo.backends.base import StepBatch, StepResult
 from octavo.engine.engine import Engine
 from octavo.engine.messages import EngineRequest
 from octavo.params import SamplingParams
 
-PAGE_SIZE, PROMPT = 32, 8
+PROMPT = 8
 WARM_UP = 20  # steps
 
 
@@ -38,11 +37,8 @@ class Due:
         return self.computed
 
 
-class Device:
-    """A Backend (see octavo.backends.base) that computes nothing, for `seconds` a step: every token is 7."""
-
-    page_size, page_bytes = PAGE_SIZE, 0
-    spec = SimpleNamespace(vocab_size=1000, hidden_size=0)
+class Device(NoBackend):
+    """A NoBackend with a device that takes `seconds` for a step."""
 
     def __init__(self, seconds: float, runs_ahead: bool):
         self.runs_ahead = runs_ahead
@@ -50,10 +46,7 @@ class Device:
 
     def launch(self, batch: StepBatch) -> Due:
         self._free_at = max(time.perf_counter(), self._free_at) + self._seconds
-        return Due(self._free_at, StepResult(np.full(len(batch.sample_rows), 7, np.int32)))
-
-    def copy_page(self, source: int, target: int) -> None:
-        pass
+        return Due(self._free_at, self.step(batch))
 
 
 def main() -> None:

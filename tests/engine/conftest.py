@@ -1,10 +1,11 @@
-"""Every test here of an engine in its own process runs twice: the second time, the engine's backend is late."""
+"""Every test here of an engine in the tests' process runs twice: the second time, the engine's backend is late."""
 
 from pathlib import Path
 
 import pytest
 
 from late_backend import late_engines
+from octavo.engine.recovery import Recovery
 
 # Files that run an engine in the tests' process, and whether they are part of the sample that always runs late too.
 LATE = {
@@ -49,3 +50,9 @@ def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Mod
     if not LATE[file_path.name]:
         module.add_marker("exhaustive")
     return module
+
+
+@pytest.fixture
+def always_fetch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make engines in this process fetch all pages that are saved: a tiny model may compute faster than it reads."""
+    monkeypatch.setattr(Recovery, "should_fetch", lambda *_: True)

@@ -10,7 +10,6 @@ import pytest
 
 from kv_state_turns import GREEDY, QUESTION, first_turn
 from octavo import LLM, AsyncLLM
-from octavo.engine.recovery import Recovery
 from octavo.errors import InvalidKVState
 from octavo.formats.page_file import PageFile, write_page_file
 
@@ -82,10 +81,9 @@ def test_a_forged_state_serves_what_continues_it_and_nobody_else(
 
 
 def test_what_is_computed_after_a_forged_state_stays_with_it(
-    tiny_llama: Path, forged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_llama: Path, forged: Path, tmp_path: Path, always_fetch: None
 ) -> None:
     """The answer, later turns, states made of them and the files of those."""
-    monkeypatch.setattr(Recovery, "should_fetch", lambda *_: True)  # a tiny model may compute faster than read
     with LLM(str(tiny_llama)) as victim:
         state = victim.load_kv_cache_state(forged)
         [answer] = victim.generate(LONG, GREEDY, kv_cache_state=state)

@@ -249,7 +249,9 @@ def node(model: Path, port: int, *flags: str, number: int = 1, count: int = 2) -
 
 
 @pytest.mark.parametrize("name", ["llama-ranks", "llama-odd-heads"])
-def test_pages_of_other_machines(tiny_model: Callable[[str], Path], name: str, tmp_path: Path) -> None:
+def test_pages_of_other_machines(
+    tiny_model: Callable[[str], Path], name: str, tmp_path: Path, always_fetch: None
+) -> None:
     """They are saved to a folder and to a KV state, copied for forks, and fetched again."""
     model, port, state_file = tiny_model(name), free_port(), tmp_path / "state.kv"
     several = SamplingParams(n=3, temperature=1.0, seed=5, max_tokens=9, ignore_eos=True, logprobs=1)
@@ -267,7 +269,9 @@ def test_pages_of_other_machines(tiny_model: Callable[[str], Path], name: str, t
                 assert outputs[2].metrics.cached_tokens == (128 if len(found) > 1 else 0)
                 if state_file.exists():
                     state = llm.load_kv_cache_state(state_file)
-                    continued.append(answers(llm.generate([5, 6, 7], PARAMS[0], kv_cache_state=state)))
+                    [turn] = llm.generate([5, 6, 7], PARAMS[0], kv_cache_state=state)
+                    assert turn.metrics.cached_tokens >= 128
+                    continued.append(answers([turn]))
                 llm.get_kv_cache_state(outputs[2].request_id).save(state_file)
     assert found[0] == found[1] == found[2] and continued[0] == continued[1]
 

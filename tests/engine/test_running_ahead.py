@@ -3,7 +3,7 @@
 The rest of this folder's tests run late too (conftest.py).
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from hashlib import blake2b
@@ -20,11 +20,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from late_backend import LateBackend, late_engines
-from octavo import LLM, SamplingParams
+from octavo import LLM, PoolingParams, SamplingParams, ScoringParams, StructuredOutputs
 from octavo.backends.base import StepBatch, StepResult
 from octavo.engine.engine import Engine
 from octavo.engine.messages import EngineRequest, Thinking
 from octavo.engine.work_record import WorkRecord
+from octavo.kv import Transfers
+from octavo.kv.tiers.disk import DiskTier
 from prefix_backend import PrefixBackend
 
 PAGE, LONGEST, VOCAB = 4, 32, 7
@@ -93,11 +95,19 @@ class Served:
 
 
 @contextmanager
-def serving(late: bool, num_pages: int = 16, **limits: int) -> Iterator[Served]:
+def serving(late: bool, num_pages: int = 16, folder: Path | None = None, **limits: int) -> Iterator[Served]:
     made: Any = TellTale(num_pages, PAGE)
     backend = LateBackend(made) if late else made
+    transfers = Transfers(backend, [] if folder is None else [DiskTier(folder, 1 << 20, made.page_bytes)])
     terms = {"max_batch_size": 4, "max_batch_tokens": 12} | limits
-    engine = Engine(backend, num_pages=num_pages, max_model_len=LONGEST, clock=lambda: served.now, **terms)
+    engine = Engine(
+        backend,
+        num_pages=num_pages,
+        max_model_len=LONGEST,
+        transfers=transfers,
+        clock=lambda: served.now,
+        **terms,
+    )
     served = Served(engine)
     yield served
     engine.close()
@@ -186,11 +196,34 @@ def test_what_runs_ahead(kind: str) -> None:
     assert (served.tokens[request.id], served.ended[request.id]) == alone(request)
 
 
-def test_a_prompt_runs_ahead_of_its_own_chunks_and_the_last_token_of_nothing() -> None:
+@pytest.mark.parametrize("kind", ["plain", "penalized"])
+def test_a_prompt_runs_ahead_of_its_own_chunks_and_the_last_token_of_nothing(kind: str) -> None:
     with serving(late=True, max_batch_tokens=4) as served:
-        served.add(request_of("penalized", [1] * 12, 1, ()))
+        served.add(request_of(kind, [1] * 12, 1, ()))
         served.finish()
         assert (served.engine.backend.most_unread, served.engine.stats().steps) == (2, 3)
+
+
+GRAMMAR = SamplingParams(temperature=1.0, seed=1, structured_outputs=StructuredOutputs(regex="[ab]{9}"))
+SCORED = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=2)
+LONG = [43 * i % 500 for i in range(60)]
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        lambda llm: llm.generate("Say", GRAMMAR)[0].outputs[0].token_ids,
+        lambda llm: llm.generate([LONG], SCORED)[0].prompt_logprobs,
+        lambda llm: llm.embed([LONG], pooling_params=PoolingParams(pooling="mean"))[0].outputs.embedding,
+        lambda llm: llm.embed([LONG], pooling_params=PoolingParams(pooling="last"))[0].outputs.embedding,
+        lambda llm: llm.score("Say", "so", scoring_params=ScoringParams(labels=("a", "b")))[0].outputs.score,
+    ],
+    ids=["a grammar", "logprobs of the prompt", "mean", "last token", "labels"],
+)
+def test_what_waits_in_an_engine_with_a_model(llm: LLM, tiny_llama: Path, answer: Callable[[LLM], Any]) -> None:
+    with late_engines() as backends, LLM(str(tiny_llama), max_batch_tokens=16) as late:
+        assert answer(late) == answer(llm)
+    assert [backend.most_unread for backend in backends] == [1]
 
 
 def test_those_that_need_the_host_wait_alone() -> None:
@@ -304,20 +337,37 @@ def test_a_token_that_cannot_be_sampled_ends_its_request_alone() -> None:
     engine.close()
 
 
-def test_errors_in_flight(tiny_llama: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """A step that fails when its result is read ends the engine; the next one gives the same tokens."""
-    params = SamplingParams(temperature=0.8, seed=5, max_tokens=20, ignore_eos=True)
-    with LLM(str(tiny_llama)) as llm:
-        expected = [output.outputs[0].token_ids for output in llm.generate(["Say", "Do"], params)]
-    left, compute = count(), LateBackend._compute
+def test_an_engine_is_closed_while_steps_are_computed(tmp_path: Path) -> None:
+    """What it saves is what has been computed: the next engine finds that and nothing else."""
+    request = request_of("plain", [1, 2, 3, 4, 5] * 4, 9, ())
+    with serving(True, folder=tmp_path, max_batch_tokens=2 * PAGE) as served:
+        served.add(request)
+        served.step()  # the first two pages have been computed, the next two are being computed
+        assert served.engine.backend.unread == 1
+    with serving(True, folder=tmp_path) as served:
+        served.add(request)
+        served.finish()
+        assert served.engine.stats().pages_fetched == 2
+    assert (served.tokens[request.id], served.ended[request.id]) == alone(request)
 
-    def failing(self: LateBackend, batch: StepBatch) -> StepResult:
+
+@pytest.mark.parametrize("half", ["launch", "_compute"])
+def test_errors_in_flight(llm: LLM, tiny_llama: Path, caplog: pytest.LogCaptureFixture, half: str) -> None:
+    """A step that fails, at once or when its result is read, ends the engine; the next one gives the same tokens.
+
+    Another step is launched then: the one before it, or the one after it.
+    """
+    params = SamplingParams(temperature=0.8, seed=5, max_tokens=20, ignore_eos=True)
+    expected = [output.outputs[0].token_ids for output in llm.generate(["Say", "Do"], params)]
+    left, do = count(), getattr(LateBackend, half)
+
+    def failing(self: LateBackend, batch: StepBatch) -> Any:
         if next(left) == 7:
             raise RuntimeError("the device is gone")
-        return compute(self, batch)
+        return do(self, batch)
 
-    with late_engines(), patch.object(LateBackend, "_compute", failing), LLM(str(tiny_llama)) as llm:
-        assert [output.outputs[0].token_ids for output in llm.generate(["Say", "Do"], params)] == expected
-        stats = llm.stats()
+    with late_engines(), patch.object(LateBackend, half, failing), LLM(str(tiny_llama)) as late:
+        assert [output.outputs[0].token_ids for output in late.generate(["Say", "Do"], params)] == expected
+        stats = late.stats()
     assert next(left) > 8 and "the device is gone" in caplog.text
     assert (stats.running, stats.free_pages + stats.cached_pages) == (0, stats.num_pages)

@@ -93,12 +93,13 @@ class LateStep:
 
 
 @contextmanager
-def late_engines() -> Iterator[None]:
-    """Give every engine that this process makes a LateBackend, unless it has one."""
-    make = Engine.__init__
+def late_engines() -> Iterator[list[LateBackend]]:
+    """Give every engine that this process makes a LateBackend, unless it has one. Return these, as they are made."""
+    make, made = Engine.__init__, list[LateBackend]()
 
     def make_late(self: Engine, backend: Any, **settings: Any) -> None:
-        make(self, backend if isinstance(backend, LateBackend) else LateBackend(backend), **settings)
+        made.append(backend if isinstance(backend, LateBackend) else LateBackend(backend))
+        make(self, made[-1], **settings)
 
     with patch.object(Engine, "__init__", make_late):
-        yield
+        yield made

@@ -2,10 +2,10 @@
 
 import time
 from array import array
-from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,24 +24,16 @@ from octavo.tracing.request_events import CHUNK, RequestEvents
 
 from .batch import BatchBuilder
 from .constraints import Constraints
+from .counters import Counters
 from .deadlines import Deadlines
 from .engine_plan import EnginePlan
-from .messages import (
-    PREEMPTIONS,
-    STEP_TOKENS,
-    EngineInfo,
-    EngineRequest,
-    EngineStats,
-    TokenLogprobs,
-    TokenOutput,
-)
+from .messages import EngineInfo, EngineRequest, EngineStats, TokenLogprobs, TokenOutput
 from .policies import Policy
 from .pooling import pooled_vector, take_pooled
 from .recovery import Recovery
 from .running_ahead import LaunchedStep, rows_of, runs_ahead
 from .scheduler import Scheduler, StepPlan
 from .sequence import Sequence
-from .speculation import FREE_ROWS
 from .thinking import ThinkingBudget
 from .token_masks import mask_of
 from .work_record import WorkRecord
@@ -144,13 +136,7 @@ class Engine:
         self._plan = _NO_STEP  # plan of the last step
         self._launched: deque[LaunchedStep] = deque()  # steps whose results have not been read, the first one first
         self._most_launched = 2 if backend.runs_ahead else 1
-        self._steps = self._tokens_computed = self._tokens_generated = 0
-        self._prompt_tokens = self._cached_tokens = 0
-        self._draft_tokens = self._accepted_tokens = self._damaged = 0
-        self._step_tokens, self._preempted = [0] * (len(STEP_TOKENS) + 1), [0] * (len(PREEMPTIONS) + 1)
-        self._preemptions_of_ended = 0
-        self._accepted = [0] * (FREE_ROWS + 1)
-        self._step_seconds = self._backend_seconds = 0.0
+        self._counters = Counters()
         self._last_step = 0.0  # seconds that the last step took
 
     @property
@@ -365,7 +351,6 @@ class Engine:
         self.rows -= step.rows
         seconds = emitting - step.began
         computing = step.began if step.began > scheduling else waiting
-        self._backend_seconds += emitting - computing
         if seconds > self.slowest_step[0]:
             self.slowest_step = (seconds, step.rows)
         self.scheduler.recovery.record_step(step.rows, clock - step.clock)
@@ -376,11 +361,9 @@ class Engine:
             if seq.request.is_traced:
                 self.request_events.add(seq.id, CHUNK, chunk)
         outputs = self._advance(plan, step.begins, step.first_rows, result)
-        self._steps += 1
-        self._step_tokens[bisect_left(STEP_TOKENS, step.rows)] += 1
         ended = time.monotonic()
         self._last_step = ended - started
-        self._step_seconds += self._last_step
+        self._counters.count_step(step.rows, self._last_step, emitting - computing)
         if self.trace is not None:
             decode, drafts = plan.num_decoding, sum(map(len, plan.drafts.values())) if plan.drafts else 0
             counts = (sum(plan.chunks[decode:]), decode, drafts)
@@ -417,16 +400,7 @@ class Engine:
             free_pages=pool.num_available - pool.num_cached,
             cached_pages=pool.num_cached,
             num_pages=pool.num_pages,
-            steps=self._steps,
             preemptions=self.scheduler.preemptions,
-            tokens_computed=self._tokens_computed,
-            tokens_generated=self._tokens_generated,
-            prompt_tokens=self._prompt_tokens,
-            cached_tokens=self._cached_tokens,
-            draft_tokens=self._draft_tokens,
-            accepted_tokens=self._accepted_tokens,
-            step_seconds=self._step_seconds,
-            backend_seconds=self._backend_seconds,
             decode_rows=plan.num_decoding,
             prefill_rows=sum(plan.chunks) - plan.num_decoding,
             draft_rows=sum(map(len, plan.drafts.values())),
@@ -437,12 +411,8 @@ class Engine:
             pages_saved=self.kv.pages_saved,
             pages_fetched=self.kv.pages_fetched,
             refused_pages=transfers.pages_refused if transfers else 0,
-            damaged=self._damaged,
-            step_tokens=list(self._step_tokens),
-            preempted=list(self._preempted),
-            preemptions_of_ended=self._preemptions_of_ended,
-            accepted=list(self._accepted),
             tiers=self.kv.tier_counts(),
+            **asdict(self._counters),
         )
 
     def end_transfers(self) -> None:
@@ -545,8 +515,8 @@ class Engine:
                 constrained.append(seq)
         if constrained and self._constraints is not None:
             self._constraints.follow(constrained, len(self.scheduler.running))
-        self._tokens_computed += sum(plan.chunks)
-        self._tokens_generated += len(outputs)
+        self._counters.tokens_computed += sum(plan.chunks)
+        self._counters.tokens_generated += len(outputs)
         return outputs + pooled
 
     def _score(self, seq: Sequence, chunk: int, result: StepResult, row: int) -> int:
@@ -573,16 +543,13 @@ class Engine:
             self.kv.commit(seq.page_table, seq.num_computed)
             outputs.append(self._append(seq, int(result.tokens[row]), result, row))
             row += 1
-        self._draft_tokens += len(draft)
-        self._accepted_tokens += len(outputs)
-        self._accepted[len(outputs)] += 1
+        self._counters.count_draft(len(draft), accepted=len(outputs))
         return outputs
 
     def _end_prompt(self, seq: Sequence) -> None:
         """Record that a prompt is computed, for the first time or after a preemption."""
         if not seq.num_outputs:
-            self._prompt_tokens += seq.num_prompt
-            self._cached_tokens += seq.cached_tokens
+            self._counters.count_prompt(seq.num_prompt, seq.cached_tokens)
             if seq.started is not None:
                 seq.time_in_queue = seq.started - seq.arrival
         self.scheduler.end_prompt(seq)
@@ -624,8 +591,7 @@ class Engine:
     def _remove_finished(self, seq: Sequence) -> None:
         del self._live[seq.id]
         self._deadlines.forget(seq.id)
-        self._preempted[bisect_left(PREEMPTIONS, seq.preemptions)] += 1
-        self._preemptions_of_ended += seq.preemptions
+        self._counters.count_ended(seq.preemptions)
         self.scheduler.finish(seq)
 
     def _ends_grammar(self, seq: Sequence, token: int) -> bool:
@@ -650,7 +616,7 @@ class Engine:
             reason, message = "invalid", _NO_TOKEN
         elif token < 0:
             reason, message = "error", _DAMAGED_LOGITS
-            self._damaged += 1
+            self._counters.damaged += 1
         elif seq.grammar_error is not None:
             reason, message = "invalid", f"structured_outputs failed: {seq.grammar_error}"
         elif token in seq.stop_tokens and seq.num_outputs >= seq.request.params.min_tokens:

@@ -105,11 +105,11 @@ class SimulatedEngine(Engine):
 
     @property
     def num_steps(self) -> int:
-        return self._steps
+        return self._counters.steps
 
     @property
     def tokens_computed(self) -> int:
-        return self._tokens_computed
+        return self._counters.tokens_computed
 
     def wait_until(self, time: float) -> None:
         """Let time pass without work."""
@@ -167,7 +167,7 @@ class SimulatedEngine(Engine):
         self.clock_.advance(stretch.begun + stretch.seconds(steps) - self.clock())
         self._unfinished.update(seq.id for seq in stretch.sequences)
         self._decode(stretch.sequences, steps)
-        self._steps += steps
+        self._counters.steps += steps
 
     def finish(self) -> list[TokenOutput]:
         """End the current step at `ends_at`. Return first and last tokens of requests, and those that failed."""
@@ -222,7 +222,7 @@ class SimulatedEngine(Engine):
     def _end_step(self, plan: StepPlan) -> None:
         """Append the tokens of a step with prompts."""
         decoding = plan.num_decoding
-        self._steps += 1
+        self._counters.steps += 1
         self._unfinished.update(seq.id for i, seq in enumerate(plan.sequences) if plan.completes(i))
         self._decode(plan.sequences[:decoding], 1)
         prompts = StepPlan(plan.sequences[decoding:], plan.chunks[decoding:])
@@ -253,8 +253,8 @@ class SimulatedEngine(Engine):
                 self._outputs.append(self._append(seq, int(tokens[i, -1]), _NO_RESULT, 0))
             elif is_first or self.reports_all:
                 self._outputs.append(TokenOutput(seq.id, seq.tokens[-1], cached_tokens=seq.cached_tokens))
-        self._tokens_computed += steps * len(sequences)
-        self._tokens_generated += steps * len(sequences)
+        self._counters.tokens_computed += steps * len(sequences)
+        self._counters.tokens_generated += steps * len(sequences)
 
 
 def _is_new(seq: Sequence) -> bool:
