@@ -23,8 +23,9 @@ else:
     from octavo.backends.cuda.kernels import four_bit_linear, gated, linear
     from octavo.backends.cuda.kernels.configurations import Tile
     from octavo.backends.cuda.kernels.four_bits import FourBits, pack
-    from octavo.backends.cuda.stored_integers import four_bit_bytes, has_four_bits, read_four_bits
-    from octavo.backends.cuda.weights import bytes_of_weights, load_weights, nbytes
+    from octavo.backends.cuda.stored_integers import read_four_bits
+    from octavo.backends.cuda.weight_bytes import bytes_of_weights, four_bit_bytes, has_four_bits
+    from octavo.backends.cuda.weights import load_weights, nbytes
     from octavo.errors import DamagedWeights, UnsupportedModel
     from octavo.model import describe_model
     from octavo.weights import open_checkpoint
@@ -157,7 +158,9 @@ else:
             save_quantized(source, Format(kind, 4, 64), folder, tmp_path / "plain")
         checkpoint = open_checkpoint(folder)
         _, parameters = describe_model(checkpoint.config, checkpoint.tensors)
-        packed, plain = (load_weights(parameters, CPU, lambda *_: None, each) for each in ("auto", "none"))
+        packed, plain, rounded = (
+            load_weights(parameters, CPU, lambda *_: None, each) for each in ("auto", "none", "8bit")
+        )
         kept = {name: weight for name, weight in packed.items() if isinstance(weight, FourBits)}
         assert {name.rpartition(".")[2] for name in kept} >= {"qkv", "gate_up", "out"}
         for name, weight in packed.items():
@@ -167,6 +170,7 @@ else:
         assert all(weight.group == (32 if kind == "Q4_0" else 64) for weight in kept.values())
         assert sum(map(nbytes, packed.values())) <= bytes_of_weights(parameters, "auto")
         assert sum(map(nbytes, plain.values())) == bytes_of_weights(parameters, "none")
+        assert sum(map(nbytes, rounded.values())) == bytes_of_weights(parameters, "8bit")
 
     SPEC = replace(PLAIN, num_layers=1, windows=(0,), num_heads=4, num_kv_heads=2, intermediate_size=128)
 

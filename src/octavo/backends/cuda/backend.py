@@ -36,7 +36,8 @@ from .pages import Pages, bytes_of_page
 from .pooling import pooled_sums
 from .roofline import Meter
 from .staging import fetch
-from .weights import Weights, bytes_of_weights, check_stored, load_weights, nbytes, recipe_of
+from .weight_bytes import bytes_of_weights
+from .weights import Weights, check_stored, load_weights, nbytes, recipe_of
 
 _SMALLER = "use a smaller kv_cache_memory, gpu_memory_utilization, max_batch_size, max_batch_tokens or max_model_len"
 
