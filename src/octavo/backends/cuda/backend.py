@@ -188,7 +188,7 @@ class CudaBackend:
             graphs = [partial(self._first_step, shape) for shape in self._shapes.of_each_power]
             eager: list[Callable[[], object]] = [self._sample_in_all_ways]
             if most > MOST_ROWS:
-                graphs.append(partial(self._forward_eagerly, MOST_ROWS + 1))
+                eager.append(partial(self._forward_eagerly, MOST_ROWS + 1))
             compile_kernels([*graphs, *eager], device, alive)
             if device.type == "cuda":
                 eager.append(partial(self._forward_eagerly, most))
