@@ -2,7 +2,11 @@
 
 import dataclasses
 import gc
+import re
+import subprocess
+import sys
 import weakref
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -68,6 +72,10 @@ def test_in_the_interpreter() -> None:
 def test_without_a_gpu_it_says_what_to_do() -> None:
     with pytest.raises(ConfigError, match=r"PyTorch finds no GPU.*use device cpu"):
         load(SPEC, load_cuda, device="cuda:1")
+    benchmark = Path(__file__).parents[2] / "benchmarks" / "gpu.py"
+    ended = subprocess.run([sys.executable, benchmark], capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 1 and ended.stdout == ""
+    assert re.fullmatch(r"gpu\.py: .* finds no NVIDIA GPU: run it on a machine with one\n", ended.stderr)
 
 
 def test_settings_it_cannot_serve() -> None:
