@@ -113,8 +113,9 @@ class Selection:
         if not truncate:
             return
         _bound[(rows,)](
-            self.sums, self.bins, self.found, *parameters, ALL=all_above, BINS=_BINS, **self.constants, num_warps=4
-        )
+            self.sums, self.bins, self.found, *parameters, ALL=all_above, BINS=_BINS, **self.constants, num_warps=4,
+            enable_fp_fusion=False,
+        )  # fmt: skip
         _gather[grid](
             self.logits,
             self.maxima,
