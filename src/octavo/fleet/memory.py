@@ -14,9 +14,9 @@ MEBI = 2**20
 SERVER = 256 * MEBI  # this process and the processes that render chat templates
 ENGINE = {"cpu": 128 * MEBI, "torch": 640 * MEBI, "cuda": 1024 * MEBI}  # a process without weights and KV cache
 LEAST_KV = 64 * MEBI
-SCRATCH_PER_WEIGHT = {"4bit": 5.0}  # bytes for each weight of the largest tensor, while it is quantized
+SCRATCH_PER_WEIGHT = 5  # bytes for each weight of the largest tensor, while a CPU rounds it to 4 bits
 NEVER_4BIT = ("embed", "head")  # parameters that take 8 bits at least
-BYTES_PER_WEIGHT = {"none": 2.0, "auto": 2.0, "8bit": 1.02, "4bit": 0.76}
+BYTES_PER_WEIGHT = {"none": 2.0, "auto": 2.0, "8bit": 1.02, "4bit": 0.76}  # on a CPU
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +39,11 @@ def needs(config: EngineConfig, path: ModelPath) -> Needs:
     checkpoint = open_checkpoint(path)
     spec, parameters = describe_model(checkpoint.config, checkpoint.tensors)
     sizes = [(math.prod(part.shape), part.nbytes) for each in parameters.values() for part in each.parts]
-    if config.backend_name != "cpu":
+    if config.backend_name == "cuda":
+        from octavo.backends.cuda.weight_bytes import bytes_of_weights
+
+        weights = bytes_of_weights(parameters, config.quantization)
+    elif config.backend_name == "torch":
         weights = sum(values * (4 if config.dtype in ("float32", "fp32") else 2) for values, _ in sizes)
     else:
         per_weight = BYTES_PER_WEIGHT[config.quantization]
@@ -55,7 +59,8 @@ def needs(config: EngineConfig, path: ModelPath) -> Needs:
     largest = max(
         sum(math.prod(part.shape) for part in parameters[name].parts) for name in parameters if name not in NEVER_4BIT
     )
-    scratch = int(SCRATCH_PER_WEIGHT.get(config.quantization, 0.0) * largest)
+    rounds = config.backend_name == "cpu" and config.quantization == "4bit"
+    scratch = SCRATCH_PER_WEIGHT * largest if rounds else 0
     processes = config.tensor_parallel_size * ENGINE[config.backend_name]
     engine = weights + weights // 50 + max(kv, scratch) + (config.kv_host_memory or 0) + processes
     return Needs(engine * config.data_parallel_size, dataclasses.replace(config, kv_cache_memory=kv))

@@ -36,7 +36,8 @@ from .pages import Pages, bytes_of_page
 from .pooling import pooled_sums
 from .roofline import Meter
 from .staging import fetch
-from .weights import Weights, bytes_of_weights, check_stored, load_weights, nbytes, recipe_of
+from .weight_bytes import bytes_of_weights
+from .weights import Weights, check_stored, load_weights, nbytes, recipe_of
 
 _SMALLER = "use a smaller kv_cache_memory, gpu_memory_utilization, max_batch_size, max_batch_tokens or max_model_len"
 
@@ -187,7 +188,7 @@ class CudaBackend:
             graphs = [partial(self._first_step, shape) for shape in self._shapes.of_each_power]
             eager: list[Callable[[], object]] = [self._sample_in_all_ways]
             if most > MOST_ROWS:
-                graphs.append(partial(self._forward_eagerly, MOST_ROWS + 1))
+                eager.append(partial(self._forward_eagerly, MOST_ROWS + 1))
             compile_kernels([*graphs, *eager], device, alive)
             if device.type == "cuda":
                 eager.append(partial(self._forward_eagerly, most))

@@ -11,24 +11,14 @@ from torch import Tensor
 from octavo.weights.tensor import Parameter, not_finite
 from octavo.weights.tensor import Tensor as StoredTensor
 
-from .kernels.configurations import BLOCK_K
 from .kernels.four_bits import FourBits, pack
 
 Integers = tuple[Tensor, Tensor, Tensor]
 """q: uint8 [M, K]; scales and minima: float32 [M, K / 32]."""
 
 
-def has_four_bits(parameter: Parameter) -> bool:
-    """Return whether a parameter can stay in the 4 bits that its file has."""
-    return (
-        len(parameter.shape) == 2
-        and parameter.shape[1] % BLOCK_K == 0
-        and all(part.format in _READERS and part.first_column == 0 for part in parameter.parts)
-    )
-
-
 def read_four_bits(parameter: Parameter, device: torch.device, mixed: bool) -> FourBits:
-    """Return a parameter for which `has_four_bits` on the device.
+    """Return a parameter for which `has_four_bits` (weight_bytes.py) on the device.
 
     Args:
         mixed: the order of bytes (see FourBits).
@@ -38,13 +28,6 @@ def read_four_bits(parameter: Parameter, device: torch.device, mixed: bool) -> F
     parts = [_read(part, device) for part in parameter.parts]
     q, scales, minima = (torch.cat(each) if len(each) > 1 else each[0] for each in zip(*parts, strict=True))
     return pack(q, scales, minima, mixed)
-
-
-def four_bit_bytes(parameter: Parameter) -> int:
-    """Return at most how many bytes `read_four_bits` takes, without reading the parameter."""
-    rows, columns = parameter.shape
-    half_precision = all(part.format in ("Q4_0", "Q4_1") for part in parameter.parts)
-    return rows * columns // 2 + rows * columns // 32 * (4 if half_precision else 8)
 
 
 def _read(part: StoredTensor, device: torch.device) -> Integers:

@@ -1,7 +1,6 @@
 """Put a model's weights on the device: in bfloat16, or the matrices of linear layers in int8 or the file's 4 bits."""
 
 from collections.abc import Mapping
-from math import prod
 
 import numpy as np
 import torch
@@ -15,7 +14,8 @@ from octavo.weights.tensor import Tensor as StoredTensor
 from .device import or_out_of_memory
 from .kernels.four_bits import FourBits
 from .kernels.rotation import BLOCK, Int8Rows, quantize_rows
-from .stored_integers import four_bit_bytes, has_four_bits, read_four_bits
+from .stored_integers import read_four_bits
+from .weight_bytes import has_four_bits
 
 _ROWS = 1 << 24  # values converted at a time
 
@@ -52,22 +52,6 @@ def check_stored(parameters: Mapping[str, Parameter], quantization: str) -> None
             "quantization 4bit keeps the 4 bits of a file on a GPU (GGUF Q4_0, Q4_1 or Q4_K, AWQ, GPTQ), and this "
             "model has none: use quantization 8bit, or make such a file with octavo quantize --bits 4"
         )
-
-
-def bytes_of_weights(parameters: Mapping[str, Parameter], quantization: str) -> int:
-    """Return about how many bytes `load_weights` takes, without reading them."""
-    tied, total = "head" not in parameters, 0
-    for name, parameter in parameters.items():
-        values, matrix = prod(parameter.shape), len(parameter.shape) == 2
-        integers = matrix and (name != "embed" or tied)
-        if quantization == "8bit" and integers:
-            total += values + 4 * parameter.shape[0]
-        elif quantization in ("auto", "4bit") and integers and has_four_bits(parameter):
-            total += four_bit_bytes(parameter)
-        else:
-            integers = False
-        total += 2 * values if name == "embed" or not integers else 0
-    return total
 
 
 def _load_weights(

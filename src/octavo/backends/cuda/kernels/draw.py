@@ -19,7 +19,16 @@ from .gathered import (
     weight_above,
 )
 from .sampling_arrays import DeviceSampling
-from .selection import Selection, largest_of, least_weight, options, weight_of
+from .selection import (
+    Selection,
+    is_finite,
+    largest_of,
+    least_weight,
+    logits_of_chunk,
+    options,
+    sums_of_chunks,
+    weight_of,
+)
 
 
 def draw(selection: Selection, sampling: DeviceSampling, tokens: Tensor) -> None:
@@ -70,13 +79,12 @@ def draw_kernel(
     row = tl.program_id(0)
     largest, best = largest_of(maxima, row, CHUNKS, WIDTH)
     result = tl.load(firsts + row * CHUNKS + best)
-    failed = (largest == float("inf")) | (largest == float("-inf"))
-    if (tl.load(temperatures + row) > 0) & (not failed):
+    finite = is_finite(largest)
+    if (tl.load(temperatures + row) > 0) & finite:
         scale, top_k, top_p, truncated = options(temperatures, top_ks, top_ps, row, VOCAB)
         min_weight = least_weight(tl.load(min_ps + row))
         all_sums = sums + row * CHUNKS
         size = tl.num_programs(0) * CHUNKS
-        kept_sums = all_sums + 2 * size
         least = float("-inf")
         cutoff = VOCAB
         if truncated:
@@ -96,21 +104,19 @@ def draw_kernel(
                 VOCAB,
                 BLOCK,
             )
-        chunk = tl.arange(0, WIDTH)
-        weights = tl.load(kept_sums + chunk, mask=chunk < CHUNKS, other=0)
+        weights = sums_of_chunks(all_sums + 2 * size, CHUNKS, WIDTH)
         total = tl.sum(weights, 0)
         goal = (_uniform(seeds + 2 * row, positions + 2 * row) * total.to(tl.float64)).to(tl.int64)
         goal = tl.minimum(goal, total - 1)
         until = tl.cumsum(weights, 0)
         chosen = tl.minimum(tl.sum((until <= goal).to(tl.int32), 0), CHUNKS - 1)
-        before = tl.sum(tl.where(chunk < chosen, weights, 0), 0)
-        token = chosen * BLOCK + tl.arange(0, BLOCK)
-        x = tl.load(logits + row.to(tl.int64) * VOCAB + token, mask=token < VOCAB, other=float("-inf"))
+        before = tl.sum(tl.where(tl.arange(0, WIDTH) < chosen, weights, 0), 0)
+        token, x = logits_of_chunk(logits, row, chosen, VOCAB, BLOCK)
         weight = weight_of(x, largest, scale)
         kept = ((x > least) | ((x == least) & (token <= cutoff))) & (weight >= min_weight)
         running = before + tl.cumsum(tl.where(kept, weight, 0), 0)
         result = tl.min(tl.where(running > goal, token, VOCAB - 1), 0)
-    tl.store(out + row, tl.where(failed, -1, result))
+    tl.store(out + row, tl.where(finite, result, -1))
 
 
 @triton.jit
@@ -136,9 +142,8 @@ def _truncate(
     """
     SMALL: tl.constexpr = SMALL_BLOCK if BLOCK > SMALL_BLOCK else BLOCK
     gathered = tl.load(found)
-    chunk = tl.arange(0, WIDTH)
-    total = tl.sum(tl.load(all_sums + chunk, mask=chunk < CHUNKS, other=0), 0)
-    sure = tl.sum(tl.load(all_sums + size + chunk, mask=chunk < CHUNKS, other=0), 0)
+    total = tl.sum(sums_of_chunks(all_sums, CHUNKS, WIDTH), 0)
+    sure = tl.sum(sums_of_chunks(all_sums + size, CHUNKS, WIDTH), 0)
     least = float("-inf")
     ties = VOCAB
     if top_k < VOCAB:

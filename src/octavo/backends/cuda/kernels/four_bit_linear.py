@@ -49,10 +49,8 @@ def four_bit_linear_kernel(
     SWAPPED: tl.constexpr,
 ):  # fmt: skip
     """Do as linear.linear_kernel. A span has `blocks` blocks of BLOCK_K k."""
-    row_blocks, output_blocks = tl.cdiv(rows, BLOCK_ROWS), tl.cdiv(outputs, BLOCK_OUTPUTS)
-    row_block, output_block = place(tl.program_id(0), row_blocks, output_blocks, GROUP)
-    row = row_block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    output = output_block * BLOCK_OUTPUTS + tl.arange(0, BLOCK_OUTPUTS)
+    first_row, first_output = place(tl.program_id(0), rows, outputs, BLOCK_ROWS, BLOCK_OUTPUTS, GROUP)
+    row, output = first_row + tl.arange(0, BLOCK_ROWS), first_output + tl.arange(0, BLOCK_OUTPUTS)
     weight_row = tl.minimum(output, outputs - 1)
     group = tl.program_id(1)
     SPAN_BLOCKS: tl.constexpr = K // SPANS // BLOCK_K
@@ -87,17 +85,15 @@ def four_bit_gated_kernel(
 ):  # fmt: skip
     """Do as gated.gated_kernel. A row has `blocks` blocks of BLOCK_K k."""
     BLOCK: tl.constexpr = BLOCK_OUTPUTS // 2
-    row_blocks, feature_blocks = tl.cdiv(rows, BLOCK_ROWS), tl.cdiv(features, BLOCK)
-    row_block, feature_block = place(tl.program_id(0), row_blocks, feature_blocks, GROUP)
-    row = row_block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    weight_row = gate_and_up_rows(feature_block, features, BLOCK_OUTPUTS)
+    first_row, first_feature = place(tl.program_id(0), rows, features, BLOCK_ROWS, BLOCK, GROUP)
+    row, feature = first_row + tl.arange(0, BLOCK_ROWS), first_feature + tl.arange(0, BLOCK)
+    weight_row = gate_and_up_rows(first_feature, features, BLOCK_OUTPUTS)
     acc = span_sum(
         x, values, pairs, row, weight_row, rows, 0, blocks, 2 * features, K, GROUP_OF_K, MIXED, BLOCK_K, SWAPPED
     )
     if not SWAPPED:
         acc = tl.trans(acc)
     gate, up = gate_and_up(acc, BLOCK_OUTPUTS, BLOCK_ROWS)
-    feature = feature_block * BLOCK + tl.arange(0, BLOCK)
     store_activated(gate, up, out, bias, row, feature, rows, features, ACTIVATION)
 
 

@@ -42,10 +42,10 @@ def gate_and_up(acc, COLUMNS: tl.constexpr, ROWS: tl.constexpr):
 
 
 @triton.jit
-def gate_and_up_rows(feature_block, features, BLOCK_OUTPUTS: tl.constexpr):
+def gate_and_up_rows(first_feature, features, BLOCK_OUTPUTS: tl.constexpr):
     """Return the rows of the weight in a tile (see the module), int32 [BLOCK_OUTPUTS]."""
     i = tl.arange(0, BLOCK_OUTPUTS)
-    of_tile = tl.minimum(feature_block * (BLOCK_OUTPUTS // 2) + i // 16 * 8 + i % 8, features - 1)
+    of_tile = tl.minimum(first_feature + i // 16 * 8 + i % 8, features - 1)
     return of_tile + i // 8 % 2 * features
 
 
@@ -69,15 +69,13 @@ def gated_kernel(
 ):
     """out[n, f] = activation(gate[n, f]) * up[n, f] of one tile: BLOCK_ROWS rows, BLOCK_OUTPUTS / 2 features."""
     BLOCK: tl.constexpr = BLOCK_OUTPUTS // 2
-    row_blocks, feature_blocks = tl.cdiv(rows, BLOCK_ROWS), tl.cdiv(features, BLOCK)
-    row_block, feature_block = place(tl.program_id(0), row_blocks, feature_blocks, GROUP)
-    row = row_block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    weight_row = gate_and_up_rows(feature_block, features, BLOCK_OUTPUTS)
+    first_row, first_feature = place(tl.program_id(0), rows, features, BLOCK_ROWS, BLOCK, GROUP)
+    row, feature = first_row + tl.arange(0, BLOCK_ROWS), first_feature + tl.arange(0, BLOCK)
+    weight_row = gate_and_up_rows(first_feature, features, BLOCK_OUTPUTS)
     acc = product(x, weight, row, weight_row, rows, 0, K, K, K, BLOCK_K, SWAPPED)
     if not SWAPPED:
         acc = tl.trans(acc)
     gate, up = gate_and_up(acc, BLOCK_OUTPUTS, BLOCK_ROWS)
-    feature = feature_block * BLOCK + tl.arange(0, BLOCK)
     if x_scale is not None:
         gate, up = tl.trans(gate), tl.trans(up)
         gate = scaled(gate, x_scale, weight_scale, row, feature, rows, features)

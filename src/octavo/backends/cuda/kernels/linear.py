@@ -21,13 +21,14 @@ _PART = 1024  # sums per warp that are added at a time to those that wait in mem
 
 
 @triton.jit
-def place(tile, row_blocks, output_blocks, GROUP: tl.constexpr):
-    """Return (row block, output block) of a tile. Tiles that run together share rows and weights in the L2 cache."""
+def place(tile, rows, outputs, BLOCK_ROWS: tl.constexpr, BLOCK_OUTPUTS: tl.constexpr, GROUP: tl.constexpr):
+    """Return the first row and output of a tile. Tiles that run together share rows and weights in the L2 cache."""
+    row_blocks, output_blocks = tl.cdiv(rows, BLOCK_ROWS), tl.cdiv(outputs, BLOCK_OUTPUTS)
     group = tile // (GROUP * output_blocks)
     first = group * GROUP
     size = tl.minimum(row_blocks - first, GROUP)
     within = tile % (GROUP * output_blocks)
-    return first + within % size, within // size
+    return (first + within % size) * BLOCK_ROWS, within // size * BLOCK_OUTPUTS
 
 
 @triton.jit
@@ -226,10 +227,8 @@ def linear_kernel(
     With SPANS_HERE < SPANS, program (tile, g) writes the sum of spans g * SPANS_HERE on to out[g, n, m], float32, and
     there are no bias and no residual. Int8 sums are scaled by x_scale[n] weight_scale[m], or written as int32.
     """
-    row_blocks, output_blocks = tl.cdiv(rows, BLOCK_ROWS), tl.cdiv(outputs, BLOCK_OUTPUTS)
-    row_block, output_block = place(tl.program_id(0), row_blocks, output_blocks, GROUP)
-    row = row_block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    output = output_block * BLOCK_OUTPUTS + tl.arange(0, BLOCK_OUTPUTS)
+    first_row, first_output = place(tl.program_id(0), rows, outputs, BLOCK_ROWS, BLOCK_OUTPUTS, GROUP)
+    row, output = first_row + tl.arange(0, BLOCK_ROWS), first_output + tl.arange(0, BLOCK_OUTPUTS)
     weight_row = tl.minimum(output, outputs - 1)
     group = tl.program_id(1)
     first = group * SPANS_HERE
@@ -376,15 +375,13 @@ def large_spanned_kernel(
     Program p computes tiles p, p + programs and so on. Its waiting sums are in waiting[p], float32 [3, tile],
     apart from those of SPANS_HELD spans, a power of two that divides SPANS, which are in registers.
     """
-    row_blocks, output_blocks = tl.cdiv(rows, BLOCK_ROWS), tl.cdiv(outputs, BLOCK_OUTPUTS)
     COUNT: tl.constexpr = SPANS // SPANS_HELD
     LENGTH: tl.constexpr = K // SPANS
     SIZE: tl.constexpr = BLOCK_ROWS * BLOCK_OUTPUTS
     waiting += tl.program_id(0).to(tl.int64) * 3 * SIZE
-    tile = tl.program_id(0)
-    while tile < row_blocks * output_blocks:
-        row_block, output_block = place(tile, row_blocks, output_blocks, GROUP)
-        first_row, first_output = row_block * BLOCK_ROWS, output_block * BLOCK_OUTPUTS
+    tile, tiles = tl.program_id(0), tl.cdiv(rows, BLOCK_ROWS) * tl.cdiv(outputs, BLOCK_OUTPUTS)
+    while tile < tiles:
+        first_row, first_output = place(tile, rows, outputs, BLOCK_ROWS, BLOCK_OUTPUTS, GROUP)
         row = first_row + tl.arange(0, BLOCK_ROWS)
         weight_row = tl.minimum(first_output + tl.arange(0, BLOCK_OUTPUTS), outputs - 1)
         for s in range(COUNT - 1):
@@ -440,16 +437,12 @@ def linear(
     rows = len(x) if rows is None else rows
     outputs, inputs = weight.shape
     tile = tile or choose("linear", outputs, inputs, spans, rows)
-    if rows == 0:
-        return
-    if tile.waits_in_memory:
-        _large_spanned(x, weight, out, bias, residual, spans, rows, tile)
-    elif tile.spans_here(spans) == spans:
-        _launch(x, weight, out, bias, residual, spans, rows, tile)
-    else:
-        partials = x.new_empty((spans // tile.spans_here(spans), rows, outputs), dtype=torch.float32)
-        _launch(x, weight, partials, None, None, spans, rows, tile)
+    partials = partial_sums(x, weight, spans, rows, tile)
+    if partials is not None:
         merge(partials, out, bias, residual)
+    elif rows:
+        launch = _large_spanned if tile.waits_in_memory else _launch
+        launch(x, weight, out, bias, residual, spans, rows, tile)
 
 
 def partial_sums(

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .gathered import SMALL_BLOCK, count_above, cutoff_of, kth_largest
 from .sampling_arrays import Sampled
-from .selection import ONE, Selection, largest_of
+from .selection import ONE, Selection, largest_of, logits_of_chunk, sums_of_chunks
 
 
 def add_logprobs(logits: Tensor, wanted: Tensor, sampled: Sampled, drawn: Selection | None) -> None:
@@ -64,8 +64,7 @@ def _logprobs(
     logprob = float("nan")
     if (wanted >= 0) & (token >= 0):
         largest, _best = largest_of(maxima, row, CHUNKS, WIDTH)
-        chunk = tl.arange(0, WIDTH)
-        total = tl.sum(tl.load(sums + row * CHUNKS + chunk, mask=chunk < CHUNKS, other=0), 0)
+        total = tl.sum(sums_of_chunks(sums + row * CHUNKS, CHUNKS, WIDTH), 0)
         log_total = largest.to(tl.float64) + tl.log(total.to(tl.float64) / ONE)
         logits += row.to(tl.int64) * VOCAB
         logprob = (tl.load(logits + token).to(tl.float64) - log_total).to(tl.float32)
@@ -121,9 +120,7 @@ def _count_likelier(logits, nums_logprobs, sampled, ranks, VOCAB: tl.constexpr, 
     row = tl.program_id(0)
     chosen = tl.load(sampled + row)
     if (tl.load(nums_logprobs + row) >= 0) & (chosen >= 0):
-        logits += row.to(tl.int64) * VOCAB
-        token = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-        x = tl.load(logits + token, mask=token < VOCAB, other=float("-inf"))
-        own = tl.load(logits + chosen)
+        token, x = logits_of_chunk(logits, row, tl.program_id(1), VOCAB, BLOCK)
+        own = tl.load(logits + row.to(tl.int64) * VOCAB + chosen)
         likelier = (x > own) | ((x == own) & (token < chosen))
         tl.atomic_add(ranks + row, tl.sum(likelier.to(tl.int32), 0))

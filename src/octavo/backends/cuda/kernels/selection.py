@@ -113,8 +113,9 @@ class Selection:
         if not truncate:
             return
         _bound[(rows,)](
-            self.sums, self.bins, self.found, *parameters, ALL=all_above, BINS=_BINS, **self.constants, num_warps=4
-        )
+            self.sums, self.bins, self.found, *parameters, ALL=all_above, BINS=_BINS, **self.constants, num_warps=4,
+            enable_fp_fusion=False,
+        )  # fmt: skip
         _gather[grid](
             self.logits,
             self.maxima,
@@ -135,13 +136,32 @@ class Selection:
 def _survey(logits, maxima, firsts, CHUNKS: tl.constexpr, VOCAB: tl.constexpr, BLOCK: tl.constexpr):
     """Write the largest logit of a chunk, +inf if one is NaN or +inf, and the first token that has it."""
     row, chunk = tl.program_id(0), tl.program_id(1)
-    token = chunk * BLOCK + tl.arange(0, BLOCK)
-    x = tl.load(logits + row.to(tl.int64) * VOCAB + token, mask=token < VOCAB, other=float("-inf"))
+    token, x = logits_of_chunk(logits, row, chunk, VOCAB, BLOCK)
     x = tl.where(x < float("inf"), x, float("inf"))
     largest = tl.max(x, 0)
     at = row * CHUNKS + chunk
     tl.store(maxima + at, largest)
     tl.store(firsts + at, tl.min(tl.where((x == largest) & (token < VOCAB), token, VOCAB), 0))
+
+
+@triton.jit
+def logits_of_chunk(logits, row, chunk, VOCAB: tl.constexpr, BLOCK: tl.constexpr):
+    """Return the tokens of a chunk, and their logits in a row: -inf past the vocabulary."""
+    token = chunk * BLOCK + tl.arange(0, BLOCK)
+    return token, tl.load(logits + row.to(tl.int64) * VOCAB + token, mask=token < VOCAB, other=float("-inf"))
+
+
+@triton.jit
+def sums_of_chunks(sums, CHUNKS: tl.constexpr, WIDTH: tl.constexpr):
+    """Return a row's CHUNKS sums, then zeros: int64 [WIDTH]."""
+    chunk = tl.arange(0, WIDTH)
+    return tl.load(sums + chunk, mask=chunk < CHUNKS, other=0)
+
+
+@triton.jit
+def is_finite(largest):
+    """Return whether a row with this largest logit (see Selection.maxima) can be sampled."""
+    return (largest < float("inf")) & (largest > float("-inf"))
 
 
 @triton.jit
@@ -200,10 +220,9 @@ def _weigh(
     """Write the weight of a chunk, and what min_p keeps of it; if the row is truncated, count its logits by bin."""
     row, chunk = tl.program_id(0), tl.program_id(1)
     largest, _best = largest_of(maxima, row, CHUNKS, WIDTH)
-    if (tl.load(temperatures + row) > 0) & (largest < float("inf")) & (largest > float("-inf")):
+    if (tl.load(temperatures + row) > 0) & is_finite(largest):
         scale, _k, _p, truncated = options(temperatures, top_ks, top_ps, row, VOCAB)
-        token = chunk * BLOCK + tl.arange(0, BLOCK)
-        x = tl.load(logits + row.to(tl.int64) * VOCAB + token, mask=token < VOCAB, other=float("-inf"))
+        token, x = logits_of_chunk(logits, row, chunk, VOCAB, BLOCK)
         weight = weight_of(x, largest, scale)
         at = row * CHUNKS + chunk
         kept = tl.where(weight >= least_weight(tl.load(min_ps + row)), weight, 0)
@@ -247,9 +266,7 @@ def _bound(
             )
             most = tl.cumsum(high * count, 0)
             least = tl.cumsum(low * count, 0)
-            chunk = tl.arange(0, WIDTH)
-            weights = tl.load(sums + row * CHUNKS + chunk, mask=chunk < CHUNKS, other=0)
-            total = tl.sum(weights, 0).to(tl.float64) / ONE
+            total = tl.sum(sums_of_chunks(sums + row * CHUNKS, CHUNKS, WIDTH), 0).to(tl.float64) / ONE
             if top_k < VOCAB:  # the bin of the k-th logit may be kept in part
                 least_total = tl.max(tl.where(bin < last, least, 0.0), 0)
                 most_total = tl.max(tl.where(bin <= last, most, 0.0), 0)
@@ -289,12 +306,10 @@ def _gather(
     row, chunk = tl.program_id(0), tl.program_id(1)
     largest, _best = largest_of(maxima, row, CHUNKS, WIDTH)
     scale, _k, _p, truncated = options(temperatures, top_ks, top_ps, row, VOCAB)
-    healthy = (largest < float("inf")) & (largest > float("-inf"))
-    if truncated & healthy & (tl.load(temperatures + row) > 0):
+    if truncated & is_finite(largest) & (tl.load(temperatures + row) > 0):
         first = tl.load(found + 4 * row + 1)
         last = tl.load(found + 4 * row + 2)
-        token = chunk * BLOCK + tl.arange(0, BLOCK)
-        x = tl.load(logits + row.to(tl.int64) * VOCAB + token, mask=token < VOCAB, other=float("-inf"))
+        token, x = logits_of_chunk(logits, row, chunk, VOCAB, BLOCK)
         weight = weight_of(x, largest, scale)
         bin = _bin(x, largest, scale, BINS)
         sure = tl.where(bin < first, weight, 0)
