@@ -14,9 +14,10 @@ from typing import Any
 
 import httpx
 import pytest
+from namespaces import missing
 
 from command_line import OCTAVO, complaint
-from machines import Machines, machines, missing
+from machines import Machines, machines
 from octavo import LLM, SamplingParams
 from octavo.backends.cpu import node_main, nodes
 from octavo.backends.cpu.node_line import Line, Listener, connect

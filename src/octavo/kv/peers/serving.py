@@ -108,6 +108,7 @@ class PageServer:
                 return
             if value is None:
                 return
+            assert sent is not None
             self._unread.append(sent)
             self._counts.bytes_written += self._backend.page_bytes
 
