@@ -17,6 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import namespaces
+from namespaces import ip
+
 _TUNSETIFF, _TUN_WITHOUT_HEADER = 0x400454CA, 0x1001
 _CLONE_NEWNET = 0x40000000
 _PACKET = 65_536
@@ -24,19 +27,9 @@ _PACKET = 65_536
 
 def missing() -> str | None:
     """Why this machine cannot have such lines; None if it can."""
-    if os.geteuid() != 0:
-        return "network namespaces need root"
     if not os.access("/dev/net/tun", os.R_OK | os.W_OK):
         return "there is no /dev/net/tun"
-    name = f"octavo-{os.getpid()}-try"
-    try:
-        made = subprocess.run(["ip", "netns", "add", name], capture_output=True, text=True)
-    except OSError:
-        return "there is no command ip (package iproute2)"
-    if made.returncode:
-        return f"network namespaces cannot be made: {made.stderr.strip()}"
-    subprocess.run(["ip", "netns", "del", name], check=True)
-    return None
+    return namespaces.missing()
 
 
 @dataclass
@@ -85,8 +78,8 @@ def machines(count: int) -> Iterator[tuple[Line, list[Line]]]:
     relay = multiprocessing.get_context("fork").Process(target=_relay, args=(lines,), daemon=True)
     try:
         for namespace in (center.name, *(line.name for line in lines)):
-            _ip("netns", "add", namespace)
-            _ip("-n", namespace, "link", "set", "lo", "up")
+            ip("netns", "add", namespace)
+            ip("-n", namespace, "link", "set", "lo", "up")
         for i, line in enumerate(lines):
             center_end, machine_end = f"10.213.{i}.1", line.address
             line.ends = (_tunnel(center, f"line{i}"), _tunnel(line, "line"))
@@ -94,8 +87,8 @@ def machines(count: int) -> Iterator[tuple[Line, list[Line]]]:
                 (center.name, f"line{i}", center_end, machine_end),
                 (line.name, "line", machine_end, center_end),
             ):
-                _ip("-n", namespace, "addr", "add", own, "peer", other, "dev", device)
-                _ip("-n", namespace, "link", "set", device, "up")
+                ip("-n", namespace, "addr", "add", own, "peer", other, "dev", device)
+                ip("-n", namespace, "link", "set", device, "up")
         relay.start()
         yield center, lines
     finally:
@@ -108,10 +101,6 @@ def machines(count: int) -> Iterator[tuple[Line, list[Line]]]:
                     os.close(end)
         for namespace in (center.name, *(line.name for line in lines)):
             subprocess.run(["ip", "netns", "del", namespace], capture_output=True)
-
-
-def _ip(*words: str) -> None:
-    subprocess.run(["ip", *words], check=True)
 
 
 def _tunnel(machine: Line, device: str) -> int:

@@ -15,6 +15,7 @@ from zmq.utils import z85
 from octavo.secret import read_key
 
 ZAP = "inproc://zeromq.zap.01"  # where ZeroMQ asks whether a client's key is allowed (RFC 27)
+OVERHEAD = 64  # bytes by which encryption lengthens a frame, at most; `maxmsgsize` is a limit of the encrypted one
 
 
 @dataclass(frozen=True, slots=True, repr=False)

@@ -19,9 +19,10 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+from namespaces import missing
 
 from command_line import OCTAVO, complaint
-from machines import Machines, machines, missing
+from machines import Machines, machines
 from octavo import LLM, SamplingParams
 from octavo.backends.cpu import node_line, node_main, nodes
 from octavo.backends.cpu.node_line import Line, Listener, connect

@@ -8,20 +8,7 @@ import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-
-def missing() -> str | None:
-    """Why this machine cannot have such ones; None if it can."""
-    if os.geteuid() != 0:
-        return "network namespaces need root"
-    name = f"octavo-try-{os.getpid()}"
-    try:
-        made = subprocess.run(["ip", "netns", "add", name], capture_output=True, text=True)
-    except OSError:
-        return "there is no command ip (package iproute2)"
-    if made.returncode:
-        return f"network namespaces cannot be made: {made.stderr.strip()}"
-    subprocess.run(["ip", "netns", "del", name], check=True)
-    return None
+from namespaces import ip
 
 
 @dataclass(frozen=True)
@@ -40,11 +27,11 @@ class Machines:
 
     def cut(self, machine: int) -> None:
         """Lose all that a machine sends and receives from now on."""
-        _ip("-n", self.hub, "link", "set", f"port{machine}", "down")
+        ip("-n", self.hub, "link", "set", f"port{machine}", "down")
 
     def join(self, machine: int) -> None:
         """Undo `cut`."""
-        _ip("-n", self.hub, "link", "set", f"port{machine}", "up")
+        ip("-n", self.hub, "link", "set", f"port{machine}", "up")
 
     def kill(self, machine: int) -> None:
         """End all processes of a machine at once, as a power cut would."""
@@ -65,20 +52,16 @@ def machines(count: int) -> Iterator[Machines]:
     made = Machines([f"octavo-{tag}-{machine}" for machine in range(count)], f"octavo-{tag}-hub")
     with contextlib.ExitStack() as stack:
         for name in (made.hub, *made.names):
-            _ip("netns", "add", name)
-            stack.callback(_ip, "netns", "del", name)
-            _ip("-n", name, "link", "set", "lo", "up")
-        _ip("-n", made.hub, "link", "add", "br0", "type", "bridge")
-        _ip("-n", made.hub, "link", "set", "br0", "up")
+            ip("netns", "add", name)
+            stack.callback(ip, "netns", "del", name)
+            ip("-n", name, "link", "set", "lo", "up")
+        ip("-n", made.hub, "link", "add", "br0", "type", "bridge")
+        ip("-n", made.hub, "link", "set", "br0", "up")
         for machine, name in enumerate(made.names):
             port = f"port{machine}"
-            _ip("link", "add", "eth0", "netns", name, "type", "veth", "peer", "name", port, "netns", made.hub)
-            _ip("-n", made.hub, "link", "set", port, "master", "br0", "up")
-            _ip("-n", name, "addr", "add", f"{made.ip(machine)}/24", "dev", "eth0")
-            _ip("-n", name, "link", "set", "eth0", "up")
+            ip("link", "add", "eth0", "netns", name, "type", "veth", "peer", "name", port, "netns", made.hub)
+            ip("-n", made.hub, "link", "set", port, "master", "br0", "up")
+            ip("-n", name, "addr", "add", f"{made.ip(machine)}/24", "dev", "eth0")
+            ip("-n", name, "link", "set", "eth0", "up")
             stack.callback(made.kill, machine)
         yield made
-
-
-def _ip(*words: str) -> None:
-    subprocess.run(["ip", *words], check=True)

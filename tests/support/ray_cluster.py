@@ -9,7 +9,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from machines import Machines, machines, missing
+from namespaces import missing
+
+from machines import Machines, machines
 
 __all__ = ["RayCluster", "missing", "ray_cluster"]
 

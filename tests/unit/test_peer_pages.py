@@ -141,7 +141,7 @@ def value(page: int) -> bytes:
     for token in PROMPT:
         states.append(state := after(state, token))
     content = np.array(states[page * PAGE : (page + 1) * PAGE], np.int64).view(np.uint8)
-    return bytes(PageValues("model", PAGE * 8).seal(KEYS[page], content, bytearray()))
+    return bytes(PageValues("model", PAGE * 8).seal(KEYS[page], content))
 
 
 class FakeEngine:

@@ -537,6 +537,7 @@ class Frontend:
         assert self._ledger is not None
         live_before, ended, stopped = self._ledger.num_completions, 0, list[str]()
         meter, now = self.meter.engine(replica.number) if self.meter else None, time.monotonic()
+        hands_over = is_for_prompts(replica)
         for output in outputs:
             if (found := self._ledger.find(output.id)) is None or found[0].replica is not replica:
                 continue  # the request was aborted, or continues elsewhere
@@ -575,7 +576,7 @@ class Frontend:
                     watcher.ended(live)
             if increment is not None:
                 self._deliver(live, increment)
-            if is_for_prompts(replica) and not live.finished:
+            if hands_over and not live.finished:
                 self.placement.hand_over(live)
         if stopped:
             replica.send(Abort(stopped))

@@ -60,10 +60,9 @@ class Placement:
         if computed_by is not None:  # its last pages are not published yet
             live.source = _source([computed_by.load], [(length - 1) // page_size], pages[best])
         elif len(self.replicas) > 1:
-            known = {load.bit for load in loads}
-            if others := [each.load for each in self.replicas if each.load.bit not in known and each.load.address]:
+            if others := self._others(candidates):
                 pages += self.router.cached_pages(others, length, self._keys_of(live), page_size)
-            live.source = _source([*loads, *others], pages, pages[best])
+            live.source = _source(loads + others, pages, pages[best])
         candidates[best].readmission.add(live)
 
     def move(self, live: LiveRequest) -> None:
@@ -95,6 +94,13 @@ class Placement:
         if computed_by is None and self._pays(live, candidates, decoding):
             return [replica for replica in candidates if replica.load.role != DECODE]
         return decoding
+
+    def _others(self, candidates: Sequence[Replica]) -> list[Load]:
+        """Return the loads of the replicas that serve pages and are not among `candidates`."""
+        if len(candidates) == len(self.replicas):
+            return []
+        known = {replica.load.bit for replica in candidates}
+        return [other.load for other in self.replicas if other.load.address and other.load.bit not in known]
 
     def _pays(self, live: LiveRequest, candidates: Sequence[Replica], decoding: Sequence[Replica]) -> bool:
         """Return whether to compute a prompt elsewhere and fetch its pages is cheaper than to compute it in `decoding`.
@@ -153,8 +159,9 @@ class Placement:
         """Move a request here that another replica would begin later than in its next step, if that is sooner here."""
         if replica.load.unstarted or not replica.is_open:
             return
-        alike = [other for other in self.replicas if other.load.role == replica.load.role]
-        busiest = max(alike, key=lambda other: other.load.queued_tokens).load
+        role = replica.load.role
+        alike = (other.load for other in self.replicas if other.load.role == role)
+        busiest = max(alike, key=lambda load: load.queued_tokens)
         if len(busiest.unstarted) < 2:
             return
         live = next(reversed(busiest.unstarted))

@@ -115,7 +115,7 @@ class Peers:
         """Return a socket that is connected to an engine, or will be. Raises ZMQError."""
         import zmq
 
-        from octavo.curve import Curve
+        from octavo.curve import OVERHEAD, Curve
 
         if address in self._sockets:
             self._sockets.move_to_end(address)
@@ -126,7 +126,7 @@ class Peers:
             self._context = zmq.Context()
         socket: zmq.Socket[bytes] = self._context.socket(zmq.DEALER)
         socket.linger, socket.immediate, socket.ipv6 = 0, True, True
-        socket.maxmsgsize = self._max_value
+        socket.maxmsgsize, socket.rcvhwm = self._max_value + OVERHEAD, MAX_KEYS
         Curve.of(self._access.secret).connect_as_engine(socket)
         self._sockets[address] = socket
         socket.connect(address)

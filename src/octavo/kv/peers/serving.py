@@ -9,7 +9,7 @@ from typing import Any
 import zmq
 
 from octavo.backends.base import Backend
-from octavo.curve import ZAP, Curve, admission
+from octavo.curve import OVERHEAD, ZAP, Curve, admission
 from octavo.kv.page_pool import PagePool
 from octavo.kv.prefix import KEY_BYTES
 from octavo.kv.store.page_values import PageValues
@@ -19,7 +19,9 @@ from . import MAX_KEYS, NUMBER_BYTES
 from .access import PeerAccess
 
 MAX_QUEUED = 3 * MAX_KEYS  # pages that wait to be sent to one engine; one that reads too slowly gets no more of them
+MAX_UNREAD = 2**29  # bytes of pages that wait to be sent to all engines; beyond it, pages are said to be missing
 HANDSHAKE = 5_000  # milliseconds in which a connection must prove that it has the secret
+STALLED = 5_000  # milliseconds after which an engine is cut off that takes nothing of what is sent to it
 
 _log = logging.getLogger("octavo")
 
@@ -43,7 +45,8 @@ class PageServer:
 
     def __init__(self, access: PeerAccess, pool: PagePool, backend: Backend, values: PageValues, counts: TierCounts):
         self._pool, self._backend, self._values, self._counts = pool, backend, values, counts
-        self._buffer = bytearray()
+        self._unread: list[zmq.MessageTracker] = []  # of pages; all that wait to be sent are among them
+        self._max_unread = max(1, MAX_UNREAD // backend.page_bytes)
         self._curve = Curve.of(access.secret)
         self._context: zmq.Context[Any] = zmq.Context()
         try:
@@ -70,7 +73,9 @@ class PageServer:
     def _listening(self, host: str) -> "zmq.Socket[bytes]":
         socket: zmq.Socket[bytes] = self._context.socket(zmq.ROUTER)
         socket.linger, socket.ipv6, socket.router_mandatory = 0, True, True
-        socket.maxmsgsize, socket.sndhwm, socket.handshake_ivl = KEY_BYTES * MAX_KEYS, MAX_QUEUED, HANDSHAKE
+        socket.maxmsgsize, socket.sndhwm = KEY_BYTES * MAX_KEYS + OVERHEAD, MAX_QUEUED
+        socket.handshake_ivl, socket.tcp_maxrt = HANDSHAKE, STALLED
+        socket.copy_threshold = 0  # the memory of a page is taken as it is, and a tracker tells when it was sent
         self._curve.serve(socket)
         socket.bind(f"tcp://[{host}]:*" if ":" in host else f"tcp://{'0.0.0.0' if host == '*' else host}:*")
         return socket
@@ -96,22 +101,30 @@ class PageServer:
             return
         asker, number, keys = frames
         for at in range(0, len(keys), KEY_BYTES):
-            value = self._value(keys[at : at + KEY_BYTES])
+            value = self._value(keys[at : at + KEY_BYTES]) if self._has_room() else None
             try:
-                self._socket.send_multipart((asker, number, value or b""), zmq.NOBLOCK)
+                sent = self._socket.send_multipart((asker, number, value or b""), zmq.NOBLOCK, copy=False, track=True)
             except zmq.ZMQError:  # it is gone, or reads too slowly
                 return
             if value is None:
                 return
+            assert sent is not None
+            self._unread.append(sent)
             self._counts.bytes_written += self._backend.page_bytes
 
+    def _has_room(self) -> bool:
+        """Return whether another page may be copied: few enough wait to be sent."""
+        if len(self._unread) >= self._max_unread:
+            self._unread = [each for each in self._unread if not each.done]
+        return len(self._unread) < self._max_unread
+
     def _value(self, key: bytes) -> memoryview | None:
-        """Return the value of a page, valid until the next call; None if the pool does not have it, or not any more."""
+        """Return the value of a page, in memory of its own; None if the pool does not have it, or not any more."""
         pool = self._pool
         if (page := pool.find(key)) is None:
             return None
         before = pool.times_allocated(page)
         if pool.find(key) != page:
             return None
-        value = self._values.seal(key, self._backend.export_page(page), self._buffer)
+        value = self._values.seal(key, self._backend.export_page(page))
         return value if pool.times_allocated(page) == before else None

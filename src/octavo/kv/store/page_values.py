@@ -36,11 +36,18 @@ class PageValues:
         """Return the name of the page with this key."""
         return self._prefix + (self._cipher.name(key) if self._cipher is not None else key).hex()
 
-    def seal(self, key: bytes, content: np.ndarray, into: bytearray) -> memoryview:
-        """Return the value of a page with this content, uint8 [page_bytes]. It may lie in `into`, which is resized."""
+    def seal(self, key: bytes, content: np.ndarray, into: bytearray | None = None) -> memoryview:
+        """Return the value of a page with this content, uint8 [page_bytes], in memory of its own.
+
+        Args:
+            into: it may lie there instead; this is resized.
+        """
         if self._cipher is not None:
             return memoryview(self._cipher.seal(content.data, key))
-        if len(into) != (size := CHECKSUM + self._page_bytes):
+        size = CHECKSUM + self._page_bytes
+        if into is None:
+            into = bytearray(size)
+        elif len(into) != size:
             into[:] = bytes(size)
         value = memoryview(into)
         value[CHECKSUM:] = content.data  # first, as the checksum must be that of what is sent
