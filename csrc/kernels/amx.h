@@ -71,7 +71,8 @@ OCTAVO_INLINE void tile_begin(const float* from, int64_t stride) {
 // Compute c = a * b, or c += a * b if kAdd, on up to 2 x 2 tiles: tiles 0 and 1 have the sums of the upper 16 rows of
 // `a` (kUpper), tiles 2 and 3 those of the lower ones (kLower).
 template <class Sum, bool kAdd, bool kUpper, bool kLower, bool kTwoColumns>
-void tile_product(Rows a, Columns b, int64_t tiles, float* c, int64_t c_stride, Ahead ahead, int64_t ahead_rate) {
+OCTAVO_INLINE void tile_product(Rows a, Columns b, int64_t tiles, float* c, int64_t c_stride, Ahead ahead,
+                                int64_t ahead_rate) {
     const auto* columns = static_cast<const std::byte*>(b.data);
     const auto* upper = static_cast<const std::byte*>(a.data);
     const auto* lower = upper + (kUpper ? 16 * a.stride : 0);
@@ -92,8 +93,7 @@ void tile_product(Rows a, Columns b, int64_t tiles, float* c, int64_t c_stride, 
             if constexpr (kUpper) tile_multiply<Sum, 1, 4, 7>();
             if constexpr (kLower) tile_multiply<Sum, 3, 5, 7>();
         }
-        for (int64_t i = 0; i < ahead_rate && ahead.at < ahead.end; i++, ahead.at += 64)
-            __builtin_prefetch(ahead.at, 0, 2);
+        ahead.next(ahead_rate * 64).prefetch();
     }
     if constexpr (kUpper) tile_store<0>(c, stride);
     if constexpr (kUpper && kTwoColumns) tile_store<1>(c + 16, stride);
@@ -107,10 +107,12 @@ OCTAVO_INLINE void product_on_tiles(Rows a, Columns b, int64_t blocks, int64_t s
                                     Ahead ahead) {
     const int64_t parts = (blocks + 1) / 2;
     for (int64_t j = 0; j < blocks; j += 2) {
-        const auto product = blocks - j > 1 ? tile_product<Sum, kAdd, kUpper, kLower, true>
-                                            : tile_product<Sum, kAdd, kUpper, kLower, false>;
         const Ahead part = ahead.part(j / 2, parts);
-        product(a, b.from(j), steps, c + j * kBlock, c_stride, part, ((part.end - part.at) / 64 + steps - 1) / steps);
+        const int64_t rate = ((part.end - part.at) / 64 + steps - 1) / steps;
+        if (blocks - j > 1)
+            tile_product<Sum, kAdd, kUpper, kLower, true>(a, b.from(j), steps, c + j * kBlock, c_stride, part, rate);
+        else
+            tile_product<Sum, kAdd, kUpper, kLower, false>(a, b.from(j), steps, c + j * kBlock, c_stride, part, rate);
     }
 }
 
@@ -126,9 +128,10 @@ OCTAVO_INLINE void exact_product(Rows a, int64_t rows, Columns b, int64_t blocks
                                                  ahead.part(r / 16, parts));
     if (r == rows) return;
     const Ahead rest = {ahead.part(r / 16, parts).at, ahead.end};
-    const auto last =
-        rows - r > 16 ? product_on_tiles<F32, kAdd, true, true> : product_on_tiles<F32, kAdd, false, true>;
-    last(a.from(r), b, blocks, words / 16, c + r * c_stride, c_stride, rest);
+    if (rows - r > 16)
+        product_on_tiles<F32, kAdd, true, true>(a.from(r), b, blocks, words / 16, c + r * c_stride, c_stride, rest);
+    else
+        product_on_tiles<F32, kAdd, false, true>(a.from(r), b, blocks, words / 16, c + r * c_stride, c_stride, rest);
 }
 
 // Set up the lower tiles for the rows % 16 last rows of a product; for 16 rows if there is no rest.
@@ -176,8 +179,7 @@ void integer_tile_16(const Matrix& a, int64_t row, const Weight& weight, int64_t
             else
                 integer_dots<0>(activations, row_bytes, values + next * kW8.value_bytes(), dots[0]);
         }
-        for (int64_t i = 0; i < ahead_rate && ahead.at < ahead.end; i++, ahead.at += 64)
-            __builtin_prefetch(ahead.at, 0, 2);
+        ahead.next(ahead_rate * 64).prefetch();
         const F32 scale = load_scale<kEncoding>(scales, 0, 0);
         F32 minimum = {};
         if constexpr (kEncoding.minimum) minimum = load_scale<kEncoding>(scales, 1, 0);

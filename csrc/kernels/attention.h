@@ -18,7 +18,16 @@
 namespace octavo::OCTAVO_ISA {
 
 constexpr float kHeadroom = 8;  // weights may reach 2^8 before the sums are rescaled to a new maximum
-constexpr int64_t kPartBlocks = kPart / kSpan, kBlocksAhead = 2;
+constexpr int64_t kPartBlocks = kPart / kSpan;
+
+// K and V are prefetched so many blocks ahead. Each of the two products prefetches 1 / kProductShare of a block, and the
+// softmax the rest: evenly over the time that a block takes, so that memory is never idle. Without AMX, the products
+// take most of it.
+#ifdef OCTAVO_AMX
+constexpr int64_t kBlocksAhead = 3, kProductShare = 4;
+#else
+constexpr int64_t kBlocksAhead = 2, kProductShare = 2;
+#endif
 
 // The running sums of a query: `values` [head_dim], sum of 2^(score - maximum) V; `weights` [kBlock], sum of 2^(score -
 // maximum) by lane; and the maximum that both are relative to.
@@ -101,18 +110,17 @@ OCTAVO_INLINE Operand operand(const std::byte* stored, const Shape& shape, bf16*
     return {widened, reinterpret_cast<const float*>(bytes + shape.block_elements())};
 }
 
-// The memory of K and V of one head in one block.
+// K and V of one head in one block, and their memory.
 struct Block {
     const std::byte *k, *v;
-    Ahead k_memory, v_memory;
+    Ahead memory;
 
     Block(const Step& step, int64_t layer, int64_t sequence, int64_t block, int64_t kv_head) {
         const int64_t bytes = step.shape->kv_bytes();
         k = step.kv_block(sequence, block, layer, kv_head);
         v = k + bytes;
-        const auto* memory = reinterpret_cast<const char*>(k);
-        k_memory = {memory, memory + bytes};
-        v_memory = {k_memory.end, k_memory.end + bytes};
+        const auto* begin = reinterpret_cast<const char*>(k);
+        memory = {begin, begin + 2 * bytes};
     }
 };
 
@@ -138,11 +146,12 @@ struct Queries {
     OCTAVO_INLINE int64_t tile_begin() const { return tile.part < 0 ? begin : part_begin(tile.part); }
     OCTAVO_INLINE int64_t tile_end() const { return tile.part < 0 ? end : part_end(tile.part); }
 
-    // Return the block to prefetch while block `index` is computed: kBlocksAhead later, in this tile or the next.
-    OCTAVO_INLINE Block ahead_of(int64_t index, const Queries& next) const {
+    // Return what to prefetch while block `index` is computed: the block that is kBlocksAhead later, in this tile or
+    // the next.
+    OCTAVO_INLINE Ahead ahead_of(int64_t index, const Queries& next) const {
         const int64_t ahead = index + kBlocksAhead, past = ahead - tile_end();
-        if (past < 0 || &next == this) return block(smaller(ahead, end - 1));
-        return next.block(smaller(next.tile_begin() + past, next.end - 1));
+        if (past < 0 || &next == this) return block(smaller(ahead, end - 1)).memory;
+        return next.block(smaller(next.tile_begin() + past, next.end - 1)).memory;
     }
 
     // Return the rows that attend to some of the positions start ... start + size - 1: those from position `start` on,
@@ -189,21 +198,27 @@ void attend_part(const Queries& q, int64_t part, const Queries& next, Scratch& s
     int64_t last_rows = 0;
     for (int64_t block = q.part_begin(part); block < q.part_end(part); block++) {
         const int64_t start = block * kSpan, from = q.from(start), to = q.to(start, kSpan), count = (to - from) * group;
-        const Block here = q.block(block), ahead = q.ahead_of(block, next);
+        const Block here = q.block(block);
+        Ahead ahead = q.ahead_of(block, next);
+        const int64_t lines = (ahead.end - ahead.at) / 64, of_product = lines / kProductShare;
         if (count % 16 != last_rows) set_last_rows(last_rows = count % 16);
         const Operand k = operand(here.k, *q.step.shape, scratch.kv);
         attention_product<false>({scratch.queries + from * group * dim, dim * 2}, count,
                                  {k.values, kSpan * 4, kBlock * 4}, kSpan / kBlock, dim / 2, scratch.scores, kSpan,
-                                 ahead.k_memory);
+                                 ahead.next(of_product * 64));
         const Operand v = operand(here.v, *q.step.shape, scratch.kv);
+        const int64_t of_softmax = lines - 2 * of_product, of_query = of_softmax / Queries::larger(count, 1) + 1;
+        Ahead ahead_in_softmax = ahead.next(of_softmax * 64);
         for (int64_t r = from, i = 0; r < to; r++) {
             const int64_t begin = first_seen(q.first + r, q.op.window) - start, end = q.first + r + 1 - start;
-            for (int64_t g = 0; g < group; g++, i++)
+            for (int64_t g = 0; g < group; g++, i++) {
+                ahead_in_softmax.next(of_query * 64).prefetch();
                 weigh(scratch.scores + i * kSpan, {k.scales, v.scales}, begin, end, dim, q.sums(sums, r * group + g),
                       scratch.shares + i * kSpan);
+            }
         }
         attention_product<true>({scratch.shares, kSpan * 2}, count, {v.values, dim * 4, kBlock * 4}, dim / kBlock,
-                                kSpan / 2, sums + from * group * stride, stride, ahead.v_memory);
+                                kSpan / 2, sums + from * group * stride, stride, ahead);
     }
     if (last_rows) set_last_rows(0);
 }

@@ -86,8 +86,7 @@ void integer_tile(const Matrix& a, int64_t row, const Weight& weight, int64_t bl
     SpanTree<kRows * kColumns> tree;
     int64_t span = 0;
     for (int64_t g = 0; g < weight.groups; g++) {
-        for (int64_t i = 0; i < ahead_rate && ahead.at < ahead.end; i++, ahead.at += 64)
-            __builtin_prefetch(ahead.at, 0, 2);
+        ahead.next(ahead_rate * 64).prefetch();
         const auto group = [&](int r) -> const ActivationGroup& {
             return reinterpret_cast<const ActivationGroup*>(rows + r * row_bytes + a.stride)[g];
         };

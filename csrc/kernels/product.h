@@ -60,8 +60,7 @@ void product_tile(Rows a, Columns b, int64_t words, bool add, void* c, int64_t c
     for (int64_t w = 0; w < words; w++) {
         U32 columns[kColumns];
         OCTAVO_UNROLL for (int j = 0; j < kColumns; j++) columns[j] = b.vector(w, j);
-        for (int64_t i = 0; i < ahead_rate && ahead.at < ahead.end; i++, ahead.at += 64)
-            __builtin_prefetch(ahead.at, 0, 2);
+        ahead.next(ahead_rate * 64).prefetch();
         OCTAVO_UNROLL for (int r = 0; r < kRows; r++) {
             const U32 row = splat_word(a.word(r, w));
             OCTAVO_UNROLL for (int j = 0; j < kColumns; j++) sums[r][j] = dot(sums[r][j], row, columns[j]);
