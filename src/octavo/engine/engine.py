@@ -457,9 +457,8 @@ class Engine:
             return f"there is a live request with the id {request.id!r}"
         if not 0 < len(request.prompt) + len(request.output) < self.max_model_len:
             return f"the prompt must have from 1 to {self.max_model_len - 1} tokens, not {len(request.prompt)}"
-        if not all(
-            0 <= t < self.backend.spec.vocab_size for tokens in (request.prompt, request.output) for t in tokens
-        ):
+        tokens = request.prompt + request.output
+        if min(tokens) < 0 or max(tokens) >= self.backend.spec.vocab_size:
             return f"prompt tokens must be from 0 to {self.backend.spec.vocab_size - 1}"
         if request.params.structured_outputs is not None and self._constraints is None:
             return "this engine has no vocabulary for structured outputs"

@@ -129,8 +129,8 @@ def tokenize(request: Request, tokenizer: Tokenizer, info: EngineInfo) -> list[i
         prompt = prompt if kept is None else prompt[-kept:]
         check_length(len(prompt), info, has_state=request.state is not None)
         size = info.vocab_size
-        tokens = [token if type(token) is int else plain(token) for token in prompt]
-        if not all(type(token) is int and 0 <= token < size for token in tokens):
+        tokens = list(prompt) if set(map(type, prompt)) <= {int} else [plain(token) for token in prompt]
+        if not set(map(type, tokens)) <= {int} or min(tokens, default=0) < 0 or max(tokens, default=0) >= size:
             raise InvalidRequest(f"prompt token ids must be integers from 0 to {size - 1}", "prompt")
     check_length(len(tokens), info, has_state=request.state is not None)
     if (wanted := request.params.prompt_logprobs) is not None:
