@@ -106,3 +106,20 @@ def test_engines_follow_the_load(cluster: RayCluster, tiny_llama: Path) -> None:
     assert result == {"whole": result["whole"]}
     service.until_engines(0)
     assert ended(service.streams(1))["whole"] >= 1  # an engine is started for it
+
+
+@pytest.mark.exhaustive
+def test_one_engine_becomes_three_and_one_again(tiny_llama: Path) -> None:
+    """While the load rises and falls, streams begin and end; none of them is refused or cut."""
+    scaling = "Autoscaling(min_engines=1, max_engines=3, requests=3, up_delay=1, down_delay=5)"
+    with ray_cluster([0, 2, 2]) as cluster:
+        service = Service(cluster, tiny_llama, scaling)
+        steady = service.streams(2)
+        service.until_engines(1)
+        more = service.streams(6)
+        service.until_engines(3)
+        rise = ended(more)
+        service.until_engines(1)
+        fall = ended(steady)
+    assert rise == {"whole": rise["whole"]}
+    assert fall == {"whole": fall["whole"]}

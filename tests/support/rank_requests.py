@@ -52,5 +52,5 @@ def wait_until(condition: Callable[[], Any], seconds: float = 30) -> None:
 def has_ended(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].startswith("Z")
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):  # the latter if it ends as it is read
         return True

@@ -5,6 +5,7 @@ launching: Triton's hook notes what each would compile. Then threads compile all
 (TRITON_CACHE_DIR), where what an earlier start has compiled is found in milliseconds.
 """
 
+import contextvars
 import logging
 import threading
 import time
@@ -21,6 +22,21 @@ from octavo.machine import available_cores
 log = logging.getLogger("octavo")
 
 _REPORT_SECONDS = 5.0  # between lines of progress
+
+_parse, _parsing = triton.JITFunction.parse, threading.Lock()
+
+
+def _parse_alone(function: Any) -> Any:
+    """Parse a kernel's source while no other thread does.
+
+    CPython 3.11 counts the depth of syntax trees in one place for all threads, and may raise SystemError if two are
+    built at once.
+    """
+    with _parsing:
+        return _parse(function)
+
+
+triton.JITFunction.parse = _parse_alone
 
 Noted = dict[tuple[Any, str], str]
 """What to compile: (function, key of its arguments' types) -> Triton's description of it."""
@@ -44,6 +60,11 @@ def compile_noted(found: Noted, device: torch.device, alive: Callable[[], None])
 
     Raises what Triton raises for a kernel that it cannot compile.
     """
+    # In a context of its own, since Triton does not end its AsyncCompileMode after an error.
+    contextvars.copy_context().run(_compile_noted, found, device, alive)
+
+
+def _compile_noted(found: Noted, device: torch.device, alive: Callable[[], None]) -> None:
 
     def choose_device() -> None:  # a thread's own choice, which Triton reads
         if device.type == "cuda":
