@@ -30,7 +30,7 @@ from rich.table import Table
 from octavo.bench.http import Endpoint, find_endpoint, send
 
 MAX_TOKENS = 16
-FILLER = 6000  # tokens
+FILLER, PAGE_SIZE = 6000, 32  # tokens
 
 
 class Editor:
@@ -65,12 +65,14 @@ class Editor:
 
 async def fill_cache(http: httpx.AsyncClient, model: str) -> None:
     """Send long prompts until every page of the KV cache has been used."""
-    for number in itertools.count():
-        stats = (await http.get("/stats")).raise_for_status().json()
-        if stats["engines"][0]["free_pages"] == 0:
-            return
-        body = {"model": model, "prompt": [number % 1000 + 100] * FILLER, "max_tokens": 1}
+    last = False
+    for token in itertools.count(100):
+        body = {"model": model, "prompt": [token] * FILLER, "max_tokens": 1}
         (await http.post("/v1/completions", json=body)).raise_for_status()
+        if last:
+            return
+        [served] = (await http.get("/stats")).raise_for_status().json()["models"]
+        last = served["engine"]["free_pages"] < FILLER // PAGE_SIZE
 
 
 async def measure(url: str, tokens: int, edits: int, editors: int) -> None:
