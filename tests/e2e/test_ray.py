@@ -28,10 +28,12 @@ serve.start(http_options={"host": "0.0.0.0", "port": 8000})
 settings = {"model": sys.argv[1], "served_model_name": "tiny", "threads": 1, "kv_cache_memory": "100MiB"}
 service = app(settings, eval(sys.argv[2]), frontend_actor={"resources": {"head": 1}})
 serve.run(service, name="octavo", route_prefix="/")
-print("serving", flush=True)
+sys.stdout.write("\\nserving\\n")
+sys.stdout.flush()
 for question in sys.stdin:
     states = serve.status().applications["octavo"].deployments["engines of tiny"].replica_states
-    print("engines", states.get("RUNNING", 0), flush=True)
+    sys.stdout.write(f"\\nengines {states.get('RUNNING', 0)}\\n")  # at once, since Ray's threads write too
+    sys.stdout.flush()
 """
 LOAD = Path(__file__).parents[1] / "support" / "steady_streams.py"
 

@@ -37,7 +37,7 @@ model = {"model": sys.argv[3], "threads": 1, "kv_cache_memory": "50MiB"}
 table = ray.data.read_parquet(sys.argv[1])
 options = dict(engines=(1, 2), sampling={"max_tokens": 8}, batch_rows=32)
 rows = enrich(table, sys.argv[2], sys.argv[4], id_column="id", model=model, **options)
-print("rows", rows, flush=True)
+sys.stdout.write(f"\\nrows {rows}\\n")  # at once, since Ray's threads write too
 """
 
 
