@@ -21,8 +21,8 @@ constexpr float kHeadroom = 8;  // weights may reach 2^8 before the sums are res
 constexpr int64_t kPartBlocks = kPart / kSpan;
 
 // K and V are prefetched so many blocks ahead. Each of the two products prefetches 1 / kProductShare of a block, and the
-// softmax the rest: evenly over the time that a block takes, so that memory is never idle. Without AMX, the products
-// take most of it.
+// softmax the rest: evenly over the time that a block takes, so that reading overlaps with computing. Without AMX, the
+// products take most of that time.
 #ifdef OCTAVO_AMX
 constexpr int64_t kBlocksAhead = 3, kProductShare = 4;
 #else

@@ -157,7 +157,7 @@ class Listener:
 
     def __init__(self, host: str, port: int, key: bytes, first: Any, on_line: Callable[[Line, Any, str], None]):
         self._key, self._first, self._on_line = key, first, on_line
-        self._socket = _listening(host, port, is_open=bool(key))
+        self._socket = _listening(host, port, or_everywhere=bool(key))
         self.port: int = self._socket.getsockname()[1]
         self._strangers: dict[Line, None] = {}  # in their handshake, the oldest first
         self._changed, self._closed = threading.Condition(), threading.Event()
@@ -218,11 +218,11 @@ def _how_ended(error: OSError) -> str:
     return "it is silent, or too slow" if isinstance(error, TimeoutError) else "it has hung up"
 
 
-def _listening(host: str, port: int, is_open: bool) -> socket.socket:
+def _listening(host: str, port: int, or_everywhere: bool) -> socket.socket:
     """Return a socket that listens on the first address of a host that this machine has.
 
     Args:
-        is_open: if it has none, listen on all that it has: the host may be a balancer in front of it.
+        or_everywhere: if it has none of them, listen on all that it has: the host may be a balancer in front of it.
     """
     try:
         for family, _, _, _, address in _addresses(host, port):
@@ -232,7 +232,7 @@ def _listening(host: str, port: int, is_open: bool) -> socket.socket:
                 if error.errno != errno.EADDRNOTAVAIL:
                     raise
                 missing = error
-        if not is_open:
+        if not or_everywhere:
             raise missing
         return socket.create_server(("", port))
     except OSError as error:
