@@ -10,7 +10,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from hashlib import blake2b
 from pathlib import Path
 from queue import SimpleQueue
@@ -156,8 +156,15 @@ def two_nodes(
     four_machines: Machines, tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Nodes]:
     folder = tmp_path_factory.mktemp("nodes")
-    with Nodes(four_machines, 2, folder, tiny_model("llama-ranks"), "-tp", "2") as served:
+    with Nodes(four_machines, 2, folder, tiny_model("llama-ranks"), "-tp", "2", "--max-batch-size", "2") as served:
         yield served
+
+
+def other_rank(served: Nodes) -> int:
+    """The process of the rank on node 1, which comes anew after each of these tests."""
+    served.until_ready()
+    [rank] = children(served.processes[1].pid, b"rank_main")
+    return rank
 
 
 @contextlib.contextmanager
@@ -169,7 +176,7 @@ def under_load(served: Nodes, expected: list[Any]) -> Iterator[int]:
     engine = served.engine()
     with ThreadPoolExecutor(len(expected)) as pool:
         running = [pool.submit(served.complete, seed) for seed in range(len(expected))]
-        time.sleep(0.1)  # some of them are computed, the others wait
+        wait(running, return_when=FIRST_COMPLETED)  # others are computed, and most wait
         yield engine
         assert [reply.result() for reply in running] == expected
     assert has_ended(engine)
@@ -177,7 +184,7 @@ def under_load(served: Nodes, expected: list[Any]) -> Iterator[int]:
 
 def test_a_rank_of_another_machine_dies(two_nodes: Nodes, alone: Callable[..., Any]) -> None:
     expected = alone("llama-ranks", ["class"] * 8, 150)
-    [rank] = children(two_nodes.processes[1].pid, b"rank_main")
+    rank = other_rank(two_nodes)
     with under_load(two_nodes, expected) as engine:
         began = time.monotonic()
         os.kill(rank, signal.SIGKILL)
@@ -197,7 +204,7 @@ def test_a_machine_dies(two_nodes: Nodes, alone: Callable[..., Any]) -> None:
 def test_a_machine_is_cut_off(two_nodes: Nodes, alone: Callable[..., Any]) -> None:
     """Without a packet that says so; and it comes back by itself."""
     expected = alone("llama-ranks", ["class"] * 8, 150)
-    [rank] = children(two_nodes.processes[1].pid, b"rank_main")
+    rank = other_rank(two_nodes)
     with under_load(two_nodes, expected) as engine:
         began = time.monotonic()
         two_nodes.there.cut(1)

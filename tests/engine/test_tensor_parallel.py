@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +104,7 @@ def test_a_request_moves_from_one_process_to_two_ranks(tiny_model: Callable[[str
 
 @pytest.fixture(scope="module")
 def two_ranks(tiny_model: Callable[[str], Path]) -> Iterator[ServerProcess]:
-    with ServerProcess(tiny_model("llama-ranks"), "-tp", "2", "--threads", "1") as server:
+    with ServerProcess(tiny_model("llama-ranks"), "-tp", "2", "--threads", "1", "--max-batch-size", "4") as server:
         yield server
 
 
@@ -130,7 +130,7 @@ def test_a_dead_rank_loses_no_request(two_ranks: ServerProcess, how: signal.Sign
         engine = two_ranks.engine_pid()
         [rank] = ranks_of(engine)
         replies = [pool.submit(complete, two_ranks, seed) for seed in range(16)]
-        time.sleep(0.1)  # some of them are computed, the others wait
+        wait(replies, return_when=FIRST_COMPLETED)  # others are computed, and most wait
         began = time.monotonic()
         os.kill(rank, how)
         wait_until(lambda: has_ended(engine))

@@ -42,7 +42,7 @@ class Limited(NamedTuple):
         return httpx.post(self.server.url + path, json={"model": "tiny"} | body, headers=headers, timeout=60, **options)
 
     def complete(self, name: str, max_tokens: int, **more: Any) -> httpx.Response:
-        body = {"prompt": "Hello", "max_tokens": max_tokens, "ignore_eos": True}
+        body = {"prompt": "Hello", "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True}
         return self.send(name, "/v1/completions", body | more)
 
     def used(self, name: str) -> int:

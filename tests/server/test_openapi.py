@@ -137,7 +137,7 @@ def test_streams_are_as_described(described: httpx.Client, document: dict[str, A
         if kind == "text/event-stream":
             schema = schema["properties"]["data"]["contentSchema"]
             lines = [line[6:] for line in lines if line.startswith("data: ") and line != "data: [DONE]"]
-        assert len(lines) > 2
+        assert lines  # a random answer may end at once
         for line in lines:
             check(document, json.loads(line), schema)
         count += 1

@@ -224,13 +224,13 @@ def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 def test_a_full_disk(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """A limit on the size of files stands in for the disk's end; the system refuses the write in the same place."""
-    tier = open_tier(tmp_path, 4, retry_seconds=0.2)
+    tier = open_tier(tmp_path, 4, retry_seconds=0.5)
     fill(tier, KEYS[:2])
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (FILE_BYTES // 2, limits[1]))
         assert not any(tier.write(key, page_of(key)) for key in KEYS[2:6])
-        time.sleep(0.2)
+        time.sleep(0.5)
         assert not any(tier.write(key, page_of(key)) for key in KEYS[2:6])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -239,7 +239,7 @@ def test_a_full_disk(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert [holds(tier, key) for key in KEYS[:4]] == [True, True, False, False]
     assert not list(tmp_path.rglob("*.tmp"))
     assert not tier.write(KEYS[2], page_of(KEYS[2])), "not every page tries anew"
-    time.sleep(0.2)
+    time.sleep(0.5)
     fill(tier, KEYS[2:4])
     assert all(holds(tier, key) for key in KEYS[:4])
 
