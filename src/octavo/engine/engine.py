@@ -166,11 +166,15 @@ class Engine:
 
     def add(self, request: EngineRequest) -> None:
         """Queue a request. If it can never be served, the next step returns an error for it."""
-        if problem := self._problem(request):
+        try:
+            tokens = array("i", request.prompt + request.output)
+        except OverflowError:
+            tokens = array("i", [-1])  # no token, and refused like any other such id
+        if problem := self._problem(request, tokens):
             self._failures.append(TokenOutput(request.id, -1, "error", message=problem))
             return
         self._work.serving(request.id)
-        params, tokens = request.params, array("i", request.prompt + request.output)
+        params = request.params
         seq = Sequence(
             request=request,
             order=self._num_added,
@@ -451,14 +455,14 @@ class Engine:
             outputs.append(TokenOutput(id, -1, "timeout", message=message))
         return outputs
 
-    def _problem(self, request: EngineRequest) -> str | None:
+    def _problem(self, request: EngineRequest, tokens: "array[int]") -> str | None:
         """Return the reason why a request cannot be served, or None. The frontend makes the same checks earlier."""
         if request.id in self._live:
             return f"there is a live request with the id {request.id!r}"
-        if not 0 < len(request.prompt) + len(request.output) < self.max_model_len:
+        if not 0 < len(tokens) < self.max_model_len:
             return f"the prompt must have from 1 to {self.max_model_len - 1} tokens, not {len(request.prompt)}"
-        tokens = request.prompt + request.output
-        if min(tokens) < 0 or max(tokens) >= self.backend.spec.vocab_size:
+        ids = np.frombuffer(tokens, np.intc)
+        if ids.min() < 0 or ids.max() >= self.backend.spec.vocab_size:
             return f"prompt tokens must be from 0 to {self.backend.spec.vocab_size - 1}"
         if request.params.structured_outputs is not None and self._constraints is None:
             return "this engine has no vocabulary for structured outputs"

@@ -128,10 +128,11 @@ def tokenize(request: Request, tokenizer: Tokenizer, info: EngineInfo) -> list[i
     else:
         prompt = prompt if kept is None else prompt[-kept:]
         check_length(len(prompt), info, has_state=request.state is not None)
-        size = info.vocab_size
-        tokens = list(prompt) if set(map(type, prompt)) <= {int} else [plain(token) for token in prompt]
-        if not set(map(type, tokens)) <= {int} or min(tokens, default=0) < 0 or max(tokens, default=0) >= size:
-            raise InvalidRequest(f"prompt token ids must be integers from 0 to {size - 1}", "prompt")
+        tokens = list(prompt)
+        if not set(map(type, tokens)) <= {int}:  # numpy's integers, or no integers: -1 is refused below
+            tokens = [token if type(token) is int else -1 for token in map(plain, tokens)]
+        if tokens and not 0 <= min(tokens) <= max(tokens) < info.vocab_size:
+            raise InvalidRequest(f"prompt token ids must be integers from 0 to {info.vocab_size - 1}", "prompt")
     check_length(len(tokens), info, has_state=request.state is not None)
     if (wanted := request.params.prompt_logprobs) is not None:
         count = num_logprobs(len(tokens), wanted, info)

@@ -35,6 +35,7 @@ MAX_TOKENIZER_BYTES = 256 << 20  # limit for tokenizer.json; the largest known o
 MAX_SETTINGS_BYTES = 16 << 20  # limit for any other file
 MAX_OTHER_TEMPLATES = 4  # whose processes are kept, besides the model's own template
 PIECE = 1024  # characters; longer texts are tokenized in pieces of about this size
+BOUND_FROM = 4  # characters per token of the limit: shorter texts are tokenized without computing the bound first
 MAX_REMEMBERED = 4096  # pieces of at most 3 * PIECE bytes: about 10 MB, 60 MB at most
 _LETTER_AND_SPACE = re.compile("[A-Za-z](?= [A-Za-z])")
 
@@ -183,7 +184,7 @@ class Tokenizer:
         _check_unicode(text)
         before, after = self._template_ids if add_special_tokens else ((), ())
         left = sys.maxsize if max_tokens is None else max_tokens - len(before) - len(after)
-        if len(text) > left and self._bound(text, left) > left:
+        if len(text) > BOUND_FROM * left and self._bound(text, left) > left:
             raise _too_long(max_tokens)
         ids = [*before]
         for piece in self._pieces(text):
