@@ -92,6 +92,13 @@ OCTAVO_INLINE void write_position(const float* k_from, const float* v_from, int6
     }
 }
 
+// Prefetch what `write_position` changes: a word in each of many cache lines.
+OCTAVO_INLINE void prefetch_position(const std::byte* k, int64_t slot, const Shape& shape) {
+    const int64_t dim = shape.head_dim, bytes = shape.int8_kv ? 1 : 2;  // of a value
+    for (int64_t i = 0; i < dim; i += 2) prefetch(k + (i * kSpan + slot * 2) * bytes, 1);
+    prefetch(k + shape.kv_bytes() + slot / 2 * dim * 2 * bytes, dim * 2 * bytes);
+}
+
 // Compute one tile: the rows that fall into one block of the cache. So a block has one writer, in order of position.
 void rope_and_cache(const Instruction& op, const Step& step, int64_t tile, Scratch& scratch) {
     const Shape& shape = *step.shape;
@@ -104,6 +111,8 @@ void rope_and_cache(const Instruction& op, const Step& step, int64_t tile, Scrat
         if (r + 1 < rows.first + rows.count) prefetch(op.x.f32(r + 1), op.x.stride * sizeof(float));
         const float* rotary = step.rotary + r * dim;
         const int64_t slot = step.positions[r] % kSpan;
+        for (int64_t h = 0; r == rows.first && h < shape.kv_heads; h++)
+            prefetch_position(step.kv_block(rows.sequence, block, op.layer, h), slot, shape);
         for (int64_t h = 0; h < shape.heads; h++) {
             rotate_head(x + h * dim, op.vector, step, rotary, head);
             for (int64_t i = 0; i < dim; i += kLanes)

@@ -136,7 +136,7 @@ def test_rows_with_a_common_prefix_run_next_to_each_other(tiny_llama: Path) -> N
         alternating = sum(output.num_cached_tokens for output in llm.generate(prompts, GREEDY))
     with LLM(str(tiny_llama), **settings) as llm:
         together = sum(output.num_cached_tokens for output in llm.generate_iter(iter(prompts), GREEDY))
-    assert together > 0.5 * 32 * 192 > 4 * alternating
+    assert together > 0.5 * 32 * 192 and alternating < together / 2
 
 
 def test_an_engine_that_is_shut_down(tiny_llama: Path) -> None:
