@@ -26,6 +26,7 @@ from octavo.ray import Autoscaling, app
 ray.init(logging_level="ERROR")
 serve.start(http_options={"host": "0.0.0.0", "port": 8000})
 settings = {"model": sys.argv[1], "served_model_name": "tiny", "threads": 1, "kv_cache_memory": "100MiB"}
+settings |= eval(sys.argv[3])
 service = app(settings, eval(sys.argv[2]), frontend_actor={"resources": {"head": 1}})
 serve.run(service, name="octavo", route_prefix="/")
 sys.stdout.write("\\nserving\\n")
@@ -48,8 +49,8 @@ def cluster() -> Iterator[RayCluster]:
 class Service:
     """The application, and a user of the cluster who deployed it and watches it."""
 
-    def __init__(self, cluster: RayCluster, model: Path, scaling: str):
-        self._cluster, self._user = cluster, cluster.popen(SERVE, str(model), scaling)
+    def __init__(self, cluster: RayCluster, model: Path, scaling: str, settings: str = "{}"):
+        self._cluster, self._user = cluster, cluster.popen(SERVE, str(model), scaling, settings)
         read_until(self._user, "serving")
 
     def num_engines(self) -> int:
@@ -125,3 +126,21 @@ def test_one_engine_becomes_three_and_one_again(tiny_llama: Path) -> None:
         fall = ended(steady)
     assert rise == {"whole": rise["whole"]}
     assert fall == {"whole": fall["whole"]}
+
+
+def test_an_engine_of_two_nodes(tiny_llama: Path) -> None:
+    """Its streams wait while one of the nodes is lost, and go on when the cluster has another one."""
+    with ray_cluster([0, 1, 1]) as cluster:
+        scaling = "Autoscaling(min_engines=1, max_engines=1)"
+        service = Service(cluster, tiny_llama, scaling, "{'tensor_parallel_size': 2, 'nnodes': 2}")
+        load = service.streams(4)
+        runs = cluster.machines.runs
+        engine, ranks = ([node for node in (1, 2) if runs(node, part)] for part in (b"engine_main", b"rank_main"))
+        assert len(engine) == len(ranks) == 1 and engine != ranks
+        cluster.kill(2)
+        service.until_engines(0)
+        cluster.start(2, cpus=1)
+        service.until_engines(1)
+        result = ended(load)
+    assert result["whole"] >= 4
+    assert result == {"whole": result["whole"]}

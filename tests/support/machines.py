@@ -7,6 +7,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from namespaces import ip
 
@@ -36,13 +37,25 @@ class Machines:
     def kill(self, machine: int) -> None:
         """End all processes of a machine at once, as a power cut would."""
         for _ in range(10):  # a process may start another meanwhile
-            listed = subprocess.run(["ip", "netns", "pids", self.names[machine]], capture_output=True, text=True).stdout
-            for pid in map(int, listed.split()):
+            pids = self._pids(machine)
+            for pid in pids:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, 9)
-            if not listed:
+            if not pids:
                 return
             time.sleep(0.05)
+
+    def runs(self, machine: int, program: bytes) -> bool:
+        """Whether a machine has a process with this in its command line."""
+        for pid in self._pids(machine):
+            with contextlib.suppress(OSError):
+                if program in Path(f"/proc/{pid}/cmdline").read_bytes():
+                    return True
+        return False
+
+    def _pids(self, machine: int) -> list[int]:
+        command = ["ip", "netns", "pids", self.names[machine]]
+        return [int(pid) for pid in subprocess.run(command, capture_output=True, text=True).stdout.split()]
 
 
 @contextlib.contextmanager

@@ -37,7 +37,8 @@ def app(
         frontends: HTTP servers. If one is lost, so are its connections; the others go on.
         server: settings of the HTTP server, named as the flags of `octavo serve`.
         engine_actor: ray_actor_options of engines, such as {"resources": {"big": 1}}. By default, an engine asks for as
-            many CPUs as it has `threads`, or one.
+            many CPUs as it has `threads`, or one. With the setting `nnodes`, an engine is divided over so many nodes,
+            each of which has these resources for it.
         frontend_actor: the same for frontends, which ask for no CPU by default.
 
     Raises:
@@ -45,12 +46,10 @@ def app(
     """
     given = [models] if isinstance(models, str | Mapping) else list(models)
     settings = [{"model": each} if isinstance(each, str) else dict(each) for each in given]
-    for name in ("engines", "secret_file", "data_parallel_size"):
+    for name in ("engines", "secret_file", "data_parallel_size", "node_rank", "master_addr", "master_port"):
         if any(name in each for each in settings):
             raise ConfigError(f"{name} must not be set with octavo.ray, which decides it")
     configs = {config.model_name: config for config in (EngineConfig.from_keywords(**each) for each in settings)}
-    if any(config.nnodes > 1 for config in configs.values()):
-        raise ConfigError("nnodes must be 1 with octavo.ray, which places each engine on one node")
     if len(configs) != len(settings) or not settings:
         raise ConfigError("models must be one or more models with different names; see served_model_name")
     ServerConfig(**(server or {}))
@@ -61,7 +60,7 @@ def app(
         name: serve.deployment(
             name=f"engines of {name}".replace("/", "-"),
             autoscaling_config=scaling.get(name, Autoscaling()).for_serve(),
-            ray_actor_options={"num_cpus": config.threads or 1} | dict(engine_actor or {}),
+            **_placed(config, {"num_cpus": config.threads or 1} | dict(engine_actor or {})),
             max_ongoing_requests=MANY,
             health_check_period_s=HEALTH_PERIOD,
             graceful_shutdown_timeout_s=DRAIN,
@@ -81,9 +80,21 @@ def app(
     return frontend.bind(shared, dict(server or {}), **handles)
 
 
+def _placed(config: EngineConfig, actor: dict[str, Any]) -> dict[str, Any]:
+    """Return the options of a deployment that place its engines, and the further nodes of each."""
+    if config.nnodes == 1:
+        return {"ray_actor_options": actor}
+    bundle = {"CPU": actor["num_cpus"], **actor.get("resources", {})}
+    return {
+        "ray_actor_options": actor,
+        "placement_group_bundles": [bundle] * config.nnodes,
+        "placement_group_strategy": "STRICT_SPREAD",
+    }
+
+
 def _of_frontend(config: EngineConfig) -> dict[str, Any]:
     """Return the settings that concern a frontend: all but those of the engine's place."""
-    placed = ("engines", "secret_file", "threads", "data_parallel_size", "kv_disk", "trace")
+    placed = ("engines", "secret_file", "threads", "data_parallel_size", "nnodes", "kv_disk", "trace")
     defaults = EngineConfig(model=config.model)
     return {
         field.name: value

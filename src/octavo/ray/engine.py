@@ -1,4 +1,4 @@
-"""Engine: one engine of a model, as a replica of a Ray Serve deployment."""
+"""Engine: one engine of a model, as a replica of a Ray Serve deployment. It may be divided over several nodes."""
 
 import asyncio
 import logging
@@ -17,6 +17,7 @@ from octavo.network.run import serve_engine
 
 from .autoscaling import QUEUED_SECONDS, QUEUED_TOKENS, REQUESTS
 from .cluster_secret import secret_source
+from .node import start_nodes
 
 FRESH = 30.0  # seconds for which a frontend's latest report counts: while it is too busy to send one, so are engines
 
@@ -48,18 +49,24 @@ class Engine:
     """
 
     async def __init__(self, settings: Mapping[str, Any]):  # type: ignore[misc]  # Ray Serve awaits it
-        config = EngineConfig.from_keywords(**settings, secret_file=secret_source())
         host = str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
+        nnodes = settings.get("nnodes", 1)
+        if nnodes > 1:
+            settings = {**settings, "master_addr": host, "master_port": _free_port(host)}
+        config = EngineConfig.from_keywords(**settings, secret_file=secret_source())
         self.address = Address(host, _free_port(host))
+        self._nodes = start_nodes(settings, nnodes) if nnodes > 1 else []
         self._reports: dict[str, tuple[float, Work]] = {}  # by frontend
         self._stop, serving = asyncio.Event(), asyncio.Event()
         curve = Curve.read(config.secret_file)
         self._task = asyncio.create_task(serve_engine(config, self.address, curve, serving, self._stop))
         waiting = asyncio.create_task(serving.wait())
-        await asyncio.wait((self._task, waiting), return_when=asyncio.FIRST_COMPLETED)
-        if self._task.done():
+        await asyncio.wait((self._task, waiting, *self._nodes), return_when=asyncio.FIRST_COMPLETED)
+        if not serving.is_set():
             waiting.cancel()
-            self._task.result()
+            for task in (self._task, *self._nodes):
+                if task.done():
+                    task.result()
             raise RuntimeError("the engine ended while it loaded the model")
 
     async def meet(self, frontend: str, work: Mapping[str, Work]) -> str:
@@ -83,9 +90,9 @@ class Engine:
         }
 
     def check_health(self) -> None:
-        """Raise if the engine has ended, so that Ray replaces this replica."""
-        if self._task.done():
-            raise RuntimeError("the engine has ended")
+        """Raise if the engine or one of its nodes has ended, so that Ray replaces this replica."""
+        if self._task.done() or any(node.done() for node in self._nodes):
+            raise RuntimeError("the engine has ended, or a node that it is divided over")
 
     async def __del__(self) -> None:
         self._stop.set()

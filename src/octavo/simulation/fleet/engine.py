@@ -1,6 +1,7 @@
 """SimulatedEngine: the real engine in virtual time, which skips ahead while only the same sequences decode."""
 
 import math
+from array import array
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -191,9 +192,9 @@ class SimulatedEngine(Engine):
         seq = self._live.get(id)
         return 0 if seq is None else seq.num_outputs - (id in self._unfinished)
 
-    def _problem(self, request: EngineRequest) -> str | None:
+    def _problem(self, request: EngineRequest, tokens: "array[int]") -> str | None:
         """Return the reason why a request cannot be served. All tokens of simulated texts are in the vocabulary."""
-        if not 0 < len(request.prompt) + len(request.output) < self.max_model_len:
+        if not 0 < len(tokens) < self.max_model_len:
             return f"the prompt must have from 1 to {self.max_model_len - 1} tokens, not {len(request.prompt)}"
         return None
 
