@@ -11,7 +11,7 @@
 namespace octavo {
 
 namespace {
-constexpr size_t kHugePage = size_t{2} << 20;
+constexpr size_t kHugePage = Memory::kHugePage;
 
 constexpr size_t round_up(size_t bytes) { return (bytes + kHugePage - 1) / kHugePage * kHugePage; }
 
@@ -48,9 +48,13 @@ void Memory::take(size_t bytes) const {
     constexpr int kCollapse = 25;  // MADV_COLLAPSE of Linux 6.1, which C libraries before 2.37 do not define
     for (std::byte* at = data_; at < data_ + bytes; at += kHugePage) {
         if (madvise(at, kHugePage, kCollapse) == 0) continue;
-        __atomic_fetch_or(reinterpret_cast<char*>(at), 0, __ATOMIC_RELAXED);  // it must have some physical memory
+        touch(at - data_);  // it must have some physical memory
         if (madvise(at, kHugePage, kCollapse) != 0 && errno == EINVAL) return;
     }
+}
+
+void Memory::touch(size_t offset) const {
+    __atomic_fetch_or(reinterpret_cast<char*>(data_ + offset), 0, __ATOMIC_RELAXED);
 }
 
 Memory::Memory(Memory&& other) noexcept { *this = std::move(other); }

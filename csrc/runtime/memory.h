@@ -19,9 +19,14 @@ public:
     // changes.
     void take(size_t bytes) const;
 
+    // Make the huge page at `offset` take physical memory now, without a change of its content.
+    void touch(size_t offset) const;
+
     Memory(Memory&& other) noexcept;
     Memory& operator=(Memory&& other) noexcept;
     ~Memory();
+
+    static constexpr size_t kHugePage = size_t{2} << 20;
 
     std::byte* data() const { return data_; }
     size_t size() const { return size_; }

@@ -6,6 +6,7 @@
 #include <chrono>
 #include <cmath>
 #include <cstring>
+#include <thread>
 #include <utility>
 
 #include "formats/quantize.h"
@@ -92,6 +93,13 @@ int64_t Program::page_bytes() const {
     return sizes_.layers * sizes_.kv_heads * shape_.blocks_per_page() * 2 * shape_.kv_bytes();
 }
 
+// Take physical memory for the first pages of a KV pool, which are used first, while the engine starts: where a virtual
+// machine's host must find it, that can take several milliseconds for each 2 MiB. Ends early if the pool is freed.
+static void take_ahead(const std::shared_ptr<const Memory>& kv) {
+    constexpr size_t kAhead = size_t{256} << 20;
+    for (size_t at = 0; at < std::min(kv->size(), kAhead) && kv.use_count() > 1; at += Memory::kHugePage) kv->touch(at);
+}
+
 void Program::allocate_kv(int64_t pages) {
     require(pages >= 0, "the number of pages must not be negative");
     const std::lock_guard not_in_a_step(running_);
@@ -99,7 +107,11 @@ void Program::allocate_kv(int64_t pages) {
     kv_ = nullptr;  // free the old pool first: the memory may not suffice for both
     const size_t bytes = pages * page_bytes();
     kv_ = std::make_shared<const Memory>(Memory::shared(kv_file_, 0, bytes));
-    if (kv_file_ >= 0) kv_->take(bytes);
+    if (kv_file_ >= 0) {
+        kv_->take(bytes);
+    } else {
+        std::thread([kv = kv_] { take_ahead(kv); }).detach();
+    }
     if (ranks_) ranks_->take(shared_bytes_);
     pages_ = pages;
 }

@@ -133,7 +133,7 @@ def test_limits(llm: LLM) -> None:
     [output] = llm.beam_search([7] * 505, BeamSearchParams(beam_width=2, max_tokens=50, ignore_eos=True))
     assert [len(each.tokens) for each in output.sequences] == [512, 512]
     with pytest.raises(RequestTimeout):
-        llm.beam_search(PROMPT, BeamSearchParams(beam_width=2, max_tokens=400, ignore_eos=True), timeout=0.05)
+        llm.beam_search(PROMPT, BeamSearchParams(beam_width=2, max_tokens=400, ignore_eos=True), timeout=0.01)
     for wrong in ({"beam_width": 0}, {"beam_width": 129}, {"max_tokens": 0}, {"length_penalty": float("nan")}):
         with pytest.raises(InvalidRequest):
             BeamSearchParams(**{"beam_width": 2, "max_tokens": 3, **wrong})

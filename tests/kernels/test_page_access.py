@@ -1,6 +1,7 @@
 """A page of the KV pool, taken out and put in elsewhere: the next step computes the same bits."""
 
 import gc
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 
 from octavo.backends.torch import load as load_torch
 from random_model import PLAIN, TOKENS, load
+from rank_requests import wait_until
 from step_batches import run_chunks, step_batch
 
 BACKENDS: dict[str, dict[str, Any]] = {
@@ -50,6 +52,23 @@ def test_a_copied_page_serves_as_the_original(settings: dict[str, Any]) -> None:
     backend.copy_page(7, 7)
     run_chunks(backend, TOKENS[:32], 32, [7])  # the original goes its own way
     np.testing.assert_array_equal(next_logits(backend, [5, 0, 1]), expected)
+
+
+HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+@pytest.mark.skipif(not HUGE_PAGES.exists() or "[never]" in HUGE_PAGES.read_text(), reason="there are no huge pages")
+def test_memory_of_the_first_pages_is_taken_ahead() -> None:
+    """Of 256 MiB and not of the whole pool, of which most may never be used."""
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 >> 20
+
+    backend = load(PLAIN)
+    before = resident()
+    backend.allocate_kv((1 << 30) // backend.page_bytes)
+    wait_until(lambda: resident() - before >= 250)
+    assert resident() - before < 300
 
 
 def test_nothing_outside_of_the_pool(settings: dict[str, Any]) -> None:

@@ -263,7 +263,7 @@ SOURCES = ("local_compute", "local_cache_hit")
 
 def test_errors_aborts_and_refusals(server: ServerProcess) -> None:
     before = Scrape(server.url)
-    assert complete(server, max_tokens=400, ignore_eos=True, timeout=0.03).status_code == 504
+    assert complete(server, max_tokens=400, ignore_eos=True, timeout=0.01).status_code == 504
     assert complete(server, prompt="").status_code == 400
     assert complete(server, "nothing").status_code == 404
     with httpx.stream(
