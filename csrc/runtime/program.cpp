@@ -96,7 +96,7 @@ int64_t Program::page_bytes() const {
 // Take physical memory for the first pages of a KV pool, which are used first, while the engine starts: where a virtual
 // machine's host must find it, that can take several milliseconds for each 2 MiB. Ends early if the pool is freed.
 static void take_ahead(const std::shared_ptr<const Memory>& kv) {
-    constexpr size_t kAhead = size_t{256} << 20;
+    constexpr size_t kAhead = size_t{128} << 20;
     for (size_t at = 0; at < std::min(kv->size(), kAhead) && kv.use_count() > 1; at += Memory::kHugePage) kv->touch(at);
 }
 

@@ -59,7 +59,7 @@ HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 @pytest.mark.skipif(not HUGE_PAGES.exists() or "[never]" in HUGE_PAGES.read_text(), reason="there are no huge pages")
 def test_memory_of_the_first_pages_is_taken_ahead() -> None:
-    """Of 256 MiB and not of the whole pool, of which most may never be used."""
+    """Of 128 MiB and not of the whole pool, of which most may never be used."""
 
     def resident() -> int:
         return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 >> 20
@@ -67,8 +67,8 @@ def test_memory_of_the_first_pages_is_taken_ahead() -> None:
     backend = load(PLAIN)
     before = resident()
     backend.allocate_kv((1 << 30) // backend.page_bytes)
-    wait_until(lambda: resident() - before >= 250)
-    assert resident() - before < 300
+    wait_until(lambda: resident() - before >= 125)
+    assert resident() - before < 170
 
 
 def test_nothing_outside_of_the_pool(settings: dict[str, Any]) -> None:
