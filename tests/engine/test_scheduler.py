@@ -8,7 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from octavo import SamplingParams
 from octavo.config import POLICIES
+from octavo.engine.engine import Engine
+from octavo.engine.messages import EngineRequest
+from prefix_backend import PrefixBackend
 from scheduler_simulation import Simulation
 
 PROMPT = st.lists(st.integers(0, 2), min_size=1, max_size=20)
@@ -195,3 +199,15 @@ def test_a_long_prompt_leaves_a_token_for_each_later_arrival():
         [1, 1, 6],
         [1, 1, 6],
     ]
+
+
+@pytest.mark.parametrize("prompt", [[], [-1], [3], [2**31], [2**40, 1], [0] * 64])
+def test_a_prompt_that_cannot_be_computed_fails_alone(prompt):
+    """The frontend refuses it earlier; this is the engine's own check of what is sent to it."""
+    engine = Engine(PrefixBackend(8, 4), num_pages=8, max_model_len=64, max_batch_size=2, max_batch_tokens=16)
+    params = SamplingParams(max_tokens=1)
+    engine.add(EngineRequest("wrong", prompt, params))
+    engine.add(EngineRequest("right", [0, 1], params))
+    outputs = {output.id: output for _ in range(2) for output in engine.step()}
+    assert outputs["wrong"].finish_reason == "error" and "prompt" in (outputs["wrong"].message or "")
+    assert outputs["right"].finish_reason == "length"

@@ -5,7 +5,7 @@ import logging
 import socket
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray.util
@@ -50,12 +50,11 @@ class Engine:
 
     async def __init__(self, settings: Mapping[str, Any]):  # type: ignore[misc]  # Ray Serve awaits it
         host = str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
-        nnodes = settings.get("nnodes", 1)
-        if nnodes > 1:
-            settings = {**settings, "master_addr": host, "master_port": _free_port(host)}
         config = EngineConfig.from_keywords(**settings, secret_file=secret_source())
+        if config.nnodes > 1:
+            config = replace(config, master_addr=host, master_port=_free_port(host))
         self.address = Address(host, _free_port(host))
-        self._nodes = start_nodes(settings, nnodes) if nnodes > 1 else []
+        self._nodes = start_nodes(config)
         self._reports: dict[str, tuple[float, Work]] = {}  # by frontend
         self._stop, serving = asyncio.Event(), asyncio.Event()
         curve = Curve.read(config.secret_file)

@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -20,40 +20,39 @@ class Node:
     """The part of an engine that runs on one further node.
 
     Args:
-        settings: of the EngineConfig, with `node_rank`, `master_addr` and `master_port`.
+        config: of the engine, with the number of this node.
     """
 
-    def __init__(self, settings: Mapping[str, Any]):
-        self._config = EngineConfig.from_keywords(**settings, secret_file=secret_source())
+    def __init__(self, config: EngineConfig):
+        self._config = config
 
     def run(self) -> None:
         """Run the ranks for one engine after the other, until one is closed. Raises OctavoError."""
         from octavo.backends.cpu.node_main import run_node
 
+        secret_source()  # which `config` names
         run_node(self._config, log.info)
 
 
-def start_nodes(settings: Mapping[str, Any], nnodes: int) -> list["asyncio.Task[None]"]:
-    """Start the nodes 1 to `nnodes` - 1 of an engine, each in the bundle of this number of the placement group.
+def start_nodes(config: EngineConfig) -> list["asyncio.Task[None]"]:
+    """Start the nodes of an engine other than the first, each in the bundle of its number in the placement group.
 
     Ray ends them with the process that calls this.
-
-    Args:
-        settings: of the EngineConfig, with `master_addr` and `master_port`.
 
     Returns:
         A task for each node, which is done when the node has ended.
     """
+    if config.nnodes == 1:
+        return []
     group = ray.util.get_current_placement_group()
     assert group is not None, "an engine of several nodes is a replica with a placement group"
-    resources = {name: count for name, count in group.bundle_specs[0].items() if name not in ("CPU", "GPU")}
-    cpus = group.bundle_specs[0].get("CPU", 0)
+    resources = dict(group.bundle_specs[0])
+    place = {"num_cpus": resources.pop("CPU", 0), "resources": resources}
     tasks = []
-    for number in range(1, nnodes):
+    for number in range(1, config.nnodes):
         bundle = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=number)
-        place = {"num_cpus": cpus, "resources": resources, "scheduling_strategy": bundle}
-        node = ray.remote(Node).options(**place).remote({**settings, "node_rank": number})
-        tasks.append(asyncio.create_task(_run(node)))
+        actor = ray.remote(Node).options(**place, scheduling_strategy=bundle)
+        tasks.append(asyncio.create_task(_run(actor.remote(replace(config, node_rank=number)))))
     return tasks
 
 
