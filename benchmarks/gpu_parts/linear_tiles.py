@@ -80,7 +80,7 @@ def layers_of(spec: DecoderSpec) -> tuple[Layer, ...]:
 
 LLAMA_8B, QWEN3_06B = layers_of(shapes.LLAMA_8B), layers_of(shapes.QWEN3_06B)
 INT8 = tuple(
-    Layer(f"{layer.name} int8", "int8 gated" if layer.kind == "gated" else "int8", layer.outputs, layer.inputs)
+    replace(layer, name=f"{layer.name} int8", kind="int8 gated" if layer.kind == "gated" else "int8")
     for layer in LLAMA_8B
 )
 FOUR_BITS = tuple(
@@ -103,7 +103,7 @@ def compute(layer: Layer, x: Operand, weight: Operand, out: Tensor, tile: Tile |
         if layer.kind == "int8 gated":
             integer_gated(x, weight, out, "silu", tile=tile)
         else:
-            integer_linear(x, weight, out, tile=tile)
+            integer_linear(x, weight, out, residual=out if layer.spans > 1 else None, tile=tile)
     elif isinstance(x, Tensor) and isinstance(weight, FourBits):
         residual = out if layer.spans > 1 else None
         if layer.kind == "4 bits gated":
@@ -121,7 +121,7 @@ def operand(layer: Layer, rows: int, scale: float = 1.0, of_weight: bool = False
     if layer.four_bits and of_weight:
         return shapes.random_four_bits(rows, layer.inputs, scale)
     values = (torch.randn(rows, layer.inputs, device="cuda") * scale).to(torch.bfloat16)
-    return quantize_rows(values, of_weight=of_weight) if layer.integer else values
+    return quantize_rows(values, layer.spans, of_weight=of_weight) if layer.integer else values
 
 
 def first(x: Operand, rows: int) -> Operand:
@@ -132,7 +132,9 @@ def first(x: Operand, rows: int) -> Operand:
 def as_float64(x: Operand) -> Tensor:
     if isinstance(x, FourBits):
         return four_bit_linear.unpack(x).double()
-    return x.values.double() * x.scales.double()[:, None] if isinstance(x, Int8Rows) else x.double()
+    if isinstance(x, Int8Rows):
+        return x.values.double() * x.scales.double().repeat_interleave(x.values.shape[1] // x.spans, dim=1)
+    return x.double()
 
 
 def tiles_of(layer: Layer, families: Iterable[Family] = FAMILIES) -> list[Tile]:

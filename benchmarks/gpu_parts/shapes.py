@@ -9,6 +9,7 @@ import torch
 from octavo.backends.base import SamplingBatch, StepBatch
 from octavo.backends.cuda.backend import CudaBackend
 from octavo.backends.cuda.kernels.four_bits import FourBits, pack
+from octavo.backends.cuda.ops import spans_of
 from octavo.backends.cuda.weights import Weights, head_of, round_weight
 from octavo.model.registry import parameter_shapes
 from octavo.model.spec import DecoderSpec, RopeSpec
@@ -75,7 +76,7 @@ def random_weights(spec: DecoderSpec, device: str = "cuda", recipe: str = "bf16"
             weight.normal_(0.0, 1.0 if name == "embed" else shape[-1] ** -0.5, generator=generator)
         weights[name] = weight
         if recipe == "8bit":
-            round_weight(weights, name, tied=spec.tied_embeddings)
+            round_weight(weights, name, spec.tied_embeddings, spans_of(spec))
     return weights
 
 

@@ -273,14 +273,15 @@ def test_int8_cache_stays_close(whole: np.ndarray) -> None:
 
 @on_device
 def test_8_bits_stay_close_and_keep_their_bits_in_chunks() -> None:
-    spec = dataclasses.replace(SPEC, num_layers=1, windows=(0,), num_heads=4, hidden_size=64, intermediate_size=64)
+    spec = dataclasses.replace(SPEC, num_layers=1, windows=(0,), num_heads=8, hidden_size=64, intermediate_size=128)
     made = load(spec, load_cuda, device="auto", page_size=8, quantization="8bit")
     expected = run_chunks(load(spec, load_torch, dtype="float32", page_size=8), PROMPT[:5], 5, PAGES)
     logits = run_chunks(made, PROMPT[:5], 5, PAGES)
     assert 1e-3 < np.linalg.norm(logits - expected) / np.linalg.norm(expected) < 0.05
     np.testing.assert_array_equal(run_chunks(made, PROMPT[:5], 3, [7]), logits)
-    assert "8bit" in made.arithmetic
-    assert made.footprint.weight_bytes == bytes_of_weights(random_parameters(spec), "8bit")
+    assert "8bit" in made.arithmetic and made.arithmetic.endswith("out 2 down 2")
+    scales_too_many = 4 * 64 * (8 - 2 + 8 - 2)  # those of `out` and `down` count as if there were 8 spans
+    assert made.footprint.weight_bytes == bytes_of_weights(random_parameters(spec), "8bit") - scales_too_many
 
 
 @on_device

@@ -19,40 +19,47 @@ if INTERPRETED:
 from compiled_kernel import Compiled, compile_kernel
 from octavo.backends.cuda.kernels import embed, four_bit_linear, gated, integer_linear, linear, norm
 from octavo.backends.cuda.kernels.configurations import Tile, candidates, choose
+from octavo.backends.cuda.kernels.rotation import largest_power, warps
 
 TYPES = {"x": "*bf16", "weight": "*bf16", "bias": "*bf16", "residual": "*fp32", "waiting": "*fp32", "rows": "i32"}
 TYPES |= {"length": "i32", "outputs": "i32", "features": "i32", "partials": "*fp32", "eps": "fp32", "row_of": "*i32"}
+TYPES |= {"values": "*i8", "scales": "*fp32", "normed": "*fp32", "scratch": "*fp32"}
+INT8 = TYPES | {"x": "*i8", "weight": "*i8", "x_scale": "*fp32", "weight_scale": "*fp32"}
 SHARED_BYTES = {80: 163 << 10, 90: 227 << 10}  # of a program, at most
 FAMILIES = ("swapped", "plain", "hmma")
 ROWS = (1, 32, 64, 128, 2048)
 
 
-def compile_linear(tile: Tile, spans: int, capability: int) -> Compiled:
-    types = TYPES | {"out": "*fp32" if spans > 1 else "*bf16"}
+def compile_linear(tile: Tile, spans: int, capability: int, integer: bool = False) -> Compiled:
+    types = (INT8 if integer else TYPES) | {"out": "*fp32" if spans > 1 else "*bf16"}
     here = tile.spans_here(spans)
     constants = {"K": 14336 if spans > 1 else 4096, "SPANS": spans, "bias": None, **tile.constants}
+    constants |= {"BLOCK_K": integer_linear.BLOCK_K} if integer else {"x_scale": None, "weight_scale": None}
     if spans == 1 or here < spans:
         constants["residual"] = None
     if tile.waits_in_memory:
         constants |= {"SPANS_HELD": tile.held, "PART": 1024 * tile.warps}
         kernel = linear.large_spanned_kernel
     else:
-        constants |= {"SPANS_HERE": here, "ONE_LOOP": tile.one_loop, "x_scale": None, "weight_scale": None}
+        constants |= {"SPANS_HERE": here, "ONE_LOOP": tile.one_loop}
         kernel = linear.linear_kernel
     return compile_kernel(kernel, types, constants, tile.options, capability, ("outputs",))
 
 
-def compile_gated(tile: Tile, capability: int) -> Compiled:
-    constants = {"K": 4096, "ACTIVATION": "silu", "bias": None, "x_scale": None, "weight_scale": None, **tile.constants}
-    return compile_kernel(
-        gated.gated_kernel, TYPES | {"out": "*bf16"}, constants, tile.options, capability, ("features",)
-    )
+def compile_gated(tile: Tile, capability: int, integer: bool = False) -> Compiled:
+    constants = {"K": 4096, "ACTIVATION": "silu", "bias": None, **tile.constants}
+    constants |= {"BLOCK_K": integer_linear.BLOCK_K} if integer else {"x_scale": None, "weight_scale": None}
+    types = (INT8 if integer else TYPES) | {"out": "*bf16"}
+    return compile_kernel(gated.gated_kernel, types, constants, tile.options, capability, ("features",))
 
 
-def check(made: Compiled, tile: Tile, capability: int, copies_of_pairs: bool = False) -> None:
+def check(
+    made: Compiled, tile: Tile, capability: int, copies_of_pairs: bool = False, instructions: str = "HGMMA HMMA"
+) -> None:
     left = tile.outputs if tile.swapped else tile.rows
     hopper = capability == 90 and left >= 64
-    assert made.count("HGMMA") > 0 if hopper else (made.count("HMMA") > 0 and made.count("HGMMA") == 0), tile
+    of_hopper, of_ampere = map(made.count, instructions.split())
+    assert of_hopper > 0 if hopper else (of_ampere > 0 and of_hopper == 0), tile
     assert made.spills_in_loops() <= (0 if capability == 90 else 4), tile
     assert capability < 90 or made.stack_bytes <= 128, f"{made.stack_bytes} bytes are spilled outside of loops: {tile}"
     copies, large = made.count("LDGSTS"), made.count("LDGSTS.E.BYPASS.128")
@@ -93,17 +100,28 @@ def _check_chosen(family: str, rows: int, capability: int) -> None:
     check(compile_gated(gate, capability), gate, capability)
 
 
-@pytest.mark.parametrize("capability, instruction", [(80, "IMMA"), (90, "IGMMA")])
-def test_int8(capability: int, instruction: str) -> None:
-    tile = choose("int8", 4096, 4096, 1, 1)
-    types = (
-        TYPES | dict.fromkeys(("x", "weight"), "*i8") | {"x_scale": "*fp32", "weight_scale": "*fp32", "out": "*fp32"}
+@pytest.mark.parametrize("rows, capability", [(1, 90), (2048, 90), (64, 80)])
+def test_int8(rows: int, capability: int) -> None:
+    _check_int8(rows, capability)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("rows", ROWS)
+def test_all_int8(rows: int, capability: int) -> None:
+    _check_int8(rows, capability)
+
+
+def _check_int8(rows: int, capability: int) -> None:
+    instructions = "IGMMA IMMA"
+    plain, spanned, gate = (
+        for_chip(choose(*shape, rows), capability)
+        for shape in (("int8", 6144, 4096, 1), ("int8", 4096, 14336, 8), ("int8 gated", 28672, 4096, 1))
     )
-    constants = {"K": 4096, "SPANS": 1, "SPANS_HERE": 1, "ONE_LOOP": False, "bias": None, "residual": None}
-    constants |= tile.constants | {"BLOCK_K": integer_linear.BLOCK_K}
-    made = compile_kernel(linear.linear_kernel, types, constants, tile.options, capability, ("outputs",))
-    assert made.count(instruction) > 0 and made.spills_in_loops() == 0
-    assert made.count("LDGSTS.E.BYPASS.128") == made.count("LDGSTS") > 0
+    plain = replace(plain, groups=1)
+    check(compile_linear(plain, 1, capability, integer=True), plain, capability, instructions=instructions)
+    check(compile_linear(spanned, 8, capability, integer=True), spanned, capability, instructions=instructions)
+    check(compile_gated(gate, capability, integer=True), gate, capability, instructions=instructions)
 
 
 FOUR_BITS = TYPES | {"values": "*u8", "blocks": "i32"}
@@ -151,6 +169,8 @@ def test_candidates_for_tuning(rows: int) -> None:
         check(compile_linear(tile, 8, 90), tile, 90)
     for tile in candidates("gated", 4096, 1, rows):
         check(compile_gated(tile, 90), tile, 90)
+    for tile in candidates("int8", 14336, 8, rows):
+        check(compile_linear(tile, 8, 90, integer=True), tile, 90, instructions="IGMMA IMMA")
 
 
 @pytest.mark.parametrize("width, capability", [(4096, 90), (576, 80)])
@@ -171,13 +191,27 @@ def test_norms_sum_alike(width: int, capability: int) -> None:
         assert made.stack_bytes == 0 and made.count("LDG.E.128") > 0
 
 
+@pytest.mark.parametrize("width, capability", [(4096, 90), (576, 80)])
+def test_int8_norms_sum_alike(width: int, capability: int) -> None:
+    """A row's squares are added in one order, whether or not the norm first adds the sums of a linear layer."""
+    most = largest_power(width)
+    options = {"num_warps": warps(most), "enable_fp_fusion": False}
+    types = TYPES | {"x": "*fp32"}
+    constants = {"H": width, "BLOCK": 1 << (width - 1).bit_length(), "MOST": most, "bias": None}
+    without = constants | {"partials": None, "COUNT": 0}
+    ways = [without | {"row_of": None}, without, *({"row_of": None, "COUNT": count} | constants for count in (2, 8))]
+    made = [compile_kernel(norm.norm_int8_kernel, types, way, options, capability) for way in ways]
+    assert len({_reduced_layout(each.layouts) for each in made}) == 1
+
+
 def _reduced_layout(code: str) -> str:
-    """Return the layout of the block that the kernel's one sum reduces."""
-    reduced = re.search(r'"tt\.reduce"\(.*?\}\) : \(tensor<(\S+), #(\w+)>\)', code, re.DOTALL)
-    assert reduced is not None and code.count('"tt.reduce"') == 1, code
-    layout = re.search(rf"^#{reduced[2]} = (.*)$", code, re.MULTILINE)
+    """Return the layout of the block that the kernel's one sum of floats reduces."""
+    reduced = re.findall(r'"tt\.reduce"\(.*?\}\) : \(tensor<(\S+), #([^>]+)>\)', code, re.DOTALL)
+    sums = [(block, name) for block, name in reduced if block.endswith("f32")]
+    assert len(sums) == 1 and len(reduced) == code.count('"tt.reduce"'), code
+    layout = re.search(rf"^#{sums[0][1]} = (.*)$", code, re.MULTILINE)
     assert layout is not None
-    return f"{reduced[1]} {layout[1]}"
+    return f"{sums[0][0]} {layout[1]}"
 
 
 @pytest.mark.parametrize("capability", [80, 90])

@@ -158,7 +158,7 @@ else:
             save_quantized(source, Format(kind, 4, 64), folder, tmp_path / "plain")
         checkpoint = open_checkpoint(folder)
         _, parameters = describe_model(checkpoint.config, checkpoint.tensors)
-        packed, plain = (load_weights(parameters, CPU, lambda *_: None, each) for each in ("auto", "none"))
+        packed, plain = (load_weights(parameters, CPU, lambda *_: None, each, {}) for each in ("auto", "none"))
         kept = {name: weight for name, weight in packed.items() if isinstance(weight, FourBits)}
         assert {name.rpartition(".")[2] for name in kept} >= {"qkv", "gate_up", "out"}
         for name, weight in packed.items():

@@ -24,9 +24,10 @@ else:
     from octavo.backends.cuda.kernels.configurations import Tile, choose
     from octavo.backends.cuda.kernels.gated import gated
     from octavo.backends.cuda.kernels.integer_linear import integer_gated, integer_linear
+    from octavo.backends.cuda.kernels.integer_linear import partial_sums as integer_partial_sums
     from octavo.backends.cuda.kernels.linear import linear, merge, partial_sums
-    from octavo.backends.cuda.kernels.norm import add_norm, norm, norm_int8
-    from octavo.backends.cuda.kernels.rotation import quantize_rows
+    from octavo.backends.cuda.kernels.norm import add_norm, add_norm_int8, norm, norm_int8
+    from octavo.backends.cuda.kernels.rotation import Int8Rows, quantize_rows
 
     SMALL = Tile(16, 64, 4, 3)
     TILES = {
@@ -176,14 +177,16 @@ else:
         a, b = np.moveaxis(y.reshape(-1, 2, step), 1, 0)
         return (np.stack([a + b, a - b], axis=1) * np.float32(factor)).ravel()
 
-    @pytest.mark.parametrize("width", [64, 192, 448, 1024])
+    @pytest.mark.parametrize("width, spans", [(64, 1), (192, 1), (448, 1), (1024, 1), (384, 2), (512, 8)])
     @pytest.mark.parametrize("of_weight", [False, True])
-    def test_integers_are_those_of_the_cpu(width: int, of_weight: bool) -> None:
+    def test_integers_are_those_of_the_cpu(width: int, spans: int, of_weight: bool) -> None:
         x = torch.cat([random(3, width), torch.zeros(1, width, dtype=torch.bfloat16)])
         x[1] *= 1000
-        made = quantize_rows(x, of_weight=of_weight)
-        for row, q, scale in zip(x.float().numpy(), made.values.numpy(), made.scales.numpy(), strict=True):
-            y = rotated(row)
+        made = quantize_rows(x, spans, of_weight=of_weight)
+        assert made.values.shape == x.shape and made.scales.shape == (4, spans) and made.spans == spans
+        of_spans = (x.float().numpy(), made.values.numpy(), made.scales.numpy())
+        for span, q, scale in zip(*(each.reshape(4 * spans, -1) for each in of_spans), strict=True):
+            y = rotated(span)
             largest = np.abs(y).max()
             assert scale == largest / np.float32(127)
             if of_weight:
@@ -193,17 +196,59 @@ else:
                 wanted = np.rint(y * (np.float32(127) / largest if largest else np.float32(0)))
             assert np.array_equal(q, wanted)
 
+    def integers(rows: int, inputs: int, spans: int) -> Int8Rows:
+        values = torch.randint(-128, 128, (rows, inputs)).to(torch.int8)
+        return Int8Rows(values, torch.rand(rows, spans) * 0.02)
+
+    def columns(rows: Int8Rows, part: int, parts: int) -> Int8Rows:
+        """Return one of `parts` runs of a row's spans."""
+        return Int8Rows(*(each.chunk(parts, dim=1)[part].contiguous() for each in (rows.values, rows.scales)))
+
     @pytest.mark.parametrize("rows, outputs, inputs", [(21, 80, 512), (1, 64, 192)])
     def test_integer_linear(rows: int, outputs: int, inputs: int) -> None:
         """Every tile and division of k: the exact sum of products, scaled as on the CPU."""
-        x, weight = quantize_rows(random(rows, inputs)), quantize_rows(random(outputs, inputs), of_weight=True)
+        x, weight = integers(rows, inputs, 1), integers(outputs, inputs, 1)
         bias, residual = torch.randn(outputs), torch.randn(rows, outputs)
         sums = x.values.long() @ weight.values.long().T
-        wanted = sums.float() * (weight.scales[None, :] * x.scales[:, None]) + bias + residual
+        wanted = sums.float() * (weight.scales[:, 0] * x.scales) + bias + residual
         for tile in (SMALL, replace(SMALL, swapped=False), replace(SMALL, rows=32, outputs=128, groups=4)):
             out = residual.clone()
             integer_linear(x, weight, out, bias=bias, residual=out, tile=tile)
             assert torch.equal(out, wanted)
+
+    # blocks of 128 k, and spans that end within a block
+    @pytest.mark.parametrize("rows, outputs, inputs, spans", [(35, 80, 2048, 8), (3, 64, 512, 8), (17, 72, 384, 2)])
+    def test_integer_linear_of_spans(rows: int, outputs: int, inputs: int, spans: int) -> None:
+        """Every tile: each span's exact sum, scaled as on the CPU, and the spans added in the tree's order."""
+        x, weight = integers(rows, inputs, spans), integers(outputs, inputs, spans)
+        bias, residual = torch.randn(outputs), torch.randn(rows, outputs)
+        parts = []
+        for s in range(spans):
+            p, q = (columns(each, s, spans) for each in (x, weight))
+            exact = p.values.numpy().astype(np.int64) @ q.values.numpy().astype(np.int64).T
+            parts.append(torch.from_numpy(exact.astype(np.float32) * (q.scales.numpy()[:, 0] * p.scales.numpy())))
+        wanted = tree(parts) + bias + residual
+        for name in TILES:
+            out, tile = residual.clone(), tile_for(name, spans)
+            integer_linear(x, weight, out, bias=bias, residual=out, tile=tile)
+            assert torch.equal(out, wanted), name
+            partials = integer_partial_sums(x, weight, tile)
+            assert tile.groups == (1 if partials is None else len(partials))
+
+    def test_ranks_with_some_of_the_columns_add_to_the_same_bits() -> None:
+        """Each quantizes its columns by itself, as if there were no others, and sums its spans."""
+        x, weight = random(2, 512), random(8, 512)
+
+        def result_of(x: Tensor, weight: Tensor, spans: int, tile: Tile | None = None) -> Tensor:
+            out = torch.empty(2, 8)
+            rows, weight_rows = (quantize_rows(each.contiguous(), spans, each is weight) for each in (x, weight))
+            integer_linear(rows, weight_rows, out, tile=tile)
+            return out
+
+        wanted = result_of(x, weight, 8, SMALL)
+        for ranks in (2, 4, 8):
+            parts = zip(x.chunk(ranks, dim=1), weight.chunk(ranks, dim=1), strict=True)
+            assert torch.equal(tree([result_of(*part, 8 // ranks) for part in parts]), wanted), ranks
 
     def test_integer_gated_is_that_of_its_sums() -> None:
         x, weight, bias = (
@@ -231,18 +276,32 @@ else:
         some = norm_int8(x, weight, 1e-5, row_of=torch.tensor([2], dtype=torch.int32))
         assert torch.equal(some.values[0], made.values[2]) and some.scales[0] == made.scales[2]
 
-    def test_int8_rows_need_whole_blocks() -> None:
+    @pytest.mark.parametrize("groups", [2, 8])
+    def test_add_norm_int8_is_merge_and_norm_int8(groups: int) -> None:
+        x, weight = integers(5, 512, 8), integers(192, 512, 8)
+        residual, scale, bias = torch.randn(5, 192), random(192), random(192)
+        partials = integer_partial_sums(x, weight, tile=replace(SMALL, groups=groups))
+        merged, added = residual.clone(), residual.clone()
+        merge(partials, merged, bias, merged)
+        wanted, made = norm_int8(merged, scale, 1e-6), add_norm_int8(partials, added, scale, 1e-6, bias=bias)
+        assert torch.equal(added, merged)
+        assert torch.equal(made.values, wanted.values) and torch.equal(made.scales, wanted.scales)
+
+    @pytest.mark.parametrize("spans", [1, 2])
+    def test_int8_rows_need_whole_blocks(spans: int) -> None:
         with pytest.raises(ValueError, match="multiple of 64, not 96"):
-            quantize_rows(random(1, 96))
+            quantize_rows(random(1, 96 * spans), spans)
 
     LAYERS = [("linear", 6144, 4096, 1), ("gated", 28672, 4096, 1), ("linear", 4096, 14336, 8), ("linear", 576, 576, 1)]
+    LAYERS += [("int8", 4096, 14336, 8), ("int8", 6144, 4096, 1)]
 
     @pytest.mark.parametrize("family", ["swapped", "plain", "hmma"])
     @pytest.mark.parametrize("kind, outputs, inputs, spans", LAYERS)
     def test_every_number_of_rows_has_a_tile(kind: str, outputs: int, inputs: int, spans: int, family: str) -> None:
         for rows in (1, 2, 16, 17, 64, 100, 256, 5000):
             tile = choose(kind, outputs, inputs, spans, rows, family)
-            assert spans % tile.groups == 0 and tile.sums_per_thread(spans) <= 128
+            assert (inputs if kind == "int8" and spans == 1 else spans) % tile.groups == 0
+            assert tile.sums_per_thread(spans) <= 128
             assert family == "swapped" or tile.rows >= 64 or family == "hmma"
 
     def test_tuned_tiles_are_read_back(tmp_path, monkeypatch) -> None:

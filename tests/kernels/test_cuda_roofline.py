@@ -44,7 +44,7 @@ def test_the_clock_counts_only_while_it_is_on() -> None:
 
 def test_bytes_and_integers_of_each_recipe() -> None:
     layer, vocab = torch.zeros(128, 64), torch.zeros(100, 64, dtype=torch.bfloat16)
-    rows = Int8Rows(layer.to(torch.int8), torch.zeros(128))
+    rows = Int8Rows(layer.to(torch.int8), torch.zeros(128, 1))
     bits = pack(layer.to(torch.uint8), torch.zeros(128, 2), torch.zeros(128, 2), False)
     for weight, size, integers in ((layer.bfloat16(), 16384, 0), (rows, 8192 + 512, 1), (bits, 4096 + 512, 0)):
         tied = Meter(TIED, {"embed": vocab, "layers.0.out": weight}, 32, 7, "G")

@@ -272,7 +272,7 @@ def load(
         torch.cuda.set_device(found)
     made = CudaBackend(
         spec,
-        load_weights(parameters, found, progress, quantization),
+        load_weights(parameters, found, progress, quantization, spans_of(spec)),
         page_size=page_size,
         max_batch_tokens=max_batch_tokens,
         max_batch_size=max_batch_size,

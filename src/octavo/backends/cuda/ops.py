@@ -17,8 +17,9 @@ from .kernels.embed import embed
 from .kernels.four_bits import FourBits
 from .kernels.gated import gated
 from .kernels.integer_linear import integer_gated, integer_linear
+from .kernels.integer_linear import partial_sums as integer_partial_sums
 from .kernels.linear import linear, merge, partial_sums
-from .kernels.norm import add_norm, norm, norm_int8
+from .kernels.norm import add_norm, add_norm_int8, norm, norm_int8
 from .kernels.rope_and_cache import KvPool, rope_and_cache
 from .kernels.rotation import Int8Rows, quantize_rows
 from .weights import Matrix, Weights, head_of
@@ -98,14 +99,19 @@ class CudaOps:
 
     def norm(self, x: Handle, weight: str) -> Handle:
         scale, eps = _tensor(self.weights[weight]), self.spec.norm_eps
-        if self._int8:
-            rows = self.inputs.sample_rows if isinstance(x, SampledRows) else None
-            return norm_int8(x.x if isinstance(x, SampledRows) else _stream(x), scale, eps, row_of=rows)
         if isinstance(x, SampledRows):
+            if self._int8:
+                return norm_int8(x.x, scale, eps, row_of=self.inputs.sample_rows)
             out = self._new(len(self.inputs.sample_rows), self.spec.hidden_size, torch.bfloat16)
             norm(x.x, scale, eps, out, row_of=self.inputs.sample_rows)
             return out
         assert isinstance(x, Residual)
+        if self._int8:
+            if x.partials is None:
+                return norm_int8(x.x, scale, eps)
+            integers = add_norm_int8(x.partials, x.x, scale, eps, bias=x.bias)
+            x.partials = None
+            return integers
         out = torch.empty_like(x.x, dtype=torch.bfloat16)
         if x.partials is None:
             norm(x.x, scale, eps, out)
@@ -127,8 +133,11 @@ class CudaOps:
             return out
         stream = _stream(residual)
         if isinstance(matrix, Int8Rows):
-            self._multiply(x, matrix, stream, vector, stream)
-            return Residual(stream)
+            integers = _int8(x, matrix.spans)
+            partials = integer_partial_sums(integers, matrix)
+            if partials is None:
+                integer_linear(integers, matrix, stream, bias=vector, residual=stream)
+            return Residual(stream, partials, vector)
         spans, rows = self._spans[kind], _tensor(x)
         if isinstance(matrix, FourBits):
             partials = four_bit_linear.partial_sums(rows, matrix, spans)
@@ -143,7 +152,7 @@ class CudaOps:
     def _multiply(self, x: Handle, matrix: Matrix, out: Tensor, bias: Tensor | None, residual: Tensor | None) -> None:
         """Compute out = x matrixᵀ + bias + residual."""
         if isinstance(matrix, Int8Rows):
-            integer_linear(_int8(x), matrix, out, bias=bias, residual=residual)
+            integer_linear(_int8(x, matrix.spans), matrix, out, bias=bias, residual=residual)
         elif isinstance(matrix, FourBits):
             four_bit_linear.linear(_tensor(x), matrix, out, bias=bias, residual=residual)
         else:
@@ -167,7 +176,7 @@ class CudaOps:
         weight = gate_up.weight
         out = self._new(self._rows, _outputs(weight) // 2, torch.bfloat16)
         if isinstance(weight, Int8Rows):
-            integer_gated(_int8(gate_up.x), weight, out, activation, bias=gate_up.bias)
+            integer_gated(_int8(gate_up.x, weight.spans), weight, out, activation, bias=gate_up.bias)
         elif isinstance(weight, FourBits):
             four_bit_linear.gated(_tensor(gate_up.x), weight, out, activation, bias=gate_up.bias)
         else:
@@ -214,8 +223,8 @@ def _stream(handle: Handle) -> Tensor:
     return handle.merged()
 
 
-def _int8(x: Handle) -> Int8Rows:
-    return x if isinstance(x, Int8Rows) else quantize_rows(_tensor(x))
+def _int8(x: Handle, spans: int) -> Int8Rows:
+    return x if isinstance(x, Int8Rows) else quantize_rows(_tensor(x), spans)
 
 
 def _outputs(matrix: Matrix) -> int:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from math import prod
 
-from octavo.model.spans import UNIT
+from octavo.model.spans import MOST, UNIT
 from octavo.weights.tensor import Parameter
 
 _FOUR_BIT_FORMATS = ("Q4_0", "Q4_1", "Q4_K", "W4G32")  # those that stored_integers.py reads
@@ -14,7 +14,7 @@ def bytes_of_weights(parameters: Mapping[str, Parameter], quantization: str) -> 
     total = 0
     for name, parameter in parameters.items():
         only_looked_up = name == "embed" and "head" in parameters
-        in_integers = 0 if only_looked_up else _bytes_in_integers(parameter, quantization)
+        in_integers = 0 if only_looked_up else _bytes_in_integers(name, parameter, quantization)
         total += in_integers
         if name == "embed" or not in_integers:
             total += 2 * prod(parameter.shape)
@@ -37,8 +37,9 @@ def four_bit_bytes(parameter: Parameter) -> int:
     return rows * columns // 2 + rows * columns // 32 * (4 if half_precision else 8)
 
 
-def _bytes_in_integers(parameter: Parameter, quantization: str) -> int:
+def _bytes_in_integers(name: str, parameter: Parameter, quantization: str) -> int:
     """Return the bytes of a parameter in integers, 0 if it stays in bfloat16."""
     if quantization == "8bit" and len(parameter.shape) == 2:
-        return prod(parameter.shape) + 4 * parameter.shape[0]
+        spans = MOST if name.endswith((".out", ".down")) else 1  # at most
+        return prod(parameter.shape) + 4 * parameter.shape[0] * spans
     return four_bit_bytes(parameter) if quantization in ("auto", "4bit") and has_four_bits(parameter) else 0

@@ -27,13 +27,19 @@ Weights = dict[str, Matrix]
 
 
 def load_weights(
-    parameters: Mapping[str, Parameter], device: torch.device, progress: Progress, quantization: str
+    parameters: Mapping[str, Parameter],
+    device: torch.device,
+    progress: Progress,
+    quantization: str,
+    spans: Mapping[str, int],
 ) -> Weights:
     """Return the parameters on the device.
 
     Args:
         quantization: none: in bfloat16. 8bit: the matrices of linear layers are rounded to int8, with a scale for each
-            row (kernels/rotation.py). auto, 4bit: they stay in 4 bits where the file has 4 (stored_integers.py).
+            span of a row (kernels/rotation.py). auto, 4bit: they stay in 4 bits where the file has 4
+            (stored_integers.py).
+        spans: of the rows of `out` and `down`, as many as these parameters have.
 
     Raises:
         DamagedWeights, OutOfMemory
@@ -42,7 +48,7 @@ def load_weights(
     check_stored(parameters, quantization)
     advice = f"use a smaller model{'' if quantization in ('8bit', '4bit') else ' or quantization 8bit'}"
     with or_out_of_memory("the weights do not fit", advice):
-        return _load_weights(parameters, device, progress, quantization)
+        return _load_weights(parameters, device, progress, quantization, spans)
 
 
 def check_stored(parameters: Mapping[str, Parameter], quantization: str) -> None:
@@ -55,7 +61,11 @@ def check_stored(parameters: Mapping[str, Parameter], quantization: str) -> None
 
 
 def _load_weights(
-    parameters: Mapping[str, Parameter], device: torch.device, progress: Progress, quantization: str
+    parameters: Mapping[str, Parameter],
+    device: torch.device,
+    progress: Progress,
+    quantization: str,
+    spans: Mapping[str, int],
 ) -> Weights:
     total = sum(parameter.nbytes for parameter in parameters.values())
     done, weights, tied = 0, Weights(), "head" not in parameters
@@ -67,7 +77,7 @@ def _load_weights(
         if name == "embed" or not four_bits:
             weights[name] = _bfloat16(parameter, device)
         if quantization == "8bit":
-            round_weight(weights, name, tied)
+            round_weight(weights, name, tied, spans)
         for part in parameter.parts:
             part.release()
         done += parameter.nbytes
@@ -101,8 +111,14 @@ def nbytes(weight: Matrix) -> int:
     return weight.values.nbytes + weight.scales.nbytes if isinstance(weight, Int8Rows) else weight.nbytes
 
 
-def round_weight(weights: Weights, name: str, tied: bool) -> None:
-    """Replace a linear layer's matrix by its int8 form; add that of a tied embedding. Raises UnsupportedModel."""
+def round_weight(weights: Weights, name: str, tied: bool, spans: Mapping[str, int]) -> None:
+    """Replace a linear layer's matrix by its int8 form; add that of a tied embedding.
+
+    Args:
+        spans: of the rows of `out` and `down`.
+
+    Raises UnsupportedModel.
+    """
     weight = weights[name]
     assert isinstance(weight, Tensor)
     if weight.dim() != 2 or (name == "embed" and not tied):
@@ -111,7 +127,8 @@ def round_weight(weights: Weights, name: str, tied: bool) -> None:
         raise UnsupportedModel(
             f"quantization 8bit needs layers whose inputs are a multiple of {BLOCK}; {name} has {weight.shape[1]}"
         )
-    weights[head_of(name) if name == "embed" else name] = quantize_rows(weight, of_weight=True)
+    count = spans.get(name.rpartition(".")[2], 1)
+    weights[head_of(name) if name == "embed" else name] = quantize_rows(weight, count, of_weight=True)
 
 
 def _copy(part: StoredTensor, weight: Tensor) -> None:

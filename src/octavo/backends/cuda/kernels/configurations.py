@@ -27,6 +27,7 @@ PROCESSORS = 132  # of an H100 or H200
 FEWEST_ROWS, MOST_ROWS = 16, 4096  # buckets of rows are the powers of two between
 _MOST_ROWS_IN_GROUPS = 512  # with more, partial sums take much memory
 _MOST_SUMS, _MOST_IN_ONE_LOOP = 128, 192  # float32 sums per thread, the waiting ones included
+_MOST_SUMS_OF_INT8 = 160  # those of one span counted twice: as integers, and while they are scaled
 _MOST_SUMS_UNPACKING = 64  # those of one span, beside the registers for 4-bit weights
 
 
@@ -81,7 +82,12 @@ class Tile:
     def sums_per_thread(self, spans: int) -> int:
         """Return how many float32 sums a thread holds, those that wait included."""
         here = self.held if self.waits_in_memory else self.spans_here(spans)
-        return self.rows * self.outputs // (32 * self.warps) * here.bit_length()
+        return self.sums_of_a_span * here.bit_length()
+
+    @property
+    def sums_of_a_span(self) -> int:
+        """Return how many of them are of one span."""
+        return self.rows * self.outputs // (32 * self.warps)
 
 
 _TILES: dict[Family, list[Tile]] = {
@@ -137,7 +143,7 @@ def candidates(kind: Kind, inputs: int, spans: int, rows: int, family: Family = 
     found: list[Tile] = []
     for tile in _TILES[family]:
         if (rows <= 4 * tile.rows or 4 * tile.rows >= max(sizes)) and tile.rows < max(2 * rows, min(sizes) + 1):
-            found += _divisions(tile, inputs) if kind == "int8" else _spread(tile, spans)
+            found += _divisions(tile, inputs) if kind == "int8" and spans == 1 else _spread(kind, tile, spans)
     if kind.startswith("4 bits"):
         in_registers = [tile for tile in found if not (tile.waits_in_memory or tile.one_loop)]
         found = [tile for tile in in_registers if tile.sums_per_thread(tile.groups) <= _MOST_SUMS_UNPACKING]
@@ -175,26 +181,32 @@ def estimate(tile: Tile, outputs: int, inputs: int, spans: int, rows: int) -> fl
     return 2 + max(computed, 2 * outputs * inputs / 4.2e6) + merged
 
 
-def _spread(tile: Tile, spans: int) -> list[Tile]:
+def _spread(kind: Kind, tile: Tile, spans: int) -> list[Tile]:
     """Return the ways to divide the spans of a tile between programs, the fewest programs first."""
     if spans == 1:
         return [tile]
     ways = [replace(tile, groups=g) for g in (1, 2, 4, 8) if g <= spans]
     ways += [replace(way, one_loop=True) for way in ways if way.groups < spans]
-    in_registers = [
-        way for way in ways if way.sums_per_thread(spans) <= (_MOST_IN_ONE_LOOP if way.one_loop else _MOST_SUMS)
-    ]
+    in_registers = [way for way in ways if _fits(kind, way, spans)]
     if in_registers and in_registers[0].groups == 1:
         return in_registers
     programs = PROCESSORS * 8 // tile.warps
     in_memory = [
         replace(tile, waits_in_memory=True, held=held, programs=programs) for held in (4, 2, 1) if spans % held == 0
     ]
-    return [way for way in in_memory if way.sums_per_thread(spans) <= _MOST_SUMS][:1] + in_registers
+    return [way for way in in_memory if _fits(kind, way, spans)][:1] + in_registers
+
+
+def _fits(kind: Kind, tile: Tile, spans: int) -> bool:
+    """Return whether a thread has registers for the sums of a tile."""
+    sums = tile.sums_per_thread(spans)
+    if kind == "int8":
+        return sums + tile.sums_of_a_span <= _MOST_SUMS_OF_INT8
+    return sums <= (_MOST_IN_ONE_LOOP if tile.one_loop else _MOST_SUMS)
 
 
 def _divisions(tile: Tile, inputs: int) -> list[Tile]:
-    """Return the ways to divide k between programs where sums are exact, the fewest programs first."""
+    """Return the ways to divide the one span between programs where sums are exact, the fewest programs first."""
     return [replace(tile, groups=g) for g in (1, 2, 4, 8) if g == 1 or (inputs % (128 * g) == 0 and tile.rows <= 64)]
 
 

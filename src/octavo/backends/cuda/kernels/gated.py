@@ -14,7 +14,7 @@ import triton.language as tl
 
 from . import numbers
 from .configurations import BLOCK_K, Tile, choose
-from .linear import place, product, scaled
+from .linear import place, span_sum
 
 
 @triton.jit
@@ -72,15 +72,10 @@ def gated_kernel(
     first_row, first_feature = place(tl.program_id(0), rows, features, BLOCK_ROWS, BLOCK, GROUP)
     row, feature = first_row + tl.arange(0, BLOCK_ROWS), first_feature + tl.arange(0, BLOCK)
     weight_row = gate_and_up_rows(first_feature, features, BLOCK_OUTPUTS)
-    acc = product(x, weight, row, weight_row, rows, 0, K, K, K, BLOCK_K, SWAPPED)
+    acc = span_sum(x, x_scale, weight, weight_scale, row, weight_row, rows, 0, K, K, 1, BLOCK_K, SWAPPED)
     if not SWAPPED:
         acc = tl.trans(acc)
     gate, up = gate_and_up(acc, BLOCK_OUTPUTS, BLOCK_ROWS)
-    if x_scale is not None:
-        gate, up = tl.trans(gate), tl.trans(up)
-        gate = scaled(gate, x_scale, weight_scale, row, feature, rows, features)
-        up = scaled(up, x_scale, weight_scale + features, row, feature, rows, features)
-        gate, up = tl.trans(gate), tl.trans(up)
     store_activated(gate, up, out, bias, row, feature, rows, features, ACTIVATION)
 
 

@@ -66,11 +66,21 @@ def multiply(a, b, acc):
 
 
 @triton.jit
-def scaled(total, x_scale, weight_scale, row, output, rows, outputs):
-    """Return total [R, C], int32, times x_scale[row] and weight_scale[output], rounded as on the CPU."""
-    of_row = tl.load(x_scale + row, mask=row < rows, other=0.0)
-    of_output = tl.load(weight_scale + output, mask=output < outputs, other=0.0)
-    return total.to(tl.float32) * (of_output[None, :] * of_row[:, None])
+def scaled(
+    sums, x_scale, weight_scale, row, weight_row, rows, span, SPANS: tl.constexpr, SWAPPED: tl.constexpr = False
+):
+    """Return the int32 sums of a span times x_scale[row, span] weight_scale[weight_row, span], rounded as on the CPU.
+
+    Args:
+        sums: [R, C], or [C, R] if SWAPPED, as what is returned.
+        x_scale, weight_scale: float32 [rows, SPANS] and [outputs, SPANS].
+    """
+    of_row = tl.load(x_scale + row * SPANS + span, mask=row < rows, other=0.0)
+    of_weight = tl.load(weight_scale + weight_row * SPANS + span)
+    if SWAPPED:
+        return sums.to(tl.float32) * (of_weight[:, None] * of_row[None, :])
+    else:
+        return sums.to(tl.float32) * (of_weight[None, :] * of_row[:, None])
 
 
 @triton.jit
@@ -116,13 +126,42 @@ def product(
 
 
 @triton.jit
-def spans_sum(
+def span_sum(
     x,
+    x_scale,
     weight,
+    weight_scale,
     row,
     weight_row,
     rows,
-    first_span,
+    span,
+    length,
+    K: tl.constexpr,
+    SPANS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SWAPPED: tl.constexpr,
+):
+    """Return the `product` of one of the SPANS spans of K; of int8, `scaled` if there are scales.
+
+    `length` is K / SPANS, as in `product`.
+    """
+    LENGTH: tl.constexpr = K // SPANS
+    sums = product(x, weight, row, weight_row, rows, span * LENGTH, length, K, LENGTH, BLOCK_K, SWAPPED)
+    if x_scale is not None:
+        sums = scaled(sums, x_scale, weight_scale, row, weight_row, rows, span, SPANS, SWAPPED)
+    return sums
+
+
+@triton.jit
+def spans_sum(
+    x,
+    x_scale,
+    weight,
+    weight_scale,
+    row,
+    weight_row,
+    rows,
+    first,
     length,
     K: tl.constexpr,
     SPANS: tl.constexpr,
@@ -130,16 +169,19 @@ def spans_sum(
     BLOCK_K: tl.constexpr,
     SWAPPED: tl.constexpr,
 ):
-    """Return the tree's sum of `product` over SPANS_HERE of the SPANS spans of K, in registers."""
-    LENGTH: tl.constexpr = K // SPANS
+    """Return the tree's sum of `span_sum` over SPANS_HERE of the SPANS spans of K, in registers."""
     if SPANS_HERE == 1:
-        return product(x, weight, row, weight_row, rows, first_span * LENGTH, LENGTH, K, LENGTH, BLOCK_K, SWAPPED)
+        LENGTH: tl.constexpr = K // SPANS
+        return span_sum(
+            x, x_scale, weight, weight_scale, row, weight_row, rows, first, LENGTH, K, SPANS, BLOCK_K, SWAPPED
+        )
     else:
         pending0 = no_sums(row, weight_row, tl.float32, SWAPPED)
         pending1, pending2 = pending0, pending0
         for s in range(SPANS_HERE):
-            start = (first_span + s) * LENGTH
-            part = product(x, weight, row, weight_row, rows, start, length, K, LENGTH, BLOCK_K, SWAPPED)
+            part = span_sum(
+                x, x_scale, weight, weight_scale, row, weight_row, rows, first + s, length, K, SPANS, BLOCK_K, SWAPPED
+            )
             pending0, pending1, pending2 = carry(part, s, pending0, pending1, pending2, SPANS_HERE)
         return pending0
 
@@ -147,11 +189,13 @@ def spans_sum(
 @triton.jit
 def spans_sum_in_one_loop(
     x,
+    x_scale,
     weight,
+    weight_scale,
     row,
     weight_row,
     rows,
-    first_span,
+    first,
     length,
     K: tl.constexpr,
     SPANS: tl.constexpr,
@@ -162,10 +206,11 @@ def spans_sum_in_one_loop(
     """Do as spans_sum with SPANS_HERE > 1, in one loop over all blocks of k, whose loads don't pause between spans."""
     LENGTH: tl.constexpr = K // SPANS
     BLOCKS: tl.constexpr = LENGTH // BLOCK_K
-    x_at, w_at = blocks_at(x, weight, row, weight_row, first_span * LENGTH, K, BLOCK_K)
+    x_at, w_at = blocks_at(x, weight, row, weight_row, first * LENGTH, K, BLOCK_K)
     known = (row < rows)[:, None]
-    zeros = no_sums(row, weight_row, tl.float32, SWAPPED)
-    acc, pending0, pending1, pending2 = zeros, zeros, zeros, zeros
+    zeros = no_sums(row, weight_row, tl.int32 if x.dtype.element_ty == tl.int8 else tl.float32, SWAPPED)
+    pending0 = no_sums(row, weight_row, tl.float32, SWAPPED)
+    acc, pending1, pending2 = zeros, pending0, pending0
     for i in numbers.steps(0, length * SPANS_HERE // BLOCK_K):
         a = tl.load(x_at, mask=known, other=0)
         b = tl.load(w_at)
@@ -174,7 +219,10 @@ def spans_sum_in_one_loop(
         w_at += BLOCK_K
         if i % BLOCKS == BLOCKS - 1:
             s = i // BLOCKS
-            pending0, pending1, pending2 = carry(acc, s, pending0, pending1, pending2, SPANS_HERE)
+            part = acc
+            if x_scale is not None:
+                part = scaled(acc, x_scale, weight_scale, row, weight_row, rows, first + s, SPANS, SWAPPED)
+            pending0, pending1, pending2 = carry(part, s, pending0, pending1, pending2, SPANS_HERE)
             acc = zeros
     return pending0
 
@@ -225,7 +273,8 @@ def linear_kernel(
     """out[n, m] = x[n, :] . weight[m, :] + bias[m] + residual[n, m] of one tile: program (tile, 0).
 
     With SPANS_HERE < SPANS, program (tile, g) writes the sum of spans g * SPANS_HERE on to out[g, n, m], float32, and
-    there are no bias and no residual. Int8 sums are scaled by x_scale[n] weight_scale[m], or written as int32.
+    there are no bias and no residual. Of int8, the sums of span s are multiplied by x_scale[n, s] weight_scale[m, s];
+    without scales and with SPANS_HERE = 1, they are written as int32.
     """
     first_row, first_output = place(tl.program_id(0), rows, outputs, BLOCK_ROWS, BLOCK_OUTPUTS, GROUP)
     row, output = first_row + tl.arange(0, BLOCK_ROWS), first_output + tl.arange(0, BLOCK_OUTPUTS)
@@ -234,42 +283,52 @@ def linear_kernel(
     first = group * SPANS_HERE
     if ONE_LOOP:
         total = spans_sum_in_one_loop(
-            x, weight, row, weight_row, rows, first, length, K, SPANS, SPANS_HERE, BLOCK_K, SWAPPED
-        )
+            x, x_scale, weight, weight_scale, row, weight_row, rows, first, length, K, SPANS, SPANS_HERE, BLOCK_K,
+            SWAPPED,
+        )  # fmt: skip
     else:
-        total = spans_sum(x, weight, row, weight_row, rows, first, length, K, SPANS, SPANS_HERE, BLOCK_K, SWAPPED)
+        total = spans_sum(
+            x, x_scale, weight, weight_scale, row, weight_row, rows, first, length, K, SPANS, SPANS_HERE, BLOCK_K,
+            SWAPPED,
+        )  # fmt: skip
     if SWAPPED:
         total = tl.trans(total)
     if SPANS_HERE < SPANS:
         out += group.to(tl.int64) * rows * outputs
-    elif x_scale is not None:
-        total = scaled(total, x_scale, weight_scale, row, output, rows, outputs)
     store(total, out, bias, residual, row, output, rows, outputs)
 
 
 @triton.jit
 def held_sum(
     x,
+    x_scale,
     weight,
+    weight_scale,
     row,
     weight_row,
     rows,
-    start,
+    first,
     length,
     K: tl.constexpr,
-    LENGTH: tl.constexpr,
+    SPANS: tl.constexpr,
     COUNT: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SWAPPED: tl.constexpr,
 ):
-    """Return the tree's sum of `product` over COUNT spans, a power of two, of `length` = LENGTH each."""
+    """Return the tree's sum of `span_sum` over COUNT spans, a power of two, from `first` on."""
     if COUNT == 1:
-        return product(x, weight, row, weight_row, rows, start, length, K, LENGTH, BLOCK_K, SWAPPED)
+        return span_sum(
+            x, x_scale, weight, weight_scale, row, weight_row, rows, first, length, K, SPANS, BLOCK_K, SWAPPED
+        )
     else:
         HALF: tl.constexpr = COUNT // 2
-        left = held_sum(x, weight, row, weight_row, rows, start, length, K, LENGTH, HALF, BLOCK_K, SWAPPED)
-        start += HALF * LENGTH
-        return left + held_sum(x, weight, row, weight_row, rows, start, length, K, LENGTH, HALF, BLOCK_K, SWAPPED)
+        left = held_sum(
+            x, x_scale, weight, weight_scale, row, weight_row, rows, first, length, K, SPANS, HALF, BLOCK_K, SWAPPED
+        )
+        first += HALF
+        return left + held_sum(
+            x, x_scale, weight, weight_scale, row, weight_row, rows, first, length, K, SPANS, HALF, BLOCK_K, SWAPPED
+        )
 
 
 @triton.jit
@@ -352,7 +411,9 @@ def fold_last(
 @triton.jit(do_not_specialize=["rows", "length"])
 def large_spanned_kernel(
     x,
+    x_scale,
     weight,
+    weight_scale,
     out,
     bias,
     residual,
@@ -376,7 +437,6 @@ def large_spanned_kernel(
     apart from those of SPANS_HELD spans, a power of two that divides SPANS, which are in registers.
     """
     COUNT: tl.constexpr = SPANS // SPANS_HELD
-    LENGTH: tl.constexpr = K // SPANS
     SIZE: tl.constexpr = BLOCK_ROWS * BLOCK_OUTPUTS
     waiting += tl.program_id(0).to(tl.int64) * 3 * SIZE
     tile, tiles = tl.program_id(0), tl.cdiv(rows, BLOCK_ROWS) * tl.cdiv(outputs, BLOCK_OUTPUTS)
@@ -385,11 +445,17 @@ def large_spanned_kernel(
         row = first_row + tl.arange(0, BLOCK_ROWS)
         weight_row = tl.minimum(first_output + tl.arange(0, BLOCK_OUTPUTS), outputs - 1)
         for s in range(COUNT - 1):
-            first = s * SPANS_HELD * LENGTH
-            acc = held_sum(x, weight, row, weight_row, rows, first, length, K, LENGTH, SPANS_HELD, BLOCK_K, SWAPPED)
+            first = s * SPANS_HELD
+            acc = held_sum(
+                x, x_scale, weight, weight_scale, row, weight_row, rows, first, length, K, SPANS, SPANS_HELD, BLOCK_K,
+                SWAPPED,
+            )  # fmt: skip
             fold(acc, s, waiting, SIZE, PART)
-        first = K - SPANS_HELD * LENGTH
-        acc = held_sum(x, weight, row, weight_row, rows, first, length, K, LENGTH, SPANS_HELD, BLOCK_K, SWAPPED)
+        first = SPANS - SPANS_HELD
+        acc = held_sum(
+            x, x_scale, weight, weight_scale, row, weight_row, rows, first, length, K, SPANS, SPANS_HELD, BLOCK_K,
+            SWAPPED,
+        )  # fmt: skip
         fold_last(acc, waiting, out, bias, residual, first_row, first_output, rows, outputs, COUNT, SIZE, PART, SWAPPED)
         tile += tl.num_programs(0)
 
@@ -400,7 +466,7 @@ def merge_kernel(
 ):
     """out[n, m] = tree over g of partials[g, n, m] + bias[m] + residual[n, m]. Program (block of m, n).
 
-    Partial sums in int32 are scaled as by linear_kernel.
+    Partial sums in int32, of parts of a single span, are then `scaled`.
     """
     row = tl.program_id(1) + tl.arange(0, 1)
     output = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -408,7 +474,7 @@ def merge_kernel(
     at = row.to(tl.int64)[:, None] * outputs + output[None, :]
     total = tree_sum(partials + at, rows.to(tl.int64) * outputs, known, COUNT)
     if x_scale is not None:
-        total = scaled(total, x_scale, weight_scale, row, output, rows, outputs)
+        total = scaled(total, x_scale, weight_scale, row, tl.minimum(output, outputs - 1), rows, 0, 1)
     store(total, out, bias, residual, row, output, rows, outputs)
 
 
@@ -441,8 +507,7 @@ def linear(
     if partials is not None:
         merge(partials, out, bias, residual)
     elif rows:
-        launch = _large_spanned if tile.waits_in_memory else _launch
-        launch(x, weight, out, bias, residual, spans, rows, tile)
+        launch(x, None, weight, None, out, bias, residual, spans, rows, tile)
 
 
 def partial_sums(
@@ -455,7 +520,7 @@ def partial_sums(
     if tile.waits_in_memory or tile.spans_here(spans) == spans or rows == 0:
         return None
     partials = x.new_empty((spans // tile.spans_here(spans), rows, outputs), dtype=torch.float32)
-    _launch(x, weight, partials, None, None, spans, rows, tile)
+    launch(x, None, weight, None, partials, None, None, spans, rows, tile)
     return partials
 
 
@@ -469,67 +534,47 @@ def merge(partials: torch.Tensor, out: torch.Tensor, bias: torch.Tensor | None, 
     )
 
 
-def _launch(
+def launch(
     x: torch.Tensor,
+    x_scale: torch.Tensor | None,
     weight: torch.Tensor,
+    weight_scale: torch.Tensor | None,
     out: torch.Tensor,
     bias: torch.Tensor | None,
     residual: torch.Tensor | None,
     spans: int,
     rows: int,
     tile: Tile,
+    block_k: int = BLOCK_K,
 ) -> None:
-    outputs, inputs = weight.shape
-    here = tile.spans_here(spans)
-    grid = (triton.cdiv(rows, tile.rows) * triton.cdiv(outputs, tile.outputs), spans // here)
-    linear_kernel[grid](
-        x,
-        None,
-        weight,
-        None,
-        out,
-        bias,
-        residual,
-        rows,
-        outputs,
-        inputs // spans,
-        K=inputs,
-        SPANS=spans,
-        SPANS_HERE=here,
-        ONE_LOOP=tile.one_loop and inputs // spans % BLOCK_K == 0,
-        **tile.constants,
-        **tile.options,
-    )
-
-
-def _large_spanned(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    out: torch.Tensor,
-    bias: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    spans: int,
-    rows: int,
-    tile: Tile,
-) -> None:
+    """Launch the kernel of a tile for the first `rows` rows, at least one."""
     outputs, inputs = weight.shape
     tiles = triton.cdiv(rows, tile.rows) * triton.cdiv(outputs, tile.outputs)
-    programs = min(tiles, tile.programs)
-    waiting = x.new_empty((programs, 3, tile.rows * tile.outputs), dtype=torch.float32)
-    large_spanned_kernel[(programs,)](
-        x,
-        weight,
-        out,
-        bias,
-        residual,
-        waiting,
-        rows,
-        outputs,
-        inputs // spans,
-        K=inputs,
-        SPANS=spans,
-        SPANS_HELD=tile.held,
-        PART=_PART * tile.warps,
-        **tile.constants,
-        **tile.options,
-    )
+    operands = (x, x_scale, weight, weight_scale, out, bias, residual)
+    constants = tile.constants | {"K": inputs, "SPANS": spans, "BLOCK_K": block_k}
+    if tile.waits_in_memory:
+        programs = min(tiles, tile.programs)
+        waiting = x.new_empty((programs, 3, tile.rows * tile.outputs), dtype=torch.float32)
+        large_spanned_kernel[(programs,)](
+            *operands,
+            waiting,
+            rows,
+            outputs,
+            inputs // spans,
+            SPANS_HELD=tile.held,
+            PART=_PART * tile.warps,
+            **constants,
+            **tile.options,
+        )
+    else:
+        here = tile.spans_here(spans)
+        linear_kernel[(tiles, spans // here)](
+            *operands,
+            rows,
+            outputs,
+            inputs // spans,
+            SPANS_HERE=here,
+            ONE_LOOP=tile.one_loop and inputs // spans % block_k == 0,
+            **constants,
+            **tile.options,
+        )

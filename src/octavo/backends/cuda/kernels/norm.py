@@ -2,8 +2,8 @@
 
     out[n] = x[n] / sqrt(mean(x[n]²) + eps) * weight                          bfloat16
 
-One program computes one row, so its sums do not depend on the others. `add_norm` first adds the sums that a linear with
-spans has left (linear.partial_sums), which saves the kernel that would merge them.
+One program computes one row, so its sums do not depend on the others. `add_norm` and `add_norm_int8` first add the sums
+that a linear with spans has left (`partial_sums`), which saves the kernel that would merge them.
 """
 
 import torch
@@ -35,13 +35,9 @@ def norm_kernel(x, weight, out, row_of, eps, H: tl.constexpr, BLOCK: tl.constexp
     tl.store(out + n.to(tl.int64) * H + column[None, :], values, mask=(column < H)[None, :])
 
 
-@triton.jit(do_not_specialize=["rows"])
-def add_norm_kernel(
-    partials, x, bias, weight, out, rows, eps, H: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr
-):
-    """x[n] += tree over g of partials[g, n] + bias; out[n] = norm(x[n]). Program n."""
-    n = tl.program_id(0).to(tl.int64)
-    column = tl.arange(0, BLOCK)
+@triton.jit
+def added(partials, x, bias, n, column, rows, H: tl.constexpr, COUNT: tl.constexpr):
+    """Add the tree over g of partials[g, n] + bias to x[n], in memory too, and return it, float32 [1, BLOCK]."""
     known = (column < H)[None, :]
     at = n * H + column[None, :]
     values = tree_sum(partials + at, rows.to(tl.int64) * H, known, COUNT)
@@ -49,22 +45,52 @@ def add_norm_kernel(
         values += tl.load(bias + column, mask=column < H, other=0.0).to(tl.float32)[None, :]
     values += tl.load(x + at, mask=known, other=0.0)
     tl.store(x + at, values, mask=known)
-    tl.store(out + at, numbers.to_bfloat16(normalized(values, weight, column, H, eps)), mask=known)
+    return values
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
+def add_norm_kernel(
+    partials, x, bias, weight, out, rows, eps, H: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr
+):
+    """x[n] += tree over g of partials[g, n] + bias; out[n] = norm(x[n]). Program n."""
+    n = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    values = added(partials, x, bias, n, column, rows, H, COUNT)
+    normed = numbers.to_bfloat16(normalized(values, weight, column, H, eps))
+    tl.store(out + n * H + column[None, :], normed, mask=(column < H)[None, :])
+
+
+@triton.jit(do_not_specialize=["rows"])
 def norm_int8_kernel(
-    x, weight, values, scales, row_of, normed, scratch, eps, H: tl.constexpr, BLOCK: tl.constexpr, MOST: tl.constexpr
+    partials,
+    x,
+    bias,
+    weight,
+    values,
+    scales,
+    row_of,
+    normed,
+    scratch,
+    rows,
+    eps,
+    H: tl.constexpr,
+    COUNT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    MOST: tl.constexpr,
 ):
     """values[n], scales[n] = the int8 form (rotation.py) of norm(x[row_of[n]]), or of x[n]. Program n.
 
+    If there are `partials`, first x[n] += tree over the COUNT g of partials[g, n] + bias; there is no `row_of` then.
     `normed`, float32 [N, H], takes the row from one form of sharing it between threads to the other.
     """
     n = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     known = (column < H)[None, :]
-    source = tl.load(row_of + n).to(tl.int64) if row_of is not None else n
-    row = tl.load(x + source * H + column[None, :], mask=known, other=0.0)
+    if partials is not None:
+        row = added(partials, x, bias, n, column, rows, H, COUNT)
+    else:
+        source = tl.load(row_of + n).to(tl.int64) if row_of is not None else n
+        row = tl.load(x + source * H + column[None, :], mask=known, other=0.0)
     tl.store(normed + n * H + column[None, :], normalized(row, weight, column, H, eps), mask=known)
     tl.debug_barrier()
     quantize_row(normed, values, scales, scratch, n, H, MOST, False)
@@ -106,7 +132,7 @@ def add_norm(
     """Compute x += tree of the partials + bias, in place, and out = norm(x): the same bits as `merge`, then `norm`.
 
     Args:
-        partials: float32 [G, N, H], from linear.partial_sums.
+        partials: float32 [G, N, H], from `partial_sums` of a linear.
         x: float32 [N, H], the residual stream.
         weight: bfloat16 or float32 [H].
         eps: The model's norm_eps.
@@ -129,13 +155,32 @@ def norm_int8(x: torch.Tensor, weight: torch.Tensor, eps: float, row_of: torch.T
         eps: The model's norm_eps.
         row_of: int32 or int64 [R], on the device, where only some rows are wanted.
     """
-    width = x.shape[1]
-    rows, most = len(x) if row_of is None else len(row_of), largest_power(width)
+    return _norm_int8(None, x, None, weight, eps, row_of, len(x) if row_of is None else len(row_of))
+
+
+def add_norm_int8(
+    partials: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float, bias: torch.Tensor | None = None
+) -> Int8Rows:
+    """Add partial sums to x as `add_norm` does, and return `norm_int8` of it."""
+    return _norm_int8(partials, x, bias, weight, eps, None, len(x))
+
+
+def _norm_int8(
+    partials: torch.Tensor | None,
+    x: torch.Tensor,
+    bias: torch.Tensor | None,
+    weight: torch.Tensor,
+    eps: float,
+    row_of: torch.Tensor | None,
+    rows: int,
+) -> Int8Rows:
+    width, count = x.shape[1], 0 if partials is None else len(partials)
+    most = largest_power(width)
     out = new_int8_rows(rows, width, x.device)
     normed, scratch = x.new_empty((2, rows, width))
     if rows:
         norm_int8_kernel[(rows,)](
-            x, weight, out.values, out.scales, row_of, normed, scratch, eps,
-            width, triton.next_power_of_2(width), most, num_warps=rotation_warps(most), enable_fp_fusion=False,
+            partials, x, bias, weight, out.values, out.scales, row_of, normed, scratch, rows, eps,
+            width, count, triton.next_power_of_2(width), most, num_warps=rotation_warps(most), enable_fp_fusion=False,
         )  # fmt: skip
     return out

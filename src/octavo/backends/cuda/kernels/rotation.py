@@ -1,6 +1,9 @@
-"""Rows of int8 with one scale, rotated first (QuaRot: Ashkboos et al., 2024): the CPU's integers of one span.
+"""Rows of int8 with a scale for each span, rotated first (QuaRot: Ashkboos et al., 2024): the CPU's integers.
 
     y = H x;   scale[n] = max |y[n]| / 127;   q[n] = round(y[n] / scale[n])
+
+of each span of a row by itself, as if it were a row (kernels/linear.py: only the inputs of `out` and `down` have more
+than one). So a rank that has some of the spans has the integers of the whole.
 
 H is orthogonal, made of Walsh-Hadamard transforms: of the 64 values of each block, then of value i of the first 2^p
 blocks for each i, and if there are more blocks, of the last 2^p (csrc/kernels/rotation.h). Each level takes (a, b) to
@@ -19,10 +22,20 @@ _BLOCK = tl.constexpr(BLOCK)
 
 @dataclass(frozen=True)
 class Int8Rows:
-    """Rotated rows: value [r, k] is values[r, k] * scales[r] (values: int8 [R, K], scales: float32 [R])."""
+    """Rotated rows of S equal spans: value [r, k] of span s is values[r, k] * scales[r, s].
+
+    Attributes:
+        values: int8 [R, K].
+        scales: float32 [R, S].
+    """
 
     values: torch.Tensor
     scales: torch.Tensor
+
+    @property
+    def spans(self) -> int:
+        """Return S."""
+        return self.scales.shape[1]
 
 
 @triton.jit
@@ -120,25 +133,25 @@ def warps(most: int) -> int:
     return min(max(most // 256, 1), 16)
 
 
-def new_int8_rows(rows: int, width: int, device: torch.device) -> Int8Rows:
+def new_int8_rows(rows: int, width: int, device: torch.device, spans: int = 1) -> Int8Rows:
     """Return memory for rows of int8."""
     return Int8Rows(
         torch.empty((rows, width), dtype=torch.int8, device=device),
-        torch.empty(rows, dtype=torch.float32, device=device),
+        torch.empty((rows, spans), dtype=torch.float32, device=device),
     )
 
 
-def quantize_rows(x: torch.Tensor, out: Int8Rows | None = None, of_weight: bool = False) -> Int8Rows:
+def quantize_rows(x: torch.Tensor, spans: int = 1, of_weight: bool = False) -> Int8Rows:
     """Return the rows of x, bfloat16 or float32 [N, K], rotated and rounded to int8.
 
     Args:
-        x: contiguous; K is a multiple of 64.
-        out: Where to write them; None: into new memory.
+        x: contiguous.
+        spans: The spans of a row, each of a multiple of 64 values.
         of_weight: Round as the CPU rounds weights, not activations.
     """
-    rows, width = x.shape
+    out = new_int8_rows(len(x), x.shape[1], x.device, spans)
+    rows, width = len(x) * spans, x.shape[1] // spans
     most = largest_power(width)
-    out = out or new_int8_rows(rows, width, x.device)
     scratch = None if most == width else x.new_empty((rows, width), dtype=torch.float32)
     if rows:
         quantize_kernel[(rows,)](
