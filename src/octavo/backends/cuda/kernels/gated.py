@@ -72,7 +72,7 @@ def gated_kernel(
     first_row, first_feature = place(tl.program_id(0), rows, features, BLOCK_ROWS, BLOCK, GROUP)
     row, feature = first_row + tl.arange(0, BLOCK_ROWS), first_feature + tl.arange(0, BLOCK)
     weight_row = gate_and_up_rows(first_feature, features, BLOCK_OUTPUTS)
-    acc = span_sum(x, x_scale, weight, weight_scale, row, weight_row, rows, 0, K, K, 1, BLOCK_K, SWAPPED)
+    acc = span_sum(x, x_scale, weight, weight_scale, row, weight_row, rows, 2 * features, 0, K, K, 1, BLOCK_K, SWAPPED)
     if not SWAPPED:
         acc = tl.trans(acc)
     gate, up = gate_and_up(acc, BLOCK_OUTPUTS, BLOCK_ROWS)

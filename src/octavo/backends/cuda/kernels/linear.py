@@ -67,20 +67,20 @@ def multiply(a, b, acc):
 
 @triton.jit
 def scaled(
-    sums, x_scale, weight_scale, row, weight_row, rows, span, SPANS: tl.constexpr, SWAPPED: tl.constexpr = False
+    sums, x_scale, weight_scale, row, output, rows, outputs, span, SPANS: tl.constexpr, SWAPPED: tl.constexpr = False
 ):
-    """Return the int32 sums of a span times x_scale[row, span] weight_scale[weight_row, span], rounded as on the CPU.
+    """Return the int32 sums of a span times x_scale[row, span] weight_scale[output, span], rounded as on the CPU.
 
     Args:
         sums: [R, C], or [C, R] if SWAPPED, as what is returned.
         x_scale, weight_scale: float32 [rows, SPANS] and [outputs, SPANS].
     """
     of_row = tl.load(x_scale + row * SPANS + span, mask=row < rows, other=0.0)
-    of_weight = tl.load(weight_scale + weight_row * SPANS + span)
+    of_output = tl.load(weight_scale + output * SPANS + span, mask=output < outputs, other=0.0)
     if SWAPPED:
-        return sums.to(tl.float32) * (of_weight[:, None] * of_row[None, :])
+        return sums.to(tl.float32) * (of_output[:, None] * of_row[None, :])
     else:
-        return sums.to(tl.float32) * (of_weight[None, :] * of_row[:, None])
+        return sums.to(tl.float32) * (of_output[None, :] * of_row[:, None])
 
 
 @triton.jit
@@ -132,8 +132,9 @@ def span_sum(
     weight,
     weight_scale,
     row,
-    weight_row,
+    output,
     rows,
+    outputs,
     span,
     length,
     K: tl.constexpr,
@@ -143,12 +144,16 @@ def span_sum(
 ):
     """Return the `product` of one of the SPANS spans of K; of int8, `scaled` if there are scales.
 
-    `length` is K / SPANS, as in `product`.
+    Args:
+        row: as in `product`.
+        output: int32 [C], rows of the weight; those not below `outputs` give sums that are not used.
+        length: K / SPANS, as in `product`.
     """
     LENGTH: tl.constexpr = K // SPANS
+    weight_row = tl.minimum(output, outputs - 1)
     sums = product(x, weight, row, weight_row, rows, span * LENGTH, length, K, LENGTH, BLOCK_K, SWAPPED)
     if x_scale is not None:
-        sums = scaled(sums, x_scale, weight_scale, row, weight_row, rows, span, SPANS, SWAPPED)
+        sums = scaled(sums, x_scale, weight_scale, row, output, rows, outputs, span, SPANS, SWAPPED)
     return sums
 
 
@@ -159,8 +164,9 @@ def spans_sum(
     weight,
     weight_scale,
     row,
-    weight_row,
+    output,
     rows,
+    outputs,
     first,
     length,
     K: tl.constexpr,
@@ -173,14 +179,27 @@ def spans_sum(
     if SPANS_HERE == 1:
         LENGTH: tl.constexpr = K // SPANS
         return span_sum(
-            x, x_scale, weight, weight_scale, row, weight_row, rows, first, LENGTH, K, SPANS, BLOCK_K, SWAPPED
+            x, x_scale, weight, weight_scale, row, output, rows, outputs, first, LENGTH, K, SPANS, BLOCK_K, SWAPPED
         )
     else:
-        pending0 = no_sums(row, weight_row, tl.float32, SWAPPED)
+        pending0 = no_sums(row, output, tl.float32, SWAPPED)
         pending1, pending2 = pending0, pending0
         for s in range(SPANS_HERE):
             part = span_sum(
-                x, x_scale, weight, weight_scale, row, weight_row, rows, first + s, length, K, SPANS, BLOCK_K, SWAPPED
+                x,
+                x_scale,
+                weight,
+                weight_scale,
+                row,
+                output,
+                rows,
+                outputs,
+                first + s,
+                length,
+                K,
+                SPANS,
+                BLOCK_K,
+                SWAPPED,
             )
             pending0, pending1, pending2 = carry(part, s, pending0, pending1, pending2, SPANS_HERE)
         return pending0
@@ -193,8 +212,9 @@ def spans_sum_in_one_loop(
     weight,
     weight_scale,
     row,
-    weight_row,
+    output,
     rows,
+    outputs,
     first,
     length,
     K: tl.constexpr,
@@ -206,10 +226,10 @@ def spans_sum_in_one_loop(
     """Do as spans_sum with SPANS_HERE > 1, in one loop over all blocks of k, whose loads don't pause between spans."""
     LENGTH: tl.constexpr = K // SPANS
     BLOCKS: tl.constexpr = LENGTH // BLOCK_K
-    x_at, w_at = blocks_at(x, weight, row, weight_row, first * LENGTH, K, BLOCK_K)
+    x_at, w_at = blocks_at(x, weight, row, tl.minimum(output, outputs - 1), first * LENGTH, K, BLOCK_K)
     known = (row < rows)[:, None]
-    zeros = no_sums(row, weight_row, tl.int32 if x.dtype.element_ty == tl.int8 else tl.float32, SWAPPED)
-    pending0 = no_sums(row, weight_row, tl.float32, SWAPPED)
+    zeros = no_sums(row, output, tl.int32 if x.dtype.element_ty == tl.int8 else tl.float32, SWAPPED)
+    pending0 = no_sums(row, output, tl.float32, SWAPPED)
     acc, pending1, pending2 = zeros, pending0, pending0
     for i in numbers.steps(0, length * SPANS_HERE // BLOCK_K):
         a = tl.load(x_at, mask=known, other=0)
@@ -221,7 +241,7 @@ def spans_sum_in_one_loop(
             s = i // BLOCKS
             part = acc
             if x_scale is not None:
-                part = scaled(acc, x_scale, weight_scale, row, weight_row, rows, first + s, SPANS, SWAPPED)
+                part = scaled(acc, x_scale, weight_scale, row, output, rows, outputs, first + s, SPANS, SWAPPED)
             pending0, pending1, pending2 = carry(part, s, pending0, pending1, pending2, SPANS_HERE)
             acc = zeros
     return pending0
@@ -278,17 +298,16 @@ def linear_kernel(
     """
     first_row, first_output = place(tl.program_id(0), rows, outputs, BLOCK_ROWS, BLOCK_OUTPUTS, GROUP)
     row, output = first_row + tl.arange(0, BLOCK_ROWS), first_output + tl.arange(0, BLOCK_OUTPUTS)
-    weight_row = tl.minimum(output, outputs - 1)
     group = tl.program_id(1)
     first = group * SPANS_HERE
     if ONE_LOOP:
         total = spans_sum_in_one_loop(
-            x, x_scale, weight, weight_scale, row, weight_row, rows, first, length, K, SPANS, SPANS_HERE, BLOCK_K,
+            x, x_scale, weight, weight_scale, row, output, rows, outputs, first, length, K, SPANS, SPANS_HERE, BLOCK_K,
             SWAPPED,
         )  # fmt: skip
     else:
         total = spans_sum(
-            x, x_scale, weight, weight_scale, row, weight_row, rows, first, length, K, SPANS, SPANS_HERE, BLOCK_K,
+            x, x_scale, weight, weight_scale, row, output, rows, outputs, first, length, K, SPANS, SPANS_HERE, BLOCK_K,
             SWAPPED,
         )  # fmt: skip
     if SWAPPED:
@@ -305,8 +324,9 @@ def held_sum(
     weight,
     weight_scale,
     row,
-    weight_row,
+    output,
     rows,
+    outputs,
     first,
     length,
     K: tl.constexpr,
@@ -318,16 +338,44 @@ def held_sum(
     """Return the tree's sum of `span_sum` over COUNT spans, a power of two, from `first` on."""
     if COUNT == 1:
         return span_sum(
-            x, x_scale, weight, weight_scale, row, weight_row, rows, first, length, K, SPANS, BLOCK_K, SWAPPED
+            x, x_scale, weight, weight_scale, row, output, rows, outputs, first, length, K, SPANS, BLOCK_K, SWAPPED
         )
     else:
         HALF: tl.constexpr = COUNT // 2
         left = held_sum(
-            x, x_scale, weight, weight_scale, row, weight_row, rows, first, length, K, SPANS, HALF, BLOCK_K, SWAPPED
+            x,
+            x_scale,
+            weight,
+            weight_scale,
+            row,
+            output,
+            rows,
+            outputs,
+            first,
+            length,
+            K,
+            SPANS,
+            HALF,
+            BLOCK_K,
+            SWAPPED,
         )
         first += HALF
         return left + held_sum(
-            x, x_scale, weight, weight_scale, row, weight_row, rows, first, length, K, SPANS, HALF, BLOCK_K, SWAPPED
+            x,
+            x_scale,
+            weight,
+            weight_scale,
+            row,
+            output,
+            rows,
+            outputs,
+            first,
+            length,
+            K,
+            SPANS,
+            HALF,
+            BLOCK_K,
+            SWAPPED,
         )
 
 
@@ -442,18 +490,17 @@ def large_spanned_kernel(
     tile, tiles = tl.program_id(0), tl.cdiv(rows, BLOCK_ROWS) * tl.cdiv(outputs, BLOCK_OUTPUTS)
     while tile < tiles:
         first_row, first_output = place(tile, rows, outputs, BLOCK_ROWS, BLOCK_OUTPUTS, GROUP)
-        row = first_row + tl.arange(0, BLOCK_ROWS)
-        weight_row = tl.minimum(first_output + tl.arange(0, BLOCK_OUTPUTS), outputs - 1)
+        row, output = first_row + tl.arange(0, BLOCK_ROWS), first_output + tl.arange(0, BLOCK_OUTPUTS)
         for s in range(COUNT - 1):
             first = s * SPANS_HELD
             acc = held_sum(
-                x, x_scale, weight, weight_scale, row, weight_row, rows, first, length, K, SPANS, SPANS_HELD, BLOCK_K,
-                SWAPPED,
+                x, x_scale, weight, weight_scale, row, output, rows, outputs, first, length, K, SPANS, SPANS_HELD,
+                BLOCK_K, SWAPPED,
             )  # fmt: skip
             fold(acc, s, waiting, SIZE, PART)
         first = SPANS - SPANS_HELD
         acc = held_sum(
-            x, x_scale, weight, weight_scale, row, weight_row, rows, first, length, K, SPANS, SPANS_HELD, BLOCK_K,
+            x, x_scale, weight, weight_scale, row, output, rows, outputs, first, length, K, SPANS, SPANS_HELD, BLOCK_K,
             SWAPPED,
         )  # fmt: skip
         fold_last(acc, waiting, out, bias, residual, first_row, first_output, rows, outputs, COUNT, SIZE, PART, SWAPPED)
@@ -474,7 +521,7 @@ def merge_kernel(
     at = row.to(tl.int64)[:, None] * outputs + output[None, :]
     total = tree_sum(partials + at, rows.to(tl.int64) * outputs, known, COUNT)
     if x_scale is not None:
-        total = scaled(total, x_scale, weight_scale, row, tl.minimum(output, outputs - 1), rows, 0, 1)
+        total = scaled(total, x_scale, weight_scale, row, output, rows, outputs, 0, 1)
     store(total, out, bias, residual, row, output, rows, outputs)
 
 
