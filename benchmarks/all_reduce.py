@@ -30,7 +30,7 @@ import numpy as np
 
 from octavo.backends.base import SamplingBatch, StepBatch
 from octavo.backends.cpu._native import Program, available_isas
-from octavo.backends.cpu.rank_process import share_memory
+from octavo.backends.cpu.ranks import share_memory
 from octavo.machine import share_of_cores
 
 LAYERS, NARROW, TOKENS = 4, 32, 64

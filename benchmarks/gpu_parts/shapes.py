@@ -12,6 +12,7 @@ from octavo.backends.cuda.kernels.four_bits import FourBits, pack
 from octavo.backends.cuda.ops import spans_of
 from octavo.backends.cuda.weights import Weights, head_of, round_weight
 from octavo.model.registry import parameter_shapes
+from octavo.model.shard import Shard
 from octavo.model.spec import DecoderSpec, RopeSpec
 
 from .report import short
@@ -108,7 +109,7 @@ def backend(
         warm_up: compile its kernels and measure its steps first, as `load` does.
     """
     made = CudaBackend(
-        spec,
+        Shard(spec),
         weights,
         page_size=page_size,
         max_batch_tokens=batch_tokens,

@@ -241,7 +241,8 @@ class EngineConfig(Settings):
     )
     tensor_parallel_size: int = setting(
         1,
-        "Processes over which the model is divided (cpu only): 1, 2, 4 or 8; each has its share of cores and weights.",
+        "Processes over which the model is divided: 1, 2, 4 or 8, each with its part of the weights; and with a GPU of "
+        "its own, or its share of the cores.",
         Rule("1, 2, 4 or 8", RANKS.__contains__),
     )
     nnodes: int = setting(
@@ -259,7 +260,7 @@ class EngineConfig(Settings):
         super().__post_init__()
         kind = self.backend_name
         if kind == "cuda":
-            self.need(self.tensor_parallel_size == 1, "tensor_parallel_size", "1 with the cuda backend")
+            self.need(self.nnodes == 1, "nnodes", "1 with the cuda backend")
         if kind == "torch":
             self.need(self.quantization in ("auto", "none"), "quantization", "auto or none with the torch backend")
             self.need(self.kv_cache_dtype != "int8", "kv_cache_dtype", "bf16 with the torch backend")

@@ -22,7 +22,8 @@ from safetensors.torch import load_file, save_file
 from command_line import OCTAVO, complaint
 from octavo import LLM, AsyncLLM, SamplingParams
 from octavo.backends.cpu import calibration
-from octavo.backends.cpu.rank_process import Load, Loaded, RankProcess, share_memory
+from octavo.backends.cpu.ranks import share_memory
+from octavo.backends.rank_process import Load, Loaded, RankProcess
 from octavo.errors import ConfigError, EngineDead
 from octavo.weights import open_checkpoint
 from rank_requests import PARAMS, PROMPTS, answers, children, has_ended, ranks_of, wait_until
@@ -182,7 +183,7 @@ def test_a_rank_that_dies_while_it_loads(tiny_model: Callable[[str], Path], monk
 
 def test_a_rank_that_never_comes(tiny_model: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(RankProcess, "send", lambda self, _: os.kill(self._popen.pid, signal.SIGSTOP))
-    monkeypatch.setattr("octavo.backends.cpu.rank_process.SILENCE", 0.5)
+    monkeypatch.setattr("octavo.backends.rank_process.SILENCE", 0.5)
     with pytest.raises(EngineDead, match=r"rank 1 has not answered for 0\.5 seconds"):
         LLM(str(tiny_model("llama-ranks")), tensor_parallel_size=2)
     assert not ranks_of(os.getpid())
@@ -308,7 +309,7 @@ def private_memory(model: Path, size: int) -> tuple[int, Loaded]:
         "dtype": "auto", "quantization": "none", "device": "auto", "kv_cache_dtype": "bf16",
     }  # fmt: skip
     files = [share_memory(name) for name in ("steps", "calibration", "kv")]
-    process = RankProcess(1, files)
+    process = RankProcess(1, "octavo.backends.cpu.rank_main", files)
     try:
         process.send(Load(str(model), None, False, 1, size, sorted(os.sched_getaffinity(0)), settings))
         with ThreadPoolExecutor(1) as pool:

@@ -349,7 +349,7 @@ def test_full_memory_is_an_error_with_advice(backend: Any, monkeypatch: pytest.M
     for place, name, advice, call in (
         (cuda_weights, "_copy", "use a smaller model or quantization 8bit", cuda),
         (Inputs, "__init__", "smaller kv_cache_memory, gpu_memory_utilization, max_batch_size", cuda),
-        (KvPool, "allocate", "10 KV pages and CUDA graphs do not fit", cuda),
+        (KvPool, "allocate", "10 KV pages do not fit", cuda),
         (cuda_backend, "sample", "a step of 3 tokens does not fit", lambda: backend.step(step)),
     ):
         with monkeypatch.context() as patch, pytest.raises(OutOfMemory, match=advice):

@@ -17,6 +17,7 @@ class EnginePlan(msgspec.Struct, frozen=True):
         kernels, weight_bytes, page_bytes: see Footprint.
         threads: compute threads, of each rank, and whether a setting says so; 0 on a GPU.
         ranks: processes over which the model is divided.
+            On GPUs, sizes are those of one of them.
         nodes: machines over which these are divided. Sizes, pages and threads are then those of this one.
         whole_attention: whether each of them has all heads.
         weights: format of the weights, in words.
@@ -59,6 +60,8 @@ class EnginePlan(msgspec.Struct, frozen=True):
         threads = f"{self.threads} {'thread' if self.threads == 1 else 'threads'}"
         on = f" on {self.nodes} machines" if self.nodes > 1 else ""
         ranks = f"{self.ranks} processes{on}, each with its part of the weights"
+        if not self.threads:
+            ranks = f"{self.ranks} GPUs, each with its part of the weights; all sizes are those of one GPU"
         if self.whole_attention:
             ranks += "; the heads cannot be divided, so each has the KV cache of all of them"
         by = f", {threads}{' in each rank' if self.ranks > 1 else ''} ({why})" if self.threads else ""

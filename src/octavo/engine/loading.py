@@ -56,6 +56,7 @@ def load_engine(
     secrets: Secrets | None = None,
     on_rank_end: Callable[[int, str], None] | None = None,
     access: "PeerAccess | None" = None,
+    number: int = 0,
 ) -> Engine:
     """Open the checkpoint at `path`, compile the model on the configured backend and allocate the KV pool.
 
@@ -67,10 +68,12 @@ def load_engine(
         on_rank_end: called, in another thread, when one of the processes over which the model is divided has ended by
             itself: its exit code, and a line about it. The engine's steps fail then.
         access: for pages from engine to engine, if there are several.
+        number: that of this engine among `engines`, from 0.
 
     Raises:
         ConfigError, DamagedWeights, UnsupportedModel, OutOfMemory
     """
+    config, sharing = _placed(config, number, engines)
     policy = load_policy(config)  # first, so that a mistake in it is reported before weights are read
     store = _store(config)
     secrets = config.read_secrets() if secrets is None else secrets
@@ -90,7 +93,7 @@ def load_engine(
             backend.footprint,
             max_model_len,
             settings["threads"],
-            *_kv_share(config, engines, backend.footprint, loaded=True),
+            *_kv_share(config, sharing, backend.footprint, backend),
             whole_attention=not divides_heads(spec, config.tensor_parallel_size),
         )
         backend.allocate_kv(plan.num_pages)
@@ -126,18 +129,19 @@ def plan_engine(config: EngineConfig, path: ModelPath) -> EnginePlan:
     load_policy(config)
     checkpoint = open_checkpoint(path)
     spec, parameters = describe_model(checkpoint.config, checkpoint.tensors)
-    max_model_len, engines, ranks = _max_model_len(config, spec), config.data_parallel_size, config.tensor_parallel_size
+    max_model_len, ranks = _max_model_len(config, spec), config.tensor_parallel_size
     check_size(spec, ranks)
+    threads = config.threads or max(1, available_cores() // config.data_parallel_size // config.ranks_here)
+    config, engines = _placed(config, 0, config.data_parallel_size)
     _, backend_footprint = _backend(config)
     footprint = backend_footprint(spec, parameters, **_backend_settings(config, max_model_len))
-    share = _kv_share(config, engines, footprint, loaded=False)
+    share = _kv_share(config, engines, footprint)
     if share[0] < 0:
         raise OutOfMemory(
             f"the weights{f' of {engines} engines' if engines > 1 else ''} need "
             f"{size(engines * footprint.weight_bytes)} and {size(_free_memory(config))} are free; use a smaller model"
             f"{_fewer_bits(config)}{', or fewer engines' if engines > 1 else ''}"
         )
-    threads = config.threads or max(1, available_cores() // engines // config.ranks_here)
     return make_plan(config, footprint, max_model_len, threads, *share, whole_attention=not divides_heads(spec, ranks))
 
 
@@ -156,22 +160,37 @@ def _fewer_bits(config: EngineConfig) -> str:
     return "" if config.quantization == fewest else f", or quantization {fewest}"
 
 
-def _kv_share(config: EngineConfig, engines: int, footprint: Footprint, loaded: bool) -> tuple[int, str]:
+def _placed(config: EngineConfig, number: int, engines: int) -> tuple[EngineConfig, int]:
+    """Return the settings with the device of an engine, and how many engines share that device."""
+    if config.backend_name != "cuda" or config.engines is not None:
+        return config, engines
+    _backend(config)  # says what is missing
+    from octavo.backends.cuda.device import place_engine
+
+    device, sharing = place_engine(config.device, config.tensor_parallel_size, number, engines)
+    return config.replaced("device", device), sharing
+
+
+def _kv_share(
+    config: EngineConfig, engines: int, footprint: Footprint, loaded: Backend | None = None
+) -> tuple[int, str]:
     """Return the bytes that the KV pool of one of `engines` may take, and which part of the memory that is.
 
     Args:
+        engines: those that share the memory.
         footprint: of each engine.
-        loaded: whether its weights are in memory.
+        loaded: the backend, once its weights are in memory.
 
     Raises OutOfMemory if a GPU has none left.
     """
     if config.backend_name == "cuda" and config.kv_cache_memory is None:
-        from octavo.backends.cuda.memory import kv_bytes, memory_of_setting
+        from octavo.backends.cuda.memory import DeviceMemory, kv_bytes, memory_of_setting
 
         share, tokens = config.gpu_memory_utilization, config.max_batch_tokens
-        most = kv_bytes(memory_of_setting(config.device), share, engines, footprint, tokens, loaded)
+        memory: DeviceMemory = memory_of_setting(config.device) if loaded is None else getattr(loaded, "memory")  # noqa: B009
+        most = kv_bytes(memory, share, engines, footprint, tokens, loaded is not None)
         return most, f"what weights and steps leave of gpu_memory_utilization, {share:.0%}"
-    free = _free_memory(config) - (0 if loaded else engines * footprint.weight_bytes)
+    free = _free_memory(config) - (0 if loaded is not None else engines * footprint.weight_bytes)
     return free // 2 // engines, "half of the free memory"
 
 
@@ -312,7 +331,7 @@ def _backend(config: EngineConfig) -> tuple[BackendFactory, Callable[..., Footpr
     if name == "cuda":
         from octavo.backends.cuda import backend as cuda
 
-        return cuda.load, cuda.footprint
+        return cuda.load, partial(cuda.footprint, ranks=config.tensor_parallel_size)
     if name == "torch":
         from octavo.backends import torch
 
@@ -330,7 +349,18 @@ def _load_ranks(
     checkpoint: Checkpoint,
 ) -> BackendFactory:
     """Return the function that loads a model into several processes. Raises ConfigError."""
-    from octavo.backends.cpu.ranks import load_ranks  # imported late, as most engines have one
+    common: dict[str, Any] = {
+        "size": config.tensor_parallel_size,
+        "path": path,
+        "identity": secrets.model_identity,
+        "hide": bool(secrets),
+        "on_end": on_end,
+    }
+    if config.backend_name == "cuda":
+        from octavo.backends.cuda import ranks as cuda  # imported late, as most engines have one rank
+
+        return partial(cuda.load_ranks, **common)
+    from octavo.backends.cpu.ranks import load_ranks
 
     group = None
     if config.nnodes > 1:
@@ -338,15 +368,7 @@ def _load_ranks(
 
         config.need(config.node_rank == 0, "node_rank", "0, unless with octavo serve or octavo engine")
         group = Group.of(config, secrets, fingerprint(checkpoint))
-    return partial(
-        load_ranks,
-        size=config.tensor_parallel_size,
-        path=path,
-        identity=secrets.model_identity,
-        hide=bool(secrets),
-        on_end=on_end,
-        group=group,
-    )
+    return partial(load_ranks, **common, group=group)
 
 
 def _backend_settings(config: EngineConfig, max_model_len: int) -> dict[str, Any]:

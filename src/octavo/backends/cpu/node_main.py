@@ -13,6 +13,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Literal
 
+from octavo.backends.rank_process import HEARTBEAT, Allocate, Allocated, Failed, Load, Loaded, Loading
 from octavo.config import EngineConfig
 from octavo.errors import ConfigError, EngineDead
 from octavo.formats.files import unlock
@@ -26,7 +27,6 @@ from .node_line import HandshakeFailed, Line, Listener, connect
 from .node_messages import Form, Formed, Link, LoadNode, RankEnded, Refused, ShutDown, ToNode
 from .node_pages import serve_pages
 from .nodes import CONNECTING, PATIENCE, Group
-from .rank_process import HEARTBEAT, Allocate, Allocated, Failed, Load, Loaded, Loading
 from .ranks import Ranks, cores_of
 
 _PAUSE = 0.2  # seconds between attempts to reach node 0

@@ -9,9 +9,8 @@ from typing import Literal
 
 import msgspec
 
+from octavo.backends.rank_process import Allocate, Allocated, Failed, Loaded, Loading, Settings
 from octavo.errors import shortened
-
-from .rank_process import Allocate, Allocated, Failed, Loaded, Loading, Settings
 
 
 class Join(msgspec.Struct, frozen=True, tag=True):

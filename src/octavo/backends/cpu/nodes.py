@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from octavo.address import Address
+from octavo.backends.rank_process import FromRank, Member, Settings
 from octavo.config import EngineConfig
 from octavo.errors import ConfigError
 from octavo.secret import Secrets
@@ -22,7 +23,6 @@ from .node_line import Line, Listener
 from .node_messages import First, Form, Formed, FromNode, Join, Link, LoadNode, RankEnded, Refused, ShutDown, ToNode
 from .node_pages import RemotePages
 from .program import choose_isa, kernels_build
-from .rank_process import FromRank, Member, Settings
 
 PATIENCE = 120.0  # seconds for all nodes to come
 CONNECTING = 30.0  # seconds for nodes to connect to each other

@@ -11,15 +11,15 @@ other nodes (nodes.py, node_main.py).
 import contextlib
 import mmap
 import os
-import selectors
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from octavo.backends.base import ComputesAtOnce, Footprint, Progress, StepBatch, StepResult
+from octavo.backends.rank_process import Allocate, Load, Loaded, Members, OnEnd, RankProcess
 from octavo.errors import EngineDead, OutOfMemory
 from octavo.machine import available_memory, share_of_cores
 from octavo.model.shard import Shard, check_size
@@ -29,13 +29,11 @@ from octavo.weights.tensor import Parameter
 from ._native import stop_ranks
 from .backend import CpuBackend, footprint, load_shard
 from .program import Place
-from .rank_process import Allocate, Load, Loaded, Member, RankProcess, share_memory
 
 if TYPE_CHECKING:
     from .node_pages import RemotePages
     from .nodes import Group, RemoteNode
 
-OnEnd = Callable[[int, str], None]  # called when a rank has ended by itself: its exit code, and a line about it
 _CAUSE_PATIENCE = 10.0  # seconds until the cause of a broken connection is known
 
 
@@ -136,7 +134,7 @@ class RankedBackend(ComputesAtOnce):
         return [whole[:, shard.kv_heads.start : shard.kv_heads.stop] for shard in self._shards]
 
 
-class Ranks:
+class Ranks(Members):
     """Ranks of this machine that are processes of their own, the memory that they share, and the other nodes.
 
     Raises OSError.
@@ -146,13 +144,11 @@ class Ranks:
         processes: those of them for which processes are started. The first of `ranks` may be in this process.
         lines: sockets to the other nodes, by number; see Place.
         nodes: the other nodes, if they are to be watched here.
-        on_end: called, in another thread, when a rank or a node has ended by itself, before the steps of the others
-            fail. Not if it has said that loading failed: then `wait` and `check` raise its error.
+        on_end: see Members.
 
     Attributes:
         pools: file descriptors of the KV pools of `ranks`.
         processes: those that were started.
-        ended: the first process or node that has ended by itself.
     """
 
     def __init__(
@@ -168,41 +164,28 @@ class Ranks:
         self._lines = tuple(lines)
         self.processes = [
             RankProcess(
-                rank, (*files, self.pools[rank - ranks.start]), lines if rank == ranks.start else [-1] * len(lines)
+                rank,
+                "octavo.backends.cpu.rank_main",
+                (*files, self.pools[rank - ranks.start], *(lines if rank == ranks.start else [-1] * len(lines))),
             )
             for rank in processes
         ]
         self.nodes = nodes
-        self.ended: Member | None = None
         self._stopped, self._lock = threading.Event(), threading.Lock()
-        self._on_end, self._ending = on_end, False
-        self._thread = threading.Thread(target=self._watch, name="octavo-ranks", daemon=True)
-        self._thread.start()
-
-    @property
-    def _members(self) -> list[Member]:
-        return [*self.processes, *self.nodes]
+        super().__init__([*self.processes, *nodes], on_end)
+        self.watch()
 
     def place(self, processors: Iterable[int]) -> Place:
         """Return where the first rank runs, if it is in this process."""
         steps, calibration = self._files
         return Place(steps, calibration, self.pools[0], self._lines, frozenset(processors))
 
-    def send(self, message: Allocate) -> None:
-        for member in self._members:
-            member.send(message)
-
     def wait(self) -> list[Any]:
         """Wait for a message of every process and node; return those of the processes.
 
         Raises OctavoError if one has failed or ended.
         """
-        return [member.next() for member in self._members][: len(self.processes)]
-
-    def check(self) -> None:
-        """Raise the error of a rank that has ended while it loaded."""
-        if self.ended is not None:
-            raise self.ended.error()
+        return super().wait()[: len(self.processes)]
 
     def map_pools(self, pages: int, sizes: Iterable[int]) -> list[np.ndarray]:
         """Return the KV pools of the ranks: uint8 [pages, bytes]. `sizes`: bytes of a page in each."""
@@ -223,50 +206,17 @@ class Ranks:
         Args:
             for_good: whether the nodes need not wait for another engine.
         """
-        self._ending = True
         if for_good:
+            self._ending = True
             for node in self.nodes:
                 node.shut_down()
-        self._stop()
-        for member in self._members:
-            member.hang_up()
-        self._thread.join()
-        for member in self._members:
-            member.end()
+        super().end()
         with self._lock:
             for file in (*self._files, *self.pools):
                 os.close(file)
             self._files = []
 
-    def stop(self) -> None:
-        """Make all ranks return from their steps, and all processes end."""
-        self._ending = True
-        self._stop()
-        for process in self.processes:
-            process.hang_up()
-
-    def _watch(self) -> None:
-        """Take in messages, until all ranks and nodes have ended."""
-        with selectors.DefaultSelector() as selector:
-            for member in self._members:
-                selector.register(member, selectors.EVENT_READ)
-            while selector.get_map():
-                for key, _ in selector.select():
-                    if not key.fileobj.take_in():  # type: ignore[union-attr]
-                        selector.unregister(key.fileobj)
-                        self._ended(key.fileobj)  # type: ignore[arg-type]
-
-    def _ended(self, member: Member) -> None:
-        if self._ending:
-            return
-        code, how = member.wait()
-        self.ended = self.ended or member
-        if member.failed is None and self._on_end is not None and not self._ending:
-            self._on_end(code, f"{member.name} has ended: {how}")
-        self._stop()
-
-    def _stop(self) -> None:
-        """Make all ranks return from their steps."""
+    def stop_steps(self) -> None:
         with self._lock:
             for file in self._files:
                 stop_ranks(file)
@@ -295,7 +245,7 @@ def load_ranks(
         path: the model's directory or .gguf file, which the other ranks open.
         identity: the age identity that opens it, if it is encrypted.
         hide: whether the other ranks hide their memory, as there are secrets in it.
-        on_end: see Ranks.
+        on_end: see Members.
         group: the nodes, if there are several; see nodes.py.
         settings: the other arguments of a BackendFactory; `threads` are those of each rank.
 
@@ -356,3 +306,10 @@ def _map(file: int, pages: int, page_bytes: int) -> np.ndarray:
     """Return the KV pool of a rank: uint8 [pages, page_bytes]."""
     memory = mmap.mmap(file, max(pages * page_bytes, 1))
     return np.frombuffer(memory, np.uint8, pages * page_bytes).reshape(pages, page_bytes)
+
+
+def share_memory(name: str) -> int:
+    """Return a file descriptor of memory that processes can share. It takes physical memory once it is written."""
+    file = os.memfd_create(f"octavo-{name}", os.MFD_CLOEXEC)
+    os.ftruncate(file, 1 << 40)
+    return file

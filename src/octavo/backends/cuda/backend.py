@@ -1,5 +1,6 @@
 """The CUDA backend: the decoder in Triton kernels, launched as CUDA graphs for all but the largest steps."""
 
+import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -16,11 +17,13 @@ from torch import Tensor
 from octavo.backends.base import Footprint, Progress, StepBatch, StepResult
 from octavo.errors import ConfigError
 from octavo.model.decoder import describe
+from octavo.model.shard import Shard
 from octavo.model.spans import ORDER
 from octavo.model.spec import DecoderSpec
 from octavo.weights.tensor import Parameter
 
 from .check import Limits
+from .collectives import Group
 from .compiling import compile_kernels
 from .device import architecture, find_device, name_of, or_out_of_memory
 from .first_steps import chunk, decode, step_of_every_kind
@@ -30,9 +33,9 @@ from .inputs import Inputs, Labels, StepInputs
 from .kernels.rope_and_cache import rotary_table
 from .kernels.sampler import sample
 from .kernels.sampling_arrays import Sampled
-from .memory import estimated_step_bytes, measure_steps
-from .ops import CudaOps, Model, spans_of
-from .pages import Pages, bytes_of_page
+from .memory import EXCHANGE, DeviceMemory, estimated_step_bytes, measure_steps, memory_of
+from .ops import CudaOps, Model, check_ranks, spans_of, spans_of_shard
+from .pages import Pages, bytes_of_page, heads_of_page
 from .pooling import pooled_sums
 from .roofline import Meter
 from .staging import fetch
@@ -71,7 +74,7 @@ class CudaBackend:
 
     def __init__(
         self,
-        spec: DecoderSpec,
+        shard: Shard,
         weights: Weights,
         *,
         page_size: int,
@@ -80,15 +83,19 @@ class CudaBackend:
         max_model_len: int,
         int8_kv: bool = False,
         capture_seconds: float = 20.0,
+        group: Group | None = None,
     ):
         """Make the backend of weights that are on a device.
 
         Args:
+            shard: the part of the model that it computes.
             capture_seconds: how long allocate_kv captures graphs. With 0 each step captures what it is the first to
                 need.
+            group: the ranks, if the model is divided. All of them make the same calls in the same order.
         """
         device = _tensor(weights["embed"]).device
-        self.spec, self.page_size, self.page_bytes = spec, page_size, bytes_of_page(spec, page_size, int8_kv)
+        spec, self._part = shard.whole, shard.spec
+        self.spec, self.page_size, self.page_bytes = spec, page_size, bytes_of_page(self._part, page_size, int8_kv)
         self.arithmetic = _arithmetic(device, spans_of(spec), recipe_of(weights), "int8" if int8_kv else "bf16")
         held = sum(nbytes(weight) for weight in weights.values())
         self.footprint = Footprint(f"Triton on {name_of(device)}", held, self.page_bytes)
@@ -101,20 +108,64 @@ class CudaBackend:
         with self._on_stream(), or_out_of_memory("the steps' arrays do not fit beside the weights", _SMALLER):
             rotary = torch.from_numpy(rotary_table(spec.rope.frequencies(spec.head_dim), max_model_len)).to(device)
             self._logits = torch.empty((self._shapes.most_sampled, spec.vocab_size), dtype=torch.float32, device=device)
-            self._inputs = Inputs(spec, page_size, max_model_len, self._shapes, device, int8_kv)
+            self._inputs = Inputs(self._part, page_size, max_model_len, self._shapes, device, int8_kv)
             self._norm = _tensor(weights["norm"]).float().cpu().numpy()
-        self._model = Model(spec, weights, rotary)
-        self.meter = Meter(spec, weights, page_size, self.page_bytes, name_of(device))
+        self._model = Model(shard, weights, rotary, group)
+        self.meter = Meter(self._part, weights, page_size, self.page_bytes, name_of(device))
         self._graphs = None if self._stream is None else Graphs(self._forward)
 
+    @property
+    def memory(self) -> DeviceMemory:
+        """The memory of the device."""
+        return memory_of(self._logits.device)
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the kernels run on a GPU, not in Triton's interpreter."""
+        return self._stream is not None
+
     def allocate_kv(self, num_pages: int) -> None:
-        device = self._logits.device
-        with self._on_stream(), or_out_of_memory(f"{num_pages} KV pages and CUDA graphs do not fit", _SMALLER):
-            self._pages = Pages(self.spec, self.page_size, num_pages, self._int8_kv, device)
-            self._limits = replace(self._limits, num_pages=num_pages)
-            if self._graphs is not None and self._capture_seconds > 0:
-                self._graphs.capture(self._shapes.first, self._first, self._capture_seconds)
+        self.allocate_pages(num_pages)
+        self.capture_graphs()
         self.step(step_of_every_kind())
+
+    def allocate_pages(self, num_pages: int) -> None:
+        """Allocate the KV pool, as the first part of allocate_kv. Raises OutOfMemory."""
+        device = self._logits.device
+        with self._on_stream(), or_out_of_memory(f"{num_pages} KV pages do not fit", _SMALLER):
+            self._pages = Pages(self._part, self.page_size, num_pages, self._int8_kv, device)
+            self._limits = replace(self._limits, num_pages=num_pages)
+
+    def capture_graphs(self, before: Callable[[int], None] = lambda number: None) -> None:
+        """Capture CUDA graphs until the time is over, as the second part of allocate_kv. Raises OutOfMemory.
+
+        Args:
+            before: told the number of each graph before it is captured, so that other ranks can `capture` it too.
+        """
+        end = time.monotonic() + self._capture_seconds
+        for number in range(len(self._shapes.first) if self._graphs is not None else 0):
+            if time.monotonic() > end:
+                break
+            before(number)
+            self.capture(number)
+
+    def capture(self, number: int) -> None:
+        """Capture a graph of `capture_graphs`."""
+        assert self._graphs is not None, "there are graphs on a GPU only"
+        with self._on_stream(), or_out_of_memory("CUDA graphs do not fit beside weights and KV pages", _SMALLER):
+            self._graphs.capture(self._first(self._shapes.first[number]))
+
+    def heads_of_page(self, content: np.ndarray, spec: DecoderSpec | None = None) -> list[np.ndarray]:
+        """Return views of a page's content by head: uint8 [layers, 2, kv_heads, bytes], for int8 those of scales too.
+
+        Args:
+            spec: the sizes of the model to which the page belongs; by default those of this part.
+        """
+        return heads_of_page(content, spec or self._part, self.page_size, self._int8_kv)
+
+    def check(self, batch: StepBatch) -> None:
+        """Raise ValueError if a step reaches outside of the model or the pool."""
+        self._limits.check(batch)
 
     def export_page(self, page: int) -> np.ndarray:
         return self._kv.export(page)
@@ -164,14 +215,14 @@ class CudaBackend:
 
     def _run(self, batch: StepBatch) -> tuple[Tensor, Tensor | None, StepInputs]:
         """Launch the forward pass. Returns the logits of the sampled rows and, with a PoolingBatch, what it sums."""
-        self._limits.check(batch)
+        self.check(batch)
         inputs = self._inputs.send(batch, graph=self._graphs is not None and batch.pooling is None)
         if self._graphs is not None and inputs.shape is not None:
             return self._graphs.replay(inputs)[: len(batch.sample_rows)], None, inputs
         if len(batch.tokens) == 0:
             return self._logits[:0], None, inputs
         ops = CudaOps(self._model, self._kv.pool, inputs, self._logits)
-        return _tensor(describe(self.spec, ops)), ops.pooled, inputs
+        return _tensor(describe(self._part, ops)), ops.pooled, inputs
 
     @torch.inference_mode()
     def warm_up(self, alive: Callable[[], None]) -> None:
@@ -184,7 +235,7 @@ class CudaBackend:
         """
         device, most = self._logits.device, self._limits.max_batch_tokens
         with self._on_stream(), or_out_of_memory(f"a step of {most} tokens does not fit beside the weights", _SMALLER):
-            self._pages = Pages(self.spec, self.page_size, 1, self._int8_kv, device)
+            self._pages = Pages(self._part, self.page_size, 1, self._int8_kv, device)
             graphs = [partial(self._first_step, shape) for shape in self._shapes.of_each_power]
             eager: list[Callable[[], object]] = [self._sample_in_all_ways]
             if most > MOST_ROWS:
@@ -192,7 +243,8 @@ class CudaBackend:
             compile_kernels([*graphs, *eager], device, alive)
             if device.type == "cuda":
                 eager.append(partial(self._forward_eagerly, most))
-                self.footprint = replace(self.footprint, step_bytes=measure_steps(eager, graphs, device))
+                step_bytes = measure_steps(eager, graphs, device) + (EXCHANGE if self._model.group else 0)
+                self.footprint = replace(self.footprint, step_bytes=step_bytes)
             self._pages = None
 
     def _forward_eagerly(self, rows: int) -> None:
@@ -215,7 +267,7 @@ class CudaBackend:
 
     @torch.inference_mode()
     def _forward(self, inputs: StepInputs) -> Tensor:
-        return _tensor(describe(self.spec, CudaOps(self._model, self._kv.pool, inputs, self._logits)))
+        return _tensor(describe(self._part, CudaOps(self._model, self._kv.pool, inputs, self._logits)))
 
     def _pending(
         self, batch: StepBatch, sampled: Sampled, logits: Tensor, pooled: Tensor | None, labels: Labels | None
@@ -266,22 +318,68 @@ def load(
         ConfigError: a setting is not one of the above, or there is no such GPU.
         DamagedWeights, OutOfMemory, UnsupportedModel
     """
+    shard = Shard(spec)
+    weights = load_part(shard, parameters, dtype=dtype, quantization=quantization, device=device, progress=progress)
+    read = sum(parameter.nbytes for parameter in parameters.values())
+    return make_part(
+        shard, weights, None, alive=partial(progress, read, read), page_size=page_size, kv_cache_dtype=kv_cache_dtype,
+        max_batch_tokens=max_batch_tokens, max_batch_size=max_batch_size, max_model_len=max_model_len,
+    )  # fmt: skip
+
+
+def load_part(
+    shard: Shard,
+    parameters: Mapping[str, Parameter],
+    *,
+    dtype: str,
+    quantization: str,
+    device: str,
+    progress: Progress,
+    **_: Any,
+) -> Weights:
+    """Put the weights of a part of a model on the device: the first half of `load`.
+
+    Args:
+        parameters: those of the whole model.
+    """
     _check_settings(dtype)
     found = find_device(device)
     if found.type == "cuda":
         torch.cuda.set_device(found)
+    return load_weights(shard.parameters(parameters), found, progress, quantization, spans_of_shard(shard))
+
+
+def make_part(
+    shard: Shard,
+    weights: Weights,
+    group: Group | None,
+    *,
+    alive: Callable[[], None],
+    page_size: int,
+    max_batch_tokens: int,
+    max_batch_size: int,
+    max_model_len: int,
+    kv_cache_dtype: str,
+    **_: Any,
+) -> CudaBackend:
+    """Return the backend of a part of a model, with its kernels compiled: the second half of `load`.
+
+    Args:
+        group: see CudaBackend.
+        alive: called after each kernel.
+    """
     made = CudaBackend(
-        spec,
-        load_weights(parameters, found, progress, quantization, spans_of(spec)),
+        shard,
+        weights,
         page_size=page_size,
         max_batch_tokens=max_batch_tokens,
         max_batch_size=max_batch_size,
         max_model_len=max_model_len,
         int8_kv=kv_cache_dtype == "int8",
+        group=group,
     )
-    if found.type == "cuda":
-        read = sum(parameter.nbytes for parameter in parameters.values())
-        made.warm_up(partial(progress, read, read))
+    if made.on_gpu:
+        made.warm_up(alive)
     return made
 
 
@@ -296,14 +394,21 @@ def footprint(
     quantization: str,
     device: str,
     kv_cache_dtype: str = "bf16",
+    ranks: int = 1,
     **_: Any,
 ) -> Footprint:
-    """Return the footprint of the backend that `load` would return, without reading weights. Raises ConfigError."""
+    """Return the footprint of the backend that `load` would return, without reading weights. Raises ConfigError.
+
+    Args:
+        ranks: GPUs over which the model is divided. The footprint is then that of the first.
+    """
     _check_settings(dtype)
     check_stored(parameters, quantization)
-    weights = bytes_of_weights(parameters, quantization)
-    page = bytes_of_page(spec, page_size, kv_cache_dtype == "int8")
-    steps = estimated_step_bytes(spec, max_batch_tokens, max_batch_size)
+    check_ranks(spec, ranks)
+    shard = Shard(spec, 0, ranks)
+    weights = bytes_of_weights(shard.parameters(parameters), quantization)
+    page = bytes_of_page(shard.spec, page_size, kv_cache_dtype == "int8")
+    steps = estimated_step_bytes(shard.spec, max_batch_tokens, max_batch_size) + (EXCHANGE if ranks > 1 else 0)
     return Footprint(f"Triton on {name_of(find_device(device))}", weights, page, steps)
 
 

@@ -30,6 +30,39 @@ def find_device(name: str) -> torch.device:
     return torch.device("cuda", index)
 
 
+def devices_of_ranks(name: str, ranks: int) -> list[str]:
+    """Return the devices of the ranks of a model: the one that a setting names, and those after it.
+
+    Raises ConfigError if there are not as many.
+    """
+    if interpreting():
+        return [name] * ranks
+    first, count = find_device(name).index or 0, torch.cuda.device_count()
+    if first + ranks > count:
+        raise ConfigError(
+            f"tensor_parallel_size {ranks} needs as many GPUs, and PyTorch finds {count}"
+            + (f" from cuda:0 on, of which the first {first} are not for this engine" if first else "")
+        )
+    return [f"cuda:{first + rank}" for rank in range(ranks)]
+
+
+def place_engine(name: str, ranks: int, number: int, engines: int) -> tuple[str, int]:
+    """Return the first device of an engine, and how many engines share it.
+
+    With `auto` and `cuda` each engine has GPUs of its own as long as there are some, then they share them evenly; with
+    cuda:N all engines are on the same ones.
+
+    Args:
+        number: that of the engine, from 0.
+        engines: how many there are.
+    """
+    places = 0 if interpreting() else torch.cuda.device_count() // ranks
+    if name not in ("auto", "cuda") or not places:
+        return name, engines
+    place = number % places
+    return f"cuda:{place * ranks}", len(range(place, engines, places))
+
+
 def name_of(device: torch.device) -> str:
     """Return the name of the device, for people."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "Triton's interpreter"

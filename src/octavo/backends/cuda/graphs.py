@@ -1,7 +1,6 @@
 """CUDA graphs: a step's kernels, recorded once for each size of a step, and launched in one call."""
 
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -23,8 +22,8 @@ class _Graph:
 class Graphs:
     """The graphs captured so far. Their tensors share one pool of memory.
 
-    As many as the time limit allows are captured at start; others when a step needs them. The inputs of all steps of a
-    shape must lie at the same addresses.
+    A step captures the graph that it is the first to need. The inputs of all steps of a shape must lie at the same
+    addresses.
     """
 
     def __init__(self, forward: Forward):
@@ -32,19 +31,9 @@ class Graphs:
         self._graphs: dict[GraphShape, _Graph] = {}
         self._pool = torch.cuda.graph_pool_handle()
 
-    def capture(self, shapes: Iterable[GraphShape], inputs: Callable[[GraphShape], StepInputs], seconds: float) -> int:
-        """Capture graphs of these shapes, for about `seconds`. Returns how many there are.
-
-        Args:
-            inputs: returns the inputs of a step of a shape. None of its tensors may be empty: an empty tensor has no
-                address.
-        """
-        end = time.monotonic() + seconds
-        for shape in shapes:
-            if time.monotonic() > end:
-                break
-            self._graph(inputs(shape))
-        return len(self._graphs)
+    def capture(self, inputs: StepInputs) -> None:
+        """Capture the graph of a step's shape. None of its tensors may be empty: an empty tensor has no address."""
+        self._graph(inputs)
 
     def replay(self, inputs: StepInputs) -> Tensor:
         """Run a step that has a shape. Returns the logits."""

@@ -16,6 +16,7 @@ from .device import find_device
 # What PyTorch does not count: the CUDA context, the kernels' code, the graphs' lists of kernels. An allowance, as it
 # cannot be measured before the graphs are captured.
 OUTSIDE = 1 << 30
+EXCHANGE = 1 << 29  # as much again for NCCL's buffers, if the model is divided
 _LEAST_SHARE_STEP = 0.01
 
 

@@ -1,15 +1,19 @@
 """The op vocabulary over the Triton kernels: launches the kernels of one step on the current stream."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from math import gcd
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from octavo.errors import ConfigError
+from octavo.model.shard import Shard, divides_heads, sizes_for
 from octavo.model.spans import UNIT, span_ends
 from octavo.model.spec import DecoderSpec
 
+from .collectives import Group
 from .inputs import StepInputs
 from .kernels import four_bit_linear
 from .kernels.attention import attention
@@ -30,13 +34,36 @@ class Model:
     """A model on the device.
 
     Attributes:
+        shard: which part of the model it is.
         weights: by the names of model/decoder.py: bfloat16, or integers for matrices of linear layers (weights.py).
         rotary: float32 [positions, 2, head_dim / 2], cosines and sines.
+        group: the ranks, if there are several.
     """
 
-    spec: DecoderSpec
+    shard: Shard
     weights: Weights
     rotary: Tensor
+    group: Group | None = None
+
+    @cached_property
+    def spec(self) -> DecoderSpec:
+        """Return the sizes of this part."""
+        return self.shard.spec
+
+    @cached_property
+    def spans(self) -> dict[str, int]:
+        """Return in how many spans `out` and `down` of this part sum."""
+        return spans_of_shard(self.shard)
+
+    @cached_property
+    def columns(self) -> dict[str, list[range]]:
+        """Return which of the outputs each rank has, of the weights that are divided by rows, by kind."""
+        found = {}
+        for weight in ("embed", "layers.0.qkv", "layers.0.out"):
+            outputs = [replace(self.shard, rank=rank).outputs(weight) for rank in range(self.shard.size)]
+            starts = [start for start, _ in outputs]
+            found[_kind(weight)] = list(map(range, starts, [*starts[1:], outputs[0][1]]))
+        return found | {"head": found["embed"]}
 
 
 @dataclass
@@ -88,13 +115,16 @@ class CudaOps:
         """Prepare a step that writes its logits to the first rows of `logits`, float32 [R or more, vocab]."""
         self.model, self.spec, self.weights = model, model.spec, model.weights
         self.pool, self.inputs, self._logits = pool, inputs, logits
-        self._spans = spans_of(model.spec)
+        self._spans = model.spans
         self._int8 = isinstance(model.weights["layers.0.qkv"], Int8Rows)
         self.pooled: Tensor | None = None  # the residual stream that pool_rows was called with, [N, hidden]
 
     def embed(self, weight: str) -> Handle:
         out = self._new(len(self.inputs.tokens), self.spec.hidden_size, torch.float32)
-        embed(self.inputs.tokens, self.inputs.kept, _tensor(self.weights[weight]), out)
+        first = self.model.columns["embed"][self.model.shard.rank].start
+        embed(self.inputs.tokens, self.inputs.kept, _tensor(self.weights[weight]), out, first=first)
+        if self.model.group is not None:
+            self.model.group.fill(out)
         return Residual(out)
 
     def norm(self, x: Handle, weight: str) -> Handle:
@@ -123,13 +153,13 @@ class CudaOps:
     def linear(self, x: Handle, weight: str, bias: bool = False, residual: Handle | None = None) -> Handle:
         matrix = self.weights[weight]
         vector = _tensor(self.weights[weight + ".bias"]) if bias else None
-        kind = weight.rpartition(".")[2]
+        kind = _kind(weight)
         if kind == "gate_up":
             assert isinstance(x, Tensor | Int8Rows)
             return GateUp(x, matrix, vector)
         if residual is None:
             out = self._new(self._rows, _outputs(matrix), torch.float32)
-            self._multiply(x, matrix, out, vector, None)
+            self._multiply(x, matrix, out, vector, None, self._spans.get(kind, 1))
             return out
         stream = _stream(residual)
         if isinstance(matrix, Int8Rows):
@@ -149,14 +179,42 @@ class CudaOps:
                 linear(rows, matrix, stream, bias=vector, residual=stream, spans=spans)
         return Residual(stream, partials, vector)
 
-    def _multiply(self, x: Handle, matrix: Matrix, out: Tensor, bias: Tensor | None, residual: Tensor | None) -> None:
+    def _multiply(
+        self, x: Handle, matrix: Matrix, out: Tensor, bias: Tensor | None, residual: Tensor | None, spans: int = 1
+    ) -> None:
         """Compute out = x matrixᵀ + bias + residual."""
         if isinstance(matrix, Int8Rows):
             integer_linear(_int8(x, matrix.spans), matrix, out, bias=bias, residual=residual)
         elif isinstance(matrix, FourBits):
-            four_bit_linear.linear(_tensor(x), matrix, out, bias=bias, residual=residual)
+            four_bit_linear.linear(_tensor(x), matrix, out, bias=bias, residual=residual, spans=spans)
         else:
-            linear(_tensor(x), matrix, out, bias=bias, residual=residual)
+            linear(_tensor(x), matrix, out, bias=bias, residual=residual, spans=spans)
+
+    def all_reduce(self, x: Handle, weight: str, bias: bool, residual: Handle) -> Handle:
+        vector = _tensor(self.weights[weight + ".bias"]) if bias else None
+        return Residual(_stream(residual), self._group.all_sums(_tensor(x)), vector)
+
+    def all_gather(self, x: Handle, weight: str, residual: Handle | None = None) -> Handle:
+        part, columns = _tensor(x), self.model.columns[_kind(weight)]
+        width = max(map(len, columns))
+        if part.shape[1] < width:  # of equal sizes, as the exchange needs them
+            part = torch.nn.functional.pad(part, (0, width - part.shape[1]))
+        of_ranks = self._group.all_gather(part)
+        is_head = weight in ("head", "embed")
+        out = self._logits[: len(part)] if is_head else self._new(len(part), columns[-1].stop, torch.float32)
+        for values, place in zip(of_ranks, columns, strict=True):
+            out[:, place.start : place.stop] = values[:, : len(place)]
+        if residual is None:
+            return out
+        return Residual(_stream(residual).add_(out))
+
+    def gather_rows(self, x: Handle) -> Handle:
+        return x  # each rank has computed the attention of all rows
+
+    @property
+    def _group(self) -> Group:
+        assert self.model.group is not None, "only ranks exchange"
+        return self.model.group
 
     def rope_and_cache(self, qkv: Handle, layer: int, q_norm: str | None, k_norm: str | None) -> Handle:
         spec, qkv = self.spec, _tensor(qkv)
@@ -190,8 +248,10 @@ class CudaOps:
         return SampledRows(_stream(x))
 
     def logits(self, x: Handle, weight: str) -> Handle:
-        out = self._logits[: len(self.inputs.sample_rows)]
-        self._multiply(x, self.weights.get(head_of(weight), self.weights[weight]), out, None, None)
+        matrix, rows = self.weights.get(head_of(weight), self.weights[weight]), len(self.inputs.sample_rows)
+        whole = self.model.group is None
+        out = self._logits[:rows] if whole else self._new(rows, _outputs(matrix), torch.float32)
+        self._multiply(x, matrix, out, None, None)
         return out
 
     @property
@@ -210,6 +270,32 @@ def spans_of(spec: DecoderSpec) -> dict[str, int]:
         ends = span_ends(spec, f".{name}")
         found[name] = 1 if ends[-1] % UNIT else gcd(ends[-1] // UNIT, len(ends))
     return found
+
+
+def spans_of_shard(shard: Shard) -> dict[str, int]:
+    """Return in how many spans `out` and `down` of a part of a model sum."""
+    whole = spans_of(shard.whole)
+    cuts_out = divides_heads(shard.whole, shard.size)
+    return {"out": whole["out"] // (shard.size if cuts_out else 1), "down": whole["down"] // shard.size}
+
+
+def check_ranks(spec: DecoderSpec, size: int) -> None:
+    """Raise ConfigError if a model cannot be divided over `size` GPUs: each needs as many equal spans as any other."""
+    sizes = [n for n in sizes_for(spec) if all(count % n == 0 for count in _spans_to_divide(spec, n))]
+    if size not in sizes:
+        raise ConfigError(
+            f"tensor_parallel_size must be {' or '.join(map(str, sizes))} for this model on GPUs, not {size}: its "
+            "layers cannot be divided further into equal parts"
+        )
+
+
+def _spans_to_divide(spec: DecoderSpec, size: int) -> list[int]:
+    spans = spans_of(spec)
+    return [spans["down"], spans["out"]] if divides_heads(spec, size) else [spans["down"]]
+
+
+def _kind(weight: str) -> str:
+    return weight.rpartition(".")[2]
 
 
 def _tensor(handle: Handle | FourBits) -> Tensor:

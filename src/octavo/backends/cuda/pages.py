@@ -2,6 +2,7 @@
 
 import threading
 from contextlib import AbstractContextManager, nullcontext
+from math import prod
 
 import numpy as np
 import torch
@@ -17,6 +18,13 @@ from .memory import memory_of
 def bytes_of_page(spec: DecoderSpec, page_size: int, int8: bool) -> int:
     """Return the bytes of a page, all layers together."""
     return KvPool.page_bytes(spec.num_layers, spec.num_kv_heads, page_size, spec.head_dim, int8)
+
+
+def heads_of_page(content: np.ndarray, spec: DecoderSpec, page_size: int, int8: bool) -> list[np.ndarray]:
+    """Return views of a page's bytes by head (see KvPool): uint8 [layers, 2, kv_heads, bytes] of values; of scales."""
+    heads = spec.num_layers, 2, spec.num_kv_heads
+    values = prod(heads) * page_size * spec.head_dim * (1 if int8 else 2)
+    return [part.reshape(*heads, -1) for part in ((content[:values], content[values:]) if int8 else (content,))]
 
 
 class Pages:

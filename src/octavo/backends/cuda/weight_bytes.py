@@ -3,8 +3,9 @@
 from collections.abc import Mapping
 from math import prod
 
+from octavo.formats.blocks import BLOCK_FORMATS
 from octavo.model.spans import MOST, UNIT
-from octavo.weights.tensor import Parameter
+from octavo.weights.tensor import Parameter, Tensor
 
 _FOUR_BIT_FORMATS = ("Q4_0", "Q4_1", "Q4_K", "W4G32")  # those that stored_integers.py reads
 
@@ -26,8 +27,13 @@ def has_four_bits(parameter: Parameter) -> bool:
     return (
         len(parameter.shape) == 2
         and parameter.shape[1] % UNIT == 0
-        and all(part.format in _FOUR_BIT_FORMATS and part.first_column == 0 for part in parameter.parts)
+        and all(part.format in _FOUR_BIT_FORMATS and _has_whole_blocks(part) for part in parameter.parts)
     )
+
+
+def _has_whole_blocks(part: Tensor) -> bool:
+    """Return whether no block of a tensor's format has columns that the tensor lacks, as a rank's part may."""
+    return part.first_column == 0 and part.shape[1] % BLOCK_FORMATS[part.format].values == 0
 
 
 def four_bit_bytes(parameter: Parameter) -> int:

@@ -175,6 +175,7 @@ def _serve(connection: Connection, heartbeat: Heartbeat, work: int) -> None:
             load.secrets,
             _end_like_rank,
             load.access,
+            load.replica,
         )
     loop = EngineLoop(engine, connection.send, connection.wake)
     heartbeat.loop = loop

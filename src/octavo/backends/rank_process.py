@@ -1,17 +1,18 @@
-"""RankProcess: one of the processes over which a model is divided, as its parent sees it, and their messages.
+"""Members and RankProcess: the processes over which a model is divided, as their parent sees them, and their messages.
 
-Messages are for loading only: steps go through shared memory. A socket pair carries them, so each side notices at once
-when the other ends.
+Messages are for loading only: steps take other ways. A socket pair carries them, so each side notices at once when the
+other ends.
 """
 
 import contextlib
-import os
+import selectors
 import signal
 import socket
 import subprocess
 import sys
+import threading
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from queue import Empty, SimpleQueue
 from typing import Any
 
@@ -26,6 +27,7 @@ SILENCE = 60.0  # seconds without a message after which a rank that loads is giv
 _PATIENCE = 2.0  # seconds for a process to end
 
 Settings = dict[str, Any]
+OnEnd = Callable[[int, str], None]  # told that a member has ended by itself: its exit code, and a line about it
 
 
 class Load(msgspec.Struct, frozen=True, tag=True):
@@ -36,7 +38,7 @@ class Load(msgspec.Struct, frozen=True, tag=True):
         identity: the age identity that opens it, if it is encrypted.
         hide: whether to hide the memory of the process (process_guard.py).
         cores: the processors to run on.
-        settings: the arguments of load_shard.
+        settings: the arguments with which the backend loads the part.
     """
 
     path: str
@@ -57,6 +59,33 @@ class Loaded(msgspec.Struct, frozen=True, tag=True):
 
     weight_bytes: int
     page_bytes: int
+
+
+class Join(msgspec.Struct, frozen=True, tag=True):
+    """All parts are loaded: connect to the other ranks (GPUs only).
+
+    Attributes:
+        place: a file that only the ranks can read, by which they find each other.
+    """
+
+    place: str
+
+
+class Joined(msgspec.Struct, frozen=True, tag=True):
+    """The rank can take steps, once the KV pool is allocated.
+
+    Attributes:
+        step_bytes: see Footprint.
+        total, free: bytes of its GPU's memory.
+        arithmetic: see Backend.
+        kernels: see Footprint; it names the GPU.
+    """
+
+    step_bytes: int
+    total: int
+    free: int
+    arithmetic: str
+    kernels: str
 
 
 class Allocate(msgspec.Struct, frozen=True, tag=True):
@@ -84,8 +113,8 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
         return errors.from_line(self.name, self.text)
 
 
-ToRank = Load | Allocate
-FromRank = Loading | Loaded | Allocated | Failed
+ToRank = Load | Join | Allocate
+FromRank = Loading | Loaded | Joined | Allocated | Failed
 
 
 def receive(connection: socket.socket, kind: Any) -> Any:
@@ -145,7 +174,7 @@ class Member(ABC):
         self.messages.put(message)
         return message is not None
 
-    def next(self) -> Loaded | Allocated:
+    def next(self) -> Loaded | Joined | Allocated:
         """Wait for the next message, but Loading.
 
         Raises what `error` returns if loading has failed or the member has ended, and EngineDead if it is silent for
@@ -173,19 +202,19 @@ class RankProcess(Member):
     """A new process that imports its modules, and then waits for Load. Raises OSError if it cannot be started.
 
     Args:
-        memory: file descriptors of the memory that it shares: those of program.Place.
-        lines: those of program.Place.
+        module: what it runs. The arguments are numbers: the file descriptors of its connection, and of `files`.
+        files: file descriptors that it gets; -1 stands for none.
     """
 
-    def __init__(self, rank: int, memory: Sequence[int], lines: Sequence[int] = ()):
+    def __init__(self, rank: int, module: str, files: Sequence[int]):
         super().__init__(f"rank {rank}")
         self.rank = rank
         self.connection, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
-            numbers = [theirs.fileno(), *memory, *lines]
+            numbers = [theirs.fileno(), *files]
             self._popen = subprocess.Popen(
                 # -P: files in the current folder must not shadow modules.
-                [sys.executable, "-P", "-m", "octavo.backends.cpu.rank_main", *map(str, numbers)],
+                [sys.executable, "-P", "-m", module, *map(str, numbers)],
                 pass_fds=[number for number in numbers if number >= 0],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
@@ -223,8 +252,74 @@ class RankProcess(Member):
         self.connection.close()
 
 
-def share_memory(name: str) -> int:
-    """Return a file descriptor of memory that processes can share. It takes physical memory once it is written."""
-    file = os.memfd_create(f"octavo-{name}", os.MFD_CLOEXEC)
-    os.ftruncate(file, 1 << 40)
-    return file
+class Members:
+    """Those who load parts of a model for this process. Another thread takes in their messages, and notices their end.
+
+    Args:
+        on_end: called, in that thread, when a member has ended by itself, before the steps of the others fail: its
+            exit code, and a line about it. Not if it has said that loading failed: then `wait` and `check` raise its
+            error.
+
+    Attributes:
+        ended: the first member that has ended by itself.
+    """
+
+    def __init__(self, members: Sequence[Member], on_end: OnEnd | None):
+        self.members, self.ended = list(members), None
+        self._on_end, self._ending = on_end, False
+        self._thread = threading.Thread(target=self._watch, name="octavo-ranks", daemon=True)
+
+    ended: Member | None
+
+    def watch(self) -> None:
+        """Start taking in messages."""
+        self._thread.start()
+
+    def send(self, message: Join | Allocate) -> None:
+        for member in self.members:
+            member.send(message)
+
+    def wait(self) -> list[Any]:
+        """Wait for a message of every member, and return them. Raises OctavoError if one has failed or ended."""
+        return [member.next() for member in self.members]
+
+    def check(self) -> None:
+        """Raise the error of a member that has ended while it loaded."""
+        if self.ended is not None:
+            raise self.ended.error()
+
+    def stop(self) -> None:
+        """Make the steps of all return, and all processes end."""
+        self._ending = True
+        self.stop_steps()
+        for member in self.members:
+            member.hang_up()
+
+    def end(self) -> None:
+        """Do as `stop`, and wait until all have ended."""
+        self.stop()
+        self._thread.join()
+        for member in self.members:
+            member.end()
+
+    def stop_steps(self) -> None:
+        """Make the steps that run return, in all members and in this process."""
+
+    def _watch(self) -> None:
+        with selectors.DefaultSelector() as selector:
+            for member in self.members:
+                selector.register(member, selectors.EVENT_READ)
+            while selector.get_map():
+                for key, _ in selector.select():
+                    if not key.fileobj.take_in():  # type: ignore[union-attr]
+                        selector.unregister(key.fileobj)
+                        self._has_ended(key.fileobj)  # type: ignore[arg-type]
+
+    def _has_ended(self, member: Member) -> None:
+        if self._ending:
+            return
+        code, how = member.wait()
+        self.ended = self.ended or member
+        if member.failed is None and self._on_end is not None and not self._ending:
+            self._on_end(code, f"{member.name} has ended: {how}")
+        self.stop_steps()
