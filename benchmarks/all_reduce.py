@@ -1,8 +1,9 @@
 """Time of an all-reduce between the ranks of a model: processes on one machine, or with TCP between them.
 
-Runs a program of many small layers, once with an all-reduce in each and once with the residual alone, in as many
-processes at the same time. Prints the difference per layer, in microseconds, and the time of a program's barriers
-alone (one row, few columns). The machine must be idle.
+Runs programs of few and of many small layers, with an all-reduce in each and with the residual alone, in as many
+processes at the same time. The layers that the longer programs have more give the time of a layer with and without it:
+prints the difference, in microseconds, and the same for one row of few columns, whose all-reduce only waits. What a
+step needs once, such as the embedding, counts in neither. The machine must be idle.
 
     python benchmarks/all_reduce.py --ranks 2 --rows 64 --columns 2048
 
@@ -33,21 +34,24 @@ from octavo.backends.cpu._native import Program, available_isas
 from octavo.backends.cpu.ranks import share_memory
 from octavo.machine import share_of_cores
 
-LAYERS, NARROW, TOKENS = 4, 32, 64
+FEW, MANY, NARROW, TOKENS = 2, 6, 32, 64  # layers; columns; rows of the embedding
 
 
-def make_program(rank: int, ranks: int, file: int, rows: int, columns: int, reduces: bool, lines: list[int]) -> Program:
-    """Return a program of LAYERS narrow layers; with `reduces`, one of several ranks, else one of its own."""
+def make_program(
+    rank: int, ranks: int, file: int | None, rows: int, columns: int, layers: int, lines: list[int]
+) -> Program:
+    """Return a program of narrow layers: one of several ranks, which share the memory `file`; or one of its own."""
+    reduces = file is not None
     program = Program(
         isa=available_isas()[0], processors=[sorted(os.sched_getaffinity(0))], vocab=TOKENS, heads=1, kv_heads=1,
         head_dim=32, layers=1, norm_eps=1e-5, page_size=32, max_rows=rows, max_sampled=1, frequencies=[1.0] * 16,
-        rank=rank, ranks=ranks if reduces else 1, group=file, lines=lines if reduces else [],
+        rank=rank, ranks=ranks if reduces else 1, group=file if reduces else -1, lines=lines if reduces else [],
     )  # fmt: skip
     wide, narrow = (program.vector(np.ones(width, np.float32)) for width in (columns, NARROW))
     table = program.weight(TOKENS, columns)
     inner, outer = program.weight(NARROW, columns), program.weight(columns, NARROW)
     x = program.embed(table, 0, [0, TOKENS] if reduces and lines else [])
-    for _ in range(LAYERS):
+    for _ in range(layers):
         y = program.norm(program.linear(program.norm(x, wide), inner, -1, -1), narrow)
         x = program.all_reduce(program.linear(y, outer, -1, -1), -1, x) if reduces else program.linear(y, outer, -1, x)
     program.finish(program.sampled_rows(x))
@@ -80,19 +84,33 @@ def seconds(program: Program, rows: int, steps: int) -> np.ndarray:
 
 def run(rank: int, ranks: int, files: list[int], rows: int, columns: int, steps: int, lines: list[int]) -> None:
     os.sched_setaffinity(0, share_of_cores(rank, ranks))
-    for (some_rows, some_columns), file in zip(((rows, columns), (1, 64)), files, strict=True):
-        reduced = make_program(rank, ranks, file, some_rows, some_columns, True, lines)
-        alone = make_program(rank, ranks, -1, some_rows, some_columns, False, lines)
-        for program in (reduced, alone):
+    for (some_rows, some_columns), files_of in zip(((rows, columns), (1, 64)), (files[:2], files[2:]), strict=True):
+        programs = [
+            make_program(rank, ranks, shared, some_rows, some_columns, layers, lines)
+            for layers, shared in ((FEW, files_of[0]), (MANY, files_of[1]), (FEW, None), (MANY, None))
+        ]
+        for program in programs:
             seconds(program, some_rows, 3)
-        both = [[seconds(program, some_rows, 1)[0] for program in (reduced, alone)] for _ in range(steps)]
+        times = [[seconds(program, some_rows, 1)[0] for program in programs] for _ in range(steps)]
         if rank == 0:
-            with_it, without = np.array(both).T * 1e6 / LAYERS
-            print(
-                f"{ranks} ranks, {some_rows} x {some_columns} floats: median "
-                f"{np.median(with_it) - np.median(without):.1f} us, best {with_it.min() - without.min():.1f} us; "
-                f"a layer without it takes {np.median(without):.1f} us"
-            )
+            report(f"{ranks} ranks, {some_rows} x {some_columns} floats", np.array(times).T * 1e6)
+
+
+def report(what: str, times: np.ndarray) -> None:
+    """Print the time of an all-reduce.
+
+    Args:
+        times: of each step of the four programs, in microseconds: float64 [4, steps].
+    """
+    of_layer = []
+    for each in (np.median(times, axis=1), times.min(axis=1)):
+        few, many, few_alone, many_alone = each
+        of_layer.append(((many - few) / (MANY - FEW), (many_alone - few_alone) / (MANY - FEW)))
+    (median, without), (best, best_without) = of_layer
+    print(
+        f"{what}: median {median - without:.1f} us, best {best - best_without:.1f} us; a layer without it takes "
+        f"{without:.1f} us"
+    )
 
 
 def connect(address: str, namespaces: list[str]) -> tuple[socket.socket, socket.socket]:
@@ -156,10 +174,10 @@ def main() -> None:
     ends = connect(arguments.address, arguments.namespaces) if arguments.tcp else ()
     lines = [[-1, ends[0].fileno()], [ends[1].fileno(), -1]] if ends else [[]] * arguments.ranks
     size = arguments.rows * arguments.columns * 4
-    files = [share_memory(f"bench-{i}") for i in range(2)]
+    files = [share_memory(f"bench-{i}") for i in range(4)]
 
     def work(rank: int) -> None:
-        own = files if not ends or rank == 0 else [share_memory(f"bench-{i}") for i in range(2)]
+        own = files if not ends or rank == 0 else [share_memory(f"bench-{i}") for i in range(4)]
         run(rank, arguments.ranks, own, arguments.rows, arguments.columns, arguments.steps, lines[rank])
         for each in (1, size) if ends else ():
             there_and_back(rank, ends[rank], each)
