@@ -13,6 +13,7 @@ from octavo.server.config import ServerConfig
 from .autoscaling import Autoscaling
 from .engine import Engine
 from .frontend import Frontend
+from .resources import engine_options
 
 HEALTH_PERIOD = 2.0  # seconds between checks of a replica
 DRAIN = 70.0  # seconds for an engine's requests to move or to finish
@@ -37,8 +38,8 @@ def app(
         frontends: HTTP servers. If one is lost, so are its connections; the others go on.
         server: settings of the HTTP server, named as the flags of `octavo serve`.
         engine_actor: ray_actor_options of engines, such as {"resources": {"big": 1}}. By default, an engine asks for as
-            many CPUs as it has `threads`, or one. With the setting `nnodes`, an engine is divided over so many nodes,
-            each of which has these resources for it.
+            many CPUs as it has `threads`, or one, and with device cuda for its GPUs. With the setting `nnodes`, an
+            engine is divided over so many nodes, each of which has these resources for it.
         frontend_actor: the same for frontends, which ask for no CPU by default.
 
     Raises:
@@ -60,7 +61,7 @@ def app(
         name: serve.deployment(
             name=f"engines of {name}".replace("/", "-"),
             autoscaling_config=scaling.get(name, Autoscaling()).for_serve(),
-            **_placed(config, {"num_cpus": config.threads or 1} | dict(engine_actor or {})),
+            **_placed(config, engine_options(config) | dict(engine_actor or {})),
             max_ongoing_requests=MANY,
             health_check_period_s=HEALTH_PERIOD,
             graceful_shutdown_timeout_s=DRAIN,

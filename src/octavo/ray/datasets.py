@@ -14,12 +14,15 @@ import pyarrow.parquet as pq
 import ray.data
 from pyarrow import fs
 
+from octavo.config import EngineConfig
 from octavo.errors import ConfigError
 from octavo.llm import LLM
 from octavo.params import SamplingParams, StructuredOutputs
 from octavo.server.enrich.answers import CUT_OFF, Answer
 from octavo.server.enrich.columns import Columns, columns_of, text_column
 from octavo.server.enrich.template import Template
+
+from .resources import engine_options
 
 BATCH_ROWS = 256  # that an engine has at a time
 WHITESPACE = " ?"  # between the parts of JSON; small models may fill their answers with more
@@ -85,7 +88,7 @@ def enrich(
         batch_size=batch_rows,
         batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(min_size=least, max_size=most),
-        num_cpus=float(settings.get("threads") or 1),
+        **engine_options(EngineConfig.from_keywords(**settings)),
     )
     rows: int = sum(count["rows"] for count in counts.iter_rows())
     _remove_unfinished(output)
