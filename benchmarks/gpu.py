@@ -1,7 +1,7 @@
 """Check and measure the cuda backend on a GPU in minutes: python benchmarks/gpu.py [--only s,a,b,c,d,e] [--seconds 470]
 
     s  a small model runs at all; if not, again under compute-sanitizer
-    a  bit equality: tiles, chunks, batches, graphs, moved pages
+    a  bit equality: tiles, chunks, batches, graphs, moved pages, ranks
     b  distance from float32 PyTorch on the device
     c  bandwidth and arithmetic of each kernel, and a sweep that writes the table of tiles (tuned.json)
     d  whole models of random weights: decode, prefill, host time per step; real text in 4 bits (--gguf)

@@ -2,16 +2,21 @@
 
 import argparse
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
+import torch
 
 from octavo.backends.base import SamplingBatch, StepBatch
 from octavo.backends.cuda.backend import CudaBackend
 from octavo.backends.cuda.kernels.four_bit_linear import unpack
 from octavo.backends.cuda.kernels.four_bits import FourBits
+from octavo.backends.cuda.weights import Weights
+from octavo.weights.tensor import Parameter, Tensor
 
 from . import attention_tiles, shapes
 from .linear_tiles import FAMILIES, FOUR_BITS, LLAMA_8B, QWEN3_06B, Layer, disagreements, tiles_of
+from .ranks_in_turns import RanksInTurns
 from .report import Report
 from .shapes import backend, random_weights, shortened, step
 
@@ -29,6 +34,9 @@ def run(report: Report, options: argparse.Namespace) -> None:
                 report.check(f"attention {shape}: {what}", different == 0, value)
     with report.attempt("4 bits"):
         four_bits(report)
+    for quantization in ("none", "8bit"):
+        with report.attempt(f"ranks, {quantization}"):
+            divided(report, quantization)
     for layer in (LLAMA_8B[3], FOUR_BITS[3], FOUR_BITS[2], LLAMA_8B[2], LLAMA_8B[0], QWEN3_06B[1]):
         with report.attempt(layer.name):
             tiles(report, layer)
@@ -83,6 +91,37 @@ def four_bits(report: Report) -> None:
     for packed, plain, chunk in zip(*found, (1200, 37, 1), strict=True):
         same(report, f"4 bits against their bfloat16 values, chunks of {chunk}", packed, plain)
         same(report, f"4 bits, chunks of {chunk} against 1,200 at once", packed, found[0][0])
+
+
+def divided(report: Report, quantization: str) -> None:
+    """Compare two layers in Qwen3-0.6B's shapes, divided over two and four ranks, with the whole model."""
+    spec = shortened(shapes.QWEN3_06B, 2)
+    parameters = stored(random_weights(spec))
+    settings: dict[str, Any] = {
+        "page_size": shapes.PAGE_SIZE, "max_batch_tokens": 1536, "max_batch_size": 1200, "max_model_len": 2048,
+        "threads": 0, "dtype": "auto", "quantization": quantization, "device": "cuda", "kv_cache_dtype": "bf16",
+    }  # fmt: skip
+    one = RanksInTurns(spec, parameters, 1, **settings)
+    one.call("allocate_pages", 60)
+    [whole] = one.each(lambda rank: chunked(rank, 1200, PAGES))
+    one.close()
+    for size in (2, 4):
+        ranks = RanksInTurns(spec, parameters, size, **settings)
+        ranks.call("allocate_pages", 60)
+        for chunk, length in ((1200, 1200), (37, 259), (1, 24)):
+            got = ranks.each(lambda rank, chunk=chunk, length=length: chunked(rank, chunk, PAGES, length))[0]
+            same(report, f"{size} ranks, {quantization}, chunks of {chunk}, against one", got, whole)
+        ranks.close()
+
+
+def stored(weights: Weights) -> dict[str, Parameter]:
+    """Return weights in bfloat16 as a file would have them."""
+    parameters = {}
+    for name, weight in weights.items():
+        assert isinstance(weight, torch.Tensor)
+        data = weight.view(torch.int16).cpu().numpy().reshape(len(weight) if weight.dim() > 1 else 1, -1)
+        parameters[name] = Parameter((Tensor(name, tuple(weight.shape), "BF16", data.view(np.uint8)),))
+    return parameters
 
 
 def decode_logits(report: Report, made: CudaBackend, whole: np.ndarray) -> np.ndarray:

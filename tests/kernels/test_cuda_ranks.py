@@ -12,6 +12,8 @@ from triton_interpreter import INTERPRETED, run_interpreted
 torch = pytest.importorskip("torch")
 pytest.importorskip("triton", reason="Triton is not installed; it comes with octavo[cuda]")
 
+from gpu_parts.ranks_in_turns import RanksInTurns  # noqa: E402
+
 from octavo.backends.base import StepBatch  # noqa: E402
 from octavo.backends.cuda import collectives, device  # noqa: E402
 from octavo.backends.cuda.backend import load as load_cuda  # noqa: E402
@@ -24,7 +26,6 @@ from octavo.model import describe_model  # noqa: E402
 from octavo.model.spec import DecoderSpec  # noqa: E402
 from octavo.weights import open_checkpoint  # noqa: E402
 from random_model import PLAIN, TOKENS, load, random_parameters  # noqa: E402
-from ranks_in_turns import RanksInTurns  # noqa: E402
 from step_batches import run_chunks, sampling_batch, step_batch  # noqa: E402
 from tiny_gguf import write_gguf  # noqa: E402
 from tiny_models import save_tiny_model  # noqa: E402

@@ -1,21 +1,22 @@
-"""Ranks of the cuda backend as threads of one process, of which one computes at a time.
+"""Ranks of the cuda backend as threads of one process, of which one computes at a time, on one device.
 
-Triton's interpreter runs one kernel at a time. The exchanges of octavo.backends.cuda.collectives.Group go through
-memory here; those through gloo are tested with real processes.
+So the bits of a divided model can be compared where there is one GPU, or Triton's interpreter, which runs one kernel at
+a time. Exchanges go through memory here, instead of NCCL or gloo.
 """
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from octavo.backends.cuda.backend import CudaBackend, load_part, make_part
+from octavo.backends.cuda.backend import CudaBackend, load_part
 from octavo.backends.cuda.collectives import Group
 from octavo.model.shard import Shard
 from octavo.model.spec import DecoderSpec
+from octavo.weights.tensor import Parameter
 
 
 class Turns:
@@ -27,18 +28,18 @@ class Turns:
 
 
 class TurnsGroup(Group):
-    """A Group of threads. What it returns is the same as with gloo."""
+    """A Group of threads."""
 
     def __init__(self, rank: int, size: int, turns: Turns):
         self.rank, self.size, self._turns = rank, size, turns
 
     def _give(self, x: Tensor) -> list[Tensor]:
         turns = self._turns
-        turns.given[self.rank] = x.clone()
+        turns.given[self.rank] = _computed(x.clone())
         turns.computes.release()
         try:
             turns.barrier.wait()
-            given = [tensor.clone() for tensor in turns.given]
+            given = [_computed(tensor.clone()) for tensor in turns.given]
             turns.barrier.wait()
         finally:
             turns.computes.acquire()
@@ -55,30 +56,49 @@ class TurnsGroup(Group):
 
 
 class RanksInTurns:
-    """All ranks of a model. Calls go to each of them; the result is that of rank 0, and must be the same in all."""
+    """All ranks of a model, without CUDA graphs. Calls go to each of them.
 
-    def __init__(self, spec: DecoderSpec, parameters: Any, size: int, **settings: Any):
+    Args:
+        settings: the arguments of a BackendFactory.
+    """
+
+    def __init__(self, spec: DecoderSpec, parameters: Mapping[str, Parameter], size: int, **settings: Any):
         self._turns = Turns(size)
         self._threads = ThreadPoolExecutor(size)
-        groups = [TurnsGroup(rank, size, self._turns) for rank in range(size)]
+        sizes = {name: settings[name] for name in ("page_size", "max_batch_tokens", "max_batch_size", "max_model_len")}
+        int8_kv = settings["kv_cache_dtype"] == "int8"
 
         def load(group: TurnsGroup) -> CudaBackend:
             shard = Shard(spec, group.rank, size)
             weights = load_part(shard, parameters, progress=lambda done, total: None, **settings)
-            return make_part(shard, weights, group, alive=lambda: None, **settings)
+            made = CudaBackend(shard, weights, **sizes, int8_kv=int8_kv, group=group)
+            made._graphs = None
+            return made
 
-        self.ranks = self._each(groups, load)
+        self.ranks = self._in_turns([TurnsGroup(rank, size, self._turns) for rank in range(size)], load)
 
     def call(self, name: str, *arguments: Any) -> list[Any]:
         """Return what a method returns in each rank."""
-        return self._each(self.ranks, lambda rank: getattr(rank, name)(*arguments))
+        return self.each(lambda rank: getattr(rank, name)(*arguments))
+
+    def each(self, function: Callable[[CudaBackend], Any]) -> list[Any]:
+        """Return what a function returns for each rank. It may call methods of the backend."""
+        return self._in_turns(self.ranks, function)
 
     def close(self) -> None:
+        self.call("close")
         self._threads.shutdown()
 
-    def _each(self, items: list[Any], function: Callable[[Any], Any]) -> list[Any]:
+    def _in_turns(self, items: list[Any], function: Callable[[Any], Any]) -> list[Any]:
         def in_turn(item: Any) -> Any:
             with self._turns.computes:
                 return function(item)
 
         return [future.result() for future in [self._threads.submit(in_turn, item) for item in items]]
+
+
+def _computed(x: Tensor) -> Tensor:
+    """Wait until x is computed, for use on other streams."""
+    if x.device.type == "cuda":
+        torch.cuda.current_stream(x.device).synchronize()
+    return x
