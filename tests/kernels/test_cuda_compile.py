@@ -30,10 +30,12 @@ FAMILIES = ("swapped", "plain", "hmma")
 ROWS = (1, 32, 64, 128, 2048)
 
 
-def compile_linear(tile: Tile, spans: int, capability: int, integer: bool = False) -> Compiled:
+def compile_linear(
+    tile: Tile, spans: int, capability: int, integer: bool = False, inputs: int | None = None
+) -> Compiled:
     types = (INT8 if integer else TYPES) | {"out": "*fp32" if spans > 1 else "*bf16"}
     here = tile.spans_here(spans)
-    constants = {"K": 14336 if spans > 1 else 4096, "SPANS": spans, "bias": None, **tile.constants}
+    constants = {"K": inputs or (14336 if spans > 1 else 4096), "SPANS": spans, "bias": None, **tile.constants}
     constants |= {"BLOCK_K": integer_linear.BLOCK_K} if integer else {"x_scale": None, "weight_scale": None}
     if spans == 1 or here < spans:
         constants["residual"] = None
@@ -122,6 +124,30 @@ def _check_int8(rows: int, capability: int) -> None:
     check(compile_linear(plain, 1, capability, integer=True), plain, capability, instructions=instructions)
     check(compile_linear(spanned, 8, capability, integer=True), spanned, capability, instructions=instructions)
     check(compile_gated(gate, capability, integer=True), gate, capability, instructions=instructions)
+
+
+@pytest.mark.parametrize("ranks, rows, capability", [(4, 1, 90), (8, 64, 80)])
+def test_parts_of_ranks(ranks: int, rows: int, capability: int) -> None:
+    _check_parts(ranks, rows, capability)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+def test_all_parts_of_ranks(ranks: int, rows: int, capability: int) -> None:
+    _check_parts(ranks, rows, capability)
+
+
+def _check_parts(ranks: int, rows: int, capability: int) -> None:
+    """Compile `down` of the 8B shape for one of several ranks."""
+    inputs, spans = 14336 // ranks, 8 // ranks
+    for kind, instructions in (("linear", "HGMMA HMMA"), ("int8", "IGMMA IMMA")):
+        tile = for_chip(choose(kind, 4096, inputs, spans, rows), capability)
+        if spans == 1:
+            tile = replace(tile, groups=1)
+        made = compile_linear(tile, spans, capability, integer=kind == "int8", inputs=inputs)
+        check(made, tile, capability, instructions=instructions)
 
 
 FOUR_BITS = TYPES | {"values": "*u8", "blocks": "i32"}

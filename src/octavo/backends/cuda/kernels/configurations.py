@@ -192,7 +192,9 @@ def _spread(kind: Kind, tile: Tile, spans: int) -> list[Tile]:
         return in_registers
     programs = PROCESSORS * 8 // tile.warps
     in_memory = [
-        replace(tile, waits_in_memory=True, held=held, programs=programs) for held in (4, 2, 1) if spans % held == 0
+        replace(tile, waits_in_memory=True, held=held, programs=programs)
+        for held in (4, 2, 1)
+        if spans % held == 0 and (held == 1 or tile.warps == 8)  # with fewer warps, registers are spilled
     ]
     return [way for way in in_memory if _fits(kind, way, spans)][:1] + in_registers
 
