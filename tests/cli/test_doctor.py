@@ -191,6 +191,10 @@ def test_gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     patched(monkeypatch, _gpu_names=[])
     assert level(host._gpu(EngineConfig())) == "ok"
     assert level(host._gpu(EngineConfig(backend="torch", device="cuda"))) == "stop"
+    patched(monkeypatch, _gpu_names=["NVIDIA Abacus"])
+    monkeypatch.setattr(host.importlib.util, "find_spec", lambda name: object())
+    assert level(host._gpu(EngineConfig(device="cuda"))) == "ok"
+    assert level(host._gpu(EngineConfig(device="cuda", tensor_parallel_size=2))) == "stop"
     monkeypatch.undo()
     (tmp_path / "0000:01").mkdir()
     (tmp_path / "0000:01" / "information").write_text("Model: \t\t NVIDIA Abacus\nIRQ:   36\n")

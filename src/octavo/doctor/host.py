@@ -143,6 +143,9 @@ def _gpu(config: EngineConfig) -> Finding:
     found = ", ".join(names)
     if wanted and importlib.util.find_spec("torch") is None:
         return stop("GPU", f"{found}, but PyTorch is not installed: pip install 'octavo[{config.backend_name}]'")
+    if wanted and len(names) < config.tensor_parallel_size:
+        needed = config.tensor_parallel_size
+        return stop("GPU", f"{found}: tensor_parallel_size {needed} needs {needed} GPUs, use at most {len(names)}")
     used = f"used by the {config.backend_name} backend"
     return ok("GPU", f"{found}: {used if wanted else 'not used; --device cuda uses it'}")
 
