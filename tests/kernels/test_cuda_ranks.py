@@ -6,6 +6,7 @@ import signal
 import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from triton_interpreter import INTERPRETED, run_interpreted
 torch = pytest.importorskip("torch")
 pytest.importorskip("triton", reason="Triton is not installed; it comes with octavo[cuda]")
 
-from octavo.backends.base import StepBatch  # noqa: E402
+from octavo.backends.base import PoolingBatch, StepBatch  # noqa: E402
 from octavo.backends.cuda import collectives, device  # noqa: E402
 from octavo.backends.cuda import ranks as cuda_ranks  # noqa: E402
 from octavo.backends.cuda.backend import load as load_cuda  # noqa: E402
@@ -235,7 +236,7 @@ def test_a_rank_that_ends_is_the_end_of_all(processes: Any) -> None:
 def test_a_model_is_loaded_again_and_an_error_of_rank_0_ends_all(
     processes: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Runs after `processes` have ended."""
+    processes[1].close()
     two = load_two(processes[2])
 
     def fail(batch: StepBatch) -> Any:
@@ -250,7 +251,7 @@ def test_a_model_is_loaded_again_and_an_error_of_rank_0_ends_all(
 
 @on_devices
 def test_a_suspended_rank_is_no_obstacle_to_closing(processes: Any) -> None:
-    """Runs after `processes` have ended."""
+    processes[1].close()
     two = load_two(processes[2])
     os.kill(two._others.processes[0]._popen.pid, signal.SIGSTOP)
     began = time.monotonic()
@@ -275,16 +276,22 @@ def test_an_error_of_a_rank_while_loading_is_that_of_the_engine(
 
 
 def test_messages_keep_every_array() -> None:
-    batch = step_batch([(PROMPT[:3], 0, [1])], [])
+    one, none = np.ones(1, np.int32), np.zeros(0, np.int32)
+    pooling = PoolingBatch(none, one, np.full((1, 4), 0.1), none, one)
+    batch = dataclasses.replace(step_batch([(PROMPT[:3], 0, [1])], []), pooling=pooling)
     decoded = decode(bytearray(encode(Step(batch, True))))
     assert isinstance(decoded, Step) and decoded.only_logits and isinstance(decoded.batch, StepBatch)
-    for field in dataclasses.fields(batch):
-        one, other = getattr(batch, field.name), getattr(decoded.batch, field.name)
-        if isinstance(one, np.ndarray):
-            np.testing.assert_array_equal(other, one)
-            assert other.dtype == one.dtype
-    for field in dataclasses.fields(batch.sampling):
-        np.testing.assert_array_equal(getattr(decoded.batch.sampling, field.name), getattr(batch.sampling, field.name))
+    assert_same_arrays(decoded.batch, batch)
+    assert_same_arrays(decoded.batch.sampling, batch.sampling)
+    assert_same_arrays(decoded.batch.pooling, pooling)
+
+
+def assert_same_arrays(one: Any, other: Any) -> None:
+    for field in dataclasses.fields(other):
+        array, expected = getattr(one, field.name), getattr(other, field.name)
+        if isinstance(expected, np.ndarray):
+            np.testing.assert_array_equal(array, expected)
+            assert (array.dtype, array.shape) == (expected.dtype, expected.shape)
 
 
 def test_sizes_that_cannot_be_divided_are_refused() -> None:
@@ -310,11 +317,16 @@ def test_where_engines_and_ranks_run(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @interpreted
-def test_a_rank_that_ends_while_it_connects(processes: Any, failing: Any) -> None:
+def test_a_rank_that_ends_while_it_connects(processes: Any, failing: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs last, as PyTorch can form no other group in this process then."""
+    processes[1].close()
     failing("Group", "kill")
     with pytest.raises(EngineDead, match="rank 1 has ended while it loaded: killed by SIGKILL"):
         load_two(processes[2])
     with pytest.raises(ConfigError, match="use AsyncLLM or octavo serve"):
+        load_two(processes[2])
+    with monkeypatch.context() as patch, pytest.raises(ConfigError, match=r"cannot be connected.*: no shared memory"):
+        patch.setattr(collectives.Group, "_is_usable", True)
+        patch.setattr(torch.distributed, "init_process_group", Mock(side_effect=RuntimeError("no shared\nmemory")))
         load_two(processes[2])
     assert not children(os.getpid(), b"rank")

@@ -14,7 +14,7 @@ import torch.distributed as distributed
 from torch import Tensor
 from torch._C._distributed_c10d import FileStore
 
-from octavo.errors import ConfigError
+from octavo.errors import ConfigError, shortened
 
 from .kernels.linear import merge
 
@@ -44,7 +44,7 @@ class Group:
         place: file descriptor of an empty memory file that all ranks share, by which they find each other. It must stay
             open until `close` has returned True.
 
-    Raises ConfigError if this process cannot use torch.distributed.
+    Raises ConfigError if this process uses torch.distributed already, or the GPUs cannot be connected.
     """
 
     _is_usable = True  # PyTorch cannot form a group in this process after one that was not formed
@@ -59,15 +59,22 @@ class Group:
         on_gpu = device.type == "cuda"
         for name, value in _SETTINGS.items():
             os.environ.setdefault(name, value)
+        if on_gpu:
+            torch.cuda.set_device(device)  # of this thread
         Group._is_usable = False
-        distributed.init_process_group(
-            "nccl" if on_gpu else "gloo",
-            store=FileStore(f"/proc/self/fd/{place}", size),
-            rank=rank,
-            world_size=size,
-            timeout=_PATIENCE,
-            device_id=device if on_gpu else None,
-        )
+        try:
+            distributed.init_process_group(
+                "nccl" if on_gpu else "gloo",
+                store=FileStore(f"/proc/self/fd/{place}", size),
+                rank=rank,
+                world_size=size,
+                timeout=_PATIENCE,
+                device_id=device if on_gpu else None,
+            )
+        except RuntimeError as error:
+            raise ConfigError(
+                f"the GPUs of the ranks cannot be connected; NCCL_DEBUG=WARN tells more: {shortened(error)}"
+            ) from error
         Group._is_usable = True
         self._device = device
         self._aborting: threading.Thread | None = None

@@ -120,11 +120,13 @@ class RankedBackend:
             return self._own.logits(batch)
 
     def close(self) -> None:
-        if self._own.is_idle:
-            self._own.close()
-        self._others.stop()  # so that a step that waits for another rank ends
-        self._own.close()  # before `end`: freeing NCCL takes until the graphs are gone
-        self._others.end()
+        try:
+            if self._own.is_idle:
+                self._own.close()
+            self._others.stop()  # so that a step that waits for another rank ends
+            self._own.close()  # before `end`: NCCL is not freed until the graphs are gone
+        finally:
+            self._others.end()
 
     @contextlib.contextmanager
     def _lead(self, step: Step) -> Iterator[None]:
@@ -150,9 +152,10 @@ class Ranks(Members):
     """
 
     def __init__(self, size: int, on_end: OnEnd | None):
-        self._place = os.memfd_create("octavo-ranks", os.MFD_CLOEXEC)
+        self._place = os.fdopen(os.memfd_create("octavo-ranks", os.MFD_CLOEXEC), "rb")  # see Group
         self._steps: list[Stream] = []
         self._pages: list[Stream] = []
+        self._asking = threading.Lock()  # one thread at a time asks about pages
         self._stopped, self._problem = threading.Event(), "the engine is closed"
         self._joining: Future[Group] | None = None
         self.group: Group | None = None
@@ -165,16 +168,16 @@ class Ranks(Members):
         self._steps.append(Stream(steps))
         self._pages.append(Stream(pages))
         with their_steps, their_pages:
-            files = their_steps.fileno(), their_pages.fileno(), self._place
+            files = their_steps.fileno(), their_pages.fileno(), self._place.fileno()
             return RankProcess(rank, "octavo.backends.cuda.rank_main", files)
 
     def join(self, device: torch.device) -> Group:
-        """Connect this process and the others. Raises the error of one that ends meanwhile."""
+        """Connect this process and the others, and return the group. Raises the error of one that ends meanwhile."""
         joining = self._joining = Future()
 
         def connect() -> None:
             try:
-                joining.set_result(Group(0, len(self.processes) + 1, self._place, device))
+                joining.set_result(Group(0, len(self.processes) + 1, self._place.fileno(), device))
             except BaseException as error:
                 joining.set_exception(error)
 
@@ -200,8 +203,11 @@ class Ranks(Members):
             stream.receive()
 
     def ask_pages(self, messages: Sequence[ToRank]) -> list[bytearray]:
-        """Ask each rank about its pages, and return the answers."""
-        return [stream.ask(encode(message)) for stream, message in zip(self._pages, messages, strict=True)]
+        """Ask each rank about its pages, and return the answers. From any thread."""
+        with self._asking:
+            for stream, message in zip(self._pages, messages, strict=True):
+                stream.send(encode(message))
+            return [stream.receive() for stream in self._pages]
 
     @contextlib.contextmanager
     def connected(self) -> Iterator[None]:
@@ -236,9 +242,9 @@ class Ranks(Members):
         super().end()
         for stream in (*self._steps, *self._pages):
             stream.close()
-        is_left = self.group.close() if self.group is not None else self._joining is None or self._joining.done()
-        if is_left:
-            os.close(self._place)
+        is_connecting = self._joining is not None and not self._joining.done()
+        if not is_connecting and (self.group is None or self.group.close()):
+            self._place.close()
         self.group = None
 
     def _error(self) -> Exception:
