@@ -1,8 +1,12 @@
 """Ranks of the cuda backend in Triton's interpreter: the same bits for any number of them, in every recipe."""
 
 import dataclasses
+import os
+import signal
+import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -14,18 +18,21 @@ pytest.importorskip("triton", reason="Triton is not installed; it comes with oct
 
 from gpu_parts.ranks_in_turns import RanksInTurns  # noqa: E402
 
-from octavo.backends.base import StepBatch  # noqa: E402
+from octavo.backends.base import PoolingBatch, StepBatch  # noqa: E402
 from octavo.backends.cuda import collectives, device  # noqa: E402
+from octavo.backends.cuda import ranks as cuda_ranks  # noqa: E402
 from octavo.backends.cuda.backend import load as load_cuda  # noqa: E402
 from octavo.backends.cuda.kernels.four_bits import FourBits  # noqa: E402
 from octavo.backends.cuda.ops import check_ranks  # noqa: E402
 from octavo.backends.cuda.rank_messages import Step, decode, encode  # noqa: E402
 from octavo.backends.cuda.ranks import load_ranks  # noqa: E402
-from octavo.errors import ConfigError, EngineDead  # noqa: E402
+from octavo.backends.rank_process import RankProcess  # noqa: E402
+from octavo.errors import ConfigError, EngineDead, OutOfMemory  # noqa: E402
 from octavo.model import describe_model  # noqa: E402
 from octavo.model.spec import DecoderSpec  # noqa: E402
 from octavo.weights import open_checkpoint  # noqa: E402
 from random_model import PLAIN, TOKENS, load, random_parameters  # noqa: E402
+from rank_requests import children  # noqa: E402
 from step_batches import run_chunks, sampling_batch, step_batch  # noqa: E402
 from tiny_gguf import write_gguf  # noqa: E402
 from tiny_models import save_tiny_model  # noqa: E402
@@ -132,6 +139,42 @@ def test_four_bits_that_a_rank_cannot_keep_give_the_same_bits(tmp_path: Path) ->
     ranks.close()
 
 
+@pytest.fixture
+def failing(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Return a function that lets a function of rank_main fail in the ranks that are started from now on."""
+    start, support = RankProcess.__init__, Path(__file__).parents[1] / "support"
+
+    def choose(function: str, by: str = "raise") -> None:
+        monkeypatch.setenv("FAILING_FUNCTION", function)
+        monkeypatch.setenv("FAILING_BY", by)
+
+    monkeypatch.setenv("PYTHONPATH", str(support))
+    monkeypatch.setattr(RankProcess, "__init__", lambda self, rank, _, files: start(self, rank, "failing_rank", files))
+    return choose
+
+
+@interpreted
+@pytest.mark.parametrize(
+    "function", ["make_part", "CudaBackend.allocate_pages", "CudaBackend.launch", "CudaBackend.export_page"]
+)
+def test_the_error_of_a_rank_is_that_of_the_engine(
+    function: str, failing: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda_ranks, "step_of_every_kind", lambda: step_batch([]))  # is done in no time
+    path, before = save_tiny_model("llama-ranks", tmp_path), children(os.getpid(), b"rank")
+    failing(function)
+    with pytest.raises(OutOfMemory, match=r"this does not fit \(rank 1\)"):
+        two = load_two(path)
+        try:
+            two.allocate_kv(2)
+            two.step(step_batch([([5], 0, [0])]) if function == "CudaBackend.launch" else step_batch([]))
+            two.export_page(0)
+        finally:
+            two.close()
+    assert children(os.getpid(), b"rank") == before
+    assert not torch.distributed.is_initialized()
+
+
 @pytest.fixture(scope="module")
 def processes(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A model as one backend, and as two ranks that are processes and exchange through gloo."""
@@ -184,6 +227,38 @@ def test_a_rank_that_ends_is_the_end_of_all(processes: Any) -> None:
     with pytest.raises(EngineDead, match="ranks of the engine have been stopped"):
         for _ in range(1000):
             two.step(step_batch([(PROMPT[:1], 0, [0])]))
+    for call in (lambda: two.export_page(0), lambda: two.copy_page(0, 1), lambda: two.step(step_batch([]))):
+        with pytest.raises(EngineDead, match="killed by SIGKILL"):
+            call()
+    two.close()
+
+
+@on_devices
+def test_a_model_is_loaded_again_and_an_error_of_rank_0_ends_all(
+    processes: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    processes[1].close()
+    two = load_two(processes[2])
+
+    def fail(batch: StepBatch) -> Any:
+        raise OutOfMemory("no memory in rank 0")
+
+    monkeypatch.setattr(two._own, "launch", fail)
+    for _ in range(2):
+        with pytest.raises(EngineDead, match="the ranks of the engine have been stopped: no memory in rank 0"):
+            two.step(step_batch([]))
+    two.close()
+
+
+@on_devices
+def test_a_suspended_rank_is_no_obstacle_to_closing(processes: Any) -> None:
+    processes[1].close()
+    two = load_two(processes[2])
+    os.kill(two._others.processes[0]._popen.pid, signal.SIGSTOP)
+    began = time.monotonic()
+    two.close()
+    assert time.monotonic() - began < 8
+    assert not children(os.getpid(), b"rank")
 
 
 @on_devices
@@ -202,16 +277,22 @@ def test_an_error_of_a_rank_while_loading_is_that_of_the_engine(
 
 
 def test_messages_keep_every_array() -> None:
-    batch = step_batch([(PROMPT[:3], 0, [1])], [])
+    one, none = np.ones(1, np.int32), np.zeros(0, np.int32)
+    pooling = PoolingBatch(none, one, np.full((1, 4), 0.1), none, one)
+    batch = dataclasses.replace(step_batch([(PROMPT[:3], 0, [1])], []), pooling=pooling)
     decoded = decode(bytearray(encode(Step(batch, True))))
     assert isinstance(decoded, Step) and decoded.only_logits and isinstance(decoded.batch, StepBatch)
-    for field in dataclasses.fields(batch):
-        one, other = getattr(batch, field.name), getattr(decoded.batch, field.name)
-        if isinstance(one, np.ndarray):
-            np.testing.assert_array_equal(other, one)
-            assert other.dtype == one.dtype
-    for field in dataclasses.fields(batch.sampling):
-        np.testing.assert_array_equal(getattr(decoded.batch.sampling, field.name), getattr(batch.sampling, field.name))
+    assert_same_arrays(decoded.batch, batch)
+    assert_same_arrays(decoded.batch.sampling, batch.sampling)
+    assert_same_arrays(decoded.batch.pooling, pooling)
+
+
+def assert_same_arrays(one: Any, other: Any) -> None:
+    for field in dataclasses.fields(other):
+        array, expected = getattr(one, field.name), getattr(other, field.name)
+        if isinstance(expected, np.ndarray):
+            np.testing.assert_array_equal(array, expected)
+            assert (array.dtype, array.shape) == (expected.dtype, expected.shape)
 
 
 def test_sizes_that_cannot_be_divided_are_refused() -> None:
@@ -234,3 +315,19 @@ def test_where_engines_and_ranks_run(monkeypatch: pytest.MonkeyPatch) -> None:
         device.devices_of_ranks("cuda", 8)
     with pytest.raises(ConfigError, match="the first 3 are not for this engine"):
         device.devices_of_ranks("cuda:3", 2)
+
+
+@interpreted
+def test_a_rank_that_ends_while_it_connects(processes: Any, failing: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs last, as PyTorch can form no other group in this process then."""
+    processes[1].close()
+    failing("Group", "kill")
+    with pytest.raises(EngineDead, match="rank 1 has ended while it loaded: killed by SIGKILL"):
+        load_two(processes[2])
+    with pytest.raises(ConfigError, match="use AsyncLLM or octavo serve"):
+        load_two(processes[2])
+    with monkeypatch.context() as patch, pytest.raises(ConfigError, match=r"cannot be connected.*: no shared memory"):
+        patch.setattr(collectives.Group, "_is_usable", True)
+        patch.setattr(torch.distributed, "init_process_group", Mock(side_effect=RuntimeError("no shared\nmemory")))
+        load_two(processes[2])
+    assert not children(os.getpid(), b"rank")

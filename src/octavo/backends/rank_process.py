@@ -62,13 +62,7 @@ class Loaded(msgspec.Struct, frozen=True, tag=True):
 
 
 class Join(msgspec.Struct, frozen=True, tag=True):
-    """All parts are loaded: connect to the other ranks (GPUs only).
-
-    Attributes:
-        place: a file that only the ranks can read, by which they find each other.
-    """
-
-    place: str
+    """All parts are loaded: connect to the other ranks (GPUs only)."""
 
 
 class Joined(msgspec.Struct, frozen=True, tag=True):
@@ -265,14 +259,10 @@ class Members:
     """
 
     def __init__(self, members: Sequence[Member], on_end: OnEnd | None):
-        self.members, self.ended = list(members), None
+        self.members = list(members)
+        self.ended: Member | None = None
         self._on_end, self._ending = on_end, False
         self._thread = threading.Thread(target=self._watch, name="octavo-ranks", daemon=True)
-
-    ended: Member | None
-
-    def watch(self) -> None:
-        """Start taking in messages."""
         self._thread.start()
 
     def send(self, message: Join | Allocate) -> None:

@@ -173,7 +173,6 @@ class Ranks(Members):
         self.nodes = nodes
         self._stopped, self._lock = threading.Event(), threading.Lock()
         super().__init__([*self.processes, *nodes], on_end)
-        self.watch()
 
     def place(self, processors: Iterable[int]) -> Place:
         """Return where the first rank runs, if it is in this process."""

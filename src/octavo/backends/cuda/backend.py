@@ -124,6 +124,11 @@ class CudaBackend:
         """Whether the kernels run on a GPU, not in Triton's interpreter."""
         return self._stream is not None
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether all steps that were launched have ended."""
+        return self._stream is None or self._stream.query()
+
     def allocate_kv(self, num_pages: int) -> None:
         self.allocate_pages(num_pages)
         self.capture_graphs()

@@ -6,6 +6,7 @@ size.
 """
 
 import os
+import threading
 from datetime import timedelta
 
 import torch
@@ -13,12 +14,23 @@ import torch.distributed as distributed
 from torch import Tensor
 from torch._C._distributed_c10d import FileStore
 
-from octavo.errors import ConfigError
+from octavo.errors import ConfigError, shortened
 
 from .kernels.linear import merge
 
-_PATIENCE = timedelta(minutes=30)  # for a rank that still compiles kernels
+_PATIENCE = timedelta(minutes=30)  # for a rank that comes late; with NCCL, only when they find each other
+_ABORT_PATIENCE = 10.0  # seconds
 _LARGE = 1 << 22  # bytes of sums from which more than two ranks divide the rows
+_SETTINGS = {
+    # All ranks are on this machine: listen to no other.
+    "NCCL_SOCKET_IFNAME": "lo",
+    "GLOO_SOCKET_IFNAME": "lo",
+    # PyTorch must not end this process, which may be the user's, when a rank ends or an abort takes long: Ranks notices
+    # a rank that ends, and the frontend a step that hangs.
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
+    "TORCH_NCCL_ENABLE_MONITORING": "0",
+    "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
+}
 
 _all_gather = getattr(distributed, "all_gather_single", distributed.all_gather_into_tensor)  # its names in PyTorch
 
@@ -29,30 +41,43 @@ class Group:
     Exchanges with NCCL are in the order of the current stream, and can be captured in CUDA graphs.
 
     Args:
-        place: a file by which the ranks find each other.
+        place: file descriptor of an empty memory file that all ranks share, by which they find each other. It must stay
+            open until `close` has returned True.
 
-    Raises ConfigError if this process uses torch.distributed already.
+    Raises ConfigError if this process uses torch.distributed already, or the GPUs cannot be connected.
     """
 
-    def __init__(self, rank: int, size: int, place: str, device: torch.device):
-        if distributed.is_initialized():
+    _is_usable = True  # PyTorch cannot form a group in this process after one that was not formed
+
+    def __init__(self, rank: int, size: int, place: int, device: torch.device):
+        if distributed.is_initialized() or not Group._is_usable:
             raise ConfigError(
                 "this process uses torch.distributed already, which tensor_parallel_size needs on GPUs; use AsyncLLM "
                 "or octavo serve, whose engines are processes of their own"
             )
         self.rank, self.size = rank, size
         on_gpu = device.type == "cuda"
-        for library in ("NCCL", "GLOO"):  # all ranks are on this machine: listen to no other
-            os.environ.setdefault(f"{library}_SOCKET_IFNAME", "lo")
-        distributed.init_process_group(
-            "nccl" if on_gpu else "gloo",
-            store=FileStore(place, size),
-            rank=rank,
-            world_size=size,
-            timeout=_PATIENCE,
-            device_id=device if on_gpu else None,
-        )
+        for name, value in _SETTINGS.items():
+            os.environ.setdefault(name, value)
+        if on_gpu:
+            torch.cuda.set_device(device)  # of this thread
+        Group._is_usable = False
+        try:
+            distributed.init_process_group(
+                "nccl" if on_gpu else "gloo",
+                store=FileStore(f"/proc/self/fd/{place}", size),
+                rank=rank,
+                world_size=size,
+                timeout=_PATIENCE,
+                device_id=device if on_gpu else None,
+            )
+        except RuntimeError as error:
+            raise ConfigError(
+                f"the GPUs of the ranks cannot be connected; NCCL_DEBUG=WARN tells more: {shortened(error)}"
+            ) from error
+        Group._is_usable = True
         self._device = device
+        self._aborting: threading.Thread | None = None
 
     def all_gather(self, x: Tensor) -> Tensor:
         """Return [size, *shape of x]: the tensors `x` of all ranks, which have the same shape."""
@@ -89,10 +114,21 @@ class Group:
             distributed.all_reduce(x.view(torch.int32))
 
     def abort(self) -> None:
-        """Make exchanges that wait for another rank fail. From any thread."""
-        world = distributed.group.WORLD
-        if world is not None:
-            world._get_backend(self._device).abort()
+        """Let exchanges that wait for another rank end: with an error, or with wrong results. From any thread.
 
-    def close(self) -> None:
+        Does not wait: NCCL's abort ends when all CUDA graphs with exchanges have been freed.
+        """
+        world = distributed.group.WORLD
+        if self._aborting is None and world is not None:
+            backend = world._get_backend(self._device)
+            self._aborting = threading.Thread(target=backend.abort, name="octavo-abort", daemon=True)
+            self._aborting.start()
+
+    def close(self) -> bool:
+        """Leave the group, once the graphs with exchanges are freed. Return whether this has been possible."""
+        if self._aborting is not None:
+            self._aborting.join(_ABORT_PATIENCE)
+            if self._aborting.is_alive():
+                return False
         distributed.destroy_process_group()
+        return True

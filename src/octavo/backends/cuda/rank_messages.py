@@ -6,7 +6,6 @@ Two sockets lead to each rank: one for the steps, and one for its KV pages, of w
 import contextlib
 import socket
 import struct
-import threading
 from typing import Any
 
 import msgspec
@@ -62,22 +61,14 @@ class Stream:
 
     def __init__(self, end: socket.socket):
         self._socket = end
-        self._lock = threading.Lock()
 
     def send(self, content: bytes) -> None:
         self._socket.sendall(_LENGTH.pack(len(content)) + content)
 
     def receive(self) -> bytearray:
         """Return the next message. Raises ConnectionResetError if the other end is closed."""
-        content = bytearray(_LENGTH.unpack(self._read(_LENGTH.size))[0])
-        self._read_into(memoryview(content))
-        return content
-
-    def ask(self, content: bytes) -> bytearray:
-        """Send a message, and return the answer. From any thread."""
-        with self._lock:
-            self.send(content)
-            return self.receive()
+        [length] = _LENGTH.unpack(self._read(_LENGTH.size))
+        return self._read(length)
 
     def hang_up(self) -> None:
         """End the connection for both sides, and for a thread of this process that waits for a message."""
@@ -89,15 +80,13 @@ class Stream:
 
     def _read(self, size: int) -> bytearray:
         content = bytearray(size)
-        self._read_into(memoryview(content))
-        return content
-
-    def _read_into(self, view: memoryview) -> None:
-        while view:
-            count = self._socket.recv_into(view)
+        rest = memoryview(content)
+        while rest:
+            count = self._socket.recv_into(rest)
             if not count:
                 raise ConnectionResetError("the other rank has ended")
-            view = view[count:]
+            rest = rest[count:]
+        return content
 
 
 def encode(message: ToRank) -> bytes:

@@ -6,19 +6,21 @@ same tokens from the same logits, so that each has the input of the next step; r
 """
 
 import contextlib
-import shutil
+import os
 import socket
-import tempfile
+import threading
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from concurrent.futures import Future, wait
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from octavo.backends.base import Footprint, Progress, StepBatch, StepResult
-from octavo.backends.rank_process import Allocate, Join, Joined, Load, Loaded, Members, OnEnd, RankProcess
-from octavo.errors import ConfigError, EngineDead
+from octavo.backends.rank_process import Allocate, Join, Joined, Load, Loaded, Member, Members, OnEnd, RankProcess
+from octavo.errors import ConfigError, EngineDead, OctavoError
 from octavo.machine import share_of_cores
 from octavo.model.shard import Shard
 from octavo.model.spec import DecoderSpec
@@ -33,6 +35,21 @@ from .ops import check_ranks
 from .rank_messages import Capture, Copy, Read, Step, Stream, ToRank, Write, encode
 
 _BUFFER = 1 << 22  # bytes of a socket's buffer: a step's message fits, so that sending it does not wait
+_CAUSE_PATIENCE = 2.0  # seconds until it is known that a rank has ended
+_LOOK = 0.1  # seconds between looks whether a rank has ended
+
+
+@dataclass(frozen=True)
+class LedStep:
+    """A step that all ranks have launched, for rank 0. `result` may be called once."""
+
+    pending: Pending
+    others: "Ranks"
+
+    def result(self) -> StepResult:
+        """Wait for the step and return its result. Raises EngineDead if a rank has ended."""
+        with self.others.connected():
+            return self.pending.result()
 
 
 class RankedBackend:
@@ -91,9 +108,9 @@ class RankedBackend:
         with self._others.connected():
             self._others.ask_steps(Copy(source, target))
 
-    def launch(self, batch: StepBatch) -> Pending:
+    def launch(self, batch: StepBatch) -> LedStep:
         with self._lead(Step(batch)):
-            return self._own.launch(batch)
+            return LedStep(self._own.launch(batch), self._others)
 
     def step(self, batch: StepBatch) -> StepResult:
         return self.launch(batch).result()
@@ -103,11 +120,13 @@ class RankedBackend:
             return self._own.logits(batch)
 
     def close(self) -> None:
-        if self._others.ended is None:
-            self._own.close()  # after the steps that were launched
-        self._others.end()
-        self._own.close()
-        self._others.leave()
+        try:
+            if self._own.is_idle:
+                self._own.close()
+            self._others.stop()  # so that a step that waits for another rank ends
+            self._own.close()  # before `end`: NCCL is not freed until the graphs are gone
+        finally:
+            self._others.end()
 
     @contextlib.contextmanager
     def _lead(self, step: Step) -> Iterator[None]:
@@ -133,12 +152,15 @@ class Ranks(Members):
     """
 
     def __init__(self, size: int, on_end: OnEnd | None):
+        self._place = os.fdopen(os.memfd_create("octavo-ranks", os.MFD_CLOEXEC), "rb")  # see Group
         self._steps: list[Stream] = []
         self._pages: list[Stream] = []
+        self._asking = threading.Lock()  # one thread at a time asks about pages
+        self._stopped, self._problem = threading.Event(), "the engine is closed"
+        self._joining: Future[Group] | None = None
         self.group: Group | None = None
         self.processes = [self._start(rank) for rank in range(1, size)]
         super().__init__(self.processes, on_end)
-        self.watch()
 
     def _start(self, rank: int) -> RankProcess:
         (steps, their_steps), (pages, their_pages) = socket.socketpair(), socket.socketpair()
@@ -146,7 +168,27 @@ class Ranks(Members):
         self._steps.append(Stream(steps))
         self._pages.append(Stream(pages))
         with their_steps, their_pages:
-            return RankProcess(rank, "octavo.backends.cuda.rank_main", (their_steps.fileno(), their_pages.fileno()))
+            files = their_steps.fileno(), their_pages.fileno(), self._place.fileno()
+            return RankProcess(rank, "octavo.backends.cuda.rank_main", files)
+
+    def join(self, device: torch.device) -> Group:
+        """Connect this process and the others, and return the group. Raises the error of one that ends meanwhile."""
+        joining = self._joining = Future()
+
+        def connect() -> None:
+            try:
+                joining.set_result(Group(0, len(self.processes) + 1, self._place.fileno(), device))
+            except BaseException as error:
+                joining.set_exception(error)
+
+        self.send(Join())
+        # In another thread, as it waits for all ranks, and cannot be interrupted when one has ended.
+        threading.Thread(target=connect, name="octavo-join", daemon=True).start()
+        while not wait([joining], _LOOK).done:
+            self.check()
+        self.group = joining.result()
+        self.check()  # of a rank that ended before `stop_steps` knew the group
+        return self.group
 
     def tell(self, message: ToRank) -> None:
         """Send a message to the steps of all ranks."""
@@ -161,21 +203,38 @@ class Ranks(Members):
             stream.receive()
 
     def ask_pages(self, messages: Sequence[ToRank]) -> list[bytearray]:
-        """Ask each rank about its pages, and return the answers."""
-        return [stream.ask(encode(message)) for stream, message in zip(self._pages, messages, strict=True)]
+        """Ask each rank about its pages, and return the answers. From any thread."""
+        with self._asking:
+            for stream, message in zip(self._pages, messages, strict=True):
+                stream.send(encode(message))
+            return [stream.receive() for stream in self._pages]
 
     @contextlib.contextmanager
     def connected(self) -> Iterator[None]:
-        """Turn an error while ranks exchange into the end of all of them: they would wait for each other for ever."""
+        """Turn an error while ranks exchange into the end of all of them: they would wait for each other for ever.
+
+        Raises EngineDead; or the error of a rank that has failed.
+        """
         try:
             yield
         except Exception as error:
+            if self.first_ended(error) is None and not self._stopped.is_set():
+                self._problem, self._ending = str(error), True  # that the others end is no news then
             self.stop_steps()
-            raise EngineDead(f"the ranks of the engine have been stopped: {error}") from error
+            raise self._error() from error
+        if self._stopped.is_set():  # then what was exchanged last may be wrong
+            raise self._error()
+
+    def first_ended(self, error: BaseException) -> Member | None:
+        """Return the rank whose end may be the cause of an error, once that is known."""
+        if not isinstance(error, OctavoError) and isinstance(error, Exception):
+            self._stopped.wait(_CAUSE_PATIENCE)
+        return self.ended
 
     def stop_steps(self) -> None:
         for stream in (*self._steps, *self._pages):
             stream.hang_up()
+        self._stopped.set()  # before wrong results can arrive
         if self.group is not None:
             self.group.abort()
 
@@ -183,12 +242,19 @@ class Ranks(Members):
         super().end()
         for stream in (*self._steps, *self._pages):
             stream.close()
+        is_connecting = self._joining is not None and not self._joining.done()
+        if not is_connecting and (self.group is None or self.group.close()):
+            self._place.close()
+        self.group = None
 
-    def leave(self) -> None:
-        """Free what the exchange needs in this process."""
-        if self.group is not None:
-            self.group.close()
-            self.group = None
+    def _error(self) -> Exception:
+        """Return why the ranks have been stopped."""
+        ended, why = self.ended, self._problem
+        if ended is not None and ended.failed is not None:
+            return ended.failed.exception()
+        if ended is not None:
+            why = f"{ended.name} has ended: {ended.wait()[1]}"
+        return EngineDead(f"the ranks of the engine have been stopped: {why}")
 
 
 def load_ranks(
@@ -227,7 +293,6 @@ def load_ranks(
     check_ranks(spec, size)
     devices = devices_of_ranks(device, size)
     shards = [Shard(spec, rank, size) for rank in range(size)]
-    folder = tempfile.mkdtemp(prefix="octavo-ranks-")  # which only this user can read
     ranks = Ranks(size, on_end)
     try:
         for process in ranks.processes:
@@ -236,22 +301,16 @@ def load_ranks(
             process.send(Load(str(path), identity, hide, process.rank, size, cores, rank_settings))
         weights = load_part(shards[0], parameters, device=devices[0], progress=checked_progress, **settings)
         loaded: list[Loaded] = ranks.wait()
-        place = str(Path(folder) / "ranks")
-        ranks.send(Join(place))
         found = find_device(devices[0])
-        ranks.group = Group(0, size, place, found)
-        own = make_part(shards[0], weights, ranks.group, alive=lambda: checked_progress(1, 1), **settings)
+        own = make_part(shards[0], weights, ranks.join(found), alive=lambda: checked_progress(1, 1), **settings)
         joined: list[Joined] = ranks.wait()
         _check_alike(own, joined)
     except BaseException as error:
-        ended = ranks.ended
+        ended = ranks.first_ended(error)
         ranks.end()
-        ranks.leave()
         if ended is not None and isinstance(error, Exception):
             raise ended.error() from None  # the first cause: the others fail because one has ended
         raise
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
     footprint = replace(
         own.footprint,
         weight_bytes=max(own.footprint.weight_bytes, *(each.weight_bytes for each in loaded)),
