@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from queue import Empty, SimpleQueue
 from typing import Any
 
@@ -277,6 +277,22 @@ class Members:
         """Raise the error of a member that has ended while it loaded."""
         if self.ended is not None:
             raise self.ended.error()
+
+    @contextlib.contextmanager
+    def loading(self) -> Iterator[None]:
+        """End all if loading fails in the block. Raises the error of the member that has ended first, if one has."""
+        try:
+            yield
+        except BaseException as error:
+            ended = self.first_ended(error)
+            self.end()
+            if ended is not None and isinstance(error, Exception):
+                raise ended.error() from None  # the first cause: the others fail because one has ended
+            raise
+
+    def first_ended(self, error: BaseException) -> Member | None:
+        """Return the member whose end may be the cause of an error."""
+        return self.ended
 
     def stop(self) -> None:
         """Make the steps of all return, and all processes end."""

@@ -267,7 +267,7 @@ def load_ranks(
         nodes = form(group, size)
     here = range(size // (1 + len(nodes)))
     ranks = Ranks(here, here[1:], on_end, [-1, *(node.sums.fileno() for node in nodes)] if nodes else (), nodes)
-    try:
+    with ranks.loading():
         cores = [sorted(cores_of(rank, len(here))) for rank in here]
         for node in nodes:
             node.load(settings)
@@ -276,12 +276,6 @@ def load_ranks(
         _check_memory(footprint(spec, parameters, size, 1 + len(nodes), **settings).weight_bytes)
         own = load_shard(shards[0], parameters, ranks.place(cores[0]), progress=checked_progress, **settings)
         loaded = [Loaded(own.weight_bytes, own.page_bytes), *ranks.wait()]
-    except BaseException as error:
-        ended = ranks.ended
-        ranks.end()
-        if ended is not None and isinstance(error, Exception):
-            raise ended.error() from None  # the first cause: the others fail because one has ended
-        raise
     weights, pages = sum(each.weight_bytes for each in loaded), sum(each.page_bytes for each in loaded)
     return RankedBackend(shards, own, ranks, Footprint(own.isa, weights, pages))
 

@@ -47,13 +47,13 @@ class Group:
     Raises ConfigError if this process uses torch.distributed already, or the GPUs cannot be connected.
     """
 
-    _is_usable = True  # PyTorch cannot form a group in this process after one that was not formed
+    _is_usable = True  # until PyTorch could not form a group: it would name the next one otherwise than other ranks do
 
     def __init__(self, rank: int, size: int, place: int, device: torch.device):
         if distributed.is_initialized() or not Group._is_usable:
             raise ConfigError(
-                "this process uses torch.distributed already, which tensor_parallel_size needs on GPUs; use AsyncLLM "
-                "or octavo serve, whose engines are processes of their own"
+                "this process uses torch.distributed already, or has failed to connect ranks before, so it cannot have "
+                "tensor_parallel_size on GPUs; use AsyncLLM or octavo serve, whose engines are processes of their own"
             )
         self.rank, self.size = rank, size
         on_gpu = device.type == "cuda"

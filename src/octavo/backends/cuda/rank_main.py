@@ -17,6 +17,7 @@ import numpy as np
 
 from octavo.backends.rank_process import Allocate, Allocated, Failed, Join, Joined, Load, Loaded
 from octavo.backends.rank_program import Parent, open_model, run_rank
+from octavo.errors import OctavoError
 from octavo.model.shard import Shard
 
 from .backend import CudaBackend, load_part, make_part
@@ -57,7 +58,7 @@ def _serve(take_message: Callable[[], None], parent: Parent, rank: int) -> None:
     except ConnectionError:
         pass
     except Exception as error:
-        log.exception("rank %d failed", rank)
+        log.error("rank %d has failed: %s", rank, error, exc_info=not isinstance(error, OctavoError))
         parent.send(Failed.of(error, f" (rank {rank})"))
         os._exit(1)
 

@@ -226,7 +226,7 @@ class Ranks(Members):
             raise self._error()
 
     def first_ended(self, error: BaseException) -> Member | None:
-        """Return the rank whose end may be the cause of an error, once that is known."""
+        """Return the rank whose end may be the cause of an error, as soon as that is known."""
         if not isinstance(error, OctavoError) and isinstance(error, Exception):
             self._stopped.wait(_CAUSE_PATIENCE)
         return self.ended
@@ -294,7 +294,7 @@ def load_ranks(
     devices = devices_of_ranks(device, size)
     shards = [Shard(spec, rank, size) for rank in range(size)]
     ranks = Ranks(size, on_end)
-    try:
+    with ranks.loading():
         for process in ranks.processes:
             rank_settings = settings | {"device": devices[process.rank]}
             cores = sorted(share_of_cores(process.rank, size))
@@ -305,12 +305,6 @@ def load_ranks(
         own = make_part(shards[0], weights, ranks.join(found), alive=lambda: checked_progress(1, 1), **settings)
         joined: list[Joined] = ranks.wait()
         _check_alike(own, joined)
-    except BaseException as error:
-        ended = ranks.first_ended(error)
-        ranks.end()
-        if ended is not None and isinstance(error, Exception):
-            raise ended.error() from None  # the first cause: the others fail because one has ended
-        raise
     footprint = replace(
         own.footprint,
         weight_bytes=max(own.footprint.weight_bytes, *(each.weight_bytes for each in loaded)),
