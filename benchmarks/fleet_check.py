@@ -37,7 +37,7 @@ COSTS = CostModel(  # of steps of 100 ms and more: what other programs on the ma
     rows_ms=[(1, 96.0), (16, 104.0), (64, 144.0), (256, 360.0)], sampled_ms=[(1, 4.0), (64, 16.0)],
     kv_token_us=1.2, pair_us=0.2, step_ms=0.0, sequence_us=0.0, row_us=0.0,
 )  # fmt: skip
-LOADS = {"light": 1.2, "high": 6.0, "overloaded": 15.0}  # requests per second
+LOADS = {"light": 1.2, "high": 15.0, "overloaded": 60.0}  # requests per second
 
 
 def main() -> None:
