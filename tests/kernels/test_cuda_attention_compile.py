@@ -83,7 +83,7 @@ def test_rope_and_cache_loads_and_stores_vectors(capability):
 def test_embed_loads_vectors(capability):
     constants = {"WIDTH": 4096, "SCALED": False, "BLOCK": 1024}
     options = {"num_warps": 4, "enable_fp_fusion": False}
-    types = TYPES | {"kept": "*i32", "scales": "*fp32", "out": "*fp32"}
+    types = TYPES | {"kept": "*i32", "scales": "*fp32", "out": "*fp32", "first": "i32", "count": "i32"}
     made = compile_kernel(embed_kernel, types, constants, options, capability)
     assert made.stack_bytes == 0
     assert made.count("LDG.E.128") > 0 and made.count("STG.E.128") > 0
