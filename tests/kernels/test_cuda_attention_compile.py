@@ -14,7 +14,6 @@ import torch
 from compiled_kernel import Compiled, compile_kernel
 from octavo.backends.cuda.kernels.attention import attention_constants, attention_kernel
 from octavo.backends.cuda.kernels.attention_plan import Tiling, tilings
-from octavo.backends.cuda.kernels.embed import embed_kernel
 from octavo.backends.cuda.kernels.rope_and_cache import KvPool, rope_and_cache_kernel, rope_constants
 
 SHARED_BYTES = {80: 163 << 10, 90: 227 << 10}  # of a program, at most
@@ -77,13 +76,3 @@ def test_rope_and_cache_loads_and_stores_vectors(capability):
     assert made.stack_bytes == 0
     assert made.count("LDG.E.128") > 0
     assert made.count("STG.E.128") + made.count("STG.E.64") > 0
-
-
-@pytest.mark.parametrize("capability", [80, 90])
-def test_embed_loads_vectors(capability):
-    constants = {"WIDTH": 4096, "SCALED": False, "BLOCK": 1024}
-    options = {"num_warps": 4, "enable_fp_fusion": False}
-    types = TYPES | {"kept": "*i32", "scales": "*fp32", "out": "*fp32", "first": "i32", "count": "i32"}
-    made = compile_kernel(embed_kernel, types, constants, options, capability)
-    assert made.stack_bytes == 0
-    assert made.count("LDG.E.128") > 0 and made.count("STG.E.128") > 0
