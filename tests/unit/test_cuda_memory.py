@@ -1,6 +1,7 @@
 """What is left of a GPU's memory for the KV pool, and what an engine says if nothing is."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -67,9 +68,11 @@ def test_steps_are_measured_one_group_after_the_other(monkeypatch: pytest.Monkey
 
 
 def test_an_engine_asks_for_its_share(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "memory_of_setting", lambda name: DeviceMemory(80 * GIB, 64 * GIB))
+    loaded: Any = SimpleNamespace(memory=DeviceMemory(80 * GIB, 64 * GIB))
     config = EngineConfig(device="cuda", gpu_memory_utilization=0.5)
-    most, words = loading._kv_share(config, 1, OF_8B, loaded=True)
+    most, words = loading._kv_share(config, 1, OF_8B, loaded)
     assert most == 22 * GIB and words.endswith("gpu_memory_utilization, 50%")
+    monkeypatch.setattr(memory, "memory_of_setting", lambda name: loaded.memory)
+    assert loading._kv_share(config, 1, OF_8B)[0] == 22 * GIB
     given = EngineConfig(device="cuda", gpu_memory_utilization=0.01, kv_cache_memory="1GiB")
-    assert loading._kv_share(given, 1, OF_8B, loaded=True)[0] > 0
+    assert loading._kv_share(given, 1, OF_8B, loaded)[0] > 0
