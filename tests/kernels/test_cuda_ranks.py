@@ -5,6 +5,7 @@ import os
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
@@ -26,7 +27,7 @@ from octavo.backends.cuda.kernels.four_bits import FourBits  # noqa: E402
 from octavo.backends.cuda.ops import check_ranks  # noqa: E402
 from octavo.backends.cuda.rank_messages import Step, decode, encode  # noqa: E402
 from octavo.backends.cuda.ranks import load_ranks  # noqa: E402
-from octavo.backends.rank_process import RankProcess  # noqa: E402
+from octavo.backends.rank_process import Joined, RankProcess  # noqa: E402
 from octavo.errors import ConfigError, EngineDead, OutOfMemory  # noqa: E402
 from octavo.model import describe_model  # noqa: E402
 from octavo.model.spec import DecoderSpec  # noqa: E402
@@ -293,6 +294,15 @@ def assert_same_arrays(one: Any, other: Any) -> None:
         if isinstance(expected, np.ndarray):
             np.testing.assert_array_equal(array, expected)
             assert (array.dtype, array.shape) == (expected.dtype, expected.shape)
+
+
+def test_gpus_of_different_kinds_are_refused() -> None:
+    own: Any = SimpleNamespace(arithmetic="a", footprint=SimpleNamespace(kernels="Triton on A"))
+    same = Joined(0, 0, 0, "a", "Triton on A")
+    cuda_ranks._check_alike(own, [same, same])
+    for arithmetic, kernels in (("b", "Triton on A"), ("a", "Triton on B")):
+        with pytest.raises(ConfigError, match=r"of one kind: .* of rank 2"):
+            cuda_ranks._check_alike(own, [same, Joined(0, 0, 0, arithmetic, kernels)])
 
 
 def test_sizes_that_cannot_be_divided_are_refused() -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from functools import partial
 from hashlib import blake2b
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from octavo.backends.base import Backend, BackendFactory, Footprint, Progress
 from octavo.config import DTYPES, KV_CACHE_DTYPES, EngineConfig
@@ -184,10 +184,10 @@ def _kv_share(
     Raises OutOfMemory if a GPU has none left.
     """
     if config.backend_name == "cuda" and config.kv_cache_memory is None:
-        from octavo.backends.cuda.memory import DeviceMemory, kv_bytes, memory_of_setting
+        from octavo.backends.cuda.memory import OnDevice, kv_bytes, memory_of_setting
 
         share, tokens = config.gpu_memory_utilization, config.max_batch_tokens
-        memory: DeviceMemory = memory_of_setting(config.device) if loaded is None else getattr(loaded, "memory")  # noqa: B009
+        memory = memory_of_setting(config.device) if loaded is None else cast(OnDevice, loaded).memory
         most = kv_bytes(memory, share, engines, footprint, tokens, loaded is not None)
         return most, f"what weights and steps leave of gpu_memory_utilization, {share:.0%}"
     free = _free_memory(config) - (0 if loaded is not None else engines * footprint.weight_bytes)

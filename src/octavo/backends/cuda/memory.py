@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -26,6 +27,17 @@ class DeviceMemory:
 
     total: int
     free: int
+
+
+class OnDevice(Protocol):
+    """A backend whose weights are on devices.
+
+    Attributes:
+        memory: of the device that has the least left.
+    """
+
+    @property
+    def memory(self) -> DeviceMemory: ...
 
 
 def memory_of(device: torch.device) -> DeviceMemory:
